@@ -1,0 +1,20 @@
+"""Bayesian low-rank adaptation for language models."""
+
+from .adapter import BlobConfig, Posterior, bayesianize, find_posterior, load, save
+from .prediction import Prediction, predict
+from .training import BlobTrainer, BlobTrainingArguments
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlobConfig",
+    "BlobTrainer",
+    "BlobTrainingArguments",
+    "Posterior",
+    "Prediction",
+    "bayesianize",
+    "find_posterior",
+    "load",
+    "predict",
+    "save",
+]

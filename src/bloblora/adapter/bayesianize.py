@@ -1,0 +1,200 @@
+"""Turning a LoRA into a distribution over LoRAs, in place."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding
+from torch import Tensor, nn
+
+from .. import posterior as q
+from .config import BlobConfig
+from .variant import STD_PARAMETER, BlobVariant
+
+# PEFT's layer classes that ask `lora_variant` in their forward: the others would ignore the posterior in silence.
+_SUPPORTED_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"}
+_AT_PRIOR_TOLERANCE = 0.05
+
+
+class Posterior:
+    """View of the Gaussian over the A matrices of one adapter; it holds no state beside the model's own.
+
+    Attributes:
+        model: the PEFT model.
+        adapter_name: the adapter whose A is Bayesian.
+        config: its configuration.
+    """
+
+    def __init__(self, model: PeftModel, adapter_name: str) -> None:
+        self.model = model
+        self.adapter_name = adapter_name
+        self._layers = dict(_bayesian_layers(model, adapter_name))
+        self.config: BlobConfig = next(iter(self._variants())).config
+
+    def named_layers(self) -> dict[str, LoraLayer]:
+        """The Bayesian layers by their names in the model, in the model's order."""
+        return dict(self._layers)
+
+    def named_means(self) -> dict[str, nn.Parameter]:
+        """M of each layer, (r, n), by layer name: LoRA's own ``lora_A``."""
+        return {name: layer.lora_A[self.adapter_name].weight for name, layer in self._layers.items()}
+
+    def named_std_parameters(self) -> dict[str, nn.Parameter]:
+        """The unconstrained parameter of Ω of each layer, (r, n), by layer name."""
+        return {name: getattr(layer, STD_PARAMETER)[self.adapter_name] for name, layer in self._layers.items()}
+
+    def named_stds(self) -> dict[str, Tensor]:
+        """Ω of each layer, (r, n), by layer name."""
+        return {n: q.std(p, self.config.std_parameterization) for n, p in self.named_std_parameters().items()}
+
+    def kl(self) -> Tensor:
+        """KL(q‖p) in nats: a differentiable scalar, see `bloblora.posterior.kl_divergence`."""
+        return q.kl_divergence(
+            list(self.named_means().values()),
+            list(self.named_std_parameters().values()),
+            self.config.prior_std,
+            self.config.std_parameterization,
+        )
+
+    @contextmanager
+    def draw(self, seed: int | torch.Generator) -> Iterator[None]:
+        """Fix one draw of all weights: every forward inside is one function, in train and in eval mode.
+
+        A draw depends on the seed, the shapes and the posterior alone: not on the device, the batch or torch's
+        global generator.
+
+        Args:
+            seed: an integer, or a generator from which successive draws are taken.
+        """
+        generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+        means, parameters = self.named_means(), self.named_std_parameters()
+        weights = [
+            q.sample(means[name], parameters[name], self.config.std_parameterization, generator) for name in means
+        ]
+        with self._set(weights):
+            yield
+
+    @contextmanager
+    def mean(self) -> Iterator[None]:
+        """Use the mean weights M (N = 0) for every forward inside, in train mode too."""
+        with self._set([None] * len(self._layers)):
+            yield
+
+    @torch.no_grad()
+    def summary(self) -> dict[str, float]:
+        """How far the posterior has moved.
+
+        Returns:
+            ``kl`` (nats), ``num_parameters`` (entries of A), ``median_std``, ``mean_abs_mean`` (average of the
+            absolute M), ``share_at_prior``: the share of entries whose Ω is within 5 % of the prior's.
+        """
+        stds = torch.cat([std.flatten() for std in self.named_stds().values()])
+        means = torch.cat([mean.flatten() for mean in self.named_means().values()])
+        at_prior = (stds / self.config.prior_std - 1).abs() < _AT_PRIOR_TOLERANCE
+        return {
+            "kl": self.kl().item(),
+            "num_parameters": float(stds.numel()),
+            "median_std": stds.median().item(),
+            "mean_abs_mean": means.abs().mean().item(),
+            "share_at_prior": at_prior.float().mean().item(),
+        }
+
+    def _variants(self) -> Iterator[BlobVariant]:
+        return (layer.lora_variant[self.adapter_name] for layer in self._layers.values())
+
+    @contextmanager
+    def _set(self, weights: list[Any]) -> Iterator[None]:
+        before = [(variant.weight, variant.sampling) for variant in self._variants()]
+        try:
+            for variant, weight in zip(self._variants(), weights, strict=True):
+                variant.weight, variant.sampling = weight, False
+            yield
+        finally:
+            for variant, (weight, sampling) in zip(self._variants(), before, strict=True):
+                variant.weight, variant.sampling = weight, sampling
+
+
+def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name: str | None = None) -> Posterior:
+    """Put a Gaussian over A in every LoRA layer of an adapter, in place.
+
+    The mean starts at the adapter's A, fresh or trained; B, biases and ``modules_to_save`` stay deterministic.
+    Outside ``posterior.draw`` and ``posterior.mean`` a model in train mode draws fresh noise per example, in eval mode
+    it uses the mean.
+
+    Args:
+        model: a PEFT model with a LoRA adapter.
+        config: the posterior's configuration; default `BlobConfig()`.
+        adapter_name: which adapter; default the active one.
+
+    Returns:
+        The posterior.
+
+    Raises:
+        TypeError: ``model`` is no PEFT model.
+        ValueError: the adapter isn't there, isn't LoRA, is Bayesian already, or has a part that can't be Bayesian.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"bayesianize needs a PEFT model (get_peft_model(base, LoraConfig(...))), got {type(model).__name__}")
+    adapter_name = adapter_name or model.active_adapter
+    layers = _check(model, adapter_name)
+    config = config or BlobConfig()
+    for layer in layers.values():
+        variant = BlobVariant(config)
+        variant.init(layer, adapter_name)
+        layer.lora_variant[adapter_name] = variant
+    return Posterior(model, adapter_name)
+
+
+def find_posterior(model: nn.Module, adapter_name: str | None = None) -> Posterior | None:
+    """The posterior of an adapter (default: the active one) of a model, or None where it is a plain LoRA."""
+    if not isinstance(model, PeftModel):
+        return None
+    adapter_name = adapter_name or model.active_adapter
+    return Posterior(model, adapter_name) if any(True for _ in _bayesian_layers(model, adapter_name)) else None
+
+
+def _bayesian_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and isinstance(module.lora_variant.get(adapter_name), BlobVariant):
+            yield name, module
+
+
+def _check(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+    """The adapter's layers, all of which can be Bayesian."""
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"adapter_name: no adapter {adapter_name!r}; the model has {', '.join(model.peft_config)}")
+    if (kind := model.peft_config[adapter_name].peft_type) != "LORA":
+        raise ValueError(f"adapter {adapter_name!r} is of type {kind}; only LORA has an A matrix to be Bayesian over")
+    layers, problems = {}, []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or adapter_name not in (*module.lora_A, *module.lora_embedding_A):
+            continue
+        layers[name] = module
+        if problem := _problem(module, adapter_name):
+            problems.append(f"{name}: {problem}")
+    if problems:
+        more = f"\n… and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError("these layers can't be Bayesian:\n" + "\n".join(problems[:5]) + more)
+    if not layers:
+        raise ValueError(f"adapter {adapter_name!r} has no LoRA layer")
+    return layers
+
+
+def _problem(layer: LoraLayer, adapter_name: str) -> str | None:
+    if isinstance(layer, Embedding):
+        return "LoRA on an embedding looks up columns of A and has no product to draw; remove it from target_modules"
+    variant = layer.lora_variant.get(adapter_name)
+    if isinstance(variant, BlobVariant):
+        return "is Bayesian already; call find_posterior(model), or make a new adapter for another configuration"
+    if variant is not None:
+        kind = type(variant).__name__.removesuffix("LinearVariant").removesuffix("Variant")
+        return f"uses the LoRA variant {kind}, which defines its own forward; switch it off in LoraConfig"
+    if type(layer).__name__ not in _SUPPORTED_LAYERS:
+        supported = ", ".join(sorted(_SUPPORTED_LAYERS))
+        return f"a LoRA layer of class {type(layer).__name__} isn't supported (supported: {supported}); remove it from the targets"
+    if layer.merged:
+        return "is merged into the base weight; call model.unmerge_adapter() first"
+    return None

@@ -1,0 +1,15 @@
+"""Distributions over LoRA's A: pure torch, no transformer, no PEFT."""
+
+from .estimators import ESTIMATORS, project
+from .gaussian import STD_PARAMETERIZATIONS, init_std_parameter, kl_divergence, log_std, sample, std
+
+__all__ = [
+    "ESTIMATORS",
+    "STD_PARAMETERIZATIONS",
+    "init_std_parameter",
+    "kl_divergence",
+    "log_std",
+    "project",
+    "sample",
+    "std",
+]

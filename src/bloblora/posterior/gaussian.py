@@ -1,0 +1,91 @@
+r"""The mean-field Gaussian over LoRA's A.
+
+.. math:: q(A_{ij}) = \mathcal N(M_{ij}, \Omega_{ij}^2), \qquad p(A_{ij}) = \mathcal N(0, \sigma_p^2)
+
+BLoB, arXiv 2406.11675, sections 3.1 and 3.2. M is LoRA's own ``lora_A``; the standard deviation Ω is a
+function of an unconstrained tensor of the same shape (G in the paper).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STD_PARAMETERIZATIONS = ("square", "softplus")
+"""``square``: Ω = G∘G (the paper's). ``softplus``: Ω = log(1 + exp ρ)."""
+
+
+def std(parameter: Tensor, parameterization: str = "square") -> Tensor:
+    """Standard deviation Ω of the posterior.
+
+    Args:
+        parameter: unconstrained G or ρ, any shape.
+        parameterization: one of ``STD_PARAMETERIZATIONS``.
+
+    Returns:
+        Ω > 0, the shape of ``parameter``.
+    """
+    return parameter.square() if parameterization == "square" else F.softplus(parameter)
+
+
+def log_std(parameter: Tensor, parameterization: str = "square") -> Tensor:
+    """Logarithm of Ω without forming Ω where that would underflow; shape of ``parameter``."""
+    if parameterization == "square":
+        return 2 * parameter.abs().log()
+    return torch.where(parameter < -15, parameter, F.softplus(parameter).log())
+
+
+@torch.no_grad()
+def init_std_parameter(mean: Tensor, init_std: float, parameterization: str = "square") -> Tensor:
+    """Fresh unconstrained parameter for a posterior around ``mean``.
+
+    ``square`` draws G uniformly in [ε/√2, ε], so Ω starts in [ε²/2, ε²] (the paper's start, ε = ``init_std``);
+    ``softplus`` chooses ρ so that Ω starts in the same range.
+
+    Returns:
+        A float32 (or wider) tensor of the shape and on the device of ``mean``.
+    """
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    g = torch.empty_like(mean, dtype=dtype).uniform_(init_std / math.sqrt(2), init_std)
+    return g if parameterization == "square" else torch.log(torch.expm1(g.square()))
+
+
+def sample(mean: Tensor, std_parameter: Tensor, parameterization: str, generator: torch.Generator) -> Tensor:
+    """One reparameterized draw A = M + E∘Ω, E ~ N(0, 1); shape and device of ``mean``.
+
+    The noise is made on the generator's device and then moved, so that one seed is one draw everywhere.
+    """
+    noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=torch.float32)
+    return mean + noise.to(mean.device) * std(std_parameter, parameterization)
+
+
+def kl_divergence(
+    means: list[Tensor], std_parameters: list[Tensor], prior_std: float, parameterization: str = "square"
+) -> Tensor:
+    r"""Closed-form KL(q‖p) of all layers together.
+
+    .. math:: \sum_{ij} \Big[\log\frac{\sigma_p}{\Omega_{ij}}
+              + \frac{\Omega_{ij}^2 + M_{ij}^2}{2\sigma_p^2} - \tfrac12\Big]
+
+    The layers are stacked first: its cost is a few kernels, however many layers there are.
+
+    Args:
+        means: M of each layer, any shapes.
+        std_parameters: unconstrained parameter of each layer, shapes as ``means``.
+        prior_std: σp > 0.
+        parameterization: one of ``STD_PARAMETERIZATIONS``.
+
+    Returns:
+        A scalar in nats, float32 or wider, differentiable.
+    """
+    mean = _stack(means)
+    parameter = _stack(std_parameters)
+    squares = std(parameter, parameterization).square() + mean.square()
+    per_entry = squares / (2 * prior_std**2) - log_std(parameter, parameterization)
+    return per_entry.sum() + mean.numel() * (math.log(prior_std) - 0.5)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.cat([tensor.reshape(-1).to(dtype=dtype, device=tensors[0].device) for tensor in tensors])

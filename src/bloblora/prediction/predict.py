@@ -1,0 +1,129 @@
+"""Prediction with N weight draws."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from ..adapter import Posterior, find_posterior
+from .prediction import Prediction
+
+
+class PredictionTask(Protocol):
+    """What prediction needs of a task."""
+
+    def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """Encoded examples to a padded batch."""
+        ...
+
+    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Logits (b, C) of a batch; -inf for a class that an example lacks."""
+        ...
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    inputs: Sequence[Any] | Mapping[str, Tensor],
+    num_samples: int = 10,
+    seed: int = 0,
+    *,
+    task: PredictionTask | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Prediction:
+    """Class probabilities averaged over draws of the weights.
+
+    Draw s of a seed is one function of the input: it depends neither on the batch, its order and its padding, nor on
+    how many draws follow.
+
+    Args:
+        model: a PEFT model, Bayesian or plain; all draws of a plain one are equal, so one is made.
+        inputs: encoded examples of ``task``; without a task, what a tokenizer returned (tensors of n rows) for a model
+            whose ``logits`` are (n, C).
+        num_samples: N draws; 0 uses the posterior mean.
+        seed: of the draws.
+        task: collates examples and reads the logits.
+        batch_size: inputs a forward.
+        progress: show a bar.
+
+    Returns:
+        The `Prediction`, on the CPU, rows in the order of ``inputs``.
+
+    Raises:
+        ValueError: ``num_samples`` or ``batch_size`` is out of range, or there is no input.
+    """
+    if num_samples < 0:
+        raise ValueError(f"num_samples must be 0 (the mean) or more, got {num_samples}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    posterior = find_posterior(model)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        batches = list(_batches(inputs, task, batch_size))
+        rows = []
+        for batch in track(batches, "predicting", disable=not progress):
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            rows.append(_draw_log_probs(lambda b=batch: _logits(model, b, task), posterior, num_samples, seed).cpu())
+    finally:
+        model.train(was_training)
+    return Prediction(_cat(rows), num_samples)
+
+
+def average_draws(forward: Callable[[], Tensor], posterior: Posterior | None, num_samples: int, seed: int) -> Tensor:
+    """Logarithm of the mean over draws of softmax(``forward()``), (b, C) float32; N = 0 is the mean."""
+    log_probs = _draw_log_probs(forward, posterior, num_samples, seed)
+    return torch.logsumexp(log_probs, dim=0) - math.log(log_probs.shape[0])
+
+
+def _draw_log_probs(
+    forward: Callable[[], Tensor], posterior: Posterior | None, num_samples: int, seed: int
+) -> Tensor:
+    """(S, b, C) log-probabilities, S = max(N, 1)."""
+    if posterior is None:
+        return forward().float().log_softmax(-1)[None]
+    if num_samples == 0:
+        with posterior.mean():
+            return forward().float().log_softmax(-1)[None]
+    generator = torch.Generator().manual_seed(seed)
+    draws = []
+    for _ in range(num_samples):
+        with posterior.draw(generator):
+            draws.append(forward().float().log_softmax(-1))
+    return torch.stack(draws)
+
+
+def _logits(model: nn.Module, batch: dict[str, Tensor], task: PredictionTask | None) -> Tensor:
+    return model(**batch).logits if task is None else task.logits(model, batch)
+
+
+def _batches(
+    inputs: Sequence[Any] | Mapping[str, Tensor], task: PredictionTask | None, size: int
+) -> Iterator[dict[str, Tensor]]:
+    if task is None:
+        if not isinstance(inputs, Mapping):
+            raise ValueError(f"inputs: without a task, pass what the tokenizer returned, got {type(inputs).__name__}")
+        tensors = {name: torch.as_tensor(value) for name, value in inputs.items() if name != "labels"}
+        n = len(next(iter(tensors.values()), ()))
+    else:
+        n = len(inputs)
+    if n == 0:
+        raise ValueError("inputs: there is nothing to predict")
+    for start in range(0, n, size):
+        if task is None:
+            yield {name: tensor[start : start + size] for name, tensor in tensors.items()}
+        else:
+            yield task.collate(inputs[start : start + size])  # type: ignore[index]
+
+
+def _cat(rows: list[Tensor]) -> Tensor:
+    """Join batches whose questions have different numbers of choices: missing columns get -inf."""
+    columns = max(row.shape[-1] for row in rows)
+    return torch.cat(
+        [nn.functional.pad(row, (0, columns - row.shape[-1]), value=-math.inf) for row in rows], dim=1
+    )

@@ -1,0 +1,14 @@
+"""Training on the evidence lower bound with transformers' own loop."""
+
+from .arguments import BlobTrainingArguments
+from .kl_weights import kl_weight, rescaled_dataset_size
+from .trainer import BlobTrainer, DivergedError, last_checkpoint
+
+__all__ = [
+    "BlobTrainer",
+    "BlobTrainingArguments",
+    "DivergedError",
+    "kl_weight",
+    "last_checkpoint",
+    "rescaled_dataset_size",
+]

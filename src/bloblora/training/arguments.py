@@ -1,0 +1,75 @@
+"""TrainingArguments plus what the ELBO needs."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .kl_weights import KL_WEIGHTINGS
+
+OPTIMIZER_STYLES = ("joint", "alternating")
+
+
+@dataclass
+class BlobTrainingArguments(TrainingArguments):
+    r"""Arguments of `BlobTrainer`.
+
+    One step minimizes, per example,
+
+    .. math:: \frac{1}{b}\sum_{k=1}^{b} \mathrm{NLL}_k + \frac{s\,\lambda_i}{b}\,\mathrm{KL}(q\|p)
+
+    with b the examples of an optimizer step over all processes, λ_i from `kl_weight`, s = ``kl_scale``. With
+    ``uniform`` and s = 1 the weight is 1/D: the ELBO itself.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    kl_weighting: str = field(
+        default="uniform",
+        metadata={"help": "How the KL is spread over a pass: `uniform`, or `reweighted` (the paper's: late batches)."},
+    )
+    kl_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Multiplies the KL. 1 is the ELBO; lower trusts the data more (a cold posterior), 0 ignores the prior."
+        },
+    )
+    dataset_rescaling: bool = field(
+        default=False,
+        metadata={"help": "Take the number of batches of a pass from the paper's pseudo data size 100·D^(π/γ)."},
+    )
+    gamma: float = field(default=8.0, metadata={"help": "γ of the data set rescaling; larger makes the KL weigh more."})
+    dataset_size: int | None = field(
+        default=None, metadata={"help": "Training examples D; needed where the data set is a stream without a length."}
+    )
+    optimizer_style: str = field(
+        default="joint",
+        metadata={
+            "help": "`joint`: one AdamW step on the sum. `alternating` (the paper's): AdamW on the NLL, then plain SGD "
+            "on the weighted KL."
+        },
+    )
+    kl_learning_rate: float = field(
+        default=0.01, metadata={"help": "Learning rate of the SGD on the KL (`alternating`); follows the same schedule."}
+    )
+    num_weight_draws: int = field(
+        default=1, metadata={"help": "Weight draws averaged in a training step; cost and memory grow with it."}
+    )
+    eval_num_samples: int = field(
+        default=0, metadata={"help": "Weight draws averaged in the Trainer's evaluation; 0 is the posterior mean."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "As in TrainingArguments; off, since a task's columns are no model arguments."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, choices in (("kl_weighting", KL_WEIGHTINGS), ("optimizer_style", OPTIMIZER_STYLES)):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        for name, minimum in (("kl_scale", 0), ("kl_learning_rate", 0), ("num_weight_draws", 1), ("eval_num_samples", 0)):
+            if not (math.isfinite(value := getattr(self, name)) and value >= minimum):
+                raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+        if not (math.isfinite(self.gamma) and self.gamma > 0):
+            raise ValueError(f"gamma must be above 0, got {self.gamma!r}")
+        super().__post_init__()
