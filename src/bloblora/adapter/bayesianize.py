@@ -141,8 +141,11 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     adapter_name = adapter_name or model.active_adapter
     layers = _check(model, adapter_name)
     config = config or BlobConfig()
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
     for layer in layers.values():
         variant = BlobVariant(config)
+        if layer.get_base_layer().weight is embedding:
+            variant.tied_config = model.get_base_model().config
         variant.init(layer, adapter_name)
         layer.lora_variant[adapter_name] = variant
     return Posterior(model, adapter_name)

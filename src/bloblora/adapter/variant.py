@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from peft.utils.other import transpose
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from .. import posterior as q
 from .config import BlobConfig
@@ -29,12 +30,14 @@ class BlobVariant(LoraVariant):
         config: the adapter's configuration.
         weight: A (r, n) that every forward uses while set: a fixed draw; None otherwise.
         sampling: whether a forward draws fresh noise in train mode.
+        tied_config: the model's config where this layer's base weight is also the embedding; None otherwise.
     """
 
     def __init__(self, config: BlobConfig) -> None:
         self.config = config
         self.weight: Tensor | None = None
         self.sampling = True
+        self.tied_config: PretrainedConfig | None = None
         self._merged: Tensor | None = None
 
     def init(self, module: LoraLayer, adapter_name: str, std_parameter: Tensor | None = None, **_: Any) -> None:  # type: ignore[override]
@@ -70,14 +73,22 @@ class BlobVariant(LoraVariant):
         return result + (module.lora_B[active_adapter](h) * module.scaling[active_adapter]).to(result.dtype)
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
-        """``orig_weight`` plus the delta of the fixed draw, or of the mean; a new tensor."""
+        """``orig_weight`` plus the delta of the fixed draw, or of the mean; a new tensor.
+
+        A weight that is tied to the embedding is untied first: merging must not change the embedding.
+        """
+        if self.tied_config is not None:
+            base = module.get_base_layer()
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+            self.tied_config.tie_word_embeddings, self.tied_config = False, None
         weight = module.lora_A[active_adapter].weight if self.weight is None else self.weight
         self._merged = weight.detach().clone()
         return orig_weight + self._delta(module, active_adapter, orig_weight)
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
         """The same, in place."""
-        orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
+        merged = self.merge_safe(module, active_adapter, orig_weight.data)
+        module.get_base_layer().weight.data = merged
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         """``orig_weight`` less the delta that was merged, even when another draw is in force by now."""

@@ -17,6 +17,9 @@ from torch import Tensor
 ESTIMATORS = ("independent", "flipout", "shared", "local")
 
 
+_SLICES = 16
+
+
 def project(x: Tensor, mean: Tensor, std: Tensor, estimator: str) -> Tensor:
     """Multiply inputs by fresh draws of A, with noise from torch's global generator.
 
@@ -58,8 +61,6 @@ def _signs(shape: tuple[int, ...], like: Tensor) -> Tensor:
 class _SquaredLinear(torch.autograd.Function):
     """(x∘x) Wᵀ in slices of tokens, so that x∘x never exists whole."""
 
-    SLICES = 16
-
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
         ctx.save_for_backward(x, weight)
@@ -79,4 +80,4 @@ class _SquaredLinear(torch.autograd.Function):
 
 
 def _slices(rows: Tensor) -> tuple[Tensor, ...]:
-    return rows.split(-(-rows.shape[0] // _SquaredLinear.SLICES))
+    return rows.split(-(-rows.shape[0] // _SLICES))

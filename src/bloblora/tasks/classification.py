@@ -1,0 +1,89 @@
+"""Classification: a text, one of a fixed set of labels, a sequence classification head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from bloblora.tasks.task import Batch, Example, Record, Task, TaskError, check_text, collate_labels, pad
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(Task):
+    """A text's label from an `AutoModelForSequenceClassification`; a text that is too long loses its end.
+
+    Args:
+        labels: names of the logits' columns, in order.
+    """
+
+    labels: tuple[str, ...] = ()  # type: ignore[misc]  # the base class has None: no fixed columns
+
+    name: ClassVar[str] = "classification"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "labels", tuple(self.labels))
+        if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
+            raise TaskError(f"labels: {list(self.labels)}; there must be at least 2, all different")
+
+    @classmethod
+    def build(cls, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Task:
+        """The task with the records' labels, sorted, unless `labels` is given."""
+        found = {record["label"] for record in records if record.get("label") is not None}
+        options.setdefault("labels", tuple(sorted(map(str, found))))
+        return super().build(records, tokenizer, **options)
+
+    def columns(self, record: Record) -> list[str]:
+        """The labels, the same for every record."""
+        return list(self.labels)
+
+    def encode(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
+        """`input_ids` of the record's `text`, with the tokenizer's special tokens."""
+        text = check_text(record, "text")
+        ids = tokenizer(text)["input_ids"]
+        limit = self.max_length
+        kept = tokenizer(text, truncation=True, max_length=limit)["input_ids"] if limit is not None else ids
+        return {"input_ids": kept, "truncated": len(ids) - len(kept), **self._label(record)}
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """`input_ids` and `attention_mask` (b, T), padded on the right."""
+        rows = [example["input_ids"] for example in examples]
+        return {
+            "input_ids": pad(rows, self.pad_token_id, side="right"),
+            "attention_mask": pad([[1] * len(row) for row in rows], 0, side="right"),
+            **collate_labels(examples),
+        }
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The head's logits (b, C), float32.
+
+        Raises:
+            TaskError: a model with another pad token (it finds a text's end by it) or number of labels.
+        """
+        pad_token_id = extract_model_from_parallel(model).config.get_text_config().pad_token_id
+        if pad_token_id != self.pad_token_id:
+            raise TaskError(
+                f"model: config.pad_token_id is {pad_token_id}; the tokenizer pads with {self.pad_token_id}, "
+                "so set it to that"
+            )
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        if logits.shape != (len(batch["input_ids"]), len(self.labels)):
+            raise TaskError(
+                f"model: its logits have the shape {tuple(logits.shape)}, but the task has "
+                f"{len(self.labels)} labels; load a sequence classification model with that num_labels"
+            )
+        return logits
+
+    def _label(self, record: Record) -> Example:
+        label = record.get("label")
+        if label is None:
+            return {}
+        if label not in self.labels:
+            known = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
+            raise TaskError(f"field 'label': {label!r} is not one of the {len(self.labels)} labels ({known})")
+        return {"label": self.labels.index(label)}
