@@ -1,0 +1,64 @@
+"""The paper's data sets by name, through `datasets` with their public ids."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .errors import DataError
+
+Row = Mapping[str, Any]
+Record = dict[str, Any]
+
+
+def winogrande(row: Row) -> Record:
+    """WinoGrande: ``answer`` is "1" or "2", empty in the test split."""
+    record = {"question": row["sentence"], "choices": [row["option1"], row["option2"]]}
+    return record | ({"answer": int(row["answer"]) - 1} if row["answer"] else {})
+
+
+def arc(row: Row) -> Record:
+    """ARC: ``answerKey`` is one of the choices' labels, letters or digits."""
+    labels = list(row["choices"]["label"])
+    record = {"question": row["question"], "choices": list(row["choices"]["text"])}
+    return record | ({"answer": labels.index(row["answerKey"])} if row["answerKey"] else {})
+
+
+def openbookqa(row: Row) -> Record:
+    """OpenBookQA: ARC's form with the question as ``question_stem``."""
+    return arc({**row, "question": row["question_stem"]})
+
+
+def boolq(row: Row) -> Record:
+    """BoolQ: passage and question, answered by no or yes."""
+    return {"question": f"{row['passage']}\n{row['question']}?", "choices": ["no", "yes"], "answer": int(row["answer"])}
+
+
+def mmlu(row: Row) -> Record:
+    """MMLU: four choices, ``answer`` is the index."""
+    return {"question": row["question"], "choices": list(row["choices"]), "answer": int(row["answer"])}
+
+
+PAPER_SETS: dict[str, tuple[str, str | None, Callable[[Row], Record]]] = {
+    "winogrande_s": ("allenai/winogrande", "winogrande_s", winogrande),
+    "winogrande_m": ("allenai/winogrande", "winogrande_m", winogrande),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", arc),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", arc),
+    "obqa": ("allenai/openbookqa", "main", openbookqa),
+    "boolq": ("google/boolq", None, boolq),
+}
+"""Name → hub id, configuration, and how a row becomes a record; ``mmlu/<subject>`` comes beside these."""
+
+
+def read_paper_set(name: str, split: str) -> list[Record]:
+    """Records of a set of the paper, for example ``arc_easy`` or ``mmlu/college_physics``.
+
+    Raises:
+        DataError: the hub can't be reached, or has no such subject or split.
+    """
+    from datasets import load_dataset
+
+    hub_id, config, convert = ("cais/mmlu", name[5:], mmlu) if name.startswith("mmlu/") else PAPER_SETS[name]
+    try:
+        rows = load_dataset(hub_id, config, split=split)
+    except Exception as error:  # the hub's client raises many kinds, some of them not documented
+        raise DataError([f"{name}:{split}: {hub_id} can't be read from the hub: {error}"]) from error
+    return [convert(row) for row in rows]
