@@ -11,22 +11,24 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from . import data as datasets_
 from . import models, tasks
 from .adapter import BlobConfig, bayesianize, load, save
+from .evaluation import metrics, ood_metrics
 from .prediction import Prediction, predict
 from .training import BlobTrainer, BlobTrainingArguments, last_checkpoint
 
-TASK_FILE, RUN_FILE, CHECKPOINTS = "task.json", "run.json", "checkpoints"
+TASK_FILE, RUN_FILE, CONFIG_FILE, CHECKPOINTS = "task.json", "run.json", "config.yaml", "checkpoints"
 
 
 class RunError(ValueError):
@@ -164,6 +166,7 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
     examples = tasks.encode_all(task, records, tokenizer, progress=progress)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / RUN_FILE, {"config": asdict(config)})
+    (output / CONFIG_FILE).write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
 
     set_seed(config.seed)
     model = _prepare(config, task)
@@ -212,6 +215,57 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     return Run(model, models.load_tokenizer(config.model), task, config, stored["training"])
 
 
+def score(inside: Prediction, targets: torch.Tensor, outside: Prediction | None = None) -> dict[str, Any]:
+    """Metrics of predictions, and with ``outside`` how well their uncertainty tells out-of-scope inputs apart."""
+    result = metrics(inside.log_probabilities, targets) | {"num_samples": inside.num_samples}
+    if outside is not None:
+        result |= ood_metrics(_uncertainty(inside), _uncertainty(outside))
+    return result
+
+
+def evaluate(
+    run: Run,
+    records: Sequence[dict[str, Any]],
+    outside: Sequence[dict[str, Any]] | None = None,
+    num_samples: int = 10,
+    seed: int = 0,
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Metrics of a run on labelled records; ``outside`` are records out of its scope.
+
+    Raises:
+        RunError: a label that the run doesn't know.
+    """
+    targets = targets_of(run.task, records)
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    inside = run.predict(records, num_samples, seed, **options)
+    far = None
+    if outside is not None:
+        far = run.predict([_unlabelled(record) for record in outside], num_samples, seed, **options)
+    return score(inside, targets, far)
+
+
+def describe(
+    run: Run, records: Sequence[dict[str, Any]], num_samples: int = 10, seed: int = 0, *, batch_size: int = 32
+) -> Iterator[dict[str, Any]]:
+    """For each record its answer, the probability of each label or choice, and the uncertainty in nats."""
+    prediction = run.predict([_unlabelled(record) for record in records], num_samples, seed, batch_size=batch_size)
+    probabilities, answers = prediction.probabilities, prediction.labels
+    scores = _uncertainty(prediction) | {"expected_entropy": prediction.expected_entropy}
+    for i, record in enumerate(records):
+        columns = run.task.columns(record)
+        if len(set(columns)) < len(columns):
+            columns = [f"{index}: {column}" for index, column in enumerate(columns)]
+        yield {
+            **{key: record[key] for key in ("id", "text", "question") if key in record},
+            "label": columns[int(answers[i])],
+            "probabilities": {column: float(probabilities[i, j]) for j, column in enumerate(columns)},
+            **{name: float(values[i]) for name, values in scores.items()},
+        }
+
+
 def targets_of(task: tasks.Task, records: Sequence[dict[str, Any]]) -> torch.Tensor:
     """Index of the right column of each labelled record, (n,)."""
     if task.labels is None:
@@ -244,6 +298,15 @@ def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _uncertainty(prediction: Prediction) -> dict[str, torch.Tensor]:
+    names = ("confidence", "predictive_entropy", "mutual_information")
+    return {name: getattr(prediction, name) for name in names}
+
+
+def _unlabelled(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in ("label", "answer")}
 
 
 def _prepare(config: TrainConfig, task: tasks.Task) -> PeftModel:

@@ -4,16 +4,15 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
 
-from .reliability import reliability
+from .reliability import check_targets, reliability
 
 
 def metrics(log_probabilities: Tensor, targets: Tensor, num_bins: int = 15) -> dict[str, float | int]:
     r"""Accuracy, calibration and proper scores of n predictions.
 
-    - ``ece``: :math:`\sum_b \frac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b|` over equal-width bins of the top
-      probability (Guo et al., arXiv 1706.04599);
+    - ``ece``: :math:`\sum_b \frac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b|` over equal-width bins of
+      the top probability (Guo et al., arXiv 1706.04599); of one example, how far that is from 1 (right) or 0;
     - ``nll``: mean of -log p(target), nats; infinite where a target has probability 0;
     - ``brier``: mean over examples of :math:`\sum_c (p_c - 1[c = y])^2`, in [0, 2].
 
@@ -26,18 +25,24 @@ def metrics(log_probabilities: Tensor, targets: Tensor, num_bins: int = 15) -> d
         ``accuracy``, ``ece``, ``nll``, ``brier``, ``num_examples``.
 
     Raises:
-        ValueError: shapes, ranges or normalization are wrong.
+        ValueError: there is no example, or shapes, ranges or normalization are wrong.
     """
-    _check(log_probabilities, targets)
+    check_targets("log_probabilities", log_probabilities, targets)
+    targets = targets.to(log_probabilities.device, torch.long)
     log_probabilities = log_probabilities.double()
+    if (log_probabilities > 1e-3).any():
+        raise ValueError(
+            f"log_probabilities must not be above 0, got {log_probabilities.max().item():.4g}; "
+            "if these are probabilities, pass their logarithm"
+        )
     probabilities = log_probabilities.exp()
     truth = torch.nn.functional.one_hot(targets, probabilities.shape[1])
     bins = reliability(probabilities, targets, num_bins)
-    gaps = (bins.accuracy - bins.confidence).abs() * bins.count / len(targets)
+    nll = -log_probabilities.gather(1, targets[:, None]).mean()
     return {
         "accuracy": (probabilities.argmax(-1) == targets).double().mean().item(),
-        "ece": gaps.nansum().item(),
-        "nll": -log_probabilities.gather(1, targets[:, None]).mean().item(),
+        "ece": bins.ece,
+        "nll": nll.item() + 0.0,  # no -0.0
         "brier": (probabilities - truth).square().sum(-1).mean().item(),
         "num_examples": len(targets),
     }
@@ -47,24 +52,27 @@ def ood_metrics(inside: Mapping[str, Tensor], outside: Mapping[str, Tensor]) -> 
     """Area under the ROC curve for telling out-of-scope inputs (positive) from those in scope.
 
     Args:
-        inside: scores of inputs in scope by name, each (n,): higher means less certain, but for ``confidence``, of which
-            1 - confidence is the score.
+        inside: scores of inputs in scope by name, each (n,): higher means less certain, but for
+            ``confidence``, of which 1 - confidence is the score.
         outside: the same of inputs out of scope, each (m,).
 
     Returns:
         ``auroc_<name>`` for each score; 0.5 where all scores are equal (a plain LoRA's mutual information).
 
     Raises:
-        ValueError: names differ, or a side is empty.
+        ValueError: names differ, or a side's scores are empty, not (n,), or NaN.
     """
+    # here, because torchmetrics takes a second to import
+    from torchmetrics.functional.classification import binary_auroc
+
     if inside.keys() != outside.keys():
         raise ValueError(f"scores differ: {sorted(inside)} in scope, {sorted(outside)} out of scope")
     result = {}
     for name in inside:
+        for where, side in (("in", inside[name]), ("out of", outside[name])):
+            _check_scores(f"{name} {where} scope", side)
         scores = torch.cat([inside[name], outside[name]]).double()
-        if not len(inside[name]) or not len(outside[name]):
-            raise ValueError(f"{name}: AUROC needs inputs in and out of scope")
-        labels = torch.cat([torch.zeros(len(inside[name])), torch.ones(len(outside[name]))]).long()
+        labels = (torch.arange(len(scores)) >= len(inside[name])).long().to(scores.device)
         # ranks, because torchmetrics would squash scores beyond [0, 1]
         ranks = scores.unique(return_inverse=True)[1].double()
         ranks = ranks / ranks.max().clamp_min(1)
@@ -72,15 +80,8 @@ def ood_metrics(inside: Mapping[str, Tensor], outside: Mapping[str, Tensor]) -> 
     return result
 
 
-def _check(log_probabilities: Tensor, targets: Tensor) -> None:
-    if log_probabilities.ndim != 2 or targets.shape != log_probabilities.shape[:1] or not len(targets):
-        raise ValueError(
-            f"log_probabilities must be (n, C) and targets (n,) with n > 0, got {tuple(log_probabilities.shape)} and "
-            f"{tuple(targets.shape)}"
-        )
-    if targets.min() < 0 or targets.max() >= log_probabilities.shape[1]:
-        raise ValueError(f"targets must be in 0..{log_probabilities.shape[1] - 1}, got up to {targets.max().item()}")
-    totals = log_probabilities.exp().sum(-1)
-    if not torch.allclose(totals, torch.ones_like(totals), atol=1e-3):
-        worst = (totals - 1).abs().argmax().item()
-        raise ValueError(f"log_probabilities: row {worst} sums to {totals[worst].item():.4g}, must be 1")
+def _check_scores(name: str, scores: Tensor) -> None:
+    if scores.ndim != 1 or not len(scores):
+        raise ValueError(f"{name}: AUROC needs scores (n,) with n > 0, got {tuple(scores.shape)}")
+    if scores.isnan().any():
+        raise ValueError(f"{name}: score {scores.isnan().nonzero()[0].item()} is NaN")

@@ -1,0 +1,5 @@
+"""``python -m bloblora.cli``."""
+
+from . import main
+
+main()

