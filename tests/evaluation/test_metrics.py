@@ -63,7 +63,7 @@ def test_equal_scores_are_no_better_than_chance():
 
 
 def test_errors_name_what_is_wrong():
-    with pytest.raises(ValueError, match="row 1 sums to 0.5"):
+    with pytest.raises(ValueError, match=r"row 1 sums to 0\.5"):
         metrics(torch.tensor([[0.5, 0.5], [0.25, 0.25]]).log(), torch.tensor([0, 1]))
     half = torch.tensor([[0.5, 0.5]]).log()
     for target in (2, -1):

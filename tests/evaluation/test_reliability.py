@@ -27,6 +27,7 @@ def test_bins_equal_scikit_learn():
     confidence, answer = log_probs.exp().max(-1)
     accuracy, mean_confidence = calibration_curve(answer == targets, confidence, n_bins=15)
     full = bins.count > 0
+    np.testing.assert_array_equal(bins.count, np.histogram(confidence, bins=15, range=(0, 1))[0])
     np.testing.assert_allclose(bins.accuracy[full], accuracy)
     np.testing.assert_allclose(bins.confidence[full], mean_confidence)
     assert bins.accuracy[~full].isnan().all()
@@ -34,11 +35,16 @@ def test_bins_equal_scikit_learn():
     assert metrics(log_probs, targets)["ece"] == bins.ece
 
 
+def test_ece_stays_in_its_range_when_rounding_lifts_a_row_above_one():
+    bins = reliability(torch.tensor([[1.0005, 0.0]]), torch.tensor([1]))
+    assert bins.ece == 1
+
+
 def test_errors_name_what_is_wrong():
     half, zero = torch.tensor([[0.5, 0.5]]), torch.tensor([0])
     with pytest.raises(ValueError, match=r"probabilities: row 0 sums to 0\.25, must be 1"):
         reliability(half / 4, zero)
-    with pytest.raises(ValueError, match="must not be negative, got -0.5"):
+    with pytest.raises(ValueError, match=r"must not be negative, got -0\.5"):
         reliability(torch.tensor([[1.5, -0.5]]), zero)
     with pytest.raises(ValueError, match=r"targets must be in 0\.\.1, got 7 in row 0"):
         reliability(half, zero + 7)

@@ -108,7 +108,7 @@ def reliability_diagram(
 
 
 def check_targets(name: str, values: Tensor, targets: Tensor) -> None:
-    """Raise a ValueError unless ``values`` are (n, C), n > 0, without NaN, and ``targets`` n of their columns."""
+    """Raise a ValueError unless ``values`` are (n, C), n > 0, no NaN, and ``targets`` n of their columns."""
     if values.ndim != 2 or targets.shape != values.shape[:1] or not len(targets):
         raise ValueError(
             f"{name} must be (n, C) and targets (n,) with n > 0, "
