@@ -47,7 +47,11 @@ def demo(
     for method in ("lora", "blob"):
         console.rule(f"training {method}")
         config = runs.TrainConfig(
-            data="support_desk:train", output=str(folder / method), method=method, steps=steps, seed=seed,  # type: ignore[arg-type]
+            data="support_desk:train",
+            output=str(folder / method),
+            method=method,
+            steps=steps,
+            seed=seed,
             dtype="bfloat16" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "float32",
         )
         trained[method] = runs.train(config)
@@ -57,7 +61,9 @@ def demo(
     rows: dict[str, Any] = {}
     diagrams = {}
     for name, method, num_samples in (
-        ("LoRA", "lora", 0), ("BLoB, N = 0", "blob", 0), (f"BLoB, N = {samples}", "blob", samples)
+        ("LoRA", "lora", 0),
+        ("BLoB, N = 0", "blob", 0),
+        (f"BLoB, N = {samples}", "blob", samples),
     ):
         run = trained[method]
         predictions = [run.predict(records, num_samples, seed, progress=True) for records in (inside, outside)]

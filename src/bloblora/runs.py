@@ -86,7 +86,7 @@ class TrainConfig:
     warmup_ratio: float = 0.06
     seed: int = 0
     rank: int = 8
-    alpha: float = 16
+    alpha: int = 16
     dropout: float = 0.0
     targets: list[str] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -140,7 +140,12 @@ class Run:
     training: dict[str, Any] = field(default_factory=dict)
 
     def predict(
-        self, records: Sequence[dict[str, Any]], num_samples: int = 10, seed: int = 0, *, batch_size: int = 32,
+        self,
+        records: Sequence[dict[str, Any]],
+        num_samples: int = 10,
+        seed: int = 0,
+        *,
+        batch_size: int = 32,
         progress: bool = False,
     ) -> Prediction:
         """Predictions of raw records, in their order; see `bloblora.predict`."""
@@ -174,7 +179,7 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
         model,
         _arguments(config, progress),
         task=task,
-        train_dataset=examples,  # type: ignore[arg-type]
+        train_dataset=examples,
         data_collator=task.collate,
         callbacks=list(callbacks),
     )
@@ -313,7 +318,7 @@ def _prepare(config: TrainConfig, task: tasks.Task) -> PeftModel:
     base = _base_model(config, task)
     lora = LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=config.targets,
         task_type=TaskType.SEQ_CLS if task.labels is not None else TaskType.CAUSAL_LM,

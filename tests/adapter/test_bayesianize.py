@@ -32,9 +32,14 @@ def decoder(kind):
     if kind == "qwen":
         return Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=2)), ("q_proj", "v_proj")
     if kind == "gemma":
-        return Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)), ("q_proj", "v_proj")
+        return Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)), (
+            "q_proj",
+            "v_proj",
+        )
     no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, **no_dropout)), ("c_attn",)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, **no_dropout)), (
+        "c_attn",
+    )
 
 
 def encoder(kind):

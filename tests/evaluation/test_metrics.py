@@ -82,9 +82,7 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match=r"confidence out of scope: AUROC needs scores \(n,\) with n > 0"):
         ood_metrics({"confidence": torch.ones(2)}, {"confidence": torch.ones(0)})
     with pytest.raises(ValueError, match="predictive_entropy in scope: score 1 is NaN"):
-        ood_metrics(
-            {"predictive_entropy": torch.tensor([1, math.nan])}, {"predictive_entropy": torch.ones(2)}
-        )
+        ood_metrics({"predictive_entropy": torch.tensor([1, math.nan])}, {"predictive_entropy": torch.ones(2)})
     with pytest.raises(ValueError, match="scores differ"):
         ood_metrics({"confidence": torch.ones(2)}, {})
 

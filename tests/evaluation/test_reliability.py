@@ -15,9 +15,7 @@ def random_case(n=300):
 
 
 def test_bins_are_closed_on_the_right():
-    bins = reliability(
-        torch.tensor([[1.0, 0.0], [0.8, 0.2]], dtype=torch.float64), torch.tensor([0, 0]), num_bins=5
-    )
+    bins = reliability(torch.tensor([[1.0, 0.0], [0.8, 0.2]], dtype=torch.float64), torch.tensor([0, 0]), num_bins=5)
     assert bins.count.tolist() == [0, 0, 0, 1, 1]
 
 

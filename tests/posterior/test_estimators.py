@@ -92,9 +92,9 @@ class LargeTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.numel() >= self.numel:
-                if tensor.untyped_storage().data_ptr() != self.storage:
-                    self.found.append(str(func))
+            large = isinstance(tensor, torch.Tensor) and tensor.numel() >= self.numel
+            if large and tensor.untyped_storage().data_ptr() != self.storage:
+                self.found.append(str(func))
         return result
 
 

@@ -7,9 +7,7 @@ TASK = Blank(pad_token_id=0)
 
 def test_only_the_text_after_the_blank_is_scored(blanks, bos_tokenizer):
     example = TASK.encode(blanks[0], bos_tokenizer)
-    assert bos_tokenizer.decode(example["prefix"]) == (
-        "<s>The trophy does not fit into the suitcase because the"
-    )
+    assert bos_tokenizer.decode(example["prefix"]) == ("<s>The trophy does not fit into the suitcase because the")
     assert [bos_tokenizer.decode(branch) for branch in example["branches"]] == [
         " trophy is too large.",
         " suitcase is too large.",

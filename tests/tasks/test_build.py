@@ -73,9 +73,7 @@ def test_batches_go_through_the_trainer(name, questions, tokenizer, tmp_path):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return cross_entropy(task.logits(model, inputs), inputs["labels"])
 
-    options = dict(
-        max_steps=30, per_device_train_batch_size=3, learning_rate=0.01, lr_scheduler_type="constant"
-    )
+    options = dict(max_steps=30, per_device_train_batch_size=3, learning_rate=0.01, lr_scheduler_type="constant")
     quiet = dict(report_to="none", save_strategy="no", disable_tqdm=True, remove_unused_columns=False)
     trainer = TaskTrainer(
         model=tiny_causal(),

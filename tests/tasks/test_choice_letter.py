@@ -71,9 +71,7 @@ def test_wrapped_for_several_processes(task, questions, tokenizer, tmp_path):
     batch = task.collate(encode_all(task, questions, tokenizer))
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        torch.testing.assert_close(
-            task.logits(DistributedDataParallel(model), batch), task.logits(model, batch)
-        )
+        torch.testing.assert_close(task.logits(DistributedDataParallel(model), batch), task.logits(model, batch))
     finally:
         distributed.destroy_process_group()
 

@@ -93,7 +93,5 @@ def test_default_model_scores_as_separate_sequences(questions):
     example = task.encode(questions[0], tokenizer)
     with torch.no_grad():
         logits = task.logits(model, task.collate([example]))[0]
-        torch.testing.assert_close(
-            logits, torch.tensor(separate_scores(model, example)), atol=1e-3, rtol=1e-4
-        )
+        torch.testing.assert_close(logits, torch.tensor(separate_scores(model, example)), atol=1e-3, rtol=1e-4)
     assert logits.argmax() == questions[0]["answer"]

@@ -54,9 +54,7 @@ def test_long_text_loses_its_end(tokenizer):
 
 def test_unknown_label(tokenizer):
     task = build_task("classification", RECORDS, tokenizer)
-    with pytest.raises(
-        TaskError, match=r"field 'label': 'cash' is not one of the 3 labels \(air, card, refund\)"
-    ):
+    with pytest.raises(TaskError, match=r"field 'label': 'cash' is not one of the 3 labels \(air, card, refund\)"):
         task.encode({"text": "cash", "label": "cash"}, tokenizer)
 
 

@@ -39,8 +39,6 @@ def test_eos_is_left_out(tokenizer):
     from .conftest import train_tokenizer
 
     adds_eos = train_tokenizer()
-    adds_eos.backend_tokenizer.post_processor = TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 2)]
-    )
+    adds_eos.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     assert adds_eos("The air")["input_ids"][-1] == 2
     assert prompt_ids(adds_eos, "The air") == tokenizer("The air")["input_ids"]

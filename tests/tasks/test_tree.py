@@ -113,12 +113,8 @@ def test_sliding_window_is_used_while_it_holds_the_question(questions, tokenizer
     longest, width = int(batch["position_ids"].max()) + 1, batch["input_ids"].shape[1]
     assert longest < width
     full = tree_log_likelihoods(tiny_causal("mistral", sliding_window=None), batch)
-    torch.testing.assert_close(
-        tree_log_likelihoods(tiny_causal("mistral", sliding_window=longest), batch), full
-    )
-    with pytest.raises(
-        TaskError, match=f"has {longest} tokens and the model's attention window {longest - 1}"
-    ):
+    torch.testing.assert_close(tree_log_likelihoods(tiny_causal("mistral", sliding_window=longest), batch), full)
+    with pytest.raises(TaskError, match=f"has {longest} tokens and the model's attention window {longest - 1}"):
         tree_log_likelihoods(tiny_causal("mistral", sliding_window=longest - 1), batch)
 
 

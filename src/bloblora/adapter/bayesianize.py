@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import posterior as q
 from .config import BlobConfig
-from .variant import STD_PARAMETER, BlobVariant
+from .variant import STD_PARAMETER, BlobVariant, lora_a
 
 # PEFT's layer classes that ask `lora_variant` in their forward: the others would ignore the posterior in silence.
 _SUPPORTED_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"}
@@ -40,7 +40,7 @@ class Posterior:
 
     def named_means(self) -> dict[str, nn.Parameter]:
         """M of each layer, (r, n), by layer name: LoRA's own ``lora_A``."""
-        return {name: layer.lora_A[self.adapter_name].weight for name, layer in self._layers.items()}
+        return {name: lora_a(layer, self.adapter_name) for name, layer in self._layers.items()}
 
     def named_std_parameters(self) -> dict[str, nn.Parameter]:
         """The unconstrained parameter of Ω of each layer, (r, n), by layer name."""
@@ -103,7 +103,10 @@ class Posterior:
         }
 
     def _variants(self) -> Iterator[BlobVariant]:
-        return (layer.lora_variant[self.adapter_name] for layer in self._layers.values())
+        for layer in self._layers.values():
+            variant = layer.lora_variant[self.adapter_name]
+            assert isinstance(variant, BlobVariant)
+            yield variant
 
     @contextmanager
     def _set(self, weights: list[Any]) -> Iterator[None]:
@@ -137,7 +140,9 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
         ValueError: the adapter isn't there, isn't LoRA, is Bayesian already, or has a part that can't be Bayesian.
     """
     if not isinstance(model, PeftModel):
-        raise TypeError(f"bayesianize needs a PEFT model (get_peft_model(base, LoraConfig(...))), got {type(model).__name__}")
+        raise TypeError(
+            f"bayesianize needs a PEFT model (get_peft_model(base, LoraConfig(...))), got {type(model).__name__}"
+        )
     adapter_name = adapter_name or model.active_adapter
     layers = _check(model, adapter_name)
     config = config or BlobConfig()
@@ -145,7 +150,7 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     for layer in layers.values():
         variant = BlobVariant(config)
         if layer.get_base_layer().weight is embedding:
-            variant.tied_config = model.get_base_model().config
+            variant.tied_config = getattr(model.get_base_model(), "config", None)
         variant.init(layer, adapter_name)
         layer.lora_variant[adapter_name] = variant
     return Posterior(model, adapter_name)
@@ -173,7 +178,10 @@ def _check(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
         raise ValueError(f"adapter {adapter_name!r} is of type {kind}; only LORA has an A matrix to be Bayesian over")
     layers, problems = {}, []
     for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer) or adapter_name not in (*module.lora_A, *module.lora_embedding_A):
+        if not isinstance(module, LoraLayer) or adapter_name not in (
+            *module.lora_A,
+            *module.lora_embedding_A,
+        ):
             continue
         layers[name] = module
         if problem := _problem(module, adapter_name):
@@ -197,7 +205,7 @@ def _problem(layer: LoraLayer, adapter_name: str) -> str | None:
         return f"uses the LoRA variant {kind}, which defines its own forward; switch it off in LoraConfig"
     if type(layer).__name__ not in _SUPPORTED_LAYERS:
         supported = ", ".join(sorted(_SUPPORTED_LAYERS))
-        return f"a LoRA layer of class {type(layer).__name__} isn't supported (supported: {supported}); remove it from the targets"
+        return f"class {type(layer).__name__} isn't supported (only {supported}); remove it from the targets"
     if layer.merged:
         return "is merged into the base weight; call model.unmerge_adapter() first"
     return None

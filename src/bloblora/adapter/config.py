@@ -36,8 +36,8 @@ class BlobConfig:
     estimator: str = field(
         default="independent",
         metadata={
-            "help": "How the noise of a training step is drawn: `independent` (fresh per example), `flipout` (the "
-            "paper's: shared noise, signs per example), `shared` (one draw per batch), `local` (activations, per token)."
+            "help": "How the noise of a training step is drawn: `independent` (per example), `flipout` (the "
+            "paper's: shared noise, signs per example), `shared` (one draw a batch), `local` (activations, per token)."
         },
     )
 

@@ -105,7 +105,9 @@ def load_posterior(model: PeftModel, directory: str | os.PathLike[str], adapter_
     check_folder(directory)
     posterior = find_posterior(model, adapter_name)
     if posterior is None:
-        raise AdapterFileError(f"{directory}: the model's adapter isn't Bayesian, so {POSTERIOR_FILE} has no place in it")
+        raise AdapterFileError(
+            f"{directory}: the model's adapter isn't Bayesian, so {POSTERIOR_FILE} has no place in it"
+        )
     saved, wanted = _read_tensors(directory / POSTERIOR_FILE), posterior.named_std_parameters()
     if saved.keys() != wanted.keys():
         missing, extra = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 _DESCRIPTION = """Bayesian low-rank adaptation for language models: LoRA that knows what it does not know.
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description = (command.__doc__ or "").partition("    Args:")[0]
         subparser = ArgumentParser(description=dedent("    " + description), formatter_class=Formatter)
         if "directory" in command.__annotations__:
-            optional = {"nargs": "?", "default": None} if name == "info" else {}
+            optional: dict[str, Any] = {"nargs": "?", "default": None} if name == "info" else {}
             subparser.add_argument("directory", type=str, help="folder of a run", **optional)
         subparser.add_function_arguments(command, skip={"directory", "json"}, as_positional=False)
         if "json" in command.__annotations__:

@@ -29,7 +29,7 @@ def version() -> str:
     return package_version("bloblora")
 
 
-def train(json: bool = False, **options: Any) -> None:  # noqa: A002 (the option's name)
+def train(json: bool = False, **options: Any) -> None:
     """Fine-tune a base model on a labelled file, as a Bayesian LoRA or a plain one.
 
     A run that was stopped goes on from its last checkpoint when the same command is given again. Classification data
@@ -42,7 +42,11 @@ def train(json: bool = False, **options: Any) -> None:  # noqa: A002 (the option
     logging.disable_progress_bar()
     run = runs.train(TrainConfig(**options))
     posterior = find_posterior(run.model)
-    result = {"output": run.config.output, **run.training, "posterior": posterior.summary() if posterior else None}
+    result = {
+        "output": run.config.output,
+        **run.training,
+        "posterior": posterior.summary() if posterior else None,
+    }
     if json:
         _print_json(result)
         return
@@ -61,7 +65,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 32,
     output: str | None = None,
-    json: bool = False,  # noqa: A002
+    json: bool = False,
 ) -> None:
     """Measure accuracy and calibration of a run on labelled data.
 
@@ -93,7 +97,7 @@ def evaluate(
 
 def predict(
     directory: str,
-    input: str,  # noqa: A002
+    input: str,
     samples: int = 10,
     seed: int = 0,
     batch_size: int = 32,
@@ -120,7 +124,7 @@ def predict(
                 handle.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def info(directory: str | None = None, json: bool = False) -> None:  # noqa: A002
+def info(directory: str | None = None, json: bool = False) -> None:
     """Show versions and the machine, or what a run's folder holds.
 
     Args:

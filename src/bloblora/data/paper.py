@@ -29,7 +29,11 @@ def openbookqa(row: Row) -> Record:
 
 def boolq(row: Row) -> Record:
     """BoolQ: passage and question, answered by no or yes."""
-    return {"question": f"{row['passage']}\n{row['question']}?", "choices": ["no", "yes"], "answer": int(row["answer"])}
+    return {
+        "question": f"{row['passage']}\n{row['question']}?",
+        "choices": ["no", "yes"],
+        "answer": int(row["answer"]),
+    }
 
 
 def mmlu(row: Row) -> Record:

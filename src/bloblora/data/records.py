@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +144,8 @@ def _from_columns(row: Record) -> Record:
     if columns and "choices" not in record:
         record["choices"] = [record.pop(column) for column in columns if record[column] != ""]
     elif isinstance(record.get("choices"), str):
-        try:
+        with suppress(json.JSONDecodeError):  # reported with its value by the check that follows
             record["choices"] = json.loads(record["choices"])
-        except json.JSONDecodeError:
-            pass  # reported with its value by the check that follows
     if isinstance(record.get("answer"), str) and record["answer"].strip().isdigit():
         record["answer"] = int(record["answer"])
     if isinstance(record.get("label"), int) and not isinstance(record["label"], bool):

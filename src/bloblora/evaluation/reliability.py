@@ -87,9 +87,7 @@ def reliability_diagram(
     if not predictions:
         raise ValueError("predictions: there is no method to draw")
     panels = {name: reliability(*prediction, num_bins) for name, prediction in predictions.items()}
-    figure = Figure(
-        figsize=(3.1 * len(panels) + 0.6, 4.9), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-    )
+    figure = Figure(figsize=(3.1 * len(panels) + 0.6, 4.9), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
     grid = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row", height_ratios=[4, 1])
     for (name, bins), top, bottom in zip(panels.items(), *grid, strict=True):
         top.set_title(f"{name}\nECE {bins.ece:.3f}", fontsize=11, linespacing=1.4, wrap=True)
@@ -111,17 +109,14 @@ def check_targets(name: str, values: Tensor, targets: Tensor) -> None:
     """Raise a ValueError unless ``values`` are (n, C), n > 0, no NaN, and ``targets`` n of their columns."""
     if values.ndim != 2 or targets.shape != values.shape[:1] or not len(targets):
         raise ValueError(
-            f"{name} must be (n, C) and targets (n,) with n > 0, "
-            f"got {tuple(values.shape)} and {tuple(targets.shape)}"
+            f"{name} must be (n, C) and targets (n,) with n > 0, got {tuple(values.shape)} and {tuple(targets.shape)}"
         )
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"targets must be integers, got {targets.dtype}")
     wrong = ((targets < 0) | (targets >= values.shape[1])).nonzero()
     if len(wrong):
         row = int(wrong[0])
-        raise ValueError(
-            f"targets must be in 0..{values.shape[1] - 1}, got {targets[row].item()} in row {row}"
-        )
+        raise ValueError(f"targets must be in 0..{values.shape[1] - 1}, got {targets[row].item()} in row {row}")
     if values.isnan().any():
         raise ValueError(f"{name}: row {values.isnan().any(-1).nonzero()[0].item()} has a NaN")
 

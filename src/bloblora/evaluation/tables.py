@@ -21,9 +21,7 @@ _TITLES = {
 }
 
 
-def rich_table(
-    rows: Mapping[str, Values], title: str | None = None, columns: Sequence[str] | None = None
-) -> Table:
+def rich_table(rows: Mapping[str, Values], title: str | None = None, columns: Sequence[str] | None = None) -> Table:
     """A terminal table, a row a method; a sequence of values, one a seed, is shown as mean ± sd (n - 1).
 
     Args:

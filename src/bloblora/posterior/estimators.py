@@ -62,14 +62,14 @@ class _SquaredLinear(torch.autograd.Function):
     """(x∘x) Wᵀ in slices of tokens, so that x∘x never exists whole."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         rows = x.reshape(-1, x.shape[-1])
         pieces = [F.linear(piece.square(), weight) for piece in _slices(rows)]
         return torch.cat(pieces).reshape(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor]:  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor]:  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_x = (grads @ weight).mul_(rows).mul_(2).reshape(x.shape) if ctx.needs_input_grad[0] else None

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -68,8 +69,9 @@ def predict(
         batches = list(_batches(inputs, task, batch_size))
         rows = []
         for batch in track(batches, "predicting", disable=not progress):
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            rows.append(_draw_log_probs(lambda b=batch: _logits(model, b, task), posterior, num_samples, seed).cpu())
+            moved = {name: tensor.to(device) for name, tensor in batch.items()}
+            forward = partial(_logits, model, moved, task)
+            rows.append(_draw_log_probs(forward, posterior, num_samples, seed).cpu())
     finally:
         model.train(was_training)
     return Prediction(_cat(rows), num_samples)
@@ -81,9 +83,7 @@ def average_draws(forward: Callable[[], Tensor], posterior: Posterior | None, nu
     return torch.logsumexp(log_probs, dim=0) - math.log(log_probs.shape[0])
 
 
-def _draw_log_probs(
-    forward: Callable[[], Tensor], posterior: Posterior | None, num_samples: int, seed: int
-) -> Tensor:
+def _draw_log_probs(forward: Callable[[], Tensor], posterior: Posterior | None, num_samples: int, seed: int) -> Tensor:
     """(S, b, C) log-probabilities, S = max(N, 1)."""
     if posterior is None:
         return forward().float().log_softmax(-1)[None]
@@ -105,25 +105,23 @@ def _logits(model: nn.Module, batch: dict[str, Tensor], task: PredictionTask | N
 def _batches(
     inputs: Sequence[Any] | Mapping[str, Tensor], task: PredictionTask | None, size: int
 ) -> Iterator[dict[str, Tensor]]:
-    if task is None:
-        if not isinstance(inputs, Mapping):
-            raise ValueError(f"inputs: without a task, pass what the tokenizer returned, got {type(inputs).__name__}")
-        tensors = {name: torch.as_tensor(value) for name, value in inputs.items() if name != "labels"}
-        n = len(next(iter(tensors.values()), ()))
-    else:
-        n = len(inputs)
-    if n == 0:
+    if task is not None:
+        assert not isinstance(inputs, Mapping)
+        if len(inputs) == 0:
+            raise ValueError("inputs: there is nothing to predict")
+        for start in range(0, len(inputs), size):
+            yield task.collate(inputs[start : start + size])
+        return
+    if not isinstance(inputs, Mapping):
+        raise ValueError(f"inputs: without a task, pass what the tokenizer returned, got {type(inputs).__name__}")
+    tensors = {name: torch.as_tensor(value) for name, value in inputs.items() if name != "labels"}
+    if not tensors or len(next(iter(tensors.values()))) == 0:
         raise ValueError("inputs: there is nothing to predict")
-    for start in range(0, n, size):
-        if task is None:
-            yield {name: tensor[start : start + size] for name, tensor in tensors.items()}
-        else:
-            yield task.collate(inputs[start : start + size])  # type: ignore[index]
+    for start in range(0, len(next(iter(tensors.values()))), size):
+        yield {name: tensor[start : start + size] for name, tensor in tensors.items()}
 
 
 def _cat(rows: list[Tensor]) -> Tensor:
     """Join batches whose questions have different numbers of choices: missing columns get -inf."""
     columns = max(row.shape[-1] for row in rows)
-    return torch.cat(
-        [nn.functional.pad(row, (0, columns - row.shape[-1]), value=-math.inf) for row in rows], dim=1
-    )
+    return torch.cat([nn.functional.pad(row, (0, columns - row.shape[-1]), value=-math.inf) for row in rows], dim=1)

@@ -19,9 +19,7 @@ from bloblora.tasks.task import Example, Record, Task, TaskError, check_options
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, ChoiceText, ChoiceLetter, Blank)}
 
 
-def build_task(
-    name: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, **options: Any
-) -> Task:
+def build_task(name: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Task:
     """The task of this name, or the one that fits the records for "auto".
 
     "auto" is `classification` for records with a `text`; for choices it is `blank` when every question has

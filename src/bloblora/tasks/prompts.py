@@ -14,9 +14,7 @@ def check_template(template: str, *fields: str) -> None:
     try:
         found = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise TaskError(
-            f"template: {template!r}: {error}; write literal braces as '{{{{' and '}}}}'"
-        ) from None
+        raise TaskError(f"template: {template!r}: {error}; write literal braces as '{{{{' and '}}}}'") from None
     wanted = " and ".join(f"{{{field}}}" for field in fields)
     if sorted(found) != sorted(fields):
         raise TaskError(f"template: {template!r}; it must have {wanted}, each once, and no other field")
@@ -62,9 +60,7 @@ def fit_question(
     while limit is not None and len(ids) > limit:
         cut += len(ids) - limit
         if cut >= len(words):
-            raise TaskError(
-                f"max_length: {max(limit, 0)} tokens are left for the prompt, too few for a question"
-            )
+            raise TaskError(f"max_length: {max(limit, 0)} tokens are left for the prompt, too few for a question")
         shorter = str(tokenizer.decode(words[cut:])).lstrip()
         ids = prompt_ids(tokenizer, template.format(question=shorter, **fields))
     return ids, cut

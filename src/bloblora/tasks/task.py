@@ -88,9 +88,7 @@ def check_options(task: type[Task], options: Mapping[str, Any]) -> None:
     """Raise a TaskError that names every option which this task doesn't have."""
     known = [field.name for field in fields(task)]
     if unknown := sorted(set(options) - set(known)):
-        raise TaskError(
-            *(f"{task.name} has no option '{name}'; it has {', '.join(known)}" for name in unknown)
-        )
+        raise TaskError(*(f"{task.name} has no option '{name}'; it has {', '.join(known)}" for name in unknown))
 
 
 def check_text(record: Record, field: str) -> str:
@@ -120,9 +118,7 @@ def check_answer(record: Record, num_choices: int) -> Example:
     if answer is None:
         return {}
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < num_choices:
-        raise TaskError(
-            f"field 'answer': {answer!r} is not an index into {num_choices} choices (0..{num_choices - 1})"
-        )
+        raise TaskError(f"field 'answer': {answer!r} is not an index into {num_choices} choices (0..{num_choices - 1})")
     return {"label": answer}
 
 

@@ -81,11 +81,7 @@ def check_model(model: nn.Module, batch: Batch) -> None:
         found = ", ".join(sorted(kinds)) or "recurrent"
         raise TaskError(f"model: '{config.model_type}' has {found} layers, which ignore the mask; {advice}")
     window = getattr(config, "sliding_window", None)
-    if (
-        window
-        and batch["input_ids"].shape[1] > window
-        and (longest := int(batch["position_ids"].max()) + 1) > window
-    ):
+    if window and batch["input_ids"].shape[1] > window and (longest := int(batch["position_ids"].max()) + 1) > window:
         raise TaskError(
             f"max_length: a question with its longest choice has {longest} tokens and the model's attention "
             f"window {window}; set max_length to {window} or less, or {advice}"

@@ -31,9 +31,7 @@ class BlobTrainingArguments(TrainingArguments):
     )
     kl_scale: float = field(
         default=1.0,
-        metadata={
-            "help": "Multiplies the KL. 1 is the ELBO; lower trusts the data more (a cold posterior), 0 ignores the prior."
-        },
+        metadata={"help": "Multiplies the KL. 1 is the ELBO; lower trusts the data more (a cold posterior)."},
     )
     dataset_rescaling: bool = field(
         default=False,
@@ -41,7 +39,8 @@ class BlobTrainingArguments(TrainingArguments):
     )
     gamma: float = field(default=8.0, metadata={"help": "γ of the data set rescaling; larger makes the KL weigh more."})
     dataset_size: int | None = field(
-        default=None, metadata={"help": "Training examples D; needed where the data set is a stream without a length."}
+        default=None,
+        metadata={"help": "Training examples D; needed where the data set is a stream without a length."},
     )
     optimizer_style: str = field(
         default="joint",
@@ -51,23 +50,32 @@ class BlobTrainingArguments(TrainingArguments):
         },
     )
     kl_learning_rate: float = field(
-        default=0.01, metadata={"help": "Learning rate of the SGD on the KL (`alternating`); follows the same schedule."}
+        default=0.01,
+        metadata={"help": "Learning rate of the SGD on the KL (`alternating`); follows the same schedule."},
     )
     num_weight_draws: int = field(
-        default=1, metadata={"help": "Weight draws averaged in a training step; cost and memory grow with it."}
+        default=1,
+        metadata={"help": "Weight draws averaged in a training step; cost and memory grow with it."},
     )
     eval_num_samples: int = field(
-        default=0, metadata={"help": "Weight draws averaged in the Trainer's evaluation; 0 is the posterior mean."}
+        default=0,
+        metadata={"help": "Weight draws averaged in the Trainer's evaluation; 0 is the posterior mean."},
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "As in TrainingArguments; off, since a task's columns are no model arguments."}
+        default=False,
+        metadata={"help": "As in TrainingArguments; off, since a task's columns are no model arguments."},
     )
 
     def __post_init__(self) -> None:
         for name, choices in (("kl_weighting", KL_WEIGHTINGS), ("optimizer_style", OPTIMIZER_STYLES)):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        for name, minimum in (("kl_scale", 0), ("kl_learning_rate", 0), ("num_weight_draws", 1), ("eval_num_samples", 0)):
+        for name, minimum in (
+            ("kl_scale", 0),
+            ("kl_learning_rate", 0),
+            ("num_weight_draws", 1),
+            ("eval_num_samples", 0),
+        ):
             if not (math.isfinite(value := getattr(self, name)) and value >= minimum):
                 raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
         if not (math.isfinite(self.gamma) and self.gamma > 0):

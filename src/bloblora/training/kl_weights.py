@@ -20,6 +20,6 @@ def kl_weight(position: int, num_batches: int, weighting: str) -> float:
     return math.exp((position - 1 - num_batches) * math.log(2) - math.log1p(-(2.0**-num_batches)))
 
 
-def rescaled_dataset_size(size: int, gamma: float = 8.0) -> float:
+def rescaled_dataset_size(size: float, gamma: float = 8.0) -> float:
     r"""The paper's pseudo data size :math:`\hat D = 100\, D^{\pi/\gamma}` (arXiv 2406.11675, appendix)."""
     return 100 * size ** (math.pi / gamma)

@@ -10,11 +10,18 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from ..adapter import AdapterFileError, Posterior, check_folder, find_posterior, load_posterior, save_posterior
+from ..adapter import (
+    AdapterFileError,
+    Posterior,
+    check_folder,
+    find_posterior,
+    load_posterior,
+    save_posterior,
+)
 from .arguments import BlobTrainingArguments
 from .kl_weights import kl_weight, rescaled_dataset_size
 
@@ -61,23 +68,30 @@ class BlobTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, args=args, **kwargs)
+        self._module = model
         self.task = task
         self.posterior: Posterior | None = find_posterior(model)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the model could do
         self._nll_sum, self._nll_count = torch.zeros((), device=args.device), 0
         self.add_callback(_ElboCallback(self))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> TrainOutput:
         """As in the Trainer; ``resume_from_checkpoint=True`` takes the newest *complete* checkpoint."""
         if resume_from_checkpoint is True:
-            found = last_checkpoint(self.args.output_dir)
+            found = last_checkpoint(str(self.args.output_dir))
             if found is None:
                 raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(found)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def compute_loss(  # type: ignore[override]
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """Mean NLL over the batch and the weight draws, plus the weighted KL where one optimizer takes both."""
         nll, logits = self._nll(model, inputs)
@@ -96,8 +110,9 @@ class BlobTrainer(Trainer):
     def current_kl_weight(self) -> float:
         """Factor of the KL in this step's loss: s·λ_i / b."""
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        size = self._dataset_size()
-        size = rescaled_dataset_size(size, self.args.gamma) if self.args.dataset_rescaling else float(size)
+        size = float(self._dataset_size())
+        if self.args.dataset_rescaling:
+            size = rescaled_dataset_size(size, self.args.gamma)
         num_batches = max(1, math.ceil(size / batch))
         position = self.state.global_step % num_batches + 1
         return self.args.kl_scale * kl_weight(position, num_batches, self.args.kl_weighting) / batch
@@ -106,7 +121,10 @@ class BlobTrainer(Trainer):
         """The second half of an ``alternating`` step: θ ← θ - η_KL ∇(λ_i KL), on the mean and Ω alone."""
         if self.posterior is None or self.args.optimizer_style != "alternating" or self.args.kl_scale == 0:
             return
-        parameters = [*self.posterior.named_means().values(), *self.posterior.named_std_parameters().values()]
+        parameters: list[Tensor] = [
+            *self.posterior.named_means().values(),
+            *self.posterior.named_std_parameters().values(),
+        ]
         schedule = self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 1.0
         gradients = torch.autograd.grad(self.posterior.kl() * self.current_kl_weight(), parameters)
         with torch.no_grad():
@@ -116,7 +134,7 @@ class BlobTrainer(Trainer):
         """Stop before a step that would write NaN into the weights."""
         if self.accelerator.scaler is not None:
             return  # float16: the scaler skips such steps itself
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
         if not torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum()):
             raise self._diverged("a gradient")
 
@@ -143,12 +161,16 @@ class BlobTrainer(Trainer):
         """Evaluation on the posterior mean, or on the average over ``eval_num_samples`` draws."""
         from ..prediction import average_draws
 
-        if self.task is None:
+        task = self.task
+        if task is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             log_probs = average_draws(
-                lambda: self.task.logits(model, inputs), self.posterior, self.args.eval_num_samples, self.args.seed
+                lambda: task.logits(model, inputs),
+                self.posterior,
+                self.args.eval_num_samples,
+                self.args.seed,
             )
         labels = inputs.get("labels")
         loss = None if labels is None else F.nll_loss(log_probs, labels)
@@ -173,8 +195,10 @@ class BlobTrainer(Trainer):
             ) from error
 
     def _diverged(self, what: str, nll: Tensor | None = None) -> DivergedError:
-        names = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
-        names += [n for n, p in self.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        names = [n for n, p in self._module.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        names += [
+            n for n, p in self._module.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()
+        ]
         where = f"first in {names[0]}" if names else "in no weight yet, so in the activations of this batch"
         if nll is not None and torch.isfinite(nll):
             where = "in the KL: an entry of Ω has reached 0 or infinity" if not names else where
@@ -188,7 +212,7 @@ class BlobTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.posterior is not None and self.args.should_save:
-            save_posterior(self.posterior, output_dir or self.args.output_dir)
+            save_posterior(self.posterior, str(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -202,9 +226,7 @@ class _ElboCallback(TrainerCallback):
     def __init__(self, trainer: BlobTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: BlobTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any  # type: ignore[override]
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Give each process its own noise; a resumed run then loads the generator that the checkpoint holds."""
         self.trainer._dataset_size()
         torch.manual_seed(args.seed + _RANK_STRIDE * args.process_index)
@@ -244,7 +266,9 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     A process that is killed while it writes leaves a folder whose files are missing or cut; such a folder is passed
     over. The Trainer writes its state last and deletes old checkpoints only after that.
     """
-    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    folders = [
+        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
+    ]
     for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
         try:
             json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
