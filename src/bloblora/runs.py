@@ -50,6 +50,7 @@ class TrainConfig:
         limit_seed: which records ``limit`` takes.
         steps: optimizer steps.
         batch_size: examples an optimizer step.
+        group_by_length: put examples of like length in a batch, which spares padding; their order stays random.
         learning_rate: of AdamW, after warm-up; falls linearly to 0.
         warmup_ratio: share of the steps in which the learning rate rises.
         seed: of initialization, data order and noise.
@@ -82,6 +83,7 @@ class TrainConfig:
     limit_seed: int = 0
     steps: int = 500
     batch_size: int = 16
+    group_by_length: bool = True
     learning_rate: float = 5e-4
     warmup_ratio: float = 0.06
     seed: int = 0
@@ -342,6 +344,7 @@ def _arguments(config: TrainConfig, progress: bool) -> BlobTrainingArguments:
         learning_rate=config.learning_rate,
         warmup_steps=round(config.steps * config.warmup_ratio),
         lr_scheduler_type="linear",
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         seed=config.seed,
         gradient_checkpointing=config.gradient_checkpointing,
         kl_scale=config.kl_scale,

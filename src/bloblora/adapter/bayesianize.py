@@ -146,7 +146,7 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     adapter_name = adapter_name or model.active_adapter
     layers = _check(model, adapter_name)
     config = config or BlobConfig()
-    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    embedding = _embedding_weight(model.get_base_model())
     for layer in layers.values():
         variant = BlobVariant(config)
         if layer.get_base_layer().weight is embedding:
@@ -162,6 +162,12 @@ def find_posterior(model: nn.Module, adapter_name: str | None = None) -> Posteri
         return None
     adapter_name = adapter_name or model.active_adapter
     return Posterior(model, adapter_name) if any(True for _ in _bayesian_layers(model, adapter_name)) else None
+
+
+def _embedding_weight(base: nn.Module) -> Tensor | None:
+    """The input embedding, to which a head may be tied; None for a model that has none."""
+    find = getattr(base, "get_input_embeddings", None)
+    return getattr(find(), "weight", None) if find else None
 
 
 def _bayesian_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:

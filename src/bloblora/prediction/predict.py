@@ -1,7 +1,7 @@
 """Prediction with N weight draws."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,6 +15,10 @@ from .prediction import Prediction
 
 class PredictionTask(Protocol):
     """What prediction needs of a task."""
+
+    def length(self, example: Any) -> int:
+        """Tokens that an encoded example takes in a batch."""
+        ...
 
     def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """Encoded examples to a padded batch."""
@@ -66,15 +70,16 @@ def predict(
     was_training = model.training
     model.eval()
     try:
-        batches = list(_batches(inputs, task, batch_size))
+        order = _order(inputs, task)
         rows = []
-        for batch in track(batches, "predicting", disable=not progress):
+        for start in track(range(0, len(order), batch_size), "predicting", disable=not progress):
+            batch = _batch(inputs, task, order[start : start + batch_size])
             moved = {name: tensor.to(device) for name, tensor in batch.items()}
             forward = partial(_logits, model, moved, task)
             rows.append(_draw_log_probs(forward, posterior, num_samples, seed).cpu())
     finally:
         model.train(was_training)
-    return Prediction(_cat(rows), num_samples)
+    return Prediction(_cat(rows)[:, torch.tensor(order).argsort()], num_samples)
 
 
 def average_draws(forward: Callable[[], Tensor], posterior: Posterior | None, num_samples: int, seed: int) -> Tensor:
@@ -102,23 +107,25 @@ def _logits(model: nn.Module, batch: dict[str, Tensor], task: PredictionTask | N
     return model(**batch).logits if task is None else task.logits(model, batch)
 
 
-def _batches(
-    inputs: Sequence[Any] | Mapping[str, Tensor], task: PredictionTask | None, size: int
-) -> Iterator[dict[str, Tensor]]:
-    if task is not None:
-        assert not isinstance(inputs, Mapping)
-        if len(inputs) == 0:
-            raise ValueError("inputs: there is nothing to predict")
-        for start in range(0, len(inputs), size):
-            yield task.collate(inputs[start : start + size])
-        return
-    if not isinstance(inputs, Mapping):
+def _order(inputs: Sequence[Any] | Mapping[str, Tensor], task: PredictionTask | None) -> list[int]:
+    """Order in which inputs are batched: a task's longest first, so that little is padded and memory peaks early."""
+    if task is None and not isinstance(inputs, Mapping):
         raise ValueError(f"inputs: without a task, pass what the tokenizer returned, got {type(inputs).__name__}")
-    tensors = {name: torch.as_tensor(value) for name, value in inputs.items() if name != "labels"}
-    if not tensors or len(next(iter(tensors.values()))) == 0:
+    size = len(next(iter(inputs.values()), ())) if isinstance(inputs, Mapping) else len(inputs)
+    if size == 0:
         raise ValueError("inputs: there is nothing to predict")
-    for start in range(0, len(next(iter(tensors.values()))), size):
-        yield {name: tensor[start : start + size] for name, tensor in tensors.items()}
+    if task is None or isinstance(inputs, Mapping):
+        return list(range(size))
+    return sorted(range(size), key=lambda i: -task.length(inputs[i]))
+
+
+def _batch(
+    inputs: Sequence[Any] | Mapping[str, Tensor], task: PredictionTask | None, rows: list[int]
+) -> dict[str, Tensor]:
+    if isinstance(inputs, Mapping):
+        return {name: torch.as_tensor(value)[rows] for name, value in inputs.items() if name != "labels"}
+    assert task is not None
+    return task.collate([inputs[i] for i in rows])
 
 
 def _cat(rows: list[Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from bloblora.tasks.task import (
     check_text,
     collate_labels,
 )
-from bloblora.tasks.tree import collate_trees, tree_log_likelihoods
+from bloblora.tasks.tree import collate_trees, tree_length, tree_log_likelihoods
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,10 @@ class ChoiceText(Task):
         scored = [len(branch) for branch in branches]
         answer = check_answer(record, len(choices))
         return {"prefix": prefix, "branches": branches, "scored": scored, "truncated": cut, **answer}
+
+    def length(self, example: Example) -> int:
+        """Tokens of the question and all its choices."""
+        return tree_length(example)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """A row for each question with all its choices; see `collate_trees`."""

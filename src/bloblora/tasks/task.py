@@ -70,6 +70,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def length(self, example: Example) -> int:
+        """Tokens that an encoded example takes in a batch."""
+        return len(example["input_ids"])
+
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Encoded examples as one padded batch; `labels` (b,) is there when every example has a label."""
         raise NotImplementedError

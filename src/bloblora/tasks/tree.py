@@ -43,6 +43,11 @@ def collate_trees(examples: Sequence[Example], pad_token_id: int) -> Batch:
     }
 
 
+def tree_length(example: Example) -> int:
+    """Tokens of an example's row."""
+    return len(example["prefix"]) + sum(map(len, example["branches"]))
+
+
 def tree_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     """Log-likelihood of each choice's scored tokens, nats: (b, C) float32, -inf for choices it lacks."""
     check_model(model, batch)

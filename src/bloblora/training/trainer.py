@@ -4,14 +4,17 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..adapter import (
@@ -28,8 +31,12 @@ from .kl_weights import kl_weight, rescaled_dataset_size
 _RANK_STRIDE = 1_000_003
 
 
-class LogitsFunction(Protocol):
+class TrainingTask(Protocol):
     """What the trainer needs of a task."""
+
+    def length(self, example: Any) -> int:
+        """Tokens that an encoded example takes in a batch."""
+        ...
 
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Logits (b, C) of a batch."""
@@ -64,7 +71,7 @@ class BlobTrainer(Trainer):
         model: nn.Module,
         args: BlobTrainingArguments,
         *,
-        task: LogitsFunction | None = None,
+        task: TrainingTask | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, args=args, **kwargs)
@@ -176,6 +183,17 @@ class BlobTrainer(Trainer):
         loss = None if labels is None else F.nll_loss(log_probs, labels)
         return (loss, None, None) if prediction_loss_only else (loss, log_probs, labels)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.task is None or self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [self.task.length(example) for example in dataset]
+        return _LengthGroupedSampler(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            lengths,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+
     def _nll(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if self.task is None:
             outputs = model(**inputs)
@@ -218,6 +236,22 @@ class BlobTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.posterior is not None:
             load_posterior(self.posterior.model, resume_from_checkpoint, self.posterior.adapter_name)
+
+
+class _LengthGroupedSampler(LengthGroupedSampler):
+    """The Trainer's, with an order that its seed and the epoch decide, so that a resumed training finds its place."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader at the start of each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class _ElboCallback(TrainerCallback):
