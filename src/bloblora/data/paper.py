@@ -1,6 +1,6 @@
 """The paper's data sets by name, through `datasets` with their public ids."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .errors import DataError
@@ -65,4 +65,18 @@ def read_paper_set(name: str, split: str) -> list[Record]:
         rows = load_dataset(hub_id, config, split=split)
     except Exception as error:  # the hub's client raises many kinds, some of them not documented
         raise DataError([f"{name}:{split}: {hub_id} can't be read from the hub: {error}"]) from error
-    return [convert(row) for row in rows]
+    return _converted(f"{name}:{split}", rows, convert)
+
+
+def _converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Record]) -> list[Record]:
+    """Rows as records; a row of another form than the hub's card says is reported with its number."""
+    records: list[Record] = []
+    problems: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            records.append(convert(row))
+        except (KeyError, ValueError, TypeError) as error:
+            problems.append(f"{source}: row {number}: not of the form that is known: {error!r} in {dict(row)!r}")
+    if problems:
+        raise DataError(problems)
+    return records

