@@ -106,7 +106,9 @@ class ChoiceLetter(Task):
             hidden = causal.base_model(**inputs, use_cache=False).last_hidden_state[:, -1:]
             logits = label_logits(causal.get_output_embeddings(), hidden, letters)
         else:
-            logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1:, letters]
+            # An index, not a number, for the reason given in `tree_log_likelihoods`.
+            last = torch.tensor([inputs["input_ids"].shape[1] - 1], device=letters.device)
+            logits = model(**inputs, logits_to_keep=last, use_cache=False).logits[:, -1:, letters]
         return logits.squeeze(1).float().masked_fill(batch["letter_ids"] < 0, -torch.inf)
 
 

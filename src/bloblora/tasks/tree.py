@@ -52,14 +52,15 @@ def tree_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     """Log-likelihood of each choice's scored tokens, nats: (b, C) float32, -inf for choices it lacks."""
     check_model(model, batch)
     choice_ids, sources, lengths = batch["choice_ids"], batch["sources"], batch["choice_lengths"]
-    window = choice_ids.shape[1] + 1
+    width, window = batch["input_ids"].shape[1], choice_ids.shape[1] + 1
     dtype = extract_model_from_parallel(model).dtype
     zeros = torch.zeros_like(batch["attention_mask"], dtype=dtype)
     output = model(
         input_ids=batch["input_ids"],
         attention_mask=zeros.masked_fill(~batch["attention_mask"], torch.finfo(dtype).min),
         position_ids=batch["position_ids"],
-        logits_to_keep=window,
+        # Indices, not a number: a number makes a view, for which torch multiplies by a copy of the head an example.
+        logits_to_keep=torch.arange(width - window, width, device=choice_ids.device),
         use_cache=False,
     )
     logits = output.logits.float()
