@@ -64,7 +64,8 @@ class Posterior:
         """Fix one draw of all weights: every forward inside is one function, in train and in eval mode.
 
         A draw depends on the seed, the shapes and the posterior alone: not on the device, the batch or torch's
-        global generator.
+        global generator. A copy of the model that is made inside stays this draw, so
+        ``copy.deepcopy(model).merge_and_unload()`` is a plain model of it.
 
         Args:
             seed: an integer, or a generator from which successive draws are taken.
@@ -125,7 +126,8 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
 
     The mean starts at the adapter's A, fresh or trained; B, biases and ``modules_to_save`` stay deterministic.
     Outside ``posterior.draw`` and ``posterior.mean`` a model in train mode draws fresh noise per example, in eval mode
-    it uses the mean.
+    it uses the mean. Ω is trained where A is: for an adapter that was loaded for inference and is frozen,
+    ``model.set_adapter(adapter_name)`` makes A, B and Ω trainable together.
 
     Args:
         model: a PEFT model with a LoRA adapter.
@@ -149,7 +151,8 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     embedding = _embedding_weight(model.get_base_model())
     for layer in layers.values():
         variant = BlobVariant(config)
-        if layer.get_base_layer().weight is embedding:
+        # A quantized layer may have no `weight`.
+        if embedding is not None and getattr(layer.get_base_layer(), "weight", None) is embedding:
             variant.tied_config = getattr(model.get_base_model(), "config", None)
         variant.init(layer, adapter_name)
         layer.lora_variant[adapter_name] = variant

@@ -18,8 +18,9 @@ from .. import posterior as q
 from .config import BlobConfig
 
 STD_PARAMETER = "blob_std_parameter"
-"""Layer attribute that holds the unconstrained Ω of each adapter. It doesn't start with ``lora_``, so that PEFT keeps
-it out of ``adapter_model.safetensors``, which stays a stock LoRA of the mean."""
+"""Layer attribute that holds the unconstrained Ω of each adapter, by adapter name. `bloblora.save` and the trainer's
+checkpoints keep it out of ``adapter_model.safetensors``, which stays a stock LoRA of the mean; PEFT's own
+``save_pretrained`` doesn't."""
 
 
 def lora_a(module: Any, adapter_name: str) -> nn.Parameter:
@@ -43,6 +44,10 @@ class BlobVariant(LoraVariant):
         self.sampling = True
         self.tied_config: PretrainedConfig | None = None
         self._merged: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: torch copies no tensor that has a gradient's history, as a draw has."""
+        return self.__dict__ | {"weight": None if self.weight is None else self.weight.detach()}
 
     def init(self, module: Any, adapter_name: str, std_parameter: Tensor | None = None, **_: Any) -> None:  # type: ignore[override]
         """Give the layer its Ω parameter (r, n): the one passed, or a fresh start."""

@@ -1,11 +1,13 @@
 """Prediction with N weight draws."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -43,7 +45,10 @@ def predict(
     """Class probabilities averaged over draws of the weights.
 
     Draw s of a seed is one function of the input: it depends neither on the batch, its order and its padding, nor on
-    how many draws follow.
+    how many draws follow. Torch's global generator and the model's train or eval mode stay as they are.
+
+    Each batch draws the weights again, from the seed: that costs far less than a forward (0.2 % of one with 16 rows of
+    60 tokens), and no more than one draw is ever in memory.
 
     Args:
         model: a PEFT model, Bayesian or plain; all draws of a plain one are equal, so one is made.
@@ -61,46 +66,78 @@ def predict(
     Raises:
         ValueError: ``num_samples`` or ``batch_size`` is out of range, or there is no input.
     """
-    if num_samples < 0:
-        raise ValueError(f"num_samples must be 0 (the mean) or more, got {num_samples}")
+    _check_num_samples(num_samples)
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    posterior = find_posterior(model)
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        order = _order(inputs, task)
-        rows = []
-        for start in track(range(0, len(order), batch_size), "predicting", disable=not progress):
+    posterior, device, order = find_posterior(model), next(model.parameters()).device, _order(inputs, task)
+    starts = range(0, len(order), batch_size)
+    rows = []
+    with _eval_mode(model):
+        for start in track(starts, "predicting", disable=not progress, console=Console(stderr=True)):
             batch = _batch(inputs, task, order[start : start + batch_size])
             moved = {name: tensor.to(device) for name, tensor in batch.items()}
             forward = partial(_logits, model, moved, task)
             rows.append(_draw_log_probs(forward, posterior, num_samples, seed).cpu())
-    finally:
-        model.train(was_training)
     return Prediction(_cat(rows)[:, torch.tensor(order).argsort()], num_samples)
 
 
-def average_draws(forward: Callable[[], Tensor], posterior: Posterior | None, num_samples: int, seed: int) -> Tensor:
-    """Logarithm of the mean over draws of softmax(``forward()``), (b, C) float32; N = 0 is the mean."""
+def average_draws(
+    forward: Callable[[], Tensor], posterior: Posterior | None, num_samples: int = 10, seed: int = 0
+) -> Tensor:
+    """Logarithm of the mean probabilities over draws of the weights, for a batch that is at hand.
+
+    Args:
+        forward: returns logits (b, C); it is called once a draw, and must be the same function each time but for the
+            weights, so the model must be in eval mode or have no dropout.
+        posterior: whose draws; None for a plain model.
+        num_samples: N draws; 0 uses the posterior mean.
+        seed: of the draws.
+
+    Returns:
+        log of the mean of softmax(``forward()``), (b, C) float32, averaged in log space.
+
+    Raises:
+        ValueError: ``num_samples`` is negative.
+    """
+    _check_num_samples(num_samples)
     log_probs = _draw_log_probs(forward, posterior, num_samples, seed)
     return torch.logsumexp(log_probs, dim=0) - math.log(log_probs.shape[0])
 
 
+def _check_num_samples(num_samples: int) -> None:
+    if num_samples < 0:
+        raise ValueError(f"num_samples must be 0 (the mean) or more, got {num_samples}")
+
+
 def _draw_log_probs(forward: Callable[[], Tensor], posterior: Posterior | None, num_samples: int, seed: int) -> Tensor:
-    """(S, b, C) log-probabilities, S = max(N, 1)."""
-    if posterior is None:
-        return forward().float().log_softmax(-1)[None]
-    if num_samples == 0:
-        with posterior.mean():
-            return forward().float().log_softmax(-1)[None]
-    generator = torch.Generator().manual_seed(seed)
+    """(S, b, C) log-probabilities, S = max(N, 1), or 1 for a plain model."""
     draws = []
-    for _ in range(num_samples):
-        with posterior.draw(generator):
+    for weights in _draws(posterior, num_samples, seed):
+        with weights:
             draws.append(forward().float().log_softmax(-1))
     return torch.stack(draws)
+
+
+def _draws(posterior: Posterior | None, num_samples: int, seed: int) -> Iterator[AbstractContextManager[None]]:
+    """A context for each draw, in which the model has its weights."""
+    if posterior is None or num_samples == 0:
+        yield nullcontext() if posterior is None else posterior.mean()
+        return
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num_samples):
+        yield posterior.draw(generator)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; then each module is as it was, also in a model of which a part is frozen in eval mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _logits(model: nn.Module, batch: dict[str, Tensor], task: PredictionTask | None) -> Tensor:
