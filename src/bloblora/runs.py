@@ -4,14 +4,17 @@ The folder holds the adapter (see `bloblora.adapter.storage`), ``task.json`` (ho
 ``run.json`` (the whole configuration, and what the training took) and, while it lasts, ``checkpoints/``.
 """
 
+import hashlib
 import json
+import math
 import os
 import random
 import resource
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +22,15 @@ from typing import Any, Literal
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import data as datasets_
 from . import models, tasks
-from .adapter import BlobConfig, bayesianize, load, save
-from .evaluation import metrics, ood_metrics
+from .adapter import BlobConfig, bayesianize, check_folder, load, save
+from .evaluation import metrics, ood_metrics, reliability_diagram
 from .prediction import Prediction, predict
 from .training import BlobTrainer, BlobTrainingArguments, last_checkpoint
 
@@ -107,16 +113,41 @@ class TrainConfig:
     keep_checkpoints: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "rank", "save_steps", "num_weight_draws"):
-            if getattr(self, name) < 1:
-                raise RunError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "alpha"):
-            if not getattr(self, name) > 0:
-                raise RunError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("warmup_ratio", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise RunError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        self.blob_config()
+        problems = [problem for name, values in self._ranges().items() if (problem := values(name))]
+        problems += [f"{name} must not be empty" for name in ("data", "output", "model") if not getattr(self, name)]
+        if self.targets == []:
+            problems.append("targets must name at least one layer, or be left out")
+        try:
+            self.blob_config()
+        except ValueError as error:
+            problems.append(str(error))
+        if problems:
+            raise RunError("\n".join(problems))
+
+    def _ranges(self) -> dict[str, Callable[[str], str | None]]:
+        """For each number what is wrong with it, if anything."""
+
+        def check(right: Callable[[float], bool], range_: str) -> Callable[[str], str | None]:
+            def problem(name: str) -> str | None:
+                value = getattr(self, name)
+                usable = value is not None and math.isfinite(value) and right(value)
+                return None if usable else f"{name} must be {range_}, got {value}"
+
+            return problem
+
+        count = check(lambda value: value >= 1, "at least 1")
+        positive = check(lambda value: value > 0, "a finite number above 0")
+        scale = check(lambda value: value >= 0, "a finite number of at least 0")
+        share = check(lambda value: 0 <= value < 1, "in [0, 1)")
+        seed = check(lambda value: 0 <= value < 2**32, "in 0..2^32 - 1")
+        return {
+            **dict.fromkeys(("steps", "batch_size", "rank", "save_steps", "num_weight_draws"), count),
+            **({} if self.limit is None else {"limit": count}),
+            **dict.fromkeys(("learning_rate", "alpha"), positive),
+            **dict.fromkeys(("kl_scale", "kl_learning_rate"), scale),
+            **dict.fromkeys(("warmup_ratio", "dropout"), share),
+            **dict.fromkeys(("seed", "limit_seed"), seed),
+        }
 
     def blob_config(self) -> BlobConfig:
         """The posterior's part."""
@@ -132,7 +163,8 @@ class Run:
         tokenizer: its tokenizer.
         task: how records become logits.
         config: the configuration that it was trained with.
-        training: what the training took: ``seconds``, ``peak_memory_bytes``, ``final`` (the last log).
+        training: what the training took: ``seconds`` (of all sessions, without what a stop threw away),
+            ``peak_memory_bytes`` (of the last session), ``final`` (the last log).
     """
 
     model: PeftModel
@@ -161,19 +193,25 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
     """Train a run, or go on with one that was stopped; a finished one is loaded.
 
     Raises:
-        RunError: the folder holds a run of another configuration.
+        RunError: the folder holds a run of another configuration or of other records, or can't be written.
         DataError, TaskError: the data can't be used; raised before the base model is loaded.
     """
     output = Path(config.output)
-    if _read_run(output, config).get("training"):
-        return load_run(output)
+    if output.exists() and not output.is_dir():
+        raise RunError(f"output {config.output!r}: is a file; give a folder")
+    stored = _read_run(output, config)
     records = select(datasets_.read_records(config.data), config.limit, config.limit_seed)
+    _check_task(config, records)
+    description: dict[str, Any] = {"config": asdict(config), "records_sha256": _records_sha256(records)}
+    _check_same_records(output, stored, description["records_sha256"])
+    if stored.get("training"):
+        return load_run(output)
+    check_writable(output / RUN_FILE)
     tokenizer = models.load_tokenizer(config.model)
     task = tasks.build_task(config.task, records, tokenizer)
     examples = tasks.encode_all(task, records, tokenizer, progress=progress)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / RUN_FILE, {"config": asdict(config)})
-    (output / CONFIG_FILE).write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+    write_json(output / RUN_FILE, description)
+    _write(output / CONFIG_FILE, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
 
     set_seed(config.seed)
     model = _prepare(config, task)
@@ -185,11 +223,17 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
         data_collator=task.collate,
         callbacks=list(callbacks),
     )
+    # The Trainer's own print each log on standard output, which belongs to results.
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if progress:
+        trainer.add_callback(_ProgressBar)
     checkpoint = last_checkpoint(output / CHECKPOINTS)
-    start = time.perf_counter()
+    clock = _Clock(checkpoint)
+    trainer.add_callback(clock)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     training = {
-        "seconds": time.perf_counter() - start,
+        "seconds": clock.seconds(),
         "resumed_from": checkpoint.name if checkpoint else None,
         "num_examples": len(examples),
         "peak_memory_bytes": peak_memory(),
@@ -197,7 +241,9 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
     }
     save(model, output)
     write_json(output / TASK_FILE, task.to_dict())
-    write_json(output / RUN_FILE, {"config": asdict(config), "training": training})
+    # The adapter's own hashes are the posterior's; this one is there for a plain LoRA too.
+    description["adapter_sha256"] = _file_sha256(check_folder(output) / SAFETENSORS_WEIGHTS_NAME)
+    write_json(output / RUN_FILE, description | {"training": training})
     if not config.keep_checkpoints:
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return Run(model.eval(), tokenizer, task, config, training)
@@ -211,15 +257,47 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         AdapterFileError: the adapter's files are damaged.
     """
     directory = Path(directory)
+    description = open_run(directory)
+    config, task = description.config, description.task
+    model = load(_base_model(config, task), directory)
+    return Run(model, models.load_tokenizer(config.model), task, config, description.training)
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """What a finished run's folder says, without its model: enough to check arguments by."""
+
+    config: TrainConfig
+    task: tasks.Task
+    training: dict[str, Any]
+
+
+def open_run(directory: str | os.PathLike[str]) -> RunDescription:
+    """Read and check a finished run's folder; no model is loaded.
+
+    Raises:
+        RunError: the folder isn't one, its training isn't finished, or its adapter was altered.
+        AdapterFileError: the adapter's files are damaged.
+    """
+    directory = Path(directory)
     if not (directory / RUN_FILE).is_file():
         raise RunError(f"{directory}: no {RUN_FILE} in it; give a folder that `bloblora train` wrote")
     stored = _read_json(directory / RUN_FILE)
     if not stored.get("training"):
         raise RunError(f"{directory}: its training isn't finished; run the same `bloblora train` again to go on")
-    config = TrainConfig(**stored["config"])
-    task = tasks.task_from_dict(_read_json(directory / TASK_FILE))
-    model = load(_base_model(config, task), directory)
-    return Run(model, models.load_tokenizer(config.model), task, config, stored["training"])
+    try:
+        config = TrainConfig(**stored["config"])
+        task = tasks.task_from_dict(_read_json(directory / TASK_FILE))
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{directory / RUN_FILE}: not what this version of bloblora writes: {error}") from error
+    weights = check_folder(directory) / SAFETENSORS_WEIGHTS_NAME
+    if config.method == "blob" and not (weights.parent / "blob_config.json").is_file():
+        raise RunError(f"{directory}: the posterior's files are missing; without them this is a plain LoRA")
+    if stored.get("adapter_sha256", actual := _file_sha256(weights)) != actual:
+        raise RunError(
+            f"{weights}: its SHA-256 isn't the one in {RUN_FILE}: the file was altered, or comes from another run"
+        )
+    return RunDescription(config, task, stored["training"])
 
 
 def score(inside: Prediction, targets: torch.Tensor, outside: Prediction | None = None) -> dict[str, Any]:
@@ -239,18 +317,26 @@ def evaluate(
     *,
     batch_size: int = 32,
     progress: bool = False,
+    diagram: Path | None = None,
 ) -> dict[str, Any]:
     """Metrics of a run on labelled records; ``outside`` are records out of its scope.
 
+    With ``diagram`` a reliability diagram is written to that PNG.
+
     Raises:
-        RunError: a label that the run doesn't know.
+        RunError: records of the other kind, or a label that the run doesn't know.
     """
+    check_kind(run.task, records)
     targets = targets_of(run.task, records)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     inside = run.predict(records, num_samples, seed, **options)
     far = None
     if outside is not None:
+        check_kind(run.task, outside)
         far = run.predict([_unlabelled(record) for record in outside], num_samples, seed, **options)
+    if diagram is not None:
+        name = f"{run.config.method}, N = {inside.num_samples}"
+        reliability_diagram({name: (inside.probabilities, targets)}, diagram)
     return score(inside, targets, far)
 
 
@@ -278,9 +364,24 @@ def targets_of(task: tasks.Task, records: Sequence[dict[str, Any]]) -> torch.Ten
     if task.labels is None:
         return torch.tensor([record["answer"] for record in records])
     index = {label: i for i, label in enumerate(task.labels)}
-    if unknown := sorted({record["label"] for record in records} - index.keys()):
-        raise RunError(f"labels that the model was not trained on: {', '.join(unknown[:10])}")
+    unknown = [
+        f"record {number}: field 'label': {record['label']!r}"
+        for number, record in enumerate(records, start=1)
+        if record["label"] not in index
+    ]
+    if unknown:
+        more = f"\n… and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        known = ", ".join(task.labels[:10]) + (", …" if len(task.labels) > 10 else "")
+        raise RunError("\n".join([f"labels that the model was not trained on (it has {known}):", *unknown[:10]]) + more)
     return torch.tensor([index[record["label"]] for record in records])
+
+
+def check_kind(task: tasks.Task, records: Sequence[dict[str, Any]]) -> None:
+    """Raise a RunError when records are of another kind than the task's: texts to classify, or questions."""
+    kind, wanted = datasets_.kind_of(records), _kind(task.name)
+    if kind != wanted:
+        fields = {"classification": "'text'", "choice": "'question' and 'choices'"}
+        raise RunError(f"the run's task is {task.name}, which needs records with {fields[wanted]}, not {fields[kind]}")
 
 
 def select(records: list[dict[str, Any]], limit: int | None, seed: int = 0) -> list[dict[str, Any]]:
@@ -296,15 +397,104 @@ def select(records: list[dict[str, Any]], limit: int | None, seed: int = 0) -> l
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    _write(file, json.dumps(content, indent=2) + "\n")
+
+
+def check_writable(file: str | os.PathLike[str]) -> None:
+    """Make a file's folder, and raise a RunError when the file can't be written there: before hours of work."""
+    file = Path(file)
+    if file.is_dir():
+        raise RunError(f"{file}: is a folder; give a file to write")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise RunError(f"{file}: can't be written: {error.strerror or error}") from error
+
+
+def check_samples(samples: int, seed: int, batch_size: int = 1) -> None:
+    """Raise a RunError when these can't be a prediction's: before a model is loaded for it."""
+    problems = [f"samples must be 0 (the mean) or more, got {samples}"] if samples < 0 else []
+    problems += [f"batch_size must be at least 1, got {batch_size}"] if batch_size < 1 else []
+    problems += [f"seed must be in 0..2^32 - 1, got {seed}"] if not 0 <= seed < 2**32 else []
+    if problems:
+        raise RunError("\n".join(problems))
 
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _file_sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _records_sha256(records: Sequence[dict[str, Any]]) -> str:
+    """Hash of what is trained on: fields that no task reads don't count."""
+    read = [
+        {k: record[k] for k in ("text", "label", "question", "choices", "answer") if k in record} for record in records
+    ]
+    return hashlib.sha256(json.dumps(read).encode()).hexdigest()
+
+
+def _check_same_records(output: Path, stored: dict[str, Any], sha256: str) -> None:
+    if stored.get("records_sha256", sha256) != sha256:
+        raise RunError(
+            f"{output} holds a run whose training records were others: the data changed since; choose another output, "
+            "or restore the data"
+        )
+
+
+def _kind(task_name: str) -> str:
+    return "classification" if task_name == tasks.Classification.name else "choice"
+
+
+def _check_task(config: TrainConfig, records: Sequence[dict[str, Any]]) -> None:
+    """Raise a RunError when the records can't be this task's; needs no tokenizer."""
+    kind = datasets_.kind_of(records)
+    if config.task != "auto" and _kind(config.task) != kind:
+        wanted = {"classification": "'text'", "choice": "'question' and 'choices'"}[_kind(config.task)]
+        raise RunError(f"{config.data}: task {config.task!r} needs records with {wanted}")
+    labels = {record["label"] for record in records} if kind == "classification" else None
+    if labels is not None and len(labels) < 2:
+        raise RunError(f"{config.data}: field 'label': all are {labels.pop()!r}; there must be at least 2 labels")
+
+
+class _ProgressBar(ProgressCallback):
+    """A bar on standard error that shows the last losses."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.training_bar is not None:
+            shown = {name: f"{logs[name]:.4g}" for name in ("nll", "kl", "median_std") if name in logs}
+            self.training_bar.set_postfix(shown)
+
+
+class _Clock(TrainerCallback):
+    """Seconds of training, over all sessions: each checkpoint holds how many led to it."""
+
+    FILE = "seconds.json"
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        self._before = 0.0
+        if checkpoint is not None and (checkpoint / self.FILE).is_file():
+            self._before = _read_json(checkpoint / self.FILE)["seconds"]
+        self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._start
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        write_json(folder / self.FILE, {"seconds": self.seconds()})
 
 
 def _uncertainty(prediction: Prediction) -> dict[str, torch.Tensor]:
@@ -375,6 +565,9 @@ def _read_run(output: Path, config: TrainConfig) -> dict[str, Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{file}: must hold a JSON object, got {type(content).__name__}")
+    return content

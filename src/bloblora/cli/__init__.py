@@ -2,12 +2,13 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
+from typing import Any, NoReturn
 
 _DESCRIPTION = """Bayesian low-rank adaptation for language models: LoRA that knows what it does not know.
 
@@ -17,19 +18,49 @@ _DESCRIPTION = """Bayesian low-rank adaptation for language models: LoRA that kn
   echo '{"text": "where is my parcel"}' | bloblora predict runs/desk --input -
 
 Every option can stand in a YAML file (--config FILE); a run's own is saved beside it as config.yaml."""
+_RESUMABLE = ("train", "demo")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with status 2 and one message where an argument, a file or a model is wrong."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments[0] if arguments and not arguments[0].startswith("-") else ""
+    try:
+        _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has gone; Python would complain again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(command, "standard output was closed before everything was written")
+    except (ValueError, OSError, FloatingPointError) as error:
+        _fail(command, str(error))
+    except KeyboardInterrupt:
+        again = "; run the same command again to go on from the last checkpoint" if command in _RESUMABLE else ""
+        print(f"\nstopped{again}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(arguments: list[str]) -> None:
     _quiet()
     from argparse import RawDescriptionHelpFormatter
 
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+    import jsonargparse
+    from jsonargparse import DefaultHelpFormatter, Namespace
 
     from . import commands
 
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Descriptions keep their lines."""
+
+    class ArgumentParser(jsonargparse.ArgumentParser):
+        """Errors are one message, and options are shown as they are usually written, --with-dashes."""
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            command = self.prog.replace(" [options]", "")
+            _fail(command.removeprefix("bloblora").strip(), f"{_plain(message)}; see {command} --help")
+
+        def format_help(self, *args: Any) -> str:
+            return _dashed(super().format_help(*args))
 
     parser = ArgumentParser(
         prog="bloblora", description=_DESCRIPTION, version=commands.version(), formatter_class=Formatter
@@ -41,22 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "directory" in command.__annotations__:
             optional: dict[str, Any] = {"nargs": "?", "default": None} if name == "info" else {}
             subparser.add_argument("directory", type=str, help="folder of a run", **optional)
-        subparser.add_function_arguments(command, skip={"directory", "json"}, as_positional=False)
+        subparser.add_function_arguments(command, skip={"directory", "json"}, as_group=False, as_positional=False)
         if "json" in command.__annotations__:
             subparser.add_argument("--json", action="store_true", help="print JSON, for programs")
         subparser.add_argument("--config", action="config", help="YAML file with options; later options override it.")
         subcommands.add_subcommand(name, subparser, help=description.splitlines()[0])
-    parsed = parser.parse_args(_normalized(sys.argv[1:] if arguments is None else arguments))
+    parsed = parser.parse_args(_normalized(arguments))
     options = Namespace(parsed[parsed.subcommand])
     options.pop("config", None)
-    try:
-        commands.COMMANDS[parsed.subcommand](**options.as_dict())
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        print(f"bloblora {parsed.subcommand}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    commands.COMMANDS[parsed.subcommand](**options.as_dict())
 
 
 def preset_file(name: str) -> str:
@@ -68,9 +92,27 @@ def preset_file(name: str) -> str:
     folder = Path(__file__).parent / "presets"
     if not (folder / f"{name}.yaml").is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        print(f"bloblora: error: --preset {name!r} is not one of {known}", file=sys.stderr)
-        sys.exit(2)
+        _fail("", f"--preset {name!r} is not one of {known}")
     return str(folder / f"{name}.yaml")
+
+
+def _fail(command: str, message: str) -> NoReturn:
+    """One message on standard error, exit status 2."""
+    print(f"bloblora {command}".rstrip() + f": error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _plain(message: str) -> str:
+    """The parser's message in the words of the command line, on one line."""
+    message = re.sub(r'Parser key "([^"]+)":', lambda match: f"--{match[1]}:", message.strip())
+    message = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", message)
+    message = re.sub(r"Expected a typing\.Literal\[([^]]*)\]", r"expected one of \1", message)
+    return re.sub(r"\s+", " ", _dashed(message)).rstrip(".")
+
+
+def _dashed(text: str) -> str:
+    """Options with dashes, and code in single backticks."""
+    return re.sub(r"--[a-z]+(?:_[a-z]+)+", lambda match: match[0].replace("_", "-"), text).replace("``", "`")
 
 
 def _normalized(arguments: Sequence[str]) -> list[str]:
