@@ -1,8 +1,10 @@
 """Training on the evidence lower bound with transformers' own loop."""
 
 from .arguments import BlobTrainingArguments
+from .checkpoints import last_checkpoint
+from .divergence import DivergedError
 from .kl_weights import kl_weight, rescaled_dataset_size
-from .trainer import BlobTrainer, DivergedError, last_checkpoint
+from .trainer import BlobTrainer
 
 __all__ = [
     "BlobTrainer",

@@ -16,10 +16,10 @@ class BlobTrainingArguments(TrainingArguments):
 
     One step minimizes, per example,
 
-    .. math:: \frac{1}{b}\sum_{k=1}^{b} \mathrm{NLL}_k + \frac{s\,\lambda_i}{b}\,\mathrm{KL}(q\|p)
+    .. math:: \frac{1}{b}\sum_{k=1}^{b} \mathrm{NLL}_k + s\,\lambda_i \frac{K}{D}\,\mathrm{KL}(q\|p)
 
-    with b the examples of an optimizer step over all processes, λ_i from `kl_weight`, s = ``kl_scale``. With
-    ``uniform`` and s = 1 the weight is 1/D: the ELBO itself.
+    with b the examples of an optimizer step over all processes, D those of a pass and K its steps, λ_i from
+    `kl_weight`, s = ``kl_scale``. With ``uniform`` and s = 1 the weight is 1/D: the ELBO itself.
 
     Raises:
         ValueError: a field is out of its range.
@@ -40,7 +40,10 @@ class BlobTrainingArguments(TrainingArguments):
     gamma: float = field(default=8.0, metadata={"help": "γ of the data set rescaling; larger makes the KL weigh more."})
     dataset_size: int | None = field(
         default=None,
-        metadata={"help": "Training examples D; needed where the data set is a stream without a length."},
+        metadata={
+            "help": "Training examples D; needed where the data set is a stream without a length. Without a task the "
+            "NLL is the model's own loss: where that is a mean over tokens, D counts the label tokens."
+        },
     )
     optimizer_style: str = field(
         default="joint",
@@ -61,6 +64,10 @@ class BlobTrainingArguments(TrainingArguments):
         default=0,
         metadata={"help": "Weight draws averaged in the Trainer's evaluation; 0 is the posterior mean."},
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "As in TrainingArguments; off, since a loss that is not finite stops the training anyway."},
+    )
     remove_unused_columns: bool = field(
         default=False,
         metadata={"help": "As in TrainingArguments; off, since a task's columns are no model arguments."},
@@ -70,14 +77,16 @@ class BlobTrainingArguments(TrainingArguments):
         for name, choices in (("kl_weighting", KL_WEIGHTINGS), ("optimizer_style", OPTIMIZER_STYLES)):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        for name, minimum in (
-            ("kl_scale", 0),
-            ("kl_learning_rate", 0),
-            ("num_weight_draws", 1),
-            ("eval_num_samples", 0),
-        ):
-            if not (math.isfinite(value := getattr(self, name)) and value >= minimum):
-                raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
-        if not (math.isfinite(self.gamma) and self.gamma > 0):
-            raise ValueError(f"gamma must be above 0, got {self.gamma!r}")
+        for name, minimum in (("kl_scale", 0), ("kl_learning_rate", 0)):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= minimum):
+                raise ValueError(f"{name} must be a finite number of at least {minimum}, got {value!r}")
+        for name, minimum in (("num_weight_draws", 1), ("eval_num_samples", 0), ("dataset_size", 1)):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= minimum) and not (name == "dataset_size" and value is None):
+                raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+        if not (isinstance(self.gamma, (int, float)) and math.isfinite(self.gamma) and self.gamma > 0):
+            raise ValueError(f"gamma must be a finite number above 0, got {self.gamma!r}")
+        # Otherwise the data's order hangs on whichever seed torch was given last, and that differs between processes.
+        self.data_seed = self.seed if self.data_seed is None else self.data_seed
         super().__post_init__()

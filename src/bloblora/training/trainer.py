@@ -1,10 +1,8 @@
 """The Trainer with the evidence lower bound as its loss."""
 
-import json
 import math
-import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,15 +15,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from ..adapter import (
-    AdapterFileError,
-    Posterior,
-    check_folder,
-    find_posterior,
-    load_posterior,
-    save_posterior,
-)
+from ..adapter import Posterior, find_posterior, load_posterior, save_posterior
 from .arguments import BlobTrainingArguments
+from .checkpoints import adapter_folder, last_checkpoint, remove_torn
+from .divergence import DivergedError, first_bad_activation, first_bad_kl, first_bad_weight, last_bad_gradient
 from .kl_weights import kl_weight, rescaled_dataset_size
 
 _RANK_STRIDE = 1_000_003
@@ -43,10 +36,6 @@ class TrainingTask(Protocol):
         ...
 
 
-class DivergedError(FloatingPointError):
-    """A loss or gradient is not finite; the message names the step, the layer and the likely cause."""
-
-
 class BlobTrainer(Trainer):
     """`transformers.Trainer` that trains a Bayesian LoRA on the ELBO, and a plain one on the NLL.
 
@@ -61,7 +50,9 @@ class BlobTrainer(Trainer):
         **kwargs: as for `transformers.Trainer`.
 
     Raises:
-        DivergedError: by ``train``, when the loss or a gradient is not finite. Checkpoints stay as they are.
+        ValueError: ``eval_num_samples`` without a task: draws are averaged over a task's probabilities. By ``train``: a
+            Bayesian adapter and neither a length of the data nor ``dataset_size``.
+        DivergedError: by ``train``, when a loss, gradient or weight is not finite. Checkpoints stay as they are.
     """
 
     args: BlobTrainingArguments
@@ -74,12 +65,14 @@ class BlobTrainer(Trainer):
         task: TrainingTask | None = None,
         **kwargs: Any,
     ) -> None:
+        if task is None and args.eval_num_samples > 0:
+            raise ValueError(f"eval_num_samples is {args.eval_num_samples}; without a task it must be 0 (the mean)")
         super().__init__(model=model, args=args, **kwargs)
         self._module = model
         self.task = task
         self.posterior: Posterior | None = find_posterior(model)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the model could do
-        self._nll_sum, self._nll_count = torch.zeros((), device=args.device), 0
+        self._reset_logs()
         self.add_callback(_ElboCallback(self))
 
     def train(  # type: ignore[override]
@@ -91,6 +84,11 @@ class BlobTrainer(Trainer):
             if found is None:
                 raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(found)
+        if self.posterior is not None:
+            self._dataset_size()
+        if resume_from_checkpoint and self.args.save_total_limit is not None and self.args.should_save:
+            remove_torn(str(self.args.output_dir), resume_from_checkpoint)
+        self._reset_logs()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def compute_loss(
@@ -100,62 +98,78 @@ class BlobTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Mean NLL over the batch and the weight draws, plus the weighted KL where one optimizer takes both."""
+        """Mean NLL over the batch and, in train mode, over the weight draws; `training_step` adds the KL's part."""
         nll, logits = self._nll(model, inputs)
+        if not model.training:
+            return (nll, {"logits": logits}) if return_outputs else nll
         for _ in range(self.args.num_weight_draws - 1):
             nll = nll + self._nll(model, inputs)[0]
         nll = nll / self.args.num_weight_draws
         self._nll_sum += nll.detach()
         self._nll_count += 1
-        loss = nll
-        if self.posterior is not None and self.args.optimizer_style == "joint" and self.args.kl_scale > 0:
-            loss = nll + self.current_kl_weight() * self.posterior.kl()
-        if not torch.isfinite(loss):
-            raise self._diverged("the loss", nll)
-        return (loss, {"logits": logits}) if return_outputs else loss
+        if not torch.isfinite(nll):
+            raise self._diverged_nll(lambda: self._nll(self._module, inputs))
+        if self.posterior is not None and self.is_deepspeed_enabled and self.args.optimizer_style == "joint":
+            nll = nll + self.current_kl_weight() * self.posterior.kl()  # its gradients can't be added to afterwards
+        return (nll, {"logits": logits}) if return_outputs else nll
 
     def current_kl_weight(self) -> float:
-        """Factor of the KL in this step's loss: s·λ_i / b."""
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        """Factor of the KL in this step's loss: s·λ_i·K / D."""
         size = float(self._dataset_size())
         if self.args.dataset_rescaling:
             size = rescaled_dataset_size(size, self.args.gamma)
-        num_batches = max(1, math.ceil(size / batch))
+        whole = math.floor if self.args.dataloader_drop_last else math.ceil
+        micro_batches = whole(size / (self._train_batch_size * self.args.world_size))
+        num_batches = max(1, math.ceil(micro_batches / self.args.gradient_accumulation_steps))
         position = self.state.global_step % num_batches + 1
-        return self.args.kl_scale * kl_weight(position, num_batches, self.args.kl_weighting) / batch
+        return self.args.kl_scale * kl_weight(position, num_batches, self.args.kl_weighting) * num_batches / size
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As in the Trainer; before an optimizer step the KL joins, and nothing that isn't finite passes.
+
+        The gradient of the KL is added after the backward: once however many micro-batches there are, and without
+        DistributedDataParallel, which takes no gradient for a weight that the forward didn't use. It is the same on
+        all processes.
+        """
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not self.accelerator.sync_gradients:
+            return loss
+        scaler = self.accelerator.scaler
+        if self._has_kl("joint") and not self.is_deepspeed_enabled:
+            kl, parameters, gradients = self._kl_gradients()
+            loss = loss + kl
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient * scale if parameter.grad is None else parameter.grad.add_(gradient * scale)
+        # Here and not in a callback: clipping, which comes between, spreads one NaN over all gradients. With float16
+        # the scaler skips such steps itself.
+        if scaler is None and (name := last_bad_gradient(self._module)) is not None:
+            raise self._diverged("a gradient", f"in {name}")
+        return loss
 
     def kl_step(self) -> None:
         """The second half of an ``alternating`` step: θ ← θ - η_KL ∇(λ_i KL), on the mean and Ω alone."""
-        if self.posterior is None or self.args.optimizer_style != "alternating" or self.args.kl_scale == 0:
+        if not self._has_kl("alternating") or self.accelerator.optimizer_step_was_skipped:
             return
-        parameters: list[Tensor] = [
-            *self.posterior.named_means().values(),
-            *self.posterior.named_std_parameters().values(),
-        ]
         schedule = self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 1.0
-        gradients = torch.autograd.grad(self.posterior.kl() * self.current_kl_weight(), parameters)
+        _, parameters, gradients = self._kl_gradients()
         with torch.no_grad():
             torch._foreach_add_(parameters, gradients, alpha=-self.args.kl_learning_rate * schedule)
 
-    def check_gradients(self) -> None:
-        """Stop before a step that would write NaN into the weights."""
-        if self.accelerator.scaler is not None:
-            return  # float16: the scaler skips such steps itself
-        gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
-        if not torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum()):
-            raise self._diverged("a gradient")
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the parts of the ELBO and the state of the posterior to a training log."""
+        """Add the parts of the ELBO and the state of the posterior to a training log.
+
+        ``nll`` and ``kl_weight`` are means over the steps since the last log, ``nll`` over the processes too.
+        """
         if "loss" in logs and self._nll_count:
-            logs["nll"] = (self._nll_sum / self._nll_count).item()
-            self._nll_sum.zero_()
-            self._nll_count = 0
-            if self.posterior is not None:
+            nll: Any = self.accelerator.reduce(self._nll_sum / self._nll_count, reduction="mean")
+            logs["nll"] = nll.item()
+            if self.posterior is not None and self._kl_weights:
                 summary = self.posterior.summary()
-                logs["kl"], logs["kl_weight"] = summary["kl"], self.current_kl_weight()
+                logs["kl"], logs["kl_weight"] = summary["kl"], sum(self._kl_weights) / len(self._kl_weights)
                 logs["elbo"] = -(logs["nll"] + logs["kl"] * logs["kl_weight"])
                 logs["median_std"], logs["share_at_prior"] = summary["median_std"], summary["share_at_prior"]
+            self._reset_logs()
         super().log(logs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -185,14 +199,16 @@ class BlobTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.task is None or self.args.train_sampling_strategy != "group_by_length":
+        if self.args.train_sampling_strategy != "group_by_length" or dataset is None:
             return super()._get_train_sampler(train_dataset)
-        lengths = [self.task.length(example) for example in dataset]
-        return _LengthGroupedSampler(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
-            lengths,
-            self.args.seed if self.args.data_seed is None else self.args.data_seed,
-        )
+        if self.task is not None:
+            lengths = [self.task.length(example) for example in dataset]
+        elif isinstance(sampler := super()._get_train_sampler(train_dataset), LengthGroupedSampler):
+            lengths = sampler.lengths
+        else:
+            return sampler
+        batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return _LengthGroupedSampler(batch, lengths, self.args.data_seed or 0)
 
     def _nll(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if self.task is None:
@@ -212,30 +228,88 @@ class BlobTrainer(Trainer):
                 "examples: set BlobTrainingArguments.dataset_size"
             ) from error
 
-    def _diverged(self, what: str, nll: Tensor | None = None) -> DivergedError:
-        names = [n for n, p in self._module.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
-        names += [
-            n for n, p in self._module.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()
+    def _reset_logs(self) -> None:
+        self._nll_sum, self._nll_count = torch.zeros((), device=self.args.device), 0
+        self._kl_weights: list[float] = []
+
+    def _has_kl(self, style: str) -> bool:
+        return self.posterior is not None and self.args.kl_scale > 0 and self.args.optimizer_style == style
+
+    def _kl_gradients(self) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
+        """The weighted KL, the means and Ω parameters, and its gradients with respect to them."""
+        assert self.posterior is not None
+        parameters: list[Tensor] = [
+            *self.posterior.named_means().values(),
+            *self.posterior.named_std_parameters().values(),
         ]
-        where = f"first in {names[0]}" if names else "in no weight yet, so in the activations of this batch"
-        if nll is not None and torch.isfinite(nll):
-            where = "in the KL: an entry of Ω has reached 0 or infinity" if not names else where
-        init_std = f", init_std {self.posterior.config.init_std}" if self.posterior else ""
+        kl = self.posterior.kl() * self.current_kl_weight()
+        if not torch.isfinite(kl):
+            where = f"in the KL of {first_bad_kl(self.posterior)}: an entry of Ω is 0, or one of M or Ω is huge"
+            raise self._diverged("the loss", where)
+        return kl.detach(), parameters, torch.autograd.grad(kl, parameters)
+
+    def _diverged_nll(self, forward: Callable[[], object]) -> DivergedError:
+        """The error for an NLL that is not finite: in a weight, or in what ``forward`` computes."""
+        if (name := first_bad_weight(self._module)) is not None:
+            return self._diverged("the loss", f"first in the weight {name}")
+        if (name := first_bad_activation(self._module, forward)) is not None:
+            return self._diverged("the loss", f"first in the output of {name}")
+        return self._diverged("the loss", "though all weights and activations are: look at this batch's labels")
+
+    def _diverged(self, what: str, where: str, step: int | None = None) -> DivergedError:
+        rates = f"learning_rate {self.args.learning_rate}"
+        if self.posterior is not None:
+            if self.args.optimizer_style == "alternating":
+                rates += f" or kl_learning_rate {self.args.kl_learning_rate}"
+            rates += f" is too high, or init_std {self.posterior.config.init_std}"
         return DivergedError(
-            f"{what} is not finite at step {self.state.global_step + 1}, {where}. Likely cause: learning_rate "
-            f"{self.args.learning_rate} (kl_learning_rate {self.args.kl_learning_rate}{init_std}) is too high; "
-            f"halve it and resume from the last checkpoint in {self.args.output_dir}."
+            f"{what} is not finite at step {step or self.state.global_step + 1}, {where}. Likely cause: {rates} is too "
+            f"high; halve it and resume from the last checkpoint in {self.args.output_dir}."
         )
+
+    def _check_weights(self) -> None:
+        """Stop where the last step has left weights that are not finite."""
+        if (name := first_bad_weight(self._module)) is not None:
+            raise self._diverged("a weight", f"first in {name}", self.state.global_step)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The Trainer asks whether it is done only after a step: resumed at its end, it would make one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_weights()  # before older, good checkpoints are deleted in favour of this one
+        if self.args.should_save:
+            # A folder of an earlier run that is written again must not look complete meanwhile.
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # What makes a checkpoint complete is written next, by one process: not before all have saved their generators.
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.posterior is not None and self.args.should_save:
-            save_posterior(self.posterior, str(output_dir or self.args.output_dir))
+            folder = adapter_folder(str(output_dir or self.args.output_dir), self.posterior.adapter_name)
+            save_posterior(self.posterior, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_posterior(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_posterior(str(self.state.best_model_checkpoint))
+
+    def _load_posterior(self, checkpoint: str) -> None:
         if self.posterior is not None:
-            load_posterior(self.posterior.model, resume_from_checkpoint, self.posterior.adapter_name)
+            name = self.posterior.adapter_name
+            load_posterior(self.posterior.model, adapter_folder(checkpoint, name), name)
 
 
 class _LengthGroupedSampler(LengthGroupedSampler):
@@ -262,23 +336,30 @@ class _ElboCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Give each process its own noise; a resumed run then loads the generator that the checkpoint holds."""
-        self.trainer._dataset_size()
         torch.manual_seed(args.seed + _RANK_STRIDE * args.process_index)
 
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.trainer.check_gradients()
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the sampler the epoch; the Trainer's own attempt misses it where it skips batches in many processes."""
+        if hasattr(loader := kwargs["train_dataloader"], "set_epoch"):
+            loader.set_epoch(int(state.epoch or 0))
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.trainer.kl_step()
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
         if self.trainer.posterior is not None:
+            self.trainer._kl_weights.append(self.trainer.current_kl_weight())
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer._check_weights()
+        if self.trainer.posterior is not None and state.is_world_process_zero:
             _warn_of_degenerate(self.trainer.posterior)
 
 
 def _warn_of_degenerate(posterior: Posterior) -> None:
     """Warn of a posterior that says nothing."""
-    median = posterior.summary()["median_std"]
+    summary = posterior.summary()
+    median, count = summary["median_std"], summary["num_parameters"]
     start = (posterior.config.init_std * (1 + math.sqrt(0.5)) / 2) ** 2
     if median < 0.01 * start:
         warnings.warn(
@@ -286,28 +367,9 @@ def _warn_of_degenerate(posterior: Posterior) -> None:
             "prior_std, or lower learning_rate.",
             stacklevel=2,
         )
-    elif abs(median / start - 1) < 0.02:
+    elif abs(median / start - 1) < 0.02 + 1 / math.sqrt(count):  # 1/√n: three standard errors of a fresh median
         warnings.warn(
             f"the posterior has not left its start: median Ω is {median:.2e}, the start {start:.2e}. Raise kl_scale, "
             "the number of steps, or init_std.",
             stacklevel=2,
         )
-
-
-def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint of a training, or None.
-
-    A process that is killed while it writes leaves a folder whose files are missing or cut; such a folder is passed
-    over. The Trainer writes its state last and deletes old checkpoints only after that.
-    """
-    folders = [
-        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
-    ]
-    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        try:
-            json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            check_folder(folder)
-        except (OSError, ValueError, AdapterFileError):
-            continue
-        return folder
-    return None

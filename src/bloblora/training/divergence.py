@@ -1,0 +1,79 @@
+"""Where a training that has diverged did so."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Posterior
+from ..posterior import kl_divergence
+
+
+class DivergedError(FloatingPointError):
+    """A loss, gradient or weight is not finite; the message names the step, the layer and the likely cause."""
+
+
+def first_bad_weight(model: nn.Module) -> str | None:
+    """Name of the first trainable weight that is not finite."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable or _all_finite([p for _, p in trainable]):
+        return None
+    return next((name for name, p in trainable if not torch.isfinite(p).all()), None)
+
+
+def last_bad_gradient(model: nn.Module) -> str | None:
+    """Name of the last weight whose gradient is not finite: gradients flow backwards, so that is where it began."""
+    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    if not gradients or _all_finite([gradient for _, gradient in gradients]):
+        return None
+    return next((name for name, gradient in reversed(gradients) if not torch.isfinite(gradient).all()), None)
+
+
+@torch.no_grad()
+def first_bad_kl(posterior: Posterior) -> str | None:
+    """Name of the first layer whose KL is not finite: an Ω of 0, or an M or Ω whose square overflows."""
+    parameters, config = posterior.named_std_parameters(), posterior.config
+    for name, mean in posterior.named_means().items():
+        kl = kl_divergence([mean], [parameters[name]], config.prior_std, config.std_parameterization)
+        if not torch.isfinite(kl):
+            return name
+    return None
+
+
+def first_bad_activation(model: nn.Module, forward: Callable[[], object]) -> str | None:
+    """Name of the first module whose output is not finite when ``forward`` runs again; None if all are."""
+    found: list[str] = []
+
+    def watch(name: str, module: nn.Module) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not found and not all(torch.isfinite(tensor).all() for tensor in _tensors(output)):
+                found.append(name)
+
+        return module.register_forward_hook(hook)
+
+    handles = [watch(name, module) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    """One reduction and one wait for the device, however many tensors there are.
+
+    The largest magnitude, not the 2-norm: that overflows for weights that are large but finite.
+    """
+    largest = torch._foreach_norm(tensors, torch.inf)
+    return bool(torch.isfinite(torch.stack([t.to(largest[0].device, torch.float32) for t in largest])).all())
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for item in output:
+            yield from _tensors(item)
