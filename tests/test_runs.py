@@ -1,0 +1,369 @@
+"""A run from data file to saved adapter and back, stopped and resumed, with a tiny base model on disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+import bloblora
+from bloblora import runs
+from bloblora.adapter import find_posterior
+from bloblora.data import DataError
+from tests.tasks.conftest import tiny_causal, with_lora
+from tests.tiny_base import QUESTIONS, queries, save_base, write_jsonl
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Sums in another order differ in their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "texts": write_jsonl(folder / "texts.jsonl", queries()),
+        "questions": write_jsonl(folder / "questions.jsonl", QUESTIONS),
+    }
+
+
+@pytest.fixture
+def config(base, files, tmp_path):
+    return runs.TrainConfig(
+        data=str(files["texts"]),
+        output=str(tmp_path / "run"),
+        model=str(base),
+        steps=4,
+        batch_size=2,
+        save_steps=2,
+        rank=2,
+        learning_rate=0.01,
+    )
+
+
+def adapter_bytes(folder):
+    names = ("adapter_model.safetensors", "posterior.safetensors")
+    return {name: (Path(folder) / name).read_bytes() for name in names if (Path(folder) / name).is_file()}
+
+
+@pytest.mark.parametrize("method", ["blob", "lora"])
+@pytest.mark.parametrize("data", ["texts", "questions"])
+def test_a_loaded_run_predicts_the_same_bits(config, files, data, method):
+    config = replace(config, data=str(files[data]), method=method)
+    run = runs.train(config, progress=False)
+    records = [
+        {k: v for k, v in r.items() if k not in ("label", "answer")} for r in (queries(), QUESTIONS)[data != "texts"]
+    ]
+    before = run.predict(records, 3, seed=5)
+    loaded = runs.load_run(config.output)
+    after = loaded.predict(records, 3, seed=5)
+    assert torch.equal(before.log_probs, after.log_probs)
+    assert loaded.config == config
+    assert (find_posterior(loaded.model) is not None) == (method == "blob")
+    draws = after.log_probs
+    assert method == "lora" or not torch.equal(draws[0], draws[1])
+
+
+def test_the_classification_head_is_trained_saved_and_loaded(config, base):
+    run = runs.train(config, progress=False)
+    saved = load_file(Path(config.output) / "adapter_model.safetensors")
+    (name,) = (name for name in saved if "score" in name)
+    assert saved[name].shape == (2, 32)
+    torch.manual_seed(config.seed)
+    runs.set_seed(config.seed)
+    fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).score.weight
+    loaded = runs.load_run(config.output).model.base_model.model.score
+    assert torch.equal(loaded.weight, saved[name])
+    assert torch.equal(run.model.base_model.model.score.weight, saved[name])
+    assert not torch.equal(saved[name], fresh)
+
+
+class Kill(TrainerCallback):
+    """Stop as a kill does: without any of the clean-up."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_a_stopped_run_goes_on_to_the_same_bytes(config, tmp_path, step):
+    whole = replace(config, output=str(tmp_path / "whole"))
+    runs.train(whole, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(config, progress=False, callbacks=[Kill(step)])
+    with pytest.raises(runs.RunError, match="its training isn't finished; run the same `bloblora train` again"):
+        runs.load_run(config.output)
+    run = runs.train(config, progress=False)
+    assert run.training["resumed_from"] == (None if step == 1 else "checkpoint-2")
+    assert adapter_bytes(config.output) == adapter_bytes(whole.output)
+    assert len(adapter_bytes(whole.output)) == 2
+    assert not (Path(config.output) / "checkpoints").exists()
+
+
+_KILLED = """
+import os, signal, sys, yaml, torch
+from transformers import TrainerCallback
+from bloblora import runs
+torch.set_num_threads(1)
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+runs.train(runs.TrainConfig(**yaml.safe_load(sys.argv[1])), progress=False, callbacks=[Kill()])
+"""
+
+
+def test_after_a_sigkill(config, tmp_path):
+    options = yaml.safe_dump(runs.asdict(config))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", _KILLED, options], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert runs.train(config, progress=False).training["resumed_from"] == "checkpoint-2"
+    whole = replace(config, output=str(tmp_path / "whole"))
+    runs.train(whole, progress=False)
+    assert adapter_bytes(config.output) == adapter_bytes(whole.output)
+
+
+def test_a_finished_run_is_not_trained_again(config):
+    first = runs.train(config, progress=False)
+    before = {path: path.stat().st_mtime_ns for path in Path(config.output).rglob("*")}
+    again = runs.train(config, progress=False, callbacks=[Kill(1)])
+    assert again.training == first.training
+    assert {path: path.stat().st_mtime_ns for path in Path(config.output).rglob("*")} == before
+
+
+def test_another_configuration_names_the_fields(config):
+    runs.train(config, progress=False)
+    with pytest.raises(runs.RunError, match=r"another configuration \(steps: 4 there, 5 now; seed: 0 there, 1 now\)"):
+        runs.train(replace(config, steps=5, seed=1), progress=False)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_changed_data_of_the_same_name(config, tmp_path, finished):
+    file = write_jsonl(tmp_path / "mine.jsonl", queries())
+    config = replace(config, data=str(file))
+    if finished:
+        runs.train(config, progress=False)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(config, progress=False, callbacks=[Kill(3)])
+    write_jsonl(file, [*queries(), {"text": "one more", "label": "refund"}])
+    with pytest.raises(runs.RunError, match="training records were others: the data changed since"):
+        runs.train(config, progress=False)
+    write_jsonl(file, queries())
+    runs.train(config, progress=False)
+
+
+def test_seconds_add_up_over_sessions(config):
+    class Slow(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            time.sleep(0.4)
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(config, progress=False, callbacks=[Slow(), Kill(3)])
+    run = runs.train(config, progress=False)
+    # two slow steps are in the checkpoint; the third was thrown away
+    assert run.training["seconds"] >= 0.8
+    stored = json.loads((Path(config.output) / "run.json").read_text())
+    assert stored["training"] == run.training
+
+
+def test_config_yaml_trains_the_same(config, tmp_path):
+    runs.train(config, progress=False)
+    stored = yaml.safe_load((Path(config.output) / "config.yaml").read_text(encoding="utf-8"))
+    again = runs.TrainConfig(**{**stored, "output": str(tmp_path / "again")})
+    runs.train(again, progress=False)
+    assert adapter_bytes(again.output) == adapter_bytes(config.output)
+    assert not list(Path(config.output).glob(".*.partial"))
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    runs.write_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(TypeError):
+        runs.write_json(tmp_path / "x.json", {"a": object()})
+    with pytest.raises(UnicodeEncodeError):
+        runs._write(tmp_path / "x.json", "half " + "\ud800")
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def flip(file, offset=-1):
+    content = bytearray(file.read_bytes())
+    content[offset] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("method", "damage", "message"),
+    [
+        ("blob", lambda run: flip(run / "adapter_model.safetensors"), "SHA-256"),
+        ("blob", lambda run: flip(run / "posterior.safetensors"), "SHA-256"),
+        ("lora", lambda run: flip(run / "adapter_model.safetensors"), "SHA-256"),
+        ("lora", lambda run: (run / "adapter_model.safetensors").unlink(), "missing"),
+        ("blob", lambda run: (run / "posterior.safetensors").unlink(), "missing"),
+        (
+            "blob",
+            lambda run: [(run / name).unlink() for name in ("posterior.safetensors", "blob_config.json")],
+            "the posterior's files are missing",
+        ),
+        ("lora", lambda run: (run / "task.json").unlink(), r"task\.json: not readable"),
+        ("lora", lambda run: (run / "run.json").write_text("{"), r"run\.json: not readable as JSON"),
+        ("lora", lambda run: (run / "run.json").write_text("[]"), r"run\.json: must hold a JSON object"),
+        ("lora", lambda run: (run / "run.json").write_text('{"training": {"a": 1}}'), "not what this version"),
+        ("lora", lambda run: (run / "run.json").unlink(), r"no run\.json in it"),
+    ],
+)
+def test_a_damaged_run(config, method, damage, message):
+    runs.train(replace(config, method=method, steps=1), progress=False)
+    damage(Path(config.output))
+    with pytest.raises(ValueError, match=message):
+        runs.load_run(config.output)
+
+
+def test_limit_takes_so_many_of_each_label():
+    records = [{"text": f"{label}{i}", "label": label} for label in "abc" for i in range(9)]
+    chosen = runs.select(records, 4, seed=1)
+    assert Counter(r["label"] for r in chosen) == {"a": 4, "b": 4, "c": 4}
+    assert len({r["text"] for r in chosen}) == 12
+    assert runs.select(records, 4, seed=1) == chosen != runs.select(records, 4, seed=2)
+    assert len(runs.select(records, 100)) == 27
+    assert runs.select(records, None) is records
+
+
+def test_limit_takes_so_many_questions():
+    records = [{"question": str(i), "choices": ["a", "b"], "answer": i % 2} for i in range(20)]
+    assert len({r["question"] for r in runs.select(records, 6)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("steps", 0, "steps must be at least 1, got 0"),
+        ("limit", 0, "limit must be at least 1, got 0"),
+        ("learning_rate", float("nan"), "learning_rate must be a finite number above 0, got nan"),
+        ("learning_rate", float("inf"), "learning_rate must be a finite number above 0, got inf"),
+        ("kl_scale", -1.0, "kl_scale must be a finite number of at least 0, got -1.0"),
+        ("dropout", 1.0, r"dropout must be in \[0, 1\), got 1.0"),
+        ("seed", -1, r"seed must be in 0\.\.2\^32 - 1, got -1"),
+        ("prior_std", 0.0, "prior_std must be a finite number above 0, got 0.0"),
+        ("targets", [], "targets must name at least one layer"),
+        ("model", "", "model must not be empty"),
+    ],
+)
+def test_values_out_of_range(config, field, value, message):
+    with pytest.raises(runs.RunError, match=message):
+        replace(config, **{field: value})
+
+
+def test_all_values_out_of_range_at_once(config):
+    with pytest.raises(runs.RunError) as caught:
+        replace(config, steps=0, dropout=-1.0, prior_std=-1.0)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("records", "task", "message"),
+    [
+        (queries()[:2], "auto", "field 'label': all are 'refund'; there must be at least 2 labels"),
+        (queries(), "choice_text", "task 'choice_text' needs records with 'question' and 'choices'"),
+        (QUESTIONS, "classification", "task 'classification' needs records with 'text'"),
+        ([*queries(), *QUESTIONS], "auto", ":5: it has 'question', those before 'text'"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_found_before_the_model(config, tmp_path, records, task, message):
+    file = write_jsonl(tmp_path / "mine.jsonl", records)
+    with pytest.raises((runs.RunError, DataError), match=message):
+        runs.train(replace(config, data=str(file), task=task, model="./no-such-model"), progress=False)
+    with pytest.raises(ValueError, match="no-such-model"):
+        runs.train(replace(config, model="./no-such-model"), progress=False)
+
+
+def test_evaluation_checks_labels_and_kinds(config, tmp_path):
+    run = runs.train(config, progress=False)
+    with pytest.raises(runs.RunError, match=r"not trained on .*refund") as caught:
+        runs.evaluate(run, [queries()[0], {"text": "x", "label": "other"}])
+    assert "record 2: field 'label': 'other'" in str(caught.value)
+    for records, outside in ((QUESTIONS, None), (queries(), QUESTIONS)):
+        with pytest.raises(runs.RunError, match="task is classification, which needs records with 'text'"):
+            runs.evaluate(run, records, outside)
+
+
+def test_choices_that_stand_twice_keep_their_probabilities_apart(config, files):
+    run = runs.train(replace(config, data=str(files["questions"]), steps=1), progress=False)
+    (line,) = runs.describe(run, [{"id": 7, "question": "What?", "choices": ["a card", "a card", "water"]}], 2)
+    assert list(line["probabilities"]) == ["0: a card", "1: a card", "2: water"]
+    assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-6)
+    assert (line["id"], line["question"]) == (7, "What?")
+
+
+def test_the_public_api(base, tmp_path):
+    """The example of the documentation, on what a tokenizer returns."""
+    from bloblora import BlobConfig, BlobTrainer, BlobTrainingArguments, bayesianize, load, predict, save
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    texts, labels = [r["text"] for r in queries()], [0, 0, 1, 1]
+
+    def fresh():
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return model
+
+    model = with_lora(fresh(), "q_proj", "v_proj", task_type="SEQ_CLS")
+    bayesianize(model, BlobConfig(prior_std=0.2, init_std=0.05))
+    rows = [
+        {**tokenizer(text, padding="max_length", max_length=16), "labels": y}
+        for text, y in zip(texts, labels, strict=True)
+    ]
+    arguments = BlobTrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=3,
+        learning_rate=0.01,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    BlobTrainer(model, arguments, train_dataset=rows).train()
+
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    prediction = predict(model, inputs, num_samples=5)
+    assert prediction.probabilities.shape == (4, 2)
+    assert torch.allclose(prediction.probabilities.sum(-1), torch.ones(4))
+    assert (prediction.mutual_information > 0).any()
+
+    save(model, tmp_path / "adapter")
+    loaded = load(fresh(), tmp_path / "adapter")
+    assert torch.equal(predict(loaded, inputs, num_samples=5).log_probs, prediction.log_probs)
+    assert set(bloblora.__all__) >= {
+        "BlobConfig",
+        "bayesianize",
+        "BlobTrainer",
+        "predict",
+        "Prediction",
+        "load",
+        "save",
+    }
+    assert tiny_causal().config.vocab_size >= len(tokenizer)

@@ -1,0 +1,27 @@
+"""A tiny base model in a folder, as a user has one: config, tokenizer, safetensors."""
+
+import json
+from pathlib import Path
+
+from tests.tasks.conftest import tiny_causal, train_tokenizer
+
+TEXTS = {"refund": ["i was charged twice", "give the money back"], "parcel": ["where is my parcel", "it is late"]}
+QUESTIONS = [
+    {"question": "Which gas do plants take?", "choices": ["carbon dioxide", "iron", "sand"], "answer": 0},
+    {"question": "What?", "choices": ["the second payment", "a card"], "answer": 1},
+]
+
+
+def save_base(folder: Path) -> Path:
+    tiny_causal().save_pretrained(folder)
+    train_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def queries() -> list[dict]:
+    return [{"text": text, "label": label} for label, texts in TEXTS.items() for text in texts]
+
+
+def write_jsonl(file: Path, records: list[dict]) -> Path:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return file
