@@ -1,11 +1,12 @@
 """Does BLoB halve the calibration error of an overfitted LoRA? On ARC-Easy and on CLINC150 with few examples.
 
-    python benchmarks/calibration.py --data FOLDER [--only arc_easy] [--seeds 0 1 2]
+    python benchmarks/calibration.py --data FOLDER                  # the comparison, on test data
+    python benchmarks/calibration.py --data FOLDER --search         # the choice of kl_learning_rate, on validation data
 
 FOLDER holds the public sets as JSON lines (``{"question", "choices", "answer"}`` and ``{"text", "label"}``):
-arc_easy_train, arc_easy_test, clinc_small_train, clinc_small_test, clinc_small_oos. Each run is a process of its own
-and writes ``results/calibration/<set>-<method>-seed<s>.json``; a run that has its file is not repeated, a training
-that was stopped goes on. The tables in ``results/calibration/README.md`` are made from those files.
+arc_easy_train, arc_easy_test, clinc_small_train, clinc_small_val, clinc_small_test, clinc_small_oos. Each run is a
+process of its own and writes a JSON file into results/calibration; a run that has its file is not repeated, a training
+that was stopped goes on. The tables in results/calibration/README.md are made from those files.
 """
 
 import argparse
@@ -13,8 +14,9 @@ import json
 import multiprocessing
 import os
 import platform
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,101 +25,147 @@ import torch
 from bloblora import evaluation, runs
 from bloblora.data import read_records
 
-SETS: dict[str, dict[str, Any]] = {
-    "arc_easy": {
-        "files": {"train": "arc_easy_train", "test": "arc_easy_test"},
-        "options": {"task": "choice_text", "limit": 640, "steps": 400, "batch_size": 8},
-        "test": 500,
-    },
-    "clinc150": {
-        "files": {"train": "clinc_small_train", "test": "clinc_small_test", "out_of_scope": "clinc_small_oos"},
-        "options": {"task": "classification", "limit": 5, "steps": 300, "batch_size": 16},
-        "test": 10,
-    },
-}
-METHODS = ("lora", "blob")
-NUM_SAMPLES = {"lora": (0,), "blob": (0, 10)}
-NUM_OUT_OF_SCOPE = 500
 RESULTS = Path(__file__).parents[1] / "results" / "calibration"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "arc_easy": {"task": "choice_text", "limit": 640, "steps": 300, "batch_size": 8, "learning_rate": 2e-3},
+    "clinc150": {"task": "classification", "limit": 5, "steps": 300, "batch_size": 16, "learning_rate": 1e-3},
+}
+TRAIN = {"arc_easy": "arc_easy_train", "clinc150": "clinc_small_train"}
+KL_LEARNING_RATES = (0.05, 0.2, 0.8)
+NUM_OUT_OF_SCOPE = 500
 _NAMES = {("lora", 0): "LoRA", ("blob", 0): "BLoB, N = 0", ("blob", 10): "BLoB, N = 10"}
 
 
-def run(name: str, method: str, seed: int, data: Path, folder: Path) -> dict[str, Any]:
-    """Train and evaluate one run."""
-    setting = SETS[name]
-    files = {part: str(data / f"{file}.jsonl") for part, file in setting["files"].items()}
-    config = runs.TrainConfig(data=files["train"], output=str(folder), method=method, seed=seed, **setting["options"])
+@dataclass(frozen=True)
+class Job:
+    """One training and its evaluation."""
+
+    name: str
+    method: str
+    seed: int = 0
+    validation: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Name of the result's file."""
+        changed = "".join(f"-{name}-{value}" for name, value in self.options.items())
+        return f"{'validation-' if self.validation else ''}{self.name}-{self.method}{changed}-seed{self.seed}"
+
+
+def records_of(job: Job, data: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Records to evaluate on, and out-of-scope ones where the set has a scope: the same for every seed and method."""
+    if job.name == "clinc150":
+        inside = read_records(data / f"clinc_small_{'val' if job.validation else 'test'}.jsonl")
+        outside = None if job.validation else read_records(data / "clinc_small_oos.jsonl")[:NUM_OUT_OF_SCOPE]
+        return runs.select(inside, 4 if job.validation else 10), outside
+    if not job.validation:
+        return runs.select(read_records(data / "arc_easy_test.jsonl"), 500), None
+    everything = read_records(data / "arc_easy_train.jsonl")
+    trained_on = {record["question"] for record in runs.select(everything, SETTINGS[job.name]["limit"])}
+    return runs.select([record for record in everything if record["question"] not in trained_on], 300), None
+
+
+def run(job: Job, data: Path, folder: Path) -> dict[str, Any]:
+    """Train and evaluate."""
+    config = runs.TrainConfig(
+        data=str(data / f"{TRAIN[job.name]}.jsonl"),
+        output=str(folder),
+        method=job.method,
+        seed=job.seed,
+        **{**SETTINGS[job.name], **job.options},
+    )
     trained = runs.train(config)
-    inside = _test(read_records(files["test"]), setting["test"])
-    outside = read_records(files["out_of_scope"])[:NUM_OUT_OF_SCOPE] if "out_of_scope" in files else None
-    metrics = {str(n): runs.evaluate(trained, inside, outside, n, seed, progress=True) for n in NUM_SAMPLES[method]}
+    inside, outside = records_of(job, data)
+    samples = [n for method, n in _NAMES if method == job.method]
     return {
-        "config": {**asdict(config), "data": setting["files"]["train"], "output": None},
+        "config": {**asdict(config), "data": TRAIN[job.name], "output": None},
         "training": trained.training,
-        "metrics": metrics,
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-        },
+        "metrics": {str(n): runs.evaluate(trained, inside, outside, n, job.seed, progress=True) for n in samples},
+        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "torch": torch.__version__,
     }
 
 
 def report(folder: Path) -> str:
     """Markdown tables of all results that are there: mean ± standard deviation over seeds."""
-    text = ["# Calibration of LoRA and BLoB\n", "Made by `python benchmarks/calibration.py --data FOLDER`.\n"]
-    for name in SETS:
+    text = [
+        "# Calibration of LoRA and BLoB\n",
+        "Made by `python benchmarks/calibration.py`; settings are in the JSON.\n",
+    ]
+    for name in SETTINGS:
         rows: dict[str, dict[str, list[float]]] = {}
-        for file in sorted(folder.glob(f"{name}-*-seed*.json")):
-            result = json.loads(file.read_text())
-            cost = {
-                "training NLL": result["training"]["final"]["nll"],
-                "training minutes": result["training"]["seconds"] / 60,
-                "peak GiB": result["training"]["peak_memory_bytes"] / 2**30,
-            }
-            for n, metrics in result["metrics"].items():
-                row = rows.setdefault(_NAMES[result["config"]["method"], int(n)], {})
-                for key, value in (metrics | cost).items():
-                    row.setdefault(key, []).append(value)
+        for file in sorted(folder.glob(f"{name}-*.json")):
+            result = json.loads(file.read_text(encoding="utf-8"))
+            for n in result["metrics"]:
+                _add(rows.setdefault(_NAMES[result["config"]["method"], int(n)], {}), result, n)
         if rows:
-            seeds = max(len(row["accuracy"]) for row in rows.values())
             ordered = {label: rows[label] for label in _NAMES.values() if label in rows}
-            text += [f"## {name}, {seeds} seeds\n", evaluation.markdown_table(ordered, _columns(rows))]
+            counts = sorted({len(row["accuracy"]) for row in rows.values()})
+            text += [
+                f"## {name}, seeds: {' to '.join(map(str, counts))}\n",
+                evaluation.markdown_table(ordered, _columns(rows)),
+            ]
+        rows = {}
+        for file in sorted(folder.glob(f"validation-{name}-*.json")):
+            result = json.loads(file.read_text(encoding="utf-8"))
+            n = max(result["metrics"], key=int)
+            rate = result["config"]["kl_learning_rate"] if result["config"]["method"] == "blob" else None
+            _add(rows.setdefault("LoRA" if rate is None else f"BLoB, N = {n}, kl_learning_rate {rate}", {}), result, n)
+        if rows:
+            text += [f"### {name}, validation data, seed 0\n", evaluation.markdown_table(rows, _columns(rows))]
     return "\n".join(text)
 
 
-def _test(records: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    """``limit`` test records, per label for classification, the same for every run."""
-    return runs.select(records, limit, seed=0)
+def _add(row: dict[str, list[float]], result: dict[str, Any], n: str) -> None:
+    training = result["training"]
+    cost = {
+        "training NLL": training["final"]["nll"],
+        "median Ω": training["final"].get("median_std"),
+        "KL": training["final"].get("kl"),
+        "minutes": training["seconds"] / 60,
+        "peak GiB": training["peak_memory_bytes"] / 2**30,
+    }
+    for key, value in (result["metrics"][n] | cost).items():
+        if value is not None:
+            row.setdefault(key, []).append(value)
 
 
 def _columns(rows: dict[str, dict[str, list[float]]]) -> list[str]:
     found = {column for row in rows.values() for column in row}
-    order = ["accuracy", "ece", "nll", "brier"]
-    order += ["auroc_confidence", "auroc_predictive_entropy", "auroc_mutual_information"]
-    return [column for column in [*order, "training NLL", "training minutes", "peak GiB"] if column in found]
+    order = ["accuracy", "ece", "nll", "brier", "auroc_confidence", "auroc_predictive_entropy"]
+    order += ["auroc_mutual_information", "training NLL", "median Ω", "KL", "minutes", "peak GiB"]
+    return [column for column in order if column in found]
 
 
 def main() -> None:
     """Run what is missing, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the JSON lines files")
-    parser.add_argument("--only", choices=SETS, nargs="+", default=list(SETS), help="which sets")
+    parser.add_argument("--search", action="store_true", help="try kl_learning_rate on validation data")
+    parser.add_argument("--only", choices=SETTINGS, nargs="+", default=list(SETTINGS), help="which sets")
+    parser.add_argument("--methods", choices=("lora", "blob"), nargs="+", default=["lora", "blob"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=RESULTS, help="where result files go")
     parser.add_argument("--runs", type=Path, default=Path("runs/calibration"), help="where adapters go")
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
-    jobs = [(name, method, seed) for seed in options.seeds for name in options.only for method in METHODS]
-    for number, (name, method, seed) in enumerate(jobs, start=1):
-        key = f"{name}-{method}-seed{seed}"
-        print(f"[{number}/{len(jobs)}] {key}", flush=True)
-        if (options.results / f"{key}.json").exists():
-            continue
-        # A process for each run: its peak memory is its own.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            result = pool.submit(run, name, method, seed, options.data, options.runs / key).result()
-        runs.write_json(options.results / f"{key}.json", result)
+    if options.search:
+        jobs = [Job(name, "lora", validation=True) for name in options.only]
+        jobs += [
+            Job(name, "blob", validation=True, options={"kl_learning_rate": rate})
+            for rate in KL_LEARNING_RATES
+            for name in options.only
+        ]
+    else:
+        jobs = [Job(n, method, seed) for seed in options.seeds for n in options.only for method in options.methods]
+    for number, job in enumerate(jobs, start=1):
+        print(f"[{number}/{len(jobs)}] {job.key}", flush=True)
+        file = options.results / f"{job.key}.json"
+        if not file.exists():
+            # A process for each run: its peak memory is its own.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                runs.write_json(file, pool.submit(run, job, options.data, options.runs / job.key).result())
         (options.results / "README.md").write_text(report(options.results), encoding="utf-8")
     print(report(options.results))
 
