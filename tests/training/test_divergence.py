@@ -81,8 +81,7 @@ def test_a_std_of_zero_is_found_in_the_kl(tmp_path, style, event):
     assert f"in the KL of {LAYER}: an entry of Ω is 0" in message
 
 
-@pytest.mark.parametrize("max_grad_norm", [0, 1.0])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("max_grad_norm", "accumulation"), [(0, 1), (1.0, 2)])
 def test_a_gradient_is_named_though_the_loss_is_finite(tmp_path, max_grad_norm, accumulation):
     model = classifier()
     weight = f"{LAYER}.lora_A.default.weight"
@@ -94,6 +93,20 @@ def test_a_gradient_is_named_though_the_loss_is_finite(tmp_path, max_grad_norm, 
     message = diverge(trainer, step=1)
     assert message.startswith(f"a gradient is not finite at step 1, in {weight}.")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_the_layer_where_the_gradient_broke_is_named_not_those_that_it_then_reached(tmp_path):
+    """From layer 1 it flows on into layer 0."""
+    model = classifier()
+    layer = model.get_submodule(f"{LAYER}.lora_B.default")
+
+    def break_gradient(module, inputs, output):
+        output.register_hook(lambda gradient: gradient * torch.nan)
+
+    layer.register_forward_hook(break_gradient)
+    assert f"a gradient is not finite at step 1, in {LAYER}." in diverge(make_trainer(tmp_path, model), step=1)
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.isnan().any()]
+    assert any("layers.0" in name for name in bad)
 
 
 def test_a_base_weight_is_found_by_what_it_makes(tmp_path):

@@ -4,6 +4,7 @@ import functools
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -163,11 +164,12 @@ def test_no_checkpoint(tmp_path):
 
 
 def test_rotation_never_takes_a_torn_checkpoint_for_the_newest(tmp_path, uninterrupted):
-    """All within a second, as on a file system without times: the Trainer then goes by the step number."""
+    """A torn one of a later step and, by another machine's clock, a later time: the Trainer would keep that alone."""
     folder, _, _ = uninterrupted("joint", "random")
     for step in (4, 7):
         shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-7" / "trainer_state.json").unlink()
+    os.utime(tmp_path / "checkpoint-7", (time.time() + 3600,) * 2)
     options = {**OPTIONS, "max_steps": 5, "save_total_limit": 1}
     make_trainer(tmp_path, data=10, **options).train(resume_from_checkpoint=True)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
