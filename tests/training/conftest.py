@@ -52,6 +52,8 @@ def arguments(folder: Path, **overrides) -> BlobTrainingArguments:
         per_device_train_batch_size=4,
         max_steps=3,
         learning_rate=0.01,
+        optimizer_style="joint",
+        kl_learning_rate=0.01,
         logging_steps=1,
         save_strategy="no",
         report_to=[],

@@ -160,12 +160,7 @@ def test_logs_of_several_steps_are_their_means(tmp_path):
     assert logs(every_two, "kl") == logs(each, "kl")[1::2]
 
 
-LOCAL = pytest.param(
-    "local", marks=pytest.mark.xfail(raises=RuntimeError, strict=True, reason="estimators.py: dtypes in backward")
-)
-
-
-@pytest.mark.parametrize("estimator", [*(e for e in ESTIMATORS if e != "local"), LOCAL])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("style", ["joint", "alternating"])
 def test_mixed_precision(tmp_path, estimator, style):
     """bfloat16 in the forward; the posterior and its KL stay float32 and near a float32 training's."""
