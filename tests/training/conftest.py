@@ -54,8 +54,6 @@ def arguments(folder: Path, **overrides) -> BlobTrainingArguments:
         learning_rate=0.01,
         optimizer_style="joint",
         kl_learning_rate=0.01,
-        optimizer_style="joint",
-        kl_learning_rate=0.01,
         logging_steps=1,
         save_strategy="no",
         report_to=[],
