@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clinc150": {"task": "classification", "limit": 5, "steps": 300, "batch_size": 16, "learning_rate": 1e-3},
 }
 TRAIN = {"arc_easy": "arc_easy_train", "clinc150": "clinc_small_train"}
-KL_LEARNING_RATES = (0.05, 0.2, 0.8)
+KL_LEARNING_RATES = (0.5, 0.2, 1.0)
 NUM_OUT_OF_SCOPE = 500
 _NAMES = {("lora", 0): "LoRA", ("blob", 0): "BLoB, N = 0", ("blob", 10): "BLoB, N = 10"}
 
@@ -63,7 +63,7 @@ def records_of(job: Job, data: Path) -> tuple[list[dict[str, Any]], list[dict[st
         return runs.select(read_records(data / "arc_easy_test.jsonl"), 500), None
     everything = read_records(data / "arc_easy_train.jsonl")
     trained_on = {record["question"] for record in runs.select(everything, SETTINGS[job.name]["limit"])}
-    return runs.select([record for record in everything if record["question"] not in trained_on], 300), None
+    return runs.select([record for record in everything if record["question"] not in trained_on], 200), None
 
 
 def run(job: Job, data: Path, folder: Path) -> dict[str, Any]:
@@ -157,6 +157,7 @@ def main() -> None:
             for rate in KL_LEARNING_RATES
             for name in options.only
         ]
+        jobs = [job for job in jobs if job.method in options.methods]
     else:
         jobs = [Job(n, method, seed) for seed in options.seeds for n in options.only for method in options.methods]
     for number, job in enumerate(jobs, start=1):

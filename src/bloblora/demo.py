@@ -52,10 +52,8 @@ def demo(
     folder = Path(output)
     for name in ("metrics.json", "reliability.png"):
         runs.check_writable(folder / name)
-    trained = {}
-    for method in ("lora", "blob"):
-        console.rule(f"training {method}")
-        config = runs.TrainConfig(
+    configs = {
+        method: runs.TrainConfig(
             data="support_desk:train",
             output=str(folder / method),
             method=method,
@@ -63,6 +61,11 @@ def demo(
             seed=seed,
             dtype="bfloat16" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "float32",
         )
+        for method in ("lora", "blob")
+    }
+    trained = {}
+    for method, config in configs.items():
+        console.rule(f"training {method}")
         trained[method] = runs.train(config)
 
     console.rule("evaluating")

@@ -73,8 +73,8 @@ class TrainConfig:
         kl_scale: factor of the KL; 1 is the ELBO (blob).
         kl_weighting: ``uniform`` or ``reweighted`` (blob).
         dataset_rescaling: the paper's pseudo data size (blob).
-        optimizer_style: ``joint``, or the paper's ``alternating`` (blob).
-        kl_learning_rate: of the SGD on the KL (blob, alternating).
+        optimizer_style: ``alternating`` (AdamW on the NLL, SGD on the KL), or ``joint`` (blob).
+        kl_learning_rate: of the SGD on the KL: higher for better calibration, lower for accuracy (blob, alternating).
         num_weight_draws: weight draws a step (blob).
         save_steps: steps between checkpoints.
         keep_checkpoints: leave ``checkpoints/`` when the training is done.
@@ -106,8 +106,8 @@ class TrainConfig:
     kl_scale: float = 1.0
     kl_weighting: Literal["uniform", "reweighted"] = "uniform"
     dataset_rescaling: bool = False
-    optimizer_style: Literal["joint", "alternating"] = "joint"
-    kl_learning_rate: float = 0.01
+    optimizer_style: Literal["joint", "alternating"] = "alternating"
+    kl_learning_rate: float = BlobTrainingArguments.kl_learning_rate
     num_weight_draws: int = 1
     save_steps: int = 100
     keep_checkpoints: bool = False
@@ -209,6 +209,7 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
     check_writable(output / RUN_FILE)
     tokenizer = models.load_tokenizer(config.model)
     task = tasks.build_task(config.task, records, tokenizer)
+    _check_targets(config, task)
     examples = tasks.encode_all(task, records, tokenizer, progress=progress)
     write_json(output / RUN_FILE, description)
     _write(output / CONFIG_FILE, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
@@ -469,6 +470,22 @@ def _check_task(config: TrainConfig, records: Sequence[dict[str, Any]]) -> None:
         raise RunError(f"{config.data}: field 'label': all are {labels.pop()!r}; there must be at least 2 labels")
 
 
+def _check_targets(config: TrainConfig, task: tasks.Task) -> None:
+    """Raise a RunError for a layer that the model hasn't: PEFT would say so only once the weights are loaded."""
+    if config.targets is None:
+        return
+    layers = models.layer_names(config.model, num_labels=_num_labels(task))
+    # by PEFT's rule: a whole name, or its end
+    unknown = [t for t in config.targets if not any(layer == t or layer.endswith(f".{t}") for layer in layers)]
+    if unknown:
+        last = sorted({layer.rpartition(".")[2] for layer in layers if not layer.rpartition(".")[2].isdigit()} - {""})
+        raise RunError(f"targets: the model has no layer {', '.join(unknown)}; its layers: {', '.join(last)}")
+
+
+def _num_labels(task: tasks.Task) -> int | None:
+    return len(task.labels) if task.labels is not None else None
+
+
 class _ProgressBar(ProgressCallback):
     """A bar on standard error that shows the last losses."""
 
@@ -522,8 +539,7 @@ def _prepare(config: TrainConfig, task: tasks.Task) -> PeftModel:
 
 
 def _base_model(config: TrainConfig, task: tasks.Task) -> Any:
-    num_labels = len(task.labels) if task.labels is not None else None
-    return models.load_model(config.model, num_labels=num_labels, dtype=config.dtype)
+    return models.load_model(config.model, num_labels=_num_labels(task), dtype=config.dtype)
 
 
 def _arguments(config: TrainConfig, progress: bool) -> BlobTrainingArguments:
@@ -546,6 +562,8 @@ def _arguments(config: TrainConfig, progress: bool) -> BlobTrainingArguments:
         logging_steps=min(20, config.steps),
         save_steps=config.save_steps,
         save_total_limit=1,
+        dataloader_pin_memory=torch.cuda.is_available(),  # torch warns where there is nothing to pin for
+        dataloader_pin_memory=torch.cuda.is_available(),  # elsewhere torch warns that it does nothing
         disable_tqdm=not progress,
         report_to=[],
     )

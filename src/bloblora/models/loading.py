@@ -1,10 +1,12 @@
 """Names to models and tokenizers."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -88,6 +90,21 @@ def load_model(name: str, *, num_labels: int | None = None, dtype: str = "float3
         logging.set_verbosity(verbosity)
     model.config.pad_token_id = load_tokenizer(name).pad_token_id
     return model
+
+
+def layer_names(name: str, *, num_labels: int | None = None) -> list[str]:
+    """Names of a base model's modules, without its weights.
+
+    Raises:
+        ModelError: it can't be had.
+    """
+    kind: Any = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+    try:
+        config = AutoConfig.from_pretrained(resolve(name), **({} if num_labels is None else {"num_labels": num_labels}))
+        with torch.device("meta"):
+            return [layer for layer, _ in kind.from_config(config).named_modules()]
+    except _UNREADABLE as error:
+        raise _unavailable(name, error) from error
 
 
 def _unavailable(name: str, error: Exception) -> ModelError:

@@ -36,7 +36,9 @@ def project(x: Tensor, mean: Tensor, std: Tensor, estimator: str) -> Tensor:
         h, (b, ..., r).
     """
     if estimator == "local":
-        variance = _SquaredLinear.apply(x, std.square())
+        # Autocast casts the operations of a Function's forward, but not those of its backward.
+        with torch.autocast(x.device.type, enabled=False):
+            variance = _SquaredLinear.apply(x, std.square())
         h = F.linear(x, mean)
         return h + variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt() * torch.randn_like(h)
     if estimator == "shared":
