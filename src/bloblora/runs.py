@@ -563,7 +563,6 @@ def _arguments(config: TrainConfig, progress: bool) -> BlobTrainingArguments:
         save_steps=config.save_steps,
         save_total_limit=1,
         dataloader_pin_memory=torch.cuda.is_available(),  # torch warns where there is nothing to pin for
-        dataloader_pin_memory=torch.cuda.is_available(),  # elsewhere torch warns that it does nothing
         disable_tqdm=not progress,
         report_to=[],
     )
