@@ -227,12 +227,16 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
     # The Trainer's own print each log on standard output, which belongs to results.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    bar = _ProgressBar()
     if progress:
-        trainer.add_callback(_ProgressBar)
+        trainer.add_callback(bar)
     checkpoint = last_checkpoint(output / CHECKPOINTS)
     clock = _Clock(checkpoint)
     trainer.add_callback(clock)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        bar.close()  # before what is said of an interrupt or an error
     training = {
         "seconds": clock.seconds(),
         "resumed_from": checkpoint.name if checkpoint else None,
@@ -493,6 +497,10 @@ class _ProgressBar(ProgressCallback):
         if self.training_bar is not None:
             shown = {name: f"{logs[name]:.4g}" for name in ("nll", "kl", "median_std") if name in logs}
             self.training_bar.set_postfix(shown)
+
+    def close(self) -> None:
+        if self.training_bar is not None:
+            self.training_bar.close()
 
 
 class _Clock(TrainerCallback):
