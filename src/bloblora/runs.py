@@ -73,8 +73,9 @@ class TrainConfig:
         kl_scale: factor of the KL; 1 is the ELBO (blob).
         kl_weighting: ``uniform`` or ``reweighted`` (blob).
         dataset_rescaling: the paper's pseudo data size (blob).
-        optimizer_style: ``alternating`` (AdamW on the NLL, SGD on the KL), or ``joint`` (blob).
-        kl_learning_rate: of the SGD on the KL: higher for better calibration, lower for accuracy (blob, alternating).
+        optimizer_style: ``flow`` (AdamW on the NLL, exact gradient flow of the KL), ``alternating`` (SGD on the KL, as
+            in the paper) or ``joint`` (blob).
+        kl_learning_rate: on the KL: higher for better calibration, lower for accuracy (blob, flow and alternating).
         num_weight_draws: weight draws a step (blob).
         save_steps: steps between checkpoints.
         keep_checkpoints: leave ``checkpoints/`` when the training is done.
@@ -106,7 +107,7 @@ class TrainConfig:
     kl_scale: float = 1.0
     kl_weighting: Literal["uniform", "reweighted"] = "uniform"
     dataset_rescaling: bool = False
-    optimizer_style: Literal["joint", "alternating"] = "alternating"
+    optimizer_style: Literal["flow", "alternating", "joint"] = "flow"
     kl_learning_rate: float = BlobTrainingArguments.kl_learning_rate
     num_weight_draws: int = 1
     save_steps: int = 100
@@ -182,8 +183,9 @@ class Run:
         batch_size: int = 32,
         progress: bool = False,
     ) -> Prediction:
-        """Predictions of raw records, in their order; see `bloblora.predict`."""
-        examples = tasks.encode_all(self.task, records, self.tokenizer)
+        """Predictions of raw records, in their order, whatever label they have; see `bloblora.predict`."""
+        unlabelled = [{k: v for k, v in record.items() if k not in ("label", "answer")} for record in records]
+        examples = tasks.encode_all(self.task, unlabelled, self.tokenizer)
         return predict(
             self.model, examples, num_samples, seed, task=self.task, batch_size=batch_size, progress=progress
         )
@@ -338,7 +340,7 @@ def evaluate(
     far = None
     if outside is not None:
         check_kind(run.task, outside)
-        far = run.predict([_unlabelled(record) for record in outside], num_samples, seed, **options)
+        far = run.predict(outside, num_samples, seed, **options)
     if diagram is not None:
         name = f"{run.config.method}, N = {inside.num_samples}"
         reliability_diagram({name: (inside.probabilities, targets)}, diagram)
@@ -349,7 +351,7 @@ def describe(
     run: Run, records: Sequence[dict[str, Any]], num_samples: int = 10, seed: int = 0, *, batch_size: int = 32
 ) -> Iterator[dict[str, Any]]:
     """For each record its answer, the probability of each label or choice, and the uncertainty in nats."""
-    prediction = run.predict([_unlabelled(record) for record in records], num_samples, seed, batch_size=batch_size)
+    prediction = run.predict(records, num_samples, seed, batch_size=batch_size)
     probabilities, answers = prediction.probabilities, prediction.labels
     scores = _uncertainty(prediction) | {"expected_entropy": prediction.expected_entropy}
     for i, record in enumerate(records):
@@ -525,10 +527,6 @@ class _Clock(TrainerCallback):
 def _uncertainty(prediction: Prediction) -> dict[str, torch.Tensor]:
     names = ("confidence", "predictive_entropy", "mutual_information")
     return {name: getattr(prediction, name) for name in names}
-
-
-def _unlabelled(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in ("label", "answer")}
 
 
 def _prepare(config: TrainConfig, task: tasks.Task) -> PeftModel:

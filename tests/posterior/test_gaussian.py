@@ -114,3 +114,27 @@ def test_theorem_2_kl_in_full_weight_space_equals_kl_of_a():
     project = lambda mu, cov: MultivariateNormal(basis.T @ mu, basis.T @ cov @ basis)  # noqa: E731
     full = reference_kl(project(q_mean - p_mean, q_cov), project(p_mean - p_mean, p_cov))
     torch.testing.assert_close(full, q.kl_divergence([mean], [parameter], prior_std), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("start", [0.05, 0.447, 0.8])
+def test_kl_flow_is_gradient_descent_in_many_small_steps(start):
+    """Against 20,000 steps of autograd's gradient of torch's own KL, from below, near and above the prior."""
+    mean = torch.tensor([0.3, -0.1], dtype=torch.float64)
+    g = torch.tensor([start, -start], dtype=torch.float64)
+    time, steps = 0.02, 20_000
+    m, p = mean.clone().requires_grad_(), g.clone().requires_grad_()
+    for _ in range(steps):
+        kl = reference_kl(Normal(m, p.square()), Normal(0 * m, 0 * m + 0.2)).sum()
+        gradients = torch.autograd.grad(kl, (m, p))
+        with torch.no_grad():
+            for parameter, gradient in zip((m, p), gradients, strict=True):
+                parameter -= time / steps * gradient
+    q.kl_flow_([mean], [g], 0.2, time)
+    torch.testing.assert_close(mean, m.detach(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(g, p.detach(), rtol=1e-4, atol=0)
+
+
+def test_kl_flow_for_ever_is_the_prior():
+    mean, g = make()
+    q.kl_flow_([mean], [g], 0.2, 1e6)
+    assert q.kl_divergence([mean], [g], 0.2).item() == pytest.approx(0, abs=1e-12)

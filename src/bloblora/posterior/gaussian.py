@@ -86,6 +86,33 @@ def kl_divergence(
     return per_entry.sum() + mean.numel() * (math.log(prior_std) - 0.5)
 
 
+@torch.no_grad()
+def kl_flow_(means: list[Tensor], std_parameters: list[Tensor], prior_std: float, time: float) -> None:
+    r"""Move a ``square`` posterior down the gradient of its KL for a while, in place and exactly.
+
+    Gradient descent with infinitely many, infinitely small steps, which never overshoots:
+    :math:`\dot M = -M/\sigma_p^2` and, with :math:`\Omega = G^2`, :math:`\dot G = 2/G - 2G^3/\sigma_p^2`, so
+    :math:`\dot\Omega = 4 - 4\Omega^2/\sigma_p^2`. Their solution at time t is
+
+    .. math:: M e^{-t/\sigma_p^2}, \qquad \sigma_p\,\frac{\Omega + \sigma_p T}{\sigma_p + \Omega T},
+              \quad T = \tanh(4t/\sigma_p)
+
+    Args:
+        means: M of each layer, any shapes.
+        std_parameters: G of each layer, shapes as ``means``.
+        prior_std: σp > 0.
+        time: t ≥ 0, learning rate times weight of the KL.
+    """
+    torch._foreach_mul_(means, math.exp(-time / prior_std**2))
+    slope = math.tanh(4 * time / prior_std)
+    stds = torch._foreach_mul(std_parameters, std_parameters)
+    above = torch._foreach_add(stds, prior_std * slope)
+    below = torch._foreach_add(torch._foreach_mul(stds, slope), prior_std)
+    roots = torch._foreach_sqrt(torch._foreach_mul(torch._foreach_div(above, below), prior_std))
+    for parameter, root in zip(std_parameters, roots, strict=True):
+        parameter.copy_(root.copysign(parameter))
+
+
 def _stack(tensors: list[Tensor]) -> Tensor:
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return torch.cat([tensor.reshape(-1).to(dtype=dtype, device=tensors[0].device) for tensor in tensors])

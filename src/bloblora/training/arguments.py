@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from .kl_weights import KL_WEIGHTINGS
 
-OPTIMIZER_STYLES = ("joint", "alternating")
+OPTIMIZER_STYLES = ("flow", "alternating", "joint")
 
 
 @dataclass
@@ -46,16 +46,16 @@ class BlobTrainingArguments(TrainingArguments):
         },
     )
     optimizer_style: str = field(
-        default="alternating",
+        default="flow",
         metadata={
-            "help": "`alternating` (the paper's): AdamW on the NLL, then plain SGD on the weighted KL. `joint`: one "
-            "AdamW step on the sum."
+            "help": "`flow`: AdamW on the NLL, then the exact gradient flow of the weighted KL, which can't overshoot. "
+            "`alternating` (the paper's): the same with one SGD step on the KL. `joint`: one AdamW step on the sum."
         },
     )
     kl_learning_rate: float = field(
         default=0.2,
         metadata={
-            "help": "Learning rate of the SGD on the KL (`alternating`); follows the same schedule. The knob between "
+            "help": "Learning rate on the KL (`flow`, `alternating`); follows the same schedule. The knob between "
             "accuracy and calibration: higher makes Ω larger and M smaller."
         },
     )

@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..adapter import Posterior, find_posterior, load_posterior, save_posterior
+from ..posterior import kl_flow_
 from .arguments import BlobTrainingArguments
 from .checkpoints import adapter_folder, last_checkpoint, remove_torn
 from .divergence import DivergedError, first_bad_activation, first_bad_kl, first_bad_weight, last_bad_gradient
@@ -73,6 +74,8 @@ class BlobTrainer(Trainer):
         self.posterior: Posterior | None = find_posterior(model)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the model could do
         self._reset_logs()
+        if self._has_kl("flow") and self.posterior and self.posterior.config.std_parameterization != "square":
+            raise ValueError("optimizer_style 'flow' needs std_parameterization 'square'; use 'joint' or 'alternating'")
         self.add_callback(_ElboCallback(self))
 
     def train(  # type: ignore[override]
@@ -148,13 +151,24 @@ class BlobTrainer(Trainer):
         return loss
 
     def kl_step(self) -> None:
-        """The second half of an ``alternating`` step: θ ← θ - η_KL ∇(λ_i KL), on the mean and Ω alone."""
-        if not self._has_kl("alternating") or self.accelerator.optimizer_step_was_skipped:
+        """The second half of a ``flow`` or ``alternating`` step: the weighted KL, on the mean and Ω alone.
+
+        ``alternating`` is θ ← θ - η_KL ∇(λ_i KL); ``flow`` goes the same way in infinitely many small steps.
+        """
+        style = self.args.optimizer_style
+        if style == "joint" or not self._has_kl(style) or self.accelerator.optimizer_step_was_skipped:
             return
-        schedule = self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 1.0
-        _, parameters, gradients = self._kl_gradients()
+        assert self.posterior is not None
+        rate = self.args.kl_learning_rate
+        rate *= self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 1.0
+        if style == "flow":
+            means, parameters = self.posterior.named_means(), self.posterior.named_std_parameters()
+            time = rate * self.current_kl_weight()
+            kl_flow_([*means.values()], [*parameters.values()], self.posterior.config.prior_std, time)
+            return
+        _, tensors, gradients = self._kl_gradients()
         with torch.no_grad():
-            torch._foreach_add_(parameters, gradients, alpha=-self.args.kl_learning_rate * schedule)
+            torch._foreach_add_(tensors, gradients, alpha=-rate)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the parts of the ELBO and the state of the posterior to a training log.
@@ -259,7 +273,7 @@ class BlobTrainer(Trainer):
     def _diverged(self, what: str, where: str, step: int | None = None) -> DivergedError:
         rates = f"learning_rate {self.args.learning_rate}"
         if self.posterior is not None:
-            if self.args.optimizer_style == "alternating":
+            if self.args.optimizer_style != "joint":
                 rates += f" or kl_learning_rate {self.args.kl_learning_rate}"
             rates += f" is too high, or init_std {self.posterior.config.init_std}"
         return DivergedError(
