@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
@@ -23,7 +22,7 @@ _QUERIES = (
 
 def demo(
     output: str = "runs/demo",
-    steps: int = 300,
+    steps: int = 200,
     samples: int = 10,
     seed: int = 0,
     limit: int | None = None,
@@ -59,7 +58,6 @@ def demo(
             method=method,
             steps=steps,
             seed=seed,
-            dtype="bfloat16" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "float32",
         )
         for method in ("lora", "blob")
     }
@@ -91,7 +89,9 @@ def demo(
 
 def _queries(run: runs.Run, samples: int, seed: int) -> Table:
     prediction: Prediction = run.predict([{"text": text} for text in _QUERIES], samples, seed)
-    table = Table("query", "answer", "confidence", "entropy (nats)", "of it epistemic", title="BLoB on new queries")
+    table = Table("query", title="BLoB on new queries, uncertainty in nats")
+    for column in ("answer", "confidence", "total", "epistemic"):
+        table.add_column(column, no_wrap=True, justify="left" if column == "answer" else "right")
     assert run.task.labels is not None
     for i, text in enumerate(_QUERIES):
         table.add_row(

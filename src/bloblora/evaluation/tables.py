@@ -31,7 +31,8 @@ def rich_table(rows: Mapping[str, Values], title: str | None = None, columns: Se
     """
     columns = columns or _columns(rows)
     # Text, because a plain string would lose what stands in square brackets
-    table = Table("", title=Text(title) if title else None)
+    table = Table(title=Text(title) if title else None)
+    table.add_column("", no_wrap=True)
     for column in columns:
         table.add_column(Text(_TITLES.get(column, column)), justify="right")
     for name, values in rows.items():
