@@ -1,5 +1,6 @@
 """Which checkpoints of a training are whole."""
 
+import fnmatch
 import json
 import os
 import shutil
@@ -25,18 +26,22 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint holds, uncut, all that a training needs to go on exactly where it was."""
+    """Whether a checkpoint holds, uncut, all that a training needs to go on exactly where it was.
+
+    False as well where a running training deletes the folder meanwhile.
+    """
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         for adapter in _adapters(folder):
             check_folder(adapter)
+        names = os.listdir(folder)
     except (OSError, ValueError, AdapterFileError):
         return False
     # The Trainer's state is written after these, so a kill can't leave them out; a copy that stopped half-way can.
-    if not all(any(any(folder.glob(pattern)) for pattern in patterns) for patterns in _NEEDED):
+    if not all(any(fnmatch.filter(names, pattern) for pattern in patterns) for patterns in _NEEDED):
         return False
     # torch.save writes a zip, whose directory is its end: a cut file has none.
-    return all(zipfile.is_zipfile(file) for pattern in ("*.pt", "*.pth") for file in folder.glob(pattern))
+    return all(zipfile.is_zipfile(folder / name) for name in names if name.endswith((".pt", ".pth")))
 
 
 def adapter_folder(folder: str | os.PathLike[str], adapter_name: str) -> Path:
