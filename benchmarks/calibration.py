@@ -63,7 +63,7 @@ def records_of(job: Job, data: Path) -> tuple[list[dict[str, Any]], list[dict[st
         return runs.select(read_records(data / "arc_easy_test.jsonl"), 500), None
     everything = read_records(data / "arc_easy_train.jsonl")
     trained_on = {record["question"] for record in runs.select(everything, SETTINGS[job.name]["limit"])}
-    return runs.select([record for record in everything if record["question"] not in trained_on], 200), None
+    return runs.select([record for record in everything if record["question"] not in trained_on], 400), None
 
 
 def run(job: Job, data: Path, folder: Path) -> dict[str, Any]:

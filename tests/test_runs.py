@@ -311,6 +311,28 @@ def test_evaluation_checks_labels_and_kinds(config, tmp_path):
             runs.evaluate(run, records, outside)
 
 
+def test_predictions_ask_for_no_labels(config):
+    """Not even for known ones: the demo's out-of-scope queries are labelled so."""
+    run = runs.train(config, progress=False)
+    strange = [{"text": record["text"], "label": "out_of_scope"} for record in queries()]
+    assert torch.equal(run.predict(strange, 2).log_probs, run.predict(queries(), 2).log_probs)
+
+
+def test_choices_scored_by_length(config, files):
+    """A run's scores are by its normalization, also once it is loaded."""
+    log_probs = {}
+    for normalization in ("sum", "length"):
+        of = replace(config, data=str(files["questions"]), output=f"{config.output}-{normalization}", method="lora")
+        runs.train(replace(of, normalization=normalization, steps=1, learning_rate=1e-12), progress=False)
+        log_probs[normalization] = runs.load_run(of.output).predict(QUESTIONS, 0).log_probs
+    assert not torch.allclose(log_probs["sum"], log_probs["length"])
+
+
+def test_normalization_of_texts(config):
+    with pytest.raises(runs.RunError, match="normalization 'length' is for task 'choice_text'; this one is 'class"):
+        runs.train(replace(config, normalization="length"), progress=False)
+
+
 def test_choices_that_stand_twice_keep_their_probabilities_apart(config, files):
     run = runs.train(replace(config, data=str(files["questions"]), steps=1), progress=False)
     (line,) = runs.describe(run, [{"id": 7, "question": "What?", "choices": ["a card", "a card", "water"]}], 2)

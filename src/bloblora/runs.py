@@ -52,6 +52,8 @@ class TrainConfig:
         model: base model: ``smollm2-135m``, a hub id, a folder, or a .gguf file.
         method: ``blob`` trains a Gaussian over LoRA's A, ``lora`` a point.
         task: ``classification``, ``choice_text``, ``choice_letter``, ``blank``, or ``auto`` by the data's form.
+        normalization: how ``choice_text`` scores a choice: ``sum`` of its tokens' log-probabilities, or their mean
+            (``length``), which favours no short choice and is less sure before training.
         limit: use only this many training records, chosen by ``limit_seed``; per label for classification.
         limit_seed: which records ``limit`` takes.
         steps: optimizer steps.
@@ -86,6 +88,7 @@ class TrainConfig:
     model: str = models.DEFAULT_MODEL
     method: Literal["blob", "lora"] = "blob"
     task: Literal["auto", "classification", "choice_text", "choice_letter", "blank"] = "auto"
+    normalization: Literal["sum", "length"] = "sum"
     limit: int | None = None
     limit_seed: int = 0
     steps: int = 500
@@ -210,7 +213,7 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
         return load_run(output)
     check_writable(output / RUN_FILE)
     tokenizer = models.load_tokenizer(config.model)
-    task = tasks.build_task(config.task, records, tokenizer)
+    task = _task(config, records, tokenizer)
     _check_targets(config, task)
     examples = tasks.encode_all(task, records, tokenizer, progress=progress)
     write_json(output / RUN_FILE, description)
@@ -471,6 +474,8 @@ def _check_task(config: TrainConfig, records: Sequence[dict[str, Any]]) -> None:
     if config.task != "auto" and _kind(config.task) != kind:
         wanted = {"classification": "'text'", "choice": "'question' and 'choices'"}[_kind(config.task)]
         raise RunError(f"{config.data}: task {config.task!r} needs records with {wanted}")
+    if config.normalization != TrainConfig.normalization and (name := _task_name(config, records)) != "choice_text":
+        raise RunError(f"normalization {config.normalization!r} is for task 'choice_text'; this one is {name!r}")
     labels = {record["label"] for record in records} if kind == "classification" else None
     if labels is not None and len(labels) < 2:
         raise RunError(f"{config.data}: field 'label': all are {labels.pop()!r}; there must be at least 2 labels")
@@ -490,6 +495,15 @@ def _check_targets(config: TrainConfig, task: tasks.Task) -> None:
 
 def _num_labels(task: tasks.Task) -> int | None:
     return len(task.labels) if task.labels is not None else None
+
+
+def _task(config: TrainConfig, records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tasks.Task:
+    options = {"normalization": config.normalization} if _task_name(config, records) == tasks.ChoiceText.name else {}
+    return tasks.build_task(config.task, records, tokenizer, **options)
+
+
+def _task_name(config: TrainConfig, records: Sequence[dict[str, Any]]) -> str:
+    return tasks.guess_task(records) if config.task == "auto" else config.task
 
 
 class _ProgressBar(ProgressCallback):

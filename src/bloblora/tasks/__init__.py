@@ -1,7 +1,7 @@
 """Tasks: records become token ids, and a model's output becomes one logit per label or choice."""
 
 from bloblora.tasks.blank import Blank
-from bloblora.tasks.build import TASKS, build_task, encode_all, task_from_dict
+from bloblora.tasks.build import TASKS, build_task, encode_all, guess_task, task_from_dict
 from bloblora.tasks.choice_letter import ChoiceLetter
 from bloblora.tasks.choice_text import ChoiceText
 from bloblora.tasks.classification import Classification
@@ -18,6 +18,7 @@ __all__ = [
     "TaskError",
     "build_task",
     "encode_all",
+    "guess_task",
     "label_logits",
     "task_from_dict",
 ]

@@ -28,7 +28,21 @@ def build_task(name: str, records: Sequence[Record], tokenizer: PreTrainedTokeni
     Raises:
         TaskError: an unknown name or option, or records that fit no task.
     """
-    return _task_class(_guess(records) if name == "auto" else name).build(records, tokenizer, **options)
+    return _task_class(guess_task(records) if name == "auto" else name).build(records, tokenizer, **options)
+
+
+def guess_task(records: Sequence[Record]) -> str:
+    """Name of the task that fits the records, as for "auto".
+
+    Raises:
+        TaskError: records that fit no task.
+    """
+    if records and all("text" in record for record in records):
+        return Classification.name
+    if not records or not all("question" in record and "choices" in record for record in records):
+        raise TaskError("task: 'auto' needs records that all have 'text', or all 'question' and 'choices'")
+    blanks = all("_" in str(record["question"]) and len(record["choices"]) == 2 for record in records)
+    return Blank.name if blanks else ChoiceText.name
 
 
 def task_from_dict(values: Mapping[str, Any]) -> Task:
@@ -77,12 +91,3 @@ def _task_class(name: str | None) -> type[Task]:
     if name not in TASKS:
         raise TaskError(f"task: {name!r} is not one of {', '.join(TASKS)}")
     return TASKS[name]
-
-
-def _guess(records: Sequence[Record]) -> str:
-    if records and all("text" in record for record in records):
-        return Classification.name
-    if not records or not all("question" in record and "choices" in record for record in records):
-        raise TaskError("task: 'auto' needs records that all have 'text', or all 'question' and 'choices'")
-    blanks = all("_" in str(record["question"]) and len(record["choices"]) == 2 for record in records)
-    return Blank.name if blanks else ChoiceText.name
