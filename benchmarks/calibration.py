@@ -1,12 +1,12 @@
 """Does BLoB halve the calibration error of an overfitted LoRA? On ARC-Easy and on CLINC150 with few examples.
 
     python benchmarks/calibration.py --data FOLDER                  # the comparison, on test data
-    python benchmarks/calibration.py --data FOLDER --search         # the choice of kl_learning_rate, on validation data
+    python benchmarks/calibration.py --data FOLDER --search         # the choice of the settings, on validation data
 
 FOLDER holds the public sets as JSON lines (``{"question", "choices", "answer"}`` and ``{"text", "label"}``):
 arc_easy_train, arc_easy_test, clinc_small_train, clinc_small_val, clinc_small_test, clinc_small_oos. Each run is a
 process of its own and writes a JSON file into results/calibration; a run that has its file is not repeated, a training
-that was stopped goes on. The tables in results/calibration/README.md are made from those files.
+that was stopped goes on. The tables and diagrams in results/calibration are made from those files.
 """
 
 import argparse
@@ -27,11 +27,27 @@ from bloblora.data import read_records
 
 RESULTS = Path(__file__).parents[1] / "results" / "calibration"
 SETTINGS: dict[str, dict[str, Any]] = {
-    "arc_easy": {"task": "choice_text", "limit": 640, "steps": 300, "batch_size": 8, "learning_rate": 2e-3},
+    "arc_easy": {
+        "task": "choice_text",
+        "normalization": "length",
+        "limit": 640,
+        "steps": 400,
+        "batch_size": 8,
+        "learning_rate": 2e-3,
+    },
     "clinc150": {"task": "classification", "limit": 5, "steps": 300, "batch_size": 16, "learning_rate": 1e-3},
 }
 TRAIN = {"arc_easy": "arc_easy_train", "clinc150": "clinc_small_train"}
-KL_LEARNING_RATES = (0.5, 0.2, 1.0)
+# What --search tries instead of a set's settings, with both methods.
+SEARCH: dict[str, list[dict[str, Any]]] = {
+    "arc_easy": [
+        {},
+        {"steps": 300},
+        {"steps": 300, "normalization": "sum"},
+        {"steps": 300, "normalization": "sum", "targets": ["q_proj", "v_proj", "lm_head"]},
+    ],
+    "clinc150": [{}],
+}
 NUM_OUT_OF_SCOPE = 500
 _NAMES = {("lora", 0): "LoRA", ("blob", 0): "BLoB, N = 0", ("blob", 10): "BLoB, N = 10"}
 
@@ -47,10 +63,16 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def training(self) -> str:
+        """Name of the run's folder: one training serves validation and test."""
+        values = {name: "+".join(value) if isinstance(value, list) else value for name, value in self.options.items()}
+        changed = "".join(f"-{name}-{value}" for name, value in values.items())
+        return f"{self.name}-{self.method}{changed}-seed{self.seed}"
+
+    @property
     def key(self) -> str:
         """Name of the result's file."""
-        changed = "".join(f"-{name}-{value}" for name, value in self.options.items())
-        return f"{'validation-' if self.validation else ''}{self.name}-{self.method}{changed}-seed{self.seed}"
+        return f"validation-{self.training}" if self.validation else self.training
 
 
 def records_of(job: Job, data: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
@@ -58,7 +80,7 @@ def records_of(job: Job, data: Path) -> tuple[list[dict[str, Any]], list[dict[st
     if job.name == "clinc150":
         inside = read_records(data / f"clinc_small_{'val' if job.validation else 'test'}.jsonl")
         outside = None if job.validation else read_records(data / "clinc_small_oos.jsonl")[:NUM_OUT_OF_SCOPE]
-        return runs.select(inside, 4 if job.validation else 10), outside
+        return runs.select(inside, 4 if job.validation else 5), outside
     if not job.validation:
         return runs.select(read_records(data / "arc_easy_test.jsonl"), 500), None
     everything = read_records(data / "arc_easy_train.jsonl")
@@ -77,44 +99,81 @@ def run(job: Job, data: Path, folder: Path) -> dict[str, Any]:
     )
     trained = runs.train(config)
     inside, outside = records_of(job, data)
-    samples = [n for method, n in _NAMES if method == job.method]
+    targets = runs.targets_of(trained.task, inside)
+    # bins: how many predictions, their mean confidence and accuracy
+    scores, bins = {}, {}
+    for n in (n for method, n in _NAMES if method == job.method):
+        near, *far = (
+            trained.predict(records, n, job.seed, progress=True) for records in (inside, outside) if records is not None
+        )
+        scores[n] = runs.score(near, targets, *far)
+        found = evaluation.reliability(near.probabilities, targets)
+        bins[n] = torch.stack([found.count, found.confidence, found.accuracy]).nan_to_num().T.tolist()
     return {
+        "options": dict(job.options),
         "config": {**asdict(config), "data": TRAIN[job.name], "output": None},
         "training": trained.training,
-        "metrics": {str(n): runs.evaluate(trained, inside, outside, n, job.seed, progress=True) for n in samples},
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "metrics": scores,
+        "reliability": bins,
+        "machine": {"cpu": cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "torch": torch.__version__,
     }
 
 
+def cpu() -> str:
+    """Name of the processor, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0].strip() if names else platform.processor()
+
+
 def report(folder: Path) -> str:
-    """Markdown tables of all results that are there: mean ± standard deviation over seeds."""
+    """Markdown tables of all results that are there, mean ± standard deviation over seeds, and a diagram a set."""
     text = [
         "# Calibration of LoRA and BLoB\n",
-        "Made by `python benchmarks/calibration.py`; settings are in the JSON.\n",
+        "Made by `python benchmarks/calibration.py`; settings, machine and versions are in the JSON files.\n",
     ]
     for name in SETTINGS:
-        rows: dict[str, dict[str, list[float]]] = {}
-        for file in sorted(folder.glob(f"{name}-*.json")):
-            result = json.loads(file.read_text(encoding="utf-8"))
-            for n in result["metrics"]:
-                _add(rows.setdefault(_NAMES[result["config"]["method"], int(n)], {}), result, n)
-        if rows:
-            ordered = {label: rows[label] for label in _NAMES.values() if label in rows}
-            counts = sorted({len(row["accuracy"]) for row in rows.values()})
-            text += [
-                f"## {name}, seeds: {' to '.join(map(str, counts))}\n",
-                evaluation.markdown_table(ordered, _columns(rows)),
-            ]
+        results = _read(folder, f"{name}-*.json")
+        if results:
+            rows: dict[str, dict[str, list[float]]] = {}
+            for result in results:
+                for n in result["metrics"]:
+                    _add(rows.setdefault(_NAMES[result["config"]["method"], int(n)], {}), result, n)
+            rows = {label: rows[label] for label in _NAMES.values() if label in rows}
+            seeds = ", ".join(f"{label}: {len(row['accuracy'])}" for label, row in rows.items())
+            text += [f"## {name}\n", f"Test data. Seeds: {seeds}.\n", evaluation.markdown_table(rows, _columns(rows))]
+            evaluation.reliability_diagram(_pooled(results), folder / f"{name}.png")
+            text.append(f"![Reliability diagram of {name}]({name}.png)\n")
         rows = {}
-        for file in sorted(folder.glob(f"validation-{name}-*.json")):
-            result = json.loads(file.read_text(encoding="utf-8"))
+        for result in _read(folder, f"validation-{name}-*.json"):
             n = max(result["metrics"], key=int)
-            rate = result["config"]["kl_learning_rate"] if result["config"]["method"] == "blob" else None
-            _add(rows.setdefault("LoRA" if rate is None else f"BLoB, N = {n}, kl_learning_rate {rate}", {}), result, n)
+            changed = ", ".join(f"{option} {value}" for option, value in result["options"].items())
+            label = f"{_NAMES[result['config']['method'], int(n)]}{changed and f': {changed}'}"
+            _add(rows.setdefault(label, {}), result, n)
         if rows:
-            text += [f"### {name}, validation data, seed 0\n", evaluation.markdown_table(rows, _columns(rows))]
+            text += [f"### {name}: the search\n", "Validation data, seed 0.\n"]
+            text.append(evaluation.markdown_table(rows, _columns(rows)))
     return "\n".join(text)
+
+
+def _read(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob(pattern))]
+
+
+def _pooled(results: list[dict[str, Any]]) -> dict[str, evaluation.ReliabilityBins]:
+    """Reliability of each method over the predictions of all seeds."""
+    totals: dict[str, torch.Tensor] = {}
+    for result in results:
+        for n, rows in result["reliability"].items():
+            label = _NAMES[result["config"]["method"], int(n)]
+            bins = torch.tensor(rows, dtype=torch.float64)
+            totals[label] = totals.get(label, 0) + torch.stack([bins[:, 0], *(bins[:, :1] * bins[:, 1:]).T])
+    return {
+        label: evaluation.ReliabilityBins(totals[label][0], *(totals[label][1:] / totals[label][0]))
+        for label in _NAMES.values()
+        if label in totals
+    }
 
 
 def _add(row: dict[str, list[float]], result: dict[str, Any], n: str) -> None:
@@ -142,7 +201,7 @@ def main() -> None:
     """Run what is missing, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the JSON lines files")
-    parser.add_argument("--search", action="store_true", help="try kl_learning_rate on validation data")
+    parser.add_argument("--search", action="store_true", help="try settings on validation data, seed 0")
     parser.add_argument("--only", choices=SETTINGS, nargs="+", default=list(SETTINGS), help="which sets")
     parser.add_argument("--methods", choices=("lora", "blob"), nargs="+", default=["lora", "blob"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -151,13 +210,12 @@ def main() -> None:
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
     if options.search:
-        jobs = [Job(name, "lora", validation=True) for name in options.only]
-        jobs += [
-            Job(name, "blob", validation=True, options={"kl_learning_rate": rate})
-            for rate in KL_LEARNING_RATES
+        jobs = [
+            Job(name, method, validation=True, options=changed)
             for name in options.only
+            for changed in SEARCH[name]
+            for method in options.methods
         ]
-        jobs = [job for job in jobs if job.method in options.methods]
     else:
         jobs = [Job(n, method, seed) for seed in options.seeds for n in options.only for method in options.methods]
     for number, job in enumerate(jobs, start=1):
@@ -166,7 +224,7 @@ def main() -> None:
         if not file.exists():
             # A process for each run: its peak memory is its own.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                runs.write_json(file, pool.submit(run, job, options.data, options.runs / job.key).result())
+                runs.write_json(file, pool.submit(run, job, options.data, options.runs / job.training).result())
         (options.results / "README.md").write_text(report(options.results), encoding="utf-8")
     print(report(options.results))
 

@@ -79,7 +79,7 @@ def demo(
         predictions = [run.predict(records, num_samples, seed, progress=True) for records in (inside, outside)]
         targets = runs.targets_of(run.task, inside)
         rows[name] = runs.score(predictions[0], targets, predictions[1])
-        diagrams[name] = (predictions[0].probabilities, targets)
+        diagrams[name] = evaluation.reliability(predictions[0].probabilities, targets)
     runs.write_json(folder / "metrics.json", rows)
     evaluation.reliability_diagram(diagrams, folder / "reliability.png")
     console.print(evaluation.rich_table(rows, title=f"{len(inside)} test queries, {len(outside)} out of scope"))

@@ -52,10 +52,10 @@ def test_errors_name_what_is_wrong():
 
 def test_diagram_grows_by_a_panel_a_method_and_leaves_nothing_else(tmp_path):
     log_probs, targets = random_case()
-    prediction, file = (log_probs.exp(), targets), tmp_path / "plots" / "r.png"
+    bins, file = reliability(log_probs.exp(), targets), tmp_path / "plots" / "r.png"
     widths = []
     for names in (["LoRA"], ["LoRA", "BLoB, N = 10"]):
-        reliability_diagram(dict.fromkeys(names, prediction), file)
+        reliability_diagram(dict.fromkeys(names, bins), file)
         widths.append(imread(file).shape[1])
     assert widths[1] > 1.5 * widths[0]
     assert [path.name for path in file.parent.iterdir()] == ["r.png"]
@@ -65,7 +65,7 @@ def test_diagram_grows_by_a_panel_a_method_and_leaves_nothing_else(tmp_path):
 def test_overconfidence_is_red(tmp_path, sure, is_red):
     """Half right at ``sure``: red between accuracy and confidence, above the legend's own red."""
     probs = torch.tensor([[sure, 1 - sure]]).repeat(100, 1)
-    reliability_diagram({"a": (probs, torch.arange(100) % 2)}, tmp_path / "r.png")
+    reliability_diagram({"a": reliability(probs, torch.arange(100) % 2)}, tmp_path / "r.png")
     image = imread(tmp_path / "r.png")
     panel = image[: int(0.6 * len(image)), :, :3]
     red = (panel[..., 0] - panel[..., 2] > 0.1).mean()

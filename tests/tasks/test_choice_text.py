@@ -89,7 +89,7 @@ def test_default_model_scores_as_separate_sequences(questions):
     from .test_tree import separate_scores
 
     model, tokenizer = load_model("smollm2-135m").eval(), load_tokenizer("smollm2-135m")
-    task = build_task("auto", questions, tokenizer)
+    task = build_task("auto", questions, tokenizer, normalization="sum")
     example = task.encode(questions[0], tokenizer)
     with torch.no_grad():
         logits = task.logits(model, task.collate([example]))[0]

@@ -23,7 +23,7 @@ def separate_scores(model, example) -> list[float]:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2"])
-@pytest.mark.parametrize("task", [ChoiceText(pad_token_id=0), Blank(pad_token_id=0)], ids=lambda t: t.name)
+@pytest.mark.parametrize("task", [ChoiceText(pad_token_id=0, normalization="sum"), Blank(pad_token_id=0)], ids=lambda t: t.name)
 def test_equals_choices_scored_separately(task, family, attention, questions, blanks, bos_tokenizer):
     model = tiny_causal(family, attention)
     examples = encode_all(task, blanks if task.name == "blank" else questions, bos_tokenizer)
@@ -69,7 +69,7 @@ def test_mask_and_positions_by_hand():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_gradients_are_finite_and_equal_the_separate_ones(attention, questions, tokenizer):
-    model, task = tiny_causal("llama", attention), ChoiceText(pad_token_id=0)
+    model, task = tiny_causal("llama", attention), ChoiceText(pad_token_id=0, normalization="sum")
     examples = encode_all(task, questions, tokenizer)
     batch = task.collate(examples)
     torch.nn.functional.cross_entropy(task.logits(model, batch), batch["labels"]).backward()

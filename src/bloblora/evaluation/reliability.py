@@ -67,26 +67,22 @@ def reliability(probabilities: Tensor, targets: Tensor, num_bins: int = 15) -> R
     )
 
 
-def reliability_diagram(
-    predictions: Mapping[str, tuple[Tensor, Tensor]], path: str | os.PathLike[str], num_bins: int = 15
-) -> None:
+def reliability_diagram(panels: Mapping[str, ReliabilityBins], path: str | os.PathLike[str]) -> None:
     """Write a PNG with a panel for each method: accuracy against confidence, and how many answers have it.
 
     Args:
-        predictions: probabilities (n, C) and targets (n,) by method.
+        panels: the bins (see `reliability`) by method.
         path: of the PNG; its folder is made.
-        num_bins: equal-width bins.
 
     Raises:
-        ValueError: there is no method, or a method's predictions are wrong (see `reliability`).
+        ValueError: there is no method.
     """
     # here, because most commands draw nothing; without pyplot there is no display and no global state
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    if not predictions:
-        raise ValueError("predictions: there is no method to draw")
-    panels = {name: reliability(*prediction, num_bins) for name, prediction in predictions.items()}
+    if not panels:
+        raise ValueError("panels: there is no method to draw")
     figure = Figure(figsize=(3.1 * len(panels) + 0.6, 4.9), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
     grid = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row", height_ratios=[4, 1])
     for (name, bins), top, bottom in zip(panels.items(), *grid, strict=True):

@@ -30,11 +30,11 @@ class ChoiceText(Task):
 
     Args:
         template: the prompt, with `{question}`; a space and the choice follow it.
-        normalization: "sum" of the tokens' log-probabilities, or "length" for their mean.
+        normalization: "length" for the mean of the tokens' log-probabilities, or "sum".
     """
 
     template: str = "Question: {question}\nAnswer:"
-    normalization: str = "sum"
+    normalization: str = "length"
 
     name: ClassVar[str] = "choice_text"
 

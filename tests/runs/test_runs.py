@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -90,7 +90,6 @@ def test_the_classification_head_is_trained_saved_and_loaded(config, base):
     (name,) = (name for name in saved if "score" in name)
     assert saved[name].shape == (2, 32)
     torch.manual_seed(config.seed)
-    runs.set_seed(config.seed)
     fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).score.weight
     loaded = runs.load_run(config.output).model.base_model.model.score
     assert torch.equal(loaded.weight, saved[name])
@@ -138,7 +137,7 @@ runs.train(runs.TrainConfig(**yaml.safe_load(sys.argv[1])), progress=False, call
 
 
 def test_after_a_sigkill(config, tmp_path):
-    options = yaml.safe_dump(runs.asdict(config))
+    options = yaml.safe_dump(asdict(config))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     killed = subprocess.run([sys.executable, "-c", _KILLED, options], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -206,7 +205,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         runs.write_json(tmp_path / "x.json", {"a": object()})
     with pytest.raises(UnicodeEncodeError):
-        runs._write(tmp_path / "x.json", "half " + "\ud800")
+        runs.folder.write_text(tmp_path / "x.json", "half " + "\ud800")
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
@@ -329,8 +328,8 @@ def test_choices_scored_by_length(config, files):
 
 
 def test_normalization_of_texts(config):
-    with pytest.raises(runs.RunError, match="normalization 'length' is for task 'choice_text'; this one is 'class"):
-        runs.train(replace(config, normalization="length"), progress=False)
+    with pytest.raises(runs.RunError, match="normalization 'sum' is for task 'choice_text'; this one is 'class"):
+        runs.train(replace(config, normalization="sum"), progress=False)
 
 
 def test_choices_that_stand_twice_keep_their_probabilities_apart(config, files):

@@ -1,0 +1,64 @@
+"""Whether data and options fit a run: all that can be known before a model is loaded."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .. import data as datasets_
+from .. import models, tasks
+from .config import RunError, TrainConfig
+
+
+def check_task(config: TrainConfig, records: Sequence[dict[str, Any]]) -> None:
+    """Raise a RunError when the records can't be this task's; needs no tokenizer."""
+    kind = datasets_.kind_of(records)
+    if config.task != "auto" and _kind(config.task) != kind:
+        wanted = {"classification": "'text'", "choice": "'question' and 'choices'"}[_kind(config.task)]
+        raise RunError(f"{config.data}: task {config.task!r} needs records with {wanted}")
+    if config.normalization != TrainConfig.normalization and (name := task_name(config, records)) != "choice_text":
+        raise RunError(f"normalization {config.normalization!r} is for task 'choice_text'; this one is {name!r}")
+    labels = {record["label"] for record in records} if kind == "classification" else None
+    if labels is not None and len(labels) < 2:
+        raise RunError(f"{config.data}: field 'label': all are {labels.pop()!r}; there must be at least 2 labels")
+
+
+def check_targets(config: TrainConfig, task: tasks.Task) -> None:
+    """Raise a RunError for a layer that the model hasn't: PEFT would say so only once the weights are loaded."""
+    if config.targets is None:
+        return
+    layers = models.layer_names(config.model, num_labels=num_labels(task))
+    # by PEFT's rule: a whole name, or its end
+    unknown = [t for t in config.targets if not any(layer == t or layer.endswith(f".{t}") for layer in layers)]
+    if unknown:
+        last = sorted({layer.rpartition(".")[2] for layer in layers if not layer.rpartition(".")[2].isdigit()} - {""})
+        raise RunError(f"targets: the model has no layer {', '.join(unknown)}; its layers: {', '.join(last)}")
+
+
+def check_kind(task: tasks.Task, records: Sequence[dict[str, Any]]) -> None:
+    """Raise a RunError when records are of another kind than the task's: texts to classify, or questions."""
+    kind, wanted = datasets_.kind_of(records), _kind(task.name)
+    if kind != wanted:
+        fields = {"classification": "'text'", "choice": "'question' and 'choices'"}
+        raise RunError(f"the run's task is {task.name}, which needs records with {fields[wanted]}, not {fields[kind]}")
+
+
+def check_samples(samples: int, seed: int, batch_size: int = 1) -> None:
+    """Raise a RunError when these can't be a prediction's: before a model is loaded for it."""
+    problems = [f"samples must be 0 (the mean) or more, got {samples}"] if samples < 0 else []
+    problems += [f"batch_size must be at least 1, got {batch_size}"] if batch_size < 1 else []
+    problems += [f"seed must be in 0..2^32 - 1, got {seed}"] if not 0 <= seed < 2**32 else []
+    if problems:
+        raise RunError("\n".join(problems))
+
+
+def task_name(config: TrainConfig, records: Sequence[dict[str, Any]]) -> str:
+    """The configuration's task, or for "auto" the one that fits the records."""
+    return tasks.guess_task(records) if config.task == "auto" else config.task
+
+
+def num_labels(task: tasks.Task) -> int | None:
+    """Outputs of the classification head; None for a task without one."""
+    return len(task.labels) if task.labels is not None else None
+
+
+def _kind(task_name: str) -> str:
+    return "classification" if task_name == tasks.Classification.name else "choice"

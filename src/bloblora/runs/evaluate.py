@@ -1,0 +1,95 @@
+"""What a run's predictions are worth, and what they say."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import tasks
+from ..evaluation import metrics, ood_metrics, reliability, reliability_diagram
+from ..prediction import Prediction
+from .checks import check_kind
+from .config import RunError
+from .run import Run
+
+
+def evaluate(
+    run: Run,
+    records: Sequence[dict[str, Any]],
+    outside: Sequence[dict[str, Any]] | None = None,
+    num_samples: int = 10,
+    seed: int = 0,
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+    diagram: Path | None = None,
+) -> dict[str, Any]:
+    """Metrics of a run on labelled records; ``outside`` are records out of its scope.
+
+    With ``diagram`` a reliability diagram is written to that PNG.
+
+    Raises:
+        RunError: records of the other kind, or a label that the run doesn't know.
+    """
+    check_kind(run.task, records)
+    targets = targets_of(run.task, records)
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    inside = run.predict(records, num_samples, seed, **options)
+    far = None
+    if outside is not None:
+        check_kind(run.task, outside)
+        far = run.predict(outside, num_samples, seed, **options)
+    if diagram is not None:
+        name = f"{run.config.method}, N = {inside.num_samples}"
+        reliability_diagram({name: reliability(inside.probabilities, targets)}, diagram)
+    return score(inside, targets, far)
+
+
+def score(inside: Prediction, targets: torch.Tensor, outside: Prediction | None = None) -> dict[str, Any]:
+    """Metrics of predictions, and with ``outside`` how well their uncertainty tells out-of-scope inputs apart."""
+    result = metrics(inside.log_probabilities, targets) | {"num_samples": inside.num_samples}
+    if outside is not None:
+        result |= ood_metrics(_uncertainty(inside), _uncertainty(outside))
+    return result
+
+
+def describe(
+    run: Run, records: Sequence[dict[str, Any]], num_samples: int = 10, seed: int = 0, *, batch_size: int = 32
+) -> Iterator[dict[str, Any]]:
+    """For each record its answer, the probability of each label or choice, and the uncertainty in nats."""
+    prediction = run.predict(records, num_samples, seed, batch_size=batch_size)
+    probabilities, answers = prediction.probabilities, prediction.labels
+    scores = _uncertainty(prediction) | {"expected_entropy": prediction.expected_entropy}
+    for i, record in enumerate(records):
+        columns = run.task.columns(record)
+        if len(set(columns)) < len(columns):
+            columns = [f"{index}: {column}" for index, column in enumerate(columns)]
+        yield {
+            **{key: record[key] for key in ("id", "text", "question") if key in record},
+            "label": columns[int(answers[i])],
+            "probabilities": {column: float(probabilities[i, j]) for j, column in enumerate(columns)},
+            **{name: float(values[i]) for name, values in scores.items()},
+        }
+
+
+def targets_of(task: tasks.Task, records: Sequence[dict[str, Any]]) -> torch.Tensor:
+    """Index of the right column of each labelled record, (n,)."""
+    if task.labels is None:
+        return torch.tensor([record["answer"] for record in records])
+    index = {label: i for i, label in enumerate(task.labels)}
+    unknown = [
+        f"record {number}: field 'label': {record['label']!r}"
+        for number, record in enumerate(records, start=1)
+        if record["label"] not in index
+    ]
+    if unknown:
+        more = f"\n… and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        known = ", ".join(task.labels[:10]) + (", …" if len(task.labels) > 10 else "")
+        raise RunError("\n".join([f"labels that the model was not trained on (it has {known}):", *unknown[:10]]) + more)
+    return torch.tensor([index[record["label"]] for record in records])
+
+
+def _uncertainty(prediction: Prediction) -> dict[str, torch.Tensor]:
+    names = ("confidence", "predictive_entropy", "mutual_information")
+    return {name: getattr(prediction, name) for name in names}

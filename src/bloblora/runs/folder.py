@@ -1,0 +1,106 @@
+"""A run's folder: its files, read and checked without a model, and written whole or not at all."""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from .. import tasks
+from ..adapter import check_folder
+from .config import RunError, TrainConfig
+
+TASK_FILE, RUN_FILE, CONFIG_FILE, CHECKPOINTS = "task.json", "run.json", "config.yaml", "checkpoints"
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """What a finished run's folder says, without its model: enough to check arguments by."""
+
+    config: TrainConfig
+    task: tasks.Task
+    training: dict[str, Any]
+
+
+def open_run(directory: str | os.PathLike[str]) -> RunDescription:
+    """Read and check a finished run's folder; no model is loaded.
+
+    Raises:
+        RunError: the folder isn't one, its training isn't finished, or its adapter was altered.
+        AdapterFileError: the adapter's files are damaged.
+    """
+    directory = Path(directory)
+    if not (directory / RUN_FILE).is_file():
+        raise RunError(f"{directory}: no {RUN_FILE} in it; give a folder that `bloblora train` wrote")
+    stored = read_json(directory / RUN_FILE)
+    if not stored.get("training"):
+        raise RunError(f"{directory}: its training isn't finished; run the same `bloblora train` again to go on")
+    try:
+        config = TrainConfig(**stored["config"])
+        task = tasks.task_from_dict(read_json(directory / TASK_FILE))
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{directory / RUN_FILE}: not what this version of bloblora writes: {error}") from error
+    weights = check_folder(directory) / SAFETENSORS_WEIGHTS_NAME
+    if config.method == "blob" and not (weights.parent / "blob_config.json").is_file():
+        raise RunError(f"{directory}: the posterior's files are missing; without them this is a plain LoRA")
+    if stored.get("adapter_sha256", actual := file_sha256(weights)) != actual:
+        raise RunError(
+            f"{weights}: its SHA-256 isn't the one in {RUN_FILE}: the file was altered, or comes from another run"
+        )
+    return RunDescription(config, task, stored["training"])
+
+
+def read_description(output: Path, config: TrainConfig) -> dict[str, Any]:
+    """What the folder says of its run, if any; a RunError where that has another configuration."""
+    if not (output / RUN_FILE).is_file():
+        return {}
+    stored = read_json(output / RUN_FILE)
+    old, new = stored.get("config", {}), asdict(config)
+    different = [f"{k}: {old.get(k)!r} there, {new[k]!r} now" for k in new if k != "output" and old.get(k) != new[k]]
+    if different:
+        raise RunError(f"{output} holds a run of another configuration ({'; '.join(different)}); choose another output")
+    return stored
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; a RunError where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{file}: must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def check_writable(file: str | os.PathLike[str]) -> None:
+    """Make a file's folder, and raise a RunError when the file can't be written there: before hours of work."""
+    file = Path(file)
+    if file.is_dir():
+        raise RunError(f"{file}: is a folder; give a file to write")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise RunError(f"{file}: can't be written: {error.strerror or error}") from error
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()

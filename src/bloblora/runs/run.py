@@ -1,0 +1,72 @@
+"""A trained run and its predictions."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from .. import models, tasks
+from ..adapter import load
+from ..prediction import Prediction, predict
+from .checks import num_labels
+from .config import TrainConfig
+from .folder import open_run
+
+
+@dataclass
+class Run:
+    """A trained run, ready to predict.
+
+    Attributes:
+        model: the PEFT model, in eval mode.
+        tokenizer: its tokenizer.
+        task: how records become logits.
+        config: the configuration that it was trained with.
+        training: what the training took: ``seconds`` (of all sessions, without what a stop threw away),
+            ``peak_memory_bytes`` (of the last session), ``final`` (the last log).
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    task: tasks.Task
+    config: TrainConfig
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def predict(
+        self,
+        records: Sequence[dict[str, Any]],
+        num_samples: int = 10,
+        seed: int = 0,
+        *,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> Prediction:
+        """Predictions of raw records, in their order, whatever label they have; see `bloblora.predict`."""
+        unlabelled = [{k: v for k, v in record.items() if k not in ("label", "answer")} for record in records]
+        examples = tasks.encode_all(self.task, unlabelled, self.tokenizer)
+        return predict(
+            self.model, examples, num_samples, seed, task=self.task, batch_size=batch_size, progress=progress
+        )
+
+
+def load_run(directory: str | os.PathLike[str]) -> Run:
+    """Load a finished run.
+
+    Raises:
+        RunError: the folder isn't one, or its training isn't finished.
+        AdapterFileError: the adapter's files are damaged.
+    """
+    directory = Path(directory)
+    description = open_run(directory)
+    config, task = description.config, description.task
+    model = load(base_model(config, task), directory)
+    return Run(model, models.load_tokenizer(config.model), task, config, description.training)
+
+
+def base_model(config: TrainConfig, task: tasks.Task) -> Any:
+    """The pretrained model, with a head where the task needs one."""
+    return models.load_model(config.model, num_labels=num_labels(task), dtype=config.dtype)
