@@ -23,7 +23,9 @@ def separate_scores(model, example) -> list[float]:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2"])
-@pytest.mark.parametrize("task", [ChoiceText(pad_token_id=0, normalization="sum"), Blank(pad_token_id=0)], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "task", [ChoiceText(pad_token_id=0, normalization="sum"), Blank(pad_token_id=0)], ids=lambda t: t.name
+)
 def test_equals_choices_scored_separately(task, family, attention, questions, blanks, bos_tokenizer):
     model = tiny_causal(family, attention)
     examples = encode_all(task, blanks if task.name == "blank" else questions, bos_tokenizer)
