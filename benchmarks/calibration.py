@@ -38,15 +38,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clinc150": {"task": "classification", "limit": 5, "steps": 300, "batch_size": 16, "learning_rate": 1e-3},
 }
 TRAIN = {"arc_easy": "arc_easy_train", "clinc150": "clinc_small_train"}
-# What --search tries instead of a set's settings, with both methods.
-SEARCH: dict[str, list[dict[str, Any]]] = {
-    "arc_easy": [
-        {},
-        {"steps": 300},
-        {"steps": 300, "normalization": "sum"},
-        {"steps": 300, "normalization": "sum", "targets": ["q_proj", "v_proj", "lm_head"]},
-    ],
-    "clinc150": [{}],
+# The published code's training on batches of 16, with the KL learning rate of its scripts for Llama.
+PUBLISHED = {
+    "estimator": "flipout",
+    "optimizer_style": "alternating",
+    "kl_weighting": "reweighted",
+    "dataset_rescaling": True,
+    "kl_scale": 16.0,
+    "kl_learning_rate": 0.01,
+    "group_by_length": False,
+}
+# What --search tries instead of a set's settings.
+_SUM = {"steps": 300, "normalization": "sum"}
+_HEAD = {**_SUM, "targets": ["q_proj", "v_proj", "lm_head"]}
+SEARCH: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "arc_easy": [(method, changed) for changed in ({"steps": 300}, _SUM, _HEAD) for method in ("lora", "blob")],
+    "clinc150": [("lora", {}), ("blob", {}), ("blob", PUBLISHED)],
 }
 NUM_OUT_OF_SCOPE = 500
 _NAMES = {("lora", 0): "LoRA", ("blob", 0): "BLoB, N = 0", ("blob", 10): "BLoB, N = 10"}
@@ -210,12 +217,8 @@ def main() -> None:
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
     if options.search:
-        jobs = [
-            Job(name, method, validation=True, options=changed)
-            for name in options.only
-            for changed in SEARCH[name]
-            for method in options.methods
-        ]
+        jobs = [Job(n, method, 0, True, changed) for n in options.only for method, changed in SEARCH[n]]
+        jobs = [job for job in jobs if job.method in options.methods]
     else:
         jobs = [Job(n, method, seed) for seed in options.seeds for n in options.only for method in options.methods]
     for number, job in enumerate(jobs, start=1):
