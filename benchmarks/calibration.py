@@ -130,7 +130,8 @@ def run(job: Job, data: Path, folder: Path) -> dict[str, Any]:
 def cpu() -> str:
     """Name of the processor, as far as the system tells."""
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
     return names[0].strip() if names else platform.processor()
 
 
