@@ -1,12 +1,14 @@
 """Does BLoB halve the calibration error of an overfitted LoRA? On ARC-Easy and on CLINC150 with few examples.
 
     python benchmarks/calibration.py --data FOLDER                  # the comparison, on test data
+    python benchmarks/calibration.py --data FOLDER --published      # CLINC150 with the published code's settings
     python benchmarks/calibration.py --data FOLDER --search         # the choice of the settings, on validation data
 
 FOLDER holds the public sets as JSON lines (``{"question", "choices", "answer"}`` and ``{"text", "label"}``):
 arc_easy_train, arc_easy_test, clinc_small_train, clinc_small_val, clinc_small_test, clinc_small_oos. Each run is a
 process of its own and writes a JSON file into results/calibration; a run that has its file is not repeated, a training
-that was stopped goes on. The tables and diagrams in results/calibration are made from those files.
+that was stopped goes on. The tables and diagrams in results/calibration are made from those files. The files of the method
+"published_code" come from the authors' own repository, run beside this one on the same records, tokens and seeds.
 """
 
 import argparse
@@ -38,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clinc150": {"task": "classification", "limit": 5, "steps": 300, "batch_size": 16, "learning_rate": 1e-3},
 }
 TRAIN = {"arc_easy": "arc_easy_train", "clinc150": "clinc_small_train"}
-# The published code's training on batches of 16, with the KL learning rate of its scripts for Llama.
+# The published code's training: it adds the KL to the mean NLL, so kl_scale is the batch size here.
 PUBLISHED = {
     "estimator": "flipout",
     "optimizer_style": "alternating",
@@ -56,7 +58,13 @@ SEARCH: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "clinc150": [("lora", {}), ("blob", {}), ("blob", PUBLISHED)],
 }
 NUM_OUT_OF_SCOPE = 500
-_NAMES = {("lora", 0): "LoRA", ("blob", 0): "BLoB, N = 0", ("blob", 10): "BLoB, N = 10"}
+_NAMES = {
+    ("lora", 0): "LoRA",
+    ("blob", 0): "BLoB, N = 0",
+    ("blob", 10): "BLoB, N = 10",
+    ("published_code", 0): "Published code, N = 0",
+    ("published_code", 10): "Published code, N = 10",
+}
 
 
 @dataclass(frozen=True)
@@ -144,25 +152,29 @@ def report(folder: Path) -> str:
     for name in SETTINGS:
         results = _read(folder, f"{name}-*.json")
         if results:
-            rows: dict[str, dict[str, list[float]]] = {}
-            for result in results:
-                for n in result["metrics"]:
-                    _add(rows.setdefault(_NAMES[result["config"]["method"], int(n)], {}), result, n)
-            rows = {label: rows[label] for label in _NAMES.values() if label in rows}
-            seeds = ", ".join(f"{label}: {len(row['accuracy'])}" for label, row in rows.items())
-            text += [f"## {name}\n", f"Test data. Seeds: {seeds}.\n", evaluation.markdown_table(rows, _columns(rows))]
+            text += [f"## {name}\n", f"Test data, {len({result['config']['seed'] for result in results})} seeds.\n"]
+            text.append(_table(results))
             evaluation.reliability_diagram(_pooled(results), folder / f"{name}.png")
             text.append(f"![Reliability diagram of {name}]({name}.png)\n")
-        rows = {}
-        for result in _read(folder, f"validation-{name}-*.json"):
-            n = max(result["metrics"], key=int)
-            changed = ", ".join(f"{option} {value}" for option, value in result["options"].items())
-            label = f"{_NAMES[result['config']['method'], int(n)]}{changed and f': {changed}'}"
-            _add(rows.setdefault(label, {}), result, n)
-        if rows:
-            text += [f"### {name}: the search\n", "Validation data, seed 0.\n"]
-            text.append(evaluation.markdown_table(rows, _columns(rows)))
+        searched = _read(folder, f"validation-{name}-*.json")
+        if searched:
+            text += [f"### {name}: the search\n", "Validation data, seed 0.\n", _table(searched)]
     return "\n".join(text)
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    rows: dict[str, dict[str, list[float]]] = {}
+    for result in sorted(results, key=lambda result: (len(result["options"]), result["config"]["method"] != "lora")):
+        for n in sorted(result["metrics"], key=int):
+            _add(rows.setdefault(_label(result, n), {}), result, n)
+    return evaluation.markdown_table(rows, _columns(rows))
+
+
+def _label(result: dict[str, Any], n: str) -> str:
+    options = result["options"]
+    changed = ", ".join(f"{option} {value}" for option, value in options.items())
+    extra = "published settings" if options == PUBLISHED else changed
+    return f"{_NAMES[result['config']['method'], int(n)]}{extra and f': {extra}'}"
 
 
 def _read(folder: Path, pattern: str) -> list[dict[str, Any]]:
@@ -170,9 +182,9 @@ def _read(folder: Path, pattern: str) -> list[dict[str, Any]]:
 
 
 def _pooled(results: list[dict[str, Any]]) -> dict[str, evaluation.ReliabilityBins]:
-    """Reliability of each method over the predictions of all seeds."""
+    """Reliability of each method with the set's settings over the predictions of all seeds."""
     totals: dict[str, torch.Tensor] = {}
-    for result in results:
+    for result in (result for result in results if not result["options"]):
         for n, rows in result["reliability"].items():
             label = _NAMES[result["config"]["method"], int(n)]
             bins = torch.tensor(rows, dtype=torch.float64)
@@ -210,6 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the JSON lines files")
     parser.add_argument("--search", action="store_true", help="try settings on validation data, seed 0")
+    parser.add_argument("--published", action="store_true", help="the published settings, on CLINC150")
     parser.add_argument("--only", choices=SETTINGS, nargs="+", default=list(SETTINGS), help="which sets")
     parser.add_argument("--methods", choices=("lora", "blob"), nargs="+", default=["lora", "blob"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -220,6 +233,8 @@ def main() -> None:
     if options.search:
         jobs = [Job(n, method, 0, True, changed) for n in options.only for method, changed in SEARCH[n]]
         jobs = [job for job in jobs if job.method in options.methods]
+    elif options.published:
+        jobs = [Job("clinc150", "blob", seed, options=PUBLISHED) for seed in options.seeds]
     else:
         jobs = [Job(n, method, seed) for seed in options.seeds for n in options.only for method in options.methods]
     for number, job in enumerate(jobs, start=1):
