@@ -2,10 +2,26 @@
 
 from .estimators import ESTIMATORS, project
 from .gaussian import STD_PARAMETERIZATIONS, init_std_parameter, kl_divergence, kl_flow_, log_std, sample, std
+from .priors import (
+    PRIORS,
+    LaplacePrior,
+    LearnedNormalPrior,
+    NormalPrior,
+    Prior,
+    ScaleMixturePrior,
+    StudentTPrior,
+)
 
 __all__ = [
     "ESTIMATORS",
+    "PRIORS",
     "STD_PARAMETERIZATIONS",
+    "LaplacePrior",
+    "LearnedNormalPrior",
+    "NormalPrior",
+    "Prior",
+    "ScaleMixturePrior",
+    "StudentTPrior",
     "init_std_parameter",
     "kl_divergence",
     "kl_flow_",

@@ -7,6 +7,7 @@ function of an unconstrained tensor of the same shape (G in the paper).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -79,15 +80,17 @@ def kl_divergence(
     Returns:
         A scalar in nats, float32 or wider, differentiable.
     """
-    mean = _stack(means)
-    parameter = _stack(std_parameters)
+    mean = stack(means)
+    parameter = stack(std_parameters)
     squares = std(parameter, parameterization).square() + mean.square()
     per_entry = squares / (2 * prior_std**2) - log_std(parameter, parameterization)
     return per_entry.sum() + mean.numel() * (math.log(prior_std) - 0.5)
 
 
 @torch.no_grad()
-def kl_flow_(means: list[Tensor], std_parameters: list[Tensor], prior_std: float, time: float) -> None:
+def kl_flow_(
+    means: list[Tensor], std_parameters: list[Tensor], prior_std: float | Sequence[float], time: float
+) -> None:
     r"""Move a ``square`` posterior down the gradient of its KL for a while, in place and exactly.
 
     Gradient descent with infinitely many, infinitely small steps, which never overshoots:
@@ -100,19 +103,21 @@ def kl_flow_(means: list[Tensor], std_parameters: list[Tensor], prior_std: float
     Args:
         means: M of each layer, any shapes.
         std_parameters: G of each layer, shapes as ``means``.
-        prior_std: σp > 0.
+        prior_std: σp > 0, one for all layers or one a layer.
         time: t ≥ 0, learning rate times weight of the KL.
     """
-    torch._foreach_mul_(means, math.exp(-time / prior_std**2))
-    slope = math.tanh(4 * time / prior_std)
+    priors = list(prior_std) if isinstance(prior_std, Sequence) else [prior_std] * len(means)
+    torch._foreach_mul_(means, [math.exp(-time / prior**2) for prior in priors])
+    slopes = [math.tanh(4 * time / prior) for prior in priors]
     stds = torch._foreach_mul(std_parameters, std_parameters)
-    above = torch._foreach_add(stds, prior_std * slope)
-    below = torch._foreach_add(torch._foreach_mul(stds, slope), prior_std)
-    roots = torch._foreach_sqrt(torch._foreach_mul(torch._foreach_div(above, below), prior_std))
+    above = torch._foreach_add(stds, [prior * slope for prior, slope in zip(priors, slopes, strict=True)])
+    below = torch._foreach_add(torch._foreach_mul(stds, slopes), priors)
+    roots = torch._foreach_sqrt(torch._foreach_mul(torch._foreach_div(above, below), priors))
     for parameter, root in zip(std_parameters, roots, strict=True):
         parameter.copy_(root.copysign(parameter))
 
 
-def _stack(tensors: list[Tensor]) -> Tensor:
+def stack(tensors: list[Tensor]) -> Tensor:
+    """All entries of all layers, one dimension, float32 or wider, on the first layer's device."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return torch.cat([tensor.reshape(-1).to(dtype=dtype, device=tensors[0].device) for tensor in tensors])
