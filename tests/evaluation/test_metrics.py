@@ -79,7 +79,7 @@ def test_errors_name_what_is_wrong():
         metrics(half.exp(), torch.tensor([0]))
     with pytest.raises(ValueError, match="num_bins must be 1 or more, got 0"):
         metrics(half, torch.tensor([0]), num_bins=0)
-    with pytest.raises(ValueError, match=r"confidence out of scope: AUROC needs scores \(n,\) with n > 0"):
+    with pytest.raises(ValueError, match=r"confidence out of scope: scores must be \(n,\) with n > 0"):
         ood_metrics({"confidence": torch.ones(2)}, {"confidence": torch.ones(0)})
     with pytest.raises(ValueError, match="predictive_entropy in scope: score 1 is NaN"):
         ood_metrics({"predictive_entropy": torch.tensor([1, math.nan])}, {"predictive_entropy": torch.ones(2)})

@@ -34,6 +34,7 @@ def test_rich_shows_the_same_and_keeps_square_brackets():
 def test_columns_are_chosen_and_ordered():
     header = markdown_table(ROWS, columns=["num_examples", "ece", "seconds"]).splitlines()[0]
     assert header == "|  | num_examples | ECE ↓ | seconds |"
+    assert markdown_table({"a": {"aurc": 0.1}}, columns=["aurc"]).startswith("|  | AURC ↓ |")
     assert markdown_table({"a": {"seconds": 2.0}}).splitlines()[2] == "| a | 2.000 |"
 
 

@@ -1,0 +1,227 @@
+"""Pictures: each function gives a matplotlib Figure, for `save_figure` (PNG, SVG) or `to_svg` (in a page)."""
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from itertools import cycle
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .reliability import ReliabilityBins
+from .selective import RiskCoverage
+from .tables import Value, mean_and_spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BLUE, _RED, _GREY = "#2f5d8c", "#d1495b", "#9aa3ad"
+_COLORS = (_BLUE, _RED, "#e0a030", "#3b8e7e", "#8d6ab8", "#5aaad0", "#7a5c45", _GREY)
+_MARKERS = "osD^vPX*<>"
+
+
+def reliability_diagram(panels: Mapping[str, ReliabilityBins], path: str | os.PathLike[str]) -> None:
+    """Write the `reliability_figure`, as SVG where the path ends so, else as PNG; the folder is made.
+
+    Raises:
+        ValueError: there is no method.
+    """
+    save_figure(reliability_figure(panels), path)
+
+
+def reliability_figure(panels: Mapping[str, ReliabilityBins]) -> "Figure":
+    """A panel for each method: accuracy against confidence, and how many answers have it.
+
+    Args:
+        panels: the bins (see `reliability`) by method.
+
+    Raises:
+        ValueError: there is no method.
+    """
+    _check("panels", panels)
+    figure = _figure(3.1 * len(panels) + 0.6, 4.9)
+    grid = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row", height_ratios=[4, 1])
+    for (name, bins), top, bottom in zip(panels.items(), *grid, strict=True):
+        top.set_title(f"{name}\nECE {bins.ece:.3f}", fontsize=11, linespacing=1.4, wrap=True)
+        _draw_accuracy(top, bins)
+        _draw_share(bottom, bins)
+    grid[0][0].set_ylabel("accuracy")
+    grid[1][0].set_ylabel("share")
+    return _legend(figure, grid[0][0], columns=4 if len(panels) > 2 else 2)
+
+
+def risk_coverage_figure(curves: Mapping[str, RiskCoverage]) -> "Figure":
+    """Risk against coverage, a line a method, with its area in the legend.
+
+    Of the first tenth, where a risk is that of a few answers, what lies above all the rest is cut off.
+
+    Raises:
+        ValueError: there is no method.
+    """
+    _check("curves", curves)
+    figure, axes = _axes("coverage", "risk (share of wrong answers)", len(curves))
+    for (name, curve), style in zip(curves.items(), _styles(), strict=False):
+        label = f"{name}, AURC {curve.aurc:.3f}"
+        axes.plot(curve.coverage.tolist(), curve.risk.tolist(), label=label, markevery=0.1, **style)
+    top = max(curve.risk[curve.coverage >= 0.1].max().item() for curve in curves.values())
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.05 * top or 1))
+    return _legend(figure, axes)
+
+
+def lines_figure(
+    lines: Mapping[str, Mapping[float, Value]], xlabel: str, ylabel: str, xscale: str = "linear"
+) -> "Figure":
+    """A line a method of y against x, with an error bar (standard deviation, n - 1) where y has a value a seed.
+
+    Args:
+        lines: y by x by method.
+        xlabel: name of x, such as "N".
+        ylabel: name of y, such as "ECE".
+        xscale: of matplotlib; "symlog" suits numbers of draws, of which 0 is one.
+
+    Raises:
+        ValueError: there is no method.
+    """
+    _check("lines", lines)
+    figure, axes = _axes(xlabel, ylabel, len(lines))
+    axes.set_xscale(xscale)
+    for (name, line), style in zip(lines.items(), _styles(), strict=False):
+        x = sorted(line)
+        y = [mean_and_spread(line[at]) for at in x]
+        means, spreads = [mean for mean, _ in y], [spread for _, spread in y]
+        axes.errorbar(x, means, spreads, label=name, capsize=2, elinewidth=1, **style)
+    ticks = sorted({x for line in lines.values() for x in line})
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
+    return _legend(figure, axes)
+
+
+def pareto_figure(points: Mapping[str, tuple[Value, Value]], xlabel: str, ylabel: str) -> "Figure":
+    """A point a method, and the `pareto_front`; error bars as in `lines_figure`.
+
+    Args:
+        points: x, of which more is better, and y, of which less is, by method.
+        xlabel: name of x, such as "accuracy".
+        ylabel: name of y, such as "ECE".
+
+    Raises:
+        ValueError: there is no method.
+    """
+    _check("points", points)
+    figure, axes = _axes(xlabel, ylabel, len(points))
+    means = {}
+    for (name, point), style in zip(points.items(), _styles(), strict=False):
+        (x, x_spread), (y, y_spread) = map(mean_and_spread, point)
+        axes.errorbar(x, y, y_spread, x_spread, label=name, capsize=2, elinewidth=1, linestyle="none", **style)
+        means[name] = x, y
+    front = [means[name] for name in pareto_front(means)]
+    axes.plot(*zip(*front, strict=True), color=_GREY, drawstyle="steps-pre", zorder=0, label="Pareto front")
+    return _legend(figure, axes)
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Names, by x, of the points that no other beats: with x as great and y as small, and one of them better.
+
+    A point that isn't finite is left out; of equal points all stay.
+    """
+    finite = {name: point for name, point in points.items() if all(map(isfinite, point))}
+    best = [
+        name
+        for name, (x, y) in finite.items()
+        if not any(u >= x and v <= y and (u, v) != (x, y) for u, v in finite.values())
+    ]
+    return sorted(best, key=lambda name: finite[name])
+
+
+def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
+    """Write a figure whole or not at all, as SVG where the path ends so, else as PNG; the folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    if path.suffix.lower() == ".svg":
+        partial.write_text(to_svg(figure), encoding="utf-8")
+    else:
+        figure.savefig(partial, format="png", dpi=150)
+    os.replace(partial, path)
+
+
+def to_svg(figure: "Figure") -> str:
+    """An ``<svg>`` element for a file or a page: text stays text, and the same figure gives the same bytes."""
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bloblora"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _check(name: str, methods: Mapping[str, Any]) -> None:
+    if not methods:
+        raise ValueError(f"{name}: there is no method to draw")
+
+
+def _figure(width: float, height: float) -> "Figure":
+    # here, because most commands draw nothing; without pyplot there is no display and no global state
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+
+
+def _axes(xlabel: str, ylabel: str, num_methods: int) -> tuple["Figure", "Axes"]:
+    figure = _figure(5.6, 4.2 + 0.12 * num_methods)  # the legend has two columns
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    _tidy(axes)
+    return figure, axes
+
+
+def _legend(figure: "Figure", axes: "Axes", columns: int = 2) -> "Figure":
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def _styles() -> Iterator[dict[str, Any]]:
+    """Color and marker of each method: 8 and 10 of them make 40 pairs."""
+    return (
+        {"color": color, "marker": marker, "markersize": 5}
+        for color, marker in zip(cycle(_COLORS), cycle(_MARKERS), strict=False)
+    )
+
+
+def _draw_accuracy(axes: "Axes", bins: ReliabilityBins) -> None:
+    """Bars up to the accuracy; what lies between it and the mean confidence is hatched."""
+    width = 1 / len(bins.count)
+    centers = ((torch.arange(len(bins.count)) + 0.5) * width).tolist()
+    accuracy, confidence = bins.accuracy.nan_to_num(), bins.confidence.nan_to_num()
+    base = torch.minimum(accuracy, confidence).tolist()
+    over, under = (confidence - accuracy).clamp_min(0).tolist(), (accuracy - confidence).clamp_min(0).tolist()
+    axes.bar(centers, base, width, color=_BLUE, edgecolor="white", linewidth=0.6, label="accuracy")
+    for gap, color, label in ((over, _RED, "overconfident"), (under, _BLUE, "underconfident")):
+        bars = axes.bar(centers, gap, width, bottom=base, label=label, hatch="////", linewidth=0.6)
+        for bar in bars:
+            bar.set(facecolor=f"{color}38", edgecolor=f"{color}99")
+    axes.plot([0, 1], [0, 1], color="0.25", linestyle=(0, (4, 3)), linewidth=1, label="perfect calibration")
+    axes.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
+    _tidy(axes)
+
+
+def _draw_share(axes: "Axes", bins: ReliabilityBins) -> None:
+    """Histogram of the confidence."""
+    width = 1 / len(bins.count)
+    centers = ((torch.arange(len(bins.count)) + 0.5) * width).tolist()
+    axes.bar(centers, bins.share.tolist(), width, color=_GREY, edgecolor="white", linewidth=0.6)
+    axes.set(xlabel="confidence", xlim=(0, 1), box_aspect=0.25)
+    axes.locator_params(axis="y", nbins=3)
+    _tidy(axes)
+
+
+def _tidy(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
