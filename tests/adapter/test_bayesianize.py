@@ -271,7 +271,7 @@ def test_std_parameters_are_trainable_and_counted():
     counted, _ = model.get_nb_trainable_parameters()
     posterior = bayesianize(model, CONFIG)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert {f"{name}.blob_std_parameter.default" for name in posterior.named_layers()} <= trainable
+    assert {f"{name}.blob_std_parameter_A.default" for name in posterior.named_layers()} <= trainable
     entries = 2 * (4 * 32 + 4 * 32)  # layers; q and v, r·n each
     assert model.get_nb_trainable_parameters()[0] == counted + entries
     assert posterior.summary()["num_parameters"] == entries

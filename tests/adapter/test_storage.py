@@ -119,7 +119,7 @@ def test_what_the_description_says(folder):
     import peft
 
     description = json.loads((folder / "blob_config.json").read_text())
-    assert description["format_version"] == 1
+    assert description["format_version"] == 2
     assert description["prior"] == {"family": "normal", "std": 0.3}
     assert description["config"]["estimator"] == "independent"
     assert description["libraries"]["peft"] == peft.__version__
@@ -179,7 +179,7 @@ def test_scaling_is_guarded_and_the_place_of_the_base_model_is_not(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format_version=2), "format_version is 2; this bloblora reads 1"),
+        (lambda c: c.update(format_version=3), "format_version is 3; this bloblora reads 2"),
         (lambda c: c.pop("format_version"), "format_version is None"),
         (lambda c: c.update(surprise=1), r"unknown fields \['surprise'\]"),
         (lambda c: c.pop("mean_sha256"), r"missing fields \['mean_sha256'\]"),
@@ -253,7 +253,7 @@ def test_loading_into_a_posterior_that_is_there(folder, tokens):
 
 def test_loading_into_a_posterior_of_another_shape(folder, tmp_path):
     wide = bayesian(hidden_size=64)
-    with pytest.raises(AdapterFileError, match=r"q_proj has shape \(4, 32\), the model's has \(4, 64\)"):
+    with pytest.raises(AdapterFileError, match=r"q_proj.lora_A has shape \(4, 32\), the model's has \(4, 64\)"):
         load_posterior(wide, folder)
     save(with_lora(tiny_llama()), tmp_path / "plain")
     with pytest.raises(AdapterFileError, match=r"blob_config\.json is missing: this is a plain LoRA"):
@@ -329,7 +329,7 @@ def test_a_save_that_fails_leaves_the_old_adapter(folder):
     model = bayesian(seed=1)
     layer = next(iter(find_posterior(model).named_layers().values()))
     # No data, so that writing the posterior fails, after PEFT has written the mean.
-    layer.blob_std_parameter["default"] = torch.nn.Parameter(torch.empty(4, 32, device="meta"))
+    layer.blob_std_parameter_A["default"] = torch.nn.Parameter(torch.empty(4, 32, device="meta"))
     with pytest.raises(NotImplementedError, match="meta"):
         save(model, folder)
     assert contents(folder) == before

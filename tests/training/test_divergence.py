@@ -45,12 +45,16 @@ def test_a_learning_rate_beyond_reason(tmp_path, style):
     assert ("kl_learning_rate 0.01" in message) == (style == "alternating")
     assert f"resume from the last checkpoint in {tmp_path}" in message
     layer = "base_model.model.model.layers.0.self_attn.q_proj"
-    place = f"in the KL of {layer}: " if style == "alternating" else f"first in the output of {layer}.lora_B.default."
+    place = (
+        f"in the KL of {layer}.lora_A: "
+        if style == "alternating"
+        else f"first in the output of {layer}.lora_B.default."
+    )
     assert place in message
 
 
 @pytest.mark.parametrize("style", ["joint", "alternating"])
-@pytest.mark.parametrize("weight", [f"{LAYER}.lora_A.default.weight", f"{LAYER}.blob_std_parameter.default"])
+@pytest.mark.parametrize("weight", [f"{LAYER}.lora_A.default.weight", f"{LAYER}.blob_std_parameter_A.default"])
 def test_a_poisoned_weight_is_named_and_the_last_checkpoint_stays(tmp_path, style, weight):
     poison = Poison("on_step_begin", 3, weight)
     message = diverge(make_trainer(tmp_path, callbacks=[poison], optimizer_style=style, **SAVE), step=4)
@@ -76,9 +80,9 @@ def test_the_last_step_is_looked_at_too(tmp_path):
 
 @pytest.mark.parametrize(("style", "event"), [("joint", "on_step_begin"), ("alternating", "on_optimizer_step")])
 def test_a_std_of_zero_is_found_in_the_kl(tmp_path, style, event):
-    poison = Poison(event, 1, f"{LAYER}.blob_std_parameter.default", 0.0)
+    poison = Poison(event, 1, f"{LAYER}.blob_std_parameter_A.default", 0.0)
     message = diverge(make_trainer(tmp_path, callbacks=[poison], optimizer_style=style), step=2)
-    assert f"in the KL of {LAYER}: an entry of Ω is 0" in message
+    assert f"in the KL of {LAYER}.lora_A: an entry of Ω is 0" in message
 
 
 @pytest.mark.parametrize(("max_grad_norm", "accumulation"), [(0, 1), (1.0, 2)])

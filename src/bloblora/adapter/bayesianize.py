@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import posterior as q
 from .config import BlobConfig
-from .variant import STD_PARAMETER, BlobVariant, lora_a
+from .variant import BlobVariant, mean_of
 
 # PEFT's layer classes that ask `lora_variant` in their forward: the others would ignore the posterior in silence.
 _SUPPORTED_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"}
@@ -20,44 +19,51 @@ _AT_PRIOR_TOLERANCE = 0.05
 
 
 class Posterior:
-    """View of the Gaussian over the A matrices of one adapter; it holds no state beside the model's own.
+    """View of the Gaussian over the matrices of one adapter; it holds no state beside the model's own.
 
     Attributes:
         model: the PEFT model.
-        adapter_name: the adapter whose A is Bayesian.
+        adapter_name: the Bayesian adapter.
         config: its configuration.
+        prior: p, the same for all its entries.
     """
 
     def __init__(self, model: PeftModel, adapter_name: str) -> None:
         self.model = model
         self.adapter_name = adapter_name
         self._layers = dict(_bayesian_layers(model, adapter_name))
-        self.config: BlobConfig = next(iter(self._variants())).config
+        self.config = _variant(next(iter(self._layers.values())), adapter_name).config
+        self.prior = q.PRIORS[self.config.prior](self.config.prior_std)
 
     def named_layers(self) -> dict[str, LoraLayer]:
         """The Bayesian layers by their names in the model, in the model's order."""
         return dict(self._layers)
 
     def named_means(self) -> dict[str, nn.Parameter]:
-        """M of each layer, (r, n), by layer name: LoRA's own ``lora_A``."""
-        return {name: lora_a(layer, self.adapter_name) for name, layer in self._layers.items()}
+        """M of each Gaussian factor by its name, ``<layer>.lora_A`` (r, n) or ``<layer>.lora_B`` (m, r): LoRA's own."""
+        return {key: mean_of(layer, self.adapter_name, factor) for key, layer, factor in self._factors()}
 
     def named_std_parameters(self) -> dict[str, nn.Parameter]:
-        """The unconstrained parameter of Ω of each layer, (r, n), by layer name."""
-        return {name: getattr(layer, STD_PARAMETER)[self.adapter_name] for name, layer in self._layers.items()}
+        """The unconstrained parameter of Ω of each, by the same names and of the same shapes."""
+        return {
+            key: _variant(layer, self.adapter_name).std_parameter(layer, self.adapter_name, factor)
+            for key, layer, factor in self._factors()
+        }
 
     def named_stds(self) -> dict[str, Tensor]:
-        """Ω of each layer, (r, n), by layer name."""
+        """Ω of each, by the same names and of the same shapes."""
         return {n: q.std(p, self.config.std_parameterization) for n, p in self.named_std_parameters().items()}
 
     def kl(self) -> Tensor:
-        """KL(q‖p) in nats: a differentiable scalar, see `bloblora.posterior.kl_divergence`."""
-        return q.kl_divergence(
-            list(self.named_means().values()),
-            list(self.named_std_parameters().values()),
-            self.config.prior_std,
-            self.config.std_parameterization,
-        )
+        """KL(q‖p) in nats: a differentiable scalar, see `bloblora.posterior.priors`.
+
+        Where the prior has no closed form it is an estimate, with noise from torch's global generator.
+        """
+        return self.prior.kl(*self._parameters(), self.config.std_parameterization)
+
+    def flow_(self, time: float) -> None:
+        """Move the posterior, whose Ω must be G∘G, down the gradient flow of its KL; see `bloblora.posterior`."""
+        self.prior.flow_(*self._parameters(), time)
 
     @contextmanager
     def draw(self, seed: int | torch.Generator) -> Iterator[None]:
@@ -72,16 +78,17 @@ class Posterior:
         """
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
         means, parameters = self.named_means(), self.named_std_parameters()
-        weights = [
-            q.sample(means[name], parameters[name], self.config.std_parameterization, generator) for name in means
-        ]
-        with self._set(weights):
+        weights: dict[str, dict[str, Tensor]] = {name: {} for name in self._layers}
+        for key in means:
+            layer, _, factor = key.rpartition(".lora_")
+            weights[layer][factor] = q.sample(means[key], parameters[key], self.config.std_parameterization, generator)
+        with self._set([*weights.values()]):
             yield
 
     @contextmanager
     def mean(self) -> Iterator[None]:
         """Use the mean weights M (N = 0) for every forward inside, in train mode too."""
-        with self._set([None] * len(self._layers)):
+        with self._set([{} for _ in self._layers]):
             yield
 
     @torch.no_grad()
@@ -89,36 +96,41 @@ class Posterior:
         """How far the posterior has moved.
 
         Returns:
-            ``kl`` (nats), ``num_parameters`` (entries of A), ``median_std``, ``mean_abs_mean`` (average of the
+            ``kl`` (nats), ``num_parameters`` (Gaussian entries), ``median_std``, ``mean_abs_mean`` (average of the
             absolute M), ``share_at_prior``: the share of entries whose Ω is within 5 % of the prior's.
         """
         stds = torch.cat([std.flatten() for std in self.named_stds().values()])
         means = torch.cat([mean.flatten() for mean in self.named_means().values()])
+        with torch.random.fork_rng():  # looking must not change the noise of what follows
+            kl = self.kl().item()
         at_prior = (stds / self.config.prior_std - 1).abs() < _AT_PRIOR_TOLERANCE
         return {
-            "kl": self.kl().item(),
+            "kl": kl,
             "num_parameters": float(stds.numel()),
             "median_std": stds.median().item(),
             "mean_abs_mean": means.abs().mean().item(),
             "share_at_prior": at_prior.float().mean().item(),
         }
 
-    def _variants(self) -> Iterator[BlobVariant]:
-        for layer in self._layers.values():
-            variant = layer.lora_variant[self.adapter_name]
-            assert isinstance(variant, BlobVariant)
-            yield variant
+    def _parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [*self.named_means().values()], [*self.named_std_parameters().values()]
+
+    def _factors(self) -> Iterator[tuple[str, LoraLayer, str]]:
+        for name, layer in self._layers.items():
+            for factor in self.config.factors:
+                yield f"{name}.lora_{factor}", layer, factor
 
     @contextmanager
-    def _set(self, weights: list[Any]) -> Iterator[None]:
-        before = [(variant.weight, variant.sampling) for variant in self._variants()]
+    def _set(self, weights: list[dict[str, Tensor]]) -> Iterator[None]:
+        variants = [_variant(layer, self.adapter_name) for layer in self._layers.values()]
+        before = [(variant.weights, variant.sampling) for variant in variants]
         try:
-            for variant, weight in zip(self._variants(), weights, strict=True):
-                variant.weight, variant.sampling = weight, False
+            for variant, of_layer in zip(variants, weights, strict=True):
+                variant.weights, variant.sampling = of_layer, False
             yield
         finally:
-            for variant, (weight, sampling) in zip(self._variants(), before, strict=True):
-                variant.weight, variant.sampling = weight, sampling
+            for variant, (of_layer, sampling) in zip(variants, before, strict=True):
+                variant.weights, variant.sampling = of_layer, sampling
 
 
 def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name: str | None = None) -> Posterior:
@@ -165,6 +177,12 @@ def find_posterior(model: nn.Module, adapter_name: str | None = None) -> Posteri
         return None
     adapter_name = adapter_name or model.active_adapter
     return Posterior(model, adapter_name) if any(True for _ in _bayesian_layers(model, adapter_name)) else None
+
+
+def _variant(layer: LoraLayer, adapter_name: str) -> BlobVariant:
+    variant = layer.lora_variant[adapter_name]
+    assert isinstance(variant, BlobVariant)
+    return variant
 
 
 def _embedding_weight(base: nn.Module) -> Tensor | None:

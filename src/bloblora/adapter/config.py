@@ -4,12 +4,14 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..posterior import ESTIMATORS, STD_PARAMETERIZATIONS
+from ..posterior import ESTIMATORS, PRIORS, STD_PARAMETERIZATIONS
+
+FACTORS = ("A", "B", "AB")
 
 
 @dataclass(frozen=True)
 class BlobConfig:
-    """Configuration of the Gaussian over LoRA's A.
+    """Configuration of the Gaussian over LoRA's A (or B, or both).
 
     Raises:
         ValueError: a field is out of its range; the message names the field, its value and the range.
@@ -18,8 +20,8 @@ class BlobConfig:
     prior_std: float = field(
         default=0.2,
         metadata={
-            "help": "Standard deviation σp of the prior N(0, σp²) on each entry of A. Larger allows more uncertainty "
-            "and pulls the mean less; smaller keeps the posterior closer to a point."
+            "help": "Standard deviation σp of the prior, whatever its family (`learned_normal` has its own). Larger "
+            "allows more uncertainty and pulls the mean less; smaller keeps the posterior closer to a point."
         },
     )
     init_std: float = field(
@@ -41,12 +43,33 @@ class BlobConfig:
         },
     )
 
+    factors: str = field(
+        default="A",
+        metadata={
+            "help": "Which factors of LoRA are Gaussian: `A` (the paper's: B stays a point), `B`, or `AB`. The others "
+            "are for comparison: noise in B is not held back by a B that starts at 0."
+        },
+    )
+    prior: str = field(
+        default="normal",
+        metadata={
+            "help": "Family of the prior on each entry: `normal` (the paper's), `laplace`, `student_t`, "
+            "`scale_mixture` (spike and slab), or `learned_normal` (empirical Bayes: σp of each layer follows the "
+            "posterior). See `bloblora.posterior.priors`."
+        },
+    )
+
     def __post_init__(self) -> None:
         for name in ("prior_std", "init_std"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
                 raise ValueError(f"BlobConfig.{name} must be a finite number above 0, got {value!r}")
-        for name, choices in (("std_parameterization", STD_PARAMETERIZATIONS), ("estimator", ESTIMATORS)):
+        for name, choices in (
+            ("prior", PRIORS),
+            ("std_parameterization", STD_PARAMETERIZATIONS),
+            ("estimator", ESTIMATORS),
+            ("factors", FACTORS),
+        ):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"BlobConfig.{name} must be one of {', '.join(choices)}, got {value!r}")
 

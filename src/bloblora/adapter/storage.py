@@ -31,7 +31,7 @@ from .bayesianize import Posterior, bayesianize, find_posterior
 from .config import BlobConfig
 from .variant import STD_PARAMETER
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MEAN_CONFIG, MEAN_FILE = "adapter_config.json", "adapter_model.safetensors"
 BLOB_CONFIG, POSTERIOR_FILE = "blob_config.json", "posterior.safetensors"
 _README = "README.md"
@@ -185,7 +185,7 @@ def save_posterior(posterior: Posterior, directory: str | os.PathLike[str]) -> N
     save_file(tensors, directory / POSTERIOR_FILE, metadata={"format": "pt"})
     description = {
         "format_version": FORMAT_VERSION,
-        "prior": {"family": "normal", "std": posterior.config.prior_std},
+        "prior": {"family": posterior.config.prior, "std": posterior.config.prior_std},
         "config": posterior.config.to_dict(),
         "libraries": {name: version(name) for name in _LIBRARIES},
         "mean_config_sha256": _mean_config_hash(directory / MEAN_CONFIG),
@@ -203,7 +203,7 @@ def _strip_std_parameters(file: Path) -> dict[str, Tensor]:
         The tensors that are left in the file.
     """
     tensors = load_file(file)
-    stock = {name: tensor for name, tensor in tensors.items() if not name.endswith(f".{STD_PARAMETER}")}
+    stock = {name: tensor for name, tensor in tensors.items() if f".{STD_PARAMETER}" not in name}
     if len(stock) < len(tensors):
         save_file(stock, file, metadata={"format": "pt"})
     return stock

@@ -17,69 +17,81 @@ from transformers import PretrainedConfig
 from .. import posterior as q
 from .config import BlobConfig
 
-STD_PARAMETER = "blob_std_parameter"
-"""Layer attribute that holds the unconstrained Ω of each adapter, by adapter name. `bloblora.save` and the trainer's
-checkpoints keep it out of ``adapter_model.safetensors``, which stays a stock LoRA of the mean; PEFT's own
-``save_pretrained`` doesn't."""
+STD_PARAMETER = "blob_std_parameter_"
+"""Layer attributes that hold the unconstrained Ω of each adapter, by adapter name: this and the factor's letter.
+`bloblora.save` and the trainer's checkpoints keep them out of ``adapter_model.safetensors``, which stays a stock LoRA
+of the mean; PEFT's own ``save_pretrained`` doesn't."""
 
 
-def lora_a(module: Any, adapter_name: str) -> nn.Parameter:
-    """LoRA's A of a layer, (r, n): the posterior's mean M."""
-    return module.lora_A[adapter_name].weight
+def mean_of(module: Any, adapter_name: str, factor: str) -> nn.Parameter:
+    """LoRA's own A (r, n) or B (m, r) of a layer: the posterior's mean M."""
+    return getattr(module, f"lora_{factor}")[adapter_name].weight
 
 
 class BlobVariant(LoraVariant):
-    """The posterior of one layer's A; an instance belongs to one layer and one adapter.
+    """The posterior of one layer's A, B or both; an instance belongs to one layer and one adapter.
 
     Attributes:
         config: the adapter's configuration.
-        weight: A (r, n) that every forward uses while set: a fixed draw; None otherwise.
+        weights: A (r, n) or B (m, r), by letter, that every forward uses while set: a fixed draw; empty otherwise.
         sampling: whether a forward draws fresh noise in train mode.
         tied_config: the model's config where this layer's base weight is also the embedding; None otherwise.
     """
 
     def __init__(self, config: BlobConfig) -> None:
         self.config = config
-        self.weight: Tensor | None = None
+        self.weights: dict[str, Tensor] = {}
         self.sampling = True
         self.tied_config: PretrainedConfig | None = None
-        self._merged: Tensor | None = None
+        self._merged: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: torch copies no tensor that has a gradient's history, as a draw has."""
-        return self.__dict__ | {"weight": None if self.weight is None else self.weight.detach()}
+        return self.__dict__ | {"weights": {factor: weight.detach() for factor, weight in self.weights.items()}}
 
-    def init(self, module: Any, adapter_name: str, std_parameter: Tensor | None = None, **_: Any) -> None:  # type: ignore[override]
-        """Give the layer its Ω parameter (r, n): the one passed, or a fresh start."""
-        if not hasattr(module, STD_PARAMETER):
-            setattr(module, STD_PARAMETER, nn.ParameterDict())
-            module.adapter_layer_names = (*module.adapter_layer_names, STD_PARAMETER)
-        mean = lora_a(module, adapter_name)
-        if std_parameter is None:
-            std_parameter = q.init_std_parameter(mean, self.config.init_std, self.config.std_parameterization)
-        getattr(module, STD_PARAMETER)[adapter_name] = nn.Parameter(
-            std_parameter.to(mean.device), requires_grad=mean.requires_grad
-        )
+    def init(self, module: Any, adapter_name: str, **_: Any) -> None:  # type: ignore[override]
+        """Give the layer a fresh Ω parameter for each Gaussian factor, of the factor's shape."""
+        for factor in self.config.factors:
+            name = STD_PARAMETER + factor
+            if not hasattr(module, name):
+                setattr(module, name, nn.ParameterDict())
+                module.adapter_layer_names = (*module.adapter_layer_names, name)
+            mean = mean_of(module, adapter_name, factor)
+            parameter = q.init_std_parameter(mean, self.config.init_std, self.config.std_parameterization)
+            getattr(module, name)[adapter_name] = nn.Parameter(parameter, requires_grad=mean.requires_grad)
 
-    def std(self, module: Any, adapter_name: str) -> Tensor:
-        """Ω, (r, n)."""
-        return q.std(getattr(module, STD_PARAMETER)[adapter_name], self.config.std_parameterization)
+    def std_parameter(self, module: Any, adapter_name: str, factor: str) -> nn.Parameter:
+        """The unconstrained parameter of Ω, of the factor's shape."""
+        return getattr(module, STD_PARAMETER + factor)[adapter_name]
 
     def project(self, module: Any, adapter_name: str, x: Tensor) -> Tensor:
         """A x in the current mode: the fixed draw, fresh noise (train mode), or the mean; (..., n) → (..., r)."""
-        x = module.lora_dropout[adapter_name](x)
-        mean = lora_a(module, adapter_name)
-        if self.weight is not None:
-            return F.linear(x, self.weight.to(x.dtype))
-        if not (self.sampling and module.training):
+        return self._product("A", module, adapter_name, module.lora_dropout[adapter_name](x))
+
+    def expand(self, module: Any, adapter_name: str, h: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """B h in the current mode, of all outputs or of some rows; (..., r) → (..., rows)."""
+        if isinstance(rows, slice) and "B" not in self.config.factors:
+            return module.lora_B[adapter_name](h)
+        bias = module.lora_B[adapter_name].bias
+        product = self._product("B", module, adapter_name, h, rows)
+        return product if bias is None else product + bias[rows]
+
+    def _product(
+        self, factor: str, module: Any, adapter_name: str, x: Tensor, rows: Tensor | slice = slice(None)
+    ) -> Tensor:
+        if (weight := self.weights.get(factor)) is not None:
+            return F.linear(x, weight[rows].to(x.dtype))
+        mean = mean_of(module, adapter_name, factor)[rows]
+        if factor not in self.config.factors or not (self.sampling and module.training):
             return F.linear(x, mean)
-        return q.project(x, mean, self.std(module, adapter_name), self.config.estimator)
+        std = q.std(self.std_parameter(module, adapter_name, factor)[rows], self.config.std_parameterization)
+        return q.project(x, mean, std, self.config.estimator)
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
         """``result`` + s·B(A x); shapes as ``result``."""
-        x = x.to(lora_a(module, active_adapter).dtype)
+        x = x.to(mean_of(module, active_adapter, "A").dtype)
         h = self.project(module, active_adapter, x)
-        return result + (module.lora_B[active_adapter](h) * module.scaling[active_adapter]).to(result.dtype)
+        return result + (self.expand(module, active_adapter, h) * module.scaling[active_adapter]).to(result.dtype)
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         """``orig_weight`` plus the delta of the fixed draw, or of the mean; a new tensor.
@@ -90,8 +102,8 @@ class BlobVariant(LoraVariant):
             base = module.get_base_layer()
             base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
             self.tied_config.tie_word_embeddings, self.tied_config = False, None
-        weight = lora_a(module, active_adapter) if self.weight is None else self.weight
-        self._merged = weight.detach().clone()
+        a, b = (self.weights.get(factor, mean_of(module, active_adapter, factor)) for factor in "AB")
+        self._merged = (a.detach().clone(), b.detach().clone())
         return orig_weight + self._delta(module, active_adapter, orig_weight)
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
@@ -106,6 +118,7 @@ class BlobVariant(LoraVariant):
     @torch.no_grad()
     def _delta(self, module: Any, adapter_name: str, like: Tensor) -> Tensor:
         assert self._merged is not None
-        delta = module.lora_B[adapter_name].weight.float() @ self._merged.float()
-        delta = transpose(delta * module.scaling[adapter_name], getattr(module, "fan_in_fan_out", False))
+        a, b = self._merged
+        delta = b.float() @ a.float() * module.scaling[adapter_name]
+        delta = transpose(delta, getattr(module, "fan_in_fan_out", False))
         return delta.to(device=like.device, dtype=like.dtype)

@@ -13,7 +13,7 @@ def label_logits(head: nn.Module, hidden: Tensor, token_ids: Tensor) -> Tensor:
     """`head(hidden)[..., token_ids]`, computed for those rows alone where the head allows it.
 
     Args:
-        head: nn.Linear, or PEFT's LoRA of one (plain, or a variant with `project`); others run in full.
+        head: nn.Linear, or PEFT's LoRA of one (plain, or a variant with `project` and `expand`); others run in full.
         hidden: (b, T, d); the first dimension is the examples, which a variant's noise is drawn for.
         token_ids: (C,).
 
@@ -29,8 +29,7 @@ def label_logits(head: nn.Module, hidden: Tensor, token_ids: Tensor) -> Tensor:
         return result
     for adapter in head.active_adapters:
         if adapter in head.lora_A:
-            low_rank = _project(head, adapter, hidden)
-            result = result + _rows(head.lora_B[adapter], low_rank, token_ids) * head.scaling[adapter]
+            result = result + _adapter_rows(head, adapter, hidden, token_ids) * head.scaling[adapter]
     return result.to(dtype)
 
 
@@ -43,18 +42,18 @@ def _is_plain(layer: nn.Module) -> bool:
 def _splits_by_row(head: LoraLinear) -> bool:
     """True when the layer is base rows plus rows of B; disabling a merged one makes PEFT unmerge it first."""
     variants = [head.lora_variant[name] for name in head.active_adapters if name in head.lora_variant]
-    projects = all(hasattr(variant, "project") for variant in variants)
+    projects = all(hasattr(variant, "expand") for variant in variants)
     return _is_plain(head.base_layer) and projects and not (head.merged and head.disable_adapters)
 
 
-def _project(head: LoraLinear, adapter: str, hidden: Tensor) -> Tensor:
-    """The adapter's part before B: (b, T, r)."""
+def _adapter_rows(head: LoraLinear, adapter: str, hidden: Tensor, token_ids: Tensor) -> Tensor:
+    """The adapter's part, unscaled: (b, T, C)."""
     variant: Any = head.lora_variant.get(adapter)
     weight: Any = head.lora_A[adapter].weight
     x = head._cast_input_dtype(hidden, weight.dtype)
     if variant is not None:
-        return variant.project(head, adapter, x)
-    return head.lora_A[adapter](head.lora_dropout[adapter](x))
+        return variant.expand(head, adapter, variant.project(head, adapter, x), token_ids)
+    return _rows(head.lora_B[adapter], head.lora_A[adapter](head.lora_dropout[adapter](x)), token_ids)
 
 
 def _rows(linear: Any, x: Tensor, token_ids: Tensor) -> Tensor:

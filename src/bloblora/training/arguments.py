@@ -1,7 +1,9 @@
 """TrainingArguments plus what the ELBO needs."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -77,19 +79,25 @@ class BlobTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        for name, choices in (("kl_weighting", KL_WEIGHTINGS), ("optimizer_style", OPTIMIZER_STYLES)):
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        for name, minimum in (("kl_scale", 0), ("kl_learning_rate", 0)):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= minimum):
-                raise ValueError(f"{name} must be a finite number of at least {minimum}, got {value!r}")
-        for name, minimum in (("num_weight_draws", 1), ("eval_num_samples", 0), ("dataset_size", 1)):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= minimum) and not (name == "dataset_size" and value is None):
-                raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
-        if not (isinstance(self.gamma, (int, float)) and math.isfinite(self.gamma) and self.gamma > 0):
-            raise ValueError(f"gamma must be a finite number above 0, got {self.gamma!r}")
+        self.check({option.name: getattr(self, option.name) for option in fields(BlobTrainingArguments)})
         # Otherwise the data's order hangs on whichever seed torch was given last, and that differs between processes.
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         super().__post_init__()
+
+    @staticmethod
+    def check(options: Mapping[str, Any]) -> None:
+        """Raise a ValueError where one of these options, by name, is out of its range; others aren't looked at."""
+        for name, choices in (("kl_weighting", KL_WEIGHTINGS), ("optimizer_style", OPTIMIZER_STYLES)):
+            if name in options and (value := options[name]) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        for name in ("kl_scale", "kl_learning_rate"):
+            value = options.get(name, 0)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        for name, minimum in (("num_weight_draws", 1), ("eval_num_samples", 0), ("dataset_size", 1)):
+            value = options.get(name, minimum)
+            if not (isinstance(value, int) and value >= minimum) and not (name == "dataset_size" and value is None):
+                raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+        gamma = options.get("gamma", 1)
+        if not (isinstance(gamma, (int, float)) and math.isfinite(gamma) and gamma > 0):
+            raise ValueError(f"gamma must be a finite number above 0, got {gamma!r}")

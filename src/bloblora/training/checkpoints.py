@@ -62,7 +62,10 @@ def remove_torn(output_dir: str | os.PathLike[str], after: str | os.PathLike[str
 
 
 def _adapters(folder: Path) -> list[Path]:
+    """Folders of the adapters; none where the whole model is trained."""
     named = [file.parent for file in folder.glob("*/adapter_config.json")]
+    if not named and (folder / "config.json").is_file():
+        return []
     return named if named and not (folder / "adapter_config.json").exists() else [folder, *named]
 
 

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..adapter import Posterior, find_posterior, load_posterior, save_posterior
-from ..posterior import kl_flow_
+from ..adapter.variant import STD_PARAMETER
 from .arguments import BlobTrainingArguments
 from .checkpoints import adapter_folder, last_checkpoint, remove_torn
 from .divergence import DivergedError, first_bad_activation, first_bad_kl, first_bad_weight, last_bad_gradient
@@ -162,9 +163,8 @@ class BlobTrainer(Trainer):
         rate = self.args.kl_learning_rate
         rate *= self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 1.0
         if style == "flow":
-            means, parameters = self.posterior.named_means(), self.posterior.named_std_parameters()
-            time = rate * self.current_kl_weight()
-            kl_flow_([*means.values()], [*parameters.values()], self.posterior.config.prior_std, time)
+            with self._common_noise():
+                self.posterior.flow_(rate * self.current_kl_weight())
             return
         _, tensors, gradients = self._kl_gradients()
         with torch.no_grad():
@@ -188,7 +188,7 @@ class BlobTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay leaves Ω alone: its prior is the KL's."""
-        return [name for name in super().get_decay_parameter_names(model) if "blob_std_parameter" not in name]
+        return [name for name in super().get_decay_parameter_names(model) if STD_PARAMETER not in name]
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -256,11 +256,19 @@ class BlobTrainer(Trainer):
             *self.posterior.named_means().values(),
             *self.posterior.named_std_parameters().values(),
         ]
-        kl = self.posterior.kl() * self.current_kl_weight()
+        with self._common_noise():
+            kl = self.posterior.kl() * self.current_kl_weight()
         if not torch.isfinite(kl):
             where = f"in the KL of {first_bad_kl(self.posterior)}: an entry of Ω is 0, or one of M or Ω is huge"
             raise self._diverged("the loss", where)
         return kl.detach(), parameters, torch.autograd.grad(kl, parameters)
+
+    @contextmanager
+    def _common_noise(self) -> Iterator[None]:
+        """One noise for all processes, for a KL that is estimated: their posteriors must stay equal."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed + self.state.global_step)
+            yield
 
     def _diverged_nll(self, forward: Callable[[], object]) -> DivergedError:
         """The error for an NLL that is not finite: in a weight, or in what ``forward`` computes."""
