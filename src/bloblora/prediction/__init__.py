@@ -2,5 +2,6 @@
 
 from .predict import average_draws, predict
 from .prediction import Prediction
+from .sampler import Point, Sampler, Tempered, WeightDraws
 
-__all__ = ["Prediction", "average_draws", "predict"]
+__all__ = ["Point", "Prediction", "Sampler", "Tempered", "WeightDraws", "average_draws", "predict"]

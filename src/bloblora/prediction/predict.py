@@ -1,8 +1,8 @@
 """Prediction with N weight draws."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapter import Posterior, find_posterior
 from .prediction import Prediction
+from .sampler import Forward, Point, Sampler, WeightDraws
 
 
 class PredictionTask(Protocol):
@@ -39,6 +40,7 @@ def predict(
     seed: int = 0,
     *,
     task: PredictionTask | None = None,
+    sampler: Sampler | None = None,
     batch_size: int = 16,
     progress: bool = False,
 ) -> Prediction:
@@ -51,12 +53,14 @@ def predict(
     60 tokens), and no more than one draw is ever in memory.
 
     Args:
-        model: a PEFT model, Bayesian or plain; all draws of a plain one are equal, so one is made.
+        model: a PEFT model, Bayesian or plain, or any other of which ``sampler`` draws.
         inputs: encoded examples of ``task``; without a task, what a tokenizer returned (tensors of n rows) for a model
             whose ``logits`` are (n, C).
         num_samples: N draws; 0 uses the posterior mean.
         seed: of the draws.
         task: collates examples and reads the logits.
+        sampler: where the draws come from; default the model's posterior. A plain model is one function: one draw is
+            made, whatever N.
         batch_size: inputs a forward.
         progress: show a bar.
 
@@ -69,7 +73,8 @@ def predict(
     _check_num_samples(num_samples)
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    posterior, device, order = find_posterior(model), next(model.parameters()).device, _order(inputs, task)
+    sampler = sampler or _sampler(find_posterior(model))
+    device, order = next(model.parameters()).device, _order(inputs, task)
     starts = range(0, len(order), batch_size)
     rows = []
     with _eval_mode(model):
@@ -77,19 +82,19 @@ def predict(
             batch = _batch(inputs, task, order[start : start + batch_size])
             moved = {name: tensor.to(device) for name, tensor in batch.items()}
             forward = partial(_logits, model, moved, task)
-            rows.append(_draw_log_probs(forward, posterior, num_samples, seed).cpu())
+            rows.append(_draw_log_probs(forward, sampler, num_samples, seed).cpu())
     return Prediction(_cat(rows)[:, torch.tensor(order).argsort()], num_samples)
 
 
 def average_draws(
-    forward: Callable[[], Tensor], posterior: Posterior | None, num_samples: int = 10, seed: int = 0
+    forward: Forward, posterior: Posterior | Sampler | None, num_samples: int = 10, seed: int = 0
 ) -> Tensor:
     """Logarithm of the mean probabilities over draws of the weights, for a batch that is at hand.
 
     Args:
         forward: returns logits (b, C); it is called once a draw, and must be the same function each time but for the
             weights, so the model must be in eval mode or have no dropout.
-        posterior: whose draws; None for a plain model.
+        posterior: whose draws, or a sampler; None for a plain model.
         num_samples: N draws; 0 uses the posterior mean.
         seed: of the draws.
 
@@ -100,7 +105,7 @@ def average_draws(
         ValueError: ``num_samples`` is negative.
     """
     _check_num_samples(num_samples)
-    log_probs = _draw_log_probs(forward, posterior, num_samples, seed)
+    log_probs = _draw_log_probs(forward, _sampler(posterior), num_samples, seed)
     return torch.logsumexp(log_probs, dim=0) - math.log(log_probs.shape[0])
 
 
@@ -109,23 +114,15 @@ def _check_num_samples(num_samples: int) -> None:
         raise ValueError(f"num_samples must be 0 (the mean) or more, got {num_samples}")
 
 
-def _draw_log_probs(forward: Callable[[], Tensor], posterior: Posterior | None, num_samples: int, seed: int) -> Tensor:
-    """(S, b, C) log-probabilities, S = max(N, 1), or 1 for a plain model."""
-    draws = []
-    for weights in _draws(posterior, num_samples, seed):
-        with weights:
-            draws.append(forward().float().log_softmax(-1))
-    return torch.stack(draws)
+def _sampler(source: Posterior | Sampler | None) -> Sampler:
+    if source is None:
+        return Point()
+    return WeightDraws(source) if isinstance(source, Posterior) else source
 
 
-def _draws(posterior: Posterior | None, num_samples: int, seed: int) -> Iterator[AbstractContextManager[None]]:
-    """A context for each draw, in which the model has its weights."""
-    if posterior is None or num_samples == 0:
-        yield nullcontext() if posterior is None else posterior.mean()
-        return
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(num_samples):
-        yield posterior.draw(generator)
+def _draw_log_probs(forward: Forward, sampler: Sampler, num_samples: int, seed: int) -> Tensor:
+    """(S, b, C) log-probabilities of S draws: N, 1 for N = 0, or as many as there are."""
+    return torch.stack([logits.float().log_softmax(-1) for logits in sampler.logits(forward, num_samples, seed)])
 
 
 @contextmanager
