@@ -58,6 +58,7 @@ def demo(
             method=method,
             steps=steps,
             seed=seed,
+            learning_rate=2e-3,  # enough for a model this small to be overconfident without BLoB
         )
         for method in ("lora", "blob")
     }

@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from .. import models
-from ..adapter import BlobConfig
-from ..training import BlobTrainingArguments
+from .. import methods, models
 
 
 class RunError(ValueError):
@@ -23,7 +21,7 @@ class TrainConfig:
             ``support_desk`` or ``arc_easy``.
         output: folder of the run; a run that was stopped goes on from its last checkpoint.
         model: base model: ``smollm2-135m``, a hub id, a folder, or a .gguf file.
-        method: ``blob`` trains a Gaussian over LoRA's A, ``lora`` a point.
+        method: ``blob`` trains a Gaussian over LoRA's A, ``lora`` a point; `bloblora methods` tells of the others.
         task: ``classification``, ``choice_text``, ``choice_letter``, ``blank``, or ``auto`` by the data's form.
         normalization: how ``choice_text`` scores a choice: mean of its tokens' log-probabilities (``length``), which
             favours no short choice and is less sure before training, or their ``sum``.
@@ -32,26 +30,37 @@ class TrainConfig:
         steps: optimizer steps.
         batch_size: examples an optimizer step.
         group_by_length: put examples of like length in a batch, which spares padding; their order stays random.
-        learning_rate: of AdamW, after warm-up; falls linearly to 0.
+        learning_rate: of the optimizer, after warm-up; falls linearly to 0. Default: the method's, for LoRA 5e-4.
+        max_grad_norm: a longer gradient is scaled down to it; 0 leaves all as they are.
         warmup_ratio: share of the steps in which the learning rate rises.
         seed: of initialization, data order and noise.
         rank: r of LoRA.
         alpha: α of LoRA; the update is scaled by α/r.
-        dropout: LoRA's dropout.
+        dropout: LoRA's dropout; default 0, for mc-dropout 0.1.
         targets: names of the layers to adapt; default: PEFT's choice for the model (q_proj and v_proj for Llama).
         dtype: of the base model: float32, bfloat16 or float16. The adapter is float32.
         gradient_checkpointing: trade time for memory.
-        prior_std: σp of the prior (blob).
-        init_std: ε, where Ω starts (blob).
-        std_parameterization: ``square`` or ``softplus`` (blob).
-        estimator: ``independent``, ``flipout``, ``shared`` or ``local`` (blob).
-        kl_scale: factor of the KL; 1 is the ELBO (blob).
-        kl_weighting: ``uniform`` or ``reweighted`` (blob).
-        dataset_rescaling: the paper's pseudo data size (blob).
+        prior: family of the prior: ``normal``, ``laplace``, ``student_t``, ``scale_mixture`` or ``learned_normal``
+            (blob and its kin).
+        prior_std: σp of the prior (blob and its kin, map, scalabl).
+        init_std: ε, where Ω starts (blob and its kin, scalabl).
+        std_parameterization: ``square`` or ``softplus`` (blob and its kin).
+        estimator: ``independent``, ``flipout``, ``shared`` or ``local`` (blob and its kin).
+        kl_scale: factor of the KL; 1 is the ELBO (blob and its kin).
+        kl_weighting: ``uniform`` or ``reweighted`` (blob and its kin).
+        dataset_rescaling: the paper's pseudo data size (blob and its kin).
         optimizer_style: ``flow`` (AdamW on the NLL, exact gradient flow of the KL), ``alternating`` (SGD on the KL, as
-            in the paper) or ``joint`` (blob).
-        kl_learning_rate: on the KL: higher for better calibration, lower for accuracy (blob, flow and alternating).
-        num_weight_draws: weight draws a step (blob).
+            in the paper) or ``joint`` (blob and its kin).
+        kl_learning_rate: on the KL: higher for better calibration, lower for accuracy (flow and alternating, scalabl).
+        num_weight_draws: weight draws a step (blob and its kin).
+        members: how many models (ensemble).
+        tolerance: share of the training answers that noise may change (tfb).
+        effective_sample_size: λ; larger is a narrower posterior (ivon).
+        hess_init: h at the start (ivon).
+        weight_decay: δ, the prior's precision over λ (ivon).
+        clip_radius: largest step of an entry (ivon).
+        holdout: share of the training records that is kept for what is fitted after training (temperature).
+        temperature_scaling: fit a temperature on held-out records, on top of whatever method.
         save_steps: steps between checkpoints.
         keep_checkpoints: leave ``checkpoints/`` when the training is done.
     """
@@ -59,7 +68,21 @@ class TrainConfig:
     data: str
     output: str
     model: str = models.DEFAULT_MODEL
-    method: Literal["blob", "lora"] = "blob"
+    method: Literal[
+        "lora",
+        "map",
+        "full",
+        "mc-dropout",
+        "ensemble",
+        "bbb",
+        "blob",
+        "blob-symmetric",
+        "blob-b",
+        "tfb",
+        "ivon",
+        "scalabl",
+        "temperature",
+    ] = "blob"
     task: Literal["auto", "classification", "choice_text", "choice_letter", "blank"] = "auto"
     normalization: Literal["sum", "length"] = "length"
     limit: int | None = None
@@ -67,25 +90,35 @@ class TrainConfig:
     steps: int = 500
     batch_size: int = 16
     group_by_length: bool = True
-    learning_rate: float = 5e-4
+    learning_rate: float | None = None
+    max_grad_norm: float = 1.0
     warmup_ratio: float = 0.06
     seed: int = 0
     rank: int = 8
     alpha: int = 16
-    dropout: float = 0.0
+    dropout: float | None = None
     targets: list[str] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
-    prior_std: float = BlobConfig.prior_std
-    init_std: float = BlobConfig.init_std
-    std_parameterization: Literal["square", "softplus"] = "square"
-    estimator: Literal["independent", "flipout", "shared", "local"] = "independent"
-    kl_scale: float = 1.0
-    kl_weighting: Literal["uniform", "reweighted"] = "uniform"
-    dataset_rescaling: bool = False
-    optimizer_style: Literal["flow", "alternating", "joint"] = "flow"
-    kl_learning_rate: float = BlobTrainingArguments.kl_learning_rate
-    num_weight_draws: int = 1
+    prior: Literal["normal", "laplace", "student_t", "scale_mixture", "learned_normal"] | None = None
+    prior_std: float | None = None
+    init_std: float | None = None
+    std_parameterization: Literal["square", "softplus"] | None = None
+    estimator: Literal["independent", "flipout", "shared", "local"] | None = None
+    kl_scale: float | None = None
+    kl_weighting: Literal["uniform", "reweighted"] | None = None
+    dataset_rescaling: bool | None = None
+    optimizer_style: Literal["flow", "alternating", "joint"] | None = None
+    kl_learning_rate: float | None = None
+    num_weight_draws: int | None = None
+    members: int | None = None
+    tolerance: float | None = None
+    effective_sample_size: float | None = None
+    hess_init: float | None = None
+    weight_decay: float | None = None
+    clip_radius: float | None = None
+    holdout: float | None = None
+    temperature_scaling: bool = False
     save_steps: int = 100
     keep_checkpoints: bool = False
 
@@ -95,7 +128,7 @@ class TrainConfig:
         if self.targets == []:
             problems.append("targets must name at least one layer, or be left out")
         try:
-            self.blob_config()
+            self.build_method()
         except ValueError as error:
             problems.append(str(error))
         if problems:
@@ -114,18 +147,44 @@ class TrainConfig:
 
         count = check(lambda value: value >= 1, "at least 1")
         positive = check(lambda value: value > 0, "a finite number above 0")
-        scale = check(lambda value: value >= 0, "a finite number of at least 0")
         share = check(lambda value: 0 <= value < 1, "in [0, 1)")
         seed = check(lambda value: 0 <= value < 2**32, "in 0..2^32 - 1")
         return {
-            **dict.fromkeys(("steps", "batch_size", "rank", "save_steps", "num_weight_draws"), count),
-            **({} if self.limit is None else {"limit": count}),
-            **dict.fromkeys(("learning_rate", "alpha"), positive),
-            **dict.fromkeys(("kl_scale", "kl_learning_rate"), scale),
-            **dict.fromkeys(("warmup_ratio", "dropout"), share),
+            **dict.fromkeys(("steps", "batch_size", "rank", "save_steps"), count),
+            "alpha": positive,
+            "max_grad_norm": check(lambda value: value >= 0, "a finite number of at least 0"),
+            "warmup_ratio": share,
             **dict.fromkeys(("seed", "limit_seed"), seed),
+            **{
+                name: check
+                for name, check in (("limit", count), ("learning_rate", positive), ("dropout", share))
+                if getattr(self, name) is not None
+            },
         }
 
-    def blob_config(self) -> BlobConfig:
-        """The posterior's part."""
-        return BlobConfig(self.prior_std, self.init_std, self.std_parameterization, self.estimator)
+    def build_method(self) -> methods.Method:
+        """The method with its options.
+
+        Raises:
+            RunError: an option that the method doesn't have.
+            ValueError: one that is out of its range.
+        """
+        if self.method not in methods.METHODS:
+            raise RunError(f"method {self.method!r} is not one of {', '.join(methods.METHODS)}")
+        kind = methods.METHODS[self.method]
+        scaled = self.temperature_scaling and kind is not methods.Temperature
+        given = {name for name in _METHOD_OPTIONS if getattr(self, name) is not None}
+        taken = given & kind.options().keys()
+        elsewhere = {"dropout", "holdout"} if scaled else {"dropout"}  # what LoRA and the scaling take
+        if unknown := sorted(given - taken - elsewhere):
+            known = ", ".join(sorted(_METHOD_OPTIONS & kind.options().keys())) or "none of its own"
+            raise RunError(f"method {self.method!r} has no option {', '.join(unknown)}; its options: {known}")
+        method = kind(**{name: getattr(self, name) for name in taken})
+        if not scaled:
+            return method
+        return methods.Temperature(inner=method, **({} if self.holdout is None else {"holdout": self.holdout}))
+
+
+_METHOD_OPTIONS = {option.name for option in fields(TrainConfig)} & {
+    name for kind in methods.METHODS.values() for name in kind.options()
+}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import tasks
-from ..evaluation import metrics, ood_metrics, reliability, reliability_diagram
+from ..evaluation import reliability, reliability_diagram, summary, uncertainty
 from ..prediction import Prediction
 from .checks import check_kind
 from .config import RunError
@@ -48,10 +48,7 @@ def evaluate(
 
 def score(inside: Prediction, targets: torch.Tensor, outside: Prediction | None = None) -> dict[str, Any]:
     """Metrics of predictions, and with ``outside`` how well their uncertainty tells out-of-scope inputs apart."""
-    result = metrics(inside.log_probabilities, targets) | {"num_samples": inside.num_samples}
-    if outside is not None:
-        result |= ood_metrics(_uncertainty(inside), _uncertainty(outside))
-    return result
+    return summary(inside, targets, outside)
 
 
 def describe(
@@ -60,7 +57,7 @@ def describe(
     """For each record its answer, the probability of each label or choice, and the uncertainty in nats."""
     prediction = run.predict(records, num_samples, seed, batch_size=batch_size)
     probabilities, answers = prediction.probabilities, prediction.labels
-    scores = _uncertainty(prediction) | {"expected_entropy": prediction.expected_entropy}
+    scores = uncertainty(prediction) | {"expected_entropy": prediction.expected_entropy}
     for i, record in enumerate(records):
         columns = run.task.columns(record)
         if len(set(columns)) < len(columns):
@@ -88,8 +85,3 @@ def targets_of(task: tasks.Task, records: Sequence[dict[str, Any]]) -> torch.Ten
         known = ", ".join(task.labels[:10]) + (", …" if len(task.labels) > 10 else "")
         raise RunError("\n".join([f"labels that the model was not trained on (it has {known}):", *unknown[:10]]) + more)
     return torch.tensor([index[record["label"]] for record in records])
-
-
-def _uncertainty(prediction: Prediction) -> dict[str, torch.Tensor]:
-    names = ("confidence", "predictive_entropy", "mutual_information")
-    return {name: getattr(prediction, name) for name in names}

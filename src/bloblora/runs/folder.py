@@ -4,14 +4,12 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-
 from .. import tasks
-from ..adapter import check_folder
+from ..methods import Method
 from .config import RunError, TrainConfig
 
 TASK_FILE, RUN_FILE, CONFIG_FILE, CHECKPOINTS = "task.json", "run.json", "config.yaml", "checkpoints"
@@ -22,6 +20,7 @@ class RunDescription:
     """What a finished run's folder says, without its model: enough to check arguments by."""
 
     config: TrainConfig
+    method: Method
     task: tasks.Task
     training: dict[str, Any]
 
@@ -41,17 +40,17 @@ def open_run(directory: str | os.PathLike[str]) -> RunDescription:
         raise RunError(f"{directory}: its training isn't finished; run the same `bloblora train` again to go on")
     try:
         config = TrainConfig(**stored["config"])
+        # with the defaults of then
+        method = replace(config, **stored.get("options", {})).build_method()
         task = tasks.task_from_dict(read_json(directory / TASK_FILE))
     except (KeyError, TypeError) as error:
         raise RunError(f"{directory / RUN_FILE}: not what this version of bloblora writes: {error}") from error
-    weights = check_folder(directory) / SAFETENSORS_WEIGHTS_NAME
-    if config.method == "blob" and not (weights.parent / "blob_config.json").is_file():
-        raise RunError(f"{directory}: the posterior's files are missing; without them this is a plain LoRA")
+    weights = method.weights_file(directory)
     if stored.get("adapter_sha256", actual := file_sha256(weights)) != actual:
         raise RunError(
             f"{weights}: its SHA-256 isn't the one in {RUN_FILE}: the file was altered, or comes from another run"
         )
-    return RunDescription(config, task, stored["training"])
+    return RunDescription(config, method, task, stored["training"])
 
 
 def read_description(output: Path, config: TrainConfig) -> dict[str, Any]:

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import models, tasks
-from ..adapter import load
-from ..prediction import Prediction, predict
+from ..prediction import Prediction, Sampler, predict
 from .checks import num_labels
 from .config import TrainConfig
 from .folder import open_run
@@ -22,17 +21,19 @@ class Run:
     """A trained run, ready to predict.
 
     Attributes:
-        model: the PEFT model, in eval mode.
+        model: the model, in eval mode: a PEFT model but for full fine-tuning.
         tokenizer: its tokenizer.
         task: how records become logits.
+        sampler: where the method's draws come from.
         config: the configuration that it was trained with.
         training: what the training took: ``seconds`` (of all sessions, without what a stop threw away),
             ``peak_memory_bytes`` (of the last session), ``final`` (the last log).
     """
 
-    model: PeftModel
+    model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     task: tasks.Task
+    sampler: Sampler
     config: TrainConfig
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -49,7 +50,14 @@ class Run:
         unlabelled = [{k: v for k, v in record.items() if k not in ("label", "answer")} for record in records]
         examples = tasks.encode_all(self.task, unlabelled, self.tokenizer)
         return predict(
-            self.model, examples, num_samples, seed, task=self.task, batch_size=batch_size, progress=progress
+            self.model,
+            examples,
+            num_samples,
+            seed,
+            task=self.task,
+            sampler=self.sampler,
+            batch_size=batch_size,
+            progress=progress,
         )
 
 
@@ -63,8 +71,8 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     directory = Path(directory)
     description = open_run(directory)
     config, task = description.config, description.task
-    model = load(base_model(config, task), directory)
-    return Run(model, models.load_tokenizer(config.model), task, config, description.training)
+    model, sampler = description.method.load(base_model(config, task), directory)
+    return Run(model, models.load_tokenizer(config.model), task, sampler, config, description.training)
 
 
 def base_model(config: TrainConfig, task: tasks.Task) -> Any:

@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 import yaml
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import LoraConfig, TaskType
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import data as datasets_
-from .. import models, tasks
-from ..adapter import bayesianize, check_folder, save
-from ..training import BlobTrainer, BlobTrainingArguments, last_checkpoint
+from .. import methods, models, tasks
+from ..training import last_checkpoint
 from .checks import check_targets, check_task, task_name
 from .config import RunError, TrainConfig
 from .folder import (
@@ -59,51 +57,59 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
     if stored.get("training"):
         return load_run(output)
     check_writable(output / RUN_FILE)
+    method = config.build_method()
+    description["options"] = method.described()
     tokenizer = models.load_tokenizer(config.model)
     task = _task(config, records, tokenizer)
     check_targets(config, task)
-    examples = tasks.encode_all(task, records, tokenizer, progress=progress)
+    kept, held_out = split(records, method.holdout, config.limit_seed)
+    examples, holdout = (tasks.encode_all(task, part, tokenizer, progress=progress) for part in (kept, held_out))
     write_json(output / RUN_FILE, description)
-    write_text(output / CONFIG_FILE, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+    write_text(output / CONFIG_FILE, yaml.safe_dump(_given(config), sort_keys=False, allow_unicode=True))
 
     set_seed(config.seed)
-    model = _prepare(config, task)
-    trainer = BlobTrainer(
-        model,
-        _arguments(config, progress),
-        task=task,
-        train_dataset=examples,
-        data_collator=task.collate,
-        callbacks=list(callbacks),
+    model = method.prepare(base_model(config, task), _lora(config, task))
+    bar, clock = _ProgressBar(), _Clock(output / CHECKPOINTS)
+    training = methods.Training(
+        task,
+        examples,
+        _arguments(config, method, progress),
+        holdout,
+        [*callbacks, clock, *([bar] if progress else [])],
     )
-    # The Trainer's own print each log on standard output, which belongs to results.
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    bar = _ProgressBar()
-    if progress:
-        trainer.add_callback(bar)
-    checkpoint = last_checkpoint(output / CHECKPOINTS)
-    clock = _Clock(checkpoint)
-    trainer.add_callback(clock)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        sampler = method.fit(model, training)
     finally:
         bar.close()  # before what is said of an interrupt or an error
-    training = {
+    model.eval()
+    result = {
         "seconds": clock.seconds(),
-        "resumed_from": checkpoint.name if checkpoint else None,
+        "resumed_from": clock.resumed_from,
         "num_examples": len(examples),
         "peak_memory_bytes": peak_memory(),
-        "final": [log for log in trainer.state.log_history if "nll" in log][-1],
+        "final": training.final,
     }
-    save(model, output)
+    method.save(model, sampler, output)
     write_json(output / TASK_FILE, task.to_dict())
     # The adapter's own hashes are the posterior's; this one is there for a plain LoRA too.
-    description["adapter_sha256"] = file_sha256(check_folder(output) / SAFETENSORS_WEIGHTS_NAME)
-    write_json(output / RUN_FILE, description | {"training": training})
+    description["adapter_sha256"] = file_sha256(method.weights_file(output))
+    write_json(output / RUN_FILE, description | {"training": result})
     if not config.keep_checkpoints:
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    return Run(model.eval(), tokenizer, task, config, training)
+    return Run(model, tokenizer, task, sampler, config, result)
+
+
+def split(
+    records: Sequence[dict[str, Any]], share: float, seed: int = 0
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Records to train on and a share that is held out, per label where records have one; each in the given order."""
+    groups: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        groups.setdefault(record.get("label", ""), []).append(index)
+    generator = random.Random(seed)
+    out = {i for _, group in sorted(groups.items()) for i in generator.sample(group, round(share * len(group)))}
+    kept = [record for index, record in enumerate(records) if index not in out]
+    return kept, [records[index] for index in sorted(out)]
 
 
 def select(records: list[dict[str, Any]], limit: int | None, seed: int = 0) -> list[dict[str, Any]]:
@@ -128,45 +134,40 @@ def _task(config: TrainConfig, records: Sequence[dict[str, Any]], tokenizer: Pre
     return tasks.build_task(config.task, records, tokenizer, **options)
 
 
-def _prepare(config: TrainConfig, task: tasks.Task) -> PeftModel:
-    base = base_model(config, task)
-    lora = LoraConfig(
+def _given(config: TrainConfig) -> dict[str, Any]:
+    """The configuration without what is left to defaults of the method."""
+    return {name: value for name, value in asdict(config).items() if value is not None}
+
+
+def _lora(config: TrainConfig, task: tasks.Task) -> LoraConfig:
+    return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
+        lora_dropout=config.dropout or 0.0,
         target_modules=config.targets,
         task_type=TaskType.SEQ_CLS if task.labels is not None else TaskType.CAUSAL_LM,
     )
-    model = get_peft_model(base, lora)
-    if config.method == "blob":
-        bayesianize(model, config.blob_config())
-    return model
 
 
-def _arguments(config: TrainConfig, progress: bool) -> BlobTrainingArguments:
-    return BlobTrainingArguments(
-        output_dir=str(Path(config.output) / CHECKPOINTS),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        warmup_steps=round(config.steps * config.warmup_ratio),
-        lr_scheduler_type="linear",
-        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
-        seed=config.seed,
-        gradient_checkpointing=config.gradient_checkpointing,
-        kl_scale=config.kl_scale,
-        kl_weighting=config.kl_weighting,
-        dataset_rescaling=config.dataset_rescaling,
-        optimizer_style=config.optimizer_style,
-        kl_learning_rate=config.kl_learning_rate,
-        num_weight_draws=config.num_weight_draws,
-        logging_steps=min(20, config.steps),
-        save_steps=config.save_steps,
-        save_total_limit=1,
-        dataloader_pin_memory=torch.cuda.is_available(),  # torch warns where there is nothing to pin for
-        disable_tqdm=not progress,
-        report_to=[],
-    )
+def _arguments(config: TrainConfig, method: methods.Method, progress: bool) -> dict[str, Any]:
+    return {
+        "output_dir": str(Path(config.output) / CHECKPOINTS),
+        "max_steps": config.steps,
+        "per_device_train_batch_size": config.batch_size,
+        "learning_rate": config.learning_rate or method.learning_rate,
+        "max_grad_norm": config.max_grad_norm,
+        "warmup_steps": round(config.steps * config.warmup_ratio),
+        "lr_scheduler_type": "linear",
+        "train_sampling_strategy": "group_by_length" if config.group_by_length else "random",
+        "seed": config.seed,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "logging_steps": min(20, config.steps),
+        "save_steps": config.save_steps,
+        "save_total_limit": 1,
+        "dataloader_pin_memory": torch.cuda.is_available(),  # torch warns where there is nothing to pin for
+        "disable_tqdm": not progress,
+        "report_to": [],
+    }
 
 
 class _ProgressBar(ProgressCallback):
@@ -187,11 +188,12 @@ class _Clock(TrainerCallback):
 
     FILE = "seconds.json"
 
-    def __init__(self, checkpoint: Path | None) -> None:
-        self._before = 0.0
-        if checkpoint is not None and (checkpoint / self.FILE).is_file():
-            self._before = read_json(checkpoint / self.FILE)["seconds"]
+    def __init__(self, checkpoints: Path) -> None:
+        found = [folder for part in (checkpoints, *checkpoints.glob("*/")) if (folder := last_checkpoint(part))]
+        times = [read_json(folder / self.FILE)["seconds"] for folder in found if (folder / self.FILE).is_file()]
+        self._before = max(times, default=0.0)
         self._start = time.perf_counter()
+        self.resumed_from = found[-1].name if found else None
 
     def seconds(self) -> float:
         return self._before + time.perf_counter() - self._start

@@ -1,0 +1,109 @@
+r"""Deep ensemble of LoRAs (Lakshminarayanan et al., arXiv 1612.01474; for LoRA: Wang et al., arXiv 2310.00035).
+
+.. math:: \bar p(y \mid x) = \frac1M \sum_{m=1}^M p(y \mid x, A_m, B_m)
+
+The members differ in initialization, head and data order, and share one base model in memory. A draw is a member, in
+their order: N above M gives M draws, N = 0 the first member. Training costs M times a LoRA's.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel, set_seed
+
+from .. import adapter
+from ..prediction import Sampler
+from .method import Method, Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ensemble(Method):
+    """Several points.
+
+    Args:
+        members: M.
+    """
+
+    members: int = 5
+
+    name = "ensemble"
+    paper = "1612.01474"
+
+    def __post_init__(self) -> None:
+        if self.members < 2:
+            raise ValueError(f"members must be at least 2, got {self.members}")
+
+    def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
+        """The base with M fresh LoRAs, each with a head of its own where the task has one."""
+        names = _names(self.members)
+        model = get_peft_model(base, lora, adapter_name=names[0])
+        for name in names[1:]:
+            model.add_adapter(name, lora)
+            _renew_heads(model, name)
+        return model
+
+    def fit(self, model: nn.Module, training: Training) -> Sampler:
+        """Train one member after the other."""
+        assert isinstance(model, PeftModel)
+        seed = training.arguments["seed"]
+        for number, name in enumerate(_names(self.members)):
+            model.set_adapter(name)
+            set_seed(seed + number)
+            training.run(model, part=name, seed=seed + number)
+        return Members(model)
+
+    def save(self, model: nn.Module, sampler: Sampler, folder: Path) -> None:
+        """Write each member as a LoRA: the first in ``folder`` itself, the others in folders of their names."""
+        assert isinstance(model, PeftModel)
+        for number, name in enumerate(_names(self.members)):
+            adapter.save(model, folder / name if number else folder, name)
+
+    def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
+        """The members on one base."""
+        first, *others = _names(self.members)
+        model = adapter.load(base, folder, first)
+        for name in others:
+            model.load_adapter(str(adapter.check_folder(folder / name)), name)
+        return model.eval(), Members(model)
+
+
+class Members:
+    """The adapters of a model as draws."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self._model = model
+        self._names = list(model.peft_config)
+
+    def logits(self, forward: Callable[[], Tensor], num_samples: int, seed: int) -> Iterator[Tensor]:
+        """Logits of the first N members, or of the first one with N = 0; the seed has no part in it."""
+        for name in self._names[: max(num_samples, 1)]:
+            with self._active(name):
+                yield forward()
+
+    @contextmanager
+    def _active(self, name: str) -> Iterator[None]:
+        before = self._model.active_adapter
+        self._model.set_adapter(name, inference_mode=True)
+        try:
+            yield
+        finally:
+            self._model.set_adapter(before, inference_mode=True)
+
+
+def _names(members: int) -> list[str]:
+    return [f"member_{number}" for number in range(members)]
+
+
+@torch.no_grad()
+def _renew_heads(model: PeftModel, name: str) -> None:
+    """A fresh head as transformers starts it: PEFT copies the first member's."""
+    base = model.get_base_model()
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            base._init_weights(module.modules_to_save[name])  # type: ignore[operator]

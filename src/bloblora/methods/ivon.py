@@ -1,0 +1,129 @@
+r"""IVON (Shen et al., arXiv 2402.17641; for LoRA: Cong et al., arXiv 2411.04421): a variational optimizer.
+
+.. math:: q = \mathcal N\big(m,\ \tfrac{1}{\lambda (h + \delta)}\big) \text{ over A and B}
+
+m and the Hessian's estimate h are the optimizer's own state; λ is the effective sample size, δ the weight decay. The
+ivon-opt package does the optimization; afterwards its Gaussian is kept as any other here. A classification head is
+trained by it as well, and predicts with its mean. Defaults are those of the authors' LoRA scripts for ARC and
+OpenBookQA; with them h hardly moves in some hundred steps, so that the noise stays about 1/√(λ h₀) = 0.03.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..adapter import BlobConfig, bayesianize
+from ..prediction import Sampler, WeightDraws
+from ..training import BlobTrainer
+from .blob import load_posterior_adapter, posterior_weights_file
+from .method import Method, Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ivon(Method):
+    """A Gaussian over A and B.
+
+    Args:
+        effective_sample_size: λ; larger is a narrower posterior.
+        hess_init: h at the start; with λ it decides the noise of the first steps.
+        weight_decay: δ, the prior's precision over λ.
+        clip_radius: largest step of an entry before the learning rate.
+    """
+
+    effective_sample_size: float = 1e6
+    hess_init: float = 1e-3
+    weight_decay: float = 0.0
+    clip_radius: float = 1e-3
+
+    name = "ivon"
+    paper = "2411.04421"
+    learning_rate = 0.03
+
+    def __post_init__(self) -> None:
+        for name in ("effective_sample_size", "hess_init", "clip_radius"):
+            if not (math.isfinite(value := getattr(self, name)) and value > 0):
+                raise ValueError(f"{name} must be a finite number above 0, got {value}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay must be a finite number of at least 0, got {self.weight_decay}")
+        try:
+            import ivon  # noqa: F401
+        except ImportError as error:
+            raise ValueError("method 'ivon' needs ivon-opt: pip install 'bloblora[methods]'") from error
+
+    def fit(self, model: nn.Module, training: Training) -> Sampler:
+        """Train with IVON, and keep its Gaussian."""
+        assert isinstance(model, PeftModel)
+        loop = training.run(model, trainer=self._trainer(), max_grad_norm=0.0)
+        assert isinstance(loop, _Trainer)
+        stds = loop.stds()
+        posterior = bayesianize(model, BlobConfig(factors="AB"))
+        means = posterior.named_means()
+        with torch.no_grad():
+            for name, parameter in posterior.named_std_parameters().items():
+                parameter.copy_(stds[means[name]].sqrt())
+        return WeightDraws(posterior)
+
+    def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
+        """The adapter with its posterior."""
+        return load_posterior_adapter(base, folder)
+
+    def weights_file(self, folder: Path) -> Path:
+        """The mean's file."""
+        return posterior_weights_file(folder)
+
+    def _trainer(self) -> type[BlobTrainer]:
+        method = self
+
+        class Trainer(_Trainer):
+            options = method
+
+        return Trainer
+
+
+class _Trainer(BlobTrainer):
+    """The Trainer with IVON: each step's gradient is taken at a draw of the weights."""
+
+    options: Ivon
+
+    def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
+        from ivon import IVON
+
+        if self.optimizer is None:
+            trained = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+            self.optimizer = IVON(
+                trained,
+                lr=self.args.learning_rate,
+                ess=self.options.effective_sample_size,
+                hess_init=self.options.hess_init,
+                weight_decay=self.options.weight_decay,
+                clip_radius=self.options.clip_radius,
+                rescale_lr=False,
+            )
+        return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        ivon = self._ivon()
+        ivon.current_step = self.state.global_step  # which its state_dict lacks
+        with ExitStack() as stack:
+            with self._common_noise():  # DistributedDataParallel averages gradients: the noise must be theirs
+                stack.enter_context(ivon.sampled_params(train=True))
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def stds(self) -> dict[torch.Tensor, torch.Tensor]:
+        """1/√(λ(h + δ)) of each parameter."""
+        (group,) = self._ivon().param_groups
+        stds = (group["ess"] * (group["hess"] + group["weight_decay"])).rsqrt()
+        sizes = [parameter.numel() for parameter in group["params"]]
+        return {p: std.view_as(p) for p, std in zip(group["params"], stds.split(sizes), strict=True)}
+
+    def _ivon(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)

@@ -1,0 +1,15 @@
+r"""Maximum likelihood: plain LoRA (Hu et al., arXiv 2106.09685), the method to be better than.
+
+.. math:: \min_{A, B}\ \frac1D \sum_k -\log p(y_k \mid x_k, W_0 + s B A)
+
+Defaults as PEFT has them; the learning rate is this project's (`Method.learning_rate`).
+"""
+
+from .method import Method
+
+
+class Lora(Method):
+    """A point, trained by AdamW without weight decay."""
+
+    name = "lora"
+    paper = "2106.09685"

@@ -1,0 +1,166 @@
+"""What every method is: four functions, in this order: prepare, fit, save and load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peft import LoraConfig, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from .. import adapter
+from ..adapter import AdapterFileError, check_folder
+from ..prediction import Point, Sampler
+from ..tasks import Task
+from ..tasks.task import Example
+from ..training import BlobTrainer, BlobTrainingArguments, last_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to get a distribution over fine-tuned models; its fields are the options that it takes.
+
+    Fitting ends in a `Sampler`, and prediction, metrics and reports see nothing else of a method.
+
+    Raises:
+        ValueError: an option is out of its range; the message names it, its value and what would be right.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    learning_rate: ClassVar[float] = 5e-4
+    """Default of the optimizer's; methods with another optimizer or other weights need another."""
+    holdout: ClassVar[float] = 0.0
+    """Share of the training records that is kept from training; methods that need it make it an option."""
+
+    def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
+        """The model to train: by default the base with a fresh LoRA."""
+        return get_peft_model(base, lora)
+
+    def fit(self, model: nn.Module, training: Training) -> Sampler:
+        """Train what `prepare` returned, or go on where a stopped training was."""
+        training.run(model)
+        return Point()
+
+    def save(self, model: nn.Module, sampler: Sampler, folder: Path) -> None:
+        """Write what `load` needs; other files of the folder stay."""
+        adapter.save(model, folder)  # type: ignore[arg-type]
+
+    def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
+        """The model in eval mode, and its sampler.
+
+        Raises:
+            AdapterFileError: a file is missing or damaged, or doesn't fit the base model.
+        """
+        return adapter.load(base, folder), Point()
+
+    def weights_file(self, folder: Path) -> Path:
+        """The file with the trained weights, after all has been checked that can be without a model.
+
+        Raises:
+            AdapterFileError: a file is missing or damaged.
+        """
+        return check_folder(folder) / SAFETENSORS_WEIGHTS_NAME
+
+    def described(self) -> dict[str, Any]:
+        """The options and their values, as JSON takes them."""
+        return {name: getattr(self, name) for name in self.options()}
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """The options and their defaults."""
+        return {option.name: option.default for option in fields(cls)}
+
+
+@dataclass
+class Training:
+    """What a method trains with.
+
+    Attributes:
+        task: how examples become logits.
+        examples: encoded, to train on.
+        holdout: encoded, kept from training (`Method.holdout`).
+        arguments: of `BlobTrainingArguments`; ``output_dir`` is where checkpoints go.
+        callbacks: of the Trainer.
+        final: the last log of the last training with its losses.
+    """
+
+    task: Task
+    examples: Sequence[Example]
+    arguments: dict[str, Any]
+    holdout: Sequence[Example] = ()
+    callbacks: Sequence[TrainerCallback] = ()
+    final: dict[str, Any] = field(default_factory=dict)
+
+    def run(
+        self, model: nn.Module, *, part: str = "", trainer: type[BlobTrainer] = BlobTrainer, **changes: Any
+    ) -> BlobTrainer:
+        """Train a model on the examples, from its last checkpoint if there is one.
+
+        Args:
+            model: what to train: its parameters that require gradients.
+            part: name of the part, for methods that train several times; each has its own checkpoints.
+            trainer: class of the Trainer.
+            **changes: of the arguments.
+        """
+        arguments = {**self.arguments, **changes}
+        arguments["output_dir"] = str(Path(arguments["output_dir"]) / part)
+        loop = trainer(
+            model,
+            BlobTrainingArguments(**arguments),
+            task=self.task,
+            train_dataset=self.examples,
+            data_collator=self.task.collate,
+        )
+        # The Trainer's own print each log on standard output, which belongs to results.
+        loop.remove_callback(PrinterCallback)
+        loop.remove_callback(ProgressCallback)
+        for callback in self.callbacks:
+            loop.add_callback(callback)
+        checkpoint = last_checkpoint(arguments["output_dir"])
+        loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.final = [log for log in loop.state.log_history if "nll" in log][-1]
+        return loop
+
+
+def write_state(folder: Path, name: str, values: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
+    """Write what a method keeps beside the adapter: values in ``name.json``, tensors in ``name.safetensors``."""
+    content: dict[str, Any] = {"values": values}
+    if tensors is not None:
+        file = folder / f"{name}.safetensors"
+        partial = folder / f".{file.name}.partial"
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial)
+        content["tensors_sha256"] = hashlib.sha256(partial.read_bytes()).hexdigest()
+        partial.replace(file)
+    partial = folder / f".{name}.json.partial"
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / f"{name}.json")
+
+
+def read_state(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_state` wrote.
+
+    Raises:
+        AdapterFileError: a file is missing, truncated or altered.
+    """
+    file = folder / f"{name}.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        values = content["values"]
+        if "tensors_sha256" not in content:
+            return values, {}
+        file = folder / f"{name}.safetensors"
+        if hashlib.sha256(file.read_bytes()).hexdigest() != content["tensors_sha256"]:
+            raise AdapterFileError(f"{file}: its SHA-256 isn't the one in {name}.json: it was altered or cut")
+        return values, load_file(file)
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+        raise AdapterFileError(f"{file}: missing or not readable: {error}") from error

@@ -1,0 +1,181 @@
+r"""ScalaBL (Samplawski et al., arXiv 2506.21408): a Gaussian over r scales between B and A, and nothing else.
+
+.. math:: \Delta W = s\,B\,\mathrm{diag}(z)\,A, \qquad z \sim \mathcal N(\mu, \sigma^2), \qquad p(z) = \mathcal N(0, 1)
+
+A starts as the right singular vectors of LoRA's start and μ as its singular values; A and B stay points. The KL goes
+by its gradient flow, as BLoB does here, with their learning rate of 0.2. Two differences from their code: its KL has
+the arguments swapped, KL(p‖q), ours is the bound's; and its draw is one a batch, ours one an example.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .. import adapter
+from .. import posterior as q
+from ..prediction import Sampler, WeightDraws
+from ..training import BlobTrainer
+from .method import Method, Training, read_state, write_state
+
+_MEAN, _STD_PARAMETER = "scalabl_mean", "scalabl_std_parameter"
+_STATE = "scalabl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scalabl(Method):
+    """A Gaussian over r scales a layer.
+
+    Args:
+        prior_std: of the prior N(0, σp²) on each scale.
+        init_std: ε, where σ starts: in [ε²/2, ε²].
+        kl_learning_rate: on the KL.
+    """
+
+    prior_std: float = 1.0
+    init_std: float = 0.2
+    kl_learning_rate: float = 0.2
+
+    name = "scalabl"
+    paper = "2506.21408"
+
+    def __post_init__(self) -> None:
+        for name in ("prior_std", "init_std"):
+            if not (math.isfinite(value := getattr(self, name)) and value > 0):
+                raise ValueError(f"{name} must be a finite number above 0, got {value}")
+        if not (math.isfinite(self.kl_learning_rate) and self.kl_learning_rate >= 0):
+            raise ValueError(f"kl_learning_rate must be a finite number of at least 0, got {self.kl_learning_rate}")
+
+    def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
+        """The base with a LoRA that has scales."""
+        model = super().prepare(base, lora)
+        for layer in _layers(model).values():
+            layer.lora_variant["default"] = _ScaledVariant(layer, self.init_std)
+        return model
+
+    def fit(self, model: nn.Module, training: Training) -> Sampler:
+        """Train on the evidence lower bound; then the means become part of A."""
+        prior_std = self.prior_std
+
+        class Trainer(BlobTrainer):
+            def kl_step(self) -> None:
+                rate = self.args.kl_learning_rate * self._get_learning_rate() / self.args.learning_rate
+                means, parameters = _scales(model)
+                q.kl_flow_(means, parameters, prior_std, rate * self.current_kl_weight())
+
+        training.run(model, trainer=Trainer, kl_learning_rate=self.kl_learning_rate)
+        return WeightDraws(ScaledRows(model, _fold(model)))
+
+    def save(self, model: nn.Module, sampler: Sampler, folder: Path) -> None:
+        """Write the mean as a stock LoRA, and σ/μ of each layer's rows."""
+        assert isinstance(sampler, WeightDraws)
+        assert isinstance(sampler.weights, ScaledRows)
+        super().save(model, sampler, folder)
+        write_state(folder, _STATE, {}, sampler.weights.ratios)
+
+    def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
+        """The mean, and its rows' noise."""
+        model = adapter.load(base, folder)
+        return model, WeightDraws(ScaledRows(model, read_state(folder, _STATE)[1]))
+
+
+class _ScaledVariant(LoraVariant):
+    """y = W₀x + s·B (z∘(A x)), z one draw an example in train mode, μ in eval mode; one layer's, one adapter's."""
+
+    def __init__(self, module: Any, init_std: float) -> None:
+        for name in (_MEAN, _STD_PARAMETER):
+            setattr(module, name, nn.ParameterDict())
+        module.adapter_layer_names = (*module.adapter_layer_names, _MEAN, _STD_PARAMETER)
+        a = module.lora_A["default"].weight
+        _, singular_values, vt = torch.linalg.svd(a.detach(), full_matrices=False)
+        with torch.no_grad():
+            a.copy_(vt)
+        getattr(module, _MEAN)["default"] = nn.Parameter(singular_values)
+        parameter = q.init_std_parameter(singular_values, init_std)
+        getattr(module, _STD_PARAMETER)["default"] = nn.Parameter(parameter)
+
+    def project(self, module: Any, adapter_name: str, x: Tensor) -> Tensor:
+        """z∘(A x), (b, ..., r)."""
+        h = module.lora_A[adapter_name](module.lora_dropout[adapter_name](x))
+        scales = getattr(module, _MEAN)[adapter_name]
+        if module.training:
+            noise = torch.randn(x.shape[0], *[1] * (x.ndim - 2), len(scales), dtype=scales.dtype, device=x.device)
+            scales = scales + noise * q.std(getattr(module, _STD_PARAMETER)[adapter_name])
+        return h * scales
+
+    def expand(self, module: Any, adapter_name: str, h: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """B h, of all outputs or of some rows."""
+        return nn.functional.linear(h, module.lora_B[adapter_name].weight[rows])
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+        """``result`` and the adapter's part; shapes as ``result``."""
+        h = self.project(module, active_adapter, x.to(module.lora_A[active_adapter].weight.dtype))
+        return result + (self.expand(module, active_adapter, h) * module.scaling[active_adapter]).to(result.dtype)
+
+
+class ScaledRows:
+    """The distribution over A of all layers: row i is multiplied by 1 + (σᵢ/μᵢ) ε."""
+
+    def __init__(self, model: nn.Module, ratios: dict[str, Tensor]) -> None:
+        self.ratios = ratios
+        self._layers = _layers(model)
+
+    @contextmanager
+    def draw(self, seed: torch.Generator) -> Iterator[None]:
+        """One ε a row."""
+        factors: list[Any] = [layer.lora_A[layer.active_adapters[0]] for layer in self._layers.values()]
+        before = [factor.weight for factor in factors]
+        try:
+            for name, factor in zip(self._layers, factors, strict=True):
+                noise = torch.randn(factor.weight.shape[0], generator=seed, device=seed.device).to(factor.weight)
+                scales = 1 + self.ratios[name].to(factor.weight) * noise
+                factor.weight = nn.Parameter(factor.weight.detach() * scales[:, None], requires_grad=False)
+            yield
+        finally:
+            for factor, weight in zip(factors, before, strict=True):
+                factor.weight = weight
+
+    @contextmanager
+    def mean(self) -> Iterator[None]:
+        """A itself."""
+        yield
+
+
+def _layers(model: nn.Module) -> dict[str, LoraLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _scales(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """μ and the parameter of σ of each layer."""
+    layers: list[Any] = [*_layers(model).values()]
+    names = (_MEAN, _STD_PARAMETER)
+    means, parameters = ([getattr(layer, name)["default"] for layer in layers] for name in names)
+    return means, parameters
+
+
+@torch.no_grad()
+def _fold(model: nn.Module) -> dict[str, Tensor]:
+    """Make it a stock LoRA of the mean, and return σ/μ of each layer by its name, (r,)."""
+    assert isinstance(model, PeftModel)
+    ratios = {}
+    layer: Any
+    for name, layer in _layers(model).items():
+        mean, std = getattr(layer, _MEAN)["default"], q.std(getattr(layer, _STD_PARAMETER)["default"])
+        layer.lora_A["default"].weight.mul_(mean[:, None])
+        ratios[name] = std / mean
+        del layer.lora_variant["default"]
+        for attribute in (_MEAN, _STD_PARAMETER):
+            delattr(layer, attribute)
+        layer.adapter_layer_names = tuple(n for n in layer.adapter_layer_names if n not in (_MEAN, _STD_PARAMETER))
+    return ratios

@@ -1,0 +1,100 @@
+r"""Temperature scaling (Guo et al., arXiv 1706.04599): one number, fitted on held-out data.
+
+.. math:: p(y \mid x) = \mathrm{softmax}(f(x)/T), \qquad T = \arg\min_T \sum_{k \in \text{held out}} \mathrm{NLL}_k
+
+``--temperature-scaling`` does the same on top of any method: for draws, T divides the logits of each one, and
+the NLL is that of the averaged probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..prediction import Sampler, Tempered, predict
+from .lora import Lora
+from .method import Method, Training, read_state, write_state
+
+_LOG_RANGE = math.log(20.0)
+_NUM_SAMPLES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Temperature(Method):
+    """Another method whose confidence is scaled.
+
+    Args:
+        holdout: share of the training records that T is fitted on, and nothing else is.
+        inner: the method that is scaled.
+    """
+
+    holdout: float = 0.2  # type: ignore[misc]  # an option here
+    inner: Method = field(default_factory=Lora)
+
+    name = "temperature"
+    paper = "1706.04599"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout must be in (0, 1), got {self.holdout}")
+
+    @property
+    def learning_rate(self) -> float:  # type: ignore[override]
+        """The inner method's."""
+        return self.inner.learning_rate
+
+    def described(self) -> dict[str, Any]:
+        """The inner method's options and this one's."""
+        return {**self.inner.described(), "holdout": self.holdout}
+
+    def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
+        """As the inner method does."""
+        return self.inner.prepare(base, lora)
+
+    def fit(self, model: nn.Module, training: Training) -> Sampler:
+        """Train on what isn't held out, then fit T."""
+        sampler = self.inner.fit(model, training)
+        prediction = predict(model, training.holdout, _NUM_SAMPLES, task=training.task, sampler=sampler)
+        labels = torch.tensor([example["label"] for example in training.holdout])
+        return Tempered(sampler, fit_temperature(prediction.log_probs, labels))
+
+    def save(self, model: nn.Module, sampler: Sampler, folder: Path) -> None:
+        """Write the inner method's files and T."""
+        assert isinstance(sampler, Tempered)
+        self.inner.save(model, sampler.sampler, folder)
+        write_state(folder, "temperature", {"temperature": sampler.temperature})
+
+    def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
+        """The inner method's model and sampler, and T."""
+        model, sampler = self.inner.load(base, folder)
+        return model, Tempered(sampler, read_state(folder, "temperature")[0]["temperature"])
+
+    def weights_file(self, folder: Path) -> Path:
+        """The inner method's."""
+        return self.inner.weights_file(folder)
+
+
+def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
+    """T in [1/20, 20] with the lowest NLL of the averaged probabilities.
+
+    Args:
+        log_probs: (S, n, C) of each draw; -inf for a class that an input lacks.
+        labels: (n,).
+    """
+    log_probs = log_probs.double()
+    rows = torch.arange(len(labels))
+
+    def nll(log_temperature: float) -> float:
+        scaled = (log_probs / math.exp(log_temperature)).log_softmax(-1)
+        averaged = torch.logsumexp(scaled, dim=0) - math.log(len(scaled))
+        return -averaged[rows, labels].mean().item()
+
+    return math.exp(minimize_scalar(nll, bounds=(-_LOG_RANGE, _LOG_RANGE), method="bounded").x)

@@ -1,0 +1,288 @@
+"""Each method against a case whose answer comes from elsewhere."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from scipy.optimize import minimize
+from torch import nn
+
+from bloblora.adapter import BlobConfig, bayesianize
+from bloblora.methods import METHODS, Ensemble, Ivon, Map, McDropout, Scalabl, Tfb, Training
+from bloblora.methods.map import squared_norm
+from bloblora.methods.mc_dropout import DroppedColumns
+from bloblora.methods.scalabl import ScaledRows, _fold, _layers
+from bloblora.methods.temperature import fit_temperature
+from bloblora.methods.tfb import _set_noise, rotate
+from tests.conftest import tiny_llama, with_lora
+
+
+class Rows:
+    """A task whose model is a linear layer: 40 rows of 6 features, 3 classes."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(40, 6, generator=generator)
+        self.y = (self.x @ torch.randn(6, 3, generator=generator)).softmax(-1).multinomial(1, generator=generator)[:, 0]
+
+    def examples(self):
+        return [{"x": x, "label": int(y)} for x, y in zip(self.x, self.y, strict=True)]
+
+    def length(self, example):
+        return 1
+
+    def collate(self, examples):
+        batch = {"x": torch.stack([e["x"] for e in examples])}
+        return batch | {"labels": torch.tensor([e["label"] for e in examples])}
+
+    def logits(self, model, batch):
+        return model(batch["x"])
+
+
+class Net(nn.Module):
+    """y = 0 x, to which LoRA is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3, bias=False)
+        nn.init.zeros_(self.linear.weight)
+        self.config = type("Config", (), {"to_dict": lambda self: {}, "model_type": "net"})()
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def training(task, folder, **arguments):
+    options = dict(
+        output_dir=str(folder),
+        max_steps=600,
+        per_device_train_batch_size=40,
+        learning_rate=0.05,
+        lr_scheduler_type="linear",
+        seed=0,
+        logging_steps=5,
+        save_strategy="no",
+        disable_tqdm=True,
+        report_to=[],
+        use_cpu=True,
+        max_grad_norm=0.0,
+    )
+    return Training(task, task.examples(), {**options, **arguments})
+
+
+LORA = LoraConfig(r=3, lora_alpha=3, target_modules=["linear"])
+
+
+def delta(model):
+    layer = model.base_model.model.linear
+    return (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
+
+
+def test_map_is_the_minimum_of_the_negative_log_posterior(tmp_path):
+    """The best A and B of a given product have ‖A‖² + ‖B‖² = 2‖BA‖₊, the nuclear norm: a convex problem of W = BA."""
+    task, prior_std = Rows(), 0.7
+    method = Map(prior_std=prior_std)
+    torch.manual_seed(1)
+    model = method.prepare(Net(), LORA)
+    method.fit(model, training(task, tmp_path))
+    x, y = task.x.double().numpy(), task.y.numpy()
+
+    def objective(flat):
+        w = flat.reshape(3, 6)
+        logits = x @ w.T
+        nll = np.log(np.exp(logits).sum(1)).sum() - logits[np.arange(40), y].sum()
+        return nll + np.linalg.norm(w, "nuc") / prior_std**2
+
+    options = {"maxiter": 40000, "xtol": 1e-6, "ftol": 1e-10}
+    starts = (delta(model).double().numpy().ravel(), np.zeros(18))
+    expected = min(minimize(objective, start, method="Powell", options=options).fun for start in starts)
+    found = objective(delta(model).double().numpy().ravel())
+    assert found == pytest.approx(expected, rel=1e-3)
+    # and the factors are balanced
+    assert squared_norm(model).item() == pytest.approx(2 * np.linalg.norm(delta(model).numpy(), "nuc"), rel=2e-2)
+
+
+def test_dropped_columns_have_the_mean_and_the_variance_of_dropout(tokens):
+    model = with_lora(tiny_llama()).eval()
+    name, layer = next((n, m) for n, m in model.named_modules() if n.endswith("layers.1.self_attn.v_proj"))
+    weight = layer.lora_A["default"].weight.detach().clone()
+    dropped, generator, probability = DroppedColumns(model, 0.3), torch.Generator().manual_seed(0), 0.3
+    draws = []
+    for _ in range(4000):
+        with dropped.draw(generator):
+            draws.append(layer.lora_A["default"].weight.detach().clone())
+    draws = torch.stack(draws)
+    variance = weight.square() * probability / (1 - probability)
+    error = (draws.mean(0) - weight) / (variance / 4000).sqrt()
+    assert error.abs().max() < 5
+    torch.testing.assert_close(draws.var(0), variance, rtol=0.1, atol=1e-6)
+    # columns go together
+    kept = draws != 0
+    assert torch.equal(kept.any(1), kept.all(1))
+    assert torch.equal(layer.lora_A["default"].weight, weight), name
+
+
+def test_members_of_an_ensemble_are_plain_loras_of_their_seeds(tmp_path):
+    task, method = Rows(), Ensemble(members=2)
+    model = method.prepare(Net(), LORA)
+    starts = [model.base_model.model.linear.lora_A[f"member_{i}"].weight.detach().clone() for i in range(2)]
+    assert not torch.equal(*starts)
+    method.fit(model, training(task, tmp_path, max_steps=5))
+    for i in range(2):
+        alone = METHODS["lora"]().prepare(Net(), LORA)
+        alone.base_model.model.linear.lora_A["default"].weight.data.copy_(starts[i])
+        training(task, tmp_path / f"alone{i}", max_steps=5, seed=i).run(alone)
+        layer = model.base_model.model.linear
+        member = layer.lora_B[f"member_{i}"].weight @ layer.lora_A[f"member_{i}"].weight
+        torch.testing.assert_close(member.detach(), delta(alone), rtol=1e-4, atol=1e-6)
+
+
+def test_temperature_brings_back_the_scale_of_logits():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(20_000, 5, generator=generator)
+    labels = logits.softmax(-1).multinomial(1, generator=generator)[:, 0]
+    for scale in (0.4, 1.0, 3.0):
+        found = fit_temperature((scale * logits).log_softmax(-1)[None], labels)
+        # the Fisher information of log T is the mean variance of the logits under the model, times n
+        p = logits.softmax(-1)
+        information = ((p * logits**2).sum(-1) - (p * logits).sum(-1) ** 2).sum()
+        assert math.log(found / scale) == pytest.approx(0, abs=4 / math.sqrt(information))
+
+
+def test_tfb_rewrites_the_adapter_without_changing_it_and_its_noise_is_isotropic(tokens):
+    model = with_lora(tiny_llama()).eval()
+    before = model(tokens).logits
+    posterior, singular_values = rotate(model)
+    with posterior.mean():
+        torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-5)
+    _set_noise(posterior, singular_values, 0.1)
+    name, layer = next(iter(posterior.named_layers().items()))
+    b, std = layer.lora_B["default"].weight, posterior.named_stds()[f"{name}.lora_A"]
+    # in the space of ΔW = B A a column's covariance is B diag(Ω²) Bᵀ = σ² U Uᵀ: a projection
+    covariance = b @ torch.diag(std[:, 0] ** 2) @ b.T
+    eigenvalues = torch.linalg.eigvalsh(covariance)[-4:]
+    torch.testing.assert_close(eigenvalues, torch.full((4,), 0.01), rtol=1e-3, atol=1e-6)
+
+
+def test_tfb_finds_the_largest_noise_that_keeps_the_answers(tmp_path):
+    task = Rows()
+    sizes = {}
+    for tolerance in (0.0, 0.2):
+        method = Tfb(tolerance=tolerance)
+        torch.manual_seed(1)
+        model = method.prepare(Net(), LORA)
+        sampler = method.fit(model, training(task, tmp_path / str(tolerance), max_steps=30))
+        posterior = sampler.weights
+        b = model.base_model.model.linear.lora_B["default"].weight
+        sizes[tolerance] = (posterior.named_stds().popitem()[1][:, 0] * b.norm(dim=0)).mean().item()
+    assert 0.001 <= sizes[0.0] < sizes[0.2] <= 0.2
+
+
+def test_ivon_finds_the_gaussian_of_a_quadratic():
+    """Of the loss ½ a w² a row, n rows: q = N(0, 1/(λ(a + δ))), whose mean is the minimum and h the curvature."""
+    from ivon import IVON
+
+    torch.manual_seed(0)
+    curvature = torch.tensor([0.5, 2.0, 8.0])
+    w = nn.Parameter(torch.ones(3))
+    optimizer = IVON([w], lr=0.05, ess=100.0, hess_init=1.0, weight_decay=0.1, beta2=0.999, rescale_lr=False)
+    for _ in range(6000):
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            (curvature * w.square() / 2).sum().backward()
+        optimizer.step()
+    (group,) = optimizer.param_groups
+    torch.testing.assert_close(group["hess"], curvature, rtol=0.15, atol=0)
+    assert w.abs().max() < 0.05
+
+
+def test_ivon_keeps_the_optimizers_gaussian(tmp_path):
+    task = Rows()
+    method = Ivon(effective_sample_size=400.0, hess_init=0.1, clip_radius=1.0)
+    torch.manual_seed(1)
+    model = method.prepare(Net(), LORA)
+    sampler = method.fit(model, training(task, tmp_path, learning_rate=0.01, max_steps=100))
+    stds = torch.cat([std.flatten() for std in sampler.weights.named_stds().values()])
+    # h has hardly left its start in 100 steps of β₂ = 0.99999
+    torch.testing.assert_close(stds, torch.full_like(stds, 1 / math.sqrt(400 * 0.1)), rtol=0.02, atol=0)
+    accuracy = (task.logits(model, {"x": task.x}).argmax(-1) == task.y).float().mean()
+    assert accuracy > 0.6
+
+
+def test_scalabl_folds_its_means_and_draws_its_variance(tokens):
+    torch.manual_seed(0)
+    method = Scalabl(init_std=0.7)
+    model = method.prepare(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    layer = next(m for n, m in model.named_modules() if n.endswith("layers.1.self_attn.v_proj"))
+    mean, std = layer.scalabl_mean["default"].detach(), layer.scalabl_std_parameter["default"].detach() ** 2
+    rows = layer.lora_A["default"].weight.detach().clone()
+    torch.testing.assert_close(rows @ rows.T, torch.eye(4), rtol=0, atol=1e-5)  # singular vectors
+    model.eval()
+    before = model(tokens).logits
+    # noise of a training forward: (b, T, r), one draw an example for all its tokens
+    x = torch.randn(2000, 3, 32)
+    h = layer.lora_variant["default"].project(layer.train(), "default", x) / (x @ rows.T)
+    torch.testing.assert_close(h[:, 0], h[:, 1], rtol=1e-2, atol=1e-2)
+    assert ((h[:, 0].mean(0) - mean) / (std / math.sqrt(2000))).abs().max() < 5
+    torch.testing.assert_close(h[:, 0].std(0), std, rtol=0.1, atol=0)
+
+    distribution = ScaledRows(model, _fold(model.eval()))
+    torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-5)
+    generator, draws = torch.Generator().manual_seed(0), []
+    for _ in range(2000):
+        with distribution.draw(generator):
+            draws.append((layer.lora_A["default"].weight.detach() * rows).sum(1))  # the scales, as rows are orthonormal
+    draws = torch.stack(draws)
+    assert ((draws.mean(0) - mean) / (std / math.sqrt(2000))).abs().max() < 5
+    torch.testing.assert_close(draws.std(0), std, rtol=0.1, atol=0)
+    assert not any("scalabl" in name for name, _ in model.named_parameters())
+    assert len(_layers(model)) == 4
+
+
+@pytest.mark.parametrize("factors", ["A", "B", "AB"])
+def test_which_factors_are_gaussian(factors, tokens):
+    """Mean and variance of ΔW = s B A over draws against the closed form of a product of independent Gaussians."""
+    model = with_lora(tiny_llama(), ("v_proj",)).eval()
+    posterior = bayesianize(model, BlobConfig(init_std=0.5, factors=factors))
+    layer = next(iter(posterior.named_layers().values()))
+    a, b = (getattr(layer, f"lora_{f}")["default"].weight.detach() for f in "AB")
+    variant = layer.lora_variant["default"]
+    stds = {name.rpartition("_")[2]: std.detach() for name, std in posterior.named_stds().items() if "layers.0" in name}
+    va, vb = (stds[f].square() if f in stds else torch.zeros_like(w) for f, w in (("A", a), ("B", b)))
+    expected = layer.scaling["default"] ** 2 * (b.square() @ va + vb @ a.square() + vb @ va)
+    generator, draws = torch.Generator().manual_seed(0), []
+    for _ in range(3000):
+        with posterior.draw(generator):
+            weights = {"A": a, "B": b} | variant.weights
+            draws.append((layer.scaling["default"] * weights["B"] @ weights["A"]).detach())
+    draws = torch.stack(draws)
+    error = (draws.mean(0) - layer.scaling["default"] * b @ a) / (expected / 3000).sqrt()
+    assert error.abs().max() < 5.5
+    ratio = draws.var(0) / expected
+    assert ratio.mean() == pytest.approx(1, abs=0.02)
+
+
+def test_what_a_training_forward_adds_where_b_is_gaussian(tokens):
+    """The output's variance over draws against the closed form, for one example of several tokens."""
+    model = with_lora(tiny_llama(), ("v_proj",))
+    posterior = bayesianize(model, BlobConfig(init_std=0.5, factors="B"))
+    layer = next(iter(posterior.named_layers().values())).train()
+    x = torch.randn(1, 3, 32)
+    h = x @ layer.lora_A["default"].weight.T
+    std = next(iter(posterior.named_stds().values())).detach()
+    expected = layer.scaling["default"] ** 2 * h.square() @ std.square().T
+    with torch.no_grad():
+        outputs = layer(x.expand(4000, -1, -1)) - layer.get_base_layer()(x)
+    mean = layer.scaling["default"] * h @ layer.lora_B["default"].weight.T
+    assert ((outputs.mean(0) - mean[0]) / (expected[0] / 4000).sqrt()).abs().max() < 5
+    torch.testing.assert_close(outputs.var(0), expected[0], rtol=0.15, atol=0)
+
+
+def test_a_dropout_of_its_own(tmp_path):
+    model = McDropout(dropout=0.25).prepare(Net(), LORA)
+    assert model.peft_config["default"].lora_dropout == 0.25

@@ -1,0 +1,119 @@
+"""What holds for every method: it goes through a run, comes back with the same bits, and its draws are functions."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bloblora import runs
+from bloblora.methods import METHODS
+from tests.tiny_base import QUESTIONS, queries, save_base, write_jsonl
+
+# What makes a method's draws few or its training longer than here.
+OPTIONS = {"ensemble": {"members": 2}, "temperature": {"holdout": 0.5}}
+POINTS = {"lora", "map", "full", "temperature"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def config(base, tmp_path):
+    def build(method, records):
+        return runs.TrainConfig(
+            data=str(write_jsonl(tmp_path / "data.jsonl", records)),
+            output=str(tmp_path / "run"),
+            model=str(base),
+            method=method,
+            steps=4,
+            batch_size=2,
+            save_steps=2,
+            rank=2,
+            learning_rate=0.05,
+            **OPTIONS.get(method, {}),
+        )
+
+    return build
+
+
+def unlabelled(records):
+    return [{k: v for k, v in record.items() if k not in ("label", "answer")} for record in records]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("records", [queries() * 2, QUESTIONS * 2], ids=["texts", "questions"])
+def test_a_run_comes_back_and_its_draws_are_functions(method, records, config):
+    run = runs.train(config(method, records), progress=False)
+    inputs = unlabelled(records[: len(records) // 2])
+    before = run.predict(inputs, 3, seed=5)
+    loaded = runs.load_run(run.config.output)
+    assert torch.equal(loaded.predict(inputs, 3, seed=5).log_probs, before.log_probs)
+    expected = 1 if method in POINTS else OPTIONS.get(method, {}).get("members", 3)
+    assert len(before.log_probs) == expected
+    assert not torch.equal(before.log_probs[0], before.log_probs[-1]) or expected == 1
+    alone = torch.cat(
+        [loaded.predict([record], 3, seed=5).probabilities[:, : len(before.probabilities[0])] for record in inputs[:1]]
+    )
+    torch.testing.assert_close(alone[0], before.probabilities[0][: alone.shape[1]], rtol=1e-4, atol=1e-5)
+    assert loaded.predict(inputs, 0).log_probs.shape[0] == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_training_ends_with_the_same_bits(method, config, tmp_path):
+    class Stop(Exception):
+        pass
+
+    from transformers import TrainerCallback
+
+    class Interrupt(TrainerCallback):
+        def __init__(self, after):
+            self.left = after
+
+        def on_step_end(self, *_, **__):
+            self.left -= 1
+            if self.left == 0:
+                raise Stop
+
+    whole = config(method, queries() * 2)
+    expected = runs.train(whole, progress=False)
+    stopped = replace(whole, output=str(tmp_path / "stopped"))
+    for after in (3, 3):  # in the first part, and for an ensemble in its second
+        with pytest.raises(Stop):
+            runs.train(stopped, progress=False, callbacks=[Interrupt(after)])
+        if method != "ensemble":
+            break
+    found = runs.train(stopped, progress=False)
+    inputs = unlabelled(queries())
+    assert torch.equal(found.predict(inputs, 3).log_probs, expected.predict(inputs, 3).log_probs)
+
+
+def test_an_option_of_another_method_is_named(config):
+    with pytest.raises(runs.RunError, match=r"method 'lora' has no option members; its options: none of its own"):
+        replace(config("lora", queries()), members=3)
+    with pytest.raises(runs.RunError, match=r"method 'map' has no option members; its options: prior_std"):
+        replace(config("map", queries()), members=3)
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "value", "message"),
+    [
+        ("map", "prior_std", 0.0, "prior_std must be a finite number above 0, got 0.0"),
+        ("mc-dropout", "dropout", 0.0, r"dropout must be in \(0, 1\), got 0.0"),
+        ("ensemble", "members", 1, "members must be at least 2, got 1"),
+        ("temperature", "holdout", 1.0, r"holdout must be in \(0, 1\), got 1.0"),
+        ("blob", "prior_std", -1.0, "prior_std must be a finite number above 0, got -1.0"),
+    ],
+)
+def test_an_option_out_of_its_range(method, option, value, message, config):
+    with pytest.raises(runs.RunError, match=message):
+        replace(config(method, queries()), **{option: value})
