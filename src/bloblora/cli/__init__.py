@@ -18,7 +18,8 @@ _DESCRIPTION = """Bayesian low-rank adaptation for language models: LoRA that kn
   echo '{"text": "where is my parcel"}' | bloblora predict runs/desk --input -
 
 Every option can stand in a YAML file (--config FILE); a run's own is saved beside it as config.yaml."""
-_RESUMABLE = ("train", "demo")
+_FLAGS = {"json": "print JSON, for programs", "dry_run": "only list the runs and whether they are done"}
+_RESUMABLE = ("train", "demo", "compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -72,9 +73,12 @@ def _run(arguments: list[str]) -> None:
         if "directory" in command.__annotations__:
             optional: dict[str, Any] = {"nargs": "?", "default": None} if name == "info" else {}
             subparser.add_argument("directory", type=str, help="folder of a run", **optional)
-        subparser.add_function_arguments(command, skip={"directory", "json"}, as_group=False, as_positional=False)
-        if "json" in command.__annotations__:
-            subparser.add_argument("--json", action="store_true", help="print JSON, for programs")
+        if "study" in command.__annotations__:
+            subparser.add_argument("study", type=str, help="YAML file of a study")
+        skip: set[str | int] = {"directory", "study", *_FLAGS}
+        subparser.add_function_arguments(command, skip=skip, as_group=False, as_positional=False)
+        for flag in _FLAGS.keys() & command.__annotations__.keys():
+            subparser.add_argument(f"--{flag}", action="store_true", help=_FLAGS[flag])
         subparser.add_argument("--config", action="config", help="YAML file with options; later options override it.")
         subcommands.add_subcommand(name, subparser, help=description.splitlines()[0])
     parsed = parser.parse_args(_normalized(arguments))
@@ -105,6 +109,9 @@ def _fail(command: str, message: str) -> NoReturn:
 def _plain(message: str) -> str:
     """The parser's message in the words of the command line, on one line."""
     message = re.sub(r'Parser key "([^"]+)":', lambda match: f"--{match[1]}:", message.strip())
+    # of an option that may be left out, only the kind that it may be given as
+    kind = r"Does not validate against any of the Union subtypes.*?Errors:\s*- (.*?)\s*- Expected a <class 'NoneType'>"
+    message = re.sub(kind + r".*?Given value:", r"\1. Got value:", message, flags=re.DOTALL)
     message = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", message)
     message = re.sub(r"Expected a typing\.Literal\[([^]]*)\]", r"expected one of \1", message)
     return re.sub(r"\s+", " ", _dashed(message)).rstrip(".")

@@ -1,0 +1,120 @@
+"""One job: train, evaluate, write; what is there already is kept."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import runs
+from ..data import read_records
+from ..prediction import Prediction
+from .result import Result, read_result, write_result
+from .study import EvalSet, Job
+
+_LIBRARIES = ("bloblora", "torch", "transformers", "peft")
+
+
+def is_done(job: Job, results: Path) -> bool:
+    """Whether the job has all its results.
+
+    Raises:
+        RunError: its result is of another configuration; nothing of it is overwritten.
+    """
+    result = read_result(results, job.name)
+    if result is None:
+        return False
+    old, new = result.config, _described(job)
+    different = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)]
+    if different:
+        raise runs.RunError(
+            f"{results / job.name}.json is the result of another configuration ({'; '.join(different)}); rename the "
+            "method, or choose another folder"
+        )
+    return not result.lacks(job.sets, job.samples)
+
+
+def check_data(job: Job) -> None:
+    """Read what the job will read, so that a wrong file stops a study before hours of work.
+
+    Raises:
+        DataError: a file can't be used.
+    """
+    read_records(job.config.data)
+    for chosen in job.sets.values():
+        read_records(chosen.data, require_labels=chosen.labelled)
+
+
+def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) -> Result:
+    """Train unless it was, evaluate on what is missing, and write the result.
+
+    Args:
+        job: what to do.
+        results: folder of the results.
+        progress: show bars.
+        keep: leave the trained model.
+    """
+    trained = runs.train(job.config, progress=progress)
+    result = read_result(results, job.name) or _fresh(job, trained)
+    most = max(job.samples)
+    for key, chosen in job.sets.items():
+        if not result.lacks({key: chosen}, job.samples):
+            continue
+        records = _records(chosen)
+        start = time.perf_counter()
+        predictions = {0: trained.predict(records, 0, batch_size=job.batch_size)} if 0 in job.samples else {}
+        if most > 0:
+            start = time.perf_counter()
+            prediction = trained.predict(records, most, job.config.seed, batch_size=job.batch_size, progress=progress)
+            predictions |= {n: Prediction(prediction.log_probs[:n], n) for n in job.samples if n > 0}
+        result.seconds[key] = time.perf_counter() - start
+        targets = runs.targets_of(trained.task, records) if chosen.labelled else None
+        for prediction in predictions.values():
+            result.add(key, prediction, targets)
+        write_result(result, results)
+    if not keep:
+        shutil.rmtree(job.config.output, ignore_errors=True)
+    return result
+
+
+def _records(chosen: EvalSet) -> list[dict[str, Any]]:
+    return runs.select(read_records(chosen.data, require_labels=chosen.labelled), chosen.limit)
+
+
+def _fresh(job: Job, trained: runs.Run) -> Result:
+    return Result(
+        job.name,
+        job.dataset,
+        job.label,
+        _described(job),
+        replace(job.config).build_method().described(),
+        trained.training,
+        {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            **{name: version(name) for name in _LIBRARIES},
+        },
+    )
+
+
+def _described(job: Job) -> dict[str, Any]:
+    """The configuration without what a machine decides: where data lie and output goes."""
+    given = {name: value for name, value in asdict(job.config).items() if value is not None and name != "output"}
+    return given | {"data": Path(job.config.data).name}
+
+
+def _cpu() -> str:
+    """Name of the processor, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    return names[0].strip() if names else platform.processor()

@@ -1,0 +1,317 @@
+"""A study's results for people: Markdown, and one HTML page that opens without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import evaluation
+from ..runs import RunError
+from ..runs.folder import write_text
+from .result import Result, read_results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_QUALITY = ("accuracy", "ece", "nll", "brier")
+_MORE = ("ece_equal_mass", "ece_classwise", "brier_reliability", "brier_resolution", "aurc", "selective_accuracy_80")
+_COST = ("training minutes", "peak GiB", "predicting seconds")
+_COMPARED: tuple[evaluation.Metric, ...] = ("accuracy", "ece", "nll", "brier")
+_DRAWN = 6  # more panels or lines than this are too many to read
+
+
+@dataclass
+class Row:
+    """One method with one N: its results, a seed each.
+
+    Attributes:
+        label: of the table.
+        num_samples: N.
+        results: of each seed.
+    """
+
+    label: str
+    num_samples: int
+    results: list[Result] = field(default_factory=list)
+
+    def values(self, key: str) -> dict[str, list[float]]:
+        """Metrics of one set by name, a value a seed."""
+        found: dict[str, list[float]] = {}
+        for result in self.results:
+            for name, value in result.metrics.get(key, {}).get(str(self.num_samples), {}).items():
+                found.setdefault(name, []).append(value)
+        return found
+
+    def scores(self, key: str) -> list[dict[str, Tensor]]:
+        """Scores an example of one set, a dict a seed."""
+        return [scores for result in self.results if (scores := result.scores_of(key, self.num_samples))]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of metrics, and what to say of them."""
+
+    caption: str
+    rows: Mapping[str, Mapping[str, Sequence[float]]]
+    columns: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, its caption and the name of its file."""
+
+    caption: str
+    figure: Figure
+    name: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it."""
+
+    title: str
+    parts: Sequence[Table | Picture | str]
+
+
+def report(folder: Path, html: Path | None = None, baseline: str = "lora", title: str | None = None) -> Path:
+    """Write ``report.md`` with its pictures into a study's folder, and an HTML page.
+
+    Args:
+        folder: of the results, as `bloblora compare` wrote them.
+        html: the page; default ``report.html`` in the folder.
+        baseline: label of the method that the others are compared to.
+        title: default the folder's name.
+
+    Returns:
+        The page.
+
+    Raises:
+        RunError: there is no result.
+    """
+    results = list(read_results(folder))
+    if not results:
+        raise RunError(f"{folder}: no results in it; give a folder that `bloblora compare` wrote")
+    title, html = title or folder.name, html or folder / "report.html"
+    sections = [_setting(results)]
+    for dataset in dict.fromkeys(result.dataset for result in results):
+        sections += _sections(dataset, [result for result in results if result.dataset == dataset], baseline)
+    command = f"bloblora report {folder}"
+    write_text(folder / "report.md", _markdown(title, sections, command, folder))
+    write_text(html, _page(title, sections, command))
+    return html
+
+
+def _sections(dataset: str, results: Sequence[Result], baseline: str) -> Iterator[Section]:
+    rows = _rows(results)
+    named = {row.label: row for row in rows}
+    sets = list(dict.fromkeys(key for result in results for key in result.metrics))
+    outside = [key for key in _keys(results) if key not in sets]
+    test = {label: row.values("test") | _detection(row, outside) | _cost(row) for label, row in named.items()}
+    detection = [name for name in _names(test) if name.startswith(("auroc_", "fpr95_"))]
+    best = _best_draws(rows)
+    yield Section(
+        dataset,
+        [
+            Table(f"Test data, {_seeds(rows)}. {_LEGEND}", test, [*_QUALITY, *detection, *_COST]),
+            Table("More of calibration and selective prediction.", test, _MORE),
+            *_differences(best, baseline),
+            *_pictures(dataset, rows, best),
+        ],
+    )
+    for key in sets:
+        if key != "test":
+            shifted = {label: row.values(key) | _detection(row, [key]) for label, row in named.items()}
+            shown = [*_QUALITY, *(name for name in _names(shifted) if name.startswith("auroc_"))]
+            text = f"Trained on {dataset}, tested on {key}; AUROC of telling the two apart. {_LEGEND}"
+            yield Section(f"{dataset}: shift to {key}", [Table(text, shifted, shown)])
+
+
+_LEGEND = "Mean ± standard deviation; **best**, and * within one standard deviation of it."
+
+
+def _rows(results: Sequence[Result]) -> list[Row]:
+    """A row a method and N, in the results' order; one row for a method whose draws are all the same."""
+    rows: dict[tuple[str, int], Row] = {}
+    for result in results:
+        by_samples = result.metrics["test"]
+        points = all(metrics["num_draws"] == 1 for metrics in by_samples.values())
+        for n in sorted(map(int, by_samples)):
+            if points and n != min(map(int, by_samples)):
+                continue
+            label = result.label if points else f"{result.label}, N = {n}"
+            rows.setdefault((result.label, n), Row(label, n)).results.append(result)
+    return list(rows.values())
+
+
+def _best_draws(rows: Sequence[Row]) -> dict[str, Row]:
+    """The row with the most draws of each method, by the method's label."""
+    return {row.results[0].label: row for row in sorted(rows, key=lambda row: row.num_samples)}
+
+
+def _differences(best: Mapping[str, Row], baseline: str) -> Iterator[Table]:
+    """How far each method is from the baseline on the same test examples."""
+    if baseline not in best:
+        return
+    reference = best[baseline].scores("test")
+    rows = {}
+    for label, row in best.items():
+        if label != baseline and row.scores("test"):
+            intervals = {name: evaluation.paired_bootstrap(row.scores("test"), reference, name) for name in _COMPARED}
+            rows[row.label] = {f"Δ {name}": interval for name, interval in intervals.items()}
+    if rows:
+        text = f"Difference from {baseline} with a 95 % interval: paired bootstrap over test examples, mean over seeds."
+        yield Table(text, rows, [f"Δ {name}" for name in _COMPARED])  # type: ignore[arg-type]
+
+
+def _pictures(dataset: str, rows: Sequence[Row], best: Mapping[str, Row]) -> Iterator[Picture]:
+    shown = dict(list(best.items())[:_DRAWN])
+    panels = {row.label: evaluation.confidence_bins(*_pooled(row)) for row in shown.values()}
+    yield Picture(
+        f"{dataset}: reliability, all seeds together", evaluation.reliability_figure(panels), f"{dataset}-reliability"
+    )
+    curves = {row.label: evaluation.risk_coverage(*_pooled(row)) for row in best.values()}
+    yield Picture(
+        f"{dataset}: risk against coverage, all seeds together",
+        evaluation.risk_coverage_figure(curves),
+        f"{dataset}-risk-coverage",
+    )
+    lines = {name: _against_samples(rows, name) for name in ("ece", "nll")}
+    if any(len(line) > 2 for line in lines["ece"].values()):
+        for name, line in lines.items():
+            figure = evaluation.lines_figure(line, "number of draws N", name.upper(), xscale="symlog")
+            yield Picture(f"{dataset}: {name.upper()} against N", figure, f"{dataset}-{name}-against-n")
+    points = {row.label: (row.values("test")["accuracy"], row.values("test")["ece"]) for row in best.values()}
+    yield Picture(
+        f"{dataset}: accuracy against ECE, to the lower right is better",
+        evaluation.pareto_figure(points, "accuracy", "ECE"),
+        f"{dataset}-pareto",
+    )
+
+
+def _against_samples(rows: Sequence[Row], name: str) -> dict[str, dict[float, list[float]]]:
+    lines: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        lines.setdefault(row.results[0].label, {})[row.num_samples] = row.values("test")[name]
+    return {label: line for label, line in lines.items() if len(line) > 1}
+
+
+def _pooled(row: Row) -> tuple[Tensor, Tensor]:
+    """Confidence of all seeds' answers and whether they are right."""
+    scores = row.scores("test")
+    return torch.cat([s["confidence"] for s in scores]), torch.cat([s["accuracy"] for s in scores]) > 0.5
+
+
+def _detection(row: Row, keys: Iterable[str]) -> dict[str, list[float]]:
+    """How well uncertainty tells other sets from the test set, a value a seed."""
+    found: dict[str, list[float]] = {}
+    for key in keys:
+        for inside, outside in zip(row.scores("test"), row.scores(key), strict=True):
+            for name, value in evaluation.ood_metrics(_uncertainty(inside), _uncertainty(outside)).items():
+                found.setdefault(name, []).append(value)
+    return found
+
+
+def _uncertainty(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: scores[name] for name in ("confidence", "predictive_entropy", "mutual_information")}
+
+
+def _cost(row: Row) -> dict[str, list[float]]:
+    return {
+        "training minutes": [result.training["seconds"] / 60 for result in row.results],
+        "peak GiB": [result.training["peak_memory_bytes"] / 2**30 for result in row.results],
+        "predicting seconds": [
+            result.seconds["test"] for result in row.results if row.num_samples == max(map(int, result.metrics["test"]))
+        ],
+    }
+
+
+def _setting(results: Sequence[Result]) -> Section:
+    machines = dict.fromkeys(
+        f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}, transformers {m['transformers']}, peft {m['peft']}"
+        for m in (result.machine for result in results)
+    )
+    return Section("Setting", [f"{len(results)} runs on {'; '.join(machines)}.", *_configurations(results)])
+
+
+def _configurations(results: Sequence[Result]) -> Iterator[str]:
+    """What all trainings share, and what each method adds."""
+    configs = [result.config for result in results]
+    shared = {k: v for k, v in configs[0].items() if all(c.get(k) == v for c in configs)}
+    yield "All: " + _listed(shared)
+    for label in dict.fromkeys(result.label for result in results):
+        own = next(r for r in results if r.label == label)
+        yield f"{label}: " + _listed({"method": own.config["method"], **own.options})
+
+
+def _listed(options: Mapping[str, object]) -> str:
+    return ", ".join(f"`{name}: {value}`" for name, value in options.items()) or "no options"
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    counts = sorted({len(row.results) for row in rows})
+    return f"{' or '.join(map(str, counts))} seeds"
+
+
+def _keys(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(name.split("/")[0] for result in results for name in result.scores))
+
+
+def _names(rows: Mapping[str, Mapping[str, object]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows.values() for name in row))
+
+
+def _markdown(title: str, sections: Sequence[Section], command: str, folder: Path) -> str:
+    lines = [f"# {title}\n", f"Made by `{command}`.\n"]
+    for section in sections:
+        lines.append(f"## {section.title}\n")
+        for part in section.parts:
+            if isinstance(part, str):
+                lines.append(f"- {part}")
+            elif isinstance(part, Table):
+                lines += ["", part.caption + "\n", evaluation.markdown_table(part.rows, part.columns, mark_best=True)]
+            else:
+                evaluation.save_figure(part.figure, folder / f"{part.name}.svg")
+                lines.append(f"![{part.caption}]({part.name}.svg)\n")
+    return "\n".join(lines) + "\n"
+
+
+def _page(title: str, sections: Sequence[Section], command: str) -> str:
+    body = ""
+    for section in sections:
+        parts = "".join(_element(part, command) for part in section.parts)
+        body += f"<section><h2>{escape(section.title)}</h2>\n{parts}</section>\n"
+    template = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
+    return template.substitute(title=escape(title), command=escape(command), body=body)
+
+
+def _element(part: Table | Picture | str, command: str) -> str:
+    if isinstance(part, str):
+        return f"<p>{_code(part)}</p>\n"
+    if isinstance(part, Picture):
+        caption = f"{escape(part.caption)}. <code>{escape(command)}</code>"
+        return f"<figure>{evaluation.to_svg(part.figure)}<figcaption>{caption}</figcaption></figure>\n"
+    header, *cells = evaluation.table_cells(part.rows, part.columns, mark_best=True)
+    head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in header)
+    rows = "".join(
+        f"<tr><th scope='row'>{escape(name)}</th>{''.join(f'<td>{_strong(cell)}</td>' for cell in row)}</tr>\n"
+        for name, *row in cells
+    )
+    caption = f"<caption>{_strong(part.caption)}</caption>"
+    return f"<div class='table'><table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n"
+
+
+def _strong(text: str) -> str:
+    before, *marked = escape(text).split("**")
+    return before + "".join(f"<b>{part}</b>" if i % 2 == 0 else part for i, part in enumerate(marked))
+
+
+def _code(text: str) -> str:
+    parts = escape(text).split("`")
+    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))

@@ -1,0 +1,252 @@
+"""What a study compares: one YAML file, and the runs that it asks for."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..runs import RunError, TrainConfig
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Records to evaluate on.
+
+    Args:
+        data: as `TrainConfig.data`.
+        limit: use only this many, per label for classification: the same ones for every run.
+        labelled: False for out-of-scope records, which serve the detection metrics alone.
+    """
+
+    data: str
+    limit: int | None = None
+    labelled: bool = True
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is trained on, and what the result is evaluated on.
+
+    Args:
+        train: options of `TrainConfig` for these data; ``data`` among them.
+        test: in distribution.
+        shifted: labelled sets of other distributions, by name.
+        out_of_scope: records that are none of the labels'.
+        validation: what `bloblora tune` looks at.
+    """
+
+    train: Mapping[str, Any]
+    test: EvalSet
+    shifted: Mapping[str, EvalSet] = field(default_factory=dict)
+    out_of_scope: EvalSet | None = None
+    validation: EvalSet | None = None
+
+    def sets(self) -> dict[str, EvalSet]:
+        """All that a run is evaluated on, by name."""
+        found = {"test": self.test, **self.shifted}
+        return found if self.out_of_scope is None else {**found, "out_of_scope": self.out_of_scope}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training and its evaluation.
+
+    Attributes:
+        name: of its files: data set, model (where there are several), method and seed.
+        dataset: name of the data set.
+        label: the method's name in tables.
+        config: the training.
+        sets: what to evaluate on, by name.
+        samples: numbers of draws N to report.
+        batch_size: inputs a forward in evaluation.
+    """
+
+    name: str
+    dataset: str
+    label: str
+    config: TrainConfig
+    sets: Mapping[str, EvalSet]
+    samples: tuple[int, ...]
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison: each method on each data set and model, with each seed.
+
+    Args:
+        name: title of the report.
+        methods: options of `TrainConfig` by the method's label; where ``method`` isn't among them, the label is it.
+        datasets: by name.
+        models: base models.
+        seeds: of training.
+        samples: numbers of draws N to report; the draws of a smaller N are the first of a larger one's.
+        train: options of every training; a data set's go before them, a method's before both.
+        baseline: label that the others are compared to.
+        batch_size: inputs a forward in evaluation.
+        keep_runs: leave trained models on disk; without, a run that is evaluated is deleted.
+    """
+
+    name: str
+    methods: Mapping[str, Mapping[str, Any]]
+    datasets: Mapping[str, DataSet]
+    models: tuple[str, ...] = ("smollm2-135m",)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    samples: tuple[int, ...] = (0, 10)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    baseline: str = "lora"
+    batch_size: int = 32
+    keep_runs: bool = True
+
+    def jobs(self, runs: str | os.PathLike[str], data: str | os.PathLike[str] = ".") -> list[Job]:
+        """Every run, seed by seed, so that an unfinished study has whole rows.
+
+        Args:
+            runs: folder of the trained models.
+            data: folder that relative paths of data files start from.
+
+        Raises:
+            RunError: an option that isn't one, or a value that it can't have, with the place in the file.
+        """
+        return [
+            self._job(dataset, model, label, seed, Path(runs), Path(data))
+            for seed in self.seeds
+            for dataset in self.datasets
+            for model in self.models
+            for label in self.methods
+        ]
+
+    def _job(self, dataset: str, model: str, label: str, seed: int, runs: Path, data: Path) -> Job:
+        chosen = self.datasets[dataset]
+        options = {**self.train, **chosen.train, **self.methods[label]}
+        options.setdefault("method", label)
+        parts = [dataset, *([model] if len(self.models) > 1 else []), label, f"seed{seed}"]
+        name = "--".join(_file_name(part) for part in parts)
+        options |= {"model": model, "seed": seed, "output": str(runs / name)}
+        options["data"] = _locate(options["data"], data)
+        try:
+            config = TrainConfig(**options)
+        except (TypeError, ValueError) as error:
+            raise RunError(f"methods: {label} on {dataset}: {error}") from error
+        sets = {key: replace(value, data=_locate(value.data, data)) for key, value in chosen.sets().items()}
+        return Job(name, dataset, label, config, sets, self.samples, self.batch_size)
+
+
+def read_study(file: str | os.PathLike[str]) -> Study:
+    """Read and check a study's YAML.
+
+    Raises:
+        RunError: the file can't be read, or a field is missing, unknown or of the wrong kind; the message names it.
+    """
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError(f"{file}: not readable as YAML: {error}") from error
+    try:
+        return _study(_mapping(content, "the file"), Path(file).stem)
+    except RunError as error:
+        raise RunError(f"{file}: {error}") from error
+
+
+def _study(content: Mapping[str, Any], stem: str) -> Study:
+    _check_fields(content, Study, "the file")
+    for name in ("methods", "datasets"):
+        if not content.get(name):
+            raise RunError(f"field {name!r} is missing; it lists what to compare")
+    methods = {
+        str(label): _options(options or {}, f"methods: {label}")
+        for label, options in _mapping(content["methods"], "methods").items()
+    }
+    datasets = {str(name): _dataset(value, name) for name, value in _mapping(content["datasets"], "datasets").items()}
+    study = Study(
+        **{
+            **content,
+            "name": str(content.get("name", stem)),
+            "methods": methods,
+            "datasets": datasets,
+            "train": _options(content.get("train") or {}, "train"),
+            "models": _sequence(content.get("models", Study.models), str, "models"),
+            "seeds": _sequence(content.get("seeds", Study.seeds), int, "seeds"),
+            "samples": tuple(sorted(_sequence(content.get("samples", Study.samples), int, "samples"))),
+        }
+    )
+    if study.baseline not in study.methods:
+        raise RunError(f"baseline {study.baseline!r} is not one of the methods {', '.join(study.methods)}")
+    if study.samples[0] < 0:
+        raise RunError(f"samples: {study.samples[0]} is negative; N is 0 (the mean) or more")
+    return study
+
+
+def _dataset(value: Any, name: str) -> DataSet:
+    where = f"datasets: {name}"
+    content = _mapping(value, where)
+    _check_fields(content, DataSet, where)
+    for part in ("train", "test"):
+        if part not in content:
+            raise RunError(f"{where}: field {part!r} is missing")
+    train = _options(content["train"], f"{where}: train")
+    if "data" not in train:
+        raise RunError(f"{where}: train: field 'data' is missing")
+    shifted = _mapping(content.get("shifted") or {}, f"{where}: shifted")
+    single = {
+        part: _eval_set(content[part], f"{where}: {part}", labelled=part != "out_of_scope")
+        for part in ("test", "out_of_scope", "validation")
+        if content.get(part) is not None
+    }
+    return DataSet(
+        train=train, shifted={str(k): _eval_set(v, f"{where}: shifted: {k}") for k, v in shifted.items()}, **single
+    )
+
+
+def _eval_set(value: Any, where: str, labelled: bool = True) -> EvalSet:
+    """A set as a mapping, or as its ``data`` alone."""
+    content = {"data": value} if isinstance(value, str) else _mapping(value, where)
+    _check_fields(content, EvalSet, where)
+    if not isinstance(content.get("data"), str):
+        raise RunError(f"{where}: field 'data': {content.get('data')!r}; it must name a file or a data set")
+    return EvalSet(**{"labelled": labelled, **content})
+
+
+def _options(value: Any, where: str) -> dict[str, Any]:
+    content = dict(_mapping(value, where))
+    _check_fields(content, TrainConfig, where)
+    return content
+
+
+def _check_fields(content: Mapping[str, Any], kind: type, where: str) -> None:
+    known = [option.name for option in fields(kind)]
+    for name in content:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, 1)
+            meant = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+            raise RunError(f"{where}: unknown field {name!r}{meant}")
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RunError(f"{where}: {value!r}; it must be a mapping of names to values")
+    return value
+
+
+def _sequence(value: Any, kind: type, where: str) -> tuple[Any, ...]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if not values or not all(type(item) is kind for item in values):
+        raise RunError(f"{where}: {value!r}; it must be a list of {kind.__name__}")
+    if len(set(values)) < len(values):
+        raise RunError(f"{where}: {value!r}; each must be there once")
+    return tuple(values)
+
+
+def _locate(name: str, folder: Path) -> str:
+    """A data file below ``folder`` where there is one, else the name, which may be a data set's."""
+    return str(folder / name) if (folder / name).exists() else name
+
+
+def _file_name(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "-._" else "_" for c in text)

@@ -1,0 +1,137 @@
+"""A study is run by two workers, skips what is done, survives a run's failure, and its report opens by itself."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from bloblora import evaluation, runs, studies
+from bloblora.data import read_records
+from bloblora.runs import RunError
+from tests.studies.conftest import make_content, write_study
+
+
+def compare(study, folder, **options):
+    return studies.compare(study, folder / "results", runs=folder / "runs", data=folder, **options)
+
+
+@pytest.fixture(scope="module")
+def done(base, tmp_path_factory):
+    """A study that two workers have run, and its folder."""
+    folder = tmp_path_factory.mktemp("done")
+    study = studies.read_study(write_study(folder, make_content(base, folder)))
+    outcomes = compare(study, folder, workers=2)
+    assert [outcome.error for outcome in outcomes] == [None] * 4
+    return study, folder
+
+
+def test_a_study_from_file_to_page(done):
+    study, root = done
+    folder = root / "results"
+    job = next(job for job in study.jobs(root / "runs", root) if job.label == "wide blob")
+    result = studies.read_result(folder, job.name)
+    # what is stored is what the trained run says of the same records
+    run, records = runs.load_run(job.config.output), read_records(str(root / "test.jsonl"))
+    for n in (0, 2, 4):
+        prediction = run.predict(records, n, seed=job.config.seed)
+        expected = evaluation.summary(prediction, runs.targets_of(run.task, records))
+        found = result.metrics["test"][str(n)]
+        assert found["nll"] == pytest.approx(expected["nll"], rel=1e-5)
+        assert found["num_draws"] == max(n, 1)
+        torch.testing.assert_close(result.scores[f"test/{n}/confidence"], prediction.confidence)
+    assert result.scores["out_of_scope/4/mutual_information"].shape == (2,)
+    assert "out_of_scope" not in result.metrics
+    # nothing is left to do, and nothing is done again
+    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.json")}
+    assert compare(study, root) == []
+    assert {file.name: file.stat().st_mtime_ns for file in folder.glob("*.json")} == before
+
+    page = studies.report(folder).read_text()
+    parsed = Page()
+    parsed.feed(page)
+    assert parsed.outside == []
+    assert parsed.tags.count("svg") == 5  # reliability, risk-coverage, ECE and NLL against N, Pareto
+    assert "bloblora report" in page
+    text = (folder / "report.md").read_text()
+    assert re.search(r"^\| wide blob, N = 4 \|", text, re.MULTILINE)
+    assert len(re.findall(r"^\| lora \|", text, re.MULTILINE)) == 3  # one row a table: its draws are all the same
+    assert "shift to other" in text
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert len(pictures) == 5
+    assert all((folder / picture).is_file() for picture in pictures)
+
+
+class Page(HTMLParser):
+    """Tags of a page, and what it would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.outside = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.outside += [
+            value for name, value in attributes if name in ("src", "href", "xlink:href") and not value.startswith("#")
+        ]
+
+
+def test_a_new_number_of_draws_needs_no_training(done):
+    study, folder = done
+    weights = {file: file.stat().st_mtime_ns for file in folder.glob("runs/*/adapter_model.safetensors")}
+    outcomes = compare(replace(study, samples=(0, 6), seeds=(1,)), folder)
+    assert [outcome.error for outcome in outcomes] == [None] * 2
+    result = studies.read_result(folder / "results", "desk--wide_blob--seed1")
+    assert set(result.metrics["test"]) == {"0", "2", "4", "6"}
+    assert {file: file.stat().st_mtime_ns for file in folder.glob("runs/*/adapter_model.safetensors")} == weights
+
+
+def test_a_result_of_another_configuration_is_not_overwritten(done):
+    study, folder = done
+    with pytest.raises(RunError, match=r"another configuration \(steps: 2 there, 3 now\)"):
+        compare(replace(study, train={**study.train, "steps": 3}), folder)
+
+
+def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(content, write, tmp_path):
+    content["seeds"] = [0]
+    content["samples"] = [0]
+    study = studies.read_study(write(content))
+    blocked = tmp_path / "runs" / "desk--lora--seed0"
+    blocked.parent.mkdir()
+    blocked.write_text("a file where the run's folder should be")
+    outcomes = {outcome.job.label: outcome.error for outcome in compare(study, tmp_path)}
+    assert "is a file; give a folder" in outcomes["lora"]
+    assert "log: " in outcomes["lora"]
+    assert outcomes["wide blob"] is None
+    blocked.unlink()
+    assert [(o.job.label, o.error) for o in compare(study, tmp_path)] == [("lora", None)]
+
+
+def test_a_wrong_data_file_stops_before_anything_runs(content, write, tmp_path):
+    content["datasets"]["desk"]["out_of_scope"] = "none.jsonl"
+    with pytest.raises(ValueError, match=r"none\.jsonl"):
+        compare(studies.read_study(write(content)), tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_damaged_result_is_named(done, tmp_path):
+    shutil.copytree(done[1] / "results", tmp_path / "results")
+    file = tmp_path / "results" / "desk--lora--seed0.safetensors"
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(RunError, match=r"desk--lora--seed0\.json: it or its \.safetensors can't be read"):
+        studies.report(tmp_path / "results")
+
+
+def test_models_are_deleted_where_the_study_says_so(content, write, tmp_path):
+    content |= {"keep_runs": False, "seeds": [0], "samples": [0]}
+    compare(studies.read_study(write(content)), tmp_path)
+    assert {folder.name for folder in (tmp_path / "runs").iterdir()} == {"logs"}
+    assert json.loads((tmp_path / "results" / "desk--lora--seed0.json").read_text())["metrics"]["test"]["0"]
+
+
+def test_an_empty_folder_has_no_report(tmp_path):
+    with pytest.raises(RunError, match="no results in it"):
+        studies.report(tmp_path)

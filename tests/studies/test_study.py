@@ -1,0 +1,55 @@
+import pytest
+
+from bloblora.runs import RunError
+from bloblora.studies import read_study
+
+
+def test_jobs_are_seed_by_seed_and_a_methods_options_win(content, write, tmp_path):
+    content["train"]["steps"] = 3
+    content["methods"]["lora"] = {"steps": 7}
+    jobs = read_study(write(content)).jobs(tmp_path / "runs", tmp_path)
+    assert [job.name for job in jobs] == [
+        "desk--lora--seed0",
+        "desk--wide_blob--seed0",
+        "desk--lora--seed1",
+        "desk--wide_blob--seed1",
+    ]
+    assert [job.config.steps for job in jobs] == [7, 3, 7, 3]
+    assert [job.config.method for job in jobs] == ["lora", "blob"] * 2
+    assert jobs[1].config.prior_std == 0.5
+    assert jobs[0].config.data == str(tmp_path / "train.jsonl")
+    assert jobs[0].config.learning_rate == 0.01
+    assert set(jobs[0].sets) == {"test", "other", "out_of_scope"}
+    assert not jobs[0].sets["out_of_scope"].labelled
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("methods"), "field 'methods' is missing"),
+        (lambda c: c.update(sedes=[1]), "the file: unknown field 'sedes'; did you mean 'seeds'"),
+        (lambda c: c.update(seeds=["a"]), r"seeds: \['a'\]; it must be a list of int"),
+        (lambda c: c.update(seeds=[1, 1]), r"seeds: \[1, 1\]; each must be there once"),
+        (lambda c: c.update(samples=[-1]), "samples: -1 is negative"),
+        (lambda c: c.update(baseline="map"), "baseline 'map' is not one of the methods lora, wide blob"),
+        (lambda c: c["train"].update(step=1), "train: unknown field 'step'; did you mean 'steps'"),
+        (lambda c: c["methods"].update(x={"prior": 1}), None),
+        (lambda c: c["datasets"]["desk"].pop("test"), "datasets: desk: field 'test' is missing"),
+        (lambda c: c["datasets"]["desk"]["train"].pop("data"), "desk: train: field 'data' is missing"),
+        (lambda c: c["datasets"]["desk"].update(test={"limit": 3}), "desk: test: field 'data': None"),
+        (lambda c: c["datasets"]["desk"].update(shifted=["x"]), r"desk: shifted: \['x'\]; it must be a mapping"),
+        (lambda c: c["methods"].update(x={"method": "lora", "members": 2}), None),
+    ],
+)
+def test_what_is_wrong_is_named(change, message, content, write, tmp_path):
+    change(content)
+    with pytest.raises(RunError, match=message or "methods: x on desk: "):
+        read_study(write(content)).jobs(tmp_path, tmp_path)
+
+
+def test_a_file_that_is_no_yaml(tmp_path):
+    (tmp_path / "study.yaml").write_text("a: [")
+    with pytest.raises(RunError, match=r"study\.yaml: not readable as YAML"):
+        read_study(tmp_path / "study.yaml")
+    with pytest.raises(RunError, match="not readable"):
+        read_study(tmp_path / "none.yaml")

@@ -1,0 +1,43 @@
+import pytest
+
+from bloblora import studies
+from bloblora.runs import RunError
+
+
+def test_a_search_goes_on_and_keeps_to_its_constraint(content, write, tmp_path):
+    content["datasets"]["desk"]["test"] = "missing.jsonl"  # test data are never read
+    study = studies.read_study(write(content))
+    options = dict(
+        method="wide blob",
+        aim="ece",
+        within=0.01,
+        ranges={"prior_std": (0.1, 1.0), "learning_rate": (1e-4, 5e-2)},
+        data=tmp_path,
+    )
+    first = studies.tune(study, "desk", tmp_path / "search", trials=2, **options)
+    told = []
+    trials = studies.tune(study, "desk", tmp_path / "search", trials=4, reported=told.append, **options)
+    assert [trial.number for trial in told] == [2, 3]
+    assert {t.number: dict(t.options) for t in first}.items() <= {t.number: dict(t.options) for t in trials}.items()
+    assert all(0.1 <= trial.options["prior_std"] <= 1.0 for trial in trials)
+    baseline = studies.read_result(tmp_path / "search", "desk--lora--seed0").metrics["validation"]["4"]["accuracy"]
+    for trial in trials:
+        assert trial.feasible == (trial.metrics["accuracy"] >= baseline - 0.01)
+    keys = [(not trial.feasible, trial.metrics["ece"]) for trial in trials]
+    assert keys == sorted(keys)
+
+
+def test_what_cannot_be_searched_is_named(content, write, tmp_path):
+    study = studies.read_study(write(content))
+    for changed, message in (
+        ({"dataset": "none"}, "data set 'none' is not one of the study's: desk"),
+        ({"method": "map"}, "method 'map' is not one of the study's: lora, wide blob"),
+        ({"ranges": {"members": (1, 2)}}, "method 'blob' has no option 'members'"),
+        ({"ranges": {"prior_std": (2, 1)}}, "prior_std: 2, 1; the first must be above 0"),
+    ):
+        arguments = {"dataset": "desk", "method": "wide blob", "data": tmp_path, **changed}
+        with pytest.raises(RunError, match=message):
+            studies.tune(study, output=tmp_path / "search", **arguments)
+    content["datasets"]["desk"].pop("validation")
+    with pytest.raises(RunError, match="desk: field 'validation' is missing"):
+        studies.tune(studies.read_study(write(content)), "desk", tmp_path / "search", method="wide blob", data=tmp_path)
