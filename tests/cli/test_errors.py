@@ -34,7 +34,7 @@ def train(call, files, tmp_path):
         (("--nope", "3"), ["unrecognized arguments: --nope 3", "see bloblora train --help"]),
         (("--steps", "many"), ["--steps: expected int. Got value: many"]),
         (("--learning-rate", "fast"), ["--learning-rate: expected float. Got value: fast"]),
-        (("--method", "nope"), ["--method: expected one of 'lora', 'map', "]),
+        (("--method", "nope"), ["method 'nope' is not one of lora, map, "]),
         (("--task", "essay"), ["--task: expected one of 'auto', 'classification'"]),
         (("--steps", "0", "--limit", "-1"), ["steps must be at least 1, got 0", "limit must be at least 1, got -1"]),
         (("--batch-size", "0"), ["batch_size must be at least 1, got 0"]),

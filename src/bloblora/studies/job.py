@@ -97,7 +97,7 @@ def _fresh(job: Job, trained: runs.Run) -> Result:
         replace(job.config).build_method().described(),
         trained.training,
         {
-            "cpu": _cpu(),
+            "cpu": cpu(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -112,7 +112,7 @@ def _described(job: Job) -> dict[str, Any]:
     return given | {"data": Path(job.config.data).name}
 
 
-def _cpu() -> str:
+def cpu() -> str:
     """Name of the processor, as far as the system tells."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
