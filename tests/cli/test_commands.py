@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -193,7 +194,9 @@ def test_info(call, run, files):
 def process(*arguments, **options):
     command = [sys.executable, "-m", "bloblora.cli", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, env=environment, **options)
+    # A shell starts background jobs, such as a test run, with SIGINT ignored, and children inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, env=environment, preexec_fn=heed, **options)
 
 
 def test_a_reader_that_has_gone(run, files):

@@ -48,7 +48,7 @@ class Tfb(Method):
         """Train a plain LoRA, then find σq."""
         assert isinstance(model, PeftModel)
         training.run(model)
-        examples = training.examples[:_MOST_EXAMPLES]
+        examples = training.examples[:: max(1, -(-len(training.examples) // _MOST_EXAMPLES))]
         before = predict(model, examples, 0, task=training.task, sampler=Point()).labels
         posterior, singular_values = rotate(model)
         sampler = WeightDraws(posterior)

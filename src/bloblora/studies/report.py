@@ -95,7 +95,7 @@ def report(folder: Path, html: Path | None = None, baseline: str = "lora", title
     Raises:
         RunError: there is no result.
     """
-    results = list(read_results(folder))
+    results = sorted(read_results(folder), key=lambda result: result.label != baseline)
     if not results:
         raise RunError(f"{folder}: no results in it; give a folder that `bloblora compare` wrote")
     title, html = title or folder.name, html or folder / "report.html"
@@ -256,7 +256,7 @@ def _listed(options: Mapping[str, object]) -> str:
 
 def _seeds(rows: Sequence[Row]) -> str:
     counts = sorted({len(row.results) for row in rows})
-    return f"{' or '.join(map(str, counts))} seeds"
+    return f"{' or '.join(map(str, counts))} seed{'s' if counts != [1] else ''}"
 
 
 def _keys(results: Sequence[Result]) -> list[str]:
@@ -270,7 +270,7 @@ def _names(rows: Mapping[str, Mapping[str, object]]) -> list[str]:
 def _markdown(title: str, sections: Sequence[Section], command: str, folder: Path) -> str:
     lines = [f"# {title}\n", f"Made by `{command}`.\n"]
     for section in sections:
-        lines.append(f"## {section.title}\n")
+        lines.append(f"\n## {section.title}\n")
         for part in section.parts:
             if isinstance(part, str):
                 lines.append(f"- {part}")
