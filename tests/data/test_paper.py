@@ -10,7 +10,21 @@ ARC = {
     "choices": {"text": ["longer years", "shorter days"], "label": ["A", "B"]},
     "answerKey": "B",
 }
+PAIR = {"sentence1": "It rained.", "sentence2": "It was wet.", "idx": 0}
 ROWS = [
+    (paper.pair, PAIR | {"label": 0}, {"text": "It rained.\nIt was wet.", "label": "0"}),
+    (paper.pair, PAIR | {"label": -1}, {"text": "It rained.\nIt was wet."}),
+    (paper.cola, {"sentence": "Us sings.", "label": 0, "idx": 3}, {"text": "Us sings.", "label": "0"}),
+    (
+        paper.wic,
+        PAIR | {"word": "rain", "start1": 3, "label": 1},
+        {"text": "rain\nIt rained.\nIt was wet.", "label": "1"},
+    ),
+    (
+        paper.boolq_text,
+        {"question": "is ice hot", "passage": "Ice is cold.", "idx": 1, "label": 0},
+        {"text": "is ice hot?\nIce is cold.", "label": "0"},
+    ),
     (
         paper.winogrande,
         {
@@ -72,7 +86,7 @@ def test_rows_of_another_form_are_reported_with_their_number():
 
 def test_the_sets_of_the_paper():
     names = {"winogrande_s", "winogrande_m", "arc_challenge", "arc_easy", "obqa", "boolq"}
-    assert PAPER_SETS.keys() == names
+    assert PAPER_SETS.keys() == names | {"rte", "mrpc", "wic", "cola", "boolq_text"}
     assert {hub_id for hub_id, _, _ in PAPER_SETS.values()} == {
         "allenai/winogrande",
         "allenai/ai2_arc",

@@ -41,6 +41,30 @@ def mmlu(row: Row) -> Record:
     return {"question": row["question"], "choices": list(row["choices"]), "answer": int(row["answer"])}
 
 
+def pair(row: Row) -> Record:
+    """GLUE's RTE and MRPC: two sentences, a line each; ``label`` is -1 in the test split."""
+    return _labelled(f"{row['sentence1']}\n{row['sentence2']}", row)
+
+
+def cola(row: Row) -> Record:
+    """CoLA: one sentence."""
+    return _labelled(row["sentence"], row)
+
+
+def wic(row: Row) -> Record:
+    """WiC: a word, and two sentences that have it."""
+    return _labelled(f"{row['word']}\n{row['sentence1']}\n{row['sentence2']}", row)
+
+
+def boolq_text(row: Row) -> Record:
+    """SuperGLUE's BoolQ: question and passage."""
+    return _labelled(f"{row['question']}?\n{row['passage']}", row)
+
+
+def _labelled(text: str, row: Row) -> Record:
+    return {"text": text} | ({} if row["label"] < 0 else {"label": str(row["label"])})
+
+
 PAPER_SETS: dict[str, tuple[str, str | None, Callable[[Row], Record]]] = {
     "winogrande_s": ("allenai/winogrande", "winogrande_s", winogrande),
     "winogrande_m": ("allenai/winogrande", "winogrande_m", winogrande),
@@ -48,6 +72,11 @@ PAPER_SETS: dict[str, tuple[str, str | None, Callable[[Row], Record]]] = {
     "arc_easy": ("allenai/ai2_arc", "ARC-Easy", arc),
     "obqa": ("allenai/openbookqa", "main", openbookqa),
     "boolq": ("google/boolq", None, boolq),
+    "rte": ("nyu-mll/glue", "rte", pair),
+    "mrpc": ("nyu-mll/glue", "mrpc", pair),
+    "cola": ("nyu-mll/glue", "cola", cola),
+    "wic": ("aps/super_glue", "wic", wic),
+    "boolq_text": ("aps/super_glue", "boolq", boolq_text),
 }
 """Name → hub id, configuration, and how a row becomes a record; ``mmlu/<subject>`` comes beside these."""
 
