@@ -92,6 +92,8 @@ def test_the_sets_of_the_paper():
         "allenai/ai2_arc",
         "allenai/openbookqa",
         "google/boolq",
+        "nyu-mll/glue",
+        "aps/super_glue",
     }
 
 
