@@ -7,6 +7,8 @@ from .blob_symmetric import BlobSymmetric
 from .ensemble import Ensemble
 from .full import Full
 from .ivon import Ivon
+from .laplace import Laplace
+from .laplace_last import LaplaceLast
 from .lora import Lora
 from .map import Map
 from .mc_dropout import McDropout
@@ -27,6 +29,8 @@ METHODS: dict[str, type[Method]] = {
         Blob,
         BlobSymmetric,
         BlobB,
+        Laplace,
+        LaplaceLast,
         Tfb,
         Ivon,
         Scalabl,
@@ -44,6 +48,8 @@ __all__ = [
     "Ensemble",
     "Full",
     "Ivon",
+    "Laplace",
+    "LaplaceLast",
     "Lora",
     "Map",
     "McDropout",

@@ -1,0 +1,232 @@
+r"""Laplace-LoRA (Yang et al., arXiv 2308.13111; Daxberger et al., arXiv 2106.14806): a Gaussian around a trained LoRA.
+
+.. math:: \theta_s \sim \mathcal N\big(\theta^*, (\mathrm{diag}_W(G_W \otimes A_W) + \delta I)^{-1}\big), \quad
+    f_s(x) = f(x) + J(x)(\theta_s - \theta^*)
+
+θ* is what plain training found. A_W is the mean of x̄x̄ᵀ over the training examples and G_W the sum of ĝĝᵀ: x̄ is the mean
+of W's inputs over an example's positions, ĝ the sum of the gradients of log p(y|x) at its outputs, with labels y from
+the model (the Fisher). This is KFAC-reduce (Eschenhagen et al., arXiv 2311.00636), for one loss an example. δ maximizes
+the marginal likelihood.
+
+laplace-torch would average the inputs over padding as well. Here a position counts if the logits have a gradient at it,
+which leaves out padding and whatever else nothing reads; on what has no padding the tests compare the two. The package
+needs torchvision, whose one build on PyPI breaks transformers where torch is the CPU build.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
+
+from .. import adapter
+from ..adapter import AdapterFileError
+from ..prediction import Sampler
+from ..prediction.sampler import Forward
+from .method import Method, Training, read_state, write_state
+
+_LABEL_DRAWS = 8
+_LONGEST_SIDE = 16_384  # a factor of 1 GB
+_LOG_PRECISIONS = (-10.0, 10.0)  # what the published code's 100 steps of 0.1 reach
+_STATE = "laplace"
+_EIGEN = ("G_values", "A_values", "G_vectors", "A_vectors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Laplace(Method):
+    """A Gaussian over A and B of all layers; a classification head stays a point."""
+
+    name = "laplace"
+    paper = "2308.13111"
+
+    def layers(self, model: nn.Module) -> dict[str, nn.Linear]:
+        """The layers over whose weights the Gaussian is, of a model in training."""
+        return {name: layer for name, layer in trained_layers(model).items() if ".lora_" in name}
+
+    def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
+        """The base with a fresh LoRA.
+
+        Raises:
+            ValueError: a layer is too wide for Kronecker factors.
+        """
+        model = super().prepare(base, lora)
+        for name, layer in self.layers(model).items():
+            if max(shape := tuple(layer.weight.shape)) > _LONGEST_SIDE:
+                raise ValueError(f"targets: {name} is {shape}; '{self.name}' takes at most {_LONGEST_SIDE} a side")
+        return model
+
+    def fit(self, model: nn.Module, training: Training) -> Sampler:
+        """Train a plain LoRA, then fit the Gaussian."""
+        training.run(model)
+        return fit_laplace(model.eval(), self.layers(model), training)
+
+    def save(self, model: nn.Module, sampler: Sampler, folder: Path) -> None:
+        """Write the LoRA and the Gaussian."""
+        assert isinstance(sampler, LinearizedDraws)
+        super().save(model, sampler, folder)
+        values = {
+            "prior_precision": sampler.prior_precision,
+            "log_marginal_likelihood": sampler.log_marginal_likelihood,
+        }
+        write_state(folder, _STATE, {"layers": list(sampler.layers), **values}, sampler.eigen)
+
+    def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
+        """The LoRA and its Gaussian."""
+        model = adapter.load(base, folder)
+        values, tensors = read_state(folder, _STATE)
+        try:
+            layers: dict[str, Any] = {name: model.get_submodule(name) for name in values.pop("layers")}
+        except AttributeError as error:
+            raise AdapterFileError(f"{folder}: {_STATE}.json doesn't fit the model: {error}") from error
+        return model, LinearizedDraws(layers, tensors, **values)
+
+
+@dataclass(frozen=True)
+class LinearizedDraws:
+    """Draws of a model that is linear in its Gaussian weights.
+
+    Attributes:
+        layers: whose weights.
+        eigen: eigenvalues and eigenvectors of the factors, as they are saved.
+        prior_precision: δ.
+        log_marginal_likelihood: of the training data, in nats.
+    """
+
+    layers: Mapping[str, nn.Linear]
+    eigen: dict[str, Tensor]
+    prior_precision: float
+    log_marginal_likelihood: float
+
+    def logits(self, forward: Forward, num_samples: int, seed: int) -> Iterator[Tensor]:
+        """f + J(θ_s − θ*) of N draws, by forward-mode differentiation; f with N = 0."""
+        if not num_samples:
+            yield forward()
+        function = _Function(self.layers.values(), forward)
+        weights = {f"layers.{i}.weight": layer.weight.detach() for i, layer in enumerate(self.layers.values())}
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(num_samples):
+            changes = dict(zip(weights, self.draw(generator), strict=True))
+            with sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode
+                result = jvp(lambda changed: functional_call(function, changed, ()), (weights,), (changes,))
+            yield result[0] + result[1]
+
+    def draw(self, generator: torch.Generator) -> list[Tensor]:
+        """θ_s − θ* of each layer, U_G (ε / √(λ_G λ_Aᵀ + δ)) U_Aᵀ with U and λ of G and A."""
+        changes = []
+        for name, layer in self.layers.items():
+            g_values, a_values, g_vectors, a_vectors = (self.eigen[f"{name}.{part}"] for part in _EIGEN)
+            noise = torch.randn(layer.weight.shape, generator=generator)
+            noise *= (g_values.outer(a_values) + self.prior_precision).rsqrt()
+            changes.append((g_vectors @ noise @ a_vectors.T).to(layer.weight))
+        return changes
+
+
+class _Function(nn.Module):
+    """A forward as a module, so that `functional_call` can exchange its weights."""
+
+    def __init__(self, layers: Iterable[nn.Linear], function: Forward) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.function = function
+
+    def forward(self) -> Tensor:
+        return self.function()
+
+
+def trained_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that are trained, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
+
+
+def fit_laplace(model: nn.Module, layers: Mapping[str, nn.Linear], training: Training) -> LinearizedDraws:
+    """The Gaussian around the trained weights of a model in eval mode."""
+    factors, log_likelihood = kronecker_factors(model, layers, training)
+    spectra = {name: [torch.linalg.eigh(factor) for factor in pair] for name, pair in zip(layers, factors, strict=True)}
+    values = torch.cat([g.outer(a).flatten() for (g, _), (a, _) in spectra.values()]).clamp(min=0)
+    squared_norm = sum(layer.weight.detach().double().square().sum().item() for layer in layers.values())
+
+    def loss(log_precision: float) -> float:
+        precision = math.exp(log_precision)
+        return ((values / precision).log1p().sum().item() + precision * squared_norm) / 2 - log_likelihood
+
+    # It has one minimum: its derivative, (δ‖θ*‖² - γ(δ))/2 with γ the effective number of weights, only rises.
+    best = minimize_scalar(loss, bounds=_LOG_PRECISIONS, method="bounded")
+    eigen = {
+        f"{name}.{part}": tensor.float().contiguous()
+        for name, ((g, u), (a, v)) in spectra.items()
+        for part, tensor in zip(_EIGEN, (g.clamp(min=0), a.clamp(min=0), u, v), strict=True)
+    }
+    return LinearizedDraws(layers, eigen, math.exp(best.x), -best.fun)
+
+
+def kronecker_factors(model: Any, layers: Mapping[str, nn.Linear], training: Training) -> tuple[Any, float]:
+    """[G, A] of each layer in float64 on the CPU, and the log-likelihood of the training examples."""
+    task, examples = training.task, sorted(training.examples, key=training.task.length)
+    size = training.arguments["per_device_train_batch_size"]
+    generator = torch.Generator().manual_seed(training.arguments["seed"])
+    factors = [[torch.zeros(n, n, dtype=torch.float64) for n in layer.weight.shape] for layer in layers.values()]
+    log_likelihood = 0.0
+    for start in range(0, len(examples), size):
+        batch = {k: v.to(model.device) for k, v in task.collate(examples[start : start + size]).items()}
+        with _recorded(layers) as calls:
+            logits = task.logits(model, batch)
+        log_likelihood -= F.cross_entropy(logits.detach(), batch["labels"], reduction="sum").item()
+        inputs, outputs = zip(*(calls[name] for name in layers), strict=True)
+        slopes = torch.autograd.grad(logits, outputs, torch.ones_like(logits), retain_graph=True)
+        for (_, a_factor), x, slope in zip(factors, inputs, slopes, strict=True):
+            x = _mean_where_read(x, slope)
+            a_factor += (x.T @ x).to(a_factor) / len(examples)
+        for cotangent in _cotangents(logits.detach(), generator):
+            gradients = torch.autograd.grad(logits, outputs, cotangent, retain_graph=True)
+            for (g_factor, _), gradient in zip(factors, gradients, strict=True):
+                g = gradient.reshape(len(gradient), -1, gradient.shape[-1]).sum(1)
+                g_factor += (g.T @ g).to(g_factor)
+    return factors, log_likelihood
+
+
+@contextmanager
+def _recorded(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Input and output of each layer in the forward inside."""
+    calls: dict[str, tuple[Tensor, Tensor]] = {}
+    hooks = [
+        layer.register_forward_hook(lambda _, x, y, name=name: calls.update({name: (x[0].detach(), y)}))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _cotangents(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """√w (e_y − p), (K, b, C): the sum of their outer products is diag(p) − ppᵀ, the Fisher of the logits.
+
+    y is every label with w = p_y, or where there are more than K, K labels from p with w = 1/K, and then the mean is.
+    """
+    p = logits.softmax(-1).cpu()
+    if p.shape[1] <= _LABEL_DRAWS:
+        labels, weights = torch.arange(p.shape[1]).expand_as(p), p
+    else:
+        labels = p.multinomial(_LABEL_DRAWS, replacement=True, generator=generator)
+        weights = torch.full(labels.shape, 1 / _LABEL_DRAWS)
+    residuals = F.one_hot(labels, p.shape[1]) - p.unsqueeze(1)
+    return (weights.sqrt().unsqueeze(-1) * residuals).transpose(0, 1).to(logits)
+
+
+def _mean_where_read(x: Tensor, slope: Tensor) -> Tensor:
+    """Mean of inputs x (b, ..., n) over the positions at which the logits have a slope, (b, n)."""
+    read = (slope != 0).any(-1, keepdim=True)
+    return (x * read).reshape(len(x), -1, x.shape[-1]).sum(1) / read.flatten(1).sum(1, keepdim=True).clamp(min=1)
