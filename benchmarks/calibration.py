@@ -15,7 +15,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ import torch
 
 from bloblora import evaluation, runs
 from bloblora.data import read_records
+from bloblora.studies.job import cpu
 
 RESULTS = Path(__file__).parents[1] / "results" / "calibration"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -135,14 +135,6 @@ def run(job: Job, data: Path, folder: Path) -> dict[str, Any]:
         "machine": {"cpu": cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "torch": torch.__version__,
     }
-
-
-def cpu() -> str:
-    """Name of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
-    return names[0].strip() if names else platform.processor()
 
 
 def report(folder: Path) -> str:

@@ -19,6 +19,7 @@ def test_a_search_goes_on_and_keeps_to_its_constraint(content, write, tmp_path):
     trials = studies.tune(study, "desk", tmp_path / "search", trials=4, reported=told.append, **options)
     assert [trial.number for trial in told] == [2, 3]
     assert {t.number: dict(t.options) for t in first}.items() <= {t.number: dict(t.options) for t in trials}.items()
+    assert len({trial.options["prior_std"] for trial in trials}) == 4
     assert all(0.1 <= trial.options["prior_std"] <= 1.0 for trial in trials)
     baseline = studies.read_result(tmp_path / "search", "desk--lora--seed0").metrics["validation"]["4"]["accuracy"]
     for trial in trials:

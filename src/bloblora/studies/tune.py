@@ -93,16 +93,17 @@ def tune(
         options = {name: trial.suggest_float(name, low, high, log=True) for name, (low, high) in ranges.items()}
         found = _metrics(_with(template, f"trial{trial.number}", options), output)
         trial.set_user_attr("metrics", found)
-        trial.set_user_attr("constraint", max(least - found["accuracy"], -1.0))
+        trial.set_constraint("accuracy", max(least - found["accuracy"], -1.0))
         return found[aim]
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(output / "search.log"))),
         study_name=f"{dataset} {method} {aim} {within if aim == 'ece' else ''} {sorted(ranges.items())}",
-        sampler=optuna.samplers.TPESampler(seed=seed, constraints_func=lambda t: [t.user_attrs.get("constraint", 1.0)]),
         load_if_exists=True,
     )
+    # A sampler that starts anew must not repeat the draws of the one before it.
+    search.sampler = optuna.samplers.TPESampler(seed=seed + len(search.trials))
     while len(found := _trials(search)) < trials:
         search.optimize(objective, n_trials=1)
         reported(_trials(search)[-1])
@@ -111,7 +112,7 @@ def tune(
 
 def _trials(search: Any) -> list[Trial]:
     return [
-        Trial(t.number, t.params, t.user_attrs["metrics"], t.user_attrs["constraint"] <= 0)
+        Trial(t.number, t.params, t.user_attrs["metrics"], t.constraints["accuracy"] <= 0)
         for t in search.trials
         if t.state.is_finished() and t.value is not None
     ]
