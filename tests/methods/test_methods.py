@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bloblora import runs
+from bloblora import runs, tasks
 from bloblora.methods import METHODS
+from bloblora.posterior import PRIORS
+from bloblora.prediction import predict
 from tests.tiny_base import QUESTIONS, queries, save_base, write_jsonl
 
 # What makes a method's draws few or its training longer than here.
@@ -117,3 +119,42 @@ def test_an_option_of_another_method_is_named(config):
 def test_an_option_out_of_its_range(method, option, value, message, config):
     with pytest.raises(runs.RunError, match=message):
         replace(config(method, queries()), **{option: value})
+
+
+@pytest.mark.parametrize("method", ["blob", "ensemble", "laplace-last"])
+def test_a_temperature_on_top_of_another_method(method, config):
+    plain = config(method, queries() * 2)
+    scaled = replace(plain, temperature_scaling=True, holdout=0.5, output=f"{plain.output}-scaled")
+    run = runs.train(scaled, progress=False)
+    assert run.training["num_examples"] == len(queries())  # the other half is held out
+    inputs = unlabelled(queries())
+    before = run.predict(inputs, 3)
+    # dividing the inner method's logits by T is what the scaled one does
+    options = {"task": run.task, "sampler": run.sampler.sampler}
+    inner = predict(run.model, tasks.encode_all(run.task, inputs, run.tokenizer), 3, **options).log_probs
+    torch.testing.assert_close((inner / run.sampler.temperature).log_softmax(-1), before.log_probs)
+    loaded = runs.load_run(scaled.output)
+    assert loaded.sampler.temperature == run.sampler.temperature
+    assert torch.equal(loaded.predict(inputs, 3).log_probs, before.log_probs)
+
+
+@pytest.mark.parametrize("style", ["flow", "alternating", "joint"])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_every_prior_in_a_training(prior, style, config):
+    start = config("blob", queries() * 2)
+    options = {"prior": prior, "optimizer_style": style, "kl_learning_rate": 0.01}
+    run = runs.train(replace(start, **options), progress=False)
+    posterior = runs.load_run(start.output).sampler.weights
+    assert (posterior.config.prior, type(posterior.prior)) == (prior, PRIORS[prior])
+    assert run.training["final"]["kl"] > 0
+    # its summary draws no noise from the generator that training uses
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    posterior.summary()
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_an_unknown_prior_is_named(config):
+    with pytest.raises(runs.RunError, match=r"BlobConfig\.prior must be one of normal, laplace, .*, got 'cauchy'"):
+        replace(config("blob", queries()), prior="cauchy")
