@@ -37,14 +37,14 @@ class Noise(TrainerCallback):
         layer.register_forward_pre_hook(lambda module, args: self.seen.append(args[0].detach().clone()))
 
 
-def noisy(folder, style, sampling, **options):
+def noisy(folder, style, sampling, prior="normal", **options):
     """Everybody has the same example, and each process its own noise."""
     data = examples(1) * 24
     options = dict(
         per_device_train_batch_size=4, max_steps=5, save_strategy="steps", save_steps=1, num_weight_draws=2,
         optimizer_style=style, train_sampling_strategy=sampling, **options,
     )  # fmt: skip
-    model = classifier(init_std=0.5)
+    model = classifier(init_std=0.5, prior=prior)
     noise = Noise(model)
     make_trainer(folder, model, data, **options).train()
     return {"weights": trainable(model), "seen": noise.seen}
@@ -65,6 +65,8 @@ def main(folder: Path) -> None:
     results = {("quiet", *which): quiet(folder / "quiet", *which, batch=4, **options) for which in QUIET}
     for style in STYLES:
         results["noisy", style] = noisy(folder / style, style, "random", **options)
+    for style in ("joint", "flow"):
+        results["estimated KL", style] = noisy(folder / f"estimated-{style}", style, "random", "student_t", **options)
     for sampling in ("random", "group_by_length"):
         results["resumed", sampling] = resumed(folder / sampling, sampling)
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
