@@ -54,7 +54,7 @@ class TrainConfig:
         kl_learning_rate: on the KL: higher for better calibration, lower for accuracy (flow and alternating, scalabl).
         num_weight_draws: weight draws a step (blob and its kin).
         members: how many models (ensemble).
-        tolerance: share of the training answers that noise may change (tfb).
+        tolerance: relative rise of the NLL that noise may cause (tfb).
         effective_sample_size: λ; larger is a narrower posterior (ivon).
         hess_init: h at the start (ivon).
         weight_decay: δ, the prior's precision over λ (ivon).
