@@ -20,6 +20,7 @@ import bloblora
 from bloblora import runs
 from bloblora.adapter import find_posterior
 from bloblora.data import DataError
+from bloblora.files import write_text
 from tests.tasks.conftest import tiny_causal, with_lora
 from tests.tiny_base import QUESTIONS, queries, save_base, write_jsonl
 
@@ -205,7 +206,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         runs.write_json(tmp_path / "x.json", {"a": object()})
     with pytest.raises(UnicodeEncodeError):
-        runs.folder.write_text(tmp_path / "x.json", "half " + "\ud800")
+        write_text(tmp_path / "x.json", "half " + "\ud800")
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 

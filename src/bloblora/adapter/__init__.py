@@ -2,7 +2,15 @@
 
 from .bayesianize import Posterior, bayesianize, find_posterior
 from .config import BlobConfig
-from .storage import AdapterFileError, check_folder, load, load_posterior, save, save_posterior
+from .storage import (
+    AdapterFileError,
+    check_folder,
+    library_versions,
+    load,
+    load_posterior,
+    save,
+    save_posterior,
+)
 
 __all__ = [
     "AdapterFileError",
@@ -11,6 +19,7 @@ __all__ = [
     "bayesianize",
     "check_folder",
     "find_posterior",
+    "library_versions",
     "load",
     "load_posterior",
     "save",

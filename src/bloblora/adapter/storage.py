@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..files import read_json
 from .bayesianize import Posterior, bayesianize, find_posterior
 from .config import BlobConfig
 from .variant import STD_PARAMETER
@@ -157,7 +158,7 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
     for name in (MEAN_CONFIG, MEAN_FILE):
         if not (folder / name).is_file():
             raise AdapterFileError(f"{folder}: {name} is missing; a saved adapter has it")
-    _read_json(folder / MEAN_CONFIG)
+    read_json(folder / MEAN_CONFIG, AdapterFileError)
     hashes = {"mean_sha256": _content_hash(_read_tensors(folder / MEAN_FILE))}
     bayesian = [(folder / name).is_file() for name in (BLOB_CONFIG, POSTERIOR_FILE)]
     if not any(bayesian):
@@ -187,13 +188,18 @@ def save_posterior(posterior: Posterior, directory: str | os.PathLike[str]) -> N
         "format_version": FORMAT_VERSION,
         "prior": {"family": posterior.config.prior, "std": posterior.config.prior_std},
         "config": posterior.config.to_dict(),
-        "libraries": {name: version(name) for name in _LIBRARIES},
+        "libraries": library_versions(),
         "mean_config_sha256": _mean_config_hash(directory / MEAN_CONFIG),
         "mean_sha256": _content_hash(mean),
         "posterior_sha256": _content_hash(tensors),
     }
     description["sha256"] = _json_hash(description)
     (directory / BLOB_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of this package and of those that decide what its files and results are."""
+    return {name: version(name) for name in _LIBRARIES}
 
 
 def _strip_std_parameters(file: Path) -> dict[str, Tensor]:
@@ -211,7 +217,7 @@ def _strip_std_parameters(file: Path) -> dict[str, Tensor]:
 
 def _read_description(file: Path) -> dict[str, Any]:
     """``blob_config.json``, checked: its version first, then its fields, then whether it was altered."""
-    description = _read_json(file)
+    description = read_json(file, AdapterFileError)
     if (found := description.get("format_version")) != FORMAT_VERSION:
         raise AdapterFileError(
             f"{file}: format_version is {found!r}; this bloblora reads {FORMAT_VERSION}, another may read this file"
@@ -253,16 +259,6 @@ def _copy_std_parameters(file: Path, posterior: Posterior) -> None:
         parameter.copy_(saved[name])
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise AdapterFileError(f"{file}: must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
@@ -282,7 +278,8 @@ def _content_hash(tensors: dict[str, Tensor]) -> str:
 
 def _mean_config_hash(file: Path) -> str:
     """SHA-256 of PEFT's configuration, which has the mean's scaling; where the base model lies may change."""
-    return _json_hash({key: value for key, value in _read_json(file).items() if key != "base_model_name_or_path"})
+    content = read_json(file, AdapterFileError)
+    return _json_hash({key: value for key, value in content.items() if key != "base_model_name_or_path"})
 
 
 def _json_hash(content: dict[str, Any]) -> str:
@@ -291,7 +288,7 @@ def _json_hash(content: dict[str, Any]) -> str:
 
 def _sort_sets(file: Path) -> None:
     """Sort what PEFT keeps as sets, whose order differs from process to process, so that equal saves are equal."""
-    content = _read_json(file)
+    content = read_json(file, AdapterFileError)
     content.update({key: sorted(content[key]) for key in _SETS if isinstance(content.get(key), list)})
     file.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 

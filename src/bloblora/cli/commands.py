@@ -17,7 +17,7 @@ from rich.text import Text
 from transformers.utils import logging
 
 from .. import evaluation, models, runs, studies
-from ..adapter import find_posterior
+from ..adapter import find_posterior, library_versions
 from ..data import read_batches, read_records
 from ..demo import demo
 from ..methods import METHODS
@@ -377,7 +377,7 @@ def info(directory: str | None = None, json: bool = False) -> None:
     logging.disable_progress_bar()
     if directory is None:
         result: dict[str, Any] = {
-            **{name: package_version(name) for name in ("bloblora", "torch", "transformers", "peft")},
+            **library_versions(),
             "python": platform.python_version(),
             "cpus": os.cpu_count(),
             "cuda": torch.cuda.is_available(),

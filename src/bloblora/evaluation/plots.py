@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..files import write_text
 from .reliability import ReliabilityBins
 from .selective import RiskCoverage
 from .tables import Value, mean_and_spread
@@ -140,11 +141,11 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
     """Write a figure whole or not at all, as SVG where the path ends so, else as PNG; the folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     if path.suffix.lower() == ".svg":
-        partial.write_text(to_svg(figure), encoding="utf-8")
-    else:
-        figure.savefig(partial, format="png", dpi=150)
+        write_text(path, to_svg(figure))
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=150)
     os.replace(partial, path)
 
 

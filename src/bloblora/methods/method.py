@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any, ClassVar
 from peft import LoraConfig, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .. import adapter
 from ..adapter import AdapterFileError, check_folder
+from ..files import read_json, write_json, write_tensors
 from ..prediction import Point, Sampler
 from ..tasks import Task
 from ..tasks.task import Example
@@ -137,13 +137,9 @@ def write_state(folder: Path, name: str, values: dict[str, Any], tensors: dict[s
     content: dict[str, Any] = {"values": values}
     if tensors is not None:
         file = folder / f"{name}.safetensors"
-        partial = folder / f".{file.name}.partial"
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial)
-        content["tensors_sha256"] = hashlib.sha256(partial.read_bytes()).hexdigest()
-        partial.replace(file)
-    partial = folder / f".{name}.json.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / f"{name}.json")
+        write_tensors(file, tensors)
+        content["tensors_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    write_json(folder / f"{name}.json", content)
 
 
 def read_state(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -153,8 +149,8 @@ def read_state(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tenso
         AdapterFileError: a file is missing, truncated or altered.
     """
     file = folder / f"{name}.json"
+    content = read_json(file, AdapterFileError)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
         values = content["values"]
         if "tensors_sha256" not in content:
             return values, {}
@@ -162,5 +158,5 @@ def read_state(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tenso
         if hashlib.sha256(file.read_bytes()).hexdigest() != content["tensors_sha256"]:
             raise AdapterFileError(f"{file}: its SHA-256 isn't the one in {name}.json: it was altered or cut")
         return values, load_file(file)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, KeyError, SafetensorError) as error:
         raise AdapterFileError(f"{file}: missing or not readable: {error}") from error

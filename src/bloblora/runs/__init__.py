@@ -4,10 +4,11 @@ The folder holds the adapter (see `bloblora.adapter.storage`), ``task.json`` (ho
 ``run.json`` (the whole configuration, and what the training took) and, while it lasts, ``checkpoints/``.
 """
 
+from ..files import write_json
 from .checks import check_kind, check_samples
 from .config import RunError, TrainConfig
 from .evaluate import describe, evaluate, score, targets_of
-from .folder import RunDescription, check_writable, open_run, write_json
+from .folder import RunDescription, check_writable, open_run
 from .run import Run, load_run
 from .train import peak_memory, select, train
 

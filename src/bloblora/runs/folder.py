@@ -1,7 +1,6 @@
 """A run's folder: its files, read and checked without a model, and written whole or not at all."""
 
 import hashlib
-import json
 import os
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import tasks
+from ..files import read_json
 from ..methods import Method
 from .config import RunError, TrainConfig
 
@@ -35,14 +35,14 @@ def open_run(directory: str | os.PathLike[str]) -> RunDescription:
     directory = Path(directory)
     if not (directory / RUN_FILE).is_file():
         raise RunError(f"{directory}: no {RUN_FILE} in it; give a folder that `bloblora train` wrote")
-    stored = read_json(directory / RUN_FILE)
+    stored = read_json(directory / RUN_FILE, RunError)
     if not stored.get("training"):
         raise RunError(f"{directory}: its training isn't finished; run the same `bloblora train` again to go on")
     try:
         config = TrainConfig(**stored["config"])
         # with the defaults of then
         method = replace(config, **stored.get("options", {})).build_method()
-        task = tasks.task_from_dict(read_json(directory / TASK_FILE))
+        task = tasks.task_from_dict(read_json(directory / TASK_FILE, RunError))
     except (KeyError, TypeError) as error:
         raise RunError(f"{directory / RUN_FILE}: not what this version of bloblora writes: {error}") from error
     weights = method.weights_file(directory)
@@ -57,35 +57,12 @@ def read_description(output: Path, config: TrainConfig) -> dict[str, Any]:
     """What the folder says of its run, if any; a RunError where that has another configuration."""
     if not (output / RUN_FILE).is_file():
         return {}
-    stored = read_json(output / RUN_FILE)
+    stored = read_json(output / RUN_FILE, RunError)
     old, new = stored.get("config", {}), asdict(config)
     different = [f"{k}: {old.get(k)!r} there, {new[k]!r} now" for k in new if k != "output" and old.get(k) != new[k]]
     if different:
         raise RunError(f"{output} holds a run of another configuration ({'; '.join(different)}); choose another output")
     return stored
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; a RunError where there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{file}: must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(file, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
 
 
 def check_writable(file: str | os.PathLike[str]) -> None:

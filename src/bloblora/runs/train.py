@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import data as datasets_
 from .. import methods, models, tasks
+from ..files import read_json, write_json, write_text
 from ..training import last_checkpoint
 from .checks import check_targets, check_task, task_name
 from .config import RunError, TrainConfig
@@ -32,9 +33,6 @@ from .folder import (
     check_writable,
     file_sha256,
     read_description,
-    read_json,
-    write_json,
-    write_text,
 )
 from .run import Run, base_model, load_run
 
@@ -190,7 +188,9 @@ class _Clock(TrainerCallback):
 
     def __init__(self, checkpoints: Path) -> None:
         found = [folder for part in (checkpoints, *checkpoints.glob("*/")) if (folder := last_checkpoint(part))]
-        times = [read_json(folder / self.FILE)["seconds"] for folder in found if (folder / self.FILE).is_file()]
+        times = [
+            read_json(folder / self.FILE, RunError)["seconds"] for folder in found if (folder / self.FILE).is_file()
+        ]
         self._before = max(times, default=0.0)
         self._start = time.perf_counter()
         self.resumed_from = found[-1].name if found else None

@@ -7,19 +7,17 @@ import platform
 import shutil
 import time
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import runs
+from ..adapter import library_versions
 from ..data import read_records
 from ..prediction import Prediction
 from .result import Result, read_result, write_result
 from .study import EvalSet, Job
-
-_LIBRARIES = ("bloblora", "torch", "transformers", "peft")
 
 
 def is_done(job: Job, results: Path) -> bool:
@@ -101,7 +99,7 @@ def _fresh(job: Job, trained: runs.Run) -> Result:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            **{name: version(name) for name in _LIBRARIES},
+            **library_versions(),
         },
     )
 

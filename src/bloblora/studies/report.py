@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import evaluation
+from ..files import write_text
 from ..runs import RunError
-from ..runs.folder import write_text
 from .result import Result, read_results
 
 if TYPE_CHECKING:

@@ -5,20 +5,19 @@ The JSON is all that tables need. The scores are for what pairs examples of two 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import evaluation
+from ..files import read_json, write_json, write_tensors
 from ..prediction import Prediction
-from ..runs import RunError, write_json
-from ..runs.folder import read_json
+from ..runs import RunError
 
 FORMAT_VERSION = 1
 
@@ -73,10 +72,7 @@ class Result:
 def write_result(result: Result, folder: Path) -> None:
     """Write both files; the JSON, by which a run counts as done, last."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{result.name}.safetensors"
-    partial = file.with_name(f".{file.name}.partial")
-    save_file({key: value.contiguous() for key, value in sorted(result.scores.items())}, partial)
-    os.replace(partial, file)
+    write_tensors(folder / f"{result.name}.safetensors", dict(sorted(result.scores.items())))
     content = {key: value for key, value in vars(result).items() if key != "scores"}
     write_json(folder / f"{result.name}.json", {"format_version": FORMAT_VERSION, **content})
 
@@ -90,7 +86,7 @@ def read_result(folder: Path, name: str) -> Result | None:
     file = folder / f"{name}.json"
     if not file.is_file():
         return None
-    content = read_json(file)
+    content = read_json(file, RunError)
     if (found := content.pop("format_version", None)) != FORMAT_VERSION:
         raise RunError(f"{file}: format_version is {found!r}; this bloblora reads {FORMAT_VERSION}")
     try:

@@ -1,0 +1,48 @@
+"""Small files, written whole or not at all, and read with an error that says which one is wrong."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = _partial(file)
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file whole or not at all."""
+    partial = _partial(file)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    os.replace(partial, file)
+
+
+def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        error_type: there is none.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise error_type(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise error_type(f"{file}: must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _partial(file: Path) -> Path:
+    return file.with_name(f".{file.name}.partial")
