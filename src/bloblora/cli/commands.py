@@ -349,7 +349,7 @@ def list_methods(json: bool = False) -> None:
         name: {
             "summary": _first_line(sys.modules[method.__module__].__doc__),
             "paper": f"arXiv {method.paper}",
-            "options": {key: value for key, value in method.options().items() if key != "inner"},
+            "options": method.options(),
         }
         for name, method in METHODS.items()
     }

@@ -7,19 +7,17 @@ are theirs, and docs/method.md says where they differ from the paper's, which ar
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import adapter
-from ..adapter import AdapterFileError, BlobConfig, bayesianize, check_folder, find_posterior
-from ..adapter.storage import BLOB_CONFIG
-from ..prediction import Sampler, WeightDraws
+from ..adapter import BlobConfig, bayesianize
+from ..prediction import Sampler
 from ..training import BlobTrainingArguments
-from .method import Method, Training
+from .gaussian import GaussianMethod, posterior_draws
+from .method import Training
 
 _OBJECTIVE = (
     "kl_scale",
@@ -32,7 +30,7 @@ _OBJECTIVE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blob(Method):
+class Blob(GaussianMethod):
     """A Gaussian over A; the options are those of `BlobConfig` and `BlobTrainingArguments`."""
 
     prior: str = BlobConfig.prior
@@ -77,33 +75,4 @@ class Blob(Method):
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train on the evidence lower bound."""
         training.run(model, **{name: getattr(self, name) for name in _OBJECTIVE})
-        return WeightDraws(posterior_of(model))
-
-    def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
-        """The adapter with its posterior."""
-        return load_posterior_adapter(base, folder)
-
-    def weights_file(self, folder: Path) -> Path:
-        """The mean's file."""
-        return posterior_weights_file(folder)
-
-
-def posterior_of(model: nn.Module) -> adapter.Posterior:
-    """The posterior of a model that has one."""
-    posterior = find_posterior(model)
-    assert posterior is not None
-    return posterior
-
-
-def load_posterior_adapter(base: PreTrainedModel, folder: Path) -> tuple[PeftModel, Sampler]:
-    """`Method.load` of methods that end in a Gaussian over LoRA's factors."""
-    model = adapter.load(base, folder)
-    return model, WeightDraws(posterior_of(model))
-
-
-def posterior_weights_file(folder: Path) -> Path:
-    """`Method.weights_file` of those methods."""
-    checked = check_folder(folder)
-    if not (checked / BLOB_CONFIG).is_file():
-        raise AdapterFileError(f"{folder}: the posterior's files are missing; without them this is a plain LoRA")
-    return checked / adapter.storage.MEAN_FILE
+        return posterior_draws(model)

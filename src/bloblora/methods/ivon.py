@@ -13,23 +13,21 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..adapter import BlobConfig, bayesianize
 from ..prediction import Sampler, WeightDraws
 from ..training import BlobTrainer
-from .blob import load_posterior_adapter, posterior_weights_file
-from .method import Method, Training
+from .gaussian import GaussianMethod
+from .method import Training
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ivon(Method):
+class Ivon(GaussianMethod):
     """A Gaussian over A and B.
 
     Args:
@@ -71,14 +69,6 @@ class Ivon(Method):
             for name, parameter in posterior.named_std_parameters().items():
                 parameter.copy_(stds[means[name]].sqrt())
         return WeightDraws(posterior)
-
-    def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
-        """The adapter with its posterior."""
-        return load_posterior_adapter(base, folder)
-
-    def weights_file(self, folder: Path) -> Path:
-        """The mean's file."""
-        return posterior_weights_file(folder)
 
     def _trainer(self) -> type[BlobTrainer]:
         method = self

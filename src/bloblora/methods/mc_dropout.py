@@ -6,21 +6,18 @@ Training drops LoRA's inputs afresh for every token, as PEFT does. A draw at pre
 it is one function of the input, for a whole sequence (Gal & Ghahramani, arXiv 1512.05287). p = 0.1 is the BLoB paper's.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import adapter
 from ..prediction import Sampler, WeightDraws
 from .method import Method, Training
+from .scaled_a import ScaledA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,37 +52,14 @@ class McDropout(Method):
         return model, WeightDraws(DroppedColumns(model, self.dropout))
 
 
-class DroppedColumns:
-    """The distribution over A of all layers that dropout makes."""
+class DroppedColumns(ScaledA):
+    """The distribution over A of all layers that dropout makes: one mask a layer."""
 
     def __init__(self, model: nn.Module, probability: float) -> None:
-        self._factors: list[Any] = [
-            module.lora_A[name]
-            for module in model.modules()
-            if isinstance(module, LoraLayer)
-            for name in module.active_adapters
-            if name in module.lora_A
-        ]
+        super().__init__(model)
         self.probability = probability
 
-    @contextmanager
-    def draw(self, seed: torch.Generator) -> Iterator[None]:
-        """One mask a layer."""
-        before = [factor.weight for factor in self._factors]
-        try:
-            for factor in self._factors:
-                factor.weight = nn.Parameter(factor.weight * self._mask(factor.weight, seed), requires_grad=False)
-            yield
-        finally:
-            for factor, weight in zip(self._factors, before, strict=True):
-                factor.weight = weight
-
-    @contextmanager
-    def mean(self) -> Iterator[None]:
-        """A itself."""
-        yield
-
-    def _mask(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+    def scale(self, layer: str, weight: Tensor, generator: torch.Generator) -> Tensor:
         """z / (1 - p), (n,)."""
         kept = torch.rand(weight.shape[-1], generator=generator, device=generator.device) >= self.probability
         return kept.to(weight) / (1 - self.probability)

@@ -10,8 +10,6 @@ the arguments swapped, KL(p‖q), ours is the bound's; and its draw is one a bat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from .. import posterior as q
 from ..prediction import Sampler, WeightDraws
 from ..training import BlobTrainer
 from .method import Method, Training, read_state, write_state
+from .scaled_a import ScaledA
 
 _MEAN, _STD_PARAMETER = "scalabl_mean", "scalabl_std_parameter"
 _STATE = "scalabl"
@@ -124,32 +123,17 @@ class _ScaledVariant(LoraVariant):
         return result + (self.expand(module, active_adapter, h) * module.scaling[active_adapter]).to(result.dtype)
 
 
-class ScaledRows:
+class ScaledRows(ScaledA):
     """The distribution over A of all layers: row i is multiplied by 1 + (σᵢ/μᵢ) ε."""
 
     def __init__(self, model: nn.Module, ratios: dict[str, Tensor]) -> None:
+        super().__init__(model)
         self.ratios = ratios
-        self._layers = _layers(model)
 
-    @contextmanager
-    def draw(self, seed: torch.Generator) -> Iterator[None]:
-        """One ε a row."""
-        factors: list[Any] = [layer.lora_A[layer.active_adapters[0]] for layer in self._layers.values()]
-        before = [factor.weight for factor in factors]
-        try:
-            for name, factor in zip(self._layers, factors, strict=True):
-                noise = torch.randn(factor.weight.shape[0], generator=seed, device=seed.device).to(factor.weight)
-                scales = 1 + self.ratios[name].to(factor.weight) * noise
-                factor.weight = nn.Parameter(factor.weight.detach() * scales[:, None], requires_grad=False)
-            yield
-        finally:
-            for factor, weight in zip(factors, before, strict=True):
-                factor.weight = weight
-
-    @contextmanager
-    def mean(self) -> Iterator[None]:
-        """A itself."""
-        yield
+    def scale(self, layer: str, weight: Tensor, generator: torch.Generator) -> Tensor:
+        """1 + (σ/μ) ε, (r, 1)."""
+        noise = torch.randn(weight.shape[0], generator=generator, device=generator.device).to(weight)
+        return (1 + self.ratios[layer].to(weight) * noise)[:, None]
 
 
 def _layers(model: nn.Module) -> dict[str, LoraLayer]:

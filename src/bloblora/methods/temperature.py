@@ -19,7 +19,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..prediction import Sampler, Tempered, predict
+from ..prediction import Prediction, Sampler, Tempered, predict
 from .lora import Lora
 from .method import Method, Training, read_state, write_state
 
@@ -51,9 +51,14 @@ class Temperature(Method):
         """The inner method's."""
         return self.inner.learning_rate
 
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """The options and their defaults; the inner method has its own."""
+        return {"holdout": cls.holdout}
+
     def described(self) -> dict[str, Any]:
         """The inner method's options and this one's."""
-        return {**self.inner.described(), "holdout": self.holdout}
+        return {**self.inner.described(), **super().described()}
 
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """As the inner method does."""
@@ -94,7 +99,6 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
 
     def nll(log_temperature: float) -> float:
         scaled = (log_probs / math.exp(log_temperature)).log_softmax(-1)
-        averaged = torch.logsumexp(scaled, dim=0) - math.log(len(scaled))
-        return -averaged[rows, labels].mean().item()
+        return -Prediction(scaled, len(scaled)).log_probabilities[rows, labels].mean().item()
 
     return math.exp(minimize_scalar(nll, bounds=(-_LOG_RANGE, _LOG_RANGE), method="bounded").x)

@@ -11,17 +11,15 @@ examples. Their other criterion, a share of answers that change, is too lax for 
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..adapter import BlobConfig, Posterior, bayesianize
 from ..prediction import Point, Prediction, Sampler, WeightDraws, predict
-from .blob import load_posterior_adapter, posterior_weights_file
-from .method import Method, Training
+from .gaussian import GaussianMethod
+from .method import Training
 
 _RANGE = (0.001, 0.2)
 _BISECTIONS = 6
@@ -31,7 +29,7 @@ _LEAST_NLL = 0.01  # below, a relative rise says nothing
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tfb(Method):
+class Tfb(GaussianMethod):
     """A Gaussian over A, set after training.
 
     Args:
@@ -68,14 +66,6 @@ class Tfb(Method):
             low, high = (middle, high) if nll(after) <= allowed else (low, middle)
         _set_noise(posterior, singular_values, low)
         return sampler
-
-    def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
-        """The rotated adapter with its noise."""
-        return load_posterior_adapter(base, folder)
-
-    def weights_file(self, folder: Path) -> Path:
-        """The mean's file."""
-        return posterior_weights_file(folder)
 
 
 @torch.no_grad()
