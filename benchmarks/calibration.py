@@ -123,7 +123,7 @@ def run(job: Job, data: Path, folder: Path) -> dict[str, Any]:
         near, *far = (
             trained.predict(records, n, job.seed, progress=True) for records in (inside, outside) if records is not None
         )
-        scores[n] = runs.score(near, targets, *far)
+        scores[n] = evaluation.summary(near, targets, *far)
         found = evaluation.reliability(near.probabilities, targets)
         bins[n] = torch.stack([found.count, found.confidence, found.accuracy]).nan_to_num().T.tolist()
     return {

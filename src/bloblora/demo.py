@@ -79,7 +79,7 @@ def demo(
         run = trained[method]
         predictions = [run.predict(records, num_samples, seed, progress=True) for records in (inside, outside)]
         targets = runs.targets_of(run.task, inside)
-        rows[name] = runs.score(predictions[0], targets, predictions[1])
+        rows[name] = evaluation.summary(predictions[0], targets, predictions[1])
         diagrams[name] = evaluation.reliability(predictions[0].probabilities, targets)
     runs.write_json(folder / "metrics.json", rows)
     evaluation.reliability_diagram(diagrams, folder / "reliability.png")

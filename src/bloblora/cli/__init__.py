@@ -72,7 +72,8 @@ def _run(arguments: list[str]) -> None:
         subparser = ArgumentParser(description=dedent("    " + description), formatter_class=Formatter)
         if "directory" in command.__annotations__:
             optional: dict[str, Any] = {"nargs": "?", "default": None} if name == "info" else {}
-            subparser.add_argument("directory", type=str, help="folder of a run", **optional)
+            what = "folder of a study's results" if name == "report" else "folder of a run"
+            subparser.add_argument("directory", type=str, help=what, **optional)
         if "study" in command.__annotations__:
             subparser.add_argument("study", type=str, help="YAML file of a study")
         skip: set[str | int] = {"directory", "study", *_FLAGS}

@@ -16,10 +16,11 @@ from .plots import (
 )
 from .reliability import ReliabilityBins, confidence_bins, reliability
 from .selective import RiskCoverage, risk_coverage
-from .summary import summary, uncertainty
+from .summary import UNCERTAINTIES, summary, uncertainty
 from .tables import markdown_table, rich_table, table_cells
 
 __all__ = [
+    "UNCERTAINTIES",
     "Interval",
     "Metric",
     "ReliabilityBins",

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from .checks import checked
-from .reliability import reliability
+from .reliability import confidence_bins
 
 
 def metrics(log_probabilities: Tensor, targets: Tensor, num_bins: int = 15) -> dict[str, float | int]:
@@ -26,11 +26,11 @@ def metrics(log_probabilities: Tensor, targets: Tensor, num_bins: int = 15) -> d
     Raises:
         ValueError: there is no example, or shapes, ranges or normalization are wrong.
     """
-    log_probabilities, targets = checked(log_probabilities, targets)
-    mean = {name: scores.mean().item() for name, scores in example_scores(log_probabilities, targets).items()}
+    scores = example_scores(log_probabilities, targets)
+    mean = {name: values.mean().item() for name, values in scores.items()}
     return {
         "accuracy": mean["accuracy"],
-        "ece": reliability(log_probabilities.exp(), targets, num_bins).ece,
+        "ece": confidence_bins(scores["confidence"], scores["accuracy"], num_bins).ece,
         "nll": mean["nll"],
         "brier": mean["brier"],
         "num_examples": len(targets),

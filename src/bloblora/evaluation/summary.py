@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ..prediction import Prediction
 
 COVERAGES = (0.5, 0.8, 0.9, 0.95)
+UNCERTAINTIES = ("confidence", "predictive_entropy", "mutual_information")
+"""What tells inputs out of scope from others: names of a `Prediction`'s properties."""
 
 
 def summary(
@@ -56,5 +58,4 @@ def summary(
 
 def uncertainty(prediction: "Prediction") -> dict[str, Tensor]:
     """``confidence``, ``predictive_entropy`` and ``mutual_information`` of each input, (n,)."""
-    names = ("confidence", "predictive_entropy", "mutual_information")
-    return {name: getattr(prediction, name) for name in names}
+    return {name: getattr(prediction, name) for name in UNCERTAINTIES}

@@ -7,7 +7,7 @@ The folder holds the adapter (see `bloblora.adapter.storage`), ``task.json`` (ho
 from ..files import write_json
 from .checks import check_kind, check_samples
 from .config import RunError, TrainConfig
-from .evaluate import describe, evaluate, score, targets_of
+from .evaluate import describe, evaluate, targets_of
 from .folder import RunDescription, check_writable, open_run
 from .run import Run, load_run
 from .train import peak_memory, select, train
@@ -25,7 +25,6 @@ __all__ = [
     "load_run",
     "open_run",
     "peak_memory",
-    "score",
     "select",
     "targets_of",
     "train",

@@ -8,7 +8,6 @@ import torch
 
 from .. import tasks
 from ..evaluation import reliability, reliability_diagram, summary, uncertainty
-from ..prediction import Prediction
 from .checks import check_kind
 from .config import RunError
 from .run import Run
@@ -43,12 +42,7 @@ def evaluate(
     if diagram is not None:
         name = f"{run.config.method}, N = {inside.num_samples}"
         reliability_diagram({name: reliability(inside.probabilities, targets)}, diagram)
-    return score(inside, targets, far)
-
-
-def score(inside: Prediction, targets: torch.Tensor, outside: Prediction | None = None) -> dict[str, Any]:
-    """Metrics of predictions, and with ``outside`` how well their uncertainty tells out-of-scope inputs apart."""
-    return summary(inside, targets, outside)
+    return summary(inside, targets, far)
 
 
 def describe(

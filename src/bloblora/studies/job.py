@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,13 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
             continue
         records = _records(chosen)
         start = time.perf_counter()
-        predictions = {0: trained.predict(records, 0, batch_size=job.batch_size)} if 0 in job.samples else {}
-        if most > 0:
-            start = time.perf_counter()
-            prediction = trained.predict(records, most, job.config.seed, batch_size=job.batch_size, progress=progress)
-            predictions |= {n: Prediction(prediction.log_probs[:n], n) for n in job.samples if n > 0}
+        draws = trained.predict(records, most, job.config.seed, batch_size=job.batch_size, progress=progress)
         result.seconds[key] = time.perf_counter() - start
+        predictions = [Prediction(draws.log_probs[: max(n, 1)], n) for n in job.samples if n > 0 or most == 0]
+        if 0 in job.samples and most > 0:
+            predictions.append(trained.predict(records, 0, batch_size=job.batch_size))
         targets = runs.targets_of(trained.task, records) if chosen.labelled else None
-        for prediction in predictions.values():
+        for prediction in predictions:
             result.add(key, prediction, targets)
         write_result(result, results)
     if not keep:
@@ -92,7 +91,7 @@ def _fresh(job: Job, trained: runs.Run) -> Result:
         job.dataset,
         job.label,
         _described(job),
-        replace(job.config).build_method().described(),
+        job.config.build_method().described(),
         trained.training,
         {
             "cpu": cpu(),

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,14 +16,11 @@ from ..files import write_text
 from ..runs import RunError
 from .result import Result, read_results
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 _QUALITY = ("accuracy", "ece", "nll", "brier")
 _MORE = ("ece_equal_mass", "ece_classwise", "brier_reliability", "brier_resolution", "aurc", "selective_accuracy_80")
 _COST = ("training minutes", "peak GiB", "predicting seconds")
 _COMPARED: tuple[evaluation.Metric, ...] = ("accuracy", "ece", "nll", "brier")
-_DRAWN = 6  # more panels or lines than this are too many to read
+_DRAWN = 6  # more panels than this are too many to read
 
 
 @dataclass
@@ -65,10 +61,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, its caption and the name of its file."""
+    """A figure as SVG, its caption and the name of its file."""
 
     caption: str
-    figure: Figure
+    svg: str
     name: str
 
 
@@ -174,23 +170,27 @@ def _pictures(dataset: str, rows: Sequence[Row], best: Mapping[str, Row]) -> Ite
     shown = dict(list(best.items())[:_DRAWN])
     panels = {row.label: evaluation.confidence_bins(*_pooled(row)) for row in shown.values()}
     yield Picture(
-        f"{dataset}: reliability, all seeds together", evaluation.reliability_figure(panels), f"{dataset}-reliability"
+        f"{dataset}: reliability, all seeds together",
+        evaluation.to_svg(evaluation.reliability_figure(panels)),
+        f"{dataset}-reliability",
     )
     curves = {row.label: evaluation.risk_coverage(*_pooled(row)) for row in best.values()}
     yield Picture(
         f"{dataset}: risk against coverage, all seeds together",
-        evaluation.risk_coverage_figure(curves),
+        evaluation.to_svg(evaluation.risk_coverage_figure(curves)),
         f"{dataset}-risk-coverage",
     )
     lines = {name: _against_samples(rows, name) for name in ("ece", "nll")}
     if any(len(line) > 2 for line in lines["ece"].values()):
         for name, line in lines.items():
             figure = evaluation.lines_figure(line, "number of draws N", name.upper(), xscale="symlog")
-            yield Picture(f"{dataset}: {name.upper()} against N", figure, f"{dataset}-{name}-against-n")
+            yield Picture(
+                f"{dataset}: {name.upper()} against N", evaluation.to_svg(figure), f"{dataset}-{name}-against-n"
+            )
     points = {row.label: (row.values("test")["accuracy"], row.values("test")["ece"]) for row in best.values()}
     yield Picture(
         f"{dataset}: accuracy against ECE, to the lower right is better",
-        evaluation.pareto_figure(points, "accuracy", "ECE"),
+        evaluation.to_svg(evaluation.pareto_figure(points, "accuracy", "ECE")),
         f"{dataset}-pareto",
     )
 
@@ -219,7 +219,7 @@ def _detection(row: Row, keys: Iterable[str]) -> dict[str, list[float]]:
 
 
 def _uncertainty(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: scores[name] for name in ("confidence", "predictive_entropy", "mutual_information")}
+    return {name: scores[name] for name in evaluation.UNCERTAINTIES}
 
 
 def _cost(row: Row) -> dict[str, list[float]]:
@@ -277,7 +277,7 @@ def _markdown(title: str, sections: Sequence[Section], command: str, folder: Pat
             elif isinstance(part, Table):
                 lines += ["", part.caption + "\n", evaluation.markdown_table(part.rows, part.columns, mark_best=True)]
             else:
-                evaluation.save_figure(part.figure, folder / f"{part.name}.svg")
+                write_text(folder / f"{part.name}.svg", part.svg)
                 lines.append(f"![{part.caption}]({part.name}.svg)\n")
     return "\n".join(lines) + "\n"
 
@@ -296,7 +296,7 @@ def _element(part: Table | Picture | str, command: str) -> str:
         return f"<p>{_code(part)}</p>\n"
     if isinstance(part, Picture):
         caption = f"{escape(part.caption)}. <code>{escape(command)}</code>"
-        return f"<figure>{evaluation.to_svg(part.figure)}<figcaption>{caption}</figcaption></figure>\n"
+        return f"<figure>{part.svg}<figcaption>{caption}</figcaption></figure>\n"
     header, *cells = evaluation.table_cells(part.rows, part.columns, mark_best=True)
     head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in header)
     rows = "".join(

@@ -115,14 +115,15 @@ class Study:
             RunError: an option that isn't one, or a value that it can't have, with the place in the file.
         """
         return [
-            self._job(dataset, model, label, seed, Path(runs), Path(data))
+            self.job(dataset, model, label, seed, Path(runs), Path(data))
             for seed in self.seeds
             for dataset in self.datasets
             for model in self.models
             for label in self.methods
         ]
 
-    def _job(self, dataset: str, model: str, label: str, seed: int, runs: Path, data: Path) -> Job:
+    def job(self, dataset: str, model: str, label: str, seed: int, runs: Path, data: Path) -> Job:
+        """One of them; arguments and errors as in `jobs`."""
         chosen = self.datasets[dataset]
         options = {**self.train, **chosen.train, **self.methods[label]}
         options.setdefault("method", label)
@@ -134,8 +135,13 @@ class Study:
             config = TrainConfig(**options)
         except (TypeError, ValueError) as error:
             raise RunError(f"methods: {label} on {dataset}: {error}") from error
-        sets = {key: replace(value, data=_locate(value.data, data)) for key, value in chosen.sets().items()}
+        sets = {key: located(value, data) for key, value in chosen.sets().items()}
         return Job(name, dataset, label, config, sets, self.samples, self.batch_size)
+
+
+def located(chosen: EvalSet, folder: Path) -> EvalSet:
+    """The set with its file below ``folder``, where it is there."""
+    return replace(chosen, data=_locate(chosen.data, folder))
 
 
 def read_study(file: str | os.PathLike[str]) -> Study:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ..runs import RunError
 from . import job as jobs
-from .study import EvalSet, Job, Study
+from .study import Job, Study, located
 
 Aim = Literal["nll", "ece"]
 
@@ -123,19 +123,11 @@ def _job(study: Study, dataset: str, label: str, seed: int, output: Path, data: 
         raise RunError(f"data set {dataset!r} is not one of the study's: {', '.join(study.datasets)}")
     if label not in study.methods:
         raise RunError(f"method {label!r} is not one of the study's: {', '.join(study.methods)}")
-    if study.datasets[dataset].validation is None:
+    if (validation := study.datasets[dataset].validation) is None:
         raise RunError(f"datasets: {dataset}: field 'validation' is missing; a search never looks at test data")
-    only = replace(study, seeds=(seed,), models=study.models[:1], samples=(max(study.samples),))
-    (job,) = (
-        job
-        for job in replace(only, datasets={dataset: study.datasets[dataset]}).jobs(output / "runs", data)
-        if job.label == label
-    )
-    chosen = study.datasets[dataset].validation
-    assert chosen is not None
-    located = chosen.data if not (data / chosen.data).exists() else str(data / chosen.data)
-    sets: dict[str, EvalSet] = {_SET: replace(chosen, data=located)}
-    return replace(job, sets=sets)
+    only = replace(study, models=study.models[:1], samples=(max(study.samples),))
+    job = only.job(dataset, study.models[0], label, seed, output / "runs", data)
+    return replace(job, sets={_SET: located(validation, data)})
 
 
 def _ranges(template: Job, ranges: Mapping[str, tuple[float, float]] | None) -> dict[str, tuple[float, float]]:
