@@ -16,6 +16,23 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Sums in another order differ in their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A tiny base model in a folder."""
+    from tests.tiny_base import save_base
+
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
 def tiny_llama(**overrides) -> PreTrainedModel:
     torch.manual_seed(1)
     config = dict(

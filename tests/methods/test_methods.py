@@ -9,24 +9,14 @@ from bloblora import runs, tasks
 from bloblora.methods import METHODS
 from bloblora.posterior import PRIORS
 from bloblora.prediction import predict
-from tests.tiny_base import QUESTIONS, queries, save_base, write_jsonl
+from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
 # What makes a method's draws few or its training longer than here.
 OPTIONS = {"ensemble": {"members": 2}, "temperature": {"holdout": 0.5}}
 POINTS = {"lora", "map", "full", "temperature"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

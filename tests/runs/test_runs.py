@@ -22,21 +22,9 @@ from bloblora.adapter import find_posterior
 from bloblora.data import DataError
 from bloblora.files import write_text
 from tests.tasks.conftest import tiny_causal, with_lora
-from tests.tiny_base import QUESTIONS, queries, save_base, write_jsonl
+from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Sums in another order differ in their last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")

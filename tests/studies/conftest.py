@@ -5,12 +5,7 @@ from functools import partial
 import pytest
 import yaml
 
-from tests.tiny_base import queries, save_base, write_jsonl
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
+from tests.tiny_base import queries, write_jsonl
 
 
 @pytest.fixture

@@ -54,16 +54,20 @@ class Posterior:
         """Ω of each, by the same names and of the same shapes."""
         return {n: q.std(p, self.config.std_parameterization) for n, p in self.named_std_parameters().items()}
 
+    def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The means, and in the same order the unconstrained parameters of Ω."""
+        return [*self.named_means().values()], [*self.named_std_parameters().values()]
+
     def kl(self) -> Tensor:
         """KL(q‖p) in nats: a differentiable scalar, see `bloblora.posterior.priors`.
 
         Where the prior has no closed form it is an estimate, with noise from torch's global generator.
         """
-        return self.prior.kl(*self._parameters(), self.config.std_parameterization)
+        return self.prior.kl(*self.parameters(), self.config.std_parameterization)
 
     def flow_(self, time: float) -> None:
         """Move the posterior, whose Ω must be G∘G, down the gradient flow of its KL; see `bloblora.posterior`."""
-        self.prior.flow_(*self._parameters(), time)
+        self.prior.flow_(*self.parameters(), time)
 
     @contextmanager
     def draw(self, seed: int | torch.Generator) -> Iterator[None]:
@@ -101,7 +105,7 @@ class Posterior:
         """
         stds = torch.cat([std.flatten() for std in self.named_stds().values()])
         means = torch.cat([mean.flatten() for mean in self.named_means().values()])
-        with torch.random.fork_rng():  # looking must not change the noise of what follows
+        with q.separate_noise(stds.device):  # looking must not change the noise of what follows
             kl = self.kl().item()
         at_prior = (stds / self.config.prior_std - 1).abs() < _AT_PRIOR_TOLERANCE
         return {
@@ -111,9 +115,6 @@ class Posterior:
             "mean_abs_mean": means.abs().mean().item(),
             "share_at_prior": at_prior.float().mean().item(),
         }
-
-    def _parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [*self.named_means().values()], [*self.named_std_parameters().values()]
 
     def _factors(self) -> Iterator[tuple[str, LoraLayer, str]]:
         for name, layer in self._layers.items():

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..adapter import BlobConfig, bayesianize
 from ..prediction import Sampler
-from ..training import BlobTrainingArguments
+from ..training import BlobTrainingArguments, check_style
 from .gaussian import GaussianMethod, posterior_draws
 from .method import Training
 
@@ -52,8 +52,7 @@ class Blob(GaussianMethod):
     def __post_init__(self) -> None:
         self.config()
         BlobTrainingArguments.check({name: getattr(self, name) for name in _OBJECTIVE})
-        if self.optimizer_style == "flow" and self.std_parameterization != "square":
-            raise ValueError("optimizer_style 'flow' needs std_parameterization 'square'; use 'joint' or 'alternating'")
+        check_style(self.optimizer_style, self.std_parameterization)
 
     def config(self) -> BlobConfig:
         """The posterior's configuration."""

@@ -2,6 +2,7 @@
 
 from .estimators import ESTIMATORS, project
 from .gaussian import STD_PARAMETERIZATIONS, init_std_parameter, kl_divergence, kl_flow_, log_std, sample, std
+from .noise import separate_noise
 from .priors import (
     PRIORS,
     LaplacePrior,
@@ -28,5 +29,6 @@ __all__ = [
     "log_std",
     "project",
     "sample",
+    "separate_noise",
     "std",
 ]

@@ -1,6 +1,6 @@
 """Training on the evidence lower bound with transformers' own loop."""
 
-from .arguments import BlobTrainingArguments
+from .arguments import BlobTrainingArguments, check_style
 from .checkpoints import last_checkpoint
 from .divergence import DivergedError
 from .kl_weights import kl_weight, rescaled_dataset_size
@@ -10,6 +10,7 @@ __all__ = [
     "BlobTrainer",
     "BlobTrainingArguments",
     "DivergedError",
+    "check_style",
     "kl_weight",
     "last_checkpoint",
     "rescaled_dataset_size",

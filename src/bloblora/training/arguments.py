@@ -12,6 +12,12 @@ from .kl_weights import KL_WEIGHTINGS
 OPTIMIZER_STYLES = ("flow", "alternating", "joint")
 
 
+def check_style(optimizer_style: str, std_parameterization: str) -> None:
+    """Raise a ValueError where a posterior of this parameterization can't be trained in this style."""
+    if optimizer_style == "flow" and std_parameterization != "square":
+        raise ValueError("optimizer_style 'flow' needs std_parameterization 'square'; use 'joint' or 'alternating'")
+
+
 @dataclass
 class BlobTrainingArguments(TrainingArguments):
     r"""Arguments of `BlobTrainer`.

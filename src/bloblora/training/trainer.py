@@ -18,7 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..adapter import Posterior, find_posterior, load_posterior, save_posterior
 from ..adapter.variant import STD_PARAMETER
-from .arguments import BlobTrainingArguments
+from ..posterior import separate_noise
+from .arguments import BlobTrainingArguments, check_style
 from .checkpoints import adapter_folder, last_checkpoint, remove_torn
 from .divergence import DivergedError, first_bad_activation, first_bad_kl, first_bad_weight, last_bad_gradient
 from .kl_weights import kl_weight, rescaled_dataset_size
@@ -75,8 +76,8 @@ class BlobTrainer(Trainer):
         self.posterior: Posterior | None = find_posterior(model)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the model could do
         self._reset_logs()
-        if self._has_kl("flow") and self.posterior and self.posterior.config.std_parameterization != "square":
-            raise ValueError("optimizer_style 'flow' needs std_parameterization 'square'; use 'joint' or 'alternating'")
+        if self.posterior is not None and args.kl_scale > 0:
+            check_style(args.optimizer_style, self.posterior.config.std_parameterization)
         self.add_callback(_ElboCallback(self))
 
     def train(  # type: ignore[override]
@@ -252,10 +253,8 @@ class BlobTrainer(Trainer):
     def _kl_gradients(self) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
         """The weighted KL, the means and Ω parameters, and its gradients with respect to them."""
         assert self.posterior is not None
-        parameters: list[Tensor] = [
-            *self.posterior.named_means().values(),
-            *self.posterior.named_std_parameters().values(),
-        ]
+        means, std_parameters = self.posterior.parameters()
+        parameters = [*means, *std_parameters]
         with self._common_noise():
             kl = self.posterior.kl() * self.current_kl_weight()
         if not torch.isfinite(kl):
@@ -266,8 +265,7 @@ class BlobTrainer(Trainer):
     @contextmanager
     def _common_noise(self) -> Iterator[None]:
         """One noise for all processes, for a KL that is estimated: their posteriors must stay equal."""
-        with torch.random.fork_rng():
-            torch.manual_seed(self.args.seed + self.state.global_step)
+        with separate_noise(self.args.device, self.args.seed + self.state.global_step):
             yield
 
     def _diverged_nll(self, forward: Callable[[], object]) -> DivergedError:
