@@ -91,7 +91,7 @@ class Training:
         holdout: encoded, kept from training (`Method.holdout`).
         arguments: of `BlobTrainingArguments`; ``output_dir`` is where checkpoints go.
         callbacks: of the Trainer.
-        final: the last log of the last training with its losses.
+        logs: those of the last training that hold its losses.
     """
 
     task: Task
@@ -99,7 +99,7 @@ class Training:
     arguments: dict[str, Any]
     holdout: Sequence[Example] = ()
     callbacks: Sequence[TrainerCallback] = ()
-    final: dict[str, Any] = field(default_factory=dict)
+    logs: list[dict[str, Any]] = field(default_factory=list)
 
     def run(
         self, model: nn.Module, *, part: str = "", trainer: type[BlobTrainer] = BlobTrainer, **changes: Any
@@ -128,7 +128,7 @@ class Training:
             loop.add_callback(callback)
         checkpoint = last_checkpoint(arguments["output_dir"])
         loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        self.final = [log for log in loop.state.log_history if "nll" in log][-1]
+        self.logs = [log for log in loop.state.log_history if "nll" in log]
         return loop
 
 

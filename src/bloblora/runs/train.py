@@ -85,7 +85,8 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
         "resumed_from": clock.resumed_from,
         "num_examples": len(examples),
         "peak_memory_bytes": peak_memory(),
-        "final": training.final,
+        "final": training.logs[-1],
+        "curve": [[log["step"], log["nll"]] for log in training.logs],
     }
     method.save(model, sampler, output)
     write_json(output / TASK_FILE, task.to_dict())

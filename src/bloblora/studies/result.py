@@ -32,7 +32,8 @@ class Result:
         label: the method's name in tables.
         config: the training's options, as given; data files without their folders.
         options: the method's options, with their defaults.
-        training: ``seconds``, ``peak_memory_bytes``, ``num_examples``, ``final`` (the last log).
+        training: ``seconds``, ``peak_memory_bytes``, ``num_examples``, ``final`` (the last log), ``curve`` (step and
+            training NLL, mean since the log before).
         machine: processor, cores, threads and library versions.
         metrics: by set, then N: see `bloblora.evaluation.summary`.
         seconds: of predicting each set with the most draws.

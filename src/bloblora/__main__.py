@@ -1,0 +1,5 @@
+"""``python -m bloblora``."""
+
+from .cli import main
+
+main()
