@@ -192,7 +192,7 @@ def test_info(call, run, files):
 
 
 def process(*arguments, **options):
-    command = [sys.executable, "-m", "bloblora.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "bloblora", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # A shell starts background jobs, such as a test run, with SIGINT ignored, and children inherit that.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

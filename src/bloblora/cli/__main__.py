@@ -1,5 +1,0 @@
-"""``python -m bloblora.cli``."""
-
-from . import main
-
-main()
