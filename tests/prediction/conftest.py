@@ -47,3 +47,11 @@ def make_case(name: str, tokenizer, questions, blanks, estimator: str = "indepen
 @pytest.fixture
 def case_of(tokenizer, questions, blanks):
     return lambda name, estimator="independent": make_case(name, tokenizer, questions, blanks, estimator)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads until the test's end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

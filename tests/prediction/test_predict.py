@@ -154,7 +154,8 @@ class Shapes(TorchDispatchMode):
 
 @pytest.mark.parametrize("targets", [("q_proj",), ("q_proj", "lm_head")])
 @pytest.mark.parametrize("num_samples", [0, 2])
-def test_only_the_letters_logits_are_computed(targets, num_samples, tokenizer, questions):
+def test_only_the_letters_logits_are_computed(targets, num_samples, tokenizer, questions, threads):
+    threads(1)  # the recorder sees its own thread
     vocabulary = 400
     model = with_lora(tiny_causal(), *targets)
     bayesianize(model, BlobConfig(init_std=0.4))

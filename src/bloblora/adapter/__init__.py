@@ -11,11 +11,13 @@ from .storage import (
     save,
     save_posterior,
 )
+from .variant import UnevenPartsError
 
 __all__ = [
     "AdapterFileError",
     "BlobConfig",
     "Posterior",
+    "UnevenPartsError",
     "bayesianize",
     "check_folder",
     "find_posterior",

@@ -1,7 +1,7 @@
 """Turning a LoRA into a distribution over LoRAs, in place."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from peft import PeftModel
@@ -16,6 +16,9 @@ from .variant import BlobVariant, mean_of
 # PEFT's layer classes that ask `lora_variant` in their forward: the others would ignore the posterior in silence.
 _SUPPORTED_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"}
 _AT_PRIOR_TOLERANCE = 0.05
+
+Weights = dict[str, dict[str, Tensor]]
+"""A draw: A (r, n) or B (m, r) of each layer, by the layer's name and the factor's letter."""
 
 
 class Posterior:
@@ -38,6 +41,10 @@ class Posterior:
     def named_layers(self) -> dict[str, LoraLayer]:
         """The Bayesian layers by their names in the model, in the model's order."""
         return dict(self._layers)
+
+    def layer_names(self) -> list[str]:
+        """Names of the Bayesian layers: those that draws change."""
+        return [*self._layers]
 
     def named_means(self) -> dict[str, nn.Parameter]:
         """M of each Gaussian factor by its name, ``<layer>.lora_A`` (r, n) or ``<layer>.lora_B`` (m, r): LoRA's own."""
@@ -81,12 +88,34 @@ class Posterior:
             seed: an integer, or a generator from which successive draws are taken.
         """
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+        with self._set([*self.sample(generator).values()]):
+            yield
+
+    def sample(self, generator: torch.Generator) -> Weights:
+        """The weights of the next draw."""
         means, parameters = self.named_means(), self.named_std_parameters()
-        weights: dict[str, dict[str, Tensor]] = {name: {} for name in self._layers}
+        weights: Weights = {name: {} for name in self._layers}
         for key in means:
             layer, _, factor = key.rpartition(".lora_")
             weights[layer][factor] = q.sample(means[key], parameters[key], self.config.std_parameterization, generator)
-        with self._set([*weights.values()]):
+        return weights
+
+    @contextmanager
+    def stacked(self, samples: Sequence[Weights], rows: int) -> Iterator[None]:
+        """Put several draws in force at once, in this thread: equal parts of a batch see one each, in order.
+
+        Args:
+            samples: S draws; a layer that isn't in them has its mean.
+            rows: S·b, rows of each batch inside.
+
+        Raises:
+            UnevenPartsError: by a forward inside, at a layer that doesn't see the batch row by row.
+        """
+        with ExitStack() as stack:
+            for name, layer in self._layers.items():
+                of_layer = [weights.get(name, {}) for weights in samples]
+                stacks = {factor: torch.stack([weights[factor] for weights in of_layer]) for factor in of_layer[0]}
+                stack.enter_context(_variant(layer, self.adapter_name).stacked(stacks, rows))
             yield
 
     @contextmanager

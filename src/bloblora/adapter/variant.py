@@ -5,6 +5,9 @@ r"""BLoB as a LoRA variant: what PEFT calls in place of the adapter's own part o
 One forward serves every Linear kind of PEFT that asks its variants (plain, Conv1D, 8-bit, 4-bit, GPTQ, HQQ).
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -21,6 +24,10 @@ STD_PARAMETER = "blob_std_parameter_"
 """Layer attributes that hold the unconstrained Ω of each adapter, by adapter name: this and the factor's letter.
 `bloblora.save` and the trainer's checkpoints keep them out of ``adapter_model.safetensors``, which stays a stock LoRA
 of the mean; PEFT's own ``save_pretrained`` doesn't."""
+
+
+class UnevenPartsError(RuntimeError):
+    """A layer whose input isn't the batch row by row, such as an expert's, can't give each part its own draw."""
 
 
 def mean_of(module: Any, adapter_name: str, factor: str) -> nn.Parameter:
@@ -41,13 +48,29 @@ class BlobVariant(LoraVariant):
     def __init__(self, config: BlobConfig) -> None:
         self.config = config
         self.weights: dict[str, Tensor] = {}
+        self._of_threads: dict[int, tuple[Mapping[str, Tensor], int]] = {}
         self.sampling = True
         self.tied_config: PretrainedConfig | None = None
         self._merged: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: torch copies no tensor that has a gradient's history, as a draw has."""
-        return self.__dict__ | {"weights": {factor: weight.detach() for factor, weight in self.weights.items()}}
+        weights = {factor: weight.detach() for factor, weight in self.weights.items()}
+        return self.__dict__ | {"weights": weights, "_of_threads": {}}
+
+    @contextmanager
+    def stacked(self, weights: Mapping[str, Tensor], rows: int) -> Iterator[None]:
+        """In this thread, the s-th of S equal parts of a batch of ``rows`` sees the s-th weight.
+
+        Args:
+            weights: A (S, r, n) or B (S, m, r), by letter; a factor that isn't there has its mean.
+            rows: S·b, of the batch.
+        """
+        self._of_threads[get_ident()] = weights, rows
+        try:
+            yield
+        finally:
+            del self._of_threads[get_ident()]
 
     def init(self, module: Any, adapter_name: str, **_: Any) -> None:  # type: ignore[override]
         """Give the layer a fresh Ω parameter for each Gaussian factor, of the factor's shape."""
@@ -79,7 +102,11 @@ class BlobVariant(LoraVariant):
     def _product(
         self, factor: str, module: Any, adapter_name: str, x: Tensor, rows: Tensor | slice = slice(None)
     ) -> Tensor:
-        if (weight := self.weights.get(factor)) is not None:
+        if self._of_threads and (found := self._of_threads.get(get_ident())):
+            weights, size = found
+            if factor in weights:
+                return _linear_of_parts(x, weights[factor][:, rows].to(x.dtype), size)
+        elif (weight := self.weights.get(factor)) is not None:
             return F.linear(x, weight[rows].to(x.dtype))
         mean = mean_of(module, adapter_name, factor)[rows]
         if factor not in self.config.factors or not (self.sampling and module.training):
@@ -122,3 +149,13 @@ class BlobVariant(LoraVariant):
         delta = b.float() @ a.float() * module.scaling[adapter_name]
         delta = transpose(delta, getattr(module, "fan_in_fan_out", False))
         return delta.to(device=like.device, dtype=like.dtype)
+
+
+def _linear_of_parts(x: Tensor, weights: Tensor, rows: int) -> Tensor:
+    """x (S·b, ..., n) times the transpose of its part's weight (S, m, n), (S·b, ..., m)."""
+    if len(weights) == 1:
+        return F.linear(x, weights[0])
+    if x.shape[0] != rows:
+        raise UnevenPartsError(f"an input has {x.shape[0]} rows, the batch {rows}")
+    parts = x.reshape(len(weights), -1, x.shape[-1])
+    return torch.bmm(parts, weights.mT).reshape(*x.shape[:-1], -1)

@@ -3,5 +3,6 @@
 from .predict import average_draws, predict
 from .prediction import Prediction
 from .sampler import Point, Sampler, Tempered, WeightDraws
+from .stopping import StoppingRule
 
-__all__ = ["Point", "Prediction", "Sampler", "Tempered", "WeightDraws", "average_draws", "predict"]
+__all__ = ["Point", "Prediction", "Sampler", "StoppingRule", "Tempered", "WeightDraws", "average_draws", "predict"]

@@ -16,8 +16,8 @@ class Prediction:
     answer and weights).
 
     Attributes:
-        log_probs: (S, n, C) float32, log-probabilities of each draw; -inf where an input has no such class. S = 1 with
-            ``num_samples`` 0.
+        log_probs: (S, n, C) float32, log-probabilities of each draw; -inf where an input has no such class, and in all
+            classes for a draw that was not made for that input. S = 1 with ``num_samples`` 0.
         num_samples: N; 0 is the posterior mean.
     """
 
@@ -25,9 +25,14 @@ class Prediction:
     num_samples: int
 
     @property
+    def num_draws(self) -> Tensor:
+        """Draws that were made for each input, (n,): S, or fewer under a `StoppingRule`."""
+        return (self.log_probs > -math.inf).any(-1).sum(0)
+
+    @property
     def log_probabilities(self) -> Tensor:
         """log p̄, (n, C), averaged in log space."""
-        return torch.logsumexp(self.log_probs, dim=0) - math.log(self.log_probs.shape[0])
+        return torch.logsumexp(self.log_probs, dim=0) - self.num_draws.log().unsqueeze(-1)
 
     @property
     def probabilities(self) -> Tensor:
@@ -36,7 +41,7 @@ class Prediction:
 
     @property
     def draw_probabilities(self) -> Tensor:
-        """Probabilities of each draw, (S, n, C)."""
+        """Probabilities of each draw, (S, n, C); 0 for one that was not made."""
         return self.log_probs.exp()
 
     @property
@@ -57,7 +62,7 @@ class Prediction:
     @property
     def expected_entropy(self) -> Tensor:
         """Aleatoric uncertainty, the mean of H[p_s] in nats, (n,)."""
-        return _entropy(self.log_probs).mean(0)
+        return _entropy(self.log_probs).sum(0) / self.num_draws
 
     @property
     def mutual_information(self) -> Tensor:

@@ -1,12 +1,19 @@
 """Where draws come from: all that prediction needs to know of a method."""
 
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from ..adapter import UnevenPartsError
+from .forward import BatchForward
 
 Forward = Callable[[], Tensor]
 """The model on one batch: logits (b, C), a function of the weights that are in force."""
@@ -36,6 +43,23 @@ class WeightDistribution(Protocol):
         ...
 
 
+@runtime_checkable
+class StackedWeights(WeightDistribution, Protocol):
+    """One of which several draws can be in force at once, such as `bloblora.adapter.Posterior`."""
+
+    def layer_names(self) -> Collection[str]:
+        """The layers that draws change."""
+        ...
+
+    def sample(self, generator: torch.Generator) -> Any:
+        """The weights of the next draw."""
+        ...
+
+    def stacked(self, samples: Sequence[Any], rows: int) -> AbstractContextManager[None]:
+        """In this thread each of as many equal parts of a batch of ``rows`` sees one draw, in order."""
+        ...
+
+
 class Point:
     """One function: a model as it is."""
 
@@ -46,17 +70,23 @@ class Point:
 
 @dataclass(frozen=True)
 class WeightDraws:
-    """A forward under each draw of the weights."""
+    """A forward under each draw of the weights; where the weights can be stacked, draws share forwards."""
 
     weights: WeightDistribution
 
     def logits(self, forward: Forward, num_samples: int, seed: int) -> Iterator[Tensor]:
         """Logits of N draws, or of the mean."""
         generator = torch.Generator().manual_seed(seed)
-        contexts = (self.weights.draw(generator) for _ in range(num_samples)) if num_samples else [self.weights.mean()]
-        for context in contexts:
-            with context:
+        if num_samples == 0:
+            with self.weights.mean():
                 yield forward()
+        elif isinstance(self.weights, StackedWeights) and isinstance(forward, BatchForward):
+            with forward.shared_trunk(self.weights.layer_names()):
+                yield from _together(self.weights, forward, num_samples, generator)
+        else:
+            for _ in range(num_samples):
+                with self.weights.draw(generator):
+                    yield forward()
 
 
 @dataclass(frozen=True)
@@ -70,3 +100,39 @@ class Tempered:
         """Logits of each draw over T."""
         for logits in self.sampler.logits(forward, num_samples, seed):
             yield logits / self.temperature
+
+
+def _together(
+    weights: StackedWeights, forward: BatchForward, num_samples: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Logits of each draw, several draws a forward and several forwards at a time."""
+
+    @torch.no_grad()  # which a thread doesn't inherit
+    def run(samples: Sequence[Any]) -> Tensor:
+        with weights.stacked(samples, len(samples) * forward.rows):
+            return forward(len(samples)).unflatten(0, (len(samples), -1))
+
+    left, even = num_samples, True
+    while left:
+        sizes = forward.wave(left) if even else [1] * len(forward.wave(left))
+        samples = [[weights.sample(generator) for _ in range(size)] for size in sizes]
+        left -= sum(sizes)
+        try:
+            results = _side_by_side(run, samples)
+        except UnevenPartsError:
+            even = False
+            results = _side_by_side(run, [[sample] for group in samples for sample in group])
+        for logits in results:
+            yield from logits
+
+
+def _side_by_side(run: Callable[[Any], Tensor], groups: Sequence[Any]) -> list[Tensor]:
+    if len(groups) == 1:
+        return [run(groups[0])]
+    return [*_pool(len(groups), max(1, torch.get_num_threads() // len(groups))).map(run, groups)]
+
+
+@cache
+def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
+    """Workers that share the cores; kept, for libraries hold memory for each thread that they have seen."""
+    return ThreadPoolExecutor(workers, "draws", initializer=torch.set_num_threads, initargs=(threads,))

@@ -1,0 +1,99 @@
+"""What all draws of a batch share: the blocks below the first one that a draw changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+Output = Tensor | tuple[Any, ...]
+
+
+class _ReachedError(Exception):
+    """The forward is where the trunk ends."""
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The first blocks of a model, which are computed once a batch.
+
+    Attributes:
+        blocks: those blocks, one or more.
+        above: the block that comes next.
+    """
+
+    blocks: Sequence[nn.Module]
+    above: nn.Module
+
+    def compute(self, forward: Callable[[], Any]) -> Output:
+        """Output of the last block; ``forward`` runs the model, of which nothing above is computed."""
+        outputs = []
+
+        def stop(*_: Any, **__: Any) -> None:
+            raise _ReachedError
+
+        hook = self.blocks[-1].register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        try:
+            with _replaced([self.above], stop):
+                forward()
+        except _ReachedError:
+            pass
+        finally:
+            hook.remove()
+        return outputs[-1]
+
+    @contextmanager
+    def replayed(self, output: Callable[[], Output]) -> Iterator[None]:
+        """Forwards inside take the trunk's output from ``output``, repeated for a batch that is repeated."""
+
+        def replay(hidden: Tensor, *_: Any, **__: Any) -> Output:
+            return _repeated(output(), len(hidden))
+
+        with _replaced(self.blocks, replay):
+            yield
+
+
+def trunk_below(model: nn.Module, layers: Iterable[str]) -> Trunk | None:
+    """The trunk below the first of some layers, None where there is none.
+
+    Args:
+        model: whose blocks stand in one `torch.nn.ModuleList`.
+        layers: names of the layers that draws change; they are in that list, or are the model's output head.
+    """
+    found: dict[str, list[int]] = {}
+    for name in layers:
+        parts = name.split(".")
+        lists = [i for i in range(1, len(parts)) if isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList)]
+        if lists:
+            found.setdefault(".".join(parts[: lists[0]]), []).append(int(parts[lists[0]]))
+        elif parts[-1] not in ("lm_head", "score", "classifier"):
+            return None
+    if len(found) != 1:
+        return None
+    ((name, indices),) = found.items()
+    blocks = list(model.get_submodule(name).children())
+    first = min(indices)
+    return Trunk(blocks[:first], blocks[first]) if first else None
+
+
+def _repeated(output: Output, rows: int) -> Output:
+    if isinstance(output, tuple):
+        return tuple(_repeated(part, rows) if isinstance(part, Tensor) else part for part in output)
+    return output.repeat(rows // len(output), *[1] * (output.ndim - 1))
+
+
+@contextmanager
+def _replaced(blocks: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    before = [vars(block).get("forward") for block in blocks]  # accelerate may have put one there
+    for block in blocks:
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block, old in zip(blocks, before, strict=True):
+            del block.forward
+            if old is not None:
+                block.forward = old
