@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from bloblora import BlobConfig, bayesianize, find_posterior, predict
-from bloblora.prediction import WeightDraws
+from bloblora.prediction import TopBlocks, WeightDraws
 from bloblora.prediction.forward import BatchForward
 from bloblora.prediction.trunk import trunk_below
 
@@ -199,3 +199,34 @@ def test_autocast_stays_in_its_thread(threads):
     forward = BatchForward(nn.Identity(), {"input_ids": torch.ones(2, 8)}, None)
     with torch.autocast("cpu", torch.bfloat16):
         assert forward.wave(10) == [10]
+
+
+def test_draws_in_the_top_blocks_alone(threads):
+    """The prediction of a posterior whose Ω is 0 below them, with the lower blocks computed once."""
+    threads(1)
+    model = bayesian(tiny_classifier(), ["q_proj"])
+    posterior = find_posterior(model)
+    top = TopBlocks(posterior, 1)
+    assert [name.split(".")[4] for name in top.layer_names()] == ["1"]
+    options = dict(num_samples=4, seed=4, batch_size=200)
+    batch = {name: tensor.repeat(50, 2) for name, tensor in IDS.items()}
+    assert layer_calls(model, lambda: predict(model, batch, sampler=WeightDraws(top), **options)) == [1, 4]
+    found = predict(model, IDS, sampler=WeightDraws(top), **options).draw_probabilities
+    with torch.no_grad():
+        for name, parameter in posterior.named_std_parameters().items():
+            if ".layers.0." in name:
+                parameter.zero_()
+    expected = predict(model, IDS, **options).draw_probabilities
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad(), top.draw(generator):
+        torch.testing.assert_close(model(**IDS).logits.softmax(-1), expected[0], rtol=0, atol=1e-6)
+
+
+def test_top_blocks_says_what_is_wrong():
+    model = bayesian(tiny_classifier(), ["q_proj"])
+    with pytest.raises(ValueError, match="number must be 1 or more blocks, got 0"):
+        TopBlocks(find_posterior(model), 0)
+    routed = get_peft_model(Routed(), LoraConfig(r=4, target_modules=["expert"]))
+    with pytest.raises(ValueError, match="none of its layers stands in a block"):
+        TopBlocks(bayesianize(routed), 1)

@@ -88,7 +88,13 @@ class Posterior:
             seed: an integer, or a generator from which successive draws are taken.
         """
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
-        with self._set([*self.sample(generator).values()]):
+        with self.fixed(self.sample(generator)):
+            yield
+
+    @contextmanager
+    def fixed(self, weights: Weights) -> Iterator[None]:
+        """Use given weights for every forward inside; a layer that isn't in them has its mean."""
+        with self._set([weights.get(name, {}) for name in self._layers]):
             yield
 
     def sample(self, generator: torch.Generator) -> Weights:

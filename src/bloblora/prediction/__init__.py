@@ -4,5 +4,16 @@ from .predict import average_draws, predict
 from .prediction import Prediction
 from .sampler import Point, Sampler, Tempered, WeightDraws
 from .stopping import StoppingRule
+from .top_blocks import TopBlocks
 
-__all__ = ["Point", "Prediction", "Sampler", "StoppingRule", "Tempered", "WeightDraws", "average_draws", "predict"]
+__all__ = [
+    "Point",
+    "Prediction",
+    "Sampler",
+    "StoppingRule",
+    "Tempered",
+    "TopBlocks",
+    "WeightDraws",
+    "average_draws",
+    "predict",
+]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 Output = Tensor | tuple[Any, ...]
+_HEADS = ("lm_head", "score", "classifier")
 
 
 class _ReachedError(Exception):
@@ -63,20 +64,23 @@ def trunk_below(model: nn.Module, layers: Iterable[str]) -> Trunk | None:
         model: whose blocks stand in one `torch.nn.ModuleList`.
         layers: names of the layers that draws change; they are in that list, or are the model's output head.
     """
-    found: dict[str, list[int]] = {}
-    for name in layers:
-        parts = name.split(".")
-        lists = [i for i in range(1, len(parts)) if isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList)]
-        if lists:
-            found.setdefault(".".join(parts[: lists[0]]), []).append(int(parts[lists[0]]))
-        elif parts[-1] not in ("lm_head", "score", "classifier"):
-            return None
-    if len(found) != 1:
+    names = [*layers]
+    places = [place for name in names if (place := block_of(model, name))]
+    others = [name for name in names if block_of(model, name) is None]
+    if len({blocks for blocks, _ in places}) != 1 or any(name.split(".")[-1] not in _HEADS for name in others):
         return None
-    ((name, indices),) = found.items()
-    blocks = list(model.get_submodule(name).children())
-    first = min(indices)
+    blocks = list(model.get_submodule(places[0][0]).children())
+    first = min(index for _, index in places)
     return Trunk(blocks[:first], blocks[first]) if first else None
+
+
+def block_of(model: nn.Module, layer: str) -> tuple[str, int] | None:
+    """Name of the `torch.nn.ModuleList` that a layer stands in, and its block's index; None for one outside."""
+    parts = layer.split(".")
+    for end in range(1, len(parts)):
+        if isinstance(model.get_submodule(name := ".".join(parts[:end])), nn.ModuleList):
+            return name, int(parts[end])
+    return None
 
 
 def _repeated(output: Output, rows: int) -> Output:
