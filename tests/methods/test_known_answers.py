@@ -9,7 +9,7 @@ from peft import LoraConfig
 from scipy.optimize import minimize
 from torch import nn
 
-from bloblora.adapter import BlobConfig, bayesianize
+from bloblora.adapter import BlobConfig, bayesianize, find_posterior
 from bloblora.methods import METHODS, Ensemble, Ivon, Map, McDropout, Scalabl, Tfb, Training
 from bloblora.methods.map import squared_norm
 from bloblora.methods.mc_dropout import DroppedColumns
@@ -296,3 +296,28 @@ def test_what_a_training_forward_adds_where_b_is_gaussian(tokens):
 def test_a_dropout_of_its_own(tmp_path):
     model = McDropout(dropout=0.25).prepare(Net(), LORA)
     assert model.peft_config["default"].lora_dropout == 0.25
+
+
+def test_a_distilled_point_is_the_best_fit_to_the_average_of_draws(tmp_path):
+    """Of a linear model: a convex problem in W, which scipy solves."""
+    task = Rows()
+    options = dict(init_std=0.7, kl_learning_rate=0.2)
+    torch.manual_seed(1)
+    blob = METHODS["blob"](**options)
+    teacher = blob.prepare(Net(), LORA)
+    sampler = blob.fit(teacher, training(task, tmp_path / "teacher"))
+    targets = predict(teacher, task.examples(), 10, 0, task=task, sampler=sampler).probabilities.double().numpy()
+    torch.manual_seed(1)
+    distilled = METHODS["distilled"](**options, distill_steps=600)
+    student = distilled.prepare(Net(), LORA)
+    distilled.fit(student, training(task, tmp_path / "student"))
+    x = task.x.double().numpy()
+
+    def cross_entropy(w):
+        logits = x @ w.reshape(3, 6).T
+        return (np.log(np.exp(logits).sum(1)) - (targets * logits).sum(1)).mean()
+
+    best = minimize(cross_entropy, np.zeros(18)).fun
+    assert cross_entropy(delta(student).double().numpy()) == pytest.approx(best, abs=1e-4)
+    assert cross_entropy(delta(teacher).double().numpy()) > best + 1e-3
+    assert find_posterior(student) is None

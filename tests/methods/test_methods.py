@@ -12,8 +12,9 @@ from bloblora.prediction import predict
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
 # What makes a method's draws few or its training longer than here.
-OPTIONS = {"ensemble": {"members": 2}, "temperature": {"holdout": 0.5}}
-POINTS = {"lora", "map", "full", "temperature"}
+OPTIONS = {"ensemble": {"members": 2}, "temperature": {"holdout": 0.5}, "distilled": {"distill_steps": 4}}
+POINTS = {"lora", "map", "full", "temperature", "distilled"}
+TWO_PARTS = {"ensemble", "distilled"}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,10 +80,10 @@ def test_a_stopped_training_ends_with_the_same_bits(method, config, tmp_path):
     whole = config(method, queries() * 2)
     expected = runs.train(whole, progress=False)
     stopped = replace(whole, output=str(tmp_path / "stopped"))
-    for after in (3, 3):  # in the first part, and for an ensemble in its second
+    for after in (3, 3):  # in the first part, and in the second where there is one
         with pytest.raises(Stop):
             runs.train(stopped, progress=False, callbacks=[Interrupt(after)])
-        if method != "ensemble":
+        if method not in TWO_PARTS:
             break
     found = runs.train(stopped, progress=False)
     inputs = unlabelled(queries())

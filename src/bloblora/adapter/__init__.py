@@ -1,6 +1,6 @@
 """A posterior inside a PEFT model: configuration, the LoRA variant, saving and loading."""
 
-from .bayesianize import Posterior, bayesianize, find_posterior
+from .bayesianize import Posterior, bayesianize, debayesianize, find_posterior
 from .config import BlobConfig
 from .storage import (
     AdapterFileError,
@@ -20,6 +20,7 @@ __all__ = [
     "UnevenPartsError",
     "bayesianize",
     "check_folder",
+    "debayesianize",
     "find_posterior",
     "library_versions",
     "load",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import posterior as q
 from .config import BlobConfig
-from .variant import BlobVariant, mean_of
+from .variant import STD_PARAMETER, BlobVariant, mean_of
 
 # PEFT's layer classes that ask `lora_variant` in their forward: the others would ignore the posterior in silence.
 _SUPPORTED_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"}
@@ -205,6 +205,20 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
         variant.init(layer, adapter_name)
         layer.lora_variant[adapter_name] = variant
     return Posterior(model, adapter_name)
+
+
+def debayesianize(model: PeftModel, adapter_name: str | None = None) -> None:
+    """Take the Gaussian away again, in place: a plain LoRA of the mean is left.
+
+    Args:
+        model: a PEFT model.
+        adapter_name: which adapter; default the active one. A plain one stays as it is.
+    """
+    adapter_name = adapter_name or model.active_adapter
+    for _, layer in _bayesian_layers(model, adapter_name):
+        for factor in _variant(layer, adapter_name).config.factors:
+            del getattr(layer, STD_PARAMETER + factor)[adapter_name]
+        del layer.lora_variant[adapter_name]
 
 
 def find_posterior(model: nn.Module, adapter_name: str | None = None) -> Posterior | None:

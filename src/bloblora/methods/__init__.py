@@ -4,6 +4,7 @@ from .bbb import Bbb
 from .blob import Blob
 from .blob_b import BlobB
 from .blob_symmetric import BlobSymmetric
+from .distilled import Distilled
 from .ensemble import Ensemble
 from .full import Full
 from .ivon import Ivon
@@ -34,6 +35,7 @@ METHODS: dict[str, type[Method]] = {
         Tfb,
         Ivon,
         Scalabl,
+        Distilled,
         Temperature,
     )
 }
@@ -45,6 +47,7 @@ __all__ = [
     "Blob",
     "BlobB",
     "BlobSymmetric",
+    "Distilled",
     "Ensemble",
     "Full",
     "Ivon",

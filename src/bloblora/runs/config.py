@@ -22,7 +22,8 @@ class TrainConfig:
         output: folder of the run; a run that was stopped goes on from its last checkpoint.
         model: base model: ``smollm2-135m``, a hub id, a folder, or a .gguf file.
         method: ``blob`` trains a Gaussian over LoRA's A, ``lora`` a point; `bloblora methods` lists the others.
-        task: ``classification``, ``choice_text``, ``choice_letter``, ``blank``, or ``auto`` by the data's form.
+        task: ``classification``, ``choice_text``, ``choice_letter``, ``blank``, ``generation``, or ``auto`` by the
+            data's form.
         normalization: how ``choice_text`` scores a choice: mean of its tokens' log-probabilities (``length``), which
             favours no short choice and is less sure before training, or their ``sum``.
         limit: use only this many training records, chosen by ``limit_seed``; per label for classification.
@@ -54,6 +55,7 @@ class TrainConfig:
         kl_learning_rate: on the KL: higher for better calibration, lower for accuracy (flow and alternating, scalabl).
         num_weight_draws: weight draws a step (blob and its kin).
         members: how many models (ensemble).
+        distill_steps: steps of the student's training (distilled).
         tolerance: relative rise of the NLL that noise may cause (tfb).
         effective_sample_size: λ; larger is a narrower posterior (ivon).
         hess_init: h at the start (ivon).
@@ -69,7 +71,7 @@ class TrainConfig:
     output: str
     model: str = models.DEFAULT_MODEL
     method: str = "blob"
-    task: Literal["auto", "classification", "choice_text", "choice_letter", "blank"] = "auto"
+    task: Literal["auto", "classification", "choice_text", "choice_letter", "blank", "generation"] = "auto"
     normalization: Literal["sum", "length"] = "length"
     limit: int | None = None
     limit_seed: int = 0
@@ -98,6 +100,7 @@ class TrainConfig:
     kl_learning_rate: float | None = None
     num_weight_draws: int | None = None
     members: int | None = None
+    distill_steps: int | None = None
     tolerance: float | None = None
     effective_sample_size: float | None = None
     hess_init: float | None = None

@@ -1,0 +1,96 @@
+r"""Distillation of BLoB's predictive into one LoRA (Korattikara et al., arXiv 1506.04416): one forward at prediction.
+
+.. math:: \min_{A, B}\ \frac1D \sum_k \mathrm{KL}(\bar p(\cdot \mid x_k)\ \|\ p(\cdot \mid x_k, A, B)), \qquad
+          \bar p(\cdot \mid x) = \frac1N \sum_s p(\cdot \mid x, A_s)
+
+The teacher is BLoB, trained first; the student starts at its mean and sees the teacher's averaged probabilities of the
+training inputs, without noise. The learning rate is the training's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn, tensor
+from transformers import PreTrainedModel
+
+from .. import adapter
+from ..adapter import debayesianize, find_posterior
+from ..prediction import Point, Sampler, predict
+from ..tasks.task import Example
+from .blob import Blob
+from .method import Method, Training
+
+_NUM_SAMPLES = 10
+_LOWEST_LOGIT = -1e4  # for a choice that a question lacks: 0 · log 0 would be NaN
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled(Blob):
+    """A point that says what BLoB's average says; the options are BLoB's and one more.
+
+    Args:
+        distill_steps: steps of the student's training.
+    """
+
+    distill_steps: int = 100
+
+    name = "distilled"
+    paper = "1506.04416"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.distill_steps < 1:
+            raise ValueError(f"distill_steps must be at least 1, got {self.distill_steps}")
+
+    def fit(self, model: nn.Module, training: Training) -> Sampler:
+        """Train the teacher, then the student in its place."""
+        assert isinstance(model, PeftModel)
+        teacher = replace(training, arguments=_below(training.arguments, "teacher"))
+        sampler = super().fit(model, teacher)
+        seed = training.arguments["seed"]
+        prediction = predict(model, training.examples, _NUM_SAMPLES, seed, task=training.task, sampler=sampler)
+        examples = [
+            example | {"probabilities": row}
+            for example, row in zip(training.examples, prediction.probabilities.tolist(), strict=True)
+        ]
+        posterior = find_posterior(model)
+        assert posterior is not None
+        with posterior.mean():
+            student = replace(training, task=_SoftTargets(training.task), examples=examples)  # type: ignore[arg-type]
+            student.run(model, part="student", max_steps=self.distill_steps, kl_scale=0.0)
+        debayesianize(model)
+        training.logs = teacher.logs
+        return Point()
+
+    def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
+        """The student."""
+        return adapter.load(base, folder), Point()
+
+    def weights_file(self, folder: Path) -> Path:
+        """The student's file."""
+        return Method.weights_file(self, folder)
+
+
+class _SoftTargets:
+    """A task whose labels are probabilities, (b, C)."""
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+        self.length = task.length
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """The task's batch, with probabilities in place of labels."""
+        batch = self._task.collate(examples)
+        return batch | {"labels": tensor([example["probabilities"] for example in examples])}
+
+    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The task's logits, finite and as wide as the probabilities."""
+        logits = self._task.logits(model, batch).clamp_min(_LOWEST_LOGIT)
+        return nn.functional.pad(logits, (0, batch["labels"].shape[1] - logits.shape[1]), value=_LOWEST_LOGIT)
+
+
+def _below(arguments: dict[str, Any], part: str) -> dict[str, Any]:
+    return arguments | {"output_dir": str(Path(arguments["output_dir"]) / part)}
