@@ -70,12 +70,13 @@ def test_a_hand_computed_interval():
     assert not StoppingRule(error=0.5, tolerance=0.0446, looks=(2,)).settled(log_probs, 10)
 
 
-def test_predict_stops(case_of):
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_predict_stops(batch_size, case_of):
     """The draws that are made are those of a prediction without the rule, and all statistics are of them alone."""
     case = case_of("choice_letter")
     everything = predict(case.model, case.examples, 8, task=case.task)
     always = StoppingRule(error=0.999, tolerance=1.0, looks=(2, 3))
-    found = predict(case.model, case.examples, 8, task=case.task, stop=always)
+    found = predict(case.model, case.examples, 8, task=case.task, stop=always, batch_size=batch_size)
     expected = stopped(everything.log_probs, always)
     assert found.num_draws.tolist() == expected.num_draws.tolist()
     assert found.num_draws.min() < 8

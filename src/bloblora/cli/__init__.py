@@ -14,7 +14,8 @@ _DESCRIPTION = """Bayesian low-rank adaptation for language models: LoRA that kn
 
   bloblora demo
   bloblora train --data queries.jsonl --output runs/desk
-  bloblora evaluate runs/desk --data held_out.jsonl --ood other.jsonl
+  bloblora evaluate runs/desk --data test.jsonl --ood other.jsonl
+  bloblora calibrate runs/desk --data held_out.jsonl --risk 0.1
   echo '{"text": "where is my parcel"}' | bloblora predict runs/desk --input -
 
 Every option can stand in a YAML file (--config FILE); a run's own is saved beside it as config.yaml."""

@@ -192,6 +192,10 @@ def _batch(
 
 
 def _cat(rows: list[Tensor]) -> Tensor:
-    """Join batches whose questions have different numbers of choices: missing columns get -inf."""
-    columns = max(row.shape[-1] for row in rows)
-    return torch.cat([nn.functional.pad(row, (0, columns - row.shape[-1]), value=-math.inf) for row in rows], dim=1)
+    """Join batches (S, b, C) with different numbers of choices, or of draws: what a batch lacks gets -inf."""
+    draws, _, columns = (max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True))
+    padded = [
+        nn.functional.pad(row, (0, columns - row.shape[2], 0, 0, 0, draws - row.shape[0]), value=-math.inf)
+        for row in rows
+    ]
+    return torch.cat(padded, dim=1)

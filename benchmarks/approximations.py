@@ -1,0 +1,223 @@
+"""What do cheaper predictions lose against N = 10 draws?
+
+    python benchmarks/approximations.py --train FILE --test FILE --outside FILE     # {"text", "label"} records
+
+Trains BLoB, and its distilled form, on a few examples a label with three seeds, and predicts the same test records by
+ten forwards, by `predict`, by fewer draws, by pairs of mirrored draws, under `StoppingRule`, with `TopBlocks`, and by
+the distilled LoRA. For each: accuracy, ECE, NLL, the AUROC of telling out-of-scope records apart, draws an input, the
+time as a ratio to ten forwards in the same run (in batches, and one by one on a few records), and a paired bootstrap of
+the difference from all ten draws.
+
+Writes results/approximations/seed<n>.json and README.md; a seed that has its file is not repeated.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bloblora import evaluation, models, runs, tasks
+from bloblora.adapter import Posterior
+from bloblora.adapter.bayesianize import Weights
+from bloblora.data import read_records
+from bloblora.files import read_json, write_json, write_text
+from bloblora.prediction import Prediction, Sampler, StoppingRule, TopBlocks, WeightDraws, predict
+from bloblora.studies.job import cpu
+
+RESULTS = Path(__file__).parents[1] / "results" / "approximations"
+REFERENCE, EXACT, DISTILLED = "ten forwards", "predict, N = 10", "distilled"
+SEEDS, ALONE = (0, 1, 2), 40
+RULES = {
+    f"stop, error {rule.error}, tolerance {rule.tolerance}": rule
+    for rule in (StoppingRule(), StoppingRule(tolerance=0.1), StoppingRule(error=0.2, tolerance=0.1))
+}
+
+
+class OneByOne:
+    """A posterior's draws, a forward each."""
+
+    def __init__(self, posterior: Posterior) -> None:
+        self.draw, self.mean = posterior.draw, posterior.mean
+
+
+class Mirrored:
+    """A posterior's draws in pairs M + E∘Ω and M − E∘Ω."""
+
+    def __init__(self, posterior: Posterior) -> None:
+        self.layer_names, self.stacked, self.mean = posterior.layer_names, posterior.stacked, posterior.mean
+        self.draw = posterior.draw
+        self._posterior, self._last = posterior, (None, {})  # type: tuple[Posterior, tuple[Any, Weights]]
+
+    def sample(self, generator: torch.Generator) -> Weights:
+        """A draw, or the mirror image of the one that this generator gave last."""
+        source, weights = self._last
+        if source is generator:
+            self._last = None, {}
+            means = self._posterior.named_means()
+            return {
+                layer: {f: 2 * means[f"{layer}.lora_{f}"] - weight for f, weight in of_layer.items()}
+                for layer, of_layer in weights.items()
+            }
+        weights = self._posterior.sample(generator)
+        self._last = generator, weights
+        return weights
+
+
+def variants(run: runs.Run, distilled: runs.Run) -> dict[str, Callable[..., Prediction]]:
+    """Ways to predict encoded examples."""
+    assert isinstance(run.sampler, WeightDraws)
+    posterior = run.sampler.weights
+    assert isinstance(posterior, Posterior)
+
+    def by(num_samples: int, sampler: Sampler, of: runs.Run = run, stop: StoppingRule | None = None) -> Any:
+        return lambda examples, size: predict(
+            of.model, examples, num_samples, task=run.task, sampler=sampler, stop=stop, batch_size=size
+        )
+
+    blocks = run.model.config.num_hidden_layers
+    return {
+        REFERENCE: by(10, WeightDraws(OneByOne(posterior))),
+        EXACT: by(10, run.sampler),
+        "predict, N = 5": by(5, run.sampler),
+        "predict, N = 2": by(2, run.sampler),
+        "mirrored, N = 4": by(4, WeightDraws(Mirrored(posterior))),
+        "mirrored, N = 2": by(2, WeightDraws(Mirrored(posterior))),
+        **{name: by(10, run.sampler, stop=rule) for name, rule in RULES.items()},
+        **{
+            f"top {blocks // part} of {blocks} blocks, N = 10": by(
+                10, WeightDraws(TopBlocks(posterior, blocks // part))
+            )
+            for part in (2, 4, 8)
+        },
+        DISTILLED: by(0, distilled.sampler, distilled),
+        "the mean, N = 0": by(0, run.sampler),
+    }
+
+
+def train(method: str, seed: int, options: argparse.Namespace) -> runs.Run:
+    """One run, from where it was stopped."""
+    return runs.train(
+        runs.TrainConfig(
+            data=options.train,
+            output=str(options.runs / f"{method}-seed{seed}"),
+            model=options.model,
+            method=method,
+            limit=options.limit,
+            steps=options.steps,
+            learning_rate=options.learning_rate,
+            seed=seed,
+        )
+    )
+
+
+def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """All variants of one seed: metrics, times, and scores an example."""
+    run, distilled = train("blob", seed, options), train("distilled", seed, options)
+    inside = runs.select(read_records(options.test), options.test_limit)
+    outside = runs.select(read_records(options.outside, require_labels=False), options.outside_limit)
+    targets = runs.targets_of(run.task, inside)
+
+    def encode(records: Any) -> list[dict[str, Any]]:
+        unlabelled = [{k: v for k, v in record.items() if k != "label"} for record in records]
+        return tasks.encode_all(run.task, unlabelled, run.tokenizer, progress=False)
+
+    here, there = encode(inside), encode(outside)
+    found: dict[str, Any] = {}
+    for name, function in variants(run, distilled).items():
+        start = time.perf_counter()
+        prediction = function(here, options.batch_size)
+        seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        for example in here[:ALONE]:
+            function([example], 1)
+        alone = time.perf_counter() - start
+        metrics = evaluation.summary(prediction, targets, function(there, options.batch_size))
+        scores = evaluation.example_scores(prediction.log_probabilities, targets)
+        found[name] = {
+            "metrics": metrics | {"draws": prediction.num_draws.double().mean().item()},
+            "seconds": seconds,
+            "seconds_one_by_one": alone,
+            "scores": {key: values.tolist() for key, values in scores.items()},
+        }
+        print(f"seed {seed}: {name}: {seconds:.1f} s, ECE {metrics['ece']:.3f}, NLL {metrics['nll']:.3f}", flush=True)
+    return {
+        "variants": found,
+        "machine": {"cpu": cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+    }
+
+
+def tables(results: list[dict[str, Any]]) -> str:
+    """Quality and time of each variant."""
+
+    def scores(name: str) -> list[dict[str, Tensor]]:
+        return [
+            {key: torch.tensor(values) for key, values in result["variants"][name]["scores"].items()}
+            for result in results
+        ]
+
+    rows, differences = {}, {}
+    for name in results[0]["variants"]:
+        of = [result["variants"][name] for result in results]
+        base = [result["variants"][REFERENCE] for result in results]
+        rows[name] = {
+            **{key: [v["metrics"][key] for v in of] for key in ("accuracy", "ece", "nll", "auroc_confidence", "draws")},
+            "time": [v["seconds"] / b["seconds"] for v, b in zip(of, base, strict=True)],
+            "time, one by one": [
+                v["seconds_one_by_one"] / b["seconds_one_by_one"] for v, b in zip(of, base, strict=True)
+            ],
+        }
+        if name not in (REFERENCE, EXACT):
+            differences[name] = {
+                f"Δ {key}": evaluation.paired_bootstrap(scores(name), scores(REFERENCE), key)  # type: ignore[arg-type]
+                for key in ("accuracy", "ece", "nll")
+            }
+    first = next(iter(rows.values()))
+    return (
+        evaluation.markdown_table(rows, list(first))
+        + "\nDifference from ten forwards with a 95 % interval: paired bootstrap over test examples.\n\n"
+        + evaluation.markdown_table(differences, list(next(iter(differences.values()))))
+    )
+
+
+def main() -> None:
+    """Measure what is missing, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", default="support_desk:train", help="records to train on")
+    parser.add_argument("--test", default="support_desk:test", help="records to predict")
+    parser.add_argument("--outside", default="support_desk:out_of_scope", help="records out of scope")
+    parser.add_argument("--limit", type=int, help="of training records, per label")
+    parser.add_argument("--test-limit", type=int, help="of test records, per label")
+    parser.add_argument("--outside-limit", type=int)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--model", default=models.DEFAULT_MODEL)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--runs", type=Path, default=Path("runs/approximations"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    options.results.mkdir(parents=True, exist_ok=True)
+    results = []
+    for seed in options.seeds:
+        file = options.results / f"seed{seed}.json"
+        if not file.is_file():
+            shown = {k: str(v) for k, v in vars(options).items() if k not in ("results", "runs", "seeds")}
+            write_json(file, {"options": shown, **measure(seed, options)})
+        results.append(read_json(file, ValueError))
+    text = (
+        "# Cheaper predictions against N = 10 draws\n\n"
+        "Made by `python benchmarks/approximations.py`; options and machine are in the JSON files. Mean ± standard "
+        f"deviation over {len(results)} seeds. Times are ratios to ten forwards, a draw each, in the same run: in "
+        f"batches of {results[0]['options']['batch_size']}, and one record at a time.\n\n"
+    )
+    text += tables(results)
+    write_text(options.results / "README.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

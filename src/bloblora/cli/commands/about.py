@@ -1,0 +1,84 @@
+"""What there is: methods, versions, what a run's folder holds."""
+
+import os
+import platform
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers.utils import logging
+
+from ... import models, runs
+from ...adapter import find_posterior, library_versions
+from ...methods import METHODS
+from .output import dumped, print_json
+
+
+def list_methods(json: bool = False) -> None:
+    """List the methods that `--method` takes: what each is, its paper and its options.
+
+    Examples:
+      bloblora methods
+
+    Args:
+        json: print JSON.
+    """
+    rows: dict[str, dict[str, Any]] = {
+        name: {
+            "summary": _first_line(sys.modules[method.__module__].__doc__),
+            "paper": f"arXiv {method.paper}",
+            "options": method.options(),
+        }
+        for name, method in METHODS.items()
+    }
+    if json:
+        print_json(rows)
+        return
+    table = Table("method", "what it is", "options and defaults", show_lines=True)
+    for name, row in rows.items():
+        options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
+        table.add_row(Text(name), Text(f"{row['summary']}\n{row['paper']}"), Text(options))
+    Console().print(table)
+
+
+def info(directory: str | None = None, json: bool = False) -> None:
+    """Show versions and the machine, or what a run's folder holds: settings, labels, posterior, training.
+
+    Examples:
+      bloblora info
+      bloblora info runs/desk
+
+    Args:
+        directory: folder of a run.
+        json: print JSON.
+    """
+    logging.disable_progress_bar()
+    if directory is None:
+        result: dict[str, Any] = {
+            **library_versions(),
+            "python": platform.python_version(),
+            "cpus": os.cpu_count(),
+            "cuda": torch.cuda.is_available(),
+            "cache": str(models.cache_folder()),
+        }
+    else:
+        run = runs.load_run(directory)
+        posterior = find_posterior(run.model)
+        result = {
+            "method": run.config.method,
+            "model": run.config.model,
+            "task": run.task.to_dict(),
+            "posterior": {**posterior.config.to_dict(), **posterior.summary()} if posterior else None,
+            "training": run.training,
+        }
+    if json:
+        print_json(result)
+    else:
+        Console().print_json(dumped(result))
+
+
+def _first_line(docstring: str | None) -> str:
+    return (docstring or "").strip().partition("\n")[0]

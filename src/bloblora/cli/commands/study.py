@@ -1,0 +1,167 @@
+"""Many runs: compare, report, tune."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from transformers.utils import logging
+
+from ... import evaluation, runs, studies
+from ..progress import StudyProgress
+
+
+def compare(
+    study: str,
+    output: str,
+    data: str = ".",
+    runs_folder: str | None = None,
+    workers: int = 1,
+    engine: Literal["local", "slurm"] = "local",
+    slurm: dict[str, Any] | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Run a study: methods on data sets with seeds, as one YAML file says.
+
+    What is done is skipped and what was stopped goes on when the same command is given again; a run that fails is
+    reported at the end and tried again then. The file:
+      name: in distribution
+      seeds: [0, 1, 2]
+      samples: [0, 10]                  # numbers of weight draws N
+      train: {steps: 300}               # options of every training, as `bloblora train --help` has them
+      datasets:
+        clinc150:
+          train: {data: clinc_train.jsonl, limit: 5}
+          test: {data: clinc_test.jsonl, limit: 5}
+          out_of_scope: clinc_oos.jsonl
+          shifted: {banking: banking_test.jsonl}
+      methods:                          # a label is a method's name, or has options that say which
+        lora: {}
+        blob: {}
+        wide prior: {method: blob, prior_std: 0.5}
+
+    Examples:
+      bloblora compare study.yaml --data ~/data --output results/study
+      bloblora compare study.yaml --output results/study --workers 4
+      bloblora compare study.yaml --output results/study --engine slurm --workers 16 --slurm.slurm_partition gpu
+
+    Args:
+        study: the YAML file.
+        output: folder of the results, a JSON and a safetensors file a run; `bloblora report` reads it.
+        data: folder that relative paths of data files start from.
+        runs_folder: folder of trained models and logs; default OUTPUT/runs.
+        workers: runs at a time; with several GPUs one each.
+        engine: `local`, or `slurm` for a cluster.
+        slurm: parameters as submitit names them: slurm_partition, gpus_per_node, timeout_min, …
+        dry_run: only list the runs.
+    """
+    logging.disable_progress_bar()
+    if workers < 1:
+        raise runs.RunError(f"workers must be at least 1, got {workers}")
+    read = studies.read_study(study)
+    folder = Path(output)
+    models_folder = Path(runs_folder) if runs_folder else folder / "runs"
+    if dry_run:
+        for job in read.jobs(models_folder, data):
+            print(f"{'done' if studies.is_done(job, folder) else 'to do'}  {job.name}")
+        return
+    runs.check_writable(folder / "report.md")
+    with StudyProgress(workers) as progress:
+        outcomes = studies.compare(
+            read,
+            folder,
+            runs=models_folder,
+            data=Path(data),
+            workers=workers,
+            engine=engine,
+            slurm=slurm,
+            planned=progress.planned,
+            started=progress.started,
+            ended=progress.ended,
+        )
+    failed = [outcome for outcome in outcomes if outcome.error]
+    print(f"{len(outcomes) - len(failed)} runs done, {len(failed)} failed; next: bloblora report {output}")
+    if failed:
+        raise runs.RunError("\n".join(f"{outcome.job.name}: {outcome.error}" for outcome in failed))
+
+
+def report(directory: str, output: str | None = None, baseline: str = "lora", title: str | None = None) -> None:
+    """Write a study's tables and figures: report.md in its folder, and an HTML page that opens without a network.
+
+    Examples:
+      bloblora report results/study
+      bloblora report results/study --output study.html --title "Which Bayesian LoRA?"
+
+    Args:
+        directory: folder of the results, as `compare` wrote them.
+        output: the page; default report.html in that folder.
+        baseline: label of the method that the others are compared to.
+        title: default the folder's name.
+    """
+    page = Path(output) if output else None
+    if page is not None:
+        runs.check_writable(page)
+    print(f"wrote {studies.report(Path(directory), page, baseline, title)}")
+
+
+def tune(
+    study: str,
+    output: str,
+    dataset: str,
+    data: str = ".",
+    method: str = "blob",
+    aim: Literal["nll", "ece"] = "nll",
+    within: float = 0.01,
+    trials: int = 20,
+    ranges: dict[str, tuple[float, float]] | None = None,
+    seed: int = 0,
+) -> None:
+    """Search a method's options on the validation data of a study's data set; test data are never looked at.
+
+    The aim `nll` weighs accuracy and calibration by a proper score; `ece` looks for the best calibration among settings
+    that are nearly as accurate as plain LoRA. Given again, the command goes on where it was; the best options are
+    printed as YAML for the study's file or `--config`.
+
+    Examples:
+      bloblora tune study.yaml --dataset clinc150 --output results/search --aim ece --within 0.01
+      bloblora tune study.yaml --dataset clinc150 --output results/search --ranges '{"prior_std": [0.05, 0.5]}'
+
+    Args:
+        study: the YAML file, see `compare`; the data set needs a `validation`.
+        output: folder of the trials.
+        dataset: name of the data set in the file.
+        data: folder that relative paths of data files start from.
+        method: label of the method in the file.
+        aim: `nll`, or `ece` with an accuracy `within` that of the study's baseline.
+        within: see `aim`; 0.01 is one point.
+        trials: how many in all.
+        ranges: lowest and highest value of each option to search; default a decade around the defaults.
+        seed: of training and of the search.
+    """
+    logging.disable_progress_bar()
+    if trials < 1:
+        raise runs.RunError(f"trials must be at least 1, got {trials}")
+    read = studies.read_study(study)
+    console = Console(stderr=True)
+
+    def reported(trial: studies.Trial) -> None:
+        options = ", ".join(f"{name} {value:.3g}" for name, value in trial.options.items())
+        found = ", ".join(f"{name} {trial.metrics[name]:.3f}" for name in ("accuracy", "ece", "nll"))
+        console.print(f"trial {trial.number + 1}/{trials}: {found} ({options})", highlight=False)
+
+    found = studies.tune(
+        read,
+        dataset,
+        Path(output),
+        method=method,
+        aim=aim,
+        within=within,
+        trials=trials,
+        ranges=ranges,
+        seed=seed,
+        data=Path(data),
+        reported=reported,
+    )
+    rows = {f"trial {trial.number + 1}": {**trial.metrics, **trial.options} for trial in found}
+    columns = ["accuracy", "ece", "nll", *found[0].options]
+    console.print(evaluation.rich_table(rows, title=f"{len(found)} trials, the best first", columns=columns))
+    print("".join(f"{name}: {value:.3g}\n" for name, value in found[0].options.items()), end="")

@@ -1,0 +1,145 @@
+"""Selective risk: by hand, against scipy's binomial test, and over many calibrations of models whose risk is known."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom, binomtest
+
+from bloblora.decision import fit_answering
+from tests.decision.conftest import standard_error
+
+SPLITS = 2000
+RISK, LEVEL = 0.1, 0.95
+
+
+def binary(confidence, wrong):
+    """Two labels; the first is the answer."""
+    confidence = torch.as_tensor(confidence, dtype=torch.float64)
+    return torch.stack([confidence, 1 - confidence], -1), torch.as_tensor(wrong).long()
+
+
+def fitted(confidence, wrong, **options):
+    try:
+        return fit_answering(*binary(confidence, wrong), **options)
+    except ValueError as error:
+        assert "no threshold" in str(error)  # noqa: PT017
+        return None
+
+
+class Model:
+    """Whose answers of the most confident share u of inputs are wrong at a rate that is known."""
+
+    def __init__(self, edges, rates):
+        self.edges, self.rates = np.array([0, *edges, 1.0]), np.array(rates)
+
+    def draw(self, n, generator):
+        """Ranks u of n inputs, the most confident first, and whether their answers are wrong."""
+        u = np.sort(generator.random(n))
+        return u, generator.random(n) < self.rates[np.searchsorted(self.edges, u) - 1]
+
+    def risk(self, u):
+        """Of all inputs up to rank u."""
+        widths = np.clip(u - self.edges[:-1], 0, np.diff(self.edges))
+        return (self.rates * widths).sum() / u
+
+
+FALLING = Model([0.3, 0.5, 0.7], [0.02, 0.08, 0.3, 0.6])  # above 0.1 where more than 54 % are answered
+NEVER = Model([], [RISK + 1e-6])
+TWICE = Model([0.02, 0.5], [0.6, 0.05, 0.5])  # also where 12 % or fewer are answered
+
+
+def violations(model, choose, n=300):
+    """How often the rule's true risk is above the stated one; ``choose`` gives how many are answered, or 0."""
+    generator = np.random.default_rng(0)
+    count = 0
+    for _ in range(SPLITS):
+        u, wrong = model.draw(n, generator)
+        answered = choose(u, wrong)
+        count += answered > 0 and model.risk(u[answered] if answered < n else 1.0) > RISK
+    return count / SPLITS
+
+
+def promised(u, wrong):
+    rule = fitted(1 - u / 2, wrong, risk=RISK, level=LEVEL)
+    return rule.num_answered if rule else 0
+
+
+def counts_and_errors(wrong):
+    return np.arange(1, len(wrong) + 1), wrong.cumsum()
+
+
+def by_the_plain_rate(u, wrong):
+    m, errors = counts_and_errors(wrong)
+    return m[errors / m <= RISK].max(initial=0)
+
+
+def by_the_best_of_many_tests(u, wrong):
+    m, errors = counts_and_errors(wrong)
+    return m[binom.cdf(errors, m, RISK) <= 1 - LEVEL].max(initial=0)
+
+
+@pytest.mark.parametrize(("model", "least"), [(FALLING, 0), (NEVER, 0.03), (TWICE, 0)])
+def test_the_promise_fails_no_more_often_than_stated(model, least):
+    assert least <= violations(model, promised) <= 1 - LEVEL + 3 * standard_error(1 - LEVEL, SPLITS)
+
+
+def test_the_promise_needs_the_bound_and_the_sequence():
+    limit = 1 - LEVEL + 10 * standard_error(1 - LEVEL, SPLITS)
+    assert violations(FALLING, by_the_plain_rate) > limit
+    assert violations(NEVER, by_the_best_of_many_tests) > limit
+
+
+def test_hand_computed_case():
+    # 0.5^5 · (1 + 5) = 0.1875 and 0.5^4 · (1 + 4) = 0.3125: at level 0.8 one error may pass from 5 answers on, and
+    # of 6 answers 2 don't: 0.5^6 · (1 + 6 + 15) = 0.344
+    confidence = [0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65]
+    rule = fitted(confidence, [0, 1, 0, 0, 0, 1, 1], risk=0.5, level=0.8)
+    assert (rule.threshold, rule.num_answered, rule.num_wrong, rule.num_examples) == (0.7, 5, 1, 7)
+    assert rule.answers(torch.tensor([0.71, 0.7, 0.2], dtype=torch.float64)).tolist() == [True, False, False]
+    # all: 0.5^7 · (1 + 7) = 0.0625
+    rule = fitted(confidence, [0, 0, 0, 0, 0, 0, 1], risk=0.5, level=0.8)
+    assert (rule.threshold, rule.num_answered) == (0, 7)
+    assert rule.promise == (
+        "at most 0.5 of the answered are wrong, with probability 0.8, on data like the 7 calibration records"
+    )
+
+
+def test_equal_confidences_are_answered_together():
+    # five answers pass, but the sixth is as sure as the fifth, and with it two errors don't
+    assert fitted([0.9, 0.9, 0.9, 0.9, 0.7, 0.7], [0, 0, 0, 0, 1, 1], risk=0.5, level=0.8) is None
+    rule = fitted([0.9] * 8, [0, 0, 0, 0, 0, 0, 0, 1], risk=0.5, level=0.8)
+    assert (rule.threshold, rule.num_answered) == (0, 8)
+
+
+def test_the_test_is_scipys_upper_clopper_pearson_bound():
+    u, wrong = FALLING.draw(400, np.random.default_rng(3))
+    rule = fitted(1 - u / 2, wrong, risk=RISK, level=LEVEL)
+
+    def bound(m):
+        test = binomtest(int(wrong[:m].sum()), m, alternative="less")
+        return test.proportion_ci(LEVEL, "exact").high
+
+    assert rule.num_wrong == wrong[: rule.num_answered].sum() > 0
+    assert bound(rule.num_answered) <= RISK < bound(rule.num_answered + 1)
+
+
+def test_what_cannot_be_promised():
+    confidence, wrong = np.linspace(0.99, 0.51, 60), np.arange(60) % 5 == 4
+    with pytest.raises(
+        ValueError, match=r"no threshold on these 60 records promises a risk of 0\.1 with .* 0\.9"
+    ) as error:
+        fit_answering(*binary(confidence, wrong), risk=0.1, level=0.9)
+    least = float(str(error.value).rpartition(" ")[2])
+    assert fitted(confidence, wrong, risk=least, level=0.9)
+    assert fitted(confidence, wrong, risk=least - 0.001, level=0.9) is None
+    # 0.95^93 + 93 · 0.05 · 0.95^92 = 0.0499, and with 92 it is 0.0522
+    with pytest.raises(ValueError, match=r"risk 0\.05 with probability 0\.95 needs at least 93 records .* got 60"):
+        fit_answering(*binary(confidence, wrong))
+    with pytest.raises(ValueError, match=r"at least 4743863 records"):
+        fit_answering(*binary(confidence, wrong), risk=1e-6)
+    with pytest.raises(ValueError, match=r"promises a risk of 0\.9 with probability 0\.95$"):
+        fit_answering(*binary(confidence, np.ones(60)), risk=0.9)
+    with pytest.raises(ValueError, match=r"risk must be in \(0, 1\), got 5"):
+        fit_answering(*binary(confidence, wrong), risk=5)
+    with pytest.raises(ValueError, match="row 0 sums to 2"):
+        fit_answering(binary(confidence, wrong)[0] * 2, torch.zeros(60, dtype=torch.long), risk=0.5)

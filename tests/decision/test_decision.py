@@ -1,0 +1,94 @@
+"""The rules together: on predictions with several draws, to JSON and back, and what became of the promises."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from bloblora.decision import Decision, calibrate, check_promises
+from bloblora.prediction import Prediction
+from tests.decision.conftest import truths
+
+OPTIONS = {"risk": 0.3, "coverage": 0.8, "false_alarm": 0.1}
+
+
+def prediction(n=400, seed=0, concentration=0.2):
+    """Draws that scatter around the truth."""
+    probabilities, labels = truths(n, 4, 1, seed, concentration)
+    noise = torch.randn(3, n, 4, generator=torch.Generator().manual_seed(seed)) / 2
+    return Prediction((probabilities[0].clamp_min(1e-9).log() + noise).log_softmax(-1).float(), 3), labels[0]
+
+
+def test_decisions_are_of_the_averaged_probabilities():
+    inside, targets = prediction()
+    decision = calibrate(inside, targets, **OPTIONS, score="mutual_information")
+    new, _ = prediction(seed=1)
+    decided = decision.decide(new)
+    mean = new.draw_probabilities.mean(0)
+    assert torch.equal(decided.answers, mean.amax(-1) > decision.answering.threshold)
+    expected = (1 - mean <= decision.label_sets.threshold) | (mean == mean.amax(-1, keepdim=True))
+    assert torch.equal(decided.label_sets, expected)
+    assert torch.equal(decided.out_of_scope, new.mutual_information > decision.scope.threshold)
+
+
+@pytest.mark.parametrize("kind", ["lac", "aps", "raps"])
+def test_json_and_back(kind):
+    inside, targets = prediction()
+    decision = calibrate(inside, targets, **OPTIONS, kind=kind)
+    assert Decision.from_dict(json.loads(json.dumps(decision.to_dict()))) == decision
+    assert list(decision.promises) == ["answering", "label_sets", "scope"]
+    with pytest.raises((KeyError, TypeError)):
+        Decision.from_dict({"answering": {}, "label_sets": {}})
+
+
+def test_realized_by_hand():
+    inside, targets = prediction()
+    decision = calibrate(inside, targets, **OPTIONS)
+    new, right = prediction(seed=1)
+    far, _ = prediction(seed=2, concentration=50)
+    decided, result = decision.decide(new), decision.realized(new, right, far)
+    answered = [i for i in range(400) if decided.answers[i]]
+    assert 0 < len(answered) < 400
+    assert result["answered"] == len(answered) / 400
+    assert result["selective_risk"] == sum(int(new.labels[i] != right[i]) for i in answered) / len(answered)
+    assert result["set_coverage"] == sum(bool(decided.label_sets[i, right[i]]) for i in range(400)) / 400
+    assert result["set_size"] == pytest.approx(sum(map(int, decided.label_sets.flatten())) / 400)
+    assert result["false_alarm"] == sum(map(int, decided.out_of_scope)) / 400
+    assert result["detection"] > result["false_alarm"]
+    # on their own records the rules keep what they promise
+    own = decision.realized(inside, targets)
+    assert own["selective_risk"] <= 0.3
+    assert own["set_coverage"] >= 0.8
+    assert own["false_alarm"] <= 0.1
+    assert "detection" not in own
+
+
+def test_nothing_is_answered_where_nothing_is_sure():
+    inside, targets = prediction()
+    decision = calibrate(inside, targets, **OPTIONS)
+    unsure = Prediction(torch.full((1, 5, 4), math.log(0.25)), 0)
+    result = decision.realized(unsure, torch.zeros(5, dtype=torch.long))
+    assert (result["answered"], result["selective_risk"]) == (0, 0)
+
+
+def test_mutual_information_needs_draws():
+    inside, targets = prediction()
+    point = Prediction(inside.log_probs[:1], 0)
+    with pytest.raises(ValueError, match="mutual_information is 0 where there is one draw; take predictive_entropy"):
+        calibrate(point, targets, **OPTIONS, score="mutual_information")
+
+
+@pytest.mark.parametrize(
+    ("n", "options", "message"),
+    [
+        (92, {}, r"risk 0\.05 with probability 0\.95 needs at least 93"),
+        (93, {"coverage": 0.99}, r"coverage 0\.99 needs at least 99"),
+        (93, {"false_alarm": 0.001}, r"false_alarm 0\.001 needs at least 999"),
+        (93, {"level": 95}, r"confidence level must be in \(0, 1\), got 95"),
+    ],
+)
+def test_what_is_hopeless_is_known_before_any_prediction(n, options, message):
+    check_promises(93)
+    with pytest.raises(ValueError, match=message):
+        check_promises(n, **options)
