@@ -54,14 +54,14 @@ def test_a_study_from_file_to_page(done):
     parsed = Page()
     parsed.feed(page)
     assert parsed.outside == []
-    assert parsed.tags.count("svg") == 5  # reliability, risk-coverage, ECE and NLL against N, Pareto
+    assert parsed.tags.count("svg") == 6  # reliability, risk-coverage, ECE and NLL against N, learning, Pareto
     assert "bloblora report" in page
     text = (folder / "report.md").read_text()
     assert re.search(r"^\| wide blob, N = 4 \|", text, re.MULTILINE)
     assert len(re.findall(r"^\| lora \|", text, re.MULTILINE)) == 3  # one row a table: its draws are all the same
     assert "shift to other" in text
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
-    assert len(pictures) == 5
+    assert len(pictures) == 6
     assert all((folder / picture).is_file() for picture in pictures)
 
 

@@ -187,12 +187,28 @@ def _pictures(dataset: str, rows: Sequence[Row], best: Mapping[str, Row]) -> Ite
             yield Picture(
                 f"{dataset}: {name.upper()} against N", evaluation.to_svg(figure), f"{dataset}-{name}-against-n"
             )
+    learning = {label: line for label, row in shown.items() if (line := _learning_curve(row))}
+    if learning:
+        yield Picture(
+            f"{dataset}: training NLL against step, under the noise of the method's training",
+            evaluation.to_svg(evaluation.lines_figure(learning, "step", "training NLL")),
+            f"{dataset}-learning",
+        )
     points = {row.label: (row.values("test")["accuracy"], row.values("test")["ece"]) for row in best.values()}
     yield Picture(
         f"{dataset}: accuracy against ECE, to the lower right is better",
         evaluation.to_svg(evaluation.pareto_figure(points, "accuracy", "ECE")),
         f"{dataset}-pareto",
     )
+
+
+def _learning_curve(row: Row) -> dict[float, list[float]]:
+    """Training NLL by step, a value a seed; empty where a run didn't keep it."""
+    line: dict[float, list[float]] = {}
+    for result in row.results:
+        for step, nll in result.training.get("curve", ()):
+            line.setdefault(step, []).append(nll)
+    return line
 
 
 def _against_samples(rows: Sequence[Row], name: str) -> dict[str, dict[float, list[float]]]:
