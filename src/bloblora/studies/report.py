@@ -187,7 +187,7 @@ def _pictures(dataset: str, rows: Sequence[Row], best: Mapping[str, Row]) -> Ite
             yield Picture(
                 f"{dataset}: {name.upper()} against N", evaluation.to_svg(figure), f"{dataset}-{name}-against-n"
             )
-    learning = {label: line for label, row in shown.items() if (line := _learning_curve(row))}
+    learning = {label: curve for label, row in shown.items() if (curve := _learning_curve(row))}
     if learning:
         yield Picture(
             f"{dataset}: training NLL against step, under the noise of the method's training",
