@@ -1,0 +1,224 @@
+"""Hidden states of the trunk on disk: for adapters in the top layers only, the base below them is computed once.
+
+Training sees each example several times, evaluation once for each run; what lies below the first adapted layer is the
+same each time. It runs here in eval mode, so a base model that has dropout of its own trains without it in the trunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from ..files import read_json, write_json
+from .trunk import Trunk, trunk_below
+
+_HIDDEN, _ROW = "trunk_hidden", "trunk_row"
+_FORMAT_VERSION = 1
+
+
+class CacheableTask(Protocol):
+    """What the cache needs of a task, and gives back."""
+
+    def length(self, example: Any) -> int:
+        """Tokens that an encoded example takes in a batch."""
+        ...
+
+    def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """Encoded examples to a padded batch, each row padded on one side, with ``input_ids`` (b, T)."""
+        ...
+
+    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Logits (b, C) of a batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class CachedTrunk:
+    """A task whose batches bring the trunk's output along, so that its forwards start above it.
+
+    Attributes:
+        task: of the same examples.
+        trunk: the blocks that are spared.
+        hidden: (all tokens, d), of one example after the other.
+        starts: where each example's tokens start, (n + 1,).
+        dtype: of the hidden states.
+    """
+
+    task: CacheableTask
+    trunk: Trunk
+    hidden: np.ndarray
+    starts: np.ndarray
+    dtype: torch.dtype
+
+    def length(self, example: Any) -> int:
+        """As the task's."""
+        return self.task.length(example)
+
+    def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """The task's batch, and the hidden states (b, T, d) of its tokens; 0 for padding."""
+        batch = self.task.collate(examples)
+        ids = batch["input_ids"]
+        hidden = torch.zeros(*ids.shape, self.hidden.shape[-1], dtype=self.dtype)
+        for i, example in enumerate(examples):
+            row = example[_ROW]
+            own = torch.from_numpy(self.hidden[self.starts[row] : self.starts[row + 1]].copy()).view(self.dtype)
+            hidden[i, _place(self.task, example, ids[i])] = own
+        return batch | {_HIDDEN: hidden}
+
+    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The task's logits, from the blocks above the trunk."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != _HIDDEN}
+        with self.trunk.replayed(lambda: batch[_HIDDEN]):
+            return self.task.logits(model, inputs)
+
+
+class IndexedExamples(Sequence[Any]):
+    """Examples that know their place in the cache."""
+
+    def __init__(self, examples: Sequence[Any]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        return {**self._examples[index], _ROW: index}
+
+
+def cache_trunk(
+    model: nn.Module,
+    task: CacheableTask,
+    examples: Sequence[Any],
+    folder: Path,
+    *,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> tuple[CachedTrunk, IndexedExamples]:
+    """Compute the trunk of examples, or find it in a folder, where it is kept by a hash of model, tokens and versions.
+
+    The file holds every token's hidden state: n tokens × d × 4 bytes in float32. It is memory-mapped.
+
+    Args:
+        model: a PEFT model with LoRA in its top layers only.
+        task: whose examples these are.
+        examples: encoded.
+        folder: of the cache.
+        batch_size: examples a forward.
+        progress: show a bar.
+
+    Returns:
+        A task and examples to train and predict with in place of the given ones.
+
+    Raises:
+        ValueError: the first block is adapted, or the adapted layers don't stand in one list of blocks.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    trunk = trunk_below(model, names)
+    if trunk is None:
+        raise ValueError(
+            "the model has no trunk: adapt only layers above its first block (LoraConfig.layers_to_transform), all of "
+            "them in one list of blocks or the output head"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    name = _key(model, trunk, task, examples)
+    data, index = folder / f"{name}.npy", folder / f"{name}.json"
+    if not index.is_file():
+        _write(model, trunk, task, examples, data, index, batch_size, progress)
+    stored = read_json(index, ValueError)
+    hidden = np.load(data, mmap_mode="r", allow_pickle=False)
+    dtype = getattr(torch, stored["dtype"])
+    return CachedTrunk(task, trunk, hidden, np.array(stored["starts"]), dtype), IndexedExamples(examples)
+
+
+@torch.no_grad()
+def _write(
+    model: nn.Module,
+    trunk: Trunk,
+    task: CacheableTask,
+    examples: Sequence[Any],
+    data: Path,
+    index: Path,
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """Both files; the index, by which the cache is found, last."""
+    lengths = [task.collate([example])["input_ids"].shape[1] for example in examples]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    order = sorted(range(len(examples)), key=lambda i: -lengths[i])
+    file, array, dtype = data.with_suffix(".partial"), None, torch.float32
+    modes = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        for rows in track(batches, "trunk", disable=not progress, console=Console(stderr=True)):
+            batch = task.collate([examples[i] for i in rows])
+            hidden = _compute(model, trunk, task, batch)
+            if array is None:
+                dtype = hidden.dtype
+                kind = hidden.view(_integer(dtype)).numpy().dtype
+                array = np.lib.format.open_memmap(file, "w+", kind, (int(starts[-1]), hidden.shape[-1]))
+            for i, own, ids in zip(rows, hidden, batch["input_ids"], strict=True):
+                place = _place(task, examples[i], ids)
+                array[starts[i] : starts[i + 1]] = own[place].view(_integer(dtype)).numpy()
+    finally:
+        for module in modes:
+            module.training = True
+    assert array is not None
+    array.flush()
+    file.replace(data)
+    write_json(index, {"format_version": _FORMAT_VERSION, "dtype": str(dtype).split(".")[1], "starts": starts.tolist()})
+
+
+def _compute(model: nn.Module, trunk: Trunk, task: CacheableTask, batch: dict[str, Tensor]) -> Tensor:
+    device = next(model.parameters()).device
+    moved = {name: tensor.to(device) for name, tensor in batch.items()}
+    output = trunk.compute(lambda: task.logits(model, moved))
+    return (output[0] if isinstance(output, tuple) else output).cpu()
+
+
+def _place(task: CacheableTask, example: Any, ids: Tensor) -> slice:
+    """Where an example's own tokens are in its padded row of a batch."""
+    own = task.collate([example])["input_ids"][0]
+    return slice(0, len(own)) if torch.equal(ids[: len(own)], own) else slice(len(ids) - len(own), len(ids))
+
+
+def _integer(dtype: torch.dtype) -> torch.dtype:
+    """NumPy has no bfloat16: bits are kept as they are."""
+    return {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+
+
+def _key(model: nn.Module, trunk: Trunk, task: CacheableTask, examples: Sequence[Any]) -> str:
+    """Hash of all that the trunk's output depends on."""
+    digest = hashlib.sha256(f"{_FORMAT_VERSION} {torch.__version__} {len(trunk.blocks)}".encode())
+    for part in _parts(model, trunk, task, examples):
+        digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def _parts(model: nn.Module, trunk: Trunk, task: CacheableTask, examples: Sequence[Any]) -> Iterator[bytes]:
+    config: Any = model.config
+    yield json.dumps(config.to_dict(), sort_keys=True, default=str).encode()
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for module in (*embeddings, *trunk.blocks):
+        for name, tensor in module.state_dict().items():
+            yield name.encode()
+            yield tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    for example in examples:
+        for name, tensor in sorted(task.collate([example]).items()):
+            if name != "labels":
+                yield f"{name} {tuple(tensor.shape)}".encode()
+                yield tensor.contiguous().view(torch.uint8).numpy().tobytes()
