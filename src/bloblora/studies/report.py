@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -94,11 +95,13 @@ def report(folder: Path, html: Path | None = None, baseline: str = "lora", title
     results = sorted(read_results(folder), key=lambda result: result.label != baseline)
     if not results:
         raise RunError(f"{folder}: no results in it; give a folder that `bloblora compare` wrote")
+    given = {"--baseline": None if baseline == "lora" else baseline, "--title": title}
+    options = [part for pair in given.items() if pair[1] for part in pair]
+    command = shlex.join(["bloblora", "report", str(folder), *map(str, options)])
     title, html = title or folder.name, html or folder / "report.html"
     sections = [_setting(results)]
     for dataset in dict.fromkeys(result.dataset for result in results):
         sections += _sections(dataset, [result for result in results if result.dataset == dataset], baseline)
-    command = f"bloblora report {folder}"
     write_text(folder / "report.md", _markdown(title, sections, command, folder))
     write_text(html, _page(title, sections, command))
     return html
@@ -129,7 +132,7 @@ def _sections(dataset: str, results: Sequence[Result], baseline: str) -> Iterato
             yield Section(f"{dataset}: shift to {key}", [Table(text, shifted, shown)])
 
 
-_LEGEND = "Mean ± standard deviation; **best**, and * within one standard deviation of it."
+_LEGEND = "Mean ± standard deviation; **best**, and * within one standard deviation. Times: as the machine was loaded."
 
 
 def _rows(results: Sequence[Result]) -> list[Row]:
