@@ -1,6 +1,7 @@
 """Bayesian low-rank adaptation for language models."""
 
 from .adapter import BlobConfig, Posterior, bayesianize, find_posterior, load, save
+from .generation import Generation, posterior_generate
 from .prediction import Prediction, predict
 from .training import BlobTrainer, BlobTrainingArguments
 
@@ -10,11 +11,13 @@ __all__ = [
     "BlobConfig",
     "BlobTrainer",
     "BlobTrainingArguments",
+    "Generation",
     "Posterior",
     "Prediction",
     "bayesianize",
     "find_posterior",
     "load",
+    "posterior_generate",
     "predict",
     "save",
 ]

@@ -177,9 +177,10 @@ def test_all_problems_at_once_with_line_field_and_value(tmp_path):
         f"{file}:6: not valid JSON: Expecting property name enclosed in double quotes at column 2",
         f"{file}:7: 'a text alone' is not a JSON object",
         f"{file}:8: [1] is not a JSON object",
-        f"{file}:9: it has body; it must have 'text' (and 'label'), or 'question' and 'choices' (and 'answer')",
+        f"{file}:9: it has body; it must have 'text' (and 'label'), 'question' and 'choices' (and 'answer'), "
+        "'prompt' (and 'response'), or 'messages'",
         f"{file}:10: field 'choices': ['one'] must be a list of at least 2 texts",
-        f"{file}:11: it has 'question', those before 'text'; keep the two kinds in separate files",
+        f"{file}:11: it has 'question', those before 'text'; keep the kinds in separate files",
         f"{file}:12: field 'text': 'half \\ud800' has half a surrogate pair, which is no text",
     ]
 
@@ -304,7 +305,7 @@ def test_batches_of_a_file(tmp_path):
 def test_kinds():
     assert kind_of(TEXTS) == "classification"
     assert kind_of(QUESTIONS) == "choice"
-    with pytest.raises(DataError, match="records of both kinds"):
+    with pytest.raises(DataError, match="several kinds: some have 'question', some have 'text'"):
         kind_of([*TEXTS, *QUESTIONS])
     with pytest.raises(DataError, match="no records"):
         kind_of([])

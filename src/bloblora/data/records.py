@@ -1,11 +1,12 @@
 """Reading and checking records.
 
 A record is a plain dict: ``{"text", "label"}`` for classification, ``{"question", "choices", "answer"}`` for multiple
-choice with ``answer`` the index of the right choice. For prediction, ``label`` and ``answer`` may be missing.
+choice with ``answer`` the index of the right choice, ``{"prompt", "response"}`` or ``{"messages"}`` for open text, with
+messages ``{"role", "content"}`` of which the assistant's is the last. For prediction, ``label``, ``answer``,
+``response`` and the assistant's last message may be missing.
 """
 
 import csv
-import io
 import json
 import re
 import sys
@@ -24,7 +25,9 @@ from .support_desk import support_desk
 
 Record = dict[str, Any]
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-_FIELD = {"classification": "'text'", "choice": "'question'"}
+_FORMS = "'text' (and 'label'), 'question' and 'choices' (and 'answer'), 'prompt' (and 'response'), or 'messages'"
+_PARQUET_ROWS, _BUFFER = 1024, 2**20  # rows and bytes at a time, so that a row group need not fit into memory
+_FIELD = {"classification": "'text'", "choice": "'question'", "generation": "'prompt' or 'messages'"}
 
 
 def read_records(source: str | Path, *, require_labels: bool = True) -> list[Record]:
@@ -43,67 +46,76 @@ def read_records(source: str | Path, *, require_labels: bool = True) -> list[Rec
     Raises:
         DataError: lists every problem with file, line, field and value.
     """
-    return next(_batches(str(source), None, require_labels))
+    return [*read_each(source, require_labels=require_labels)]
+
+
+def read_each(source: str | Path, *, require_labels: bool = True) -> Iterator[Record]:
+    """The records of `read_records` one after the other, none of them kept.
+
+    Raises:
+        DataError: as `read_records`, after the last.
+    """
+    problems: list[str] = []
+    for record, found in _checked(str(source), require_labels):
+        problems += found
+        yield record
+    if problems:
+        raise DataError(problems)
 
 
 def read_batches(source: str | Path, size: int, *, require_labels: bool = True) -> Iterator[list[Record]]:
     """The records of `read_records`, ``size`` at a time.
 
-    A file is checked whole before its first batch. Standard input is a stream: it is read and checked a batch at a
-    time, so that answers don't wait for its end.
+    A file is checked whole before its first batch, and read again for them: but for .json, memory holds a batch,
+    however long the file is. Standard input is a stream: it is read and checked a batch at a time, so that answers
+    don't wait for its end.
 
     Raises:
         DataError: as `read_records`.
     """
-    if str(source) == "-":
-        yield from _batches("-", size, require_labels)
-        return
-    records = read_records(source, require_labels=require_labels)
-    yield from (records[start : start + size] for start in range(0, len(records), size))
+    if str(source) != "-":
+        for _ in read_each(source, require_labels=require_labels):
+            pass
+    rows = _checked(str(source), require_labels)
+    while batch := list(islice(rows, size)):
+        if problems := [problem for _, found in batch for problem in found]:
+            raise DataError(problems)
+        yield [record for record, _ in batch]
 
 
 def kind_of(records: Iterable[Record]) -> str:
-    """``classification`` or ``choice``.
+    """``classification``, ``choice`` or ``generation``.
 
     Raises:
-        DataError: both kinds, or none.
+        DataError: several kinds, or none.
     """
     kinds = {_kind(record) for record in records}
     if not kinds:
         raise DataError(["there are no records"])
     if len(kinds) > 1:
-        raise DataError(["records of both kinds: some have 'text', some 'question'; keep them in separate files"])
+        some = ", ".join(f"some have {_FIELD[kind]}" for kind in sorted(kinds))
+        raise DataError([f"records of several kinds: {some}; keep them in separate files"])
     return kinds.pop()
 
 
-def _batches(source: str, size: int | None, require_labels: bool) -> Iterator[list[Record]]:
-    """Checked records, ``size`` at a time, or all at once for None; at least one batch."""
-    rows = _rows(source)
-    kind: str | None = None
-    while kind is None or size is not None:
-        records: list[Record] = []
-        problems: list[str] = []
-        for where, row in islice(rows, size):
-            if isinstance(row, _Broken):
-                problems.append(f"{where}: {row.reason}")
-                continue
-            record = _from_columns(row)
-            found = _problems(record, require_labels)
-            if not found:
-                kind = kind or _kind(record)
-                if _kind(record) != kind:
-                    fields = f"it has {_FIELD[_kind(record)]}, those before {_FIELD[kind]}"
-                    found = [f"{fields}; keep the two kinds in separate files"]
-            problems += [f"{where}: {problem}" for problem in found]
-            records.append(record)
-        if problems:
-            raise DataError(problems)
-        if not records and kind is None:
-            name = "standard input" if source == "-" else source
-            raise DataError([f"{name}: there are no records in it"])
-        if not records:
-            return
-        yield records
+def _checked(source: str, require_labels: bool) -> Iterator[tuple[Record, list[str]]]:
+    """Each row as a record, with its problems; a DataError where there is none."""
+    kind, empty = None, True
+    for where, row in _rows(source):
+        empty = False
+        if isinstance(row, _Broken):
+            yield {}, [f"{where}: {row.reason}"]
+            continue
+        record = _from_columns(row)
+        problems = _problems(record, require_labels)
+        if not problems:
+            kind = kind or _kind(record)
+            if _kind(record) != kind:
+                fields = f"it has {_FIELD[_kind(record)]}, those before {_FIELD[kind]}"
+                problems = [f"{fields}; keep the kinds in separate files"]
+        yield record, [f"{where}: {problem}" for problem in problems]
+    if empty:
+        raise DataError([f"{'standard input' if source == '-' else source}: there are no records in it"])
 
 
 @dataclass(frozen=True)
@@ -186,14 +198,17 @@ def _json_list(path: Path) -> Iterator[_Row]:
 
 
 def _table_rows(path: Path, delimiter: str) -> Iterator[_Row]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter)
-    try:
-        for row in reader:
-            surplus = row.pop(None, None)  # where DictReader puts cells without a name
-            problem = f"more cells than the header has columns: {surplus!r}; quote cells that hold {delimiter!r}"
-            yield f"{path}:{reader.line_num}", _Broken(problem) if surplus else row
-    except csv.Error as error:
-        raise DataError([f"{path}:{reader.line_num}: not a table: {error}"]) from error
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter=delimiter)
+        try:
+            for row in reader:
+                surplus = row.pop(None, None)  # where DictReader puts cells without a name
+                problem = f"more cells than the header has columns: {surplus!r}; quote cells that hold {delimiter!r}"
+                yield f"{path}:{reader.line_num}", _Broken(problem) if surplus else row
+        except csv.Error as error:
+            raise DataError([f"{path}:{reader.line_num}: not a table: {error}"]) from error
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[_Row]:
@@ -201,10 +216,12 @@ def _parquet_rows(path: Path) -> Iterator[_Row]:
     from pyarrow import ArrowException, parquet
 
     try:
-        rows = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path, buffer_size=_BUFFER) as file:
+            batches = file.iter_batches(batch_size=_PARQUET_ROWS)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
     except (ArrowException, OSError) as error:
         raise DataError([f"{path}: not readable as Parquet: {error}"]) from error
-    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _dataset_rows(path: Path) -> Iterator[_Row]:
@@ -221,12 +238,21 @@ def _dataset_rows(path: Path) -> Iterator[_Row]:
 
 
 def _text(path: Path) -> str:
-    content = path.read_bytes().removeprefix(BOM_UTF8)
     try:
-        return content.decode()
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError([f"{path}:{line}: not UTF-8: byte 0x{content[error.start]:02x}"]) from error
+        raise _not_utf8(path) from error
+
+
+def _not_utf8(path: Path) -> DataError:
+    """The error that names the first line which is no UTF-8."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return DataError([f"{path}:{number}: not UTF-8: byte 0x{line[error.start]:02x}"])
+    return DataError([f"{path}: not UTF-8"])
 
 
 def _from_columns(row: Record) -> Record:
@@ -248,8 +274,8 @@ def _from_columns(row: Record) -> Record:
 
 
 def _is_missing(name: str, value: Any) -> bool:
-    """Null, and where a label or an answer should be also an empty cell or the NaN that pandas writes for one."""
-    return value is None or (name in ("label", "answer") and (value == "" or value != value))
+    """Null, and where an answer of any kind should be also an empty cell or the NaN that pandas writes for one."""
+    return value is None or (name in ("label", "answer", "response") and (value == "" or value != value))
 
 
 def _index(answer: Any, choices: Any) -> Any:
@@ -267,15 +293,21 @@ def _index(answer: Any, choices: Any) -> Any:
 
 
 def _kind(record: Record) -> str:
-    return "classification" if "text" in record else "choice"
+    if "text" in record:
+        return "classification"
+    return "generation" if "prompt" in record or "messages" in record else "choice"
 
 
 def _problems(record: Record, require_labels: bool) -> list[str]:
     if "text" in record:
         return [*_text_problems(record, "text"), *_label_problems(record, require_labels)]
+    if "prompt" in record:
+        return [*_text_problems(record, "prompt"), *_response_problems(record, require_labels)]
+    if "messages" in record:
+        return _message_problems(record["messages"], require_labels)
     if "question" not in record:
         fields = ", ".join(map(str, record)) or "nothing"
-        return [f"it has {fields}; it must have 'text' (and 'label'), or 'question' and 'choices' (and 'answer')"]
+        return [f"it has {fields}; it must have {_FORMS}"]
     return [*_text_problems(record, "question"), *_choice_problems(record, require_labels)]
 
 
@@ -298,6 +330,26 @@ def _label_problems(record: Record, required: bool) -> list[str]:
     if "label" not in record:
         return ["field 'label': missing; each training or evaluation record needs one"] if required else []
     return _text_problems(record, "label")
+
+
+def _response_problems(record: Record, required: bool) -> list[str]:
+    if "response" not in record:
+        return ["field 'response': missing; each training record needs one"] if required else []
+    return _text_problems(record, "response")
+
+
+def _message_problems(messages: Any, required: bool) -> list[str]:
+    if not isinstance(messages, list) or not messages:
+        return [f"field 'messages': {messages!r} must be a list of at least one message"]
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            return [f"field 'messages', item {number}: {message!r} must have 'role' and 'content'"]
+        if problems := [*_text_problems(message, "role"), *_text_problems(message, "content")]:
+            return [f"field 'messages', item {number}: {problem}" for problem in problems]
+    if required and messages[-1]["role"] != "assistant":
+        role = messages[-1]["role"]
+        return [f"field 'messages': the last one's role is {role!r}; in training records it must be 'assistant'"]
+    return []
 
 
 def _choice_problems(record: Record, required: bool) -> list[str]:

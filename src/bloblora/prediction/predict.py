@@ -81,7 +81,7 @@ def predict(
     device, order = next(model.parameters()).device, _order(inputs, task)
     starts = range(0, len(order), batch_size)
     rows = []
-    with _eval_mode(model):
+    with eval_mode(model):
         for start in track(starts, "predicting", disable=not progress, console=Console(stderr=True)):
             batch = _batch(inputs, task, order[start : start + batch_size])
             moved = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -159,7 +159,7 @@ def _stopped_log_probs(
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; then each module is as it was, also in a model of which a part is frozen in eval mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()

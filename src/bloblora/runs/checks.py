@@ -7,13 +7,22 @@ from .. import data as datasets_
 from .. import models, tasks
 from .config import RunError, TrainConfig
 
+_FIELDS = {
+    "classification": "'text'",
+    "choice": "'question' and 'choices'",
+    "generation": "'prompt' or 'messages'",
+}
+_NOT_OF_TEXT = ("laplace", "laplace-last", "temperature")
+
 
 def check_task(config: TrainConfig, records: Sequence[dict[str, Any]]) -> None:
     """Raise a RunError when the records can't be this task's; needs no tokenizer."""
     kind = datasets_.kind_of(records)
     if config.task != "auto" and _kind(config.task) != kind:
-        wanted = {"classification": "'text'", "choice": "'question' and 'choices'"}[_kind(config.task)]
-        raise RunError(f"{config.data}: task {config.task!r} needs records with {wanted}")
+        raise RunError(f"{config.data}: task {config.task!r} needs records with {_FIELDS[_kind(config.task)]}")
+    if kind == "generation" and (config.temperature_scaling or config.method in _NOT_OF_TEXT):
+        method = "temperature_scaling" if config.temperature_scaling else f"method {config.method!r}"
+        raise RunError(f"{method} is for labels and choices; train task 'generation' with another method")
     if config.normalization != TrainConfig.normalization and (name := task_name(config, records)) != "choice_text":
         raise RunError(f"normalization {config.normalization!r} is for task 'choice_text'; this one is {name!r}")
     labels = {record["label"] for record in records} if kind == "classification" else None
@@ -36,9 +45,22 @@ def check_targets(config: TrainConfig, task: tasks.Task) -> None:
 def check_kind(task: tasks.Task, records: Sequence[dict[str, Any]]) -> None:
     """Raise a RunError when records are of another kind than the task's: texts to classify, or questions."""
     kind, wanted = datasets_.kind_of(records), _kind(task.name)
+    if wanted == "generation":
+        raise RunError("the run's task is generation, whose answers are no labels or choices; use `bloblora generate`")
     if kind != wanted:
-        fields = {"classification": "'text'", "choice": "'question' and 'choices'"}
-        raise RunError(f"the run's task is {task.name}, which needs records with {fields[wanted]}, not {fields[kind]}")
+        raise RunError(
+            f"the run's task is {task.name}, which needs records with {_FIELDS[wanted]}, not {_FIELDS[kind]}"
+        )
+
+
+def check_generates(task: tasks.Task, records: Sequence[dict[str, Any]]) -> None:
+    """Raise a RunError when a run writes no text, or records have no prompt."""
+    if _kind(task.name) != "generation":
+        raise RunError(f"the run's task is {task.name}, which writes no text; train one with --task generation")
+    if (kind := datasets_.kind_of(records)) != "generation":
+        raise RunError(
+            f"the run's task is generation, which needs records with {_FIELDS['generation']}, not {_FIELDS[kind]}"
+        )
 
 
 def check_samples(samples: int, seed: int, batch_size: int = 1) -> None:
@@ -61,4 +83,4 @@ def num_labels(task: tasks.Task) -> int | None:
 
 
 def _kind(task_name: str) -> str:
-    return "classification" if task_name == tasks.Classification.name else "choice"
+    return task_name if task_name in _FIELDS else "choice"

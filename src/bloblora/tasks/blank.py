@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from bloblora.tasks.prompts import continuation_ids, prompt_ids
+from bloblora.tasks.prompts import continuation_ids, fit_prefix, prompt_ids
 from bloblora.tasks.task import (
     Batch,
     Example,
@@ -27,6 +27,8 @@ from bloblora.tasks.task import (
     collate_labels,
 )
 from bloblora.tasks.tree import collate_trees, tree_length, tree_log_likelihoods
+
+_LONGEST = "the longest choice with the text after the blank"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,8 @@ class Blank(Task):
         suffix = continuation_ids(tokenizer, after)
         prefix = prompt_ids(tokenizer, prefix_text)
         branches = [_filler_ids(tokenizer, prefix_text, space, choice) + suffix for choice in choices]
-        kept = self._fit(prefix, max(map(len, branches)), tokenizer.bos_token_id)
+        longest = max(map(len, branches))
+        kept = fit_prefix(prefix, longest, self.max_length, tokenizer.bos_token_id, _LONGEST)
         return {
             "prefix": kept,
             "branches": branches,
@@ -69,19 +72,6 @@ class Blank(Task):
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-likelihoods (b, C) of the text after the blank, nats."""
         return tree_log_likelihoods(model, batch)
-
-    def _fit(self, prefix: list[int], longest: int, bos_token_id: int | None) -> list[int]:
-        """The prefix within max_length, shortened from its left but for its BOS."""
-        if self.max_length is None or len(prefix) + longest <= self.max_length:
-            return prefix
-        bos = prefix[:1] if prefix[:1] == [bos_token_id] else []
-        room = self.max_length - longest - len(bos)
-        if room < 1:
-            raise TaskError(
-                f"max_length: {self.max_length} tokens are too few for the longest choice with the text "
-                f"after the blank, {longest} tokens"
-            )
-        return bos + prefix[-room:]
 
 
 def _filler_ids(tokenizer: PreTrainedTokenizerBase, before: str, space: str, choice: str) -> list[int]:

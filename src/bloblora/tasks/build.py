@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,16 +14,18 @@ from bloblora.tasks.blank import Blank
 from bloblora.tasks.choice_letter import ChoiceLetter
 from bloblora.tasks.choice_text import ChoiceText
 from bloblora.tasks.classification import Classification
+from bloblora.tasks.generation import TextGeneration
 from bloblora.tasks.task import Example, Record, Task, TaskError, check_options
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, ChoiceText, ChoiceLetter, Blank)}
+_ALL: tuple[type[Task], ...] = (Classification, ChoiceText, ChoiceLetter, Blank, TextGeneration)
+TASKS = {task.name: task for task in _ALL}
 
 
 def build_task(name: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Task:
     """The task of this name, or the one that fits the records for "auto".
 
-    "auto" is `classification` for records with a `text`; for choices it is `blank` when every question has
-    two choices and a `_`, otherwise `choice_text`.
+    "auto" is `classification` for records with a `text`, `generation` for records with a `prompt` or `messages`; for
+    choices it is `blank` when every question has two choices and a `_`, otherwise `choice_text`.
 
     Raises:
         TaskError: an unknown name or option, or records that fit no task.
@@ -39,8 +41,12 @@ def guess_task(records: Sequence[Record]) -> str:
     """
     if records and all("text" in record for record in records):
         return Classification.name
+    if records and all("prompt" in record or "messages" in record for record in records):
+        return TextGeneration.name
     if not records or not all("question" in record and "choices" in record for record in records):
-        raise TaskError("task: 'auto' needs records that all have 'text', or all 'question' and 'choices'")
+        raise TaskError(
+            "task: 'auto' needs records that all have 'text', 'prompt', 'messages', or 'question' and 'choices'"
+        )
     blanks = all("_" in str(record["question"]) and len(record["choices"]) == 2 for record in records)
     return Blank.name if blanks else ChoiceText.name
 
@@ -68,23 +74,32 @@ def encode_all(
     Raises:
         TaskError: all problems of all records, each with the record's number, counted from 1.
     """
-    examples: list[Example] = []
+    return [*encode_each(task, records, tokenizer, progress)]
+
+
+def encode_each(
+    task: Task, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, progress: bool = False
+) -> Iterator[Example]:
+    """The same one after the other, none of them kept; errors and warnings come at the end."""
     problems: list[str] = []
+    truncated = 0
     shown = track(records, "Tokenizing", disable=not progress, console=Console(stderr=True))
     for number, record in enumerate(shown, start=1):
         try:
-            examples.append(task.encode(record, tokenizer))
+            example = task.encode(record, tokenizer)
         except TaskError as error:
             problems += [f"record {number}: {problem}" for problem in error.problems]
+            continue
+        truncated += example["truncated"] > 0
+        yield example
     if problems:
         raise TaskError(*problems)
-    if truncated := sum(example["truncated"] > 0 for example in examples):
+    if truncated:
         warnings.warn(
-            f"{truncated} of {len(examples)} records have more than max_length={task.max_length} tokens: "
-            f"{'the end of the text' if task.labels else 'the beginning of the question'} was cut off",
+            f"{truncated} of {len(records)} records have more than max_length={task.max_length} tokens: "
+            f"{'the end of the text' if task.labels else 'the beginning of the question or prompt'} was cut off",
             stacklevel=2,
         )
-    return examples
 
 
 def _task_class(name: str | None) -> type[Task]:

@@ -43,6 +43,21 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def fit_prefix(ids: list[int], room: int, limit: int | None, bos_token_id: int | None, what: str) -> list[int]:
+    """Token ids that leave ``room`` within ``limit``, shortened from the left but for their BOS.
+
+    Raises:
+        TaskError: nothing would be left; ``what`` says for what the room is.
+    """
+    if limit is None or len(ids) + room <= limit:
+        return ids
+    bos = ids[:1] if ids[:1] == [bos_token_id] else []
+    kept = limit - room - len(bos)
+    if kept < 1:
+        raise TaskError(f"max_length: {limit} tokens are too few for {what}, {room} tokens")
+    return bos + ids[-kept:]
+
+
 def fit_question(
     tokenizer: PreTrainedTokenizerBase, template: str, question: str, limit: int | None, **fields: str
 ) -> tuple[list[int], int]:

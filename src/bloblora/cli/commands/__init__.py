@@ -5,7 +5,9 @@ from importlib.metadata import version as package_version
 
 from ...demo import demo
 from .about import info, list_methods
+from .generate import generate
 from .run import calibrate, evaluate, predict, train
+from .serve import serve
 from .study import compare, report, tune
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -13,6 +15,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate,
     "evaluate": evaluate,
     "predict": predict,
+    "serve": serve,
+    "generate": generate,
     "demo": demo,
     "compare": compare,
     "report": report,

@@ -1,0 +1,258 @@
+"""Decoding for transformers' ``generate``: one answer by the mean of the draws, and one of each draw."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+from transformers import Cache, GenerationConfig
+
+from ..adapter import UnevenPartsError
+from ..prediction import Sampler
+from ..prediction.sampler import Forward, StackedWeights
+
+_MOST_TOKENS = 8192
+"""Prompt tokens, over draws, that are read in one forward: what it takes of memory."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What has been written for b prompts: the tensors of `Generation`, and which tokens belong to answers."""
+
+    tokens: Tensor
+    mask: Tensor
+    draw_tokens: Tensor
+    draw_mask: Tensor
+    draw_log_probs: Tensor
+    entropies: Tensor
+    expected_entropies: Tensor
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A decoding method for transformers' ``generate``, which prepares what it is called with."""
+
+    sampler: Sampler
+    num_samples: int
+    seed: int
+    batch: Mapping[str, Tensor]
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Callable[[Tensor, Tensor], Tensor],
+        stopping_criteria: Callable[[Tensor, Any], Tensor],
+        generation_config: GenerationConfig,
+        **arguments: Any,
+    ) -> Answers:
+        """The averaged answers, and those of the draws."""
+        prompts = _Prompts(model, input_ids, arguments, self.batch)
+        try:
+            logits = self._logits(prompts)
+        except UnevenPartsError:
+            prompts = _Prompts(model, input_ids, arguments, self.batch, together=1)
+            logits = self._logits(prompts)
+        # Seeded apart from the weights, whose generator takes the seed itself.
+        noises = np.random.SeedSequence([self.seed, 1]).spawn(1 + len(logits))
+        writers = [_Writer(input_ids, logits_processor, stopping_criteria, generation_config, n) for n in noises]
+        scores = self._write_averaged(writers[0], [read.copy() for read in prompts.read], logits)
+        self._write_own(writers[1:], prompts.read, logits)
+        (tokens, mask), *own = (writer.answer() for writer in writers)
+        draw_tokens, draw_masks = (torch.stack(parts) for parts in zip(*own, strict=True))
+        draw_log_probs, entropies, expected = (torch.stack(parts, dim=-1) * mask for parts in zip(*scores, strict=True))
+        return Answers(tokens, mask, draw_tokens, draw_masks, draw_log_probs, entropies, expected)
+
+    def _write_averaged(self, writer: _Writer, read: list[_Sequences], logits: Tensor) -> list[tuple[Tensor, ...]]:
+        """Write one answer that all draws read; `_token_scores` of each token."""
+        scores: list[tuple[Tensor, ...]] = []
+        while True:
+            scores.append(_token_scores(logits, writer.write(logits)))
+            if not writer.running.any():
+                return scores
+            logits = self._logits(_Step(read, [writer] * len(logits)))
+
+    def _write_own(self, writers: list[_Writer], read: list[_Sequences], logits: Tensor) -> None:
+        """Write an answer a draw."""
+        while True:
+            for writer, own in zip(writers, logits.split(1), strict=True):
+                writer.write(own)
+            if not any(writer.running.any() for writer in writers):
+                return
+            logits = self._logits(_Step(read, writers))
+
+    def _logits(self, forward: _Reader) -> Tensor:
+        """Logits (S, b, V) of all draws."""
+        return torch.stack([*self.sampler.logits(forward, self.num_samples, self.seed)])
+
+
+class KeptDraws:
+    """Draws of a posterior, made once however often they are asked for: for every token. Several share a forward."""
+
+    def __init__(self, weights: StackedWeights, num_samples: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._weights, self._samples = weights, [weights.sample(generator) for _ in range(num_samples)]
+
+    def logits(self, forward: Forward, num_samples: int, seed: int) -> Iterator[Tensor]:
+        """Logits of the draws; ``forward`` is a step of `Decoding`."""
+        assert isinstance(forward, _Reader)
+        if not self._samples:
+            with self._weights.mean():
+                yield forward()
+        for start in range(0, len(self._samples), forward.together):
+            samples = self._samples[start : start + forward.together]
+            with self._weights.stacked(samples, len(samples) * forward.rows):
+                logits = forward(len(samples))
+            yield from logits.unflatten(0, (len(samples), -1))
+
+
+class _Reader(ABC):
+    """A forward that reads on in b sequences, for one draw or several at once.
+
+    Attributes:
+        rows: b.
+        together: most draws a call.
+    """
+
+    rows: int
+    together: int
+
+    def __call__(self, draws: int = 1) -> Tensor:
+        """Logits (draws·b, V) of the next token, by the weights in force for each of so many equal parts."""
+        logits = self.next_logits(draws)
+        if unpack_dual(logits).tangent is not None:
+            raise ValueError("sampler: its draws are linearized, no weights that could write; take another method")
+        return logits
+
+    @abstractmethod
+    def next_logits(self, draws: int) -> Tensor:
+        """The same, unchecked."""
+
+
+class _Prompts(_Reader):
+    """Reads the prompts; ``read`` then holds what goes on from them."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: Tensor,
+        arguments: dict[str, Any],
+        batch: Mapping[str, Tensor],
+        together: int | None = None,
+    ) -> None:
+        self._model, self._tokens, self._arguments, self._batch = model, tokens, arguments, batch
+        self.rows, self.together = len(tokens), together or max(1, _MOST_TOKENS // batch["input_ids"].numel())
+        self.read: list[_Sequences] = []
+
+    def next_logits(self, draws: int) -> Tensor:
+        arguments = {name: _repeat(value, draws) for name, value in self._arguments.items()}
+        if self._model.config.is_encoder_decoder:
+            names = ("input_ids", "attention_mask")
+            given = {name: _repeat(self._batch[name], draws) for name in names if name in self._batch}
+            arguments["encoder_outputs"] = self._model.get_encoder()(**given)
+        sequences = _Sequences(self._model, _repeat(self._tokens, draws), arguments)
+        logits = sequences.logits()
+        self.read.append(sequences)
+        return logits
+
+
+class _Step(_Reader):
+    """Reads the last token that a draw's writer has written."""
+
+    def __init__(self, read: Sequence[_Sequences], writers: Sequence[_Writer]) -> None:
+        self._pending, self._writers = iter(read), iter(writers)
+        self.rows = len(writers[0].tokens)
+        self.together = len(read[0].tokens) // self.rows
+
+    def next_logits(self, draws: int) -> Tensor:
+        sequences = next(self._pending)
+        sequences.tokens = torch.cat([writer.tokens for writer in islice(self._writers, draws)])
+        return sequences.logits()
+
+
+class _Sequences:
+    """Sequences of which a part has been read, and its cache."""
+
+    def __init__(self, model: Any, tokens: Tensor, arguments: dict[str, Any], is_new: bool = True) -> None:
+        self._model, self.tokens, self._is_new = model, tokens, is_new
+        self._arguments = {k: copy.deepcopy(v) if isinstance(v, Cache) else v for k, v in arguments.items()}
+
+    def copy(self) -> _Sequences:
+        """The same with a cache of its own."""
+        return _Sequences(self._model, self.tokens, self._arguments, self._is_new)
+
+    def logits(self) -> Tensor:
+        """Logits of the next token, float32; reads all that is new in ``tokens``."""
+        inputs = self._model.prepare_inputs_for_generation(
+            self.tokens,
+            next_sequence_length=None if self._is_new else 1,
+            is_first_iteration=self._is_new,
+            **self._arguments,
+        )
+        outputs = self._model(**inputs, return_dict=True)
+        self._is_new = False
+        self._arguments = self._model._update_model_kwargs_for_generation(
+            outputs, self._arguments, is_encoder_decoder=self._model.config.is_encoder_decoder
+        )
+        return outputs.logits[:, -1].float()
+
+
+class _Writer:
+    """Chooses the tokens of a batch of answers, each row until its end."""
+
+    def __init__(
+        self,
+        prompt: Tensor,
+        processors: Callable[[Tensor, Tensor], Tensor],
+        criteria: Callable[[Tensor, Any], Tensor],
+        config: GenerationConfig,
+        noise: np.random.SeedSequence,
+    ) -> None:
+        self.tokens, self._start = prompt, prompt.shape[1]
+        self._processors, self._criteria, self._config = processors, criteria, config
+        self._generator = torch.Generator().manual_seed(int(noise.generate_state(1)[0]))
+        self._mask: list[Tensor] = []
+        self.running = torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
+
+    def write(self, logits: Tensor) -> Tensor:
+        """The next token (b,) by the mean probabilities of draws, whose logits are (S, b, V)."""
+        log_mean = torch.logsumexp(logits.log_softmax(-1), dim=0) - math.log(len(logits))
+        # As large as logits, since a repetition penalty isn't indifferent to a shift: one draw is as in `generate`.
+        scores = self._processors(self.tokens, log_mean + logits.logsumexp(-1).mean(0).unsqueeze(-1))
+        if self._config.do_sample:
+            # Gumbel noise; the same for all rows, so that none depends on its place in the batch
+            uniform = torch.rand(scores.shape[-1], generator=self._generator, dtype=torch.float64)
+            scores = scores - (-uniform.log()).log().to(scores)
+        token = scores.argmax(-1)
+        if (pad := self._config._pad_token_tensor) is not None:
+            token = token.where(self.running, pad)
+        self._mask.append(self.running)
+        self.tokens = torch.cat([self.tokens, token.unsqueeze(-1)], dim=-1)
+        self.running = self.running & ~self._criteria(self.tokens, None)
+        return token
+
+    def answer(self) -> tuple[Tensor, Tensor]:
+        """Tokens without the prompt, (b, T), and which belong to the answer."""
+        return self.tokens[:, self._start :], torch.stack(self._mask, dim=-1)
+
+
+def _token_scores(logits: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log p_s (S, b) of a token, H[p̄] (b,) and the mean of H[p_s] (b,), of logits (S, b, V)."""
+    log_probs = logits.log_softmax(-1)
+    probs = log_probs.exp()
+    of_token = log_probs.gather(-1, token.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1)
+    return of_token, torch.special.entr(probs.mean(0)).sum(-1), torch.special.entr(probs).sum(-1).mean(0)
+
+
+def _repeat(value: Any, times: int) -> Any:
+    """A batch repeated as a whole; what is no tensor of rows stays."""
+    return value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value

@@ -1,0 +1,159 @@
+"""Generation with N weight draws, each of them one function for a whole sequence."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedTokenizerBase
+
+from ..adapter import find_posterior
+from ..prediction import Point, Sampler, Tempered, WeightDraws
+from ..prediction.predict import eval_mode
+from ..prediction.sampler import StackedWeights
+from .agreement import Agree, same_text
+from .decoding import Answers, Decoding, KeptDraws
+from .generation import Generation
+
+
+@torch.no_grad()
+def posterior_generate(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    num_samples: int = 10,
+    seed: int = 0,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    sampler: Sampler | None = None,
+    agree: Agree = same_text,
+    batch_size: int = 16,
+    progress: bool = False,
+    **options: Any,
+) -> Generation:
+    """Answers by the mean of the draws' next-token probabilities, and the answers of each draw.
+
+    Draw s of a seed is one function for a whole sequence, with a key-value cache of its own: it depends neither on the
+    batch, its order and its padding, nor on how many draws follow. The same holds for sampled tokens: equal prompts get
+    equal answers, and another seed others. Torch's global generator and the model's train or eval mode stay as they
+    are. Each prompt is read once a draw.
+
+    Args:
+        model: a PEFT model, Bayesian or plain, or any other of which ``sampler`` draws; decoder-only or
+            encoder-decoder.
+        inputs: what a tokenizer returned (tensors of n rows), padded on the left for a decoder-only model.
+        num_samples: N draws; 0 uses the posterior mean.
+        seed: of the draws, and of sampled tokens.
+        tokenizer: makes texts of answers; without it a text is its token ids, and draws agree where all ids are equal.
+        sampler: where the draws come from; default the model's posterior. A plain model is one function: one draw is
+            made, whatever N.
+        agree: whether two answers mean the same; default, equal but for case, punctuation, articles and white space.
+        batch_size: prompts a forward.
+        progress: show a bar.
+        **options: as for transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``,
+            ``repetition_penalty``, ``stopping_criteria``, …; what is left open comes from the model's generation
+            config. They act on the averaged probabilities, and on each draw's own for its answer.
+
+    Returns:
+        The `Generation`, on the CPU, rows in the order of ``inputs``.
+
+    Raises:
+        ValueError: ``num_samples`` or ``batch_size`` is out of range, there is no prompt or one is padded on the wrong
+            side, an option asks for several answers, or the sampler's draws are no weights (a linearized Laplace).
+    """
+    _check(inputs, num_samples, batch_size, options)
+    sampler = _kept(sampler or _sampler(model), num_samples, seed)
+    device = next(model.parameters()).device
+    order = _order(inputs)
+    starts = range(0, len(order), batch_size)
+    parts = []
+    with eval_mode(model):
+        for start in track(starts, "generating", disable=not progress, console=Console(stderr=True)):
+            rows = order[start : start + batch_size]
+            batch = {name: tensor.to(device) for name, tensor in _batch(model, inputs, rows).items()}
+            decoding: Any = Decoding(sampler, num_samples, seed, batch)
+            parts.append(model.generate(**batch, **options, use_cache=True, custom_generate=decoding))  # type: ignore[operator]
+    return _joined(parts, order, tokenizer, num_samples, agree)
+
+
+def _sampler(model: nn.Module) -> Sampler:
+    posterior = find_posterior(model)
+    return Point() if posterior is None else WeightDraws(posterior)
+
+
+def _kept(sampler: Sampler, num_samples: int, seed: int) -> Sampler:
+    """The same draws, not made again for each token where that costs something."""
+    if isinstance(sampler, Tempered):
+        return replace(sampler, sampler=_kept(sampler.sampler, num_samples, seed))
+    if isinstance(sampler, WeightDraws) and isinstance(sampler.weights, StackedWeights):
+        return KeptDraws(sampler.weights, num_samples, seed)
+    return sampler
+
+
+def _check(inputs: Mapping[str, Tensor], num_samples: int, batch_size: int, options: Mapping[str, Any]) -> None:
+    if num_samples < 0:
+        raise ValueError(f"num_samples must be 0 (the mean) or more, got {num_samples}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    for name in ("num_beams", "num_return_sequences"):
+        if (value := options.get(name, 1)) != 1:
+            raise ValueError(f"{name} must be 1, got {value}: there is one averaged answer, and one of each draw")
+    if "input_ids" not in inputs or not len(inputs["input_ids"]):
+        raise ValueError("inputs: there is nothing to answer; pass what the tokenizer returned for one or more prompts")
+
+
+def _order(inputs: Mapping[str, Tensor]) -> list[int]:
+    """Order in which prompts are batched: the longest first, so that little is padded."""
+    if "attention_mask" not in inputs:
+        return list(range(len(inputs["input_ids"])))
+    return torch.as_tensor(inputs["attention_mask"]).sum(-1).argsort(descending=True, stable=True).tolist()
+
+
+def _batch(model: Any, inputs: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
+    """Some rows, without columns that pad all of them."""
+    batch = {name: torch.as_tensor(value)[rows] for name, value in inputs.items() if name != "labels"}
+    if (mask := batch.get("attention_mask")) is None:
+        return batch
+    if not model.config.is_encoder_decoder and (ended := (mask[:, -1] == 0).nonzero()).numel():
+        raise ValueError(
+            f"inputs: row {rows[int(ended[0])]} of attention_mask ends in padding, where this model would write on; "
+            "tokenize with padding_side='left'"
+        )
+    width, used = mask.shape[1], mask.any(0)
+    return {name: tensor[:, used] if tensor.shape[1:] == (width,) else tensor for name, tensor in batch.items()}
+
+
+def _joined(
+    parts: Sequence[Answers],
+    order: list[int],
+    tokenizer: PreTrainedTokenizerBase | None,
+    num_samples: int,
+    agree: Agree,
+) -> Generation:
+    """All batches as one in the inputs' order, with 0 after the end of the shorter ones."""
+
+    def texts(tokens: Tensor, mask: Tensor) -> list[str]:
+        rows = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+        if tokenizer is None:
+            return [" ".join(map(str, row)) for row in rows]
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    place = torch.tensor(order).argsort()
+    joined: dict[str, Tensor] = {}
+    for name in (field.name for field in fields(Answers)):
+        tensors = [getattr(part, name) for part in parts]
+        width = max(tensor.shape[-1] for tensor in tensors)
+        padded = [pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
+        joined[name] = torch.cat(padded, dim=-2).cpu()[..., place, :]
+    draw_mask = joined.pop("draw_mask")
+    of_draws = [texts(*draw) for draw in zip(joined["draw_tokens"], draw_mask, strict=True)]
+    return Generation(
+        texts(joined["tokens"], joined["mask"]),
+        [*map(list, zip(*of_draws, strict=True))],
+        **joined,
+        num_samples=num_samples,
+        agree=agree,
+    )

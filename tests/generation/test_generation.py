@@ -1,0 +1,69 @@
+"""The measures of a generation against numbers computed by hand."""
+
+import math
+
+import pytest
+import torch
+
+from bloblora.generation import Generation
+
+
+def generation(**changes) -> Generation:
+    """Two answers, of 2 and 1 tokens, under 3 draws."""
+    probs = torch.tensor([[[0.5, 0.5], [0.25, 1]], [[0.25, 0.5], [0.5, 1]], [[0.75, 0.5], [0.75, 1]]])
+    fields = {
+        "texts": ["The sun", "iron"],
+        "draw_texts": [["the sun.", "Sun", "moon"], ["iron", "iron", "iron"]],
+        "tokens": torch.tensor([[5, 2], [2, 0]]),
+        "draw_tokens": torch.zeros(3, 2, 2, dtype=torch.long),
+        "mask": torch.tensor([[True, True], [True, False]]),
+        "draw_log_probs": probs.log(),
+        "entropies": torch.tensor([[0.9, 0.5], [0.7, 0]]),
+        "expected_entropies": torch.tensor([[0.6, 0.4], [0.7, 0]]),
+        "num_samples": 3,
+    }
+    return Generation(**fields | changes)
+
+
+def test_by_hand():
+    scores = generation().scores()
+    expected = {
+        # p̄ = (0.5, 0.5) and 0.5
+        "log_probability": [math.log(0.5), math.log(0.5)],
+        "predictive_entropy": [0.7, 0.7],
+        "expected_entropy": [0.5, 0.7],
+        "mutual_information": [0.2, 0.0],
+        # log ¼, log ⅛ and log ⅜: squares of deviations from their mean over 2
+        "log_probability_variance": [
+            sum(
+                (math.log(p) - (math.log(1 / 4) + math.log(1 / 8) + math.log(3 / 8)) / 3) ** 2
+                for p in (1 / 4, 1 / 8, 3 / 8)
+            )
+            / 2,
+            sum(
+                (math.log(p) - (math.log(1 / 4) + math.log(1 / 2) + math.log(3 / 4)) / 3) ** 2
+                for p in (1 / 4, 1 / 2, 3 / 4)
+            )
+            / 2,
+        ],
+        "agreement": [1 / 3, 1],
+        "semantic_entropy": [math.log(3) - 2 / 3 * math.log(2), 0],
+    }
+    assert scores.keys() == expected.keys()
+    for name, values in expected.items():
+        assert scores[name].tolist() == pytest.approx(values, abs=1e-6), name
+
+
+def test_one_draw_is_certain_of_itself():
+    whole = generation()
+    one = generation(draw_texts=[["sun"], ["iron"]], draw_log_probs=whole.draw_log_probs[:1], num_samples=0)
+    assert one.agreement.tolist() == [1, 1]
+    assert one.semantic_entropy.tolist() == [0, 0]
+    assert one.log_probability_variance.tolist() == [0, 0]
+    assert one.log_probability.tolist() == pytest.approx([math.log(0.5), math.log(0.25)])
+
+
+def test_a_given_relation_decides():
+    found = generation(agree=lambda first, second: "moon" not in (first, second) or True)
+    assert found.agreement.tolist() == [1, 1]
+    assert found.semantic_entropy.tolist() == [0, 0]
