@@ -16,8 +16,8 @@ from torch import Tensor
 
 ESTIMATORS = ("independent", "flipout", "shared", "local")
 
-
-_SLICES = 16
+# Slices of tokens: few, for they are launches on a GPU, and where they can be small enough for a processor's cache.
+_MAX_SLICES, _MIN_ROWS = 16, 128
 
 
 def project(x: Tensor, mean: Tensor, std: Tensor, estimator: str) -> Tensor:
@@ -35,51 +35,73 @@ def project(x: Tensor, mean: Tensor, std: Tensor, estimator: str) -> Tensor:
     Returns:
         h, (b, ..., r).
     """
-    if estimator == "local":
-        # Autocast casts the operations of a Function's forward, but not those of its backward.
-        with torch.autocast(x.device.type, enabled=False):
-            variance = _SquaredLinear.apply(x, std.square())
-        h = F.linear(x, mean)
-        return h + variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt() * torch.randn_like(h)
+    std = std.to(mean.dtype)
     if estimator == "shared":
         return F.linear(x, mean + torch.randn_like(std) * std)
-    weights = mean + _example_noise(x, std, estimator)
-    return torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), weights.mT).reshape(*x.shape[:-1], -1)
+    x = x.to(mean.dtype)
+    # Autocast casts the operations of a Function's forward, but not those of its backward.
+    with torch.autocast(x.device.type, enabled=False):
+        if estimator == "local":
+            noise = torch.randn(*x.shape[:-1], len(mean), dtype=mean.dtype, device=mean.device)
+            return _LocalLinear.apply(x, mean, std.square(), noise)
+        noise = _example_noise(x.shape[0], std, estimator)
+        h = _ExampleLinear.apply(x.reshape(x.shape[0], -1, x.shape[-1]), mean, std, noise)
+    return h.reshape(*x.shape[:-1], -1)
 
 
-def _example_noise(x: Tensor, std: Tensor, estimator: str) -> Tensor:
-    """Noise of each example's weight, (b, r, n)."""
-    b, (r, n) = x.shape[0], std.shape
+def _example_noise(b: int, like: Tensor, estimator: str) -> Tensor:
+    """E_k of each example, (b, r, n)."""
+    r, n = like.shape
     if estimator == "independent":
-        return torch.randn(b, r, n, dtype=std.dtype, device=std.device) * std
-    rows, columns = _signs((b, r, 1), std), _signs((b, 1, n), std)
-    return (torch.randn_like(std) * std) * rows * columns
+        return torch.randn(b, r, n, dtype=like.dtype, device=like.device)
+    signs = torch.randint(0, 2, (b, r + n), dtype=like.dtype, device=like.device).mul_(2).sub_(1)
+    return torch.randn_like(like) * signs[:, :r, None] * signs[:, None, r:]
 
 
-def _signs(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.randint(0, 2, shape, device=like.device).to(like.dtype) * 2 - 1
-
-
-class _SquaredLinear(torch.autograd.Function):
-    """(x∘x) Wᵀ in slices of tokens, so that x∘x never exists whole."""
+class _ExampleLinear(torch.autograd.Function):
+    """x_k (M + E_k∘Ω)ᵀ of each example k: autograd would take three times the operations, and as many more on E∘Ω."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, weight)
-        rows = x.reshape(-1, x.shape[-1])
-        pieces = [F.linear(piece.square(), weight) for piece in _slices(rows)]
-        return torch.cat(pieces).reshape(*x.shape[:-1], -1)
+    def forward(ctx, x: Tensor, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        weights = torch.addcmul(mean, noise, std)
+        ctx.save_for_backward(x, weights, noise)
+        return torch.bmm(x, weights.mT)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor]:  # type: ignore[no-untyped-def]
-        x, weight = ctx.saved_tensors
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        grad_x = (grads @ weight).mul_(rows).mul_(2).reshape(x.shape) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight)
-        for piece, grad_piece in zip(_slices(rows), _slices(grads), strict=True):
-            grad_weight += grad_piece.mT @ piece.square()
-        return grad_x, grad_weight
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        x, weights, noise = ctx.saved_tensors
+        grad_x = torch.bmm(grad, weights) if ctx.needs_input_grad[0] else None
+        grad_weights = torch.bmm(grad.mT, x)
+        return grad_x, grad_weights.sum(0), (grad_weights * noise).sum(0), None
 
 
-def _slices(rows: Tensor) -> tuple[Tensor, ...]:
-    return rows.split(-(-rows.shape[0] // _SLICES))
+class _LocalLinear(torch.autograd.Function):
+    """x Mᵀ + √((x∘x) Vᵀ)∘E in slices of tokens, so that x∘x never exists whole."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        h = F.linear(x, mean)
+        squares = torch.cat([F.linear(piece.square(), variance) for piece in _slices(x)]).reshape(h.shape)
+        std = squares.clamp_min_(torch.finfo(squares.dtype).tiny).sqrt_()
+        ctx.save_for_backward(x, mean, variance, noise, std)
+        return h.addcmul_(std, noise)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        x, mean, variance, noise, std = ctx.saved_tensors
+        grad_std = grad * noise / std  # d√v is half of dv/√v, and for x the square gives the 2 back
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if ctx.needs_input_grad[0] else None
+        grad_mean, grad_variance = torch.zeros_like(mean), torch.zeros_like(variance)
+        pieces = [_slices(tensor) for tensor in (x, grad, grad_std, x if grad_x is None else grad_x)]
+        for x_piece, piece, std_piece, out in zip(*pieces, strict=True):
+            grad_mean.addmm_(piece.mT, x_piece)
+            grad_variance.addmm_(std_piece.mT, x_piece.square(), alpha=0.5)
+            if grad_x is not None:
+                torch.mm(std_piece, variance, out=out).mul_(x_piece).addmm_(piece, mean)
+        return grad_x, grad_mean, grad_variance, None
+
+
+def _slices(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Rows of the last dimension, a few at a time: views."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows.split(max(_MIN_ROWS, -(-len(rows) // _MAX_SLICES)))

@@ -16,6 +16,8 @@ from torch import Tensor
 STD_PARAMETERIZATIONS = ("square", "softplus")
 """``square``: Ω = G∘G (the paper's). ``softplus``: Ω = log(1 + exp ρ)."""
 
+_LOT = 32  # layers
+
 
 def std(parameter: Tensor, parameterization: str = "square") -> Tensor:
     """Standard deviation Ω of the posterior.
@@ -69,7 +71,7 @@ def kl_divergence(
     .. math:: \sum_{ij} \Big[\log\frac{\sigma_p}{\Omega_{ij}}
               + \frac{\Omega_{ij}^2 + M_{ij}^2}{2\sigma_p^2} - \tfrac12\Big]
 
-    The layers are stacked first: its cost is a few kernels, however many layers there are.
+    The layers are stacked in lots that fit a processor's cache: its cost is a few kernels a lot.
 
     Args:
         means: M of each layer, any shapes.
@@ -80,11 +82,10 @@ def kl_divergence(
     Returns:
         A scalar in nats, float32 or wider, differentiable.
     """
-    mean = stack(means)
-    parameter = stack(std_parameters)
-    squares = std(parameter, parameterization).square() + mean.square()
-    per_entry = squares / (2 * prior_std**2) - log_std(parameter, parameterization)
-    return per_entry.sum() + mean.numel() * (math.log(prior_std) - 0.5)
+    count = sum(mean.numel() for mean in means)
+    lots = [slice(start, start + _LOT) for start in range(0, len(means), _LOT)]
+    parts = [_kl_of_stack(stack(means[lot]), stack(std_parameters[lot]), prior_std, parameterization) for lot in lots]
+    return stack(parts).sum() + count * (math.log(prior_std) - 0.5)
 
 
 @torch.no_grad()
@@ -110,14 +111,42 @@ def kl_flow_(
     torch._foreach_mul_(means, [math.exp(-time / prior**2) for prior in priors])
     slopes = [math.tanh(4 * time / prior) for prior in priors]
     stds = torch._foreach_mul(std_parameters, std_parameters)
-    above = torch._foreach_add(stds, [prior * slope for prior, slope in zip(priors, slopes, strict=True)])
-    below = torch._foreach_add(torch._foreach_mul(stds, slopes), priors)
-    roots = torch._foreach_sqrt(torch._foreach_mul(torch._foreach_div(above, below), priors))
-    for parameter, root in zip(std_parameters, roots, strict=True):
-        parameter.copy_(root.copysign(parameter))
+    below = torch._foreach_mul(stds, slopes)
+    torch._foreach_add_(below, priors)
+    torch._foreach_add_(stds, [prior * slope for prior, slope in zip(priors, slopes, strict=True)])
+    torch._foreach_mul_(stds, priors)
+    torch._foreach_div_(stds, below)
+    torch._foreach_sqrt_(stds)
+    for parameter, root in zip(std_parameters, stds, strict=True):
+        torch.copysign(root, parameter, out=parameter)
 
 
 def stack(tensors: list[Tensor]) -> Tensor:
     """All entries of all layers, one dimension, float32 or wider, on the first layer's device."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return torch.cat([tensor.reshape(-1).to(dtype=dtype, device=tensors[0].device) for tensor in tensors])
+
+
+def _kl_of_stack(mean: Tensor, parameter: Tensor, prior_std: float, parameterization: str) -> Tensor:
+    """KL(q‖p) less its constant."""
+    if parameterization == "square":
+        return _SquareKl.apply(mean, parameter, prior_std)
+    stds = std(parameter, parameterization)
+    return (stds.dot(stds) + mean.dot(mean)) / (2 * prior_std**2) - log_std(parameter, parameterization).sum()
+
+
+class _SquareKl(torch.autograd.Function):
+    """`_kl_of_stack` with Ω = G∘G: its gradients in half the passes over memory that autograd would make."""
+
+    @staticmethod
+    def forward(ctx, mean: Tensor, g: Tensor, prior_std: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(mean, g)
+        ctx.precision = prior_std**-2
+        stds = g.square()
+        return (stds.dot(stds) + mean.dot(mean)) * (ctx.precision / 2) - 2 * g.abs().log_().sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        mean, g = ctx.saved_tensors
+        precision = grad * ctx.precision
+        return mean * precision, g.pow(3).mul_(2 * precision).sub_(2 * grad / g), None

@@ -145,10 +145,12 @@ class BlobTrainer(Trainer):
             loss = loss + kl
             scale = 1.0 if scaler is None else scaler.get_scale()
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient * scale if parameter.grad is None else parameter.grad.add_(gradient * scale)
+                old = parameter.grad
+                parameter.grad = gradient * scale if old is None else old.add_(gradient, alpha=scale)
         # Here and not in a callback: clipping, which comes between, spreads one NaN over all gradients. With float16
         # the scaler skips such steps itself.
-        if scaler is None and (name := last_bad_gradient(self._module)) is not None:
+        assert self.optimizer is not None
+        if scaler is None and (name := last_bad_gradient(self._module, self.optimizer)) is not None:
             raise self._diverged("a gradient", f"in {name}")
         return loss
 

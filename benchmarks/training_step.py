@@ -1,0 +1,312 @@
+"""What does a training step of BLoB cost beside one of plain LoRA, in time and in memory?
+
+    python benchmarks/training_step.py
+    python benchmarks/training_step.py --published FOLDER    # and the authors' code: a checkout of bayesian-peft
+
+A step is a whole one of the Trainer: forward, backward, the check that gradients are finite, clipping, AdamW, the KL,
+the schedule. On one base model and one batch, for each batch size × tokens and choice of layers: plain LoRA, every
+estimator and every way of the KL, PEFT's MonteCLoRA and the published BLoB.
+
+- time: in each round all take turns, in a random order; the median and quartiles over rounds of the ratio to plain LoRA
+  in the same round;
+- memory: the largest resident size (VmHWM) of a process that does nothing else but a few steps, and what of it is
+  above the size before the first;
+- the KL: time of its part alone, as a share of a plain step;
+- where the difference goes: torch's profiler, self time of each operation less that in plain LoRA's step.
+
+Writes results/training_step/results.json and README.md.
+"""
+
+import argparse
+import copy
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, MontecloraConfig, TaskType, get_peft_model
+from peft.helpers import MontecloraTrainerMixin
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments
+
+from bloblora import BlobConfig, BlobTrainer, bayesianize, evaluation, models, runs
+from bloblora.studies.job import cpu
+from bloblora.training import BlobTrainingArguments
+
+RESULTS = Path(__file__).parents[1] / "results" / "training_step"
+PLAIN, MONTECLORA, PUBLISHED = "plain LoRA", "MonteCLoRA (PEFT)", "published BLoB"
+BLOB = {
+    "independent, flow": ("independent", "flow"),
+    "flipout, flow": ("flipout", "flow"),
+    "shared, flow": ("shared", "flow"),
+    "local, flow": ("local", "flow"),
+    "independent, alternating": ("independent", "alternating"),
+    "independent, joint": ("independent", "joint"),
+}
+TARGETS: dict[str, str | list[str]] = {"q and v": ["q_proj", "v_proj"], "all-linear": "all-linear"}
+NUM_LABELS, SEED = 10, 0
+Batch = dict[str, Tensor]
+Step = Callable[[], object]
+
+
+class MontecloraTrainer(MontecloraTrainerMixin, Trainer):
+    """As PEFT's documentation has it."""
+
+
+def load(name: str | None) -> PreTrainedModel:
+    """The base with a head of ``NUM_LABELS``; without a name a tiny random one."""
+    torch.manual_seed(SEED)
+    if name is not None:
+        return models.load_model(name, num_labels=NUM_LABELS)
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    return LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=NUM_LABELS, pad_token_id=0))
+
+
+def batch_of(base: PreTrainedModel, examples: int, tokens: int) -> Batch:
+    """Random tokens without padding."""
+    generator = torch.Generator().manual_seed(SEED)
+    ids = torch.randint(3, base.config.vocab_size, (examples, tokens), generator=generator)
+    labels = torch.randint(NUM_LABELS, (examples,), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def share_weights(base: PreTrainedModel) -> PreTrainedModel:
+    """A copy with modules of its own, and the same tensors."""
+    return copy.deepcopy(base, {id(tensor): tensor for tensor in base.parameters()})
+
+
+def trainer_of(name: str, base: PreTrainedModel, targets: str | list[str]) -> Trainer:
+    """The trainer of a variant, of a fresh adapter on ``base``."""
+    torch.manual_seed(SEED)
+    monteclora = {"monteclora_config": MontecloraConfig()} if name == MONTECLORA else {}
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type=TaskType.SEQ_CLS, **monteclora)
+    model = get_peft_model(base, lora)
+    common: dict[str, Any] = {"output_dir": tempfile.gettempdir(), "report_to": [], "use_cpu": True}
+    if name not in BLOB:
+        kind = MontecloraTrainer if name == MONTECLORA else Trainer
+        return kind(model=model, args=TrainingArguments(**common))
+    estimator, style = BLOB[name]
+    bayesianize(model, BlobConfig(estimator=estimator))
+    return BlobTrainer(model, BlobTrainingArguments(**common, optimizer_style=style, dataset_size=1000))
+
+
+def step_of(trainer: Trainer, batch: Batch) -> Step:
+    """What the Trainer's loop does in each step."""
+    trainer.create_optimizer_and_scheduler(num_training_steps=10_000)
+    trainer.current_gradient_accumulation_steps = 1
+    model, optimizer, schedule = trainer.model, trainer.optimizer, trainer.lr_scheduler
+
+    def step() -> Tensor:
+        loss = trainer.training_step(model, batch)
+        trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+        optimizer.step()
+        if isinstance(trainer, BlobTrainer):
+            trainer.kl_step()
+        schedule.step()
+        model.zero_grad()
+        trainer.state.global_step += 1
+        return loss
+
+    return step
+
+
+def kl_part(trainer: BlobTrainer) -> Step:
+    """The KL's part of a step, alone."""
+    if trainer.args.optimizer_style != "joint":
+        return trainer.kl_step
+    posterior = trainer.posterior
+    means, parameters = posterior.parameters()
+    return lambda: torch.autograd.grad(posterior.kl(), [*means, *parameters])
+
+
+def published_step(folder: Path, base: PreTrainedModel, targets: str | list[str], batch: Batch) -> Step:
+    """One turn of the loop in the authors' own ``fit``."""
+    from accelerate import Accelerator
+
+    # Their imports: a module of PEFT that is empty without bitsandbytes, and a debugger.
+    sys.modules["peft.tuners.lora.bnb"] = types.ModuleType("peft.tuners.lora.bnb")
+    sys.modules["peft.tuners.lora.bnb"].Linear8bitLt = type("Linear8bitLt", (nn.Module,), {})  # type: ignore[attr-defined]
+    sys.modules.setdefault("ipdb", types.ModuleType("ipdb")).set_trace = lambda *_: None  # type: ignore[attr-defined]
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    from modelwrappers.blob import BLoB, get_parser
+
+    given = "--dataset-type bertds --dataset x --modelwrapper blob --model x --model-type seqcls"
+    given += f" --max-train-steps 10000 --batch-size {len(batch['labels'])}"
+    options = get_parser().parse_args(given.split())
+    vars(options).update(outdim=NUM_LABELS, num_samples=1000, bayes_klreweighting=True, bayes_datasetrescaling=True)
+    vars(options).update(bayes_eps=0.05, bayes_beta=0.2, bayes_gamma=8, eval_per_steps=10**9, epoch=0)
+    torch.manual_seed(SEED)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type=TaskType.SEQ_CLS)
+    wrapper = BLoB(base, lora, options, Accelerator(cpu=True))
+    loader = torch.utils.data.DataLoader([{}])
+    wrapper.prepare_for_fit_evaluate(
+        types.SimpleNamespace(train_dataloader=loader, test_dataloader=loader, num_samples=1000)
+    )
+    wrapper.train()
+    return lambda: wrapper.fit([batch], None)
+
+
+def times(functions: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each function; in each round all take turns, in a random order."""
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(rounds + 1):
+        for name in random.Random(number).sample([*functions], len(functions)):
+            start = time.perf_counter()
+            functions[name]()
+            if number:  # the first round warms up
+                found[name].append(time.perf_counter() - start)
+    return found
+
+
+def memory(name: str, cell: tuple[int, int, str], options: argparse.Namespace) -> dict[str, float]:
+    """MiB that this process has taken after a few steps: at most, and above what it held before them."""
+    torch.set_num_threads(1)
+    examples, tokens, layers = cell
+    base = load(options.model)
+    batch = batch_of(base, examples, tokens)
+    step = build(name, base, TARGETS[layers], batch, options)[0]
+    before = resident("VmRSS")
+    for _ in range(3):
+        step()
+    peak = resident("VmHWM")
+    return {"peak": peak, "step": peak - before}
+
+
+def resident(field: str) -> float:
+    """MiB: what this process holds (VmRSS), or has held at most (VmHWM). ru_maxrss would begin at its parent's."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 2**10
+
+
+def build(
+    name: str, base: PreTrainedModel, targets: str | list[str], batch: Batch, options: argparse.Namespace
+) -> tuple[Step, Step | None]:
+    """A variant's step, and the KL's part of it."""
+    if name == PUBLISHED:
+        return published_step(options.published.resolve(), base, targets, batch), None
+    trainer = trainer_of(name, base, targets)
+    return step_of(trainer, batch), kl_part(trainer) if isinstance(trainer, BlobTrainer) else None
+
+
+def account(steps: Mapping[str, Step], name: str, count: int = 4) -> dict[str, float]:
+    """Seconds of self time a step that each operation takes more than in plain LoRA's, largest differences first."""
+    seconds: list[dict[str, float]] = [{}, {}]
+    for _ in range(count):
+        for found, step in zip(seconds, (steps[name], steps[PLAIN]), strict=True):
+            with profile(activities=[ProfilerActivity.CPU]) as recorded:
+                step()
+            for event in recorded.key_averages():
+                found[event.key] = found.get(event.key, 0) + event.self_cpu_time_total / 1e6 / count
+    blob, plain = seconds
+    more = {key: blob.get(key, 0) - plain.get(key, 0) for key in blob.keys() | plain.keys()}
+    return dict(sorted(more.items(), key=lambda item: -abs(item[1])))
+
+
+def measure(cell: tuple[int, int, str], names: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one batch size, number of tokens, and choice of layers."""
+    examples, tokens, layers = cell
+    base = load(options.model)
+    batch = batch_of(base, examples, tokens)
+    built = {name: build(name, share_weights(base), TARGETS[layers], batch, options) for name in names}
+    steps = {name: step for name, (step, _) in built.items()}
+    seconds = times(steps, options.rounds)
+    plain = seconds[PLAIN]
+    result: dict[str, Any] = {"seconds": seconds, "kl_share": {}, "peak_mib": {}, "step_mib": {}}
+    result["ratio"] = {name: [a / b for a, b in zip(of, plain, strict=True)] for name, of in seconds.items()}
+    for name, (_, kl) in built.items():
+        if kl is not None:
+            result["kl_share"][name] = statistics.median(times({name: kl}, 15)[name]) / statistics.median(plain)
+    if options.profile:
+        more = account(steps, next(name for name in names if name in BLOB))
+        result["more_seconds"] = dict([*more.items()][:12])
+    for name in names if options.memory else []:
+        # A process for each: its peak is its own.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(memory, name, cell, options).result()
+        result["peak_mib"][name], result["step_mib"][name] = found["peak"], found["step"]
+    return result
+
+
+def row(name: str, result: Mapping[str, Any]) -> dict[str, float]:
+    """A line of a cell's table."""
+    ratios = result["ratio"][name]
+    lower, _, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    values = {"time / plain LoRA": statistics.median(ratios), "lower quartile": lower, "upper quartile": upper}
+    values["seconds"] = statistics.median(result["seconds"][name])
+    for key, title in (("peak_mib", "peak memory"), ("step_mib", "the step's memory")):
+        if name in result[key]:
+            values[f"{title} / plain LoRA"] = result[key][name] / result[key][PLAIN]
+    if name in result["kl_share"]:
+        values["KL, % of a step"] = 100 * result["kl_share"][name]
+    return values
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """The tables, in Markdown."""
+    text = [
+        "# Cost of a training step\n",
+        "Made by `python benchmarks/training_step.py`; options and machine are in results.json. Time: median and "
+        "quartiles over rounds in which all take turns. Peak memory: the whole process; the step's: what it takes "
+        "above its size before the first.\n",
+    ]
+    for cell, result in results["cells"].items():
+        rows = {name: row(name, result) for name in result["seconds"]}
+        columns = list(dict.fromkeys(column for values in rows.values() for column in values))
+        text += [f"## {cell}\n", evaluation.markdown_table(rows, columns)]
+        if "more_seconds" in result:
+            whole = statistics.median(result["seconds"][PLAIN])
+            parts = {key: {"% of a plain step": 100 * more / whole} for key, more in result["more_seconds"].items()}
+            text += ["Self time beyond plain LoRA's, by the profiler:\n", evaluation.markdown_table(parts)]
+    return "\n".join(text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=models.DEFAULT_MODEL)
+    parser.add_argument("--batches", nargs="+", default=["4x64", "8x128", "2x512"], help="examples x tokens")
+    parser.add_argument("--layers", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--variants", nargs="+", default=[*BLOB, MONTECLORA], choices=[*BLOB, MONTECLORA])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--published", type=Path, help="checkout of github.com/Wang-ML-Lab/bayesian-peft")
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--no-profile", dest="profile", action="store_false")
+    parser.add_argument("--smoke", action="store_true", help="seconds, on a tiny random model: does it run?")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        options.model, options.batches, options.rounds = None, ["2x8"], 2
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    names = [PLAIN, *options.variants, *([PUBLISHED] if options.published else [])]
+    results: dict[str, Any] = {
+        "options": {key: str(value) for key, value in vars(options).items() if key not in ("results", "published")},
+        "machine": {"cpu": cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
+        "cells": {},
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    for layers in options.layers:
+        for size in options.batches:
+            examples, tokens = map(int, size.split("x"))
+            results["cells"][f"{examples} × {tokens}, {layers}"] = measure((examples, tokens, layers), names, options)
+            runs.write_json(options.results / "results.json", results)
+            (options.results / "README.md").write_text(report(results), encoding="utf-8")
+            print(report(json.loads(json.dumps(results))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
