@@ -157,6 +157,21 @@ def measure(
     }
 
 
+def write(folder: Path, results: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
+    """Both files."""
+    text = (
+        "# Time of N = 10 draws at prediction\n\n"
+        "Made by `python benchmarks/prediction.py`; options, machine and all times are in results.json. Ratios to ten "
+        "forwards, a draw each, in the same round: medians, and for `predict` the quartiles. The case is batch × "
+        "tokens and where the adapters are. The difference is the largest of any probability; the share of peak is "
+        "`predict`'s arithmetic over that of the machine's fastest matrix product.\n\n"
+    )
+    table = evaluation.markdown_table(rows, [*dict.fromkeys(column for row in rows.values() for column in row)])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", results)
+    write_text(folder / "README.md", text + table)
+
+
 def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -191,17 +206,7 @@ def main() -> None:
                 "share of peak": found["share_of_peak"],
             }
             print(case, rows[case], flush=True)
-    text = (
-        "# Time of N = 10 draws at prediction\n\n"
-        "Made by `python benchmarks/prediction.py`; options, machine and all times are in results.json. Ratios to ten "
-        "forwards, a draw each, in the same round: medians, and for `predict` the quartiles. The case is batch × "
-        "tokens and where the adapters are. The difference is the largest of any probability; the share of peak is "
-        "`predict`'s arithmetic over that of the machine's fastest matrix product.\n\n"
-    )
-    table = evaluation.markdown_table(rows, [*dict.fromkeys(column for row in rows.values() for column in row)])
-    options.results.mkdir(parents=True, exist_ok=True)
-    write_json(options.results / "results.json", results)
-    write_text(options.results / "README.md", text + table)
+            write(options.results, results, rows)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ from .checks import check_kind, check_samples
 from .config import RunError, TrainConfig
 from .evaluate import describe, evaluate, targets_of
 from .folder import RunDescription, check_writable, open_run
+from .lines import CHUNK, join_parts, part_of, share_of
+from .processes import processes
 from .run import Run, load_run
 from .train import peak_memory, select, train
 
 __all__ = [
+    "CHUNK",
     "Run",
     "RunDescription",
     "RunError",
@@ -22,10 +25,14 @@ __all__ = [
     "check_writable",
     "describe",
     "evaluate",
+    "join_parts",
     "load_run",
     "open_run",
+    "part_of",
     "peak_memory",
+    "processes",
     "select",
+    "share_of",
     "targets_of",
     "train",
     "write_json",

@@ -1,16 +1,25 @@
 """What a run's predictions are worth, and what they say."""
 
+import json
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .. import tasks
 from ..decision import Decided, Decision
 from ..evaluation import reliability, reliability_diagram, summary, uncertainty
+from ..prediction import Prediction
 from .checks import check_kind
 from .config import RunError
+from .folder import records_sha256
+from .lines import append_lines
 from .run import Run
 
 
@@ -25,26 +34,36 @@ def evaluate(
     progress: bool = False,
     diagram: Path | None = None,
     decision: Decision | None = None,
+    predictions: Path | None = None,
 ) -> dict[str, Any]:
     """Metrics of a run on labelled records; ``outside`` are records out of its scope.
 
     With ``diagram`` a reliability diagram is written to that PNG; with ``decision`` also what became of its promises.
+    With ``predictions`` the lines of `describe` are written to that file as they are made, those of ``outside`` last,
+    with ``log_probabilities`` and ``num_draws``; what a call that was stopped has written isn't predicted again.
 
     Raises:
-        RunError: records of the other kind, or a label that the run doesn't know.
+        RunError: records of the other kind, a label that the run doesn't know, or ``predictions`` of something else.
     """
     check_kind(run.task, records)
     targets = targets_of(run.task, records)
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    inside = run.predict(records, num_samples, seed, **options)
-    far = None
     if outside is not None:
         check_kind(run.task, outside)
-        far = run.predict(outside, num_samples, seed, **options)
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    if predictions is None:
+        inside = run.predict(records, num_samples, seed, **options)
+        far = None if outside is None else run.predict(outside, num_samples, seed, **options)
+    else:
+        both = [*records, *(outside or [])]
+        _append_predictions(predictions, run, both, num_samples, seed, decision=decision, **options)
+        with predictions.open(encoding="utf-8") as lines:
+            inside = _Averages.read(islice(lines, len(records)), num_samples)
+            far = None if outside is None else _Averages.read(lines, num_samples)
     if diagram is not None:
         name = f"{run.config.method}, N = {inside.num_samples}"
         reliability_diagram({name: reliability(inside.probabilities, targets)}, diagram)
-    return summary(inside, targets, far) | (decision.realized(inside, targets, far) if decision else {})
+    draws = {"num_draws": int(inside.num_draws.max())}
+    return summary(inside, targets, far) | draws | (decision.realized(inside, targets, far) if decision else {})
 
 
 def describe(
@@ -58,20 +77,7 @@ def describe(
 ) -> Iterator[dict[str, Any]]:
     """For each record its answer, the probability of each label or choice, the uncertainty in nats, and decisions."""
     prediction = run.predict(records, num_samples, seed, batch_size=batch_size)
-    probabilities, answers = prediction.probabilities, prediction.labels
-    scores = uncertainty(prediction) | {"expected_entropy": prediction.expected_entropy}
-    decided = decision.decide(prediction) if decision else None
-    for i, record in enumerate(records):
-        columns = run.task.columns(record)
-        if len(set(columns)) < len(columns):
-            columns = [f"{index}: {column}" for index, column in enumerate(columns)]
-        yield {
-            **{key: record[key] for key in ("id", "text", "question") if key in record},
-            "label": columns[int(answers[i])],
-            "probabilities": {column: float(probabilities[i, j]) for j, column in enumerate(columns)},
-            **{name: float(values[i]) for name, values in scores.items()},
-            **(_decided(decided, i, columns, probabilities[i]) if decided else {}),
-        }
+    yield from _lines(run.task, records, prediction, decision)
 
 
 def targets_of(task: tasks.Task, records: Sequence[dict[str, Any]]) -> torch.Tensor:
@@ -89,6 +95,86 @@ def targets_of(task: tasks.Task, records: Sequence[dict[str, Any]]) -> torch.Ten
         known = ", ".join(task.labels[:10]) + (", …" if len(task.labels) > 10 else "")
         raise RunError("\n".join([f"labels that the model was not trained on (it has {known}):", *unknown[:10]]) + more)
     return torch.tensor([index[record["label"]] for record in records])
+
+
+@dataclass(frozen=True)
+class _Averages(Prediction):
+    """A prediction of which the averages over the draws were kept: ``log_probs`` is log p̄ alone, (1, n, C)."""
+
+    draws: Tensor
+    aleatoric: Tensor
+
+    @classmethod
+    def read(cls, lines: Iterator[str], num_samples: int) -> "_Averages":
+        """The one whose lines these are."""
+        rows, draws, aleatoric = [], [], []
+        for line in map(json.loads, lines):
+            rows.append(torch.tensor(line["log_probabilities"]))
+            draws.append(line["num_draws"])
+            aleatoric.append(line["expected_entropy"])
+        log_probs = pad_sequence(rows, batch_first=True, padding_value=-math.inf)
+        return cls(log_probs[None], num_samples, torch.tensor(draws), torch.tensor(aleatoric))
+
+    @property
+    def num_draws(self) -> Tensor:
+        return self.draws
+
+    @property
+    def log_probabilities(self) -> Tensor:
+        return self.log_probs[0]
+
+    @property
+    def expected_entropy(self) -> Tensor:
+        return self.aleatoric
+
+
+def _append_predictions(
+    file: Path,
+    run: Run,
+    records: Sequence[dict[str, Any]],
+    num_samples: int,
+    seed: int,
+    *,
+    batch_size: int,
+    progress: bool,
+    decision: Decision | None,
+) -> None:
+    """Write what isn't there yet of the records' lines."""
+
+    def described(chunk: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        prediction = run.predict(chunk, num_samples, seed, batch_size=batch_size)
+        lines = _lines(run.task, chunk, prediction, decision)
+        rows, draws = prediction.log_probabilities.tolist(), prediction.num_draws.tolist()
+        for line, row, count in zip(lines, rows, draws, strict=True):
+            yield line | {"log_probabilities": row[: len(line["probabilities"])], "num_draws": count}
+
+    identity = {
+        "adapter_sha256": run.adapter_sha256,
+        "records_sha256": records_sha256(records),
+        "num_samples": num_samples,
+        "seed": seed,
+        "decision": decision.to_dict() if decision else None,
+    }
+    append_lines(file, records, described, identity, progress=progress)
+
+
+def _lines(
+    task: tasks.Task, records: Sequence[dict[str, Any]], prediction: Prediction, decision: Decision | None
+) -> Iterator[dict[str, Any]]:
+    probabilities, answers = prediction.probabilities, prediction.labels
+    scores = uncertainty(prediction) | {"expected_entropy": prediction.expected_entropy}
+    decided = decision.decide(prediction) if decision else None
+    for i, record in enumerate(records):
+        columns = task.columns(record)
+        if len(set(columns)) < len(columns):
+            columns = [f"{index}: {column}" for index, column in enumerate(columns)]
+        yield {
+            **{key: record[key] for key in ("id", "text", "question") if key in record},
+            "label": columns[int(answers[i])],
+            "probabilities": {column: float(probabilities[i, j]) for j, column in enumerate(columns)},
+            **{name: float(values[i]) for name, values in scores.items()},
+            **(_decided(decided, i, columns, probabilities[i]) if decided else {}),
+        }
 
 
 def _decided(decided: Decided, index: int, columns: Sequence[str], probabilities: torch.Tensor) -> dict[str, Any]:

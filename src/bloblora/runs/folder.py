@@ -1,8 +1,10 @@
 """A run's folder: its files, read and checked without a model, and written whole or not at all."""
 
 import hashlib
+import json
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from ..methods import Method
 from .config import RunError, TrainConfig
 
 TASK_FILE, RUN_FILE, CONFIG_FILE, CHECKPOINTS = "task.json", "run.json", "config.yaml", "checkpoints"
+_FIELDS = ("text", "label", "question", "choices", "answer", "prompt", "response", "messages")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class RunDescription:
     method: Method
     task: tasks.Task
     training: dict[str, Any]
+    adapter_sha256: str
 
 
 def open_run(directory: str | os.PathLike[str]) -> RunDescription:
@@ -46,11 +50,12 @@ def open_run(directory: str | os.PathLike[str]) -> RunDescription:
     except (KeyError, TypeError) as error:
         raise RunError(f"{directory / RUN_FILE}: not what this version of bloblora writes: {error}") from error
     weights = method.weights_file(directory)
-    if stored.get("adapter_sha256", actual := file_sha256(weights)) != actual:
+    actual = file_sha256(weights)
+    if stored.get("adapter_sha256", actual) != actual:
         raise RunError(
             f"{weights}: its SHA-256 isn't the one in {RUN_FILE}: the file was altered, or comes from another run"
         )
-    return RunDescription(config, method, task, stored["training"])
+    return RunDescription(config, method, task, stored["training"], actual)
 
 
 def read_description(output: Path, config: TrainConfig) -> dict[str, Any]:
@@ -75,6 +80,20 @@ def check_writable(file: str | os.PathLike[str]) -> None:
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise RunError(f"{file}: can't be written: {error.strerror or error}") from error
+
+
+def read_fields(record: dict[str, Any]) -> dict[str, Any]:
+    """What tasks read of a record."""
+    return {name: record[name] for name in _FIELDS if name in record}
+
+
+def records_sha256(records: Iterable[dict[str, Any]]) -> str:
+    """Hash of what tasks read of the records, as one JSON list."""
+    digest = hashlib.sha256(b"[")
+    for number, record in enumerate(records):
+        digest.update(f"{', ' if number else ''}{json.dumps(read_fields(record))}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def file_sha256(file: Path) -> str:

@@ -28,6 +28,7 @@ class Run:
         config: the configuration that it was trained with.
         training: what the training took: ``seconds`` (of all sessions, without what a stop threw away),
             ``peak_memory_bytes`` (of the last session), ``final`` (the last log).
+        adapter_sha256: of the trained weights' file.
     """
 
     model: nn.Module
@@ -36,6 +37,7 @@ class Run:
     sampler: Sampler
     config: TrainConfig
     training: dict[str, Any] = field(default_factory=dict)
+    adapter_sha256: str | None = None
 
     def predict(
         self,
@@ -72,7 +74,8 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     description = open_run(directory)
     config, task = description.config, description.task
     model, sampler = description.method.load(base_model(config, task), directory)
-    return Run(model, models.load_tokenizer(config.model), task, sampler, config, description.training)
+    tokenizer = models.load_tokenizer(config.model)
+    return Run(model, tokenizer, task, sampler, config, description.training, description.adapter_sha256)
 
 
 def base_model(config: TrainConfig, task: tasks.Task) -> Any:

@@ -1,16 +1,16 @@
 """One training: from data file to saved adapter, resumed where it was stopped."""
 
-import hashlib
-import json
 import random
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -33,48 +33,105 @@ from .folder import (
     check_writable,
     file_sha256,
     read_description,
+    read_fields,
+    records_sha256,
 )
+from .processes import on_cpu, processes
 from .run import Run, base_model, load_run
+
+_SCRATCH = ".data"
+
+Records = TypeVar("Records", list[dict[str, Any]], datasets_.MappedRows)
 
 
 def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[TrainerCallback] = ()) -> Run:
     """Train a run, or go on with one that was stopped; a finished one is loaded.
 
+    Records and what they are encoded to stay on the disk, in a hidden folder of the run while it is trained. Where
+    several processes were started, each takes its share of every batch, and one of them writes.
+
     Raises:
-        RunError: the folder holds a run of another configuration or of other records, or can't be written.
+        RunError: the folder holds a run of another configuration or of other records, or can't be written; or
+            ``batch_size`` can't be shared by the processes.
         DataError, TaskError: the data can't be used; raised before the base model is loaded.
     """
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise RunError(f"output {config.output!r}: is a file; give a folder")
     stored = read_description(output, config)
-    records = select(datasets_.read_records(config.data), config.limit, config.limit_seed)
-    check_task(config, records)
-    description: dict[str, Any] = {"config": asdict(config), "records_sha256": _records_sha256(records)}
-    _check_same_records(output, stored, description["records_sha256"])
-    if stored.get("training"):
-        return load_run(output)
     check_writable(output / RUN_FILE)
-    method = config.build_method()
-    description["options"] = method.described()
-    tokenizer = models.load_tokenizer(config.model)
-    task = _task(config, records, tokenizer)
-    check_targets(config, task)
-    kept, held_out = split(records, method.holdout, config.limit_seed)
-    examples, holdout = (tasks.encode_all(task, part, tokenizer, progress=progress) for part in (kept, held_out))
-    write_json(output / RUN_FILE, description)
-    write_text(output / CONFIG_FILE, yaml.safe_dump(_given(config), sort_keys=False, allow_unicode=True))
+    main = processes().is_main_process
+    with _scratch(output) as scratch:
+        everything = _mapped(scratch / "records.arrow", partial(_read, config.data))
+        records = select(everything, config.limit, config.limit_seed)
+        check_task(config, records)
+        description: dict[str, Any] = {"config": asdict(config), "records_sha256": records_sha256(records)}
+        _check_same_records(output, stored, description["records_sha256"])
+        if stored.get("training"):
+            processes().wait_for_everyone()  # until nobody needs the folder
+            return load_run(output)
+        method = config.build_method()
+        description["options"] = method.described()
+        tokenizer = models.load_tokenizer(config.model)
+        task = _task(config, records, tokenizer)
+        check_targets(config, task)
+        kept, held_out = split(records, method.holdout, config.limit_seed)
+        encode = partial(tasks.encode_each, task, tokenizer=tokenizer, progress=progress)
+        examples = _mapped(scratch / "examples.arrow", partial(encode, kept))
+        holdout = _mapped(scratch / "holdout.arrow", partial(encode, held_out)) if len(held_out) else []
+        training = methods.Training(task, examples, _arguments(config, method, progress), holdout)
+        if main:
+            write_json(output / RUN_FILE, description)
+            write_text(output / CONFIG_FILE, yaml.safe_dump(_given(config), sort_keys=False, allow_unicode=True))
+        run = _fit(config, method, training, tokenizer, progress, callbacks)
+        if main:
+            _save(run, method, output, description)
+        processes().wait_for_everyone()
+        return run
 
+
+def split(records: Records, share: float, seed: int = 0) -> tuple[Records, Records]:
+    """Records to train on and a share that is held out, per label where records have one; each in the given order."""
+    generator = random.Random(seed)
+    out = {i for group in _by_label(records) for i in generator.sample(group, round(share * len(group)))}
+    return _at(records, [i for i in range(len(records)) if i not in out]), _at(records, sorted(out))
+
+
+def select(records: Records, limit: int | None, seed: int = 0) -> Records:
+    """``limit`` random records, per label where records have one; all of them for None."""
+    if limit is None:
+        return records
+    generator = random.Random(seed)
+    return _at(records, [i for group in _by_label(records) for i in generator.sample(group, min(limit, len(group)))])
+
+
+def share_of_batch(batch_size: int, count: int) -> int:
+    """Examples of a batch that each of so many processes takes; a RunError where they can't be equally many."""
+    if batch_size % count:
+        raise RunError(f"batch_size {batch_size} can't be shared by {count} processes; give a multiple of {count}")
+    return batch_size // count
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _fit(
+    config: TrainConfig,
+    method: methods.Method,
+    training: methods.Training,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> Run:
+    """Load the base model, and train it."""
     set_seed(config.seed)
+    task = training.task
     model = method.prepare(base_model(config, task), _lora(config, task))
-    bar, clock = _ProgressBar(), _Clock(output / CHECKPOINTS)
-    training = methods.Training(
-        task,
-        examples,
-        _arguments(config, method, progress),
-        holdout,
-        [*callbacks, clock, *([bar] if progress else [])],
-    )
+    bar, clock = _ProgressBar(), _Clock(Path(config.output) / CHECKPOINTS)
+    training.callbacks = [*callbacks, clock, *([bar] if progress else [])]
     try:
         sampler = method.fit(model, training)
     finally:
@@ -83,49 +140,63 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
     result = {
         "seconds": clock.seconds(),
         "resumed_from": clock.resumed_from,
-        "num_examples": len(examples),
+        "num_examples": len(training.examples),
         "peak_memory_bytes": peak_memory(),
         "final": training.logs[-1],
         "curve": [[log["step"], log["nll"]] for log in training.logs],
     }
-    method.save(model, sampler, output)
-    write_json(output / TASK_FILE, task.to_dict())
-    # The adapter's own hashes are the posterior's; this one is there for a plain LoRA too.
-    description["adapter_sha256"] = file_sha256(method.weights_file(output))
-    write_json(output / RUN_FILE, description | {"training": result})
-    if not config.keep_checkpoints:
-        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return Run(model, tokenizer, task, sampler, config, result)
 
 
-def split(
-    records: Sequence[dict[str, Any]], share: float, seed: int = 0
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Records to train on and a share that is held out, per label where records have one; each in the given order."""
+def _save(run: Run, method: methods.Method, output: Path, description: dict[str, Any]) -> None:
+    """Write a trained run; its description last, which makes it a finished one."""
+    method.save(run.model, run.sampler, output)
+    write_json(output / TASK_FILE, run.task.to_dict())
+    # The adapter's own hashes are the posterior's; this one is there for a plain LoRA too.
+    description["adapter_sha256"] = run.adapter_sha256 = file_sha256(method.weights_file(output))
+    write_json(output / RUN_FILE, description | {"training": run.training})
+    if not run.config.keep_checkpoints:
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+
+
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """A folder in the run's own for what is needed while it is trained: in /tmp it might be memory."""
+    folder = output / _SCRATCH
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        if processes().is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # something is in it
+                output.rmdir()
+
+
+def _mapped(file: Path, rows: Callable[[], Iterable[dict[str, Any]]]) -> datasets_.MappedRows:
+    """Rows in a file that one process writes and all of them map."""
+    if processes().is_main_process:
+        datasets_.write_rows(file, rows())
+    processes().wait_for_everyone()
+    return datasets_.MappedRows(file)
+
+
+def _read(source: str) -> Iterator[dict[str, Any]]:
+    return map(read_fields, datasets_.read_each(source))
+
+
+def _by_label(records: Iterable[dict[str, Any]]) -> list[list[int]]:
+    """Positions of the records of each label, by its name; all where records have none."""
     groups: dict[str, list[int]] = {}
-    for index, record in enumerate(records):
-        groups.setdefault(record.get("label", ""), []).append(index)
-    generator = random.Random(seed)
-    out = {i for _, group in sorted(groups.items()) for i in generator.sample(group, round(share * len(group)))}
-    kept = [record for index, record in enumerate(records) if index not in out]
-    return kept, [records[index] for index in sorted(out)]
+    for position, record in enumerate(records):
+        groups.setdefault(record.get("label", ""), []).append(position)
+    return [group for _, group in sorted(groups.items())]
 
 
-def select(records: list[dict[str, Any]], limit: int | None, seed: int = 0) -> list[dict[str, Any]]:
-    """``limit`` random records, per label where records have one; all of them for None."""
-    if limit is None:
-        return records
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        groups.setdefault(record.get("label", ""), []).append(record)
-    generator = random.Random(seed)
-    return [record for _, group in sorted(groups.items()) for record in generator.sample(group, min(limit, len(group)))]
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _at(records: Records, positions: list[int]) -> Records:
+    if isinstance(records, datasets_.MappedRows):
+        return records.select(positions)
+    return [records[position] for position in positions]
 
 
 def _task(config: TrainConfig, records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tasks.Task:
@@ -152,7 +223,8 @@ def _arguments(config: TrainConfig, method: methods.Method, progress: bool) -> d
     return {
         "output_dir": str(Path(config.output) / CHECKPOINTS),
         "max_steps": config.steps,
-        "per_device_train_batch_size": config.batch_size,
+        "per_device_train_batch_size": share_of_batch(config.batch_size, processes().num_processes),
+        "use_cpu": on_cpu(),
         "learning_rate": config.learning_rate or method.learning_rate,
         "max_grad_norm": config.max_grad_norm,
         "warmup_steps": round(config.steps * config.warmup_ratio),
@@ -200,16 +272,10 @@ class _Clock(TrainerCallback):
         return self._before + time.perf_counter() - self._start
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         write_json(folder / self.FILE, {"seconds": self.seconds()})
-
-
-def _records_sha256(records: Sequence[dict[str, Any]]) -> str:
-    """Hash of what is trained on: fields that no task reads don't count."""
-    read = [
-        {k: record[k] for k in ("text", "label", "question", "choices", "answer") if k in record} for record in records
-    ]
-    return hashlib.sha256(json.dumps(read).encode()).hexdigest()
 
 
 def _check_same_records(output: Path, stored: dict[str, Any], sha256: str) -> None:

@@ -20,20 +20,21 @@ from ...runs.decide import DECISION_FILE, open_decision
 from ...runs.decide import calibrate as calibrate_run
 from .output import named, print_json, writing
 
-_CHUNK = 256
-
 
 def train(json: bool = False, **options: Any) -> None:
     """Fine-tune a base model on labelled data, as a Bayesian LoRA or a plain one.
 
-    A record of the data is either a text to classify or a question with choices; a file holds one of the two kinds:
+    A record of the data is a text to classify, a question with choices, or a prompt with a response; a file holds one
+    of these kinds:
       {"text": "where is my parcel", "label": "track_order"}
       {"question": "Which gas do plants take in?", "choices": ["oxygen", "carbon dioxide"], "answer": 1}
+      {"prompt": "Question: Which gas do plants take in?\\nAnswer:", "response": "carbon dioxide"}
     `answer` is the right choice's index, counted from 0. Tables have the same columns, choices as choice_0, choice_1, …
 
     The output folder then holds the adapter, task.json, run.json and config.yaml (for --config). A run that was
     stopped goes on from its last checkpoint when the same command is given again. --preset paper takes the settings
-    of the BLoB paper; options given beside it win.
+    of the BLoB paper; options given beside it win. Where `accelerate launch` or `torchrun` started several processes,
+    they share each batch, and the first prints and writes.
 
     Examples:
       bloblora train --data queries.jsonl --output runs/desk
@@ -43,6 +44,8 @@ def train(json: bool = False, **options: Any) -> None:
     """
     logging.disable_progress_bar()
     run = runs.train(TrainConfig(**options))
+    if not runs.processes().is_main_process:
+        return
     posterior = find_posterior(run.model)
     result = {
         "output": run.config.output,
@@ -139,6 +142,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 32,
     output: str | None = None,
+    predictions: str | None = None,
     diagram: str | None = None,
     json: bool = False,
 ) -> None:
@@ -148,7 +152,8 @@ def evaluate(
     num_examples and num_samples. With --ood also the AUROC, how well confidence, predictive entropy and mutual
     information tell the two data sets apart: 1 is perfect, 0.5 is chance. Of a calibrated run also the share answered,
     the selective risk (errors among the answers), the coverage and mean size of the label sets, and the rates of false
-    alarms and, with --ood, of detection.
+    alarms and, with --ood, of detection. With --predictions a stop loses little: the same command goes on from what is
+    in that file.
 
     Examples:
       bloblora evaluate runs/desk --data held_out.jsonl --output metrics.json
@@ -162,13 +167,17 @@ def evaluate(
         seed: of the draws.
         batch_size: inputs a forward.
         output: write the metrics to this JSON file.
+        predictions: write what `predict` says of each record to this file, 256 at a time; FILE.meta.json beside it says
+            of which run, records, samples and seed.
         diagram: write a reliability diagram (accuracy against confidence) to this PNG.
         json: print JSON instead of a table.
     """
     logging.disable_progress_bar()
     # All that can be wrong is looked at before the base model is loaded.
     runs.check_samples(samples, seed, batch_size)
-    for file in (output, diagram):
+    if (count := runs.processes().num_processes) > 1:
+        raise runs.RunError(f"evaluate is one process, not {count}; `bloblora predict` is what several can share")
+    for file in (output, predictions, diagram):
         if file is not None:
             runs.check_writable(file)
     records, outside = _read(directory, data, ood)
@@ -183,6 +192,7 @@ def evaluate(
         progress=sys.stdout.isatty() and not json,  # the bar goes to standard output
         diagram=Path(diagram) if diagram else None,
         decision=decision,
+        predictions=Path(predictions) if predictions else None,
     )
     if output:
         runs.write_json(Path(output), result)
@@ -208,7 +218,8 @@ def predict(
     A line has, in the inputs' order: `label`, `probabilities` (by label, or by choice), `confidence` (of that label),
     `predictive_entropy` (all uncertainty, nats) and of it `mutual_information` (what the model doesn't know, 0 for a
     plain LoRA) and `expected_entropy` (what the input leaves open). Of a run that `bloblora calibrate` was given also
-    `decision` (`answer` or `abstain`), `label_set` (the most probable first) and `out_of_scope`.
+    `decision` (`answer` or `abstain`), `label_set` (the most probable first) and `out_of_scope`. Memory holds 256
+    inputs at a time. Where `accelerate launch` or `torchrun` started several processes, they share the inputs.
 
     Examples:
       bloblora predict runs/desk --input queries.jsonl --output answers.jsonl
@@ -217,7 +228,7 @@ def predict(
     Args:
         directory: folder of the run.
         input: records in the forms that `train` takes, labels not needed; `-` reads JSON lines from standard input and
-            answers them 256 at a time.
+            answers them as they come, 256 at a time.
         samples: weight draws N; 0 is the posterior mean.
         seed: of the draws.
         batch_size: inputs a forward.
@@ -225,20 +236,25 @@ def predict(
     """
     logging.disable_progress_bar()
     runs.check_samples(samples, seed, batch_size)
+    several = runs.processes().num_processes > 1
+    if several and (output is None or input == "-"):
+        raise runs.RunError("several processes share an input that is a file, and need --output for their answers")
     if output is not None:
         runs.check_writable(output)
     task = runs.open_run(directory).task
     decision = open_decision(directory, samples, seed)
-    batches = read_batches(input, _CHUNK, require_labels=False)
+    batches = read_batches(input, runs.CHUNK, require_labels=False)
     run = None
-    with writing(output) as handle:
-        for records in batches:
+    with writing(str(runs.part_of(Path(output))) if output else None) as handle:
+        for records in runs.share_of(batches):
             with named(input):
                 runs.check_kind(task, records)
             run = run or runs.load_run(directory)
             for line in runs.describe(run, records, samples, seed, batch_size=batch_size, decision=decision):
                 handle.write(json.dumps(line, ensure_ascii=False) + "\n")
             handle.flush()
+    if output:
+        runs.join_parts(Path(output))
 
 
 def _read(directory: str, data: str, ood: str | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:

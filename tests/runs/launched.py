@@ -1,0 +1,56 @@
+"""What `test_processes.py` has done by one process, and by two that accelerate starts.
+
+Run as a module it does all of it: ``python -m tests.runs.launched FOLDER SUFFIX``.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from bloblora import runs
+from bloblora.adapter import find_posterior
+from bloblora.cli import main
+from bloblora.runs.processes import processes
+
+SETTINGS = ("--steps", "6", "--batch-size", "4", "--rank", "2", "--learning-rate", "0.01", "--save-steps", "3")
+
+
+class Quiet(TrainerCallback):
+    """Trains without noise, which differs from process to process; the KL stays."""
+
+    def on_train_begin(self, args, state, control, model=None, **_):
+        self.mean = find_posterior(model).mean()
+        self.mean.__enter__()
+
+    def on_train_end(self, *_, **__):
+        self.mean.__exit__(None, None, None)
+
+
+def everything(folder: Path, suffix: str) -> None:
+    base, texts, long = (str(folder / name) for name in ("base", "texts.jsonl", "long.jsonl"))
+    main(
+        [
+            "train",
+            "--data",
+            texts,
+            "--model",
+            base,
+            "--method",
+            "lora",
+            "--output",
+            f"{folder}/lora-{suffix}",
+            *SETTINGS,
+        ]
+    )
+    config = dict(data=texts, model=base, steps=6, batch_size=4, rank=2, learning_rate=0.01, save_steps=3, init_std=0.5)
+    runs.train(runs.TrainConfig(**config, output=f"{folder}/blob-{suffix}"), progress=False, callbacks=[Quiet()])
+    # everybody of the same run, of which one process has made several chunks
+    main(["predict", f"{folder}/trained", "--input", long, "--samples", "2", "--output", f"{folder}/{suffix}.jsonl"])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    everything(Path(sys.argv[1]), sys.argv[2])
+    processes().destroy_process_group()

@@ -1,0 +1,101 @@
+"""Two processes as the shipped accelerate configuration starts them, against one with the same batches."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bloblora import runs
+from bloblora.cli import main
+from bloblora.runs.lines import CHUNK
+from bloblora.runs.train import share_of_batch
+from tests.tiny_base import queries, save_base, write_jsonl
+
+from .launched import SETTINGS, everything
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "examples/accelerate/ddp_cpu.yaml"
+LONG = [{"id": i, "text": f"where is {'my ' * (i % 5)}parcel"} for i in range(2 * CHUNK + 100)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, one_thread):
+    folder = tmp_path_factory.mktemp("processes")
+    save_base(folder / "base")
+    write_jsonl(folder / "texts.jsonl", queries() * 4)
+    write_jsonl(folder / "long.jsonl", LONG)
+    data = ("--data", f"{folder}/texts.jsonl", "--model", f"{folder}/base")
+    main(["train", *data, *SETTINGS, "--output", f"{folder}/trained"])
+    launch = ["-m", "accelerate.commands.launch", "--config_file", CONFIG, "-m", "tests.runs.launched"]
+    done = subprocess.run(
+        [sys.executable, *launch, str(folder), "two"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.stdout.count("saved to") == 1  # one of them prints
+    everything(folder, "one")
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "blob"])
+def test_the_posterior_is_that_of_one_process(folder, method):
+    names = ("adapter_model.safetensors", "posterior.safetensors")[: 1 if method == "lora" else 2]
+    for name in names:
+        one, two = (load_file(folder / f"{method}-{suffix}" / name) for suffix in ("one", "two"))
+        fresh = load_file(folder / "trained" / name)
+        assert one.keys() == two.keys()
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)
+        assert not all(torch.allclose(one[key], fresh[key], atol=1e-3) for key in one)
+
+
+@pytest.mark.parametrize("method", ["lora", "blob"])
+def test_one_process_writes_and_the_run_is_whole(folder, method):
+    one, two = (folder / f"{method}-{suffix}" for suffix in ("one", "two"))
+    assert {file.name for file in two.iterdir()} == {file.name for file in one.iterdir()}
+    training = [json.loads((path / "run.json").read_text())["training"] for path in (one, two)]
+    assert [step for step, _ in training[0]["curve"]] == [step for step, _ in training[1]["curve"]]
+    assert training[1]["final"]["nll"] == pytest.approx(training[0]["final"]["nll"], rel=1e-4)
+    assert runs.load_run(two).training["num_examples"] == 16
+
+
+def test_shared_predictions_are_those_of_one_process(folder):
+    lines = (folder / "two.jsonl").read_text(encoding="utf-8")
+    assert lines == (folder / "one.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line)["id"] for line in lines.splitlines()] == list(range(len(LONG)))
+    assert not [*folder.glob(".*.jsonl*")]
+
+
+def test_a_batch_that_cannot_be_shared():
+    assert share_of_batch(6, 3) == 2
+    with pytest.raises(runs.RunError, match="batch_size 4 can't be shared by 3 processes; give a multiple of 3"):
+        share_of_batch(4, 3)
+
+
+def test_the_commands_of_the_documentation(folder, monkeypatch):
+    """Those of one process as they stand, but for a smaller model; `folder` has launched what the others launch."""
+    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    commands = [line.split() for line in re.findall(r"^    (.*)$", text, re.MULTILINE)]
+    launched = [command for command in commands if command[0] != "bloblora"]
+    assert [command[:4] for command in launched if "train" in command] == [
+        ["accelerate", "launch", "--config_file", CONFIG]
+    ]
+    monkeypatch.chdir(folder)
+    write_jsonl(folder / "queries.jsonl", queries())
+    for name in ("test", "questions"):
+        write_jsonl(folder / f"{name}.jsonl", queries())
+    for command in commands:
+        arguments = command[command.index("bloblora") + 1 :]
+        if arguments[0] == "train":
+            arguments += ["--model", "base", *SETTINGS]
+        main(arguments)
