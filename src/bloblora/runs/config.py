@@ -39,6 +39,9 @@ class TrainConfig:
         alpha: α of LoRA; the update is scaled by α/r.
         dropout: LoRA's dropout; default 0, for mc-dropout 0.1.
         targets: names of the layers to adapt; default: PEFT's choice for the model (q_proj and v_proj for Llama).
+        top_blocks: adapt layers in the last so many blocks only; default: in all.
+        trunk_cache: folder that keeps what the blocks below the adapted ones make of the training examples, which then
+            are computed once and not at every step. One folder serves many runs.
         dtype: of the base model: float32, bfloat16 or float16. The adapter is float32.
         gradient_checkpointing: trade time for memory.
         prior: family of the prior: ``normal``, ``laplace``, ``student_t``, ``scale_mixture`` or ``learned_normal``
@@ -86,6 +89,8 @@ class TrainConfig:
     alpha: int = 16
     dropout: float | None = None
     targets: list[str] | None = None
+    top_blocks: int | None = None
+    trunk_cache: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
     prior: str | None = None
@@ -117,6 +122,8 @@ class TrainConfig:
         if self.targets == []:
             problems.append("targets must name at least one layer, or be left out")
         try:
+            if self.trunk_cache is not None and (self.top_blocks is None or self.build_method().holdout):
+                problems.append("trunk_cache needs top_blocks, and a method that trains on all records")
             self.build_method()
         except ValueError as error:
             problems.append(str(error))
@@ -146,7 +153,12 @@ class TrainConfig:
             **dict.fromkeys(("seed", "limit_seed"), seed),
             **{
                 name: check
-                for name, check in (("limit", count), ("learning_rate", positive), ("dropout", share))
+                for name, check in (
+                    ("limit", count),
+                    ("top_blocks", count),
+                    ("learning_rate", positive),
+                    ("dropout", share),
+                )
                 if getattr(self, name) is not None
             },
         }

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .. import data as datasets_
 from .. import methods, models, tasks
 from ..files import read_json, write_json, write_text
+from ..prediction.trunk_cache import cache_trunk
 from ..training import last_checkpoint
 from .checks import check_targets, check_task, task_name
 from .config import RunError, TrainConfig
@@ -129,7 +130,10 @@ def _fit(
     """Load the base model, and train it."""
     set_seed(config.seed)
     task = training.task
-    model = method.prepare(base_model(config, task), _lora(config, task))
+    base = base_model(config, task)
+    model = method.prepare(base, _lora(config, task, base.config.get_text_config().num_hidden_layers))
+    if config.trunk_cache is not None:
+        training = _above_trunk(model, training, Path(config.trunk_cache), progress)
     bar, clock = _ProgressBar(), _Clock(Path(config.output) / CHECKPOINTS)
     training.callbacks = [*callbacks, clock, *([bar] if progress else [])]
     try:
@@ -209,12 +213,23 @@ def _given(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if value is not None}
 
 
-def _lora(config: TrainConfig, task: tasks.Task) -> LoraConfig:
+def _above_trunk(model: Any, training: methods.Training, folder: Path, progress: bool) -> methods.Training:
+    """The same training, of which the blocks below the adapted ones are computed once."""
+    with processes().main_process_first():
+        task, examples = cache_trunk(model, training.task, training.examples, folder, progress=progress)
+    return replace(training, task=task, examples=examples)  # type: ignore[arg-type]  # it is as a task to the trainer
+
+
+def _lora(config: TrainConfig, task: tasks.Task, num_blocks: int) -> LoraConfig:
+    """Raises a RunError where the model has fewer blocks than are to be adapted."""
+    if config.top_blocks is not None and config.top_blocks > num_blocks:
+        raise RunError(f"top_blocks must be at most the model's {num_blocks} blocks, got {config.top_blocks}")
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout or 0.0,
         target_modules=config.targets,
+        layers_to_transform=None if config.top_blocks is None else [*range(num_blocks - config.top_blocks, num_blocks)],
         task_type=TaskType.SEQ_CLS if task.labels is not None else TaskType.CAUSAL_LM,
     )
 
