@@ -75,9 +75,11 @@ def _run(arguments: list[str]) -> None:
             optional: dict[str, Any] = {"nargs": "?", "default": None} if name == "info" else {}
             what = "folder of a study's results" if name == "report" else "folder of a run"
             subparser.add_argument("directory", type=str, help=what, **optional)
+        if "directories" in command.__annotations__:
+            subparser.add_argument("directories", type=str, nargs="+", help="folders of runs, or NAME=FOLDER")
         if "study" in command.__annotations__:
             subparser.add_argument("study", type=str, help="YAML file of a study")
-        skip: set[str | int] = {"directory", "study", *_FLAGS}
+        skip: set[str | int] = {"directory", "directories", "study", *_FLAGS}
         subparser.add_function_arguments(command, skip=skip, as_group=False, as_positional=False)
         for flag in _FLAGS.keys() & command.__annotations__.keys():
             subparser.add_argument(f"--{flag}", action="store_true", help=_FLAGS[flag])

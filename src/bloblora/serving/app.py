@@ -1,0 +1,269 @@
+"""The HTTP interface: predictions, models, health, metrics and the page."""
+
+import asyncio
+from base64 import b64encode
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import Body, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+
+from ..tasks import TaskError
+from .access import Access
+from .batching import Batcher, QueueFullError
+from .hosted import DIAGRAM_FILE, Hosted
+from .metrics import Metrics
+from .schema import EXAMPLES, Answer, Failure, Model, Models, PredictRequest, PredictResponse, Problem, Status
+from .settings import Settings
+
+_DESCRIPTION = "Answers of Bayesian LoRAs, with their uncertainty: probabilities averaged over draws of the weights."
+_PAGE = Path(__file__).with_name("page.html")
+
+
+class InputsError(ValueError):
+    """A request that can't be answered; `problems` says what of it, by field."""
+
+    def __init__(self, *problems: Problem) -> None:
+        self.problems = problems
+        super().__init__(_summary(problems))
+
+
+def create_app(hosted: Mapping[str, Hosted], settings: Settings, keys: Sequence[str] = ()) -> FastAPI:
+    """The application; it ends its model thread when the server stops.
+
+    Args:
+        hosted: the runs by name.
+        settings: limits and defaults.
+        keys: of which a request must bring one; empty: everybody may ask.
+    """
+
+    def answer(key: tuple[str, int], inputs: list[Any]) -> list[dict[str, Any]]:
+        name, num_samples = key
+        answers = hosted[name].answer(inputs, num_samples, settings)
+        metrics.batch(name, len(answers), sum(answer["num_draws"] for answer in answers))
+        return answers
+
+    batcher = Batcher(answer, settings.max_batch, settings.max_wait_ms, settings.queue)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await to_thread.run_sync(batcher.close)
+
+    app = FastAPI(
+        title="bloblora",
+        description=_DESCRIPTION,
+        version=version("bloblora"),
+        lifespan=lifespan,
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
+    )
+    security = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the schema: `Access` decides
+    app.state.stopping, app.state.batcher = False, batcher
+    _add_predict(app, hosted, settings, batcher, security)
+    _add_status(app)
+    _add_models(app, hosted, settings, security)
+    _add_page(app)
+    _add_errors(app)
+    metrics = Metrics(batcher.__len__)
+
+    @app.get("/metrics", response_class=Response, include_in_schema=False)
+    async def read_metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    app.add_middleware(Access, keys=keys, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(metrics.counted)
+    return app
+
+
+def _add_predict(
+    app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, batcher: Batcher, security: list[Any]
+) -> None:
+    refusals: dict[int | str, dict[str, Any]] = {
+        400: {"model": Failure, "description": "no JSON"},
+        401: {"model": Failure, "description": "no valid API key"},
+        413: {"model": Failure, "description": "the body is too large"},
+        422: {"model": Failure, "description": "fields that can't be used"},
+        429: {"model": Failure, "description": "the queue is full; Retry-After says when to come again"},
+    }
+
+    @app.post(
+        "/v1/predict",
+        responses=refusals,
+        operation_id="predict",
+        dependencies=security,
+        response_model_exclude_none=True,
+    )
+    async def predict(request: Annotated[PredictRequest, Body(openapi_examples=EXAMPLES)]) -> PredictResponse:
+        """Answer inputs; those of requests that come together share forwards, which changes no answer."""
+        run = _chosen(request.model, hosted)
+        num_samples = _num_samples(request.samples, settings)
+        records = [r.model_dump() for r in (request.inputs if isinstance(request.inputs, list) else [request.inputs])]
+        inputs = await to_thread.run_sync(_encoded, run, records, settings)
+        futures = batcher.submit((run.name, num_samples), inputs)
+        answers = await asyncio.gather(*map(asyncio.wrap_future, futures))
+        return PredictResponse(model=run.name, samples=num_samples, answers=[Answer(**answer) for answer in answers])
+
+
+def _add_status(app: FastAPI) -> None:
+    @app.get("/health", operation_id="health")
+    async def health() -> Status:
+        """The process lives."""
+        return Status(status="ok")
+
+    @app.get("/ready", operation_id="ready", responses={503: {"model": Status, "description": "it is stopping"}})
+    async def ready(response: Response) -> Status:
+        """Requests are welcome; not any more once the server was told to stop."""
+        if app.state.stopping:
+            response.status_code = 503
+            return Status(status="stopping")
+        return Status(status="ready")
+
+
+def _add_models(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, security: list[Any]) -> None:
+    refusal: dict[int | str, dict[str, Any]] = {401: {"model": Failure, "description": "no valid API key"}}
+    models = Models(models=[_model(run, settings) for run in hosted.values()])
+
+    @app.get("/v1/models", responses=refusal, operation_id="models", dependencies=security)
+    async def list_models() -> Models:
+        """The runs that are served."""
+        return models
+
+    @app.get("/v1/models/{name}/reliability.png", include_in_schema=False)
+    async def diagram(name: str) -> FileResponse:
+        """A run's reliability diagram, as `bloblora evaluate --diagram` made it."""
+        if name not in hosted or not (file := hosted[name].folder / DIAGRAM_FILE).is_file():
+            raise HTTPException(404, f"there is no diagram of a run {name!r}")
+        return FileResponse(file, media_type="image/png")
+
+
+def _add_page(app: FastAPI) -> None:
+    page = _PAGE.read_text(encoding="utf-8")
+    script = page.partition("<script>")[2].partition("</script>")[0]
+    digest = b64encode(sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data: blob:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def read_page() -> HTMLResponse:
+        """The page."""
+        return HTMLResponse(page, headers=headers)
+
+
+def _add_errors(app: FastAPI) -> None:
+    def failed(
+        status: int, message: str, problems: Sequence[Problem] = (), headers: Mapping[str, str] | None = None
+    ) -> JSONResponse:
+        return JSONResponse(Failure(message=message, problems=list(problems)).model_dump(), status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        problems = [_problem(_field(found["loc"]), found.get("input"), found["msg"]) for found in error.errors()]
+        return failed(422, _summary(problems), problems)
+
+    @app.exception_handler(InputsError)
+    async def unusable(_: Request, error: InputsError) -> JSONResponse:
+        return failed(422, str(error), error.problems)
+
+    @app.exception_handler(QueueFullError)
+    async def full(_: Request, error: QueueFullError) -> JSONResponse:
+        return failed(429, str(error), headers={"Retry-After": str(error.retry_after)})
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        return failed(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> JSONResponse:
+        return failed(500, f"{type(error).__name__} on the server, whose log says more")
+
+
+def _chosen(name: str | None, hosted: Mapping[str, Hosted]) -> Hosted:
+    if name is None and len(hosted) == 1:
+        return next(iter(hosted.values()))
+    if name is None or name not in hosted:
+        raise InputsError(_problem("model", name, f"must be one of {', '.join(hosted)}"))
+    return hosted[name]
+
+
+def _num_samples(samples: int | None, settings: Settings) -> int:
+    if samples is None:
+        return settings.samples
+    if samples > settings.max_samples:
+        raise InputsError(_problem("samples", samples, f"must be at most {settings.max_samples}"))
+    return samples
+
+
+def _encoded(run: Hosted, records: Sequence[dict[str, Any]], settings: Settings) -> list[tuple[Any, Any]]:
+    """Each record with its encoding.
+
+    Raises:
+        InputsError: there are too many, or some are of the other kind, blank or too long.
+    """
+    if len(records) > settings.max_inputs:
+        raise InputsError(_problem("inputs", f"{len(records)} of them", f"must be at most {settings.max_inputs}"))
+    problems, encoded = [], []
+    wanted = {"text": "'text'", "choice": "'question' and 'choices'"}[run.kind]
+    for number, record in enumerate(records):
+        field = f"inputs[{number}]"
+        if ("text" in record) != (run.kind == "text"):
+            problems.append(_problem(field, record, f"the run {run.name!r} needs {wanted}"))
+            continue
+        try:
+            example = run.encode(record)
+        except TaskError as error:
+            problems += [_problem(field, record, problem) for problem in error.problems]
+            continue
+        tokens = run.run.task.length(example) + example["truncated"]
+        if tokens > settings.max_tokens:
+            problems.append(_problem(field, f"{tokens} tokens", f"must be at most {settings.max_tokens} tokens"))
+        encoded.append((record, example))
+    if problems:
+        raise InputsError(*problems)
+    return encoded
+
+
+def _model(hosted: Hosted, settings: Settings) -> Model:
+    run = hosted.run
+    return Model(
+        name=hosted.name,
+        method=run.config.method,
+        base_model=run.config.model,
+        task=run.task.name,
+        kind=hosted.kind,  # type: ignore[arg-type]
+        labels=list(run.task.labels) if run.task.labels else None,
+        samples=settings.samples,
+        promises=hosted.decision.promises if hosted.decision else None,
+        metrics=hosted.metrics,
+        diagram=(hosted.folder / DIAGRAM_FILE).is_file(),
+        adapter_sha256=run.adapter_sha256,
+        shared_parameters=hosted.shared_parameters,
+    )
+
+
+def _summary(problems: Sequence[Problem]) -> str:
+    fields = [*dict.fromkeys(problem.field for problem in problems)]
+    return f"can't be used: {', '.join(fields[:10])}" + (", …" if len(fields) > 10 else "")
+
+
+def _problem(field: str, value: Any, message: str) -> Problem:
+    shown = repr(value)  # which also escapes halves of surrogate pairs
+    return Problem(field=field, value=shown if len(shown) <= 80 else f"{shown[:79]}…", message=message)
+
+
+def _field(place: Sequence[Any]) -> str:
+    """``inputs[0].text`` of a place in the body, without the schema's tags of alternatives."""
+    parts = [part for part in place[1:] if not str(part).startswith("<")]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".") or "body"

@@ -1,0 +1,220 @@
+"""Runs in memory: opened and checked, loaded on shared base weights, and asked."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..decision import Decision
+from ..evaluation import uncertainty
+from ..files import read_json
+from ..prediction import Prediction, predict
+from ..runs import Run, RunError, load_run, open_run
+from ..runs.decide import open_decision
+from .settings import Settings
+
+METRICS_FILE, DIAGRAM_FILE = "metrics.json", "reliability.png"
+
+
+@dataclass
+class Hosted:
+    """A run that is served.
+
+    Attributes:
+        name: what requests call it.
+        folder: of the run.
+        run: the loaded run.
+        decision: its decisions, for the settings' N and seed; None where it was never calibrated.
+        shared_parameters: entries of its weights that an earlier run holds too, and that are in memory once.
+    """
+
+    name: str
+    folder: Path
+    run: Run
+    decision: Decision | None
+    shared_parameters: int = 0
+
+    def __post_init__(self) -> None:
+        self._tokenizing = Lock()  # truncation is a state of the tokenizer
+
+    @property
+    def kind(self) -> str:
+        """What its inputs are: ``text`` or ``choice``."""
+        return "choice" if self.run.task.labels is None else "text"
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What ``metrics.json`` in its folder says, finite numbers alone; empty where there is none.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        file = self.folder / METRICS_FILE
+        found = read_json(file, RunError) if file.is_file() else {}
+        numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
+        return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
+
+    def encode(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A record as its task encodes it.
+
+        Raises:
+            TaskError: it can't be this task's.
+        """
+        with self._tokenizing:
+            return self.run.task.encode(record, self.run.tokenizer)
+
+    def answer(
+        self, inputs: Sequence[tuple[dict[str, Any], dict[str, Any]]], num_samples: int, settings: Settings
+    ) -> list[dict[str, Any]]:
+        """What `bloblora.runs.describe` says of each input, and the spread over draws.
+
+        Args:
+            inputs: records and what `encode` made of them.
+            num_samples: N; decisions are for the settings' N alone.
+            settings: the server's.
+        """
+        run = self.run
+        prediction = predict(
+            run.model,
+            [example for _, example in inputs],
+            num_samples,
+            settings.seed,
+            task=run.task,
+            sampler=run.sampler,
+            batch_size=settings.max_batch,
+        )
+        if not prediction.probabilities.isfinite().all():
+            raise FloatingPointError(f"run {self.name!r}: a probability is not a number; try dtype float32")
+        decision = self.decision if num_samples == settings.samples else None
+        columns = [_columns(run.task.columns(record)) for record, _ in inputs]
+        answers = _answers(prediction, columns, decision)
+        return [a | {"truncated_tokens": e["truncated"]} for a, (_, e) in zip(answers, inputs, strict=True)]
+
+
+def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Path]:
+    """Check runs before any model is loaded.
+
+    Args:
+        directories: folders of runs, ``FOLDER`` or ``NAME=FOLDER``; a folder's own name is the default.
+        settings: the server's.
+
+    Returns:
+        The folders by name.
+
+    Raises:
+        RunError: a folder is no finished run, two have one name, a run writes text, or its decisions are for another N,
+            seed or adapter.
+        AdapterFileError: an adapter's files are damaged.
+    """
+    folders: dict[str, Path] = {}
+    for directory in directories:
+        given, equals, rest = directory.partition("=")
+        folder = Path(rest if equals else directory)
+        name = given if equals else folder.resolve().name
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise RunError(
+                f"{directory}: the name {name!r} must be letters, digits, '_', '.' and '-'; give NAME=FOLDER"
+            )
+        if name in folders:
+            raise RunError(f"{folders[name]} and {folder} are both called {name!r}; give NAME=FOLDER for one of them")
+        if open_run(folder).task.name == "generation":
+            raise RunError(f"{folder}: the run's task is generation, which isn't served; use `bloblora generate`")
+        open_decision(folder, settings.samples, settings.seed)
+        folders[name] = folder
+    if not folders:
+        raise RunError("directories: give at least one folder of a run")
+    return folders
+
+
+def load_hosted(folders: dict[str, Path], settings: Settings) -> dict[str, Hosted]:
+    """Load runs, with weights that are equal in memory once.
+
+    PEFT could hold several adapters on one model, but its switch is one for all layers, an ensemble takes all adapters
+    for its members, and heads of different labels have no place on one model. Here each run keeps its own modules, and
+    only tensors are shared, wherever two base models agree: also a classifier's with a language model's.
+    """
+    hosted: dict[str, Hosted] = {}
+    pool: dict[str, list[nn.Parameter]] = {}
+    for name, folder in folders.items():
+        run = load_run(folder)
+        shared = share_weights(run.model, pool)
+        hosted[name] = Hosted(name, folder, run, open_decision(folder, settings.samples, settings.seed), shared)
+    return hosted
+
+
+def share_weights(model: nn.Module, pool: dict[str, list[nn.Parameter]]) -> int:
+    """Replace a model's parameters by equal ones of a pool, and put the others into it.
+
+    Args:
+        model: whose parameters nothing changes in place from now on.
+        pool: parameters by their place in the base model.
+
+    Returns:
+        How many entries are shared.
+    """
+    replaced: dict[int, nn.Parameter] = {}  # by the old one: tied weights stay tied
+    shared = 0
+    for prefix, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(parameter) not in replaced:
+                alike = pool.setdefault(_place(f"{prefix}.{name}"), [])
+                found = next((other for other in alike if _equal(parameter, other)), None)
+                if found is None:
+                    alike.append(parameter)
+                else:
+                    shared += parameter.numel()
+                replaced[id(parameter)] = parameter if found is None else found
+            setattr(module, name, replaced[id(parameter)])
+    return shared
+
+
+def _place(name: str) -> str:
+    """A parameter's name without what PEFT puts into it."""
+    return re.sub(r"^base_model\.model\.|\.base_layer", "", name)
+
+
+def _equal(a: nn.Parameter, b: nn.Parameter) -> bool:
+    plain = type(a) is type(b) is nn.Parameter  # quantized ones carry more than their values
+    return plain and (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
+
+
+def _columns(columns: list[str]) -> list[str]:
+    """Names of an input's labels or choices, all different."""
+    if len(set(columns)) == len(columns):
+        return columns
+    return [f"{index}: {column}" for index, column in enumerate(columns)]
+
+
+def _answers(
+    prediction: Prediction, columns: Sequence[Sequence[str]], decision: Decision | None
+) -> list[dict[str, Any]]:
+    probabilities, labels = prediction.probabilities, prediction.labels
+    spread = prediction.draw_probabilities.std(0, correction=0)
+    scores = uncertainty(prediction) | {"expected_entropy": prediction.expected_entropy}
+    decided = decision.decide(prediction) if decision else None
+
+    def by_name(names: Sequence[str], row: Tensor) -> dict[str, float]:
+        return dict(zip(names, row.tolist(), strict=False))  # a row is as wide as the batch's longest
+
+    answers: list[dict[str, Any]] = []
+    for i, names in enumerate(columns):
+        answer = {
+            "label": names[int(labels[i])],
+            "probabilities": by_name(names, probabilities[i]),
+            "std": by_name(names, spread[i]),
+            **{name: float(values[i]) for name, values in scores.items()},
+            "num_draws": int(prediction.num_draws[i]),
+        }
+        if decided:
+            ranked = probabilities[i].argsort(descending=True, stable=True).tolist()
+            answer["decision"] = "answer" if decided.answers[i] else "abstain"
+            answer["label_set"] = [names[j] for j in ranked if decided.label_sets[i, j]]
+            answer["out_of_scope"] = bool(decided.out_of_scope[i])
+        answers.append(answer)
+    return answers

@@ -1,0 +1,73 @@
+"""Tiny trained runs, and real servers on loopback."""
+
+import time
+from contextlib import contextmanager
+from threading import Thread
+
+import httpx
+import pytest
+import uvicorn
+
+from bloblora import runs
+from bloblora.data.support_desk import support_desk
+from bloblora.runs.decide import calibrate
+from bloblora.serving import Server, Settings, bind, create_app, load_hosted, open_hosted
+from tests.tiny_base import QUESTIONS, queries, write_jsonl
+
+SETTINGS = Settings(samples=3, max_batch=4, max_wait_ms=2.0, queue=64, max_inputs=32, max_tokens=64, max_samples=20)
+OPTIONS = {"steps": 2, "batch_size": 2, "rank": 2, "learning_rate": 0.01}
+LAX = {"risk": 0.9, "level": 0.5, "coverage": 0.6, "false_alarm": 0.3}
+
+
+@pytest.fixture(scope="session")
+def folders(base, tmp_path_factory):
+    """A calibrated run on texts, a plain LoRA on the same, one with other labels, and one on questions."""
+    folder = tmp_path_factory.mktemp("serving")
+    texts = str(write_jsonl(folder / "texts.jsonl", queries()))
+    others = [*queries(), {"text": "do you sell pasta", "label": "other"}]
+    data = {
+        "desk": (texts, "blob"),
+        "lora": (texts, "lora"),
+        "three": (str(write_jsonl(folder / "three.jsonl", others)), "blob"),
+        "quiz": (str(write_jsonl(folder / "questions.jsonl", QUESTIONS)), "blob"),
+    }
+    for name, (file, method) in data.items():
+        runs.train(runs.TrainConfig(data=file, output=str(folder / name), model=str(base), method=method, **OPTIONS))
+    held_out = [
+        {"text": record["text"], "label": ("parcel", "refund")[i % 2]} for i, record in enumerate(support_desk("test"))
+    ]
+    calibrate(runs.load_run(folder / "desk"), folder / "desk", held_out[:60], num_samples=3, **LAX)
+    return {name: str(folder / name) for name in data}
+
+
+@pytest.fixture(scope="session")
+def hosted(folders):
+    return load_hosted(open_hosted([*folders.values()], SETTINGS), SETTINGS)
+
+
+@contextmanager
+def serving(hosted, settings=SETTINGS, keys=(), drain_seconds=0.0):
+    """A client of a server that runs in a thread; `client.server` is the server."""
+    app = create_app(hosted, settings, keys)
+    with bind("127.0.0.1", 0) as port:
+        server = Server(uvicorn.Config(app, log_level="critical", lifespan="on"), drain_seconds)
+        thread = Thread(target=server.run, kwargs={"sockets": [port]})
+        thread.start()
+        url = "http://{}:{}".format(*port.getsockname())
+        try:
+            with httpx.Client(base_url=url, timeout=30, transport=httpx.HTTPTransport(retries=5)) as client:
+                while not server.started:
+                    assert thread.is_alive()
+                    time.sleep(0.01)
+                client.server = server
+                yield client
+        finally:
+            server.handle_exit(15, None)
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def client(hosted):
+    """Of a server of all runs, without keys."""
+    with serving(hosted) as client:
+        yield client

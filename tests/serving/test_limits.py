@@ -1,0 +1,176 @@
+"""What is refused, with which code, and what the message says."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import httpx
+import pytest
+
+from bloblora import runs
+from bloblora.serving import Settings, open_hosted, read_keys
+from tests.serving.conftest import SETTINGS, serving
+
+TEXT = {"text": "where is my parcel"}
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "value", "message"),
+    [
+        ({}, "inputs", "{}", "Field required"),
+        ({"inputs": TEXT, "model": "nobody"}, "model", "'nobody'", "must be one of desk, lora, three, quiz"),
+        ({"inputs": TEXT}, "model", "None", "must be one of desk"),
+        ({"inputs": TEXT, "model": "desk", "samples": 21}, "samples", "21", "must be at most 20"),
+        ({"inputs": TEXT, "model": "desk", "samples": -1}, "samples", "-1", "greater than or equal to 0"),
+        ({"inputs": TEXT, "model": "desk", "seed": 1}, "seed", "1", "Extra inputs are not permitted"),
+        ({"inputs": [], "model": "desk"}, "inputs", "[]", "at least 1 item"),
+        ({"inputs": [TEXT] * 33, "model": "desk"}, "inputs", "'33 of them'", "must be at most 32"),
+        ({"inputs": [TEXT, {"text": 5}], "model": "desk"}, "inputs[1].text", "5", "valid string"),
+        ({"inputs": [{"text": " \n"}], "model": "desk"}, "inputs[0]", "{'text': ' \\n'}", "a text that isn't empty"),
+        ({"inputs": {"text": "\ud800"}, "model": "desk"}, "inputs.text", "'\\ud800'", "valid string"),
+        ({"inputs": [{"text": "parcel " * 80}], "model": "desk"}, "inputs[0]", "tokens'", "must be at most 64 tokens"),
+        ({"inputs": [TEXT], "model": "quiz"}, "inputs[0]", "{'text'", "needs 'question' and 'choices'"),
+        ({"inputs": {"question": "What?", "choices": ["a"]}, "model": "quiz"}, "inputs.choices", "['a']", "at least 2"),
+        ({"inputs": [{"question": "What?", "choices": ["a", " "]}], "model": "quiz"}, "inputs[0]", "{'q", "item 1"),
+    ],
+)
+def test_fields_that_cannot_be_used(client, body, field, value, message):
+    content = json.dumps(body)  # which escapes the half of a surrogate pair, as httpx doesn't
+    response = client.post("/v1/predict", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 422
+    assert any(
+        problem["field"] == field and value in problem["value"] and message in problem["message"]
+        for problem in response.json()["problems"]
+    ), response.text
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [("{", "application/json", 422), ("[" * 100_000, "application/json", 400), ("{}", "text/plain", 422)],
+)
+def test_no_json(client, content, kind, status):
+    response = client.post("/v1/predict", content=content, headers={"Content-Type": kind})
+    assert response.status_code == status
+    assert response.json()["message"]
+
+
+def test_bodies_too_large(hosted):
+    with serving(hosted, replace(SETTINGS, max_body_bytes=200)) as client:
+        for content in (b" " * 201, iter([b" " * 150, b" " * 51])):  # with its length, and in chunks
+            response = client.post("/v1/predict", content=content, headers={"Content-Type": "application/json"})
+            assert response.status_code == 413
+            assert "at most 200" in response.json()["message"]
+        assert client.post("/v1/predict", json={"inputs": TEXT, "model": "desk"}).status_code == 200
+
+
+def test_keys(hosted, tmp_path):
+    (tmp_path / "keys").write_text("# of the desk\nfirst-key\n\nsecond-key\n")
+    keys = read_keys(tmp_path / "keys")
+    assert keys == ("first-key", "second-key")
+    body = {"inputs": TEXT, "model": "desk"}
+    with serving(hosted, keys=keys) as client:
+        for key in keys:
+            assert client.post("/v1/predict", json=body, headers={"Authorization": f"Bearer {key}"}).is_success
+        for header in ("", "Bearer", "Bearer first", "Basic first-key", "Bearer first-keyx", b"Bearer f\xfc"):
+            response = client.post("/v1/predict", json=body, headers={"Authorization": header})
+            assert (response.status_code, response.headers["WWW-Authenticate"]) == (401, "Bearer")
+        for path in ("/v1/models", "/metrics", "/v1/models/desk/reliability.png", "/nowhere"):
+            assert client.get(path).status_code == 401
+        for path in ("/", "/health", "/ready", "/openapi.json"):
+            assert client.get(path).status_code == 200
+        schema = client.get("/openapi.json").json()
+        assert schema["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+        assert "security" in schema["paths"]["/v1/predict"]["post"]
+        assert "security" not in schema["paths"]["/ready"]["get"]
+
+
+def test_a_full_queue(hosted):
+    """While the model is at work four inputs may wait: eight requests of two can't all be held."""
+    settings = replace(SETTINGS, queue=4, max_inputs=4, max_batch=1, samples=20)
+    body = {"inputs": [TEXT, TEXT], "model": "desk"}
+    with serving(hosted, settings) as client, ThreadPoolExecutor(8) as pool:
+        responses = [*pool.map(lambda _: client.post("/v1/predict", json=body), range(24))]
+        codes = {response.status_code for response in responses}
+        assert codes == {200, 429}
+        for response in responses:
+            if response.status_code == 429:
+                assert int(response.headers["Retry-After"]) >= 1
+                assert "of at most 4" in response.json()["message"]
+        assert client.post("/v1/predict", json=body).status_code == 200
+
+
+def test_a_stop_finishes_what_is_held(hosted):
+    """64 inputs, one at a time; told to stop while they wait."""
+    settings = replace(SETTINGS, max_batch=1, samples=20, queue=64)
+    with serving(hosted, settings, drain_seconds=1.5) as client, ThreadPoolExecutor(4) as pool:
+        held = [pool.submit(client.post, "/v1/predict", json={"inputs": [TEXT] * 32, "model": "desk"}) for _ in "ab"]
+        deadline = time.monotonic() + 60
+        while not len(client.server.config.app.state.batcher):
+            time.sleep(0.001)
+        client.server.handle_exit(15, None)
+        ready = client.get("/ready")
+        assert (ready.status_code, ready.json()) == (503, {"status": "stopping"})
+        assert client.get("/health").status_code == 200
+        assert [len(future.result().json()["answers"]) for future in held] == [32, 32]
+        with pytest.raises(httpx.TransportError):  # it still answers until the time is over
+            ask_until(deadline, f"{client.base_url}/ready")
+
+
+def ask_until(deadline, url):
+    while time.monotonic() < deadline:
+        httpx.get(url)
+
+
+def test_an_error_of_the_model_is_everyones_answer(hosted, monkeypatch):
+    def broken(*_):
+        raise FloatingPointError("not a number")
+
+    with serving({"desk": hosted["desk"]}) as client:
+        monkeypatch.setattr(hosted["desk"], "answer", broken)
+        response = client.post("/v1/predict", json={"inputs": TEXT})
+        assert response.status_code == 500
+        assert response.json()["message"] == "FloatingPointError on the server, whose log says more"
+        monkeypatch.undo()
+        assert client.post("/v1/predict", json={"inputs": TEXT}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": -1}, "samples must be 0"),
+        (
+            {"max_batch": 0, "max_tokens": 0},
+            "max_batch must be at least 1, got 0\nmax_tokens must be at least 1, got 0",
+        ),
+        ({"max_samples": 5}, "max_samples must be at least samples, 10, got 5"),
+        ({"max_wait_ms": float("nan")}, "max_wait_ms must be a finite number of at least 0, got nan"),
+        ({"queue": 8}, "queue must be at least max_inputs, 64, got 8"),
+    ],
+)
+def test_settings_out_of_range(options, message):
+    with pytest.raises(runs.RunError) as error:
+        Settings(**options)
+    assert message in str(error.value)
+
+
+def test_runs_that_cannot_be_served(folders, tmp_path):
+    for directories, message in (
+        ([], "give at least one folder"),
+        ([str(tmp_path)], "no run.json in it"),
+        ([folders["desk"], folders["desk"]], "are both called 'desk'; give NAME=FOLDER"),
+        ([f"a b={folders['desk']}"], "the name 'a b'"),
+    ):
+        with pytest.raises(runs.RunError, match=message):
+            open_hosted(directories, SETTINGS)
+    with pytest.raises(runs.RunError, match="num_samples 3 there, 10 now"):
+        open_hosted([folders["desk"]], Settings())
+    assert list(open_hosted([folders["desk"], f"again={folders['desk']}"], SETTINGS)) == ["desk", "again"]
+
+
+@pytest.mark.parametrize("content", [None, "# none\n", "two words\n", "schlüssel\n"])
+def test_key_files(tmp_path, content):
+    if content is not None:
+        (tmp_path / "keys").write_text(content, encoding="utf-8")
+    with pytest.raises(runs.RunError, match="api_key_file"):
+        read_keys(tmp_path / "keys")

@@ -1,0 +1,66 @@
+"""The OpenAPI schema: its examples tried, and fuzzed."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tests.serving.conftest import serving
+
+schemathesis = pytest.importorskip("schemathesis")
+
+
+def test_examples_of_the_schema_are_answered(client):
+    schema = client.get("/openapi.json").json()
+    examples = schema["paths"]["/v1/predict"]["post"]["requestBody"]["content"]["application/json"]["examples"]
+    for name, example in examples.items():
+        body = example["value"] | {"model": "quiz" if name == "choice" else "desk"}
+        assert client.post("/v1/predict", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("mode", ["positive", "negative"])
+def test_fuzzed_predict(hosted, mode):
+    """Right and wrong requests made from the schema: no server error, and no answer that the schema doesn't know."""
+    with serving({"desk": hosted["desk"]}) as client:
+        schema = schemathesis.openapi.from_url(f"{client.base_url}/openapi.json")
+        codes = tried(schema["/v1/predict"]["POST"], mode, client, 20)
+    assert codes <= {200, 400, 401, 413, 422}
+    assert 422 in codes  # of the right ones too: questions, which this run can't answer
+
+
+def test_fuzzed_rest(client):
+    schema = schemathesis.openapi.from_url(f"{client.base_url}/openapi.json")
+    for path in ("/v1/models", "/health", "/ready"):
+        assert tried(schema[path]["GET"], "positive", client, 2) == {200}
+
+
+def tried(operation, mode, client, max_examples):
+    """The codes of the answers; each answer is checked against the schema."""
+    codes = set()
+
+    @settings(
+        max_examples=max_examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode)))
+    def run(case):
+        response = case.call(base_url=str(client.base_url))
+        case.validate_response(response, checks=checks())
+        codes.add(response.status_code)
+
+    run()
+    return codes
+
+
+def checks():
+    from schemathesis import checks
+    from schemathesis.specs.openapi import checks as openapi
+
+    return [
+        checks.not_a_server_error,
+        openapi.status_code_conformance,
+        openapi.content_type_conformance,
+        openapi.response_schema_conformance,
+        openapi.negative_data_rejection,
+    ]
