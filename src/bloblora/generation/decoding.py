@@ -19,6 +19,7 @@ from transformers import Cache, GenerationConfig
 from ..adapter import UnevenPartsError
 from ..prediction import Sampler
 from ..prediction.sampler import Forward, StackedWeights
+from ..prediction.trunk import repeat_rows
 
 _MOST_TOKENS = 8192
 """Prompt tokens, over draws, that are read in one forward: what it takes of memory."""
@@ -154,12 +155,12 @@ class _Prompts(_Reader):
         self.read: list[_Sequences] = []
 
     def next_logits(self, draws: int) -> Tensor:
-        arguments = {name: _repeat(value, draws) for name, value in self._arguments.items()}
+        arguments = {name: repeat_rows(value, draws) for name, value in self._arguments.items()}
         if self._model.config.is_encoder_decoder:
             names = ("input_ids", "attention_mask")
-            given = {name: _repeat(self._batch[name], draws) for name in names if name in self._batch}
+            given = {name: repeat_rows(self._batch[name], draws) for name in names if name in self._batch}
             arguments["encoder_outputs"] = self._model.get_encoder()(**given)
-        sequences = _Sequences(self._model, _repeat(self._tokens, draws), arguments)
+        sequences = _Sequences(self._model, repeat_rows(self._tokens, draws), arguments)
         logits = sequences.logits()
         self.read.append(sequences)
         return logits
@@ -251,8 +252,3 @@ def _token_scores(logits: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor
     probs = log_probs.exp()
     of_token = log_probs.gather(-1, token.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1)
     return of_token, torch.special.entr(probs.mean(0)).sum(-1), torch.special.entr(probs).sum(-1).mean(0)
-
-
-def _repeat(value: Any, times: int) -> Any:
-    """A batch repeated as a whole; what is no tensor of rows stays."""
-    return value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value

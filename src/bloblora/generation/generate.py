@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from ..adapter import find_posterior
-from ..prediction import Point, Sampler, Tempered, WeightDraws
-from ..prediction.predict import eval_mode
+from ..prediction import Sampler, Tempered, WeightDraws
+from ..prediction.predict import check_num_samples, eval_mode, sampler_of
 from ..prediction.sampler import StackedWeights
 from .agreement import Agree, same_text
 from .decoding import Answers, Decoding, KeptDraws
@@ -65,7 +64,7 @@ def posterior_generate(
             side, an option asks for several answers, or the sampler's draws are no weights (a linearized Laplace).
     """
     _check(inputs, num_samples, batch_size, options)
-    sampler = _kept(sampler or _sampler(model), num_samples, seed)
+    sampler = _kept(sampler or sampler_of(model), num_samples, seed)
     device = next(model.parameters()).device
     order = _order(inputs)
     starts = range(0, len(order), batch_size)
@@ -79,11 +78,6 @@ def posterior_generate(
     return _joined(parts, order, tokenizer, num_samples, agree)
 
 
-def _sampler(model: nn.Module) -> Sampler:
-    posterior = find_posterior(model)
-    return Point() if posterior is None else WeightDraws(posterior)
-
-
 def _kept(sampler: Sampler, num_samples: int, seed: int) -> Sampler:
     """The same draws, not made again for each token where that costs something."""
     if isinstance(sampler, Tempered):
@@ -94,8 +88,7 @@ def _kept(sampler: Sampler, num_samples: int, seed: int) -> Sampler:
 
 
 def _check(inputs: Mapping[str, Tensor], num_samples: int, batch_size: int, options: Mapping[str, Any]) -> None:
-    if num_samples < 0:
-        raise ValueError(f"num_samples must be 0 (the mean) or more, got {num_samples}")
+    check_num_samples(num_samples)
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     for name in ("num_beams", "num_return_sequences"):

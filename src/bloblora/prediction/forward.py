@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .trunk import trunk_below
+from .trunk import repeat_rows, trunk_below
 
 _TOKENS = {"cpu": 512}
 _MANY_TOKENS = 8192
@@ -18,8 +18,16 @@ _MANY_TOKENS = 8192
 devices a guess, a forward that fills them."""
 
 
-class Task(Protocol):
-    """What a forward needs of a task."""
+class PredictionTask(Protocol):
+    """What prediction needs of a task."""
+
+    def length(self, example: Any) -> int:
+        """Tokens that an encoded example takes in a batch."""
+        ...
+
+    def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """Encoded examples to a padded batch."""
+        ...
 
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Logits (b, C) of a batch; -inf for a class that an example lacks."""
@@ -34,14 +42,14 @@ class BatchForward:
         limit: most draws to make before rows may be dropped; None: no limit.
     """
 
-    def __init__(self, model: nn.Module, batch: Mapping[str, Tensor], task: Task | None) -> None:
+    def __init__(self, model: nn.Module, batch: Mapping[str, Tensor], task: PredictionTask | None) -> None:
         self._model, self._batch, self._task = model, dict(batch), task
         self._trunk_output: Any = None
         self.limit: int | None = None
 
     def __call__(self, copies: int = 1) -> Tensor:
         """Logits (copies·b, C) of the batch, repeated."""
-        batch = {name: _repeat(tensor, copies) for name, tensor in self._batch.items()}
+        batch = {name: repeat_rows(tensor, copies) for name, tensor in self._batch.items()}
         return self._model(**batch).logits if self._task is None else self._task.logits(self._model, batch)
 
     @property
@@ -86,10 +94,6 @@ class BatchForward:
 def _can_thread(device: torch.device) -> bool:
     """Whether forwards may run side by side; autocast is a setting of one thread."""
     return device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-
-
-def _repeat(tensor: Tensor, copies: int) -> Tensor:
-    return tensor if copies == 1 else tensor.repeat(copies, *[1] * (tensor.ndim - 1))
 
 
 def _select(output: Any, rows: Tensor) -> Any:

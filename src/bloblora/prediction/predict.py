@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -11,26 +11,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from ..adapter import Posterior, find_posterior
-from .forward import BatchForward
+from .forward import BatchForward, PredictionTask
 from .prediction import Prediction
 from .sampler import Forward, Point, Sampler, WeightDraws
 from .stopping import StoppingRule
-
-
-class PredictionTask(Protocol):
-    """What prediction needs of a task."""
-
-    def length(self, example: Any) -> int:
-        """Tokens that an encoded example takes in a batch."""
-        ...
-
-    def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
-        """Encoded examples to a padded batch."""
-        ...
-
-    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Logits (b, C) of a batch; -inf for a class that an example lacks."""
-        ...
 
 
 @torch.no_grad()
@@ -74,10 +58,10 @@ def predict(
     Raises:
         ValueError: ``num_samples`` or ``batch_size`` is out of range, or there is no input.
     """
-    _check_num_samples(num_samples)
+    check_num_samples(num_samples)
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    sampler = sampler or _sampler(find_posterior(model))
+    sampler = sampler or sampler_of(model)
     device, order = next(model.parameters()).device, _order(inputs, task)
     starts = range(0, len(order), batch_size)
     rows = []
@@ -111,17 +95,21 @@ def average_draws(
     Raises:
         ValueError: ``num_samples`` is negative.
     """
-    _check_num_samples(num_samples)
-    log_probs = _draw_log_probs(forward, _sampler(posterior), num_samples, seed)
+    check_num_samples(num_samples)
+    log_probs = _draw_log_probs(forward, sampler_of(posterior), num_samples, seed)
     return torch.logsumexp(log_probs, dim=0) - math.log(log_probs.shape[0])
 
 
-def _check_num_samples(num_samples: int) -> None:
+def check_num_samples(num_samples: int) -> None:
+    """Raise a ValueError where N is negative."""
     if num_samples < 0:
         raise ValueError(f"num_samples must be 0 (the mean) or more, got {num_samples}")
 
 
-def _sampler(source: Posterior | Sampler | None) -> Sampler:
+def sampler_of(source: nn.Module | Posterior | Sampler | None) -> Sampler:
+    """Draws of a posterior, or of a model's; a point where there is none."""
+    if isinstance(source, nn.Module):
+        source = find_posterior(source)
     if source is None:
         return Point()
     return WeightDraws(source) if isinstance(source, Posterior) else source

@@ -51,7 +51,9 @@ class Trunk:
         """Forwards inside take the trunk's output from ``output``, repeated for a batch that is repeated."""
 
         def replay(hidden: Tensor, *_: Any, **__: Any) -> Output:
-            return _repeated(output(), len(hidden))
+            found = output()
+            rows = len(found[0] if isinstance(found, tuple) else found)
+            return repeat_rows(found, len(hidden) // rows)
 
         with _replaced(self.blocks, replay):
             yield
@@ -64,9 +66,9 @@ def trunk_below(model: nn.Module, layers: Iterable[str]) -> Trunk | None:
         model: whose blocks stand in one `torch.nn.ModuleList`.
         layers: names of the layers that draws change; they are in that list, or are the model's output head.
     """
-    names = [*layers]
-    places = [place for name in names if (place := block_of(model, name))]
-    others = [name for name in names if block_of(model, name) is None]
+    found = {name: block_of(model, name) for name in layers}
+    places = [place for place in found.values() if place]
+    others = [name for name, place in found.items() if place is None]
     if len({blocks for blocks, _ in places}) != 1 or any(name.split(".")[-1] not in _HEADS for name in others):
         return None
     blocks = list(model.get_submodule(places[0][0]).children())
@@ -83,10 +85,13 @@ def block_of(model: nn.Module, layer: str) -> tuple[str, int] | None:
     return None
 
 
-def _repeated(output: Output, rows: int) -> Output:
-    if isinstance(output, tuple):
-        return tuple(_repeated(part, rows) if isinstance(part, Tensor) else part for part in output)
-    return output.repeat(rows // len(output), *[1] * (output.ndim - 1))
+def repeat_rows(value: Any, times: int) -> Any:
+    """A batch, or a tuple of batches, repeated as a whole; what is no tensor of rows stays."""
+    if isinstance(value, tuple):
+        return tuple(repeat_rows(part, times) for part in value)
+    if times == 1 or not isinstance(value, Tensor) or not value.ndim:
+        return value
+    return value.repeat(times, *[1] * (value.ndim - 1))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,26 +21,12 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from ..files import read_json, write_json
+from .forward import PredictionTask
+from .predict import eval_mode
 from .trunk import Trunk, trunk_below
 
 _HIDDEN, _ROW = "trunk_hidden", "trunk_row"
 _FORMAT_VERSION = 1
-
-
-class CacheableTask(Protocol):
-    """What the cache needs of a task, and gives back."""
-
-    def length(self, example: Any) -> int:
-        """Tokens that an encoded example takes in a batch."""
-        ...
-
-    def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
-        """Encoded examples to a padded batch, each row padded on one side, with ``input_ids`` (b, T)."""
-        ...
-
-    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Logits (b, C) of a batch."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -53,13 +39,15 @@ class CachedTrunk:
         hidden: (all tokens, d), of one example after the other.
         starts: where each example's tokens start, (n + 1,).
         dtype: of the hidden states.
+        padded_left: whether the task pads on the left.
     """
 
-    task: CacheableTask
+    task: PredictionTask
     trunk: Trunk
     hidden: np.ndarray
     starts: np.ndarray
     dtype: torch.dtype
+    padded_left: bool
 
     def length(self, example: Any) -> int:
         """As the task's."""
@@ -73,7 +61,7 @@ class CachedTrunk:
         for i, example in enumerate(examples):
             row = example[_ROW]
             own = torch.from_numpy(self.hidden[self.starts[row] : self.starts[row + 1]].copy()).view(self.dtype)
-            hidden[i, _place(self.task, example, ids[i])] = own
+            hidden[i, _place(len(own), ids.shape[1], self.padded_left)] = own
         return batch | {_HIDDEN: hidden}
 
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -101,7 +89,7 @@ class IndexedExamples(Sequence[Any]):
 
 def cache_trunk(
     model: nn.Module,
-    task: CacheableTask,
+    task: PredictionTask,
     examples: Sequence[Any],
     folder: Path,
     *,
@@ -134,24 +122,27 @@ def cache_trunk(
             "them in one list of blocks or the output head"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    padded_left = _pads_left(task, examples)
     name = _key(model, trunk, task, examples)
     data, index = folder / f"{name}.npy", folder / f"{name}.json"
     if not index.is_file():
-        _write(model, trunk, task, examples, data, index, batch_size, progress)
+        _write(model, trunk, task, examples, data, index, padded_left, batch_size, progress)
     stored = read_json(index, ValueError)
     hidden = np.load(data, mmap_mode="r", allow_pickle=False)
     dtype = getattr(torch, stored["dtype"])
-    return CachedTrunk(task, trunk, hidden, np.array(stored["starts"]), dtype), IndexedExamples(examples)
+    cached = CachedTrunk(task, trunk, hidden, np.array(stored["starts"]), dtype, padded_left)
+    return cached, IndexedExamples(examples)
 
 
 @torch.no_grad()
 def _write(
     model: nn.Module,
     trunk: Trunk,
-    task: CacheableTask,
+    task: PredictionTask,
     examples: Sequence[Any],
     data: Path,
     index: Path,
+    padded_left: bool,
     batch_size: int,
     progress: bool,
 ) -> None:
@@ -160,40 +151,41 @@ def _write(
     starts = np.concatenate([[0], np.cumsum(lengths)])
     order = sorted(range(len(examples)), key=lambda i: -lengths[i])
     file, array, dtype = data.with_suffix(".partial"), None, torch.float32
-    modes = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    with eval_mode(model):
         for rows in track(batches, "trunk", disable=not progress, console=Console(stderr=True)):
-            batch = task.collate([examples[i] for i in rows])
-            hidden = _compute(model, trunk, task, batch)
+            hidden = _compute(model, trunk, task, task.collate([examples[i] for i in rows]))
             if array is None:
                 dtype = hidden.dtype
                 kind = hidden.view(_integer(dtype)).numpy().dtype
                 array = np.lib.format.open_memmap(file, "w+", kind, (int(starts[-1]), hidden.shape[-1]))
-            for i, own, ids in zip(rows, hidden, batch["input_ids"], strict=True):
-                place = _place(task, examples[i], ids)
+            for i, own in zip(rows, hidden, strict=True):
+                place = _place(lengths[i], len(own), padded_left)
                 array[starts[i] : starts[i + 1]] = own[place].view(_integer(dtype)).numpy()
-    finally:
-        for module in modes:
-            module.training = True
     assert array is not None
     array.flush()
     file.replace(data)
     write_json(index, {"format_version": _FORMAT_VERSION, "dtype": str(dtype).split(".")[1], "starts": starts.tolist()})
 
 
-def _compute(model: nn.Module, trunk: Trunk, task: CacheableTask, batch: dict[str, Tensor]) -> Tensor:
+def _compute(model: nn.Module, trunk: Trunk, task: PredictionTask, batch: dict[str, Tensor]) -> Tensor:
     device = next(model.parameters()).device
     moved = {name: tensor.to(device) for name, tensor in batch.items()}
     output = trunk.compute(lambda: task.logits(model, moved))
     return (output[0] if isinstance(output, tuple) else output).cpu()
 
 
-def _place(task: CacheableTask, example: Any, ids: Tensor) -> slice:
+def _pads_left(task: PredictionTask, examples: Sequence[Any]) -> bool:
+    """The side on which a task pads, seen on its shortest example beside its longest."""
+    by_length = sorted(range(len(examples)), key=lambda i: task.length(examples[i]))
+    short, long = examples[by_length[0]], examples[by_length[-1]]
+    own, row = task.collate([short])["input_ids"][0], task.collate([short, long])["input_ids"][0]
+    return not torch.equal(row[: len(own)], own)
+
+
+def _place(length: int, width: int, padded_left: bool) -> slice:
     """Where an example's own tokens are in its padded row of a batch."""
-    own = task.collate([example])["input_ids"][0]
-    return slice(0, len(own)) if torch.equal(ids[: len(own)], own) else slice(len(ids) - len(own), len(ids))
+    return slice(width - length, width) if padded_left else slice(0, length)
 
 
 def _integer(dtype: torch.dtype) -> torch.dtype:
@@ -201,7 +193,7 @@ def _integer(dtype: torch.dtype) -> torch.dtype:
     return {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
 
 
-def _key(model: nn.Module, trunk: Trunk, task: CacheableTask, examples: Sequence[Any]) -> str:
+def _key(model: nn.Module, trunk: Trunk, task: PredictionTask, examples: Sequence[Any]) -> str:
     """Hash of all that the trunk's output depends on."""
     digest = hashlib.sha256(f"{_FORMAT_VERSION} {torch.__version__} {len(trunk.blocks)}".encode())
     for part in _parts(model, trunk, task, examples):
@@ -209,7 +201,7 @@ def _key(model: nn.Module, trunk: Trunk, task: CacheableTask, examples: Sequence
     return digest.hexdigest()[:32]
 
 
-def _parts(model: nn.Module, trunk: Trunk, task: CacheableTask, examples: Sequence[Any]) -> Iterator[bytes]:
+def _parts(model: nn.Module, trunk: Trunk, task: PredictionTask, examples: Sequence[Any]) -> Iterator[bytes]:
     config: Any = model.config
     yield json.dumps(config.to_dict(), sort_keys=True, default=str).encode()
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
