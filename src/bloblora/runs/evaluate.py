@@ -77,7 +77,7 @@ def describe(
 ) -> Iterator[dict[str, Any]]:
     """For each record its answer, the probability of each label or choice, the uncertainty in nats, and decisions."""
     prediction = run.predict(records, num_samples, seed, batch_size=batch_size)
-    yield from _lines(run.task, records, prediction, decision)
+    yield from lines_of(run.task, records, prediction, decision)
 
 
 def targets_of(task: tasks.Task, records: Sequence[dict[str, Any]]) -> torch.Tensor:
@@ -143,7 +143,7 @@ def _append_predictions(
 
     def described(chunk: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         prediction = run.predict(chunk, num_samples, seed, batch_size=batch_size)
-        lines = _lines(run.task, chunk, prediction, decision)
+        lines = lines_of(run.task, chunk, prediction, decision)
         rows, draws = prediction.log_probabilities.tolist(), prediction.num_draws.tolist()
         for line, row, count in zip(lines, rows, draws, strict=True):
             yield line | {"log_probabilities": row[: len(line["probabilities"])], "num_draws": count}
@@ -158,9 +158,10 @@ def _append_predictions(
     append_lines(file, records, described, identity, progress=progress)
 
 
-def _lines(
+def lines_of(
     task: tasks.Task, records: Sequence[dict[str, Any]], prediction: Prediction, decision: Decision | None
 ) -> Iterator[dict[str, Any]]:
+    """What `describe` says of each record, of a prediction that is at hand."""
     probabilities, answers = prediction.probabilities, prediction.labels
     scores = uncertainty(prediction) | {"expected_entropy": prediction.expected_entropy}
     decided = decision.decide(prediction) if decision else None

@@ -9,14 +9,14 @@ from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..decision import Decision
-from ..evaluation import uncertainty
 from ..files import read_json
-from ..prediction import Prediction, predict
+from ..prediction import predict
 from ..runs import Run, RunError, load_run, open_run
 from ..runs.decide import open_decision
+from ..runs.evaluate import lines_of
 from .settings import Settings
 
 METRICS_FILE, DIAGRAM_FILE = "metrics.json", "reliability.png"
@@ -92,9 +92,15 @@ class Hosted:
         if not prediction.probabilities.isfinite().all():
             raise FloatingPointError(f"run {self.name!r}: a probability is not a number; try dtype float32")
         decision = self.decision if num_samples == settings.samples else None
-        columns = [_columns(run.task.columns(record)) for record, _ in inputs]
-        answers = _answers(prediction, columns, decision)
-        return [a | {"truncated_tokens": e["truncated"]} for a, (_, e) in zip(answers, inputs, strict=True)]
+        lines = lines_of(run.task, [record for record, _ in inputs], prediction, decision)
+        spread = prediction.draw_probabilities.std(0, correction=0).tolist()
+        return [
+            line
+            # a row is as wide as the batch's longest
+            | {"std": dict(zip(line["probabilities"], row, strict=False))}
+            | {"num_draws": count, "truncated_tokens": encoded["truncated"]}
+            for line, row, count, (_, encoded) in zip(lines, spread, prediction.num_draws.tolist(), inputs, strict=True)
+        ]
 
 
 def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Path]:
@@ -182,39 +188,3 @@ def _place(name: str) -> str:
 def _equal(a: nn.Parameter, b: nn.Parameter) -> bool:
     plain = type(a) is type(b) is nn.Parameter  # quantized ones carry more than their values
     return plain and (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
-
-
-def _columns(columns: list[str]) -> list[str]:
-    """Names of an input's labels or choices, all different."""
-    if len(set(columns)) == len(columns):
-        return columns
-    return [f"{index}: {column}" for index, column in enumerate(columns)]
-
-
-def _answers(
-    prediction: Prediction, columns: Sequence[Sequence[str]], decision: Decision | None
-) -> list[dict[str, Any]]:
-    probabilities, labels = prediction.probabilities, prediction.labels
-    spread = prediction.draw_probabilities.std(0, correction=0)
-    scores = uncertainty(prediction) | {"expected_entropy": prediction.expected_entropy}
-    decided = decision.decide(prediction) if decision else None
-
-    def by_name(names: Sequence[str], row: Tensor) -> dict[str, float]:
-        return dict(zip(names, row.tolist(), strict=False))  # a row is as wide as the batch's longest
-
-    answers: list[dict[str, Any]] = []
-    for i, names in enumerate(columns):
-        answer = {
-            "label": names[int(labels[i])],
-            "probabilities": by_name(names, probabilities[i]),
-            "std": by_name(names, spread[i]),
-            **{name: float(values[i]) for name, values in scores.items()},
-            "num_draws": int(prediction.num_draws[i]),
-        }
-        if decided:
-            ranked = probabilities[i].argsort(descending=True, stable=True).tolist()
-            answer["decision"] = "answer" if decided.answers[i] else "abstain"
-            answer["label_set"] = [names[j] for j in ranked if decided.label_sets[i, j]]
-            answer["out_of_scope"] = bool(decided.out_of_scope[i])
-        answers.append(answer)
-    return answers
