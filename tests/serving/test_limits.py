@@ -131,6 +131,7 @@ def test_an_error_of_the_model_is_everyones_answer(hosted, monkeypatch):
         response = client.post("/v1/predict", json={"inputs": TEXT})
         assert response.status_code == 500
         assert response.json()["message"] == "FloatingPointError on the server, whose log says more"
+        assert response.headers["Connection"] == "close"  # uvicorn hangs up, and a request on it would be lost
         monkeypatch.undo()
         assert client.post("/v1/predict", json={"inputs": TEXT}).status_code == 200
 

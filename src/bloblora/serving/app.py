@@ -187,7 +187,10 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> JSONResponse:
-        return failed(500, f"{type(error).__name__} on the server, whose log says more")
+        # The error goes on to uvicorn, which then hangs up; a client must not send its next request on this connection.
+        return failed(
+            500, f"{type(error).__name__} on the server, whose log says more", headers={"Connection": "close"}
+        )
 
 
 def _chosen(name: str | None, hosted: Mapping[str, Hosted]) -> Hosted:
