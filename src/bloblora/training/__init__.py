@@ -3,6 +3,7 @@
 from .arguments import BlobTrainingArguments, check_style
 from .checkpoints import last_checkpoint
 from .divergence import DivergedError
+from .histograms import PosteriorHistograms
 from .kl_weights import kl_weight, rescaled_dataset_size
 from .trainer import BlobTrainer
 
@@ -10,6 +11,7 @@ __all__ = [
     "BlobTrainer",
     "BlobTrainingArguments",
     "DivergedError",
+    "PosteriorHistograms",
     "check_style",
     "kl_weight",
     "last_checkpoint",
