@@ -3,10 +3,10 @@
     python benchmarks/approximations.py --train FILE --test FILE --outside FILE     # {"text", "label"} records
 
 Trains BLoB, and its distilled form, on a few examples a label with three seeds, and predicts the same test records by
-ten forwards, by `predict`, by fewer draws, by pairs of mirrored draws, under `StoppingRule`, with `TopBlocks`, and by
-the distilled LoRA. For each: accuracy, ECE, NLL, the AUROC of telling out-of-scope records apart, draws an input, the
-time as a ratio to ten forwards in the same run (in batches, and one by one on a few records), and a paired bootstrap of
-the difference from all ten draws.
+ten forwards, by `predict`, by fewer draws, by pairs of mirrored draws, under `StoppingRule`, with `TopBlocks`,
+linearized, and by the distilled LoRA. For each: accuracy, ECE, NLL, the AUROC of telling out-of-scope records apart,
+draws an input, the time as a ratio to ten forwards in the same run (in batches, and one by one on a few records), and a
+paired bootstrap of the difference from all ten draws.
 
 Writes results/approximations/seed<n>.json and README.md; a seed that has its file is not repeated.
 """
@@ -25,7 +25,7 @@ from bloblora.adapter import Posterior
 from bloblora.adapter.bayesianize import Weights
 from bloblora.data import read_records
 from bloblora.files import read_json, write_json, write_text
-from bloblora.prediction import Prediction, Sampler, StoppingRule, TopBlocks, WeightDraws, predict
+from bloblora.prediction import Linearized, Prediction, Sampler, StoppingRule, TopBlocks, WeightDraws, predict
 from bloblora.studies.job import cpu
 
 RESULTS = Path(__file__).parents[1] / "results" / "approximations"
@@ -88,11 +88,10 @@ def variants(run: runs.Run, distilled: runs.Run) -> dict[str, Callable[..., Pred
         "mirrored, N = 2": by(2, WeightDraws(Mirrored(posterior))),
         **{name: by(10, run.sampler, stop=rule) for name, rule in RULES.items()},
         **{
-            f"top {blocks // part} of {blocks} blocks, N = 10": by(
-                10, WeightDraws(TopBlocks(posterior, blocks // part))
-            )
-            for part in (2, 4, 8)
+            f"top {number} of {blocks} blocks, N = 10": by(10, WeightDraws(TopBlocks(posterior, number)))
+            for number in (max(1, blocks // part) for part in (2, 4, 8))
         },
+        "linearized, two passes": by(10, Linearized(posterior)),
         DISTILLED: by(0, distilled.sampler, distilled),
         "the mean, N = 0": by(0, run.sampler),
     }

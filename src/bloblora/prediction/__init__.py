@@ -1,5 +1,6 @@
 """From draws of the weights to probabilities and their uncertainty."""
 
+from .linearized import Linearized
 from .predict import average_draws, predict
 from .prediction import Prediction
 from .sampler import Point, Sampler, Tempered, WeightDraws
@@ -7,6 +8,7 @@ from .stopping import StoppingRule
 from .top_blocks import TopBlocks
 
 __all__ = [
+    "Linearized",
     "Point",
     "Prediction",
     "Sampler",

@@ -1,0 +1,22 @@
+"""The fast version of the benchmark of cheaper predictions: that it runs, and that what is exact agrees."""
+
+import json
+import sys
+
+import approximations
+import pytest
+
+
+def test_what_is_exact_agrees(base, tmp_path, monkeypatch):
+    options = ["--steps", "2", "--limit", "2", "--test-limit", "2", "--outside-limit", "6", "--seeds", "0", "1"]
+    folders = ["--model", str(base), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["approximations.py", *options, *folders])
+    monkeypatch.setattr(approximations, "ALONE", 2)
+    approximations.main()
+    for seed in (0, 1):
+        variants = json.loads((tmp_path / f"seed{seed}.json").read_text())["variants"]
+        reference, exact = (variants[name] for name in (approximations.REFERENCE, approximations.EXACT))
+        assert exact["scores"]["nll"] == pytest.approx(reference["scores"]["nll"], abs=1e-5)
+        assert reference["metrics"]["draws"] == 10
+        assert all(variants[name]["metrics"]["draws"] < 10 for name in approximations.RULES)
+    assert "| linearized, two passes |" in (tmp_path / "README.md").read_text()
