@@ -42,13 +42,13 @@ QUARTILES = ("lower quartile", "upper quartile")
 ONE, BASE = "plain LoRA, one forward", "base model, one forward"
 
 
-def load(name: str | None) -> PreTrainedModel:
-    """The base with a head of ``NUM_LABELS``; without a name a tiny random one."""
+def load(name: str | None, num_labels: int = NUM_LABELS) -> PreTrainedModel:
+    """The base with a fresh head; without a name a tiny random one."""
     torch.manual_seed(SEED)
     if name is not None:
-        return models.load_model(name, num_labels=NUM_LABELS)
+        return models.load_model(name, num_labels=num_labels)
     sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
-    return LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=NUM_LABELS, pad_token_id=0))
+    return LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=num_labels, pad_token_id=0))
 
 
 def bayesian(base: PreTrainedModel, layers: list[int] | None) -> PeftModel:

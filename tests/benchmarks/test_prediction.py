@@ -4,6 +4,7 @@ import json
 import sys
 
 import prediction
+import prediction_peers
 
 
 def test_all_ways_to_predict_agree(tmp_path, monkeypatch):
@@ -18,3 +19,11 @@ def test_all_ways_to_predict_agree(tmp_path, monkeypatch):
     # with adapters in the last of four blocks the other three are computed once, not ten times
     assert cases["4 × 16, top quarter"]["flops"] < 0.5 * cases["4 × 16, all layers"]["flops"]
     assert "| 4 × 16, top quarter |" in (tmp_path / "README.md").read_text()
+
+
+def test_peers_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prediction_peers.py", "--smoke", "--results", str(tmp_path)])
+    monkeypatch.setattr(prediction_peers, "SHAPES", ((2, 16),))
+    prediction_peers.main()
+    seconds = json.loads((tmp_path / "results.json").read_text())["cases"]["2 × 16"]["seconds"]
+    assert {prediction_peers.LAPLACE_TORCH, prediction_peers.LINEARIZED} <= seconds.keys()
