@@ -1,10 +1,9 @@
 """What a model's forward and backward cost, counted operation by operation: on meta tensors without any memory."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -56,14 +55,12 @@ def count(model: nn.Module, batch: Mapping[str, Tensor], *, backward: bool = Fal
         backward: count it too, and what is kept for it; ``batch`` must have labels.
     """
     cost = Cost()
-    on_meta = next(iter(batch.values())).is_meta  # where autocast, which layers switch off, doesn't exist
-    with patch("torch.autocast", lambda *_, **__: nullcontext()) if on_meta else nullcontext():
-        with _saved_into(cost, model) if backward else torch.no_grad(), _Counter(cost):
-            output = model(**batch)
-        if backward:
-            with _Counter(cost):
-                output.loss.backward()
-            model.zero_grad()
+    with _saved_into(cost, model) if backward else torch.no_grad(), _Counter(cost):
+        output = model(**batch)
+    if backward:
+        with _Counter(cost):
+            output.loss.backward()
+        model.zero_grad()
     return cost
 
 

@@ -13,6 +13,7 @@ from bloblora import evaluation, runs, studies
 from bloblora.data import read_records
 from bloblora.runs import RunError
 from tests.studies.conftest import make_content, write_study
+from tests.tiny_base import write_jsonl
 
 
 def compare(study, folder, **options):
@@ -135,3 +136,10 @@ def test_models_are_deleted_where_the_study_says_so(content, write, tmp_path):
 def test_an_empty_folder_has_no_report(tmp_path):
     with pytest.raises(RunError, match="no results in it"):
         studies.report(tmp_path)
+
+
+def test_prompts_are_refused_before_anything_is_trained(content, write, tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": "Say yes.", "response": "yes"}] * 2)
+    with pytest.raises(RunError, match=r"train\.jsonl: a study compares labels and choices, and these are prompts"):
+        compare(studies.read_study(write(content)), tmp_path)
+    assert not (tmp_path / "runs").exists()

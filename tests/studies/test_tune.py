@@ -42,3 +42,9 @@ def test_what_cannot_be_searched_is_named(content, write, tmp_path):
     content["datasets"]["desk"].pop("validation")
     with pytest.raises(RunError, match="desk: field 'validation' is missing"):
         studies.tune(studies.read_study(write(content)), "desk", tmp_path / "search", method="wide blob", data=tmp_path)
+
+
+def test_the_pareto_front_by_hand():
+    found = [(0.7, 0.10), (0.6, 0.05), (0.7, 0.12), (0.65, 0.11), (0.5, 0.05), (0.4, 0.01)]
+    trials = [studies.Trial(i, {}, {"accuracy": a, "ece": e}, True) for i, (a, e) in enumerate(found)]
+    assert [trial.number for trial in studies.pareto_front(trials)] == [0, 1, 5]

@@ -10,6 +10,8 @@ of the gradient. ``A_k`` is the weight that example k of the batch sees, for eve
   not see one function.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,7 +42,8 @@ def project(x: Tensor, mean: Tensor, std: Tensor, estimator: str) -> Tensor:
         return F.linear(x, mean + torch.randn_like(std) * std)
     x = x.to(mean.dtype)
     # Autocast casts the operations of a Function's forward, but not those of its backward.
-    with torch.autocast(x.device.type, enabled=False):
+    autocast = torch.amp.is_autocast_available(x.device.type)  # torch's meta device has none
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         if estimator == "local":
             noise = torch.randn(*x.shape[:-1], len(mean), dtype=mean.dtype, device=mean.device)
             return _LocalLinear.apply(x, mean, std.square(), noise)

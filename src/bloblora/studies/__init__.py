@@ -5,7 +5,7 @@ from .job import is_done
 from .report import report
 from .result import Result, read_result, read_results
 from .study import DataSet, EvalSet, Job, Study, read_study
-from .tune import Trial, tune
+from .tune import Trial, pareto_front, tune
 
 __all__ = [
     "DataSet",
@@ -16,6 +16,7 @@ __all__ = [
     "Trial",
     "compare",
     "is_done",
+    "pareto_front",
     "read_result",
     "read_results",
     "read_study",

@@ -14,7 +14,7 @@ import torch
 
 from .. import runs
 from ..adapter import library_versions
-from ..data import read_records
+from ..data import kind_of, read_records
 from ..prediction import Prediction
 from .result import Result, read_result, write_result
 from .study import EvalSet, Job
@@ -44,8 +44,10 @@ def check_data(job: Job) -> None:
 
     Raises:
         DataError: a file can't be used.
+        RunError: its records are prompts, whose answers can't be scored as labels or choices are.
     """
-    read_records(job.config.data)
+    if kind_of(read_records(job.config.data)) == "generation":
+        raise runs.RunError(f"{job.config.data}: a study compares labels and choices, and these are prompts to answer")
     for chosen in job.sets.values():
         read_records(chosen.data, require_labels=chosen.labelled)
 

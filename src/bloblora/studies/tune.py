@@ -7,7 +7,7 @@ calibration among what is nearly as accurate as plain LoRA. Test data are never 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,15 @@ class Trial:
     options: Mapping[str, float]
     metrics: Mapping[str, float]
     feasible: bool
+
+
+def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials to which no other is preferable in accuracy and ECE both, the most accurate first."""
+    front: list[Trial] = []
+    for trial in sorted(trials, key=lambda trial: (-trial.metrics["accuracy"], trial.metrics["ece"])):
+        if not front or trial.metrics["ece"] < front[-1].metrics["ece"]:
+            front.append(trial)
+    return front
 
 
 def tune(

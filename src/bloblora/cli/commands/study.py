@@ -118,8 +118,9 @@ def tune(
     """Search a method's options on the validation data of a study's data set; test data are never looked at.
 
     The aim `nll` weighs accuracy and calibration by a proper score; `ece` looks for the best calibration among settings
-    that are nearly as accurate as plain LoRA. Given again, the command goes on where it was; the best options are
-    printed as YAML for the study's file or `--config`.
+    that are nearly as accurate as plain LoRA. Trials marked * are the Pareto front: no other is at least as accurate and
+    better calibrated. Given again, the command goes on where it was; the best options are printed as YAML for the
+    study's file or `--config`.
 
     Examples:
       bloblora tune study.yaml --dataset clinc150 --output results/search --aim ece --within 0.01
@@ -161,7 +162,11 @@ def tune(
         data=Path(data),
         reported=reported,
     )
-    rows = {f"trial {trial.number + 1}": {**trial.metrics, **trial.options} for trial in found}
+    front = studies.pareto_front(found)
+    rows = {
+        f"trial {trial.number + 1}{' *' if trial in front else ''}": {**trial.metrics, **trial.options}
+        for trial in found
+    }
     columns = ["accuracy", "ece", "nll", *found[0].options]
     console.print(evaluation.rich_table(rows, title=f"{len(found)} trials, the best first", columns=columns))
     print("".join(f"{name}: {value:.3g}\n" for name, value in found[0].options.items()), end="")
