@@ -108,6 +108,11 @@ def test_factors_and_evidence_are_those_of_laplace_torch(classify):
     sampler = fit_laplace(model, layers, training)
     precision = torch.tensor(sampler.prior_precision)
     assert sampler.log_marginal_likelihood == pytest.approx(theirs.log_marginal_likelihood(precision).item(), rel=1e-4)
+    given = fit_laplace(model, layers, training, 3.0)
+    assert given.prior_precision == 3.0
+    at_three = theirs.log_marginal_likelihood(torch.tensor(3.0)).item()
+    assert given.log_marginal_likelihood == pytest.approx(at_three, rel=1e-4)
+    assert at_three < sampler.log_marginal_likelihood
     theirs.prior_precision = precision
     torch.testing.assert_close(
         posterior_covariance(sampler), theirs.posterior_precision.to_matrix(exponent=-1), rtol=1e-3, atol=1e-4

@@ -46,10 +46,21 @@ _EIGEN = ("G_values", "A_values", "G_vectors", "A_vectors")
 
 @dataclass(frozen=True, kw_only=True)
 class Laplace(Method):
-    """A Gaussian over A and B of all layers; a classification head stays a point."""
+    """A Gaussian over A and B of all layers; a classification head stays a point.
+
+    Args:
+        prior_precision: δ; None for the one with the largest marginal likelihood. Where training has all but memorized
+            its data the Fisher vanishes, that δ is far too small and draws are noise: search it on validation data.
+    """
+
+    prior_precision: float | None = None
 
     name = "laplace"
     paper = "2308.13111"
+
+    def __post_init__(self) -> None:
+        if self.prior_precision is not None and not (math.isfinite(self.prior_precision) and self.prior_precision > 0):
+            raise ValueError(f"prior_precision must be a finite number above 0, got {self.prior_precision}")
 
     def layers(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The layers over whose weights the Gaussian is, of a model in training."""
@@ -70,7 +81,7 @@ class Laplace(Method):
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train a plain LoRA, then fit the Gaussian."""
         training.run(model)
-        return fit_laplace(model.eval(), self.layers(model), training)
+        return fit_laplace(model.eval(), self.layers(model), training, self.prior_precision)
 
     def save(self, model: nn.Module, sampler: Sampler, folder: Path) -> None:
         """Write the LoRA and the Gaussian."""
@@ -150,8 +161,10 @@ def trained_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
 
 
-def fit_laplace(model: nn.Module, layers: Mapping[str, nn.Linear], training: Training) -> LinearizedDraws:
-    """The Gaussian around the trained weights of a model in eval mode."""
+def fit_laplace(
+    model: nn.Module, layers: Mapping[str, nn.Linear], training: Training, prior_precision: float | None = None
+) -> LinearizedDraws:
+    """The Gaussian around the trained weights of a model in eval mode, with a given δ or the most likely one."""
     factors, log_likelihood = kronecker_factors(model, layers, training)
     spectra = {name: [torch.linalg.eigh(factor) for factor in pair] for name, pair in zip(layers, factors, strict=True)}
     values = torch.cat([g.outer(a).flatten() for (g, _), (a, _) in spectra.values()]).clamp(min=0)
@@ -162,13 +175,14 @@ def fit_laplace(model: nn.Module, layers: Mapping[str, nn.Linear], training: Tra
         return ((values / precision).log1p().sum().item() + precision * squared_norm) / 2 - log_likelihood
 
     # It has one minimum: its derivative, (δ‖θ*‖² - γ(δ))/2 with γ the effective number of weights, only rises.
-    best = minimize_scalar(loss, bounds=_LOG_PRECISIONS, method="bounded")
+    if prior_precision is None:
+        prior_precision = math.exp(minimize_scalar(loss, bounds=_LOG_PRECISIONS, method="bounded").x)
     eigen = {
         f"{name}.{part}": tensor.float().contiguous()
         for name, ((g, u), (a, v)) in spectra.items()
         for part, tensor in zip(_EIGEN, (g.clamp(min=0), a.clamp(min=0), u, v), strict=True)
     }
-    return LinearizedDraws(layers, eigen, math.exp(best.x), -best.fun)
+    return LinearizedDraws(layers, eigen, prior_precision, -loss(math.log(prior_precision)))
 
 
 def kronecker_factors(model: Any, layers: Mapping[str, nn.Linear], training: Training) -> tuple[Any, float]:

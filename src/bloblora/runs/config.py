@@ -60,6 +60,7 @@ class TrainConfig:
         members: how many models (ensemble).
         distill_steps: steps of the student's training (distilled).
         tolerance: relative rise of the NLL that noise may cause (tfb).
+        prior_precision: δ; default: the one with the largest marginal likelihood (laplace and laplace-last).
         effective_sample_size: λ; larger is a narrower posterior (ivon).
         hess_init: h at the start (ivon).
         weight_decay: δ, the prior's precision over λ (ivon).
@@ -107,6 +108,7 @@ class TrainConfig:
     members: int | None = None
     distill_steps: int | None = None
     tolerance: float | None = None
+    prior_precision: float | None = None
     effective_sample_size: float | None = None
     hess_init: float | None = None
     weight_decay: float | None = None

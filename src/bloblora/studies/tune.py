@@ -23,6 +23,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "init_std": (0.01, 0.2),
     "kl_scale": (0.05, 20.0),
     "kl_learning_rate": (0.01, 1.0),
+    "prior_precision": (1.0, 1e4),
     "learning_rate": (2e-4, 5e-3),
 }
 """What is searched by default, each on a logarithmic scale around the method's default."""
