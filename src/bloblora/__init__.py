@@ -3,6 +3,7 @@
 from .adapter import BlobConfig, Posterior, bayesianize, find_posterior, load, save
 from .generation import Generation, posterior_generate
 from .prediction import Prediction, predict
+from .runs.pipeline import pipeline
 from .training import BlobTrainer, BlobTrainingArguments
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "bayesianize",
     "find_posterior",
     "load",
+    "pipeline",
     "posterior_generate",
     "predict",
     "save",

@@ -19,7 +19,12 @@ _DESCRIPTION = """Bayesian low-rank adaptation for language models: LoRA that kn
   echo '{"text": "where is my parcel"}' | bloblora predict runs/desk --input -
 
 Every option can stand in a YAML file (--config FILE); a run's own is saved beside it as config.yaml."""
-_FLAGS = {"json": "print JSON, for programs", "dry_run": "only list the runs and whether they are done"}
+_FLAGS = {
+    "json": "print JSON, for programs",
+    "dry_run": "only list the runs and whether they are done",
+    "private": "make a private repository",
+    "update": "commit to a repository that exists already",
+}
 _RESUMABLE = ("train", "demo", "compare")
 
 

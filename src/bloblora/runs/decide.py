@@ -12,6 +12,7 @@ from .checks import check_kind
 from .config import RunError
 from .evaluate import targets_of
 from .folder import RUN_FILE
+from .remote import is_remote, local_folder
 from .run import Run
 
 DECISION_FILE, FORMAT_VERSION = "decision.json", 1
@@ -50,6 +51,8 @@ def calibrate(
         RunError: records of the other kind, or a label that the run doesn't know.
         ValueError: a promise can't be made on these records; nothing is saved.
     """
+    if is_remote(directory):
+        raise RunError(f"{directory}: is on the hub; calibrate in a folder, and push that")
     check_kind(run.task, records)
     targets = targets_of(run.task, records)
     settings: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
@@ -76,7 +79,7 @@ def open_decision(directory: str | os.PathLike[str], num_samples: int, seed: int
     Raises:
         RunError: they are for another N, seed or adapter, or the file is damaged.
     """
-    file = Path(directory) / DECISION_FILE
+    file = local_folder(directory) / DECISION_FILE
     if not file.is_file():
         return None
     stored = read_json(file, RunError)
@@ -99,5 +102,5 @@ def open_decision(directory: str | os.PathLike[str], num_samples: int, seed: int
 
 def _described(directory: str | os.PathLike[str], num_samples: int, seed: int) -> dict[str, Any]:
     """Which predictions the decisions are for."""
-    adapter = read_json(Path(directory) / RUN_FILE, RunError).get("adapter_sha256")
+    adapter = read_json(local_folder(directory) / RUN_FILE, RunError).get("adapter_sha256")
     return {"num_samples": num_samples, "seed": seed, "adapter_sha256": adapter}

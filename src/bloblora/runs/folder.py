@@ -13,6 +13,7 @@ from .. import tasks
 from ..files import read_json
 from ..methods import Method
 from .config import RunError, TrainConfig
+from .remote import local_folder
 
 TASK_FILE, RUN_FILE, CONFIG_FILE, CHECKPOINTS = "task.json", "run.json", "config.yaml", "checkpoints"
 _FIELDS = ("text", "label", "question", "choices", "answer", "prompt", "response", "messages")
@@ -30,13 +31,13 @@ class RunDescription:
 
 
 def open_run(directory: str | os.PathLike[str]) -> RunDescription:
-    """Read and check a finished run's folder; no model is loaded.
+    """Read and check a finished run's folder, or ``hub:user/name``; no model is loaded.
 
     Raises:
         RunError: the folder isn't one, its training isn't finished, or its adapter was altered.
         AdapterFileError: the adapter's files are damaged.
     """
-    directory = Path(directory)
+    directory = local_folder(directory)
     if not (directory / RUN_FILE).is_file():
         raise RunError(f"{directory}: no {RUN_FILE} in it; give a folder that `bloblora train` wrote")
     stored = read_json(directory / RUN_FILE, RunError)

@@ -3,9 +3,9 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +14,8 @@ from ..prediction import Prediction, Sampler, predict
 from .checks import num_labels
 from .config import TrainConfig
 from .folder import open_run
+from .processes import processes
+from .remote import local_folder
 
 
 @dataclass
@@ -64,16 +66,22 @@ class Run:
 
 
 def load_run(directory: str | os.PathLike[str]) -> Run:
-    """Load a finished run.
+    """Load a finished run, onto the GPU where there is one.
+
+    Args:
+        directory: its folder, or its place on the hub: ``hub:user/name`` or ``hub:user/name@revision``.
 
     Raises:
         RunError: the folder isn't one, or its training isn't finished.
         AdapterFileError: the adapter's files are damaged.
     """
-    directory = Path(directory)
+    directory = local_folder(directory)
     description = open_run(directory)
     config, task = description.config, description.task
-    model, sampler = description.method.load(base_model(config, task), directory)
+    base = base_model(config, task)
+    if torch.accelerator.is_available() and not getattr(base, "is_quantized", False):
+        base.to(processes().device)
+    model, sampler = description.method.load(base, directory)
     tokenizer = models.load_tokenizer(config.model)
     return Run(model, tokenizer, task, sampler, config, description.training, description.adapter_sha256)
 

@@ -5,7 +5,9 @@ from importlib.metadata import version as package_version
 
 from ...demo import demo
 from .about import info, list_methods
+from .export import export
 from .generate import generate
+from .hub import card, push
 from .run import calibrate, evaluate, predict, train
 from .serve import serve
 from .study import compare, report, tune
@@ -17,6 +19,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict,
     "serve": serve,
     "generate": generate,
+    "export": export,
+    "card": card,
+    "push": push,
     "demo": demo,
     "compare": compare,
     "report": report,

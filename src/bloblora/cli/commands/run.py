@@ -18,10 +18,11 @@ from ...decision.scope import Score
 from ...runs import TrainConfig
 from ...runs.decide import DECISION_FILE, open_decision
 from ...runs.decide import calibrate as calibrate_run
+from ...training import PosteriorHistograms
 from .output import named, print_json, writing
 
 
-def train(json: bool = False, **options: Any) -> None:
+def train(json: bool = False, tensorboard: str | None = None, **options: Any) -> None:
     """Fine-tune a base model on labelled data, as a Bayesian LoRA or a plain one.
 
     A record of the data is a text to classify, a question with choices, or a prompt with a response; a file holds one
@@ -41,9 +42,14 @@ def train(json: bool = False, **options: Any) -> None:
       bloblora train --data support_desk --method lora --output runs/desk-lora
       bloblora train --data arc_easy --limit 640 --steps 1000 --output runs/arc --preset paper
       bloblora train --config runs/desk/config.yaml --seed 1 --output runs/desk-1
+
+    Args:
+        json: print JSON.
+        tensorboard: folder for TensorBoard: the losses, and histograms of the posterior's Ω, M and |M|/Ω.
     """
     logging.disable_progress_bar()
-    run = runs.train(TrainConfig(**options))
+    config = TrainConfig(**options)
+    run = runs.train(config, callbacks=_histograms(tensorboard) if tensorboard else ())
     if not runs.processes().is_main_process:
         return
     posterior = find_posterior(run.model)
@@ -255,6 +261,14 @@ def predict(
             handle.flush()
     if output:
         runs.join_parts(Path(output))
+
+
+def _histograms(folder: str) -> list[PosteriorHistograms]:
+    runs.check_writable(Path(folder) / "events")
+    try:
+        return [PosteriorHistograms(folder)]
+    except RuntimeError as error:
+        raise runs.RunError("tensorboard isn't installed: pip install 'bloblora[tensorboard]'") from error
 
 
 def _read(directory: str, data: str, ood: str | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:

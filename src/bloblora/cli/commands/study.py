@@ -118,8 +118,8 @@ def tune(
     """Search a method's options on the validation data of a study's data set; test data are never looked at.
 
     The aim `nll` weighs accuracy and calibration by a proper score; `ece` looks for the best calibration among settings
-    that are nearly as accurate as plain LoRA. Trials marked * are the Pareto front: no other is at least as accurate and
-    better calibrated. Given again, the command goes on where it was; the best options are printed as YAML for the
+    that are nearly as accurate as plain LoRA. Trials marked * are the Pareto front: no other is at least as accurate
+    and better calibrated. Given again, the command goes on where it was; the best options are printed as YAML for the
     study's file or `--config`.
 
     Examples:

@@ -1,0 +1,180 @@
+"""From a finished run to a folder that other programs read."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from .. import adapter, methods, models
+from ..adapter.storage import MEAN_FILE, library_versions
+from ..files import write_tensors
+from ..models.loading import DTYPES
+from ..runs import Run, RunDescription, RunError, check_samples, check_writable, load_run, open_run
+from .draws import MEAN, Draw, check_method, in_force, take_draws
+from .gguf import check_gguf, write_gguf
+from .manifest import Manifest
+from .merged import write_merged
+
+FORMATS = ("lora", "merged", "gguf")
+TOKENIZER = "tokenizer"
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as its largest rank (``MaxLoRARanks`` in vllm/config/lora.py, 0.32.0)."""
+
+_HEAD = (
+    "the adapters carry a classification head (modules_to_save): PEFT loads it, but servers of text completions have "
+    "no place for it; use --format merged, or `bloblora serve`"
+)
+
+
+def export(
+    directory: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    format: str = "lora",
+    num_samples: int = 10,
+    seed: int = 0,
+    *,
+    draw: int | None = None,
+    dtype: str = "float32",
+) -> Manifest:
+    """Write a run's mean and draws for other programs.
+
+    Draw s is the function that draw s of `bloblora.predict` is for the same seed.
+
+    Args:
+        directory: folder of the run.
+        output: folder to make; it appears when it is complete.
+        format: ``lora``: a stock PEFT LoRA a draw; ``gguf``: llama.cpp's form of them; ``merged``: one whole model.
+        num_samples: weight draws N of ``lora`` and ``gguf``; 0 is the mean alone.
+        seed: of the draws.
+        draw: which one to merge, counted from 0; default the mean.
+        dtype: of the tensors of ``lora``; ``merged`` has its base's, ``gguf`` float32.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        RunError: the output isn't free, or the run can't be exported like this.
+    """
+    output = Path(output).resolve()
+    _check_output(output)
+    check_samples(num_samples, seed)
+    if format not in FORMATS:
+        raise RunError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    if dtype not in DTYPES:
+        raise RunError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if draw is not None and (draw < 0 or format != "merged"):
+        raise RunError(f"draw must be 0 or more, and is for format 'merged'; got {draw} with {format!r}")
+    if format == "merged":
+        num_samples = 0 if draw is None else draw + 1
+    _check_run(open_run(directory), format, num_samples)
+    run = load_run(directory)
+    base = models.resolve(run.config.model)
+    with _appearing(output) as folder:
+        if format == "merged":
+            written = _write_merged(run, folder, draw, seed)
+        else:
+            written = _write_adapters(run, folder, format, num_samples, seed, DTYPES[dtype], base)
+        manifest = Manifest(
+            format=format,
+            base_model=base,
+            method=run.config.method,
+            adapter_sha256=run.adapter_sha256,
+            num_samples=num_samples,
+            seed=seed,
+            task=run.task.to_dict(),
+            libraries=library_versions(),
+            **written,
+        )
+        return manifest.write(folder)
+
+
+def _check_output(output: Path) -> None:
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise RunError(f"{output}: is a file or a folder that isn't empty; choose another output")
+    check_writable(output.with_name(f".{output.name}.check"))
+
+
+def _check_run(description: RunDescription, format: str, num_samples: int) -> None:
+    """Raise a RunError for what can be known before the model is loaded."""
+    check_method(description.method, num_samples)
+    if format != "merged" and isinstance(description.method, methods.Full):
+        raise RunError("method 'full' changes all weights and has no adapter; use --format merged")
+    if format == "gguf":
+        check_gguf(description)
+
+
+def _write_adapters(
+    run: Run, folder: Path, format: str, num_samples: int, seed: int, dtype: torch.dtype, base: str
+) -> dict[str, Any]:
+    """The mean and the draws; returns what the manifest says of them."""
+    model = run.model
+    assert isinstance(model, PeftModel)
+    draws = take_draws(model, run.sampler, num_samples, seed)
+    for draw in draws:
+        with in_force(model, draw):
+            if format == "gguf":
+                write_gguf(folder / f"{draw.name}.gguf", model, draw.adapter_name)
+            else:
+                _write_lora(folder / draw.name, model, draw.adapter_name, dtype)
+    run.tokenizer.save_pretrained(folder / TOKENIZER)
+    mean, *names = [draw.name for draw in draws]
+    if format == "gguf":
+        commands = {"llama.cpp": f"llama-server --model BASE.gguf --lora {[mean, *names][-1]}.gguf"}
+    else:
+        commands = {"vllm": _vllm_command(base, [mean, *names], run.config.rank)}
+    has_head = run.task.labels is not None
+    return {
+        "mean": mean,
+        "draws": names,
+        "commands": {} if has_head else commands,
+        "warnings": [_HEAD] if has_head else [],
+    }
+
+
+def _write_lora(folder: Path, model: PeftModel, adapter_name: str, dtype: torch.dtype) -> None:
+    adapter.save(model, folder, adapter_name)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    if dtype != torch.float32:
+        file = folder / MEAN_FILE
+        write_tensors(file, {name: tensor.to(dtype) for name, tensor in load_file(file).items()})
+
+
+def _write_merged(run: Run, folder: Path, number: int | None, seed: int) -> dict[str, Any]:
+    """One draw, or the mean; returns what the manifest says of it."""
+    draws = [Draw(MEAN, ""), Draw("draw_00", "")]  # of a model without adapters
+    count = 0 if number is None else number + 1
+    if isinstance(run.model, PeftModel):
+        draws = take_draws(run.model, run.sampler, count, seed)
+    if len(draws) <= count:
+        raise RunError(f"draw must be below {len(draws) - 1}, the functions that the run has; got {number}")
+    draw = draws[count]
+    write_merged(run, draw, folder)
+    commands = {} if run.task.labels is not None else {"vllm": f"vllm serve . --served-model-name {draw.name}"}
+    drawn = number is not None
+    return {"mean": None if drawn else MEAN, "draws": [draw.name] if drawn else [], "commands": commands}
+
+
+def _vllm_command(base: str, names: list[str], rank: int) -> str:
+    """To be run in the export's folder."""
+    largest = next((allowed for allowed in _VLLM_RANKS if allowed >= rank), rank)
+    loras = " ".join(f"{name}={name}" for name in names)
+    return f"vllm serve {base} --enable-lora --max-loras {len(names)} --max-lora-rank {largest} --lora-modules {loras}"
+
+
+@contextmanager
+def _appearing(output: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``output`` if the block ends without error."""
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

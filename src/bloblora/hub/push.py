@@ -1,0 +1,122 @@
+"""A run's folder on the hub: exactly the files that it needs to load, and a card."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HTTPError  # the HTTP library's: it differs between versions
+from huggingface_hub.utils import validate_repo_id
+
+from ..adapter.storage import MEAN_CONFIG
+from ..files import read_json, write_json, write_text
+from ..runs import RunError, load_run, open_run
+from ..runs.folder import RUN_FILE
+from ..runs.remote import is_remote, reason
+from .card import CARD_FILE, is_generated, model_card, public_base, public_name
+
+_PATTERNS = (
+    *("run.json", "task.json", "decision.json", "metrics.json", "metrics-*.json", "reliability*.png"),
+    *("adapter_config.json", "blob_config.json", "config.json", "generation_config.json"),
+    *("laplace.json", "scalabl.json", "temperature.json", "*.safetensors"),
+)
+_PLACES = ("data", "output", "trunk_cache")
+
+
+def push(
+    directory: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    update: bool = False,
+    base_model: str | None = None,
+) -> str:
+    """Upload a finished run to the hub, as a model repository that `bloblora.runs.load_run` and PEFT load.
+
+    What goes up is what a run needs, its metrics, decisions and card: no checkpoints and no training records, and of
+    local files no more than their names. The README.md is made anew unless someone has written it. The copy that is
+    uploaded has been loaded before. The token is huggingface_hub's (``hf auth login``, or HF_TOKEN).
+
+    Args:
+        directory: folder of the run.
+        repo_id: ``user/name``.
+        private: make the repository a private one; an existing one stays as it is.
+        revision: branch to commit to, made where it is missing; default main.
+        update: commit to a repository that exists already.
+        base_model: hub id of the base model, needed where the run's own name for it is a folder or a file.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        RunError: the run can't be loaded; its base model has no public name; there is no valid token, no network or no
+            permission; or the repository exists and ``update`` isn't given. Nothing is committed then.
+        AdapterFileError: the run's files are damaged.
+    """
+    if is_remote(directory):
+        raise RunError(f"{directory}: is on the hub already; give a folder")
+    config = open_run(directory).config
+    if (base_model or public_base(config.model)) is None:
+        raise RunError(f"the base model {config.model!r} is on this machine only; give its hub id as base_model")
+    with _explained(repo_id):
+        validate_repo_id(repo_id)
+        api = HfApi()
+        api.whoami()
+        if (exists := api.repo_exists(repo_id)) and not update:
+            raise RunError(f"{repo_id!r} exists already; give another name, or `update` to commit to it")
+    with tempfile.TemporaryDirectory() as scratch:
+        staging = Path(scratch)
+        stage(Path(directory), staging)
+        load_run(staging)
+        _make_public(staging, repo_id, base_model)
+        with _explained(repo_id):
+            if not exists:
+                api.create_repo(repo_id, private=private)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            message = f"Upload of a bloblora run, method {config.method}"
+            commit = api.upload_folder(repo_id=repo_id, folder_path=staging, revision=revision, commit_message=message)
+    return commit.commit_url
+
+
+def stage(folder: Path, staging: Path) -> None:
+    """Copy what is uploaded of a run: its own files and those of its members, and a card that someone has written."""
+    for pattern in (*_PATTERNS, *(f"member_*/{pattern}" for pattern in _PATTERNS)):
+        for file in folder.glob(pattern):
+            target = staging / file.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+    if not is_generated(folder / CARD_FILE):
+        shutil.copyfile(folder / CARD_FILE, staging / CARD_FILE)
+
+
+def _make_public(staging: Path, repo_id: str, base_model: str | None) -> None:
+    """Make the card, and take out where files lie on this machine; no hash is over that."""
+    card = str(model_card(staging, repo_id, base_model))
+    run = read_json(staging / RUN_FILE, RunError)
+    config = run["config"]
+    config |= {name: public_name(config[name]) for name in _PLACES if config.get(name)}
+    hub_id = base_model or public_base(config["model"])
+    if base_model is not None:
+        config["model"] = base_model
+    write_json(staging / RUN_FILE, run)
+    for file in staging.rglob(MEAN_CONFIG):
+        write_json(file, read_json(file, RunError) | {"base_model_name_or_path": hub_id})
+    if not (staging / CARD_FILE).exists():
+        write_text(staging / CARD_FILE, card)
+    open_run(staging)
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """The hub's errors as RunErrors."""
+    try:
+        yield
+    except RunError:
+        raise
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
+        raise RunError(f"{repo_id!r} on {constants.ENDPOINT}: {reason(error)}") from error

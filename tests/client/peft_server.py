@@ -1,0 +1,73 @@
+"""Stock PEFT behind the OpenAI API's ``/v1/completions``: all adapters of an export on one model, by name.
+
+    python peft_server.py EXPORT PORT
+
+Of the API it has what the tests ask for: token ids as prompts, greedy answers, ``echo``, ``logprobs``. It knows nothing
+of bloblora; that vLLM answers in the same form is tests/client/test_vllm.py's to show.
+"""
+
+import json
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def load(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(manifest["base_model"])
+    first, *others = [manifest["mean"], *manifest["draws"]]
+    model = PeftModel.from_pretrained(base, folder / first, first)
+    for name in others:
+        model.load_adapter(folder / name, name)
+    return model.eval(), AutoTokenizer.from_pretrained(folder / "tokenizer")
+
+
+@torch.no_grad()
+def complete(model, tokenizer, body):
+    model.set_adapter(body["model"])
+    ids = list(body["prompt"])
+    for _ in range(body["max_tokens"]):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    start = 0 if body.get("echo") else len(body["prompt"])
+    scores = [None, *(log_probs[i, token].item() for i, token in enumerate(ids[1:]))]
+    tops = [log_probs[max(i - 1, 0)].topk(body["logprobs"]) for i in range(start, len(ids))]
+    top = [{f"token_id:{i}": value for value, i in zip(*(x.tolist() for x in found), strict=True)} for found in tops]
+    text = tokenizer.decode(ids[start:], skip_special_tokens=True)
+    return {"choices": [{"text": text, "logprobs": {"token_logprobs": scores[start:], "top_logprobs": top}}]}
+
+
+def main(folder, port):
+    torch.set_num_threads(1)
+    model, tokenizer = load(Path(folder))
+    lock = Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            known = body["model"] in model.peft_config
+            with lock:
+                answer = complete(model, tokenizer, body) if known else {"error": f"no model {body['model']}"}
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,136 @@
+"""The averages of a server of stock PEFT, and what is said when a server fails."""
+
+import json
+import time
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+from bloblora.client import DrawClient, ServerError
+from bloblora.export import export
+from bloblora.runs import RunError
+from tests.client.checks import check_choices, check_texts
+from tests.tiny_base import QUESTIONS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GOOD = {"choices": [{"text": "x", "logprobs": {"token_logprobs": [-1.0], "top_logprobs": [{}]}}]}
+
+
+@pytest.mark.parametrize("task", ["choice_text", "choice_letter", "blank"])
+def test_choices_are_those_of_predict(task, exported, peft_url):
+    check_choices(exported(task), peft_url(task))
+
+
+def test_letters_among_the_most_probable_tokens(exported, peft_url):
+    check_choices(exported("choice_letter"), peft_url("choice_letter"), top_logprobs=400)
+    with pytest.raises(ServerError, match=r"model 'draw_0\d': ' [A-C]' isn't among the 1 most probable tokens"):
+        DrawClient(exported("choice_letter").folder, peft_url("choice_letter"), top_logprobs=1).predict(QUESTIONS)
+
+
+def test_a_server_a_draw(exported, peft_url):
+    case, url = exported("choice_text"), peft_url("choice_text")
+    check_choices(case, {name: url for name in ("draw_00", "draw_01", "draw_02")})
+    with pytest.raises(ValueError, match="base_url: no URL for draw_01, draw_02; give one for each of draw_00"):
+        DrawClient(case.folder, {"draw_00": url})
+
+
+def test_texts_are_those_of_generate(exported, peft_url):
+    check_texts(exported("generation"), peft_url("generation"))
+
+
+def test_an_unknown_model_is_named(exported, peft_url, tmp_path):
+    """A server that was started for another export."""
+    case = exported("choice_text")
+    export(case.run.config.output, tmp_path / "more", num_samples=4)
+    with pytest.raises(ServerError, match=r"model 'draw_03': status 404: .*; serve each draw by its name in manifest"):
+        DrawClient(tmp_path / "more", peft_url("choice_text")).predict(QUESTIONS)
+
+
+def test_what_a_server_cannot_score(exported, tmp_path):
+    url = "http://127.0.0.1:9/v1"
+    with pytest.raises(ValueError, match="task is generation, which has no choices for a server to score"):
+        DrawClient(exported("generation").folder, url).predict(QUESTIONS)
+    with pytest.raises(ValueError, match="task is choice_text, which writes no text"):
+        DrawClient(exported("choice_text").folder, url).generate([{"prompt": "x"}])
+    with pytest.raises(ValueError, match="top_logprobs is for task 'choice_letter'; this one is choice_text"):
+        DrawClient(exported("choice_text").folder, url, top_logprobs=20).predict(QUESTIONS)
+    with pytest.raises(RunError, match=r"manifest.json: not readable"):
+        DrawClient(tmp_path, url)
+
+
+@contextmanager
+def replying(*replies):
+    """A server that sends these, (status, headers, body), the last one for ever; yields its URL and the requests."""
+    left, seen = list(replies), []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            seen.append((self.headers, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            status, headers, body = left.pop(0) if len(left) > 1 else left[0]
+            time.sleep(float(headers.get("Slow", 0)))
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            with suppress(BrokenPipeError):  # a client that didn't wait
+                self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def ask(case, url, **options):
+    return DrawClient(case.folder, url, concurrency=1, **options).generate([{"prompt": "x"}])
+
+
+def test_a_busy_server_is_asked_again(exported):
+    busy = (429, {"Retry-After": "0.2"}, b"")
+    with replying(busy, (503, {"Retry-After": "0"}, b""), (200, {}, GOOD)) as (url, seen):
+        start = time.monotonic()
+        assert ask(exported("generation"), url, api_key="the-key").texts == [["x"] * 3]
+        assert time.monotonic() - start >= 0.2
+        assert [body["model"] for _, body in seen] == ["draw_00"] * 3 + ["draw_01", "draw_02"]
+        assert {headers["Authorization"] for headers, _ in seen} == {"Bearer the-key"}
+    with (
+        replying((429, {"Retry-After": "0"}, b"slow down")) as (url, seen),
+        pytest.raises(ServerError, match="status 429: slow down; still so after 2 retries: lower concurrency"),
+    ):
+        ask(exported("generation"), url, retries=2)
+    assert [body["model"] for _, body in seen].count("draw_00") == 3
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ((200, {}, {"choices": [{"text": "x", "logprobs": None}]}), "the answer has no log-probabilities"),
+        ((200, {}, {"choices": [{"text": "x"}]}), "the answer has no log-probabilities although 'logprobs'"),
+        ((200, {}, {"choices": []}), r'not a completion: \{"choices": \[\]\}'),
+        ((200, {}, b"<html>"), "not a completion: <html>"),
+        ((401, {}, b"who are you"), "status 401: who are you"),
+        ((200, {"Slow": "2"}, GOOD), "no answer in 0.3 s; give a longer timeout"),
+    ],
+)
+def test_an_answer_that_cannot_be_used(reply, message, exported):
+    with replying(reply) as (url, _), pytest.raises(ServerError, match=rf"{url}, model 'draw_00': {message}"):
+        ask(exported("generation"), url, timeout=0.3)
+
+
+def test_a_prompt_that_is_read_otherwise(exported):
+    with replying((200, {}, GOOD)) as (url, _), pytest.raises(ServerError, match="1 log-probabilities for a prompt of"):
+        DrawClient(exported("choice_text").folder, url).predict(QUESTIONS)
+
+
+def test_nobody_there(exported):
+    with pytest.raises(ServerError, match=r"127.0.0.1:9/v1, model 'draw_00': .*; is the server up"):
+        ask(exported("generation"), "http://127.0.0.1:9/v1")

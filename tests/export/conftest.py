@@ -1,0 +1,42 @@
+"""Tiny trained runs of every method, made once."""
+
+import pytest
+
+from bloblora import runs
+from tests.tasks.conftest import tiny_causal, train_tokenizer
+from tests.tiny_base import QUESTIONS, queries, save_base, write_jsonl
+
+OPTIONS = {"ensemble": {"members": 2}, "temperature": {"holdout": 0.5}, "distilled": {"distill_steps": 2}}
+NOISY = {"blob": {"init_std": 0.4}, "scalabl": {"init_std": 0.7}, "mc-dropout": {"dropout": 0.3}}
+
+
+@pytest.fixture(scope="session")
+def tied_base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tied")
+    tiny_causal(tie_word_embeddings=True).save_pretrained(folder)
+    train_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_of(tmp_path_factory):
+    """The folder of a run of a method, on questions or on texts."""
+    folder = tmp_path_factory.mktemp("export")
+    base = save_base(folder / "base")
+    data = {
+        "questions": write_jsonl(folder / "questions.jsonl", QUESTIONS * 2),
+        "texts": write_jsonl(folder / "texts.jsonl", queries()),
+    }
+
+    def run_of(method, kind="questions", **options):
+        name = "-".join([method, kind, *map(str, options.values())]).replace("/", "_")
+        if not (folder / name).is_dir():
+            settings = {"steps": 4, "batch_size": 2, "rank": 2, "learning_rate": 0.05, "model": str(base)}
+            settings |= OPTIONS.get(method, {}) | NOISY.get(method, {}) | options
+            runs.train(
+                runs.TrainConfig(data=str(data[kind]), output=str(folder / name), method=method, **settings),
+                progress=False,
+            )
+        return folder / name
+
+    return run_of

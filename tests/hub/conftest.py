@@ -1,0 +1,35 @@
+"""A finished run with all that a user's folder may hold."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from bloblora import runs
+from bloblora.runs.decide import calibrate
+from tests.tiny_base import queries, write_jsonl
+
+
+@pytest.fixture(scope="session")
+def trained(base, tmp_path_factory):
+    """Folder of a run that was evaluated and calibrated, and its data."""
+    folder = tmp_path_factory.mktemp("hub")
+    data = write_jsonl(folder / "private queries.jsonl", queries())
+    config = runs.TrainConfig(
+        data=str(data),
+        output=str(folder / "desk"),
+        model=str(base),
+        steps=2,
+        batch_size=2,
+        rank=2,
+        learning_rate=0.01,
+        keep_checkpoints=True,
+    )
+    run = runs.train(config, progress=False)
+    output = folder / "desk"
+    test = runs.evaluate(run, queries(), num_samples=3, diagram=output / "reliability-test.png")
+    runs.write_json(output / "metrics-test.json", test)
+    runs.write_json(output / "metrics.json", {"accuracy": 0.25, "nll": float("inf"), "num_samples": 0})
+    promises = {"risk": 0.9, "level": 0.5, "coverage": 0.5, "false_alarm": 0.5}
+    calibrate(run, output, queries() * 10, num_samples=3, **promises)
+    write_jsonl(output / "queries.jsonl", queries())  # nobody else's business
+    return SimpleNamespace(folder=output, data=data, test=test)

@@ -1,0 +1,211 @@
+"""To a hub and back: the real client under the command line, in a process of its own, against tests/hub/server.py."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bloblora import hub as bloblora_hub
+from bloblora import runs
+from bloblora.hub.push import stage
+from tests.hub import server
+from tests.tiny_base import queries, write_jsonl
+
+# huggingface_hub reads its environment once, so commands that have it in common share a process
+_COMMANDS = """
+import contextlib, io, json, os, sys
+from bloblora.cli import main
+from bloblora.runs import remote
+
+results = []
+for token, arguments in json.load(sys.stdin):
+    remote._fetched.cache_clear()
+    os.environ["HF_TOKEN"] = token
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as exit_:
+            status = exit_.code
+    results.append((status, out.getvalue(), err.getvalue()))
+json.dump(results, sys.stdout)
+"""
+_STOCK = """
+import json, sys
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("tiny")
+model = AutoPeftModelForSequenceClassification.from_pretrained("user/desk", num_labels=2).eval()  # as the card says
+logits = model(**tokenizer("where is my parcel", return_tensors="pt")).logits
+json.dump(logits.softmax(-1)[0].tolist(), sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with server.running() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, base):
+    """Where commands run: there ``tiny`` is a base model, as by a hub id."""
+    folder = tmp_path_factory.mktemp("place")
+    os.symlink(base, folder / "tiny")
+    write_jsonl(folder / "in.jsonl", queries())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def process(hub, place):
+    """A Python program whose hub this is; what it prints is JSON."""
+
+    def process(program, steps=(), endpoint=None):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {
+            "HF_ENDPOINT": endpoint or hub.url,
+            "HF_HOME": str(place / "cache"),
+            "HF_HUB_DISABLE_XET": "1",  # another protocol, of huggingface.co alone
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            input=json.dumps(steps), stdout=subprocess.PIPE, text=True, env=environment, cwd=place, check=True,
+        )  # fmt: skip
+        return json.loads(done.stdout)
+
+    return process
+
+
+@pytest.fixture(scope="module")
+def done(hub, process, place, trained):
+    """What became of a session's commands, and of the files on the hub."""
+    own = shutil.copytree(trained.folder, place / "own")
+    (own / "README.md").write_text("mine")
+    (own / "decision.json").unlink()
+    predict = ("--input", "in.jsonl", "--samples", "3")
+    push = ("--to", "user/desk", "--base-model", "tiny")
+    new = ("push", str(trained.folder), "--to", "user/new", "--base-model", "tiny")
+    commands = {
+        "push": (server.TOKEN, ["push", str(trained.folder), *push, "--private"]),
+        "folder": ("", ["predict", str(trained.folder), *predict]),
+        "hub": ("", ["predict", "hub:user/desk", *predict]),
+        "again": (server.TOKEN, ["push", str(own), *push]),
+        "update": (server.TOKEN, ["push", str(own), *push, "--update", "--revision", "next"]),
+        "branch": ("", ["predict", "hub:user/desk@next", *predict]),
+        "no branch": ("", ["predict", "hub:user/desk@none", *predict]),
+        "no repository": ("", ["predict", "hub:user/none", *predict]),
+        "no token": ("", list(new)),
+        "wrong token": ("hf_wrong", list(new)),
+        "wrong name": (server.TOKEN, ["push", str(trained.folder), "--to", "user/a/b", "--base-model", "tiny"]),
+    }
+    results = process(_COMMANDS, steps=[*commands.values()])
+    return {name: SimpleNamespace(status=s, out=o, err=e) for name, (s, o, e) in zip(commands, results, strict=True)}
+
+
+def test_what_goes_up(hub, done, trained):
+    assert done["push"].status == 0, done["push"].err
+    assert done["push"].out.startswith(f"uploaded: {hub.url}/user/desk/commit/")
+    assert "next: bloblora predict hub:user/desk --input FILE" in done["push"].out
+    assert hub.private == {"user/desk": True}  # and nothing else was made
+    files = hub.files("user/desk", "main")[1]
+    assert sorted(files) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "blob_config.json",
+        "decision.json",
+        "metrics-test.json",
+        "metrics.json",
+        "posterior.safetensors",
+        "reliability-test.png",
+        "run.json",
+        "task.json",
+    ]
+    for name, content in files.items():
+        assert str(trained.data.parent).encode() not in content, name
+        assert b"where is my parcel" not in content, name
+    for name in ("adapter_model.safetensors", "posterior.safetensors", "task.json", "metrics-test.json"):
+        assert files[name] == (trained.folder / name).read_bytes()
+    assert json.loads(files["run.json"])["config"]["data"] == "private queries.jsonl"
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "tiny"
+    assert "hub:user/desk" in files["README.md"].decode()
+
+
+def test_what_comes_back(done, process):
+    assert done["hub"].status == 0, done["hub"].err
+    assert done["hub"].out == done["folder"].out  # to the last digit
+    assert "decision" in json.loads(done["hub"].out.splitlines()[0])
+    arguments = ["predict", "hub:user/desk", "--input", "in.jsonl", "--samples", "3"]
+    ((status, out, err),) = process(_COMMANDS, steps=[("", arguments)], endpoint="http://127.0.0.1:9")
+    assert (status, out) == (0, done["hub"].out), err  # from the cache, without a network
+
+
+def test_stock_peft_loads_the_mean(done, process, trained):
+    mean = runs.load_run(trained.folder).predict([{"text": "where is my parcel"}], 0).probabilities[0]
+    assert process(_STOCK) == pytest.approx(mean.tolist(), abs=1e-6)
+
+
+def test_a_branch_and_a_text_of_one_s_own(hub, done):
+    assert done["again"].status == 2
+    assert "'user/desk' exists already; give another name, or `update` to commit to it" in done["again"].err
+    assert done["update"].status == 0, done["update"].err
+    assert "next: bloblora predict hub:user/desk@next" in done["update"].out
+    main, branch = (hub.files("user/desk", name)[1]["README.md"] for name in ("main", "next"))
+    assert b"Made by `bloblora card`" in main
+    assert branch == b"mine"
+    assert done["branch"].status == 0, done["branch"].err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no branch", "hub:user/desk@none: can't be fetched from http://127.0.0.1"),
+        ("no repository", "hub:user/none: can't be fetched from http://127.0.0.1"),
+        ("no token", "no token found"),
+        ("wrong token", "Invalid user token"),
+        ("wrong name", "Repo id must be"),
+    ],
+)
+def test_errors_are_one_message(done, name, message):
+    assert (done[name].status, done[name].out) == (2, "")
+    assert done[name].err.count("error: ") == 1
+    assert done[name].err.count("\n") == 1
+    assert message in done[name].err
+
+
+def test_without_a_network(process, trained):
+    arguments = ["push", str(trained.folder), "--to", "user/new", "--base-model", "tiny"]
+    ((status, _, err),) = process(_COMMANDS, steps=[(server.TOKEN, arguments)], endpoint="http://127.0.0.1:9")
+    assert status == 2
+    assert "'user/new' on http://127.0.0.1:9: " in err
+
+
+def test_errors_before_the_hub_is_asked(trained, tmp_path):
+    with pytest.raises(runs.RunError, match="is on this machine only; give its hub id as base_model"):
+        bloblora_hub.push(trained.folder, "user/desk")
+    with pytest.raises(runs.RunError, match=r"no run\.json in it"):
+        bloblora_hub.push(tmp_path, "user/desk")
+    with pytest.raises(runs.RunError, match="is on the hub already"):
+        bloblora_hub.push("hub:user/desk", "user/desk")
+
+
+@pytest.mark.parametrize("method", ["ensemble", "full", "laplace", "scalabl", "temperature"])
+def test_what_goes_up_of_other_methods_is_enough(base, trained, tmp_path, method):
+    options = {"holdout": 0.5} if method == "temperature" else {}
+    settings = dict(model=str(base), steps=1, batch_size=2, rank=2, method=method, **options)
+    run = runs.train(runs.TrainConfig(str(trained.data), str(tmp_path / "run"), **settings), progress=False)
+    (tmp_path / "staged").mkdir()
+    stage(tmp_path / "run", tmp_path / "staged")
+    shutil.rmtree(tmp_path / "run")
+    loaded = runs.load_run(tmp_path / "staged")
+    texts = [{"text": record["text"]} for record in queries()]
+    assert torch.equal(loaded.predict(texts, 2).log_probs, run.predict(texts, 2).log_probs)
+    for file in tmp_path.glob("staged/**/*.json"):
+        assert method == "ensemble" or file.parent == tmp_path / "staged"
+    assert method != "full" or str(base) not in (tmp_path / "staged" / "config.json").read_text()
