@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import posterior as q
 from .config import BlobConfig
+from .sharding import changing, whole
 from .variant import STD_PARAMETER, BlobVariant, mean_of
 
 # PEFT's layer classes that ask `lora_variant` in their forward: the others would ignore the posterior in silence.
@@ -70,11 +71,14 @@ class Posterior:
 
         Where the prior has no closed form it is an estimate, with noise from torch's global generator.
         """
-        return self.prior.kl(*self.parameters(), self.config.std_parameterization)
+        means, parameters = self.parameters()
+        return self.prior.kl([*map(whole, means)], [*map(whole, parameters)], self.config.std_parameterization)
 
     def flow_(self, time: float) -> None:
         """Move the posterior, whose Ω must be G∘G, down the gradient flow of its KL; see `bloblora.posterior`."""
-        self.prior.flow_(*self.parameters(), time)
+        means, parameters = self.parameters()
+        with changing([*means, *parameters]) as wholes:
+            self.prior.flow_(wholes[: len(means)], wholes[len(means) :], time)
 
     @contextmanager
     def draw(self, seed: int | torch.Generator) -> Iterator[None]:
@@ -103,7 +107,8 @@ class Posterior:
         weights: Weights = {name: {} for name in self._layers}
         for key in means:
             layer, _, factor = key.rpartition(".lora_")
-            weights[layer][factor] = q.sample(means[key], parameters[key], self.config.std_parameterization, generator)
+            mean, parameter = whole(means[key]), whole(parameters[key])
+            weights[layer][factor] = q.sample(mean, parameter, self.config.std_parameterization, generator)
         return weights
 
     @contextmanager
@@ -138,8 +143,8 @@ class Posterior:
             ``kl`` (nats), ``num_parameters`` (Gaussian entries), ``median_std``, ``mean_abs_mean`` (average of the
             absolute M), ``share_at_prior``: the share of entries whose Ω is within 5 % of the prior's.
         """
-        stds = torch.cat([std.flatten() for std in self.named_stds().values()])
-        means = torch.cat([mean.flatten() for mean in self.named_means().values()])
+        stds = torch.cat([whole(std).flatten() for std in self.named_stds().values()])
+        means = torch.cat([whole(mean).flatten() for mean in self.named_means().values()])
         with q.separate_noise(stds.device):  # looking must not change the noise of what follows
             kl = self.kl().item()
         at_prior = (stds / self.config.prior_std - 1).abs() < _AT_PRIOR_TOLERANCE

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from ..files import read_json
 from .bayesianize import Posterior, bayesianize, find_posterior
 from .config import BlobConfig
+from .sharding import put_
 from .variant import STD_PARAMETER
 
 FORMAT_VERSION = 2
@@ -181,9 +182,9 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
 def save_posterior(posterior: Posterior, directory: str | os.PathLike[str]) -> None:
     """Write a posterior beside the mean that PEFT has saved in ``directory``, and make that a stock LoRA."""
     directory = Path(directory)
-    mean = _strip_std_parameters(directory / MEAN_FILE)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in posterior.named_std_parameters().items()}
-    save_file(tensors, directory / POSTERIOR_FILE, metadata={"format": "pt"})
+    mean, std_parameters = _split(directory / MEAN_FILE)
+    save_file(mean, directory / MEAN_FILE, metadata={"format": "pt"})
+    save_file(std_parameters, directory / POSTERIOR_FILE, metadata={"format": "pt"})
     description = {
         "format_version": FORMAT_VERSION,
         "prior": {"family": posterior.config.prior, "std": posterior.config.prior_std},
@@ -191,7 +192,7 @@ def save_posterior(posterior: Posterior, directory: str | os.PathLike[str]) -> N
         "libraries": library_versions(),
         "mean_config_sha256": _mean_config_hash(directory / MEAN_CONFIG),
         "mean_sha256": _content_hash(mean),
-        "posterior_sha256": _content_hash(tensors),
+        "posterior_sha256": _content_hash(std_parameters),
     }
     description["sha256"] = _json_hash(description)
     (directory / BLOB_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -202,17 +203,20 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in _LIBRARIES}
 
 
-def _strip_std_parameters(file: Path) -> dict[str, Tensor]:
-    """Take Ω out of what PEFT saved: since 0.21 that is all that a layer holds, and LoRA servers refuse unknown names.
+def _split(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parts of what PEFT saved: since 0.21 that is all that a layer holds, and LoRA servers refuse unknown names.
 
     Returns:
-        The tensors that are left in the file.
+        The stock LoRA; and the unconstrained Ω of each factor, by `Posterior.named_std_parameters`' names.
     """
-    tensors = load_file(file)
-    stock = {name: tensor for name, tensor in tensors.items() if f".{STD_PARAMETER}" not in name}
-    if len(stock) < len(tensors):
-        save_file(stock, file, metadata={"format": "pt"})
-    return stock
+    stock, std_parameters = {}, {}
+    for name, tensor in load_file(file).items():
+        layer, found, factor = name.rpartition(f".{STD_PARAMETER}")
+        if found:
+            std_parameters[f"{layer}.lora_{factor}"] = tensor
+        else:
+            stock[name] = tensor
+    return stock, std_parameters
 
 
 def _read_description(file: Path) -> dict[str, Any]:
@@ -256,7 +260,7 @@ def _copy_std_parameters(file: Path, posterior: Posterior) -> None:
                 f"{file}: {name} has shape {tuple(saved[name].shape)}, the model's has {tuple(parameter.shape)}; "
                 "load it onto the model that it was trained on"
             )
-        parameter.copy_(saved[name])
+        put_(parameter, saved[name])
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, TaskType
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
@@ -21,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import data as datasets_
 from .. import methods, models, tasks
+from ..adapter.sharding import gather_
 from ..files import read_json, write_json, write_text
 from ..prediction.trunk_cache import cache_trunk
 from ..training import last_checkpoint
@@ -41,6 +43,8 @@ from .processes import on_cpu, processes
 from .run import Run, base_model, load_run
 
 _SCRATCH = ".data"
+# Methods whose whole training is the Trainer's, so that nothing of theirs sees a part of a weight.
+_SHARDED = ("lora", "blob", "bbb", "blob-b", "blob-symmetric")
 
 Records = TypeVar("Records", list[dict[str, Any]], datasets_.MappedRows)
 
@@ -72,6 +76,7 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
             processes().wait_for_everyone()  # until nobody needs the folder
             return load_run(output)
         method = config.build_method()
+        _check_sharded(config)
         description["options"] = method.described()
         tokenizer = models.load_tokenizer(config.model)
         task = _task(config, records, tokenizer)
@@ -146,6 +151,7 @@ def _fit(
     finally:
         bar.close()  # before what is said of an interrupt or an error
     model.eval()
+    gather_(model)
     result = {
         "seconds": clock.seconds(),
         "resumed_from": clock.resumed_from,
@@ -211,6 +217,16 @@ def _at(records: Records, positions: list[int]) -> Records:
 def _task(config: TrainConfig, records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tasks.Task:
     options = {"normalization": config.normalization} if task_name(config, records) == tasks.ChoiceText.name else {}
     return tasks.build_task(config.task, records, tokenizer, **options)
+
+
+def _check_sharded(config: TrainConfig) -> None:
+    """Raises a RunError for what can't be trained where FSDP splits the model over the processes."""
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return
+    if config.method not in _SHARDED:
+        raise RunError(f"method {config.method!r} isn't offered under FSDP; use one of {', '.join(_SHARDED)}, or DDP")
+    if config.trunk_cache is not None:
+        raise RunError(f"trunk_cache {config.trunk_cache!r} isn't offered under FSDP; leave it out, or use DDP")
 
 
 def _given(config: TrainConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..adapter import Posterior, find_posterior, load_posterior, save_posterior
+from ..adapter.sharding import reshard, trained_state
 from ..adapter.variant import STD_PARAMETER
 from ..posterior import separate_noise
 from .arguments import BlobTrainingArguments, check_style
@@ -53,8 +54,8 @@ class BlobTrainer(Trainer):
         **kwargs: as for `transformers.Trainer`.
 
     Raises:
-        ValueError: ``eval_num_samples`` without a task: draws are averaged over a task's probabilities. By ``train``: a
-            Bayesian adapter and neither a length of the data nor ``dataset_size``.
+        ValueError: ``eval_num_samples`` without a task: draws are averaged over a task's probabilities; or version 1
+            of FSDP. By ``train``: a Bayesian adapter and neither a length of the data nor ``dataset_size``.
         DivergedError: by ``train``, when a loss, gradient or weight is not finite. Checkpoints stay as they are.
     """
 
@@ -76,6 +77,8 @@ class BlobTrainer(Trainer):
         self.posterior: Posterior | None = find_posterior(model)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the model could do
         self._reset_logs()
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("fsdp_version is 1, which hides the parameters in flat ones; it must be 2")
         if self.posterior is not None and args.kl_scale > 0:
             check_style(args.optimizer_style, self.posterior.config.std_parameterization)
         self.add_callback(_ElboCallback(self))
@@ -112,7 +115,7 @@ class BlobTrainer(Trainer):
         nll = nll / self.args.num_weight_draws
         self._nll_sum += nll.detach()
         self._nll_count += 1
-        if not torch.isfinite(nll):
+        if not self._finite(nll):
             raise self._diverged_nll(lambda: self._nll(self._module, inputs))
         if self.posterior is not None and self.is_deepspeed_enabled and self.args.optimizer_style == "joint":
             nll = nll + self.current_kl_weight() * self.posterior.kl()  # its gradients can't be added to afterwards
@@ -189,6 +192,15 @@ class BlobTrainer(Trainer):
             self._reset_logs()
         super().log(logs, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in the Trainer; of a sharded model what was trained is gathered, not the base."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, trained_state(self._module))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay leaves Ω alone: its prior is the KL's."""
         return [name for name in super().get_decay_parameter_names(model) if STD_PARAMETER not in name]
@@ -234,6 +246,13 @@ class BlobTrainer(Trainer):
         logits = self.task.logits(model, inputs)
         return F.cross_entropy(logits, inputs["labels"]), logits
 
+    def _finite(self, nll: Tensor) -> bool:
+        """Whether an NLL is finite; all processes of a sharded model say the same, for they look together for where."""
+        finite = torch.isfinite(nll)
+        if self.is_fsdp_enabled:
+            finite = self.accelerator.reduce(finite.float(), reduction="mean") == 1
+        return bool(finite)
+
     def _dataset_size(self) -> int:
         if self.args.dataset_size is not None:
             return self.args.dataset_size
@@ -272,7 +291,7 @@ class BlobTrainer(Trainer):
 
     def _diverged_nll(self, forward: Callable[[], object]) -> DivergedError:
         """The error for an NLL that is not finite: in a weight, or in what ``forward`` computes."""
-        if (name := first_bad_weight(self._module)) is not None:
+        if (name := self._first_bad_weight()) is not None:
             return self._diverged("the loss", f"first in the weight {name}")
         if (name := first_bad_activation(self._module, forward)) is not None:
             return self._diverged("the loss", f"first in the output of {name}")
@@ -289,9 +308,13 @@ class BlobTrainer(Trainer):
             f"high; halve it and resume from the last checkpoint in {self.args.output_dir}."
         )
 
+    def _first_bad_weight(self) -> str | None:
+        reshard(self._module)
+        return first_bad_weight(self._module)
+
     def _check_weights(self) -> None:
         """Stop where the last step has left weights that are not finite."""
-        if (name := first_bad_weight(self._module)) is not None:
+        if (name := self._first_bad_weight()) is not None:
             raise self._diverged("a weight", f"first in {name}", self.state.global_step)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -374,13 +397,14 @@ class _ElboCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer._check_weights()
-        if self.trainer.posterior is not None and state.is_world_process_zero:
-            _warn_of_degenerate(self.trainer.posterior)
+        if (posterior := self.trainer.posterior) is not None:
+            summary = posterior.summary()  # by all processes: each may hold a part of it
+            if state.is_world_process_zero:
+                _warn_of_degenerate(posterior, summary)
 
 
-def _warn_of_degenerate(posterior: Posterior) -> None:
+def _warn_of_degenerate(posterior: Posterior, summary: dict[str, float]) -> None:
     """Warn of a posterior that says nothing."""
-    summary = posterior.summary()
     median, count = summary["median_std"], summary["num_parameters"]
     start = (posterior.config.init_std * (1 + math.sqrt(0.5)) / 2) ** 2
     if median < 0.01 * start:

@@ -1,0 +1,142 @@
+"""The figures of docs/concepts.md: `python docs/figures/make.py`, seconds, no model and no data.
+
+The first two are a whole BLoB with one matrix A of two entries, trained here; the others come from committed results.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bloblora import posterior as q
+from bloblora.evaluation import ReliabilityBins, reliability_figure, risk_coverage, risk_coverage_figure, save_figure
+from bloblora.prediction import Prediction
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER.parents[1] / "results"
+PRIOR_STD, STEPS, RATE, DRAWS = 1.5, 1500, 0.05, 10
+BLUE, RED, GREY, YELLOW = "#2f5d8c", "#d1495b", "#9aa3ad", "#e0a030"
+INPUTS = {"typical": (1.8, 0.2), "between": (0.05, 0.1), "unlike all": (0.3, 4.0)}
+
+
+def main() -> None:
+    """Draw all of them."""
+    points, labels = data()
+    mean, g = train(points, labels)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([q.sample(mean, g, "square", generator) for _ in range(DRAWS)])
+    for name, figure in (
+        ("draw", draw_figure(points, labels, mean, q.std(g), draws)),
+        ("uncertainty", uncertainty_figure(draws)),
+        ("reliability", reliability_figure(arc_easy())),
+        ("risk_coverage", risk_coverage_figure(clinc150())),
+    ):
+        save_figure(figure, FOLDER / f"{name}.svg")
+
+
+def data() -> tuple[Tensor, Tensor]:
+    """Two classes of inputs that differ along the first axis, and hardly vary along the second."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(16) % 2
+    points = torch.randn(16, 2, generator=generator) * torch.tensor([0.9, 0.25])
+    points[:, 0] += 2.4 * labels - 1.2
+    return points, labels
+
+
+def logits(points: Tensor, a: Tensor) -> Tensor:
+    """W x = W₀ x + B A x with W₀ = 0, r = 1, B = (-½, ½)ᵀ: logits (n, 2) of points (n, 2)."""
+    hidden = points @ a
+    return torch.stack([-hidden, hidden], dim=-1) / 2
+
+
+def train(points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """M and G of A (2,): SGD on the NLL, then the flow of the KL, as `BlobTrainer` does."""
+    torch.manual_seed(0)
+    mean = torch.zeros(2, requires_grad=True)
+    g = q.init_std_parameter(mean, 0.5).requires_grad_()
+    for _ in range(STEPS):
+        a = mean + torch.randn(2) * q.std(g)
+        gradients = torch.autograd.grad(F.cross_entropy(logits(points, a), labels), [mean, g])
+        with torch.no_grad():
+            torch._foreach_add_([mean, g], gradients, alpha=-RATE)
+        q.kl_flow_([mean], [g], PRIOR_STD, RATE / len(points))
+    return mean.detach(), g.detach()
+
+
+def draw_figure(points: Tensor, labels: Tensor, mean: Tensor, std: Tensor, draws: Tensor) -> Figure:
+    """Left the Gaussian over A with its draws, right what each draw says of inputs."""
+    figure = Figure(figsize=(8.4, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    angle = torch.linspace(0, 2 * torch.pi, 100)
+    for scale, label in ((1, "1 and 2 standard deviations"), (2, None)):
+        ellipse = mean[:, None] + scale * std[:, None] * torch.stack([angle.cos(), angle.sin()])
+        left.plot(*ellipse.tolist(), color=GREY, linewidth=1, label=label)
+    left.plot(*draws.T.tolist(), ".", color=BLUE, markersize=9, label=f"{DRAWS} draws")
+    left.plot(*mean.tolist(), "x", color=RED, markersize=9, markeredgewidth=2.5, label="mean M")
+    left.set(xlabel="A₁", ylabel="A₂", title="what BLoB learns: q(A)")
+    left.legend(frameon=False, fontsize=8, loc="lower right")
+    for a, color, width in [*((a, BLUE, 0.8) for a in draws), (mean, RED, 2)]:
+        right.axline((0, 0), (-a[1].item(), a[0].item()), color=color, linewidth=width, alpha=1 if width == 2 else 0.6)
+    for label, marker in ((0, "o"), (1, "s")):
+        right.plot(*points[labels == label].T.tolist(), marker, color="0.25", markersize=5, label=f"class {label}")
+    for name, (x, y) in INPUTS.items():
+        right.plot(x, y, "*", color=YELLOW, markersize=12)
+        right.annotate(name, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=9)
+    right.set(xlim=(-4, 4), ylim=(-2, 5), xlabel="x₁", ylabel="x₂", title="each draw is a function: its boundary")
+    right.legend(frameon=False, fontsize=8, loc="upper left")
+    return figure
+
+
+def uncertainty_figure(draws: Tensor) -> Figure:
+    """Left each draw's probability and their mean, right the parts of the uncertainty."""
+    points = torch.tensor([*INPUTS.values()])
+    prediction = Prediction(torch.stack([logits(points, a).log_softmax(-1) for a in draws]), DRAWS)
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    place = torch.arange(len(INPUTS)).tolist()
+    left.bar(place, prediction.probabilities[:, 1].tolist(), 0.5, color=GREY, label="their mean p̄")
+    for i in place:
+        left.plot([i] * DRAWS, prediction.draw_probabilities[:, i, 1].tolist(), ".", color=BLUE, markersize=8)
+    left.plot([], [], ".", color=BLUE, markersize=8, label="each draw")
+    left.set(ylabel="probability of class 1", ylim=(0, 1.25), title=f"{DRAWS} draws")
+    aleatoric, epistemic = prediction.expected_entropy, prediction.mutual_information
+    right.bar(place, aleatoric.tolist(), 0.5, color=YELLOW, label="aleatoric: mean of H[pₛ]")
+    right.bar(place, epistemic.tolist(), 0.5, bottom=aleatoric.tolist(), color=RED, label="epistemic: the rest")
+    right.set(ylabel="nats", ylim=(0, 0.95), title="entropy of p̄, and its parts")
+    for axes in (left, right):
+        axes.set_xticks(place, [*INPUTS])
+        axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)
+    for name, *values in zip(INPUTS, prediction.probabilities[:, 1], aleatoric, epistemic, strict=True):
+        print(f"{name}: p̄ {values[0]:.2f}, aleatoric {values[1]:.2f}, epistemic {values[2]:.2f}")
+    return figure
+
+
+def arc_easy() -> dict[str, ReliabilityBins]:
+    """Bins of three seeds together."""
+    panels = {}
+    for name, method, samples in (("LoRA", "lora", "0"), ("BLoB, N = 10", "blob", "10")):
+        files = [RESULTS / f"calibration/arc_easy-{method}-seed{seed}.json" for seed in range(3)]
+        rows = torch.tensor([json.loads(file.read_text())["reliability"][samples] for file in files]).double()
+        count = rows[..., 0].sum(0)
+        confidence, accuracy = ((rows[..., i] * rows[..., 0]).sum(0) / count for i in (1, 2))
+        panels[name] = ReliabilityBins(count, confidence, accuracy)
+    return panels
+
+
+def clinc150() -> dict:
+    """One seed: what BLoB's confidence is worth when the least certain answers are withheld."""
+    curves = {}
+    for name, method, samples in (("LoRA", "lora", 0), ("BLoB, N = 10", "blob", 10)):
+        scores = load_file(RESULTS / f"clinc150/clinc150--{method}--seed0.safetensors")
+        right = scores[f"test/{samples}/accuracy"].bool()
+        curves[name] = risk_coverage(scores[f"test/{samples}/confidence"], right)
+        print(f"{name}: risk of all {1 - curves[name].accuracy(1.0):.3f}, of half {1 - curves[name].accuracy(0.5):.3f}")
+    return curves
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Somebody who does what a page says, with a tiny model and two steps."""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import yaml
+
+from bloblora.cli import main
+from bloblora.serving import Server, server
+from bloblora.studies import read_study
+from tests.docs.blocks import ROOT, Block
+
+# What a command gets in addition. The default model is a tiny one, see conftest.py.
+QUICK = {
+    "train": ["--steps", "2", "--batch-size", "2", "--rank", "2"],
+    "demo": ["--steps", "2", "--limit", "20", "--output", "runs/of-the-demo"],
+    "calibrate": ["--risk", "0.9", "--confidence", "0.5", "--coverage", "0.6", "--false-alarm", "0.3"],
+    "tune": ["--trials", "1", "--aim", "nll"],
+    "serve": ["--port", "0", "--drain-seconds", "0"],
+}
+# What is read for something else: names of a model and of data that are elsewhere or large, and numbers of steps.
+INSTEAD = {
+    "meta-llama/Llama-2-7b-hf": "smollm2-135m",
+    "arc_easy": "choices.jsonl",
+    "support_desk:validation": "validation.jsonl",
+    "support_desk:test": "held_out.jsonl",
+    "support_desk:out_of_scope": "other.jsonl",
+    "--data support_desk": "--data queries.jsonl",
+    "max_steps=500": "max_steps=2",
+    "risk=0.2": "risk=0.9, level=0.5, coverage=0.6, false_alarm=0.3",
+    '"127.0.0.1", 8000': '"127.0.0.1", 0',
+}
+
+
+class Reader:
+    """Runs blocks in order, in the current folder and in one namespace; `close` stops what serves."""
+
+    def __init__(self, namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.namespace, self.address = namespace, "localhost:8000"
+        self._stdin = monkeypatch
+        self._servers: list[Server] = []
+        self._threads: list[Thread] = []
+        servers = self._servers
+
+        class Kept(Server):
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                servers.append(self)
+
+        monkeypatch.setattr(server, "Server", Kept)
+
+    def run(self, block: Block) -> None:
+        code = block.code
+        for old, new in INSTEAD.items():
+            code = code.replace(old, new)
+        kinds = {"python": self._python, "sh": self._shell, "yaml": self._yaml, "json": self._json}
+        assert block.language in kinds, f"{block.place}: no way to run {block.language!r}"
+        kinds[block.language](code, block)
+
+    def close(self) -> None:
+        for running in self._servers:
+            running.handle_exit(15, None)
+        for thread in self._threads:
+            thread.join(30)
+
+    def _python(self, code: str, block: Block) -> None:
+        # Lines before it, so that a traceback has the page's line.
+        compiled = compile("\n" * block.line + code.replace("localhost:8000", self.address), block.page, "exec")
+        if "run_server(" in code:
+            self._serve(lambda: exec(compiled, self.namespace))
+        else:
+            exec(compiled, self.namespace)
+
+    def _yaml(self, code: str, block: Block) -> None:
+        if "datasets" in yaml.safe_load(code):
+            Path("block.yaml").write_text(code, encoding="utf-8")
+            read_study("block.yaml")
+
+    def _json(self, code: str, block: Block) -> None:
+        whole = code.replace(", …", "").replace("…, ", "")
+        with contextlib.suppress(json.JSONDecodeError):
+            json.loads(whole)
+            return
+        for line in whole.splitlines():
+            json.loads(line)
+
+    def _shell(self, code: str, block: Block) -> None:
+        for line in code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.replace("localhost:8000", self.address), comments=True)
+            stdin = ""
+            if "|" in words:
+                at = words.index("|")
+                assert words[0] == "echo", f"{block.place}: {line}"
+                stdin, words = " ".join(words[1:at]) + "\n", words[at + 1 :]
+            if words:
+                self._command(words, stdin, f"{block.place}: {line}")
+
+    def _command(self, words: list[str], stdin: str, place: str) -> None:
+        program, *arguments = words
+        if program == "bloblora":
+            command = [*arguments, *QUICK.get(arguments[0], [])]
+            if command[0] == "serve":
+                self._serve(lambda: main(command))
+                return
+            self._stdin.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+            try:
+                main(command)
+            except SystemExit as exit_:
+                pytest.fail(f"{place}: exit status {exit_.code}")
+        elif program == "curl":
+            words += ["--silent", "--fail-with-body"]
+            found = subprocess.run(words, capture_output=True, text=True, check=False)
+            assert found.returncode == 0, f"{place}: {found.stdout}{found.stderr}"
+        elif program == "make":
+            targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            assert set(arguments) <= set(targets), place
+        elif program == "python":
+            assert (ROOT / arguments[0]).is_file(), place  # they have tests of their own
+        elif (program, *arguments[:1]) == ("pip", "install"):
+            known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+            assert set(re.findall(r"\[([\w,]+)\]", " ".join(arguments))) <= set(known), place
+        else:
+            pytest.fail(f"{place}: nothing knows how to run {program!r}; see tests/docs/reader.py, or mark the block")
+
+    def _serve(self, start: Any) -> None:
+        """In a thread, until the page ends; later blocks ask this server."""
+        before = len(self._servers)
+        thread = Thread(target=start, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+        while len(self._servers) == before or not self._servers[-1].started:
+            thread.join(0.02)
+            assert thread.is_alive(), "the server ended"
+        self.address = self._servers[-1].url.removeprefix("http://")

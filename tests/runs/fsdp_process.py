@@ -1,0 +1,118 @@
+"""What `test_fsdp.py` has done by two processes that accelerate starts with examples/accelerate/fsdp.yaml.
+
+Run as a module it does all of it: ``python -m tests.runs.fsdp_process FOLDER``; ``<folder>/<rank>.pt`` is what each
+process ended with.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from transformers import TrainerCallback
+
+from bloblora import predict, runs
+from bloblora.adapter.sharding import whole
+from bloblora.cli import main
+from bloblora.prediction import WeightDraws
+from bloblora.tasks import Classification
+from bloblora.training import DivergedError
+
+from ..training.conftest import TASK, classifier, examples, logs, make_trainer, trainable
+from ..training.scenarios import LOGGED, noisy, resumed
+from .launched import SETTINGS, Quiet
+
+TRAININGS = [
+    ("flow", "normal"),
+    ("joint", "normal"),
+    ("alternating", "normal"),
+    ("flow", "learned_normal"),
+    ("flow", "student_t"),
+]
+SAVED = "saved"
+
+
+def quiet(folder, style, prior, batch):
+    """Without noise, plain SGD: the weights after two passes over 24 examples, the logs, and what draws predict."""
+    model = classifier(init_std=0.5, prior=prior)
+    trainer = make_trainer(
+        folder, model, 24, per_device_train_batch_size=batch, max_steps=6, optim="sgd", learning_rate=0.05,
+        optimizer_style=style,
+    )  # fmt: skip
+    with trainer.posterior.mean():
+        trainer.train()
+    trainer.save_model(str(folder / SAVED))
+    return {
+        "weights": all_of(trainable(model)),
+        "logs": {key: logs(trainer, key) for key in LOGGED},
+        "log_probs": {n: predict(model, examples(8), n, 3, task=TASK, sampler=WeightDraws(trainer.posterior)).log_probs
+                      for n in (0, 5)},
+    }  # fmt: skip
+
+
+def all_of(weights):
+    return {name: whole(weight) for name, weight in weights.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotFinite(Classification):
+    """Logits that aren't finite, in one of the processes."""
+
+    def logits(self, model, batch):
+        return super().logits(model, batch) * (torch.nan if torch.distributed.get_rank() else 1)
+
+
+def diverged(folder):
+    """What each process says where the loss of one isn't finite."""
+    trainer = make_trainer(folder, classifier())
+    trainer.task = NotFinite(labels=TASK.labels, pad_token_id=0)
+    try:
+        trainer.train()
+    except DivergedError as error:
+        return str(error)
+
+
+class Stop(TrainerCallback):
+    """An error after the fifth step, of which the third is saved."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def run(folder: Path, output: str, *callbacks):
+    """A run as `bloblora train` makes it."""
+    config = dict(data=f"{folder}/texts.jsonl", model=f"{folder}/base", output=f"{folder}/{output}")
+    config |= dict(steps=6, batch_size=4, rank=2, learning_rate=0.01, save_steps=3)  # SETTINGS
+    return runs.train(runs.TrainConfig(**config), progress=False, callbacks=callbacks)
+
+
+def everything(folder: Path):
+    results = {which: quiet(folder / "-".join(which), *which, batch=4) for which in TRAININGS}
+    found = noisy(folder / "noisy", "flow", "random")
+    results["noisy"] = {"weights": all_of(found["weights"]), "seen": found["seen"]}
+    for kind in ("SHARDED_STATE_DICT", os.environ["FSDP_STATE_DICT_TYPE"]):  # the file's is the last
+        os.environ["FSDP_STATE_DICT_TYPE"] = kind
+        results[kind] = {name: all_of(weights) for name, weights in resumed(folder / kind, "random").items()}
+    results["diverged"] = diverged(folder / "diverged")
+    run(folder, "quiet-two", Quiet())
+    try:
+        run(folder, "stopped", Stop())
+    except KeyboardInterrupt:
+        results["resumed_from"] = run(folder, "stopped").training["resumed_from"]
+    data = ("--data", f"{folder}/texts.jsonl", "--model", f"{folder}/base")
+    main(["train", *data, "--output", f"{folder}/whole", *SETTINGS])
+    torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    # accelerate offers FSDP on GPUs only, so what it would choose by them is chosen here; all else is its own.
+    torch.distributed.init_process_group("gloo")
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    everything(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,106 @@
+"""Two processes over which FSDP2 has split the model, as the shipped configuration starts them, against one."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import bloblora
+from bloblora import predict, runs
+from bloblora.prediction import WeightDraws
+from tests.tiny_base import queries, save_base, write_jsonl
+from tests.training.conftest import TASK, _base, _base_state, assert_close, assert_equal, examples
+
+from .fsdp_process import LOGGED, SAVED, TRAININGS, quiet, run
+from .launched import Quiet
+
+ROOT = Path(__file__).parents[2]
+WEIGHTS = ("adapter_model.safetensors", "posterior.safetensors")
+CONFIG = "examples/accelerate/fsdp.yaml"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, one_thread):
+    folder = tmp_path_factory.mktemp("fsdp")
+    save_base(folder / "base")
+    write_jsonl(folder / "texts.jsonl", queries() * 4)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", CONFIG, "-m", "tests.runs.fsdp_process"]
+    done = subprocess.run(
+        [sys.executable, *launch, str(folder)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.stdout.count("saved to") == 1  # one of them prints
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("which", TRAININGS)
+def test_the_posterior_is_that_of_one_process(tmp_path, ranks, which):
+    expected = quiet(tmp_path, *which, batch=8)
+    for rank in ranks:
+        assert_close(rank[which]["weights"], expected["weights"], rtol=1e-4, atol=1e-6)
+    for key in LOGGED:  # the first process's: where the KL is an estimate, each logs its own
+        assert ranks[0][which]["logs"][key] == pytest.approx(expected["logs"][key], rel=1e-4), key
+
+
+def test_draws_of_a_sharded_model_are_those_of_the_saved_one(folder, ranks):
+    base = _base()
+    base.load_state_dict(_base_state())
+    model = bloblora.load(base, folder / "flow-normal" / SAVED)
+    sampler = WeightDraws(bloblora.find_posterior(model))
+    for samples in (0, 5):
+        expected = predict(model, examples(8), samples, 3, task=TASK, sampler=sampler).log_probs
+        for rank in ranks:
+            torch.testing.assert_close(rank["flow", "normal"]["log_probs"][samples], expected)
+
+
+def test_each_process_has_its_own_noise(ranks):
+    a, b = (rank["noisy"] for rank in ranks)
+    assert_equal(a["weights"], b["weights"])
+    first, second = a["seen"][0], b["seen"][0]
+    mean = torch.cat([first, second]).mean(0)
+    x, y = (first - mean).mean(1).flatten(), (second - mean).mean(1).flatten()
+    assert x.std() > 0.1 * mean.abs().mean()
+    assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1]) < 4 / math.sqrt(len(x))
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_a_training_resumes_from_either_kind_of_checkpoint(folder, ranks, kind):
+    saved = folder / kind / "checkpoint-4"
+    assert (saved / "pytorch_model_fsdp_0").is_dir() == (kind == "SHARDED_STATE_DICT")
+    assert bloblora.adapter.check_folder(saved) == saved
+    for rank in ranks:
+        assert_equal(rank[kind]["resumed"], rank[kind]["weights"])
+
+
+def test_all_processes_stop_where_one_has_diverged(ranks):
+    assert all("the loss is not finite at step 1" in rank["diverged"] for rank in ranks)
+
+
+def test_a_run_is_that_of_one_process(folder):
+    run(folder, "quiet-one", Quiet())
+    one, two = (folder / f"quiet-{suffix}" for suffix in ("one", "two"))
+    assert {file.name for file in two.iterdir()} == {file.name for file in one.iterdir()}
+    for name in WEIGHTS:
+        assert_close(load_file(two / name), load_file(one / name), rtol=1e-4, atol=1e-5)
+
+
+def test_a_stopped_run_goes_on(folder, ranks):
+    assert [rank["resumed_from"] for rank in ranks] == ["checkpoint-3"] * 2
+    for name in WEIGHTS:
+        assert_equal(load_file(folder / "stopped" / name), load_file(folder / "whole" / name))
+    assert runs.load_run(folder / "stopped").predict(queries(), 3).log_probs.isfinite().all()
