@@ -12,6 +12,7 @@ import torch
 from bloblora import evaluation, runs, studies
 from bloblora.data import read_records
 from bloblora.runs import RunError
+from bloblora.studies.result import write_result
 from tests.studies.conftest import make_content, write_study
 from tests.tiny_base import write_jsonl
 
@@ -143,3 +144,13 @@ def test_prompts_are_refused_before_anything_is_trained(content, write, tmp_path
     with pytest.raises(RunError, match=r"train\.jsonl: a study compares labels and choices, and these are prompts"):
         compare(studies.read_study(write(content)), tmp_path)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_report_of_a_run_that_was_stopped_between_its_sets(done, tmp_path):
+    shutil.copytree(done[1] / "results", tmp_path / "results")
+    (result,) = [r for r in studies.read_results(tmp_path / "results") if r.name == "desk--lora--seed1"]
+    for name in [name for name in result.scores if name.startswith("other/")]:
+        del result.scores[name]
+    del result.metrics["other"]
+    write_result(result, tmp_path / "results")
+    assert "shift to" in studies.report(tmp_path / "results").with_suffix(".md").read_text()

@@ -231,9 +231,11 @@ def _detection(row: Row, keys: Iterable[str]) -> dict[str, list[float]]:
     """How well uncertainty tells other sets from the test set, a value a seed."""
     found: dict[str, list[float]] = {}
     for key in keys:
-        for inside, outside in zip(row.scores("test"), row.scores(key), strict=True):
-            for name, value in evaluation.ood_metrics(_uncertainty(inside), _uncertainty(outside)).items():
-                found.setdefault(name, []).append(value)
+        for result in row.results:
+            inside, outside = (result.scores_of(of, row.num_samples) for of in ("test", key))
+            if inside and outside:  # a run may have been stopped between them
+                for name, value in evaluation.ood_metrics(_uncertainty(inside), _uncertainty(outside)).items():
+                    found.setdefault(name, []).append(value)
     return found
 
 
