@@ -9,17 +9,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from bloblora import predict, runs
+from bloblora.adapter import save
 from bloblora.adapter.sharding import whole
 from bloblora.cli import main
 from bloblora.prediction import WeightDraws
 from bloblora.tasks import Classification
-from bloblora.training import DivergedError
+from bloblora.training import DivergedError, PosteriorHistograms
 
 from ..training.conftest import TASK, classifier, examples, logs, make_trainer, trainable
 from ..training.scenarios import LOGGED, noisy, resumed
@@ -65,14 +67,18 @@ class NotFinite(Classification):
         return super().logits(model, batch) * (torch.nan if torch.distributed.get_rank() else 1)
 
 
-def diverged(folder):
-    """What each process says where the loss of one isn't finite."""
+def errors(folder):
+    """What each process says where the loss of one isn't finite, and when an adapter is saved by itself."""
     trainer = make_trainer(folder, classifier())
     trainer.task = NotFinite(labels=TASK.labels, pad_token_id=0)
-    try:
+    with pytest.raises(DivergedError) as diverged:
         trainer.train()
-    except DivergedError as error:
-        return str(error)
+    with pytest.raises(ValueError, match="FSDP") as saved:
+        save(trainer.model, folder)
+    trainer = make_trainer(folder, classifier(), callbacks=[PosteriorHistograms(folder)])
+    with pytest.raises(ValueError, match="FSDP") as watched:
+        trainer.train()
+    return [str(error.value) for error in (diverged, saved, watched)]
 
 
 class Stop(TrainerCallback):
@@ -97,7 +103,7 @@ def everything(folder: Path):
     for kind in ("SHARDED_STATE_DICT", os.environ["FSDP_STATE_DICT_TYPE"]):  # the file's is the last
         os.environ["FSDP_STATE_DICT_TYPE"] = kind
         results[kind] = {name: all_of(weights) for name, weights in resumed(folder / kind, "random").items()}
-    results["diverged"] = diverged(folder / "diverged")
+    results["errors"] = errors(folder / "errors")
     run(folder, "quiet-two", Quiet())
     try:
         run(folder, "stopped", Stop())

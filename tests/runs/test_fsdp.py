@@ -87,8 +87,21 @@ def test_a_training_resumes_from_either_kind_of_checkpoint(folder, ranks, kind):
         assert_equal(rank[kind]["resumed"], rank[kind]["weights"])
 
 
-def test_all_processes_stop_where_one_has_diverged(ranks):
-    assert all("the loss is not finite at step 1" in rank["diverged"] for rank in ranks)
+def test_all_processes_say_what_is_wrong(ranks):
+    for diverged, saved, watched in (rank["errors"] for rank in ranks):
+        assert "the loss is not finite at step 1" in diverged  # in one of them
+        assert "call BlobTrainer.save_model" in saved
+        assert "histograms are of a whole one" in watched
+
+
+@pytest.mark.parametrize(
+    ("named", "options"),
+    [("method 'laplace'", {"method": "laplace"}), ("trunk_cache 'cache'", {"trunk_cache": "cache", "top_blocks": 1})],
+)
+def test_what_is_not_offered_is_refused_first(tmp_path, monkeypatch, named, options):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(runs.RunError, match=f"{named} isn't offered under FSDP"):
+        runs.train(runs.TrainConfig(data="no.jsonl", output=str(tmp_path / "run"), **options))
 
 
 def test_a_run_is_that_of_one_process(folder):

@@ -12,6 +12,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some of what requires a gradient is."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters() if parameter.requires_grad)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, differentiable; another one as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from ..files import read_json
 from .bayesianize import Posterior, bayesianize, find_posterior
 from .config import BlobConfig
-from .sharding import put_
+from .sharding import is_sharded, put_
 from .variant import STD_PARAMETER
 
 FORMAT_VERSION = 2
@@ -65,7 +65,12 @@ def save(
         directory: where to; made where it is missing. Files that aren't the adapter's stay, a README.md too.
         adapter_name: which adapter; default the active one.
         save_embedding_layers: also write the base model's embeddings (needed only where they were resized or trained).
+
+    Raises:
+        ValueError: FSDP has split the adapter over the processes.
     """
+    if is_sharded(model):
+        raise ValueError("model: each process holds a part of it (FSDP); call BlobTrainer.save_model in all of them")
     adapter_name = adapter_name or model.active_adapter
     posterior = find_posterior(model, adapter_name)
     with _replacing(Path(directory)) as staging:

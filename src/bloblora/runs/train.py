@@ -53,11 +53,12 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
     """Train a run, or go on with one that was stopped; a finished one is loaded.
 
     Records and what they are encoded to stay on the disk, in a hidden folder of the run while it is trained. Where
-    several processes were started, each takes its share of every batch, and one of them writes.
+    several processes were started, each takes its share of every batch, and one of them writes. Under FSDP the run's
+    model stays split, and all processes must predict with it together.
 
     Raises:
-        RunError: the folder holds a run of another configuration or of other records, or can't be written; or
-            ``batch_size`` can't be shared by the processes.
+        RunError: the folder holds a run of another configuration or of other records, or can't be written;
+            ``batch_size`` can't be shared by the processes; or FSDP splits the model, and the method isn't for that.
         DataError, TaskError: the data can't be used; raised before the base model is loaded.
     """
     output = Path(config.output)
@@ -65,6 +66,7 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
         raise RunError(f"output {config.output!r}: is a file; give a folder")
     stored = read_description(output, config)
     check_writable(output / RUN_FILE)
+    _check_sharded(config)
     main = processes().is_main_process
     with _scratch(output) as scratch:
         everything = _mapped(scratch / "records.arrow", partial(_read, config.data))
@@ -76,7 +78,6 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
             processes().wait_for_everyone()  # until nobody needs the folder
             return load_run(output)
         method = config.build_method()
-        _check_sharded(config)
         description["options"] = method.described()
         tokenizer = models.load_tokenizer(config.model)
         task = _task(config, records, tokenizer)

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bloblora.tasks.head import label_logits
@@ -113,9 +114,11 @@ class ChoiceLetter(Task):
 
 
 def _plain_causal_model(model: nn.Module) -> PreTrainedModel | None:
-    """The language model if its parts can be called by themselves: not in training, where wrappers (DDP,
-    mixed precision) must see the forward, and only where logits are the head's output.
+    """The language model if its parts can be called by themselves: not in training or split by FSDP, where wrappers
+    (DDP, mixed precision) must see the forward, and only where logits are the head's output.
     """
+    if isinstance(model, FSDPModule):
+        return None
     if isinstance(model, PeftModel) and not model.active_peft_config.is_prompt_learning:
         model = model.get_base_model()
     known = isinstance(model, PreTrainedModel) and model.config.model_type in _PLAIN_LOGITS

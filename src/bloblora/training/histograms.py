@@ -9,6 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from ..adapter import Posterior, find_posterior
+from ..adapter.sharding import is_sharded
 from ..posterior import separate_noise
 
 
@@ -37,7 +38,15 @@ class PosteriorHistograms(TensorBoardCallback):
         self._trainings = self._logs = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        """Open the event file of one training."""
+        """Open the event file of one training.
+
+        Raises:
+            ValueError: FSDP has split the model over the processes.
+        """
+        if is_sharded(kw["model"]):
+            raise ValueError(
+                "model: each process holds a part of it (FSDP); histograms are of a whole one: leave them out"
+            )
         self._trainings += 1
         self._logs = 0
         if self._folder is not None:
