@@ -204,7 +204,7 @@ def main() -> None:
     for seed in options.seeds:
         file = options.results / f"seed{seed}.json"
         if not file.is_file():
-            shown = {k: str(v) for k, v in vars(options).items() if k not in ("results", "runs", "seeds")}
+            shown = {k: Path(str(v)).name for k, v in vars(options).items() if k not in ("results", "runs", "seeds")}
             write_json(file, {"options": shown, **measure(seed, options)})
         results.append(read_json(file, ValueError))
     text = (

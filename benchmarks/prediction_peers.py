@@ -108,7 +108,7 @@ def contestants(name: str | None, tokens: int) -> dict[str, Callable[[Any], Any]
     blob, lora = ours.bayesian(ours.load(name, NUM_LABELS).eval(), None), plain(name)
     posterior = find_posterior(blob)
     assert posterior is not None
-    task = Classification(pad_token_id=0, labels=tuple("abcd"))
+    task = Classification(pad_token_id=lora.config.pad_token_id, labels=tuple("abcd"))
     fitted = examples(lora.config.vocab_size, tokens)
     training = Training(task, fitted, {"per_device_train_batch_size": 4, "seed": 0})
     laplace = fit_laplace(lora, trained_layers(lora), training)

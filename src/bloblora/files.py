@@ -1,5 +1,6 @@
 """Small files, written whole or not at all, and read with an error that says which one is wrong."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -42,6 +43,15 @@ def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise error_type(f"{file}: must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal; the file is never in memory as a whole."""
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _partial(file: Path) -> Path:

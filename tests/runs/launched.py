@@ -1,8 +1,10 @@
-"""What `test_processes.py` has done by one process, and by two that accelerate starts.
+"""What accelerate starts as two processes, and what `test_processes.py` has them and one process do.
 
 Run as a module it does all of it: ``python -m tests.runs.launched FOLDER SUFFIX``.
 """
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from bloblora.adapter import find_posterior
 from bloblora.cli import main
 from bloblora.runs.processes import processes
 
+ROOT = Path(__file__).parents[2]
 SETTINGS = ("--steps", "6", "--batch-size", "4", "--rank", "2", "--learning-rate", "0.01", "--save-steps", "3")
 
 
@@ -26,6 +29,15 @@ class Quiet(TrainerCallback):
 
     def on_train_end(self, *_, **__):
         self.mean.__exit__(None, None, None)
+
+
+def launch(config: str, module: str, *arguments: str) -> None:
+    """Run a module in the two processes of a shipped accelerate configuration."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "-m", module, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.stdout.count("saved to") == 1  # one of them prints
 
 
 def everything(folder: Path, suffix: str) -> None:

@@ -1,10 +1,6 @@
 """Two processes over which FSDP2 has split the model, as the shipped configuration starts them, against one."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +13,8 @@ from tests.tiny_base import queries, save_base, write_jsonl
 from tests.training.conftest import TASK, _base, _base_state, assert_close, assert_equal, examples
 
 from .fsdp_process import LOGGED, SAVED, TRAININGS, quiet, run
-from .launched import Quiet
+from .launched import Quiet, launch
 
-ROOT = Path(__file__).parents[2]
 WEIGHTS = ("adapter_model.safetensors", "posterior.safetensors")
 CONFIG = "examples/accelerate/fsdp.yaml"
 
@@ -29,17 +24,7 @@ def folder(tmp_path_factory, one_thread):
     folder = tmp_path_factory.mktemp("fsdp")
     save_base(folder / "base")
     write_jsonl(folder / "texts.jsonl", queries() * 4)
-    launch = ["-m", "accelerate.commands.launch", "--config_file", CONFIG, "-m", "tests.runs.fsdp_process"]
-    done = subprocess.run(
-        [sys.executable, *launch, str(folder)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    assert done.stdout.count("saved to") == 1  # one of them prints
+    launch(CONFIG, "tests.runs.fsdp_process", str(folder))
     return folder
 
 

@@ -1,11 +1,7 @@
 """Two processes as the shipped accelerate configuration starts them, against one with the same batches."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +13,8 @@ from bloblora.runs.lines import CHUNK
 from bloblora.runs.train import share_of_batch
 from tests.tiny_base import queries, save_base, write_jsonl
 
-from .launched import SETTINGS, everything
+from .launched import ROOT, SETTINGS, everything, launch
 
-ROOT = Path(__file__).parents[2]
 CONFIG = "examples/accelerate/ddp_cpu.yaml"
 LONG = [{"id": i, "text": f"where is {'my ' * (i % 5)}parcel"} for i in range(2 * CHUNK + 100)]
 
@@ -32,17 +27,7 @@ def folder(tmp_path_factory, one_thread):
     write_jsonl(folder / "long.jsonl", LONG)
     data = ("--data", f"{folder}/texts.jsonl", "--model", f"{folder}/base")
     main(["train", *data, *SETTINGS, "--output", f"{folder}/trained"])
-    launch = ["-m", "accelerate.commands.launch", "--config_file", CONFIG, "-m", "tests.runs.launched"]
-    done = subprocess.run(
-        [sys.executable, *launch, str(folder), "two"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    assert done.stdout.count("saved to") == 1  # one of them prints
+    launch(CONFIG, "tests.runs.launched", str(folder), "two")
     everything(folder, "one")
     return folder
 

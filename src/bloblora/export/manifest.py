@@ -1,13 +1,12 @@
 """What an export is: ``manifest.json``, by which a client asks a server and a reader checks the files."""
 
-import hashlib
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .. import tasks
-from ..files import read_json, write_json
+from ..files import file_sha256, read_json, write_json
 from ..runs import RunError
 
 MANIFEST_FILE, FORMAT_VERSION = "manifest.json", 1
@@ -50,7 +49,7 @@ class Manifest:
     def write(self, folder: Path) -> "Manifest":
         """Write it beside the files that it describes; returns it with their hashes."""
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        manifest = replace(self, files={path.relative_to(folder).as_posix(): _sha256(path) for path in files})
+        manifest = replace(self, files={path.relative_to(folder).as_posix(): file_sha256(path) for path in files})
         write_json(folder / MANIFEST_FILE, {"format_version": FORMAT_VERSION, **asdict(manifest)})
         return manifest
 
@@ -75,14 +74,6 @@ def read_manifest(directory: str | os.PathLike[str], *, check_files: bool = Fals
     except (TypeError, ValueError) as error:
         raise RunError(f"{file}: not what `bloblora export` writes: {error}") from error
     for name, expected in manifest.files.items() if check_files else ():
-        if not (path := file.parent / name).is_file() or _sha256(path) != expected:
+        if not (path := file.parent / name).is_file() or file_sha256(path) != expected:
             raise RunError(f"{path}: missing, or its SHA-256 isn't the one in {MANIFEST_FILE}; export again")
     return manifest
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

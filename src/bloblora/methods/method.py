@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .. import adapter
 from ..adapter import AdapterFileError, check_folder
-from ..files import read_json, write_json, write_tensors
+from ..files import file_sha256, read_json, write_json, write_tensors
 from ..prediction import Point, Sampler
 from ..tasks import Task
 from ..tasks.task import Example
@@ -138,7 +137,7 @@ def write_state(folder: Path, name: str, values: dict[str, Any], tensors: dict[s
     if tensors is not None:
         file = folder / f"{name}.safetensors"
         write_tensors(file, tensors)
-        content["tensors_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        content["tensors_sha256"] = file_sha256(file)
     write_json(folder / f"{name}.json", content)
 
 
@@ -155,7 +154,7 @@ def read_state(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tenso
         if "tensors_sha256" not in content:
             return values, {}
         file = folder / f"{name}.safetensors"
-        if hashlib.sha256(file.read_bytes()).hexdigest() != content["tensors_sha256"]:
+        if file_sha256(file) != content["tensors_sha256"]:
             raise AdapterFileError(f"{file}: its SHA-256 isn't the one in {name}.json: it was altered or cut")
         return values, load_file(file)
     except (OSError, KeyError, SafetensorError) as error:

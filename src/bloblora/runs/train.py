@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .. import data as datasets_
 from .. import methods, models, tasks
 from ..adapter.sharding import gather_
-from ..files import read_json, write_json, write_text
+from ..files import file_sha256, read_json, write_json, write_text
 from ..prediction.trunk_cache import cache_trunk
 from ..training import last_checkpoint
 from .checks import check_targets, check_task, task_name
@@ -34,7 +34,6 @@ from .folder import (
     RUN_FILE,
     TASK_FILE,
     check_writable,
-    file_sha256,
     read_description,
     read_fields,
     records_sha256,
