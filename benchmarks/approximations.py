@@ -22,7 +22,6 @@ from torch import Tensor
 
 from bloblora import evaluation, models, runs, tasks
 from bloblora.adapter import Posterior
-from bloblora.adapter.bayesianize import Weights
 from bloblora.data import read_records
 from bloblora.files import read_json, write_json, write_text
 from bloblora.prediction import Linearized, Prediction, Sampler, StoppingRule, TopBlocks, WeightDraws, predict
@@ -44,29 +43,6 @@ class OneByOne:
         self.draw, self.mean = posterior.draw, posterior.mean
 
 
-class Mirrored:
-    """A posterior's draws in pairs M + E∘Ω and M − E∘Ω."""
-
-    def __init__(self, posterior: Posterior) -> None:
-        self.layer_names, self.stacked, self.mean = posterior.layer_names, posterior.stacked, posterior.mean
-        self.draw = posterior.draw
-        self._posterior, self._last = posterior, (None, {})  # type: tuple[Posterior, tuple[Any, Weights]]
-
-    def sample(self, generator: torch.Generator) -> Weights:
-        """A draw, or the mirror image of the one that this generator gave last."""
-        source, weights = self._last
-        if source is generator:
-            self._last = None, {}
-            means = self._posterior.named_means()
-            return {
-                layer: {f: 2 * means[f"{layer}.lora_{f}"] - weight for f, weight in of_layer.items()}
-                for layer, of_layer in weights.items()
-            }
-        weights = self._posterior.sample(generator)
-        self._last = generator, weights
-        return weights
-
-
 def variants(run: runs.Run, distilled: runs.Run) -> dict[str, Callable[..., Prediction]]:
     """Ways to predict encoded examples."""
     assert isinstance(run.sampler, WeightDraws)
@@ -84,8 +60,8 @@ def variants(run: runs.Run, distilled: runs.Run) -> dict[str, Callable[..., Pred
         EXACT: by(10, run.sampler),
         "predict, N = 5": by(5, run.sampler),
         "predict, N = 2": by(2, run.sampler),
-        "mirrored, N = 4": by(4, WeightDraws(Mirrored(posterior))),
-        "mirrored, N = 2": by(2, WeightDraws(Mirrored(posterior))),
+        "mirrored, N = 4": by(4, WeightDraws(posterior, mirrored=True)),
+        "mirrored, N = 2": by(2, WeightDraws(posterior, mirrored=True)),
         **{name: by(10, run.sampler, stop=rule) for name, rule in RULES.items()},
         **{
             f"top {number} of {blocks} blocks, N = 10": by(10, WeightDraws(TopBlocks(posterior, number)))

@@ -230,3 +230,39 @@ def test_top_blocks_says_what_is_wrong():
     routed = get_peft_model(Routed(), LoraConfig(r=4, target_modules=["expert"]))
     with pytest.raises(ValueError, match="none of its layers stands in a block"):
         TopBlocks(bayesianize(routed), 1)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_mirrored_draws_are_pairs_about_the_mean(number, threads):
+    """A classifier that is one layer is linear in A, so that a pair averages to the mean exactly."""
+    threads(number)
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 3)), lora)
+    posterior = bayesianize(model, BlobConfig(init_std=0.4))
+    x = torch.randn(5, 6)
+    sampler = WeightDraws(posterior, mirrored=True)
+    first = torch.stack([*WeightDraws(posterior).logits(lambda: model(x), 3, 7)])
+    draws = torch.stack([*sampler.logits(lambda: model(x), 5, 7)])
+    torch.testing.assert_close(draws[::2], first)
+    (mean,) = sampler.logits(lambda: model(x), 0, 7)
+    torch.testing.assert_close(draws[:4].unflatten(0, (2, 2)).mean(1), mean.expand(2, -1, -1))
+    assert (draws[0] - draws[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("part", [lambda posterior: posterior, lambda posterior: TopBlocks(posterior, 1)])
+def test_mirrored_draws_together_are_those_one_by_one(part, threads):
+    threads(1)
+    model = bayesian(tiny_classifier(), ["q_proj"])
+    sampler = WeightDraws(part(find_posterior(model)), mirrored=True)
+    found = predict(model, IDS, 5, 4, sampler=sampler).log_probs
+    with torch.no_grad():
+        alone = [logits.log_softmax(-1) for logits in sampler.logits(lambda: model(**IDS).logits, 5, 4)]
+    torch.testing.assert_close(found, torch.stack(alone), rtol=0, atol=1e-5)
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+
+
+def test_weights_without_a_mean_are_not_mirrored():
+    posterior = find_posterior(bayesian(tiny_classifier(), ["q_proj"]))
+    with pytest.raises(ValueError, match="mirrored: OneByOne has no `mirror`"):
+        WeightDraws(OneByOne(posterior), mirrored=True)

@@ -111,6 +111,14 @@ class Posterior:
             weights[layer][factor] = q.sample(mean, parameter, self.config.std_parameterization, generator)
         return weights
 
+    def mirror(self, weights: Weights) -> Weights:
+        """The draw as far on the other side of the mean: M − E∘Ω of M + E∘Ω."""
+        means = {name: whole(mean) for name, mean in self.named_means().items()}
+        return {
+            layer: {factor: 2 * means[f"{layer}.lora_{factor}"] - weight for factor, weight in of_layer.items()}
+            for layer, of_layer in weights.items()
+        }
+
     @contextmanager
     def stacked(self, samples: Sequence[Weights], rows: int) -> Iterator[None]:
         """Put several draws in force at once, in this thread: equal parts of a batch see one each, in order.

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -60,6 +61,19 @@ class StackedWeights(WeightDistribution, Protocol):
         ...
 
 
+@runtime_checkable
+class MirroredWeights(StackedWeights, Protocol):
+    """One whose draws lie symmetrically about a mean, such as `bloblora.adapter.Posterior`."""
+
+    def mirror(self, weights: Any) -> Any:
+        """The draw as far on the other side of the mean."""
+        ...
+
+    def fixed(self, weights: Any) -> AbstractContextManager[None]:
+        """These weights are in force inside."""
+        ...
+
+
 class Point:
     """One function: a model as it is."""
 
@@ -70,9 +84,25 @@ class Point:
 
 @dataclass(frozen=True)
 class WeightDraws:
-    """A forward under each draw of the weights; where the weights can be stacked, draws share forwards."""
+    """A forward under each draw of the weights; where the weights can be stacked, draws share forwards.
+
+    Attributes:
+        weights: where the draws come from.
+        mirrored: make draws in pairs M + E∘Ω and M − E∘Ω (antithetic variates, Hammersley & Morton 1956). Each is a
+            draw of the same distribution, and what is odd in E cancels in the average of a pair: two draws average
+            like several independent ones. Draws 2s and 2s + 1 aren't independent, so spreads between draws are those of
+            pairs.
+
+    Raises:
+        ValueError: ``mirrored``, and the weights have no mean to mirror at.
+    """
 
     weights: WeightDistribution
+    mirrored: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mirrored and not isinstance(self.weights, MirroredWeights):
+            raise ValueError(f"mirrored: {type(self.weights).__name__} has no `mirror`; a posterior over LoRA has")
 
     def logits(self, forward: Forward, num_samples: int, seed: int) -> Iterator[Tensor]:
         """Logits of N draws, or of the mean."""
@@ -82,11 +112,26 @@ class WeightDraws:
                 yield forward()
         elif isinstance(self.weights, StackedWeights) and isinstance(forward, BatchForward):
             with forward.shared_trunk(self.weights.layer_names()):
-                yield from _together(self.weights, forward, num_samples, generator)
+                yield from _together(self.weights, forward, num_samples, self._samples(generator))
+        elif self.mirrored:
+            assert isinstance(self.weights, MirroredWeights)
+            for sample in islice(self._samples(generator), num_samples):
+                with self.weights.fixed(sample):
+                    yield forward()
         else:
             for _ in range(num_samples):
                 with self.weights.draw(generator):
                     yield forward()
+
+    def _samples(self, generator: torch.Generator) -> Iterator[Any]:
+        """The weights of one draw after the other."""
+        assert isinstance(self.weights, StackedWeights)
+        while True:
+            sample = self.weights.sample(generator)
+            yield sample
+            if self.mirrored:
+                assert isinstance(self.weights, MirroredWeights)
+                yield self.weights.mirror(sample)
 
 
 @dataclass(frozen=True)
@@ -103,7 +148,7 @@ class Tempered:
 
 
 def _together(
-    weights: StackedWeights, forward: BatchForward, num_samples: int, generator: torch.Generator
+    weights: StackedWeights, forward: BatchForward, num_samples: int, draws: Iterator[Any]
 ) -> Iterator[Tensor]:
     """Logits of each draw, several draws a forward and several forwards at a time."""
 
@@ -115,7 +160,7 @@ def _together(
     left, even = num_samples, True
     while left:
         sizes = forward.wave(left) if even else [1] * len(forward.wave(left))
-        samples = [[weights.sample(generator) for _ in range(size)] for size in sizes]
+        samples = [[*islice(draws, size)] for size in sizes]
         left -= sum(sizes)
         try:
             results = _side_by_side(run, samples)

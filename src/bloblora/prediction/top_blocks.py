@@ -49,6 +49,14 @@ class TopBlocks:
         weights = self.posterior.sample(generator)
         return {name: weights[name] for name in self.layer_names()}
 
+    def mirror(self, weights: Weights) -> Weights:
+        """As the posterior's."""
+        return self.posterior.mirror(weights)
+
+    def fixed(self, weights: Weights) -> AbstractContextManager[None]:
+        """As the posterior's."""
+        return self.posterior.fixed(weights)
+
     def stacked(self, samples: Sequence[Weights], rows: int) -> AbstractContextManager[None]:
         """As the posterior's."""
         return self.posterior.stacked(samples, rows)
