@@ -31,8 +31,8 @@ from bloblora.studies.job import cpu
 from bloblora.tasks import TextGeneration, encode_all
 
 RESULTS = Path(__file__).parents[1] / "results" / "generation"
-SETTINGS: dict[str, Any] = {"task": "generation", "steps": 200, "batch_size": 8, "learning_rate": 1e-3}
-_NAMES = {("lora", 0): "LoRA", ("blob", 0): "BLoB, N = 0", ("blob", 10): "BLoB, N = 10"}
+SETTINGS: dict[str, Any] = {"task": "generation", "steps": 150, "batch_size": 8, "learning_rate": 1e-3}
+_NAMES = {("lora", 0): "LoRA", ("blob", 0): "BLoB, N = 0", ("blob", 5): "BLoB, N = 5"}
 _BATCH = 16
 
 
