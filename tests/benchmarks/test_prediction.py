@@ -23,7 +23,9 @@ def test_all_ways_to_predict_agree(tmp_path, monkeypatch):
 
 def test_peers_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prediction_peers.py", "--smoke", "--results", str(tmp_path)])
-    monkeypatch.setattr(prediction_peers, "SHAPES", ((2, 16),))
+    monkeypatch.setattr(prediction_peers, "SHAPES", ((1, 16), (2, 16)))
     prediction_peers.main()
-    seconds = json.loads((tmp_path / "results.json").read_text())["cases"]["2 × 16"]["seconds"]
-    assert {prediction_peers.LAPLACE_TORCH, prediction_peers.LINEARIZED} <= seconds.keys()
+    cases = json.loads((tmp_path / "results.json").read_text())["cases"]
+    for case in cases.values():
+        assert {prediction_peers.LAPLACE_TORCH, prediction_peers.LINEARIZED} <= case["seconds"].keys()
+    assert prediction_peers.BAYESIAN_LORA in cases["2 × 16"]["seconds"]

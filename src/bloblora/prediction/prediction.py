@@ -45,6 +45,13 @@ class Prediction:
         return self.log_probs.exp()
 
     @property
+    def std(self) -> Tensor:
+        """Standard deviation of each probability over the draws that were made, (n, C); 0 for a single one."""
+        made = (self.log_probs > -math.inf).any(-1, keepdim=True)
+        deviations = (self.draw_probabilities - self.probabilities).where(made, 0)
+        return (deviations.square().sum(0) / self.num_draws[:, None]).sqrt()
+
+    @property
     def labels(self) -> Tensor:
         """Most probable class, (n,)."""
         return self.log_probabilities.argmax(-1)

@@ -5,6 +5,7 @@ The folder holds the adapter (see `bloblora.adapter.storage`), ``task.json`` (ho
 """
 
 from ..files import write_json
+from .approximation import check_approximation
 from .checks import check_kind, check_samples
 from .config import RunError, TrainConfig
 from .evaluate import describe, evaluate, targets_of
@@ -20,6 +21,7 @@ __all__ = [
     "RunDescription",
     "RunError",
     "TrainConfig",
+    "check_approximation",
     "check_kind",
     "check_samples",
     "check_writable",

@@ -37,7 +37,7 @@ def calibrate(
         directory: its folder.
         records: in scope, used for nothing else: not for training or a temperature, not to choose settings.
         outside: out of scope; they decide nothing.
-        num_samples: weight draws N; the decisions are for this N and seed only.
+        num_samples: weight draws N; the decisions are for this N, seed and approximation only.
         seed: of the draws.
         batch_size: inputs a forward.
         progress: show a bar.
@@ -64,7 +64,7 @@ def calibrate(
         far = run.predict(outside, num_samples, seed, **settings)
     content = {
         "format_version": FORMAT_VERSION,
-        **_described(directory, num_samples, seed),
+        **_described(directory, num_samples, seed, run.approximate),
         "decision": decision.to_dict(),
         "promises": decision.promises,
         "realized": decision.realized(inside, targets, far),
@@ -73,11 +73,13 @@ def calibrate(
     return content
 
 
-def open_decision(directory: str | os.PathLike[str], num_samples: int, seed: int) -> Decision | None:
+def open_decision(
+    directory: str | os.PathLike[str], num_samples: int, seed: int, approximate: str | None = None
+) -> Decision | None:
     """The decisions in a finished run's folder, or None where it was never calibrated; no model is loaded.
 
     Raises:
-        RunError: they are for another N, seed or adapter, or the file is damaged.
+        RunError: they are for another N, seed, approximation or adapter, or the file is damaged.
     """
     file = local_folder(directory) / DECISION_FILE
     if not file.is_file():
@@ -85,7 +87,7 @@ def open_decision(directory: str | os.PathLike[str], num_samples: int, seed: int
     stored = read_json(file, RunError)
     if (found := stored.get("format_version")) != FORMAT_VERSION:
         raise RunError(f"{file}: format_version is {found!r}; this bloblora reads {FORMAT_VERSION}")
-    here = _described(directory, num_samples, seed)
+    here = _described(directory, num_samples, seed, approximate)
     different = [
         f"{name} {stored.get(name)} there, {value} now" for name, value in here.items() if stored.get(name) != value
     ]
@@ -100,7 +102,9 @@ def open_decision(directory: str | os.PathLike[str], num_samples: int, seed: int
         raise RunError(f"{file}: not what this version of bloblora writes: {error}") from error
 
 
-def _described(directory: str | os.PathLike[str], num_samples: int, seed: int) -> dict[str, Any]:
+def _described(
+    directory: str | os.PathLike[str], num_samples: int, seed: int, approximate: str | None
+) -> dict[str, Any]:
     """Which predictions the decisions are for."""
     adapter = read_json(local_folder(directory) / RUN_FILE, RunError).get("adapter_sha256")
-    return {"num_samples": num_samples, "seed": seed, "adapter_sha256": adapter}
+    return {"num_samples": num_samples, "seed": seed, "approximate": approximate, "adapter_sha256": adapter}

@@ -153,6 +153,7 @@ def _append_predictions(
         "records_sha256": records_sha256(records),
         "num_samples": num_samples,
         "seed": seed,
+        "approximate": run.approximate,
         "decision": decision.to_dict() if decision else None,
     }
     append_lines(file, records, described, identity, progress=progress)

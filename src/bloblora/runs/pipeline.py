@@ -52,7 +52,7 @@ class AnswerPipeline:
         """All labels or choices of each record, the most probable first."""
         check_kind(self.run.task, records)
         prediction = self.run.predict(records, **self._options)
-        spread = prediction.draw_probabilities.std(0, correction=0).tolist()
+        spread = prediction.std.tolist()
         result = []
         for line, row in zip(lines_of(self.run.task, records, prediction, None), spread, strict=True):
             uncertainty = {name: line[name] for name in ("predictive_entropy", "mutual_information")}

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import models, tasks
-from ..prediction import Prediction, Sampler, predict
+from ..prediction import Prediction, Sampler, StoppingRule, predict
+from .approximation import Approximation
 from .checks import num_labels
 from .config import TrainConfig
 from .folder import open_run
@@ -31,6 +32,7 @@ class Run:
         training: what the training took: ``seconds`` (of all sessions, without what a stop threw away),
             ``peak_memory_bytes`` (of the last session), ``final`` (the last log).
         adapter_sha256: of the trained weights' file.
+        approximation: how `predict` saves forwards; None for all draws.
     """
 
     model: nn.Module
@@ -40,6 +42,17 @@ class Run:
     config: TrainConfig
     training: dict[str, Any] = field(default_factory=dict)
     adapter_sha256: str | None = None
+    approximation: Approximation | None = None
+
+    @property
+    def approximate(self) -> str | None:
+        """The approximation's name."""
+        return self.approximation.name if self.approximation else None
+
+    @property
+    def stop(self) -> StoppingRule | None:
+        """When `predict` makes no more draws for an input."""
+        return self.approximation.stop if self.approximation else None
 
     def predict(
         self,
@@ -60,30 +73,40 @@ class Run:
             seed,
             task=self.task,
             sampler=self.sampler,
+            stop=self.stop,
             batch_size=batch_size,
             progress=progress,
         )
 
 
-def load_run(directory: str | os.PathLike[str]) -> Run:
+def load_run(directory: str | os.PathLike[str], approximate: str | None = None) -> Run:
     """Load a finished run, onto the GPU where there is one.
 
     Args:
         directory: its folder, or its place on the hub: ``hub:user/name`` or ``hub:user/name@revision``.
+        approximate: how its predictions save forwards, at some loss: ``mirrored`` (draws in pairs about the mean; two
+            do what several do), ``linearized`` (two passes, whatever N), ``top-blocks:K`` (draws in the last K blocks
+            alone), or ``stop`` (no more draws for an input whose answer is settled; ``stop:ERROR:TOLERANCE``).
 
     Raises:
-        RunError: the folder isn't one, or its training isn't finished.
+        RunError: the folder isn't one, its training isn't finished, or its method can't be approximated so.
         AdapterFileError: the adapter's files are damaged.
     """
     directory = local_folder(directory)
     description = open_run(directory)
+    approximation = None if approximate is None else Approximation.parse(approximate)
+    if approximation:
+        approximation.check(description.method)
     config, task = description.config, description.task
     base = base_model(config, task)
     if torch.accelerator.is_available() and not getattr(base, "is_quantized", False):
         base.to(processes().device)
     model, sampler = description.method.load(base, directory)
     tokenizer = models.load_tokenizer(config.model)
-    return Run(model, tokenizer, task, sampler, config, description.training, description.adapter_sha256)
+    if approximation:
+        sampler = approximation.apply(sampler)
+    sha256 = description.adapter_sha256
+    return Run(model, tokenizer, task, sampler, config, description.training, sha256, approximation)
 
 
 def base_model(config: TrainConfig, task: tasks.Task) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 from ..decision import Decision
 from ..files import read_json
 from ..prediction import predict
-from ..runs import Run, RunError, load_run, open_run
+from ..runs import Run, RunError, check_approximation, load_run, open_run
 from ..runs.decide import open_decision
 from ..runs.evaluate import lines_of
 from .settings import Settings
@@ -87,13 +87,14 @@ class Hosted:
             settings.seed,
             task=run.task,
             sampler=run.sampler,
+            stop=run.stop,
             batch_size=settings.max_batch,
         )
         if not prediction.probabilities.isfinite().all():
             raise FloatingPointError(f"run {self.name!r}: a probability is not a number; try dtype float32")
         decision = self.decision if num_samples == settings.samples else None
         lines = lines_of(run.task, [record for record, _ in inputs], prediction, decision)
-        spread = prediction.draw_probabilities.std(0, correction=0).tolist()
+        spread = prediction.std.tolist()
         return [
             line
             # a row is as wide as the batch's longest
@@ -114,8 +115,8 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Pat
         The folders by name.
 
     Raises:
-        RunError: a folder is no finished run, two have one name, a run writes text, or its decisions are for another N,
-            seed or adapter.
+        RunError: a folder is no finished run, two have one name, a run writes text, its method can't be approximated
+            so, or its decisions are for another N, seed, approximation or adapter.
         AdapterFileError: an adapter's files are damaged.
     """
     folders: dict[str, Path] = {}
@@ -131,7 +132,8 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Pat
             raise RunError(f"{folders[name]} and {folder} are both called {name!r}; give NAME=FOLDER for one of them")
         if open_run(folder).task.name == "generation":
             raise RunError(f"{folder}: the run's task is generation, which isn't served; use `bloblora generate`")
-        open_decision(folder, settings.samples, settings.seed)
+        check_approximation(folder, settings.approximate)
+        open_decision(folder, settings.samples, settings.seed, settings.approximate)
         folders[name] = folder
     if not folders:
         raise RunError("directories: give at least one folder of a run")
@@ -148,9 +150,10 @@ def load_hosted(folders: dict[str, Path], settings: Settings) -> dict[str, Hoste
     hosted: dict[str, Hosted] = {}
     pool: dict[str, list[nn.Parameter]] = {}
     for name, folder in folders.items():
-        run = load_run(folder)
+        run = load_run(folder, settings.approximate)
         shared = share_weights(run.model, pool)
-        hosted[name] = Hosted(name, folder, run, open_decision(folder, settings.samples, settings.seed), shared)
+        decision = open_decision(folder, settings.samples, settings.seed, settings.approximate)
+        hosted[name] = Hosted(name, folder, run, decision, shared)
     return hosted
 
 

@@ -21,6 +21,7 @@ class Settings:
         max_inputs: most inputs a request.
         max_tokens: most tokens an input, a question's choices included.
         max_body_bytes: largest body of a request.
+        approximate: how predictions save forwards, as `bloblora.runs.load_run` takes it; None for all draws.
 
     Raises:
         RunError: one is out of its range; the message lists all.
@@ -35,6 +36,7 @@ class Settings:
     max_inputs: int = 64
     max_tokens: int = 1024
     max_body_bytes: int = 1_000_000
+    approximate: str | None = None
 
     def __post_init__(self) -> None:
         check_samples(self.samples, self.seed)

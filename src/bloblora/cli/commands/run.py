@@ -81,6 +81,7 @@ def calibrate(
     samples: int = 10,
     seed: int = 0,
     batch_size: int = 32,
+    approximate: str | None = None,
     json: bool = False,
 ) -> None:
     """Choose from held-out labelled data when to answer, which labels to name, and what to call out of scope.
@@ -89,8 +90,9 @@ def calibrate(
       answer or abstain   at most --risk errors among the answers, with probability --confidence
       label set           at least --coverage of the sets hold the right label
       out of scope        at most --false-alarm of inputs in scope are flagged
-    `predict` and `evaluate` use them from then on, with the same --samples and --seed. Where the data can't carry a
-    promise, that is an error, and nothing is saved. Data that the run was trained on make the promises worthless.
+    `predict` and `evaluate` use them from then on, with the same --samples, --seed and --approximate. Where the
+    data can't carry a promise, that is an error, and nothing is saved. Data that the run was trained on make the
+    promises worthless.
 
     Examples:
       bloblora calibrate runs/desk --data held_out.jsonl --risk 0.1
@@ -109,17 +111,21 @@ def calibrate(
         samples: weight draws N; 0 is the posterior mean.
         seed: of the draws.
         batch_size: inputs a forward.
+        approximate: save forwards at some loss (docs/cost.md): `mirrored` (draws in pairs about the mean; 2 do what
+            several do), `linearized` (two passes, whatever N), `top-blocks:K` (draws in the last K blocks alone), or
+            `stop` (no more draws for an input whose answer is settled; `stop:ERROR:TOLERANCE`).
         json: print JSON, what decision.json holds.
     """
     logging.disable_progress_bar()
     runs.check_samples(samples, seed, batch_size)
+    runs.check_approximation(directory, approximate)
     promises = {"risk": risk, "level": confidence, "coverage": coverage, "false_alarm": false_alarm}
     records, outside = _read(directory, data, ood)
     check_promises(len(records), **promises)
     if data.removesuffix(":train") == runs.open_run(directory).config.data.removesuffix(":train"):
         raise runs.RunError(f"data {data!r}: the run was trained on these; calibrate on records that it has not seen")
     content = calibrate_run(
-        runs.load_run(directory),
+        runs.load_run(directory, approximate),
         directory,
         records,
         outside,
@@ -147,6 +153,7 @@ def evaluate(
     samples: int = 10,
     seed: int = 0,
     batch_size: int = 32,
+    approximate: str | None = None,
     output: str | None = None,
     predictions: str | None = None,
     diagram: str | None = None,
@@ -172,6 +179,9 @@ def evaluate(
         samples: weight draws N; 0 is the posterior mean.
         seed: of the draws.
         batch_size: inputs a forward.
+        approximate: save forwards at some loss (docs/cost.md): `mirrored` (draws in pairs about the mean; 2 do what
+            several do), `linearized` (two passes, whatever N), `top-blocks:K` (draws in the last K blocks alone), or
+            `stop` (no more draws for an input whose answer is settled; `stop:ERROR:TOLERANCE`).
         output: write the metrics to this JSON file.
         predictions: write what `predict` says of each record to this file, 256 at a time; FILE.meta.json beside it says
             of which run, records, samples and seed.
@@ -181,15 +191,16 @@ def evaluate(
     logging.disable_progress_bar()
     # All that can be wrong is looked at before the base model is loaded.
     runs.check_samples(samples, seed, batch_size)
+    runs.check_approximation(directory, approximate)
     if (count := runs.processes().num_processes) > 1:
         raise runs.RunError(f"evaluate is one process, not {count}; `bloblora predict` is what several can share")
     for file in (output, predictions, diagram):
         if file is not None:
             runs.check_writable(file)
     records, outside = _read(directory, data, ood)
-    decision = open_decision(directory, samples, seed)
+    decision = open_decision(directory, samples, seed, approximate)
     result = runs.evaluate(
-        runs.load_run(directory),
+        runs.load_run(directory, approximate),
         records,
         outside,
         samples,
@@ -217,6 +228,7 @@ def predict(
     samples: int = 10,
     seed: int = 0,
     batch_size: int = 32,
+    approximate: str | None = None,
     output: str | None = None,
 ) -> None:
     """Write a JSON line for each input: label, probabilities, confidence and uncertainty.
@@ -238,24 +250,28 @@ def predict(
         samples: weight draws N; 0 is the posterior mean.
         seed: of the draws.
         batch_size: inputs a forward.
+        approximate: save forwards at some loss (docs/cost.md): `mirrored` (draws in pairs about the mean; 2 do what
+            several do), `linearized` (two passes, whatever N), `top-blocks:K` (draws in the last K blocks alone), or
+            `stop` (no more draws for an input whose answer is settled; `stop:ERROR:TOLERANCE`).
         output: file to write, which appears when it is complete; default standard output.
     """
     logging.disable_progress_bar()
     runs.check_samples(samples, seed, batch_size)
+    runs.check_approximation(directory, approximate)
     several = runs.processes().num_processes > 1
     if several and (output is None or input == "-"):
         raise runs.RunError("several processes share an input that is a file, and need --output for their answers")
     if output is not None:
         runs.check_writable(output)
     task = runs.open_run(directory).task
-    decision = open_decision(directory, samples, seed)
+    decision = open_decision(directory, samples, seed, approximate)
     batches = read_batches(input, runs.CHUNK, require_labels=False)
     run = None
     with writing(str(runs.part_of(Path(output))) if output else None) as handle:
         for records in runs.share_of(batches):
             with named(input):
                 runs.check_kind(task, records)
-            run = run or runs.load_run(directory)
+            run = run or runs.load_run(directory, approximate)
             for line in runs.describe(run, records, samples, seed, batch_size=batch_size, decision=decision):
                 handle.write(json.dumps(line, ensure_ascii=False) + "\n")
             handle.flush()

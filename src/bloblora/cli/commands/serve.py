@@ -22,6 +22,7 @@ def serve(
     max_body_bytes: int = 1_000_000,
     api_key_file: str | None = None,
     drain_seconds: float = 2.0,
+    approximate: str | None = None,
 ) -> None:
     """Answer over HTTP: POST /v1/predict, and a page at / to try it on.
 
@@ -49,6 +50,9 @@ def serve(
         max_body_bytes: largest body of a request.
         api_key_file: keys, one a line, of which a request must bring one as `Authorization: Bearer KEY`.
         drain_seconds: after SIGTERM, how long /ready says 503 before new connections are refused.
+        approximate: save forwards at some loss (docs/cost.md): `mirrored` (draws in pairs about the mean; 2 do what
+            several do), `linearized` (two passes, whatever N), `top-blocks:K` (draws in the last K blocks alone), or
+            `stop` (no more draws for an input whose answer is settled; `stop:ERROR:TOLERANCE`).
     """
     logging.disable_progress_bar()
     try:
@@ -58,7 +62,7 @@ def serve(
     if not (math.isfinite(drain_seconds) and drain_seconds >= 0):
         raise runs.RunError(f"drain_seconds must be a finite number of at least 0, got {drain_seconds}")
     settings = Settings(
-        samples, seed, max_samples, max_batch, max_wait_ms, queue, max_inputs, max_tokens, max_body_bytes
+        samples, seed, max_samples, max_batch, max_wait_ms, queue, max_inputs, max_tokens, max_body_bytes, approximate
     )
     keys = read_keys(api_key_file) if api_key_file else ()
     folders = open_hosted(directories, settings)
