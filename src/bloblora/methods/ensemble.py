@@ -34,6 +34,7 @@ class Ensemble(Method):
 
     name = "ensemble"
     paper = "1612.01474"
+    starts_from_lora = False
 
     def __post_init__(self) -> None:
         if self.members < 2:

@@ -24,6 +24,7 @@ class Full(Method):
 
     name = "full"
     paper = "2106.09685"
+    starts_from_lora = False
     learning_rate = 5e-5
 
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:

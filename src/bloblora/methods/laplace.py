@@ -57,6 +57,7 @@ class Laplace(Method):
 
     name = "laplace"
     paper = "2308.13111"
+    post_hoc = True
 
     def __post_init__(self) -> None:
         if self.prior_precision is not None and not (math.isfinite(self.prior_precision) and self.prior_precision > 0):
@@ -79,8 +80,8 @@ class Laplace(Method):
         return model
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
-        """Train a plain LoRA, then fit the Gaussian."""
-        training.run(model)
+        """Train a plain LoRA unless it is trained, then fit the Gaussian."""
+        training.train_lora(model)
         return fit_laplace(model.eval(), self.layers(model), training, self.prior_precision)
 
     def save(self, model: nn.Module, sampler: Sampler, folder: Path) -> None:

@@ -40,6 +40,10 @@ class Method:
     """Default of the optimizer's; methods with another optimizer or other weights need another."""
     holdout: ClassVar[float] = 0.0
     """Share of the training records that is kept from training; methods that need it make it an option."""
+    starts_from_lora: ClassVar[bool] = True
+    """Whether a trained LoRA can take the place of the fresh one that `prepare` makes."""
+    post_hoc: ClassVar[bool] = False
+    """Whether the LoRA is trained as a plain one, and `fit` adds a distribution around it."""
 
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """The model to train: by default the base with a fresh LoRA."""
@@ -88,6 +92,7 @@ class Training:
         task: how examples become logits.
         examples: encoded, to train on.
         holdout: encoded, kept from training (`Method.holdout`).
+        trained: the model comes trained; `train_lora` leaves it as it is.
         arguments: of `BlobTrainingArguments`; ``output_dir`` is where checkpoints go.
         callbacks: of the Trainer.
         logs: those of the last training that hold its losses.
@@ -99,6 +104,15 @@ class Training:
     holdout: Sequence[Example] = ()
     callbacks: Sequence[TrainerCallback] = ()
     logs: list[dict[str, Any]] = field(default_factory=list)
+    trained: bool = False
+
+    def train_lora(self, model: nn.Module) -> None:
+        """Train a plain LoRA, for post-hoc methods; of one that comes trained only its NLL is looked at."""
+        if not self.trained:
+            self.run(model)
+            return
+        nll = self._loop(model, BlobTrainer, self.arguments).evaluate(self.examples)["eval_loss"]  # type: ignore[arg-type]
+        self.logs = [{"step": 0, "nll": nll}]
 
     def run(
         self, model: nn.Module, *, part: str = "", trainer: type[BlobTrainer] = BlobTrainer, **changes: Any
@@ -113,6 +127,15 @@ class Training:
         """
         arguments = {**self.arguments, **changes}
         arguments["output_dir"] = str(Path(arguments["output_dir"]) / part)
+        loop = self._loop(model, trainer, arguments)
+        for callback in self.callbacks:
+            loop.add_callback(callback)
+        checkpoint = last_checkpoint(arguments["output_dir"])
+        loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.logs = [log for log in loop.state.log_history if "nll" in log]
+        return loop
+
+    def _loop(self, model: nn.Module, trainer: type[BlobTrainer], arguments: dict[str, Any]) -> BlobTrainer:
         loop = trainer(
             model,
             BlobTrainingArguments(**arguments),
@@ -123,11 +146,6 @@ class Training:
         # The Trainer's own print each log on standard output, which belongs to results.
         loop.remove_callback(PrinterCallback)
         loop.remove_callback(ProgressCallback)
-        for callback in self.callbacks:
-            loop.add_callback(callback)
-        checkpoint = last_checkpoint(arguments["output_dir"])
-        loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        self.logs = [log for log in loop.state.log_history if "nll" in log]
         return loop
 
 

@@ -48,6 +48,7 @@ class Scalabl(Method):
 
     name = "scalabl"
     paper = "2506.21408"
+    starts_from_lora = False
 
     def __post_init__(self) -> None:
         for name in ("prior_std", "init_std"):

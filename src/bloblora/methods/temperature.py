@@ -41,6 +41,7 @@ class Temperature(Method):
 
     name = "temperature"
     paper = "1706.04599"
+    starts_from_lora = False
 
     def __post_init__(self) -> None:
         if not 0 < self.holdout < 1:

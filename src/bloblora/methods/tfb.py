@@ -40,15 +40,16 @@ class Tfb(GaussianMethod):
 
     name = "tfb"
     paper = "2412.05723"
+    post_hoc = True
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.tolerance) and self.tolerance > 0):
             raise ValueError(f"tolerance must be a finite number above 0, got {self.tolerance}")
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
-        """Train a plain LoRA, then find σq."""
+        """Train a plain LoRA unless it is trained, then find σq."""
         assert isinstance(model, PeftModel)
-        training.run(model)
+        training.train_lora(model)
         examples = training.examples[:: max(1, -(-len(training.examples) // _MOST_EXAMPLES))]
         before = predict(model, examples, 0, task=training.task, sampler=Point())
         posterior, singular_values = rotate(model)

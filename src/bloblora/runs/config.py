@@ -22,6 +22,9 @@ class TrainConfig:
         output: folder of the run; a run that was stopped goes on from its last checkpoint.
         model: base model: ``smollm2-135m``, a hub id, a folder, or a .gguf file.
         method: ``blob`` trains a Gaussian over LoRA's A, ``lora`` a point; `bloblora methods` lists the others.
+        start_from: folder of a LoRA to start from, a run's or one that PEFT saved, with the same base model, rank and
+            α. ``tfb``, ``laplace`` and ``laplace-last`` leave it as it is and put their Gaussian around it; other
+            methods go on training it.
         task: ``classification``, ``choice_text``, ``choice_letter``, ``blank``, ``generation``, or ``auto`` by the
             data's form.
         normalization: how ``choice_text`` scores a choice: mean of its tokens' log-probabilities (``length``), which
@@ -75,6 +78,7 @@ class TrainConfig:
     output: str
     model: str = models.DEFAULT_MODEL
     method: str = "blob"
+    start_from: str | None = None
     task: Literal["auto", "classification", "choice_text", "choice_letter", "blank", "generation"] = "auto"
     normalization: Literal["sum", "length"] = "length"
     limit: int | None = None
@@ -126,6 +130,8 @@ class TrainConfig:
         try:
             if self.trunk_cache is not None and (self.top_blocks is None or self.build_method().holdout):
                 problems.append("trunk_cache needs top_blocks, and a method that trains on all records")
+            if self.start_from is not None and not self.build_method().starts_from_lora:
+                problems.append(f"start_from isn't for method {self.build_method().name!r}")
             self.build_method()
         except ValueError as error:
             problems.append(str(error))

@@ -40,6 +40,7 @@ from .folder import (
 )
 from .processes import on_cpu, processes
 from .run import Run, base_model, load_run
+from .start import check_start, load_start, lora_of
 
 _SCRATCH = ".data"
 # Methods whose whole training is the Trainer's, so that nothing of theirs sees a part of a weight.
@@ -81,6 +82,8 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
         tokenizer = models.load_tokenizer(config.model)
         task = _task(config, records, tokenizer)
         check_targets(config, task)
+        lora_of(config)
+        check_start(config, task)
         kept, held_out = split(records, method.holdout, config.limit_seed)
         encode = partial(tasks.encode_each, task, tokenizer=tokenizer, progress=progress)
         examples = _mapped(scratch / "examples.arrow", partial(encode, kept))
@@ -140,8 +143,12 @@ def _fit(
     """Load the base model, and train it."""
     set_seed(config.seed)
     task = training.task
+    start = lora_of(config)
     base = base_model(config, task)
-    model = method.prepare(base, _lora(config, task, base.config.get_text_config().num_hidden_layers))
+    model = method.prepare(base, start or _lora(config, task, base.config.get_text_config().num_hidden_layers))
+    if config.start_from is not None:
+        load_start(model, config.start_from)
+        training.trained = method.post_hoc
     if config.trunk_cache is not None:
         training = _above_trunk(model, training, Path(config.trunk_cache), progress)
     bar, clock = _ProgressBar(), _Clock(Path(config.output) / CHECKPOINTS)

@@ -63,8 +63,8 @@ def train(json: bool = False, tensorboard: str | None = None, **options: Any) ->
         return
     final = run.training["final"]
     print(f"trained {run.config.method} in {run.training['seconds']:.0f} s: training NLL {final['nll']:.4f}")
-    if posterior:
-        print(f"posterior: median Ω {final['median_std']:.4f}, KL {final['kl']:.0f} nats")
+    if summary := result["posterior"]:
+        print(f"posterior: median Ω {summary['median_std']:.4f}, KL {summary['kl']:.0f} nats")
     print(f"saved to {run.config.output}; next: bloblora evaluate {run.config.output} --data FILE")
 
 

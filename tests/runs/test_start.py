@@ -1,0 +1,115 @@
+"""Trainings that start from a LoRA."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from bloblora import find_posterior, models, runs
+from bloblora.cli import main
+from tests.tiny_base import QUESTIONS, queries, write_jsonl
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OPTIONS = {"steps": 4, "batch_size": 4, "rank": 2, "learning_rate": 0.01}
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    write_jsonl(folder / "texts.jsonl", queries() * 4)
+    write_jsonl(folder / "questions.jsonl", QUESTIONS)
+    train(folder, base, "lora", method="lora", seed=3)
+    return folder
+
+
+def train(folder, base, name, data="texts", **options):
+    settings = {**OPTIONS, "data": f"{folder}/{data}.jsonl", "output": f"{folder}/{name}", "model": str(base)}
+    return runs.train(runs.TrainConfig(**{**settings, **options}), progress=False)
+
+
+@pytest.mark.parametrize("method", ["laplace", "laplace-last", "tfb"])
+def test_a_post_hoc_method_leaves_the_lora_as_it_is(folder, base, method):
+    run = train(folder, base, method, method=method, start_from=str(folder / "lora"))
+    lora = runs.load_run(folder / "lora")
+    expected = lora.predict(queries(), 0)
+    torch.testing.assert_close(run.predict(queries(), 0).log_probs, expected.log_probs, atol=1e-5, rtol=0)
+    assert run.predict(queries(), 3).log_probs.std(0).max() > 0
+    labels = torch.tensor([run.task.labels.index(record["label"]) for record in queries()])
+    nll = torch.nn.functional.nll_loss(expected.log_probs[0], labels).item()
+    assert run.training["final"]["nll"] == pytest.approx(nll, abs=1e-5)
+    assert runs.load_run(folder / method).training == run.training
+    if method != "tfb":  # which turns A and B, without changing their product
+        found, given = (load_file(folder / name / WEIGHTS) for name in (method, "lora"))
+        assert all(torch.equal(found[key], given[key]) for key in given)
+
+
+@pytest.mark.parametrize("method", ["lora", "blob", "map", "mc-dropout", "ivon"])
+def test_others_go_on_from_it(folder, base, method):
+    """A step that is next to nothing shows where the training began."""
+    options = {"method": method, "start_from": str(folder / "lora")}
+    still = {"steps": 1, "learning_rate": 1e-12, **({"kl_scale": 0.0} if method == "blob" else {})}
+    run = train(folder, base, f"on-{method}", **options, **still)
+    moved = train(folder, base, f"far-{method}", **options)
+    found, far, given = (load_file(folder / name / WEIGHTS) for name in (f"on-{method}", f"far-{method}", "lora"))
+    for key in given:
+        torch.testing.assert_close(found[key], given[key], atol=1e-5, rtol=0)
+    assert (find_posterior(run.model) is not None) == (method in ("blob", "ivon"))
+    assert (far[key] - given[key]).abs().max() > 2e-5
+    assert moved.training["num_examples"] == 16
+
+
+def test_one_that_peft_saved(folder, base):
+    fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, lora_alpha=16, target_modules=["o_proj"], init_lora_weights=False)
+    model = get_peft_model(fresh, lora).eval()
+    model.save_pretrained(folder / "peft")
+    run = train(folder, base, "of-peft", method="tfb", start_from=str(folder / "peft"))
+    assert all("o_proj" in name for name in find_posterior(run.model).layer_names())
+    ids = models.load_tokenizer(str(base))(["where is my parcel"], return_tensors="pt")["input_ids"]
+    stock = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=2), folder / "of-peft"
+    ).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(stock(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start_from": "nowhere"}, "there is no such folder"),
+        ({"rank": 4}, "it has rank 2, not 4; give the same"),
+        ({"alpha": 8}, "it has alpha 16, not 8"),
+        ({"targets": ["q_proj"]}, "targets: start_from says which layers are adapted"),
+        ({"method": "full"}, "start_from isn't for method 'full'"),
+        ({"method": "ensemble"}, "start_from isn't for method 'ensemble'"),
+        ({"method": "lora", "temperature_scaling": True}, "start_from isn't for method 'temperature'"),
+        ({"data": "questions"}, "its labels are parcel, refund; those of the data none"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_the_model_is_loaded(folder, base, monkeypatch, options, message):
+    monkeypatch.setattr(sys.modules["bloblora.runs.train"], "base_model", None)
+    with pytest.raises(runs.RunError, match=message):
+        train(folder, base, "wrong", **{"start_from": str(folder / "lora"), **options})
+    assert not (folder / "wrong").exists()
+
+
+def test_weights_of_another_model(folder, base):
+    shutil.copytree(folder / "lora", folder / "altered", dirs_exist_ok=True)
+    config = json.loads((folder / "altered" / "adapter_config.json").read_text())
+    config["target_modules"] = ["q_proj", "v_proj", "o_proj"]
+    (folder / "altered" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(runs.RunError, match=r"doesn't fit the model: .*o_proj.* in one of them only"):
+        train(folder, base, "wrong", start_from=str(folder / "altered"))
+
+
+def test_the_command(folder, base, capsys):
+    data = ["--data", f"{folder}/texts.jsonl", "--model", str(base), "--rank", "2"]
+    start = ["--start-from", f"{folder}/lora", "--output", f"{folder}/command"]
+    main(["train", *data, *start, "--method", "tfb"])
+    assert "trained tfb" in capsys.readouterr().out
