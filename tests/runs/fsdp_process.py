@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from bloblora import predict, runs
@@ -96,6 +97,17 @@ def run(folder: Path, output: str, *callbacks):
     return runs.train(runs.TrainConfig(**config), progress=False, callbacks=callbacks)
 
 
+def parts(model):
+    """Entries that this process holds, and all."""
+    held = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return [sum(p.numel() for p in side) for side in (held, model.parameters())]
+
+
+def predict_of(folder: Path):
+    """The command, but for its output."""
+    return ["predict", f"{folder}/whole", "--input", f"{folder}/texts.jsonl", "--samples", "5", "--output"]
+
+
 def everything(folder: Path):
     results = {which: quiet(folder / "-".join(which), *which, batch=4) for which in TRAININGS}
     found = noisy(folder / "noisy", "flow", "random")
@@ -111,6 +123,8 @@ def everything(folder: Path):
         results["resumed_from"] = run(folder, "stopped").training["resumed_from"]
     data = ("--data", f"{folder}/texts.jsonl", "--model", f"{folder}/base")
     main(["train", *data, "--output", f"{folder}/whole", *SETTINGS])
+    results["parts"] = parts(runs.load_run(folder / "whole").model)
+    main([*predict_of(folder), f"{folder}/answers.jsonl"])
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
 
 

@@ -1,5 +1,6 @@
 """Two processes over which FSDP2 has split the model, as the shipped configuration starts them, against one."""
 
+import json
 import math
 
 import pytest
@@ -8,11 +9,13 @@ from safetensors.torch import load_file
 
 import bloblora
 from bloblora import predict, runs
+from bloblora.cli import main
 from bloblora.prediction import WeightDraws
+from bloblora.runs.checks import check_sharded
 from tests.tiny_base import queries, save_base, write_jsonl
 from tests.training.conftest import TASK, _base, _base_state, assert_close, assert_equal, examples
 
-from .fsdp_process import LOGGED, SAVED, TRAININGS, quiet, run
+from .fsdp_process import LOGGED, SAVED, TRAININGS, predict_of, quiet, run
 from .launched import Quiet, launch
 
 WEIGHTS = ("adapter_model.safetensors", "posterior.safetensors")
@@ -87,6 +90,25 @@ def test_what_is_not_offered_is_refused_first(tmp_path, monkeypatch, named, opti
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(runs.RunError, match=f"{named} isn't offered under FSDP"):
         runs.train(runs.TrainConfig(data="no.jsonl", output=str(tmp_path / "run"), **options))
+
+
+def test_an_approximation_that_is_not_offered():
+    check_sharded("blob", "mirrored")
+    with pytest.raises(runs.RunError, match="approximate 'linearized' isn't offered under FSDP"):
+        check_sharded("blob", "linearized")
+
+
+def test_a_file_is_predicted_by_a_split_model(folder, ranks):
+    held, all_of_it = zip(*(rank["parts"] for rank in ranks), strict=True)
+    assert sum(held) == pytest.approx(all_of_it[0], rel=0.01)
+    main([*predict_of(folder), f"{folder}/one.jsonl"])
+    one, two = ((folder / name).read_text().splitlines() for name in ("one.jsonl", "answers.jsonl"))
+    assert len(two) == len(one) == 16
+    for found, expected in zip(map(json.loads, two), map(json.loads, one), strict=True):
+        assert found["label"] == expected["label"]
+        assert found["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-6)
+        assert found["mutual_information"] == pytest.approx(expected["mutual_information"], abs=1e-6)
+    assert not [*folder.glob(".*.jsonl*")]
 
 
 def test_a_run_is_that_of_one_process(folder):

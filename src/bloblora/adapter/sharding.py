@@ -17,6 +17,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters() if parameter.requires_grad)
 
 
+def is_split(model: nn.Module) -> bool:
+    """Whether any parameter is, so that all processes must call the model together."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, differentiable; another one as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

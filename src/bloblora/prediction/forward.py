@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..adapter.sharding import is_split
 from .trunk import repeat_rows, trunk_below
 
 _TOKENS = {"cpu": 512}
@@ -71,7 +72,7 @@ class BatchForward:
         """
         left = min(left, self.limit or left)
         tensor = self._batch.get("input_ids", next(iter(self._batch.values())))
-        workers = min(torch.get_num_threads(), left) if _can_thread(tensor.device) else 1
+        workers = min(torch.get_num_threads(), left) if self._can_thread(tensor.device) else 1
         together = max(1, _TOKENS.get(tensor.device.type, _MANY_TOKENS) // max(tensor.numel(), 1))
         size = min(together, math.ceil(left / workers))
         return [min(size, left - start) for start in range(0, left, size)][:workers]
@@ -90,10 +91,9 @@ class BatchForward:
         finally:
             self._trunk_output = None
 
-
-def _can_thread(device: torch.device) -> bool:
-    """Whether forwards may run side by side; autocast is a setting of one thread."""
-    return device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    def _can_thread(self, device: torch.device) -> bool:
+        """Whether forwards may run side by side; autocast is a setting of one thread, shards are gathered in order."""
+        return device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not is_split(self._model)
 
 
 def _select(output: Any, rows: Tensor) -> Any:

@@ -11,7 +11,7 @@ from .config import RunError, TrainConfig
 from .evaluate import describe, evaluate, targets_of
 from .folder import RunDescription, check_writable, open_run
 from .lines import CHUNK, join_parts, part_of, share_of
-from .processes import processes
+from .processes import check_alone, processes
 from .run import Run, load_run
 from .train import peak_memory, select, train
 
@@ -21,6 +21,7 @@ __all__ = [
     "RunDescription",
     "RunError",
     "TrainConfig",
+    "check_alone",
     "check_approximation",
     "check_kind",
     "check_samples",

@@ -12,6 +12,8 @@ _FIELDS = {
     "choice": "'question' and 'choices'",
     "generation": "'prompt' or 'messages'",
 }
+# Methods of which nothing looks at a part of a weight: the Trainer trains them, and their draws gather it.
+_SHARDED = ("lora", "blob", "bbb", "blob-b", "blob-symmetric")
 _NOT_OF_TEXT = ("laplace", "laplace-last", "temperature")
 
 
@@ -61,6 +63,14 @@ def check_generates(task: tasks.Task, records: Sequence[dict[str, Any]]) -> None
         raise RunError(
             f"the run's task is generation, which needs records with {_FIELDS['generation']}, not {_FIELDS[kind]}"
         )
+
+
+def check_sharded(method: str, approximate: str | None = None) -> None:
+    """Raise a RunError for what can't be trained, or predicted with, where FSDP splits the model over the processes."""
+    if method not in _SHARDED:
+        raise RunError(f"method {method!r} isn't offered under FSDP; use one of {', '.join(_SHARDED)}, or DDP")
+    if approximate == "linearized":
+        raise RunError("approximate 'linearized' isn't offered under FSDP; use another one, or DDP")
 
 
 def check_samples(samples: int, seed: int, batch_size: int = 1) -> None:

@@ -13,7 +13,7 @@ from rich.progress import track
 
 from ..files import read_json, write_json
 from .config import RunError
-from .processes import processes
+from .processes import processes, sharded
 
 CHUNK = 256
 """Records that are read, predicted and written at a time."""
@@ -22,13 +22,13 @@ T = TypeVar("T")
 
 
 def share_of(chunks: Iterable[T]) -> Iterator[T]:
-    """This process's chunks: every W-th of W processes."""
-    return islice(chunks, processes().process_index, None, processes().num_processes)
+    """This process's chunks: every W-th of W processes; all of them where a model is split over the processes."""
+    return iter(chunks) if sharded() else islice(chunks, processes().process_index, None, processes().num_processes)
 
 
 def part_of(file: Path, process: int | None = None) -> Path:
     """Where a process writes its lines, by default this one: the file itself where there is no other."""
-    if processes().num_processes == 1:
+    if processes().num_processes == 1 or (sharded() and processes().is_main_process):
         return file
     return file.with_name(f".{file.name}.{processes().process_index if process is None else process}")
 
@@ -37,7 +37,9 @@ def join_parts(file: Path) -> None:
     """Put the lines of all processes into one file, in the order of the whole, once all have written theirs."""
     state = processes()
     state.wait_for_everyone()
-    if state.num_processes == 1 or not state.is_main_process:
+    if sharded() and not state.is_main_process:
+        part_of(file).unlink()  # the same lines as the first's
+    if state.num_processes == 1 or sharded() or not state.is_main_process:
         return
     names = [part_of(file, process) for process in range(state.num_processes)]
     joined = file.with_name(f".{file.name}.partial")

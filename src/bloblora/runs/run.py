@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from .. import models, tasks
 from ..prediction import Prediction, Sampler, StoppingRule, predict
 from .approximation import Approximation
-from .checks import num_labels
+from .checks import check_sharded, num_labels
 from .config import TrainConfig
 from .folder import open_run
-from .processes import processes
+from .processes import processes, shard, sharded
 from .remote import local_folder
 
 
@@ -80,7 +80,7 @@ class Run:
 
 
 def load_run(directory: str | os.PathLike[str], approximate: str | None = None) -> Run:
-    """Load a finished run, onto the GPU where there is one.
+    """Load a finished run, onto the GPU where there is one; under FSDP each process holds a part of it.
 
     Args:
         directory: its folder, or its place on the hub: ``hub:user/name`` or ``hub:user/name@revision``.
@@ -98,10 +98,14 @@ def load_run(directory: str | os.PathLike[str], approximate: str | None = None) 
     if approximation:
         approximation.check(description.method)
     config, task = description.config, description.task
+    if split := sharded():
+        check_sharded(config.method, approximate)
     base = base_model(config, task)
-    if torch.accelerator.is_available() and not getattr(base, "is_quantized", False):
+    if torch.accelerator.is_available() and not split and not getattr(base, "is_quantized", False):
         base.to(processes().device)
     model, sampler = description.method.load(base, directory)
+    if split:
+        model = shard(model)
     tokenizer = models.load_tokenizer(config.model)
     if approximation:
         sampler = approximation.apply(sampler)

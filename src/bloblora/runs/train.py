@@ -26,7 +26,7 @@ from ..adapter.sharding import gather_
 from ..files import file_sha256, read_json, write_json, write_text
 from ..prediction.trunk_cache import cache_trunk
 from ..training import last_checkpoint
-from .checks import check_targets, check_task, task_name
+from .checks import check_sharded, check_targets, check_task, task_name
 from .config import RunError, TrainConfig
 from .folder import (
     CHECKPOINTS,
@@ -43,9 +43,6 @@ from .run import Run, base_model, load_run
 from .start import check_start, load_start, lora_of
 
 _SCRATCH = ".data"
-# Methods whose whole training is the Trainer's, so that nothing of theirs sees a part of a weight.
-_SHARDED = ("lora", "blob", "bbb", "blob-b", "blob-symmetric")
-
 Records = TypeVar("Records", list[dict[str, Any]], datasets_.MappedRows)
 
 
@@ -230,8 +227,7 @@ def _check_sharded(config: TrainConfig) -> None:
     """Raises a RunError for what can't be trained where FSDP splits the model over the processes."""
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
-    if config.method not in _SHARDED:
-        raise RunError(f"method {config.method!r} isn't offered under FSDP; use one of {', '.join(_SHARDED)}, or DDP")
+    check_sharded(config.method)
     if config.trunk_cache is not None:
         raise RunError(f"trunk_cache {config.trunk_cache!r} isn't offered under FSDP; leave it out, or use DDP")
 

@@ -53,6 +53,7 @@ def generate(
     """
     logging.disable_progress_bar()
     runs.check_samples(samples, seed, batch_size)
+    runs.check_alone("generate")
     options = _options(max_new_tokens, temperature, top_p)
     if output is not None:
         runs.check_writable(output)

@@ -119,6 +119,7 @@ def calibrate(
     logging.disable_progress_bar()
     runs.check_samples(samples, seed, batch_size)
     runs.check_approximation(directory, approximate)
+    runs.check_alone("calibrate")
     promises = {"risk": risk, "level": confidence, "coverage": coverage, "false_alarm": false_alarm}
     records, outside = _read(directory, data, ood)
     check_promises(len(records), **promises)
@@ -192,8 +193,7 @@ def evaluate(
     # All that can be wrong is looked at before the base model is loaded.
     runs.check_samples(samples, seed, batch_size)
     runs.check_approximation(directory, approximate)
-    if (count := runs.processes().num_processes) > 1:
-        raise runs.RunError(f"evaluate is one process, not {count}; `bloblora predict` is what several can share")
+    runs.check_alone("evaluate")
     for file in (output, predictions, diagram):
         if file is not None:
             runs.check_writable(file)
@@ -237,7 +237,8 @@ def predict(
     `predictive_entropy` (all uncertainty, nats) and of it `mutual_information` (what the model doesn't know, 0 for a
     plain LoRA) and `expected_entropy` (what the input leaves open). Of a run that `bloblora calibrate` was given also
     `decision` (`answer` or `abstain`), `label_set` (the most probable first) and `out_of_scope`. Memory holds 256
-    inputs at a time. Where `accelerate launch` or `torchrun` started several processes, they share the inputs.
+    inputs at a time. Where `accelerate launch` or `torchrun` started several processes, they share the inputs;
+    under FSDP each holds a part of the model, and they answer together.
 
     Examples:
       bloblora predict runs/desk --input queries.jsonl --output answers.jsonl
