@@ -83,7 +83,8 @@ def answer_metrics(written: Generation, records: list[dict[str, Any]]) -> dict[s
     pairs = zip(written.texts, records, strict=True)
     right = torch.tensor([is_right(text, record) for text, record in pairs])
     scores = written.scores()
-    scores["log_probability"], scores["agreement"] = -scores["log_probability"], 1 - scores["agreement"]
+    for name in ("log_probability", "sequence_log_probability", "agreement"):
+        scores[name] = -scores[name]
     result = {"accuracy": right.double().mean().item()}
     for name, score in scores.items():
         result[f"aurc_{name}"] = evaluation.risk_coverage(-score, right).aurc

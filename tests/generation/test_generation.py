@@ -30,6 +30,7 @@ def test_by_hand():
     expected = {
         # p̄ = (0.5, 0.5) and 0.5
         "log_probability": [math.log(0.5), math.log(0.5)],
+        "sequence_log_probability": [2 * math.log(0.5), math.log(0.5)],
         "predictive_entropy": [0.7, 0.7],
         "expected_entropy": [0.5, 0.7],
         "mutual_information": [0.2, 0.0],

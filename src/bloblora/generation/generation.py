@@ -11,6 +11,18 @@ from torch import Tensor
 from .agreement import Agree, clusters, same_text
 
 
+_SCORES = (
+    "log_probability",
+    "sequence_log_probability",
+    "predictive_entropy",
+    "expected_entropy",
+    "mutual_information",
+    "log_probability_variance",
+    "agreement",
+    "semantic_entropy",
+)
+
+
 @dataclass(frozen=True)
 class Generation:
     r"""Answers to n prompts: of the averaged model and of each draw, with their uncertainty.
@@ -48,8 +60,16 @@ class Generation:
     @property
     def log_probability(self) -> Tensor:
         """Mean over tokens of log p̄_t(y_t), (n,), nats: the length-normalized log-probability of the answer."""
-        log_probs = torch.logsumexp(self.draw_log_probs, dim=0) - math.log(len(self.draw_log_probs))
-        return self._token_mean(log_probs)
+        return self._token_mean(self._log_probs)
+
+    @property
+    def sequence_log_probability(self) -> Tensor:
+        """Sum over tokens of log p̄_t(y_t), (n,), nats: the log-probability of the whole answer.
+
+        Where an answer is decided at its first tokens and then spelled out, as a choice that stands in the prompt is,
+        the mean over tokens says more of its length than of its truth.
+        """
+        return (self._log_probs * self.mask).sum(-1)
 
     @property
     def predictive_entropy(self) -> Tensor:
@@ -86,8 +106,12 @@ class Generation:
 
     def scores(self) -> dict[str, Tensor]:
         """Every measure of uncertainty by its name, each (n,)."""
-        names = ("log_probability", "predictive_entropy", "expected_entropy", "mutual_information")
-        return {n: getattr(self, n) for n in (*names, "log_probability_variance", "agreement", "semantic_entropy")}
+        return {name: getattr(self, name) for name in _SCORES}
+
+    @property
+    def _log_probs(self) -> Tensor:
+        """log p̄_t(y_t), (n, T)."""
+        return torch.logsumexp(self.draw_log_probs, dim=0) - math.log(len(self.draw_log_probs))
 
     def _token_mean(self, values: Tensor) -> Tensor:
         return (values * self.mask).sum(-1) / self.mask.sum(-1)

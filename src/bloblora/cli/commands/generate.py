@@ -32,8 +32,8 @@ def generate(
     mean probabilities of all draws; `draws`, what each draw writes on its own; `agreement` (share of pairs of draws
     that say the same) and `semantic_entropy` (nats, over what they say); and as means over the answer's tokens
     `log_probability`, `predictive_entropy` (all uncertainty, nats), of it `mutual_information` (what the model doesn't
-    know) and `expected_entropy` (what the prompt leaves open); `log_probability_variance` is over draws, of the whole
-    answer.
+    know) and `expected_entropy` (what the prompt leaves open); `sequence_log_probability` is that of the whole answer,
+    and `log_probability_variance` its variance over draws.
 
     Examples:
       bloblora generate runs/answers --input prompts.jsonl --output answers.jsonl
