@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .agreement import Agree, clusters, same_text
 
-
 _SCORES = (
     "log_probability",
     "sequence_log_probability",
