@@ -34,7 +34,7 @@ from bloblora.studies.job import cpu
 from bloblora.tasks import Classification
 
 RESULTS = Path(__file__).parents[1] / "results" / "prediction_peers"
-SHAPES = ((1, 16), (1, 64), (16, 16))
+SHAPES = ((1, 16), (1, 64), (4, 16))  # bayesian-lora at 16 × 16 takes more than 15 GB
 NUM_SAMPLES, NUM_LABELS, EXAMPLES = ours.NUM_SAMPLES, 4, 16
 PLAIN, DRAWS, LINEARIZED, LAPLACE = "plain LoRA, one forward", "predict", "Linearized", "method laplace"
 LAPLACE_TORCH, LAPLACE_TORCH_DRAWS, BAYESIAN_LORA = "laplace-torch, probit", "laplace-torch, draws", "bayesian-lora"

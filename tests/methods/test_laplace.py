@@ -74,7 +74,11 @@ def jacobian(model, layers, training):
 
 def logits_of(model, training):
     with torch.no_grad():
-        return training.task.logits(model, training.task.collate(training.examples))
+        return logits_with_graph(model, training)
+
+
+def logits_with_graph(model, training):
+    return training.task.logits(model, training.task.collate(training.examples))
 
 
 def fisher(logits):
@@ -163,10 +167,22 @@ def test_draws_have_the_closed_forms_covariance(classify):
     drawn = changes @ j.T
     error = ((expected.diag().outer(expected.diag()) + expected.square()) / number).sqrt()
     assert ((drawn.T @ drawn / number - expected).abs() < 4.5 * error).all()
-    forward = partial(logits_of, model, training)
-    for logits, change in zip(sampler.logits(forward, 3, 1), drawn, strict=False):
-        torch.testing.assert_close(logits.flatten(), mean + change, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(next(sampler.logits(forward, 0, 1)).flatten(), mean)
+    for forward in (logits_of, logits_with_graph):  # a forward-mode differentiation a draw, a backward a class
+        found = sampler.logits(partial(forward, model, training), 3, 1)
+        for logits, change in zip(found, drawn, strict=False):
+            torch.testing.assert_close(logits.flatten(), mean + change, rtol=1e-3, atol=1e-3)
+        (at_zero,) = sampler.logits(partial(forward, model, training), 0, 1)
+        torch.testing.assert_close(at_zero.flatten(), mean)
+
+
+@pytest.mark.parametrize("case", ["classify", "ask"])
+def test_both_ways_to_draw_agree(case, request, monkeypatch):
+    model, training = request.getfixturevalue(case)()
+    sampler = fit_laplace(model, lora(model), training)
+    options = dict(num_samples=4, task=training.task, sampler=sampler)
+    by_slopes = predict(model, training.examples, **options).log_probs
+    monkeypatch.setattr("bloblora.methods.laplace._CLASSES_A_DRAW", 0)
+    torch.testing.assert_close(by_slopes, predict(model, training.examples, **options).log_probs, rtol=1e-3, atol=1e-3)
 
 
 def test_the_prior_precision_has_the_largest_evidence(classify):

@@ -40,6 +40,7 @@ from .method import Method, Training, read_state, write_state
 _LABEL_DRAWS = 8
 _LONGEST_SIDE = 16_384  # a factor of 1 GB
 _LOG_PRECISIONS = (-10.0, 10.0)  # what the published code's 100 steps of 0.1 reach
+_CLASSES_A_DRAW = 3  # a backward costs a third of a forward with tangents
 _STATE = "laplace"
 _EIGEN = ("G_values", "A_values", "G_vectors", "A_vectors")
 
@@ -122,12 +123,23 @@ class LinearizedDraws:
     log_marginal_likelihood: float
 
     def logits(self, forward: Forward, num_samples: int, seed: int) -> Iterator[Tensor]:
-        """f + J(θ_s − θ*) of N draws, by forward-mode differentiation; f with N = 0."""
+        """f + J(θ_s − θ*) of N draws; f with N = 0.
+
+        J takes a backward a class, whatever N. For many classes each draw takes a forward-mode differentiation instead.
+        """
         if not num_samples:
             yield forward()
+            return
+        generator = torch.Generator().manual_seed(seed)
+        with torch.enable_grad(), _recorded(self.layers) as calls:
+            logits = forward()
+        if logits.requires_grad and logits.shape[-1] <= _CLASSES_A_DRAW * num_samples:
+            draws = [self.draw(generator) for _ in range(num_samples)]
+            yield from logits.detach() + _along(logits, [calls[name] for name in self.layers], draws)
+            return
+        del logits, calls
         function = _Function(self.layers.values(), forward)
         weights = {f"layers.{i}.weight": layer.weight.detach() for i, layer in enumerate(self.layers.values())}
-        generator = torch.Generator().manual_seed(seed)
         for _ in range(num_samples):
             changes = dict(zip(weights, self.draw(generator), strict=True))
             with sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode
@@ -143,6 +155,20 @@ class LinearizedDraws:
             noise *= (g_values.outer(a_values) + self.prior_precision).rsqrt()
             changes.append((g_vectors @ noise @ a_vectors.T).to(layer.weight))
         return changes
+
+
+def _along(logits: Tensor, calls: list[tuple[Tensor, Tensor]], draws: list[list[Tensor]]) -> Tensor:
+    """J(θ_s − θ*), (N, b, C), of logits (b, C), from each layer's input and output and the N changes of its weights."""
+    inputs, outputs = zip(*calls, strict=True)
+    changes = [torch.stack(of_layer) for of_layer in zip(*draws, strict=True)]
+    result = logits.new_zeros(len(draws), *logits.shape)
+    for column, one_hot in enumerate(torch.eye(logits.shape[-1]).to(logits)):
+        slopes = torch.autograd.grad(logits, outputs, one_hot.expand_as(logits), retain_graph=True)
+        for x, slope, change in zip(inputs, slopes, changes, strict=True):
+            rows = slope.flatten(1, -2) if slope.dim() > 2 else slope.unsqueeze(1)
+            gradients = rows.mT @ x.reshape(*rows.shape[:2], -1)  # of this logit of each input, (b, m, n)
+            result[..., column] += change.flatten(1) @ gradients.flatten(1).T
+    return result
 
 
 class _Function(nn.Module):
@@ -215,10 +241,12 @@ def kronecker_factors(model: Any, layers: Mapping[str, nn.Linear], training: Tra
 def _recorded(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Input and output of each layer in the forward inside."""
     calls: dict[str, tuple[Tensor, Tensor]] = {}
-    hooks = [
-        layer.register_forward_hook(lambda _, x, y, name=name: calls.update({name: (x[0].detach(), y)}))
-        for name, layer in layers.items()
-    ]
+
+    def record(name: str) -> Any:
+        # Where nothing is trained, gradients begin at the first of these layers.
+        return lambda _, x, y: calls.update({name: (x[0].detach(), y if y.requires_grad else y.requires_grad_())})
+
+    hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
     try:
         yield calls
     finally:
