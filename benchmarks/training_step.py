@@ -126,9 +126,7 @@ def kl_part(trainer: BlobTrainer) -> Step:
     """The KL's part of a step, alone."""
     if trainer.args.optimizer_style != "joint":
         return trainer.kl_step
-    posterior = trainer.posterior
-    means, parameters = posterior.parameters()
-    return lambda: torch.autograd.grad(posterior.kl(), [*means, *parameters])
+    return trainer._kl_gradients
 
 
 def published_step(folder: Path, base: PreTrainedModel, targets: str | list[str], batch: Batch) -> Step:

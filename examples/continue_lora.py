@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
     labels = sorted({record["label"] for record in train})
     dataset = [{**tokenizer(record["text"]), "labels": labels.index(record["label"])} for record in train]
     collator = DataCollatorWithPadding(tokenizer)
+    inputs = tokenizer([record["text"] for record in test], padding=True, return_tensors="pt")
+    targets = torch.tensor([labels.index(record["label"]) for record in test])
     set_seed(0)
     base = load_model(options.model, num_labels=len(labels))
 
@@ -43,16 +45,14 @@ def main(arguments: list[str] | None = None) -> None:
         lora.save_pretrained(folder)
 
         model = PeftModel.from_pretrained(lora.unload(), folder, is_trainable=True)
-    inputs = tokenizer([record["text"] for record in test], padding=True, return_tensors="pt")
-    targets = torch.tensor([labels.index(record["label"]) for record in test])
-    rows = {"LoRA": evaluation.summary(predict(model, inputs, progress=True), targets)}
+        rows = {"LoRA": evaluation.summary(predict(model, inputs, progress=True), targets)}
 
-    posterior = bayesianize(model, BlobConfig())
-    continued = BlobTrainingArguments(folder, max_steps=max(1, options.steps // 2), **TRAINING)
-    BlobTrainer(model, continued, train_dataset=dataset, data_collator=collator).train()
-    for num_samples in (0, options.samples):
-        found = predict(model, inputs, num_samples, seed=0, progress=True)
-        rows[f"continued as BLoB, N = {num_samples}"] = evaluation.summary(found, targets)
+        posterior = bayesianize(model, BlobConfig())
+        continued = BlobTrainingArguments(folder, max_steps=max(1, options.steps // 2), **TRAINING)
+        BlobTrainer(model, continued, train_dataset=dataset, data_collator=collator).train()
+        for num_samples in (0, options.samples):
+            found = predict(model, inputs, num_samples, seed=0, progress=True)
+            rows[f"continued as BLoB, N = {num_samples}"] = evaluation.summary(found, targets)
     Console().print(evaluation.rich_table(rows, f"{len(test)} test queries"))
     print(f"median Ω {posterior.summary()['median_std']:.3f}")
 

@@ -4,8 +4,8 @@
     python examples/intent_routing.py --risk 0.3
 
 BLoB is trained on 288 queries with 24 intents. On 192 others two rules are calibrated, each with its promise: at most
-`--risk` of the answered queries are wrong, and at most 5 % of the desk's own queries are called not ours. Then 480
-fresh queries and 200 that no intent fits are routed.
+`--risk` of the answered queries are wrong, with probability 95 %, and at most 5 % of the desk's own queries are called
+not ours, on average. Then 480 fresh queries and 200 that no intent fits are routed.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def route(run: runs.Run, answering: Answering | None, scope: Scope, samples: int
                 for i in chosen.nonzero()[:2, 0].tolist()
             ]
     shown = Table(title="two of each")
-    for column in ("query", "goes to", "likeliest intent", "confidence", "nats"):
+    for column in ("query", "goes to", "likeliest intent", "confidence", "epistemic, nats"):
         shown.add_column(column, no_wrap=True, max_width=26)
     for text, where, intent, *numbers in examples:
         shown.add_row(text, where, intent, *(f"{number:.2f}" for number in numbers))

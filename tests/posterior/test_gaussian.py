@@ -56,6 +56,17 @@ def test_kl_gradient_against_finite_differences(parameterization):
 
 
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+def test_closed_form_gradients_are_autograds(parameterization):
+    layers = [make((3, 5), parameterization=parameterization), make((2, 7), parameterization=parameterization)]
+    means, parameters = ([*side] for side in zip(*layers, strict=True))
+    parameters[0][0, 0] *= -1  # G may have either sign
+    found = q.kl_gradients(means, parameters, 0.2, parameterization)
+    leaves = [tensor.clone().requires_grad_() for tensor in (*means, *parameters)]
+    expected = torch.autograd.grad(q.kl_divergence(leaves[:2], leaves[2:], 0.2, parameterization), leaves)
+    torch.testing.assert_close(found, [*expected], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 def test_std_starts_between_half_epsilon_squared_and_epsilon_squared(parameterization):
     std = q.std(q.init_std_parameter(torch.zeros(200, 200), 0.05, parameterization), parameterization)
     assert std.min() >= 0.05**2 / 2 * 0.999

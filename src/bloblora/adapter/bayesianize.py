@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import posterior as q
 from .config import BlobConfig
-from .sharding import changing, whole
+from .sharding import changing, is_sharded, whole
 from .variant import STD_PARAMETER, BlobVariant, mean_of
 
 # PEFT's layer classes that ask `lora_variant` in their forward: the others would ignore the posterior in silence.
@@ -73,6 +73,13 @@ class Posterior:
         """
         means, parameters = self.parameters()
         return self.prior.kl([*map(whole, means)], [*map(whole, parameters)], self.config.std_parameterization)
+
+    def kl_gradients(self) -> list[Tensor]:
+        """Gradients of `kl` with respect to the tensors of `parameters`, the means before those of Ω."""
+        means, parameters = self.parameters()
+        if is_sharded(self.model):
+            return [*torch.autograd.grad(self.kl(), [*means, *parameters])]
+        return self.prior.kl_gradients(means, parameters, self.config.std_parameterization)
 
     def flow_(self, time: float) -> None:
         """Move the posterior, whose Ω must be G∘G, down the gradient flow of its KL; see `bloblora.posterior`."""

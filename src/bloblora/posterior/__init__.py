@@ -1,7 +1,16 @@
 """Distributions over LoRA's A: pure torch, no transformer, no PEFT."""
 
 from .estimators import ESTIMATORS, project
-from .gaussian import STD_PARAMETERIZATIONS, init_std_parameter, kl_divergence, kl_flow_, log_std, sample, std
+from .gaussian import (
+    STD_PARAMETERIZATIONS,
+    init_std_parameter,
+    kl_divergence,
+    kl_flow_,
+    kl_gradients,
+    log_std,
+    sample,
+    std,
+)
 from .noise import separate_noise
 from .priors import (
     PRIORS,
@@ -26,6 +35,7 @@ __all__ = [
     "init_std_parameter",
     "kl_divergence",
     "kl_flow_",
+    "kl_gradients",
     "log_std",
     "project",
     "sample",

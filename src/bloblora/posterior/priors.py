@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gaussian import kl_divergence, kl_flow_, log_std, stack, std
+from .gaussian import kl_divergence, kl_flow_, kl_gradients, log_std, stack, std
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,15 @@ class Prior(ABC):
         per_entry = self.cross_entropy(mean, std(parameter, parameterization)) - log_std(parameter, parameterization)
         return per_entry.sum() - mean.numel() * 0.5 * math.log(2 * math.pi * math.e)
 
+    def kl_gradients(
+        self, means: list[Tensor], std_parameters: list[Tensor], parameterization: str = "square"
+    ) -> list[Tensor]:
+        """Gradients of `kl` with respect to each mean and then each unconstrained parameter, of their shapes."""
+        leaves = [tensor.detach().requires_grad_() for tensor in (*means, *std_parameters)]
+        with torch.enable_grad():
+            kl = self.kl(leaves[: len(means)], leaves[len(means) :], parameterization)
+        return [*torch.autograd.grad(kl, leaves)]
+
     def flow_(self, means: list[Tensor], std_parameters: list[Tensor], time: float) -> None:
         r"""Move a ``square`` posterior down the gradient of its KL for a while, in place.
 
@@ -108,6 +117,12 @@ class NormalPrior(Prior):
     def kl(self, means: list[Tensor], std_parameters: list[Tensor], parameterization: str = "square") -> Tensor:
         """Closed form: `kl_divergence`."""
         return kl_divergence(means, std_parameters, self.prior_std, parameterization)
+
+    def kl_gradients(
+        self, means: list[Tensor], std_parameters: list[Tensor], parameterization: str = "square"
+    ) -> list[Tensor]:
+        """Closed form: `kl_gradients`."""
+        return kl_gradients(means, std_parameters, self.prior_std, parameterization)
 
     def flow_(self, means: list[Tensor], std_parameters: list[Tensor], time: float) -> None:
         """Exact: `kl_flow_`."""

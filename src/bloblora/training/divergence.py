@@ -8,17 +8,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..adapter import Posterior
-from ..posterior import kl_divergence
+from ..posterior import kl_gradients
 
 
 class DivergedError(FloatingPointError):
     """A loss, gradient or weight is not finite; the message names the step, the layer and the likely cause."""
 
 
+def all_finite(tensors: list[Tensor]) -> bool:
+    """One reduction and one wait for the device, however many tensors there are.
+
+    The 2-norm is several times faster than the largest magnitude, but overflows for weights that are large and finite.
+    """
+    return any(_finite(torch._foreach_norm(tensors, order)) for order in (2, torch.inf))
+
+
 def first_bad_weight(model: nn.Module) -> str | None:
     """Name of the first trainable weight that is not finite."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trainable or _all_finite([p for _, p in trainable]):
+    if not trainable or all_finite([p for _, p in trainable]):
         return None
     return next((name for name, p in trainable if not torch.isfinite(p).all()), None)
 
@@ -29,7 +37,7 @@ def last_bad_gradient(model: nn.Module, optimizer: Optimizer) -> str | None:
     The optimizer lists its parameters; to walk through all modules at every step would take longer than the check.
     """
     trained = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not trained or _all_finite(trained):
+    if not trained or all_finite(trained):
         return None
     gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     return next((name for name, gradient in reversed(gradients) if not torch.isfinite(gradient).all()), None)
@@ -37,11 +45,11 @@ def last_bad_gradient(model: nn.Module, optimizer: Optimizer) -> str | None:
 
 @torch.no_grad()
 def first_bad_kl(posterior: Posterior) -> str | None:
-    """Name of the first layer whose KL is not finite: an Ω of 0, or an M or Ω whose square overflows."""
+    """Name of the first layer whose KL has a gradient that is not finite: an Ω of 0, or one whose power overflows."""
     parameters, config = posterior.named_std_parameters(), posterior.config
     for name, mean in posterior.named_means().items():
-        kl = kl_divergence([mean], [parameters[name]], config.prior_std, config.std_parameterization)
-        if not torch.isfinite(kl):
+        gradients = kl_gradients([mean], [parameters[name]], config.prior_std, config.std_parameterization)
+        if not all_finite(gradients):
             return name
     return None
 
@@ -65,14 +73,6 @@ def first_bad_activation(model: nn.Module, forward: Callable[[], object]) -> str
         for handle in handles:
             handle.remove()
     return found[0] if found else None
-
-
-def _all_finite(tensors: list[Tensor]) -> bool:
-    """One reduction and one wait for the device, however many tensors there are.
-
-    The 2-norm is several times faster than the largest magnitude, but overflows for weights that are large and finite.
-    """
-    return any(_finite(torch._foreach_norm(tensors, order)) for order in (2, torch.inf))
 
 
 def _finite(norms: Sequence[Tensor]) -> bool:

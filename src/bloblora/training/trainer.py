@@ -22,7 +22,14 @@ from ..adapter.variant import STD_PARAMETER
 from ..posterior import separate_noise
 from .arguments import BlobTrainingArguments, check_style
 from .checkpoints import adapter_folder, last_checkpoint, remove_torn
-from .divergence import DivergedError, first_bad_activation, first_bad_kl, first_bad_weight, last_bad_gradient
+from .divergence import (
+    DivergedError,
+    all_finite,
+    first_bad_activation,
+    first_bad_kl,
+    first_bad_weight,
+    last_bad_gradient,
+)
 from .kl_weights import kl_weight, rescaled_dataset_size
 
 _RANK_STRIDE = 1_000_003
@@ -144,9 +151,8 @@ class BlobTrainer(Trainer):
             return loss
         scaler = self.accelerator.scaler
         if self._has_kl("joint") and not self.is_deepspeed_enabled:
-            kl, parameters, gradients = self._kl_gradients()
-            loss = loss + kl
-            scale = 1.0 if scaler is None else scaler.get_scale()
+            parameters, gradients = self._kl_gradients()
+            scale = self.current_kl_weight() * (1.0 if scaler is None else scaler.get_scale())
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 old = parameter.grad
                 parameter.grad = gradient * scale if old is None else old.add_(gradient, alpha=scale)
@@ -172,9 +178,9 @@ class BlobTrainer(Trainer):
             with self._common_noise():
                 self.posterior.flow_(rate * self.current_kl_weight())
             return
-        _, tensors, gradients = self._kl_gradients()
+        tensors, gradients = self._kl_gradients()
         with torch.no_grad():
-            torch._foreach_add_(tensors, gradients, alpha=-rate)
+            torch._foreach_add_(tensors, gradients, alpha=-rate * self.current_kl_weight())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the parts of the ELBO and the state of the posterior to a training log.
@@ -271,17 +277,16 @@ class BlobTrainer(Trainer):
     def _has_kl(self, style: str) -> bool:
         return self.posterior is not None and self.args.kl_scale > 0 and self.args.optimizer_style == style
 
-    def _kl_gradients(self) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
-        """The weighted KL, the means and Ω parameters, and its gradients with respect to them."""
+    def _kl_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The means and Ω parameters, and the KL's gradients with respect to them."""
         assert self.posterior is not None
         means, std_parameters = self.posterior.parameters()
-        parameters = [*means, *std_parameters]
         with self._common_noise():
-            kl = self.posterior.kl() * self.current_kl_weight()
-        if not torch.isfinite(kl):
+            gradients = self.posterior.kl_gradients()
+        if not all_finite(gradients):
             where = f"in the KL of {first_bad_kl(self.posterior)}: an entry of Ω is 0, or one of M or Ω is huge"
             raise self._diverged("the loss", where)
-        return kl.detach(), parameters, torch.autograd.grad(kl, parameters)
+        return [*means, *std_parameters], gradients
 
     @contextmanager
     def _common_noise(self) -> Iterator[None]:
