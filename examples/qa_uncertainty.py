@@ -7,8 +7,8 @@ BLoB learns from a few capitals how to answer; which capitals there are, the bas
 asked of countries that it wasn't trained on, and of countries that don't exist. Every draw of the weights writes an
 answer of its own. Where too few pairs of them say the same, the question is refused.
 
-With the default learning rate of the KL, so few records leave the posterior nearly as wide as the prior: hardly two
-draws agree, and all is refused. A tenth of it was chosen on these very questions, so the counts at the end only illustrate.
+With the default learning rate of the KL, so few records leave the posterior as wide as the prior: hardly two draws
+agree, and all is refused. A tenth of it was chosen on these very questions, so the counts only illustrate.
 """
 
 import argparse
