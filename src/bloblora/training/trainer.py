@@ -418,6 +418,12 @@ def _warn_of_degenerate(posterior: Posterior, summary: dict[str, float]) -> None
             "prior_std, or lower learning_rate.",
             stacklevel=2,
         )
+    elif summary["share_at_prior"] > 0.9:
+        warnings.warn(
+            f"the posterior is the prior: {summary['share_at_prior']:.0%} of Ω are within 5 % of prior_std. Lower "
+            "kl_learning_rate, kl_scale or the number of steps, or train on more data.",
+            stacklevel=2,
+        )
     elif abs(median / start - 1) < 0.02 + 1 / math.sqrt(count):  # 1/√n: three standard errors of a fresh median
         warnings.warn(
             f"the posterior has not left its start: median Ω is {median:.2e}, the start {start:.2e}. Raise kl_scale, "

@@ -123,7 +123,7 @@ def calibrate(
     promises = {"risk": risk, "level": confidence, "coverage": coverage, "false_alarm": false_alarm}
     records, outside = _read(directory, data, ood)
     check_promises(len(records), **promises)
-    if data.removesuffix(":train") == runs.open_run(directory).config.data.removesuffix(":train"):
+    if _is_training_data(directory, data):
         raise runs.RunError(f"data {data!r}: the run was trained on these; calibrate on records that it has not seen")
     content = calibrate_run(
         runs.load_run(directory, approximate),
@@ -199,8 +199,11 @@ def evaluate(
             runs.check_writable(file)
     records, outside = _read(directory, data, ood)
     decision = open_decision(directory, samples, seed, approximate)
+    run = runs.load_run(directory, approximate)
+    if _is_training_data(directory, data):
+        print(f"data {data!r}: the run was trained on these; its metrics say little of others", file=sys.stderr)
     result = runs.evaluate(
-        runs.load_run(directory, approximate),
+        run,
         records,
         outside,
         samples,
@@ -278,6 +281,10 @@ def predict(
             handle.flush()
     if output:
         runs.join_parts(Path(output))
+
+
+def _is_training_data(directory: str, data: str) -> bool:
+    return data.removesuffix(":train") == runs.open_run(directory).config.data.removesuffix(":train")
 
 
 def _histograms(folder: str) -> list[PosteriorHistograms]:
