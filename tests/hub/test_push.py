@@ -45,6 +45,16 @@ model = AutoPeftModelForSequenceClassification.from_pretrained("user/desk", num_
 logits = model(**tokenizer("where is my parcel", return_tensors="pt")).logits
 json.dump(logits.softmax(-1)[0].tolist(), sys.stdout)
 """
+_SERVED = """
+import json, sys
+from pathlib import Path
+from bloblora.serving import Settings
+from bloblora.serving.hosted import Hosted, open_hosted
+
+folders = open_hosted(["hub:user/desk", "next=hub:user/desk@next"], Settings(samples=3))
+metrics = {name: Hosted(name, folder, None, None).metrics for name, folder in folders.items()}
+json.dump([metrics, [file.name for file in folders["desk"].glob("*.png")]], sys.stdout)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +159,12 @@ def test_what_comes_back(done, process):
 def test_stock_peft_loads_the_mean(done, process, trained):
     mean = runs.load_run(trained.folder).predict([{"text": "where is my parcel"}], 0).probabilities[0]
     assert process(_STOCK) == pytest.approx(mean.tolist(), abs=1e-6)
+
+
+def test_what_a_server_finds(done, process):
+    metrics, diagrams = process(_SERVED)
+    assert metrics == {name: {"accuracy": 0.25, "num_samples": 0.0} for name in ("desk", "next")}
+    assert diagrams == ["reliability-test.png"]
 
 
 def test_a_branch_and_a_text_of_one_s_own(hub, done):

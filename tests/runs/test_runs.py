@@ -316,6 +316,20 @@ def test_choices_scored_by_length(config, files):
     assert not torch.allclose(log_probs["sum"], log_probs["length"])
 
 
+@pytest.mark.parametrize(
+    ("data", "labels", "message"),
+    [
+        ("texts", ["parcel"], r"labels must be at least 2, all different, got \['parcel'\]"),
+        ("texts", ["parcel", "parcel"], "labels must be at least 2, all different"),
+        ("texts", ["parcel", "invoice"], "field 'label': refund not among labels; add them to it"),
+        ("questions", ["a", "b"], "labels are for task 'classification'; this one is 'choice_text'"),
+    ],
+)
+def test_labels_that_do_not_fit(config, files, data, labels, message):
+    with pytest.raises(runs.RunError, match=message):
+        runs.train(replace(config, data=str(files[data]), labels=labels), progress=False)
+
+
 def test_normalization_of_texts(config):
     with pytest.raises(runs.RunError, match="normalization 'sum' is for task 'choice_text'; this one is 'class"):
         runs.train(replace(config, normalization="sum"), progress=False)

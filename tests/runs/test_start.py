@@ -65,18 +65,22 @@ def test_others_go_on_from_it(folder, base, method):
 
 
 def test_one_that_peft_saved(folder, base):
-    fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
     lora = LoraConfig(task_type="SEQ_CLS", r=2, lora_alpha=16, target_modules=["o_proj"], init_lora_weights=False)
     model = get_peft_model(fresh, lora).eval()
     model.save_pretrained(folder / "peft")
-    run = train(folder, base, "of-peft", method="tfb", start_from=str(folder / "peft"))
+    labels = ["refund", "parcel", "invoice"]  # its order, and one that the data lack
+    run = train(folder, base, "of-peft", method="tfb", start_from=str(folder / "peft"), labels=labels)
     assert all("o_proj" in name for name in find_posterior(run.model).layer_names())
     ids = models.load_tokenizer(str(base))(["where is my parcel"], return_tensors="pt")["input_ids"]
     stock = PeftModel.from_pretrained(
-        AutoModelForSequenceClassification.from_pretrained(base, num_labels=2), folder / "of-peft"
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=3), folder / "of-peft"
     ).eval()
     with torch.no_grad():
-        torch.testing.assert_close(stock(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+        expected = model(ids).logits
+        torch.testing.assert_close(stock(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    (line,) = runs.describe(run, [{"text": "where is my parcel"}], 0)
+    assert line["probabilities"] == pytest.approx(dict(zip(labels, expected[0].softmax(0).tolist(), strict=True)), 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +93,7 @@ def test_one_that_peft_saved(folder, base):
         ({"method": "full"}, "start_from isn't for method 'full'"),
         ({"method": "ensemble"}, "start_from isn't for method 'ensemble'"),
         ({"method": "lora", "temperature_scaling": True}, "start_from isn't for method 'temperature'"),
-        ({"data": "questions"}, "its labels are parcel, refund; those of the data none"),
+        ({"data": "questions"}, "its labels are parcel, refund, the data's none"),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_model_is_loaded(folder, base, monkeypatch, options, message):

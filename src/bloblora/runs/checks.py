@@ -27,9 +27,15 @@ def check_task(config: TrainConfig, records: Sequence[dict[str, Any]]) -> None:
         raise RunError(f"{method} is for labels and choices; train task 'generation' with another method")
     if config.normalization != TrainConfig.normalization and (name := task_name(config, records)) != "choice_text":
         raise RunError(f"normalization {config.normalization!r} is for task 'choice_text'; this one is {name!r}")
-    labels = {record["label"] for record in records} if kind == "classification" else None
-    if labels is not None and len(labels) < 2:
-        raise RunError(f"{config.data}: field 'label': all are {labels.pop()!r}; there must be at least 2 labels")
+    if kind != "classification":
+        if config.labels is not None:
+            raise RunError(f"labels are for task 'classification'; this one is {task_name(config, records)!r}")
+        return
+    found = {record["label"] for record in records}
+    if unknown := sorted(found.difference(config.labels or found)):
+        raise RunError(f"{config.data}: field 'label': {', '.join(unknown)} not among labels; add them to it")
+    if len(found) < 2 and config.labels is None:
+        raise RunError(f"{config.data}: field 'label': all are {found.pop()!r}; there must be at least 2 labels")
 
 
 def check_targets(config: TrainConfig, task: tasks.Task) -> None:

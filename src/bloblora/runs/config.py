@@ -27,6 +27,8 @@ class TrainConfig:
             methods go on training it.
         task: ``classification``, ``choice_text``, ``choice_letter``, ``blank``, ``generation``, or ``auto`` by the
             data's form.
+        labels: the outputs of the head of ``classification``, in order; default: the labels of the data, sorted. For a
+            head that is there (``start_from``), and for a label that the data lack.
         normalization: how ``choice_text`` scores a choice: mean of its tokens' log-probabilities (``length``), which
             favours no short choice and is less sure before training, or their ``sum``.
         limit: use only this many training records, chosen by ``limit_seed``; per label for classification.
@@ -80,6 +82,7 @@ class TrainConfig:
     method: str = "blob"
     start_from: str | None = None
     task: Literal["auto", "classification", "choice_text", "choice_letter", "blank", "generation"] = "auto"
+    labels: list[str] | None = None
     normalization: Literal["sum", "length"] = "length"
     limit: int | None = None
     limit_seed: int = 0
@@ -127,6 +130,8 @@ class TrainConfig:
         problems += [f"{name} must not be empty" for name in ("data", "output", "model") if not getattr(self, name)]
         if self.targets == []:
             problems.append("targets must name at least one layer, or be left out")
+        if self.labels is not None and not 2 <= len(self.labels) == len(set(self.labels)):
+            problems.append(f"labels must be at least 2, all different, got {self.labels}")
         try:
             if self.trunk_cache is not None and (self.top_blocks is None or self.build_method().holdout):
                 problems.append("trunk_cache needs top_blocks, and a method that trains on all records")

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HTTPError  # the HTTP library's: it differs b
 from .config import RunError
 
 PREFIX = "hub:"
-_FILES = ["*.json", "*.safetensors"]  # nothing that could be run
+_FILES = ["*.json", "*.safetensors", "reliability*.png"]  # nothing that could be run
 
 
 def local_folder(directory: str | os.PathLike[str]) -> Path:
@@ -24,6 +24,13 @@ def local_folder(directory: str | os.PathLike[str]) -> Path:
     """
     name = os.fspath(directory)
     return _fetched(name) if is_remote(name) else Path(name)
+
+
+def own_name(directory: str | os.PathLike[str]) -> str:
+    """What a run is called where nothing else is said: its folder's name, or its repository's."""
+    if is_remote(directory):
+        return os.fspath(directory).removeprefix(PREFIX).partition("@")[0].rpartition("/")[2]
+    return Path(directory).resolve().name
 
 
 def is_remote(directory: str | os.PathLike[str]) -> bool:

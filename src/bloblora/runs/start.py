@@ -50,7 +50,9 @@ def check_start(config: TrainConfig, task: tasks.Task) -> None:
     labels = tasks.task_from_dict(read_json(file, RunError)).labels
     if labels != task.labels:
         there, here = (", ".join(names) if names else "none" for names in (labels, task.labels))
-        raise RunError(f"start_from {config.start_from!r}: its labels are {there}; those of the data {here}")
+        raise RunError(
+            f"start_from {config.start_from!r}: its labels are {there}, the data's {here}; `labels` takes its own"
+        )
 
 
 def load_start(model: Any, folder: str) -> None:

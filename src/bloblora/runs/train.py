@@ -219,7 +219,11 @@ def _at(records: Records, positions: list[int]) -> Records:
 
 
 def _task(config: TrainConfig, records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tasks.Task:
-    options = {"normalization": config.normalization} if task_name(config, records) == tasks.ChoiceText.name else {}
+    options: dict[str, Any] = {}
+    if task_name(config, records) == tasks.ChoiceText.name:
+        options["normalization"] = config.normalization
+    if config.labels is not None:
+        options["labels"] = config.labels
     return tasks.build_task(config.task, records, tokenizer, **options)
 
 

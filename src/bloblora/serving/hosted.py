@@ -17,6 +17,7 @@ from ..prediction import predict
 from ..runs import Run, RunError, check_approximation, load_run, open_run
 from ..runs.decide import open_decision
 from ..runs.evaluate import lines_of
+from ..runs.remote import local_folder, own_name
 from .settings import Settings
 
 METRICS_FILE, DIAGRAM_FILE = "metrics.json", "reliability.png"
@@ -108,7 +109,8 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Pat
     """Check runs before any model is loaded.
 
     Args:
-        directories: folders of runs, ``FOLDER`` or ``NAME=FOLDER``; a folder's own name is the default.
+        directories: folders of runs, or ``hub:user/name``, each alone or as ``NAME=FOLDER``; the folder's or the
+            repository's own name is the default.
         settings: the server's.
 
     Returns:
@@ -122,14 +124,15 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Pat
     folders: dict[str, Path] = {}
     for directory in directories:
         given, equals, rest = directory.partition("=")
-        folder = Path(rest if equals else directory)
-        name = given if equals else folder.resolve().name
+        place = rest if equals else directory
+        name = given if equals else own_name(place)
         if not re.fullmatch(r"[\w.-]+", name):
             raise RunError(
                 f"{directory}: the name {name!r} must be letters, digits, '_', '.' and '-'; give NAME=FOLDER"
             )
         if name in folders:
-            raise RunError(f"{folders[name]} and {folder} are both called {name!r}; give NAME=FOLDER for one of them")
+            raise RunError(f"{folders[name]} and {place} are both called {name!r}; give NAME=FOLDER for one of them")
+        folder = local_folder(place)
         if open_run(folder).task.name == "generation":
             raise RunError(f"{folder}: the run's task is generation, which isn't served; use `bloblora generate`")
         check_approximation(folder, settings.approximate)

@@ -36,7 +36,7 @@ def serve(
       curl localhost:8000/v1/predict --json '{"inputs": {"text": "where is my parcel"}}'
 
     Args:
-        directories: folders of runs, or NAME=FOLDER.
+        directories: folders of runs or hub:user/name, each alone or as NAME=FOLDER.
         host: address to listen on; 0.0.0.0 is every one of the machine's.
         port: to listen on; 0 lets the system choose.
         samples: weight draws N of a request that names none; 0 is the posterior mean.
