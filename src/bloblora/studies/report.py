@@ -228,19 +228,18 @@ def _pooled(row: Row) -> tuple[Tensor, Tensor]:
 
 
 def _detection(row: Row, keys: Iterable[str]) -> dict[str, list[float]]:
-    """How well uncertainty tells other sets from the test set, a value a seed."""
+    """How well uncertainty tells other sets from the test set, a value a seed; one draw has no mutual information."""
+    drawn = max(row.values("test")["num_draws"]) > 1
+    names = [name for name in evaluation.UNCERTAINTIES if drawn or name != "mutual_information"]
     found: dict[str, list[float]] = {}
     for key in keys:
         for result in row.results:
             inside, outside = (result.scores_of(of, row.num_samples) for of in ("test", key))
             if inside and outside:  # a run may have been stopped between them
-                for name, value in evaluation.ood_metrics(_uncertainty(inside), _uncertainty(outside)).items():
+                scores = ({name: of[name] for name in names} for of in (inside, outside))
+                for name, value in evaluation.ood_metrics(*scores).items():
                     found.setdefault(name, []).append(value)
     return found
-
-
-def _uncertainty(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: scores[name] for name in evaluation.UNCERTAINTIES}
 
 
 def _cost(row: Row) -> dict[str, list[float]]:
