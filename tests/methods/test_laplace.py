@@ -1,5 +1,7 @@
 """The Laplace posterior against laplace-torch's own, exact cases, and its closed-form predictive."""
 
+import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -204,6 +206,37 @@ def test_the_prior_precision_has_the_largest_evidence(classify):
     assert values.argmax() not in (0, 2000)
     assert grid[values.argmax()].item() == pytest.approx(torch.tensor(sampler.prior_precision).log().item(), abs=0.011)
     assert sampler.log_marginal_likelihood == pytest.approx(values.max().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("case", ["classify", "ask"])
+def test_held_out_examples_choose_the_precision(case, request):
+    model, training = request.getfixturevalue(case)()
+    training.holdout = training.examples[::-1]
+    sampler = fit_laplace(model, lora(model), training, held_out=True)
+    labels = torch.tensor([example["label"] for example in training.holdout])
+
+    def nll(precision):
+        candidate = replace(sampler, prior_precision=precision)
+        answer = predict(model, training.holdout, 10, task=training.task, sampler=candidate)
+        return torch.nn.functional.nll_loss(answer.log_probabilities, labels).item()
+
+    grid = [nll(math.exp(point)) for point in range(-10, 11)]
+    assert nll(sampler.prior_precision) < min(grid) + 0.02 * (max(grid) - min(grid))
+    evidence = fit_laplace(model, lora(model), training, sampler.prior_precision).log_marginal_likelihood
+    assert sampler.log_marginal_likelihood == pytest.approx(evidence)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"holdout": 1.0}, r"holdout must be in \[0, 1\), got 1.0"),
+        ({"holdout": 0.2, "prior_precision": 1.0}, "holdout is for choosing prior_precision"),
+        ({"prior_precision": 0.0}, "prior_precision must be a finite number above 0, got 0.0"),
+    ],
+)
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        Laplace(**options)
 
 
 @pytest.mark.parametrize("method", [Laplace, LaplaceLast])

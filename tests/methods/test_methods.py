@@ -12,7 +12,12 @@ from bloblora.prediction import predict
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
 # What makes a method's draws few or its training longer than here.
-OPTIONS = {"ensemble": {"members": 2}, "temperature": {"holdout": 0.5}, "distilled": {"distill_steps": 4}}
+OPTIONS = {
+    "ensemble": {"members": 2},
+    "temperature": {"holdout": 0.5},
+    "laplace-last": {"holdout": 0.5},
+    "distilled": {"distill_steps": 4},
+}
 POINTS = {"lora", "map", "full", "temperature", "distilled"}
 TWO_PARTS = {"ensemble", "distilled"}
 

@@ -6,7 +6,7 @@ r"""Laplace-LoRA (Yang et al., arXiv 2308.13111; Daxberger et al., arXiv 2106.14
 θ* is what plain training found. A_W is the mean of x̄x̄ᵀ over the training examples and G_W the sum of ĝĝᵀ: x̄ is the mean
 of W's inputs over an example's positions, ĝ the sum of the gradients of log p(y|x) at its outputs, with labels y from
 the model (the Fisher). This is KFAC-reduce (Eschenhagen et al., arXiv 2311.00636), for one loss an example. δ maximizes
-the marginal likelihood.
+the marginal likelihood, or with ``holdout`` the likelihood of held-out records under averaged draws.
 
 laplace-torch would average the inputs over padding as well. Here a position counts if the logits have a gradient at it,
 which leaves out padding and whatever else nothing reads; on what has no padding the tests compare the two. The package
@@ -16,9 +16,10 @@ needs torchvision, whose one build on PyPI breaks transformers where torch is th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,14 @@ from transformers import PreTrainedModel
 
 from .. import adapter
 from ..adapter import AdapterFileError
-from ..prediction import Sampler
+from ..prediction import Sampler, predict
 from ..prediction.sampler import Forward
 from .method import Method, Training, read_state, write_state
 
 _LABEL_DRAWS = 8
 _LONGEST_SIDE = 16_384  # a factor of 1 GB
 _LOG_PRECISIONS = (-10.0, 10.0)  # what the published code's 100 steps of 0.1 reach
+_HOLDOUT_SAMPLES, _HOLDOUT_ERROR = 10, 0.3  # of log δ: some nine predictions
 _CLASSES_A_DRAW = 3  # a backward costs a third of a forward with tangents
 _STATE = "laplace"
 _EIGEN = ("G_values", "A_values", "G_vectors", "A_vectors")
@@ -51,10 +53,12 @@ class Laplace(Method):
 
     Args:
         prior_precision: δ; None for the one with the largest marginal likelihood. Where training has all but memorized
-            its data the Fisher vanishes, that δ is far too small and draws are noise: search it on validation data.
+            its data the Fisher vanishes, that δ is far too small and draws are noise: use ``holdout``.
+        holdout: share of the training records that δ is chosen on instead, and nothing is trained on; 0 for none.
     """
 
     prior_precision: float | None = None
+    holdout: float = 0.0  # type: ignore[misc]  # an option here
 
     name = "laplace"
     paper = "2308.13111"
@@ -63,6 +67,10 @@ class Laplace(Method):
     def __post_init__(self) -> None:
         if self.prior_precision is not None and not (math.isfinite(self.prior_precision) and self.prior_precision > 0):
             raise ValueError(f"prior_precision must be a finite number above 0, got {self.prior_precision}")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout must be in [0, 1), got {self.holdout}")
+        if self.holdout and self.prior_precision is not None:
+            raise ValueError("holdout is for choosing prior_precision; leave one of them out")
 
     def layers(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The layers over whose weights the Gaussian is, of a model in training."""
@@ -83,7 +91,7 @@ class Laplace(Method):
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train a plain LoRA unless it is trained, then fit the Gaussian."""
         training.train_lora(model)
-        return fit_laplace(model.eval(), self.layers(model), training, self.prior_precision)
+        return fit_laplace(model.eval(), self.layers(model), training, self.prior_precision, held_out=self.holdout > 0)
 
     def save(self, model: nn.Module, sampler: Sampler, folder: Path) -> None:
         """Write the LoRA and the Gaussian."""
@@ -189,9 +197,22 @@ def trained_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def fit_laplace(
-    model: nn.Module, layers: Mapping[str, nn.Linear], training: Training, prior_precision: float | None = None
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    training: Training,
+    prior_precision: float | None = None,
+    *,
+    held_out: bool = False,
 ) -> LinearizedDraws:
-    """The Gaussian around the trained weights of a model in eval mode, with a given δ or the most likely one."""
+    """The Gaussian around the trained weights of a model in eval mode.
+
+    Args:
+        model: trained.
+        layers: whose weights.
+        training: what they were trained with.
+        prior_precision: δ; None for the one with the largest marginal likelihood.
+        held_out: choose δ by the NLL of ``training.holdout`` instead.
+    """
     factors, log_likelihood = kronecker_factors(model, layers, training)
     spectra = {name: [torch.linalg.eigh(factor) for factor in pair] for name, pair in zip(layers, factors, strict=True)}
     values = torch.cat([g.outer(a).flatten() for (g, _), (a, _) in spectra.values()]).clamp(min=0)
@@ -201,15 +222,29 @@ def fit_laplace(
         precision = math.exp(log_precision)
         return ((values / precision).log1p().sum().item() + precision * squared_norm) / 2 - log_likelihood
 
-    # It has one minimum: its derivative, (δ‖θ*‖² - γ(δ))/2 with γ the effective number of weights, only rises.
-    if prior_precision is None:
-        prior_precision = math.exp(minimize_scalar(loss, bounds=_LOG_PRECISIONS, method="bounded").x)
+    def gaussian(precision: float) -> LinearizedDraws:
+        return LinearizedDraws(layers, eigen, precision, -loss(math.log(precision)))
+
     eigen = {
         f"{name}.{part}": tensor.float().contiguous()
         for name, ((g, u), (a, v)) in spectra.items()
         for part, tensor in zip(_EIGEN, (g.clamp(min=0), a.clamp(min=0), u, v), strict=True)
     }
-    return LinearizedDraws(layers, eigen, prior_precision, -loss(math.log(prior_precision)))
+    if prior_precision is not None:
+        return gaussian(prior_precision)
+    # The loss has one minimum: its derivative, (δ‖θ*‖² - γ(δ))/2 with γ the effective number of weights, only rises.
+    objective, error = (partial(_held_out_nll, model, training, gaussian), _HOLDOUT_ERROR) if held_out else (loss, 1e-5)
+    found = minimize_scalar(objective, bounds=_LOG_PRECISIONS, method="bounded", options={"xatol": error})
+    return gaussian(math.exp(found.x))
+
+
+def _held_out_nll(
+    model: nn.Module, training: Training, gaussian: Callable[[float], LinearizedDraws], log_precision: float
+) -> float:
+    options: Any = {"task": training.task, "sampler": gaussian(math.exp(log_precision))}
+    prediction = predict(model, training.holdout, _HOLDOUT_SAMPLES, **options)
+    labels = torch.tensor([example["label"] for example in training.holdout])
+    return -prediction.log_probabilities.gather(1, labels[:, None]).mean().item()
 
 
 def kronecker_factors(model: Any, layers: Mapping[str, nn.Linear], training: Training) -> tuple[Any, float]:

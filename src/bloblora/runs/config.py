@@ -65,12 +65,14 @@ class TrainConfig:
         members: how many models (ensemble).
         distill_steps: steps of the student's training (distilled).
         tolerance: relative rise of the NLL that noise may cause (tfb).
-        prior_precision: δ; default: the one with the largest marginal likelihood (laplace and laplace-last).
+        prior_precision: δ; default: the one with the largest marginal likelihood, or with ``holdout`` the lowest NLL on
+            held-out records (laplace and laplace-last).
         effective_sample_size: λ; larger is a narrower posterior (ivon).
         hess_init: h at the start (ivon).
         weight_decay: δ, the prior's precision over λ (ivon).
         clip_radius: largest step of an entry (ivon).
-        holdout: share of the training records that is kept for what is fitted after training (temperature).
+        holdout: share of the training records that is kept for what is fitted after training (temperature,
+            laplace, laplace-last).
         temperature_scaling: fit a temperature on held-out records, on top of whatever method.
         save_steps: steps between checkpoints.
         keep_checkpoints: leave ``checkpoints/`` when the training is done.
