@@ -12,6 +12,7 @@ import torch
 from bloblora import evaluation, runs, studies
 from bloblora.data import read_records
 from bloblora.runs import RunError
+from bloblora.studies.compare import alone
 from bloblora.studies.result import write_result
 from tests.studies.conftest import make_content, write_study
 from tests.tiny_base import write_jsonl
@@ -48,9 +49,9 @@ def test_a_study_from_file_to_page(done):
     assert result.scores["out_of_scope/4/mutual_information"].shape == (2,)
     assert "out_of_scope" not in result.metrics
     # nothing is left to do, and nothing is done again
-    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.json")}
+    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("*--*.json")}
     assert compare(study, root) == []
-    assert {file.name: file.stat().st_mtime_ns for file in folder.glob("*.json")} == before
+    assert {file.name: file.stat().st_mtime_ns for file in folder.glob("*--*.json")} == before
 
     page = studies.report(folder).read_text()
     parsed = Page()
@@ -60,11 +61,47 @@ def test_a_study_from_file_to_page(done):
     assert "bloblora report" in page
     text = (folder / "report.md").read_text()
     assert re.search(r"^\| wide blob, N = 4 \|", text, re.MULTILINE)
-    assert len(re.findall(r"^\| lora \|", text, re.MULTILINE)) == 3  # one row a table: its draws are all the same
+    assert len(re.findall(r"^\| lora \|", text, re.MULTILINE)) == 4  # one row a table: its draws are all the same
     assert "shift to other" in text
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
     assert len(pictures) == 6
     assert all((folder / picture).is_file() for picture in pictures)
+    assert text.startswith("# tiny\n")  # the study's name
+    assert text.index("Difference from lora") < text.index("shift to other") < text.rindex("Difference from lora")
+    with pytest.raises(RunError, match="baseline 'map' is not one of the methods lora, wide blob"):
+        studies.report(folder, baseline="map")
+
+
+def test_models_and_budgets_are_compared_each_by_itself(content, base, write, tmp_path):
+    shutil.copytree(base, tmp_path / "other")
+    content |= {"models": [str(base), str(tmp_path / "other")], "seeds": [0], "samples": [0], "budgets": [1, 2]}
+    content["datasets"] = {"the desk/ü": content["datasets"]["desk"]}
+    content["datasets"]["the desk/ü"].pop("shifted")
+    del content["methods"]["wide blob"]
+    outcomes = compare(studies.read_study(write(content)), tmp_path, workers=2)
+    assert [outcome.error for outcome in outcomes] == [None] * 4
+    results = list(studies.read_results(tmp_path / "results"))
+    assert {(result.config["model"], result.training["final"]["step"]) for result in results} == {
+        (model, steps) for model in content["models"] for steps in (1, 2)
+    }
+    text = studies.report(tmp_path / "results").with_suffix(".md").read_text()
+    headings = re.findall(r"^## (the desk/ü, .*)$", text, re.MULTILINE)
+    assert sorted(headings) == sorted(f"the desk/ü, {m}, {s} steps" for m in content["models"] for s in (1, 2))
+    assert text.count("Test data, 1 seed.") == 4
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert len(set(pictures)) == len(pictures)
+    assert all((tmp_path / "results" / picture).is_file() for picture in pictures)
+
+
+def test_an_ensemble_has_as_many_draws_as_members(content, write, tmp_path):
+    content |= {"seeds": [0], "samples": [0, 2, 10], "methods": {"lora": {}, "ensemble": {"members": 2}}}
+    compare(studies.read_study(write(content)), tmp_path, workers=2)
+    text = studies.report(tmp_path / "results").with_suffix(".md").read_text()
+    assert set(re.findall(r"^\| (ensemble.*?) \|", text, re.MULTILINE)) == {
+        "ensemble, N = 0",
+        "ensemble, N = 2",
+        "ensemble",
+    }
 
 
 class Page(HTMLParser):
@@ -95,6 +132,21 @@ def test_a_result_of_another_configuration_is_not_overwritten(done):
     study, folder = done
     with pytest.raises(RunError, match=r"another configuration \(steps: 2 there, 3 now\)"):
         compare(replace(study, train={**study.train, "steps": 3}), folder)
+
+
+def test_a_result_on_another_test_set_is_not_taken_for_this_one(done):
+    study, folder = done
+    desk = study.datasets["desk"]
+    changed = replace(study, datasets={"desk": replace(desk, test=replace(desk.test, limit=1))})
+    with pytest.raises(RunError, match=r"test: .*'limit': None} there, .*'limit': 1} now"):
+        compare(changed, folder)
+
+
+def test_two_at_once_do_not_write_into_each_others_runs(done):
+    study, folder = done
+    with alone(folder / "runs"), pytest.raises(RunError, match="runs: another process is at work in it"):
+        compare(study, folder)
+    assert compare(study, folder) == []
 
 
 def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(content, write, tmp_path):
@@ -130,7 +182,7 @@ def test_a_damaged_result_is_named(done, tmp_path):
 def test_models_are_deleted_where_the_study_says_so(content, write, tmp_path):
     content |= {"keep_runs": False, "seeds": [0], "samples": [0]}
     compare(studies.read_study(write(content)), tmp_path)
-    assert {folder.name for folder in (tmp_path / "runs").iterdir()} == {"logs"}
+    assert {folder.name for folder in (tmp_path / "runs").iterdir()} == {"logs", ".lock"}
     assert json.loads((tmp_path / "results" / "desk--lora--seed0.json").read_text())["metrics"]["test"]["0"]
 
 

@@ -39,6 +39,14 @@ def test_jobs_are_seed_by_seed_and_a_methods_options_win(content, write, tmp_pat
         (lambda c: c["datasets"]["desk"].update(test={"limit": 3}), "desk: test: field 'data': None"),
         (lambda c: c["datasets"]["desk"].update(shifted=["x"]), r"desk: shifted: \['x'\]; it must be a mapping"),
         (lambda c: c["methods"].update(x={"method": "lora", "members": 2}), None),
+        (
+            lambda c: c["methods"].update({"wide_blob": {"method": "blob"}}),
+            "two runs would be called desk--wide_blob--",
+        ),
+        (lambda c: c["datasets"]["desk"].update(shifted={"test": "a"}), "shifted: 'test' is the name of another set"),
+        (lambda c: c.update(batch_size=0), "batch_size: 0; it must be a number of inputs, at least 1"),
+        (lambda c: c.update(keep_runs="no"), "keep_runs: 'no'; it must be true or false"),
+        (lambda c: c.update(budgets=["a"]), r"budgets: \['a'\]; it must be a list of int"),
     ],
 )
 def test_what_is_wrong_is_named(change, message, content, write, tmp_path):

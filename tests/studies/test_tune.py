@@ -1,7 +1,9 @@
 import pytest
 
 from bloblora import studies
+from bloblora.cli import main
 from bloblora.runs import RunError
+from bloblora.studies.tune import _ranges
 
 
 def test_a_search_goes_on_and_keeps_to_its_constraint(content, write, tmp_path):
@@ -24,8 +26,42 @@ def test_a_search_goes_on_and_keeps_to_its_constraint(content, write, tmp_path):
     baseline = studies.read_result(tmp_path / "search", "desk--lora--seed0").metrics["validation"]["4"]["accuracy"]
     for trial in trials:
         assert trial.feasible == (trial.metrics["accuracy"] >= baseline - 0.01)
-    keys = [(not trial.feasible, trial.metrics["ece"]) for trial in trials]
-    assert keys == sorted(keys)
+    feasible = [trial for trial in trials if trial.feasible]
+    assert trials[: len(feasible)] == sorted(feasible, key=lambda trial: trial.metrics["ece"])
+
+
+def test_a_trial_that_diverges_does_not_end_the_search(content, write, tmp_path):
+    study = studies.read_study(write(content))
+    wide = dict(method="wide blob", ranges={"learning_rate": (1e-16, 1e28)}, data=tmp_path)
+    with pytest.warns(UserWarning, match=r"trial \d: .* is not finite at step \d"):
+        trials = studies.tune(study, "desk", tmp_path / "search", trials=4, **wide)
+    assert 0 < len(trials) < 4
+    beyond = wide | {"ranges": {"learning_rate": (1e28, 1e30)}}
+    with pytest.raises(RunError, match="all of 2 trials diverged; search lower learning rates"):
+        studies.tune(study, "desk", tmp_path / "beyond", trials=2, **beyond)
+
+
+def test_an_accuracy_that_no_trial_reaches(content, write, tmp_path, capsys):
+    file = str(write(content))
+    arguments = ["--data", str(tmp_path), "--method", "wide blob", "--aim", "ece", "--within", "-2", "--trials", "2"]
+    with pytest.raises(SystemExit):
+        main(["tune", file, "--dataset", "desk", "--output", str(tmp_path / "search"), *arguments])
+    told = capsys.readouterr()
+    assert "no trial is within -2.0 of the accuracy of 'lora'; trial" in told.err
+    assert told.out == ""
+
+
+@pytest.mark.parametrize("method", ["blob", "mc-dropout", "tfb", "ivon", "scalabl", "full"])
+def test_the_default_ranges_hold_the_methods_defaults(method, content, write, tmp_path):
+    content["methods"][method] = {}
+    content["datasets"]["desk"]["train"].pop("learning_rate")
+    job = studies.read_study(write(content)).job("desk", "m", method, 0, tmp_path, tmp_path)
+    kind = job.config.build_method()
+    ranges = _ranges(job, None)
+    assert "learning_rate" in ranges
+    for name, (low, high) in ranges.items():
+        default = kind.learning_rate if name == "learning_rate" else kind.options()[name]
+        assert low < default < high == pytest.approx(10 * low)
 
 
 def test_what_cannot_be_searched_is_named(content, write, tmp_path):
@@ -47,4 +83,4 @@ def test_what_cannot_be_searched_is_named(content, write, tmp_path):
 def test_the_pareto_front_by_hand():
     found = [(0.7, 0.10), (0.6, 0.05), (0.7, 0.12), (0.65, 0.11), (0.5, 0.05), (0.4, 0.01)]
     trials = [studies.Trial(i, {}, {"accuracy": a, "ece": e}, True) for i, (a, e) in enumerate(found)]
-    assert [trial.number for trial in studies.pareto_front(trials)] == [0, 1, 5]
+    assert [trial.number for trial in studies.pareto_front(trials)] == [0, 1, 5]  # in the order that they came

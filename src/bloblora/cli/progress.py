@@ -50,7 +50,9 @@ class StudyProgress:
         if outcome.error is None:
             self._seconds.setdefault((job.dataset, job.label), []).append(outcome.seconds)
         took = timedelta(seconds=round(outcome.seconds))
-        self._bar.console.print(f"{'failed' if outcome.error else 'done'} in {took}: {job.name}", highlight=False)
+        left = f" ({estimate})" if (estimate := self._estimate()) else ""
+        line = f"{'failed' if outcome.error else 'done'} in {took}: {job.name}{left}"
+        self._bar.console.print(line, highlight=False)
         self._bar.advance(self._task)
         self._describe()
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _BLUE, _RED, _GREY = "#2f5d8c", "#d1495b", "#9aa3ad"
 _COLORS = (_BLUE, _RED, "#e0a030", "#3b8e7e", "#8d6ab8", "#5aaad0", "#7a5c45", _GREY)
 _MARKERS = "osD^vPX*<>"
+_PANELS_A_LINE = 6
 
 
 def reliability_diagram(panels: Mapping[str, ReliabilityBins], path: str | os.PathLike[str]) -> None:
@@ -43,14 +44,22 @@ def reliability_figure(panels: Mapping[str, ReliabilityBins]) -> "Figure":
         ValueError: there is no method.
     """
     _check("panels", panels)
-    figure = _figure(3.1 * len(panels) + 0.6, 4.9)
-    grid = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row", height_ratios=[4, 1])
-    for (name, bins), top, bottom in zip(panels.items(), *grid, strict=True):
+    columns = min(len(panels), _PANELS_A_LINE)
+    lines = -(-len(panels) // columns)
+    figure = _figure(3.1 * columns + 0.6, 4.9 * lines)
+    heights = [4, 1] * lines
+    grid = figure.subplots(2 * lines, columns, squeeze=False, sharex=True, sharey="row", height_ratios=heights)
+    places = zip(grid[::2].flat, grid[1::2].flat, strict=True)
+    for (name, bins), (top, bottom) in zip(panels.items(), places, strict=False):
         top.set_title(f"{name}\nECE {bins.ece:.3f}", fontsize=11, linespacing=1.4, wrap=True)
         _draw_accuracy(top, bins)
         _draw_share(bottom, bins)
-    grid[0][0].set_ylabel("accuracy")
-    grid[1][0].set_ylabel("share")
+    for top, bottom in places:
+        top.set_axis_off()
+        bottom.set_axis_off()
+    for top, bottom in zip(grid[::2, 0], grid[1::2, 0], strict=True):
+        top.set_ylabel("accuracy")
+        bottom.set_ylabel("share")
     return _legend(figure, grid[0][0], columns=4 if len(panels) > 2 else 2)
 
 

@@ -1,7 +1,6 @@
 """Comparisons of methods: what is run, how it is run and resumed, and what is written of it."""
 
-from .compare import compare
-from .job import is_done
+from .compare import compare, plan
 from .report import report
 from .result import Result, read_result, read_results
 from .study import DataSet, EvalSet, Job, Study, read_study
@@ -15,8 +14,8 @@ __all__ = [
     "Study",
     "Trial",
     "compare",
-    "is_done",
     "pareto_front",
+    "plan",
     "read_result",
     "read_results",
     "read_study",

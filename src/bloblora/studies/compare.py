@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from ..files import write_json
+from ..runs import RunError
 from . import job as jobs
 from .engine import Outcome, run_jobs
+from .result import FORMAT_VERSION, STUDY_FILE
 from .study import Job, Study
 
 
@@ -24,7 +31,7 @@ def compare(
     started: Callable[[Job], None] = lambda _: None,
     ended: Callable[[Outcome], None] = lambda _: None,
 ) -> list[Outcome]:
-    """Run what a study lacks.
+    """Run what a study lacks, and write what was compared into ``study.json`` beside the results.
 
     Args:
         study: what to compare.
@@ -42,24 +49,45 @@ def compare(
         How the jobs that were run ended.
 
     Raises:
-        RunError, DataError: an option or a data file is wrong; raised before anything is run.
+        RunError, DataError: an option or a data file is wrong, or another process is at work in ``runs``; raised before
+            anything is run.
     """
+    everything, pending = plan(study, output, runs, data)
+    outcomes = []
+    with alone(runs):
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / STUDY_FILE, {"format_version": FORMAT_VERSION, **asdict(study)})
+        planned(everything, pending)
+        for outcome in run_jobs(
+            pending,
+            output,
+            logs=runs / "logs",
+            workers=workers,
+            engine=engine,
+            slurm=slurm,
+            keep=study.keep_runs,
+            started=started,
+        ):
+            ended(outcome)
+            outcomes.append(outcome)
+    return outcomes
+
+
+def plan(study: Study, output: Path, runs: Path, data: Path = Path(".")) -> tuple[list[Job], list[Job]]:
+    """All jobs of a study, and those that are left; what they will read is checked. Arguments and errors: `compare`."""
     everything = study.jobs(runs, data)
     pending = [job for job in everything if not jobs.is_done(job, output)]
     for job in {(job.dataset, job.config.data): job for job in pending}.values():
         jobs.check_data(job)
-    planned(everything, pending)
-    outcomes = []
-    for outcome in run_jobs(
-        pending,
-        output,
-        logs=runs / "logs",
-        workers=workers,
-        engine=engine,
-        slurm=slurm,
-        keep=study.keep_runs,
-        started=started,
-    ):
-        ended(outcome)
-        outcomes.append(outcome)
-    return outcomes
+    return everything, pending
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Raise a RunError while another process is inside with the same folder: each would write into the other's runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", blocking=False):
+            yield
+    except Timeout as error:
+        raise RunError(f"{folder}: another process is at work in it; wait for it, or choose another folder") from error

@@ -31,6 +31,9 @@ def is_done(job: Job, results: Path) -> bool:
         return False
     old, new = result.config, _described(job)
     different = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)]
+    for key, chosen in job.sets.items():
+        if (there := result.sets.get(key, now := _set(chosen))) != now:
+            different.append(f"{key}: {there} there, {now} now")
     if different:
         raise runs.RunError(
             f"{results / job.name}.json is the result of another configuration ({'; '.join(different)}); rename the "
@@ -70,6 +73,7 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
         records = _records(chosen)
         start = time.perf_counter()
         draws = trained.predict(records, most, job.config.seed, batch_size=job.batch_size, progress=progress)
+        result.sets[key] = _set(chosen)
         result.seconds[key] = time.perf_counter() - start
         predictions = [Prediction(draws.log_probs[: max(n, 1)], n) for n in job.samples if n > 0 or most == 0]
         if 0 in job.samples and most > 0:
@@ -109,6 +113,10 @@ def _described(job: Job) -> dict[str, Any]:
     """The configuration without what a machine decides: where data lie and output goes."""
     given = {name: value for name, value in asdict(job.config).items() if value is not None and name != "output"}
     return given | {"data": Path(job.config.data).name}
+
+
+def _set(chosen: EvalSet) -> dict[str, Any]:
+    return {"data": Path(chosen.data).name, "limit": chosen.limit}
 
 
 def cpu() -> str:

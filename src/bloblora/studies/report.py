@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import evaluation
-from ..files import write_text
+from ..files import read_json, write_text
 from ..runs import RunError
-from .result import Result, read_results
+from .result import STUDY_FILE, Result, read_results
+from .study import Study, file_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _QUALITY = ("accuracy", "ece", "nll", "brier")
 _MORE = ("ece_equal_mass", "ece_classwise", "brier_reliability", "brier_resolution", "aurc", "selective_accuracy_80")
 _COST = ("training minutes", "peak GiB", "predicting seconds")
+_LEGEND = "Mean ± standard deviation; **best**, and * within one standard deviation."
 _COMPARED: tuple[evaluation.Metric, ...] = ("accuracy", "ece", "nll", "brier")
-_DRAWN = 6  # more panels than this are too many to read
 
 
 @dataclass
@@ -30,11 +36,13 @@ class Row:
 
     Attributes:
         label: of the table.
+        method: label of the method.
         num_samples: N.
         results: of each seed.
     """
 
     label: str
+    method: str
     num_samples: int
     results: list[Result] = field(default_factory=list)
 
@@ -77,28 +85,35 @@ class Section:
     parts: Sequence[Table | Picture | str]
 
 
-def report(folder: Path, html: Path | None = None, baseline: str = "lora", title: str | None = None) -> Path:
+def report(folder: Path, html: Path | None = None, baseline: str | None = None, title: str | None = None) -> Path:
     """Write ``report.md`` with its pictures into a study's folder, and an HTML page.
 
     Args:
         folder: of the results, as `bloblora compare` wrote them.
         html: the page; default ``report.html`` in the folder.
-        baseline: label of the method that the others are compared to.
-        title: default the folder's name.
+        baseline: label of the method that the others are compared to; default the study's, or ``lora``.
+        title: default the study's name, or the folder's.
 
     Returns:
         The page.
 
     Raises:
-        RunError: there is no result.
+        RunError: there is no result, or none of the baseline that is given.
     """
-    results = sorted(read_results(folder), key=lambda result: result.label != baseline)
+    results = list(read_results(folder))
     if not results:
         raise RunError(f"{folder}: no results in it; give a folder that `bloblora compare` wrote")
-    given = {"--baseline": None if baseline == "lora" else baseline, "--title": title}
+    labels = {result.label: None for result in results}
+    if baseline is not None and baseline not in labels:
+        raise RunError(f"baseline {baseline!r} is not one of the methods {', '.join(labels)}")
+    given = {"--baseline": baseline, "--title": title}
     options = [part for pair in given.items() if pair[1] for part in pair]
     command = shlex.join(["bloblora", "report", str(folder), *map(str, options)])
-    title, html = title or folder.name, html or folder / "report.html"
+    study = read_json(folder / STUDY_FILE, RunError) if (folder / STUDY_FILE).is_file() else {}
+    baseline = baseline or study.get("baseline", Study.baseline)
+    title, html = title or study.get("name", folder.name), html or folder / "report.html"
+    order = list({baseline: None, **study.get("methods", {}), **labels})
+    results.sort(key=lambda result: order.index(result.label))
     sections = [_setting(results)]
     for dataset in dict.fromkeys(result.dataset for result in results):
         sections += _sections(dataset, [result for result in results if result.dataset == dataset], baseline)
@@ -114,95 +129,115 @@ def _sections(dataset: str, results: Sequence[Result], baseline: str) -> Iterato
     outside = [key for key in _keys(results) if key not in sets]
     test = {label: row.values("test") | _detection(row, outside) | _cost(row) for label, row in named.items()}
     detection = [name for name in _names(test) if name.startswith(("auroc_", "fpr95_"))]
-    best = _best_draws(rows)
+    most_draws = {row.method: row for row in sorted(rows, key=lambda row: row.num_samples)}
     yield Section(
         dataset,
         [
-            Table(f"Test data, {_seeds(rows)}. {_LEGEND}", test, [*_QUALITY, *detection, *_COST]),
+            Table(f"Test data, {_seeds(rows)}. {_LEGEND} {_TIMES}", test, [*_QUALITY, *detection, *_COST]),
             Table("More of calibration and selective prediction.", test, _MORE),
-            *_differences(best, baseline),
-            *_pictures(dataset, rows, best),
+            *_differences(rows, baseline, "test"),
+            *_learning(most_draws),
+            *_pictures(dataset, rows, most_draws),
         ],
     )
     for key in sets:
         if key != "test":
             shifted = {label: row.values(key) | _detection(row, [key]) for label, row in named.items()}
-            shown = [*_QUALITY, *(name for name in _names(shifted) if name.startswith("auroc_"))]
-            text = f"Trained on {dataset}, tested on {key}; AUROC of telling the two apart. {_LEGEND}"
-            yield Section(f"{dataset}: shift to {key}", [Table(text, shifted, shown)])
-
-
-_LEGEND = "Mean ± standard deviation; **best**, and * within one standard deviation. Times: as the machine was loaded."
+            shown = [*_QUALITY, *(name for name in _names(shifted) if name.startswith(("auroc_", "fpr95_")))]
+            text = f"Trained on {dataset}, tested on {key}; AUROC and FPR95 of telling the two apart. {_LEGEND}"
+            yield Section(
+                f"{dataset}: shift to {key}", [Table(text, shifted, shown), *_differences(rows, baseline, key)]
+            )
 
 
 def _rows(results: Sequence[Result]) -> list[Row]:
-    """A row a method and N, in the results' order; one row for a method whose draws are all the same."""
+    """A row a method and number of draws; one row for a method whose draws are all the same."""
     rows: dict[tuple[str, int], Row] = {}
     for result in results:
-        by_samples = result.metrics["test"]
-        points = all(metrics["num_draws"] == 1 for metrics in by_samples.values())
-        for n in sorted(map(int, by_samples)):
-            if points and n != min(map(int, by_samples)):
-                continue
-            label = result.label if points else f"{result.label}, N = {n}"
-            rows.setdefault((result.label, n), Row(label, n)).results.append(result)
+        by_samples = {int(n): metrics["num_draws"] for n, metrics in result.metrics["test"].items()}
+        points = all(drawn == 1 for drawn in by_samples.values())
+        seen = set()
+        for n in sorted(by_samples):
+            count = round(by_samples[n]) if n and not points else 0  # an ensemble has no more draws than members
+            if count not in seen:
+                label = result.label if points else f"{result.label}, N = {count}"
+                rows.setdefault((result.label, count), Row(label, result.label, n)).results.append(result)
+            seen.add(count)
     return list(rows.values())
 
 
-def _best_draws(rows: Sequence[Row]) -> dict[str, Row]:
-    """The row with the most draws of each method, by the method's label."""
-    return {row.results[0].label: row for row in sorted(rows, key=lambda row: row.num_samples)}
+def _differences(rows: Sequence[Row], baseline: str, key: str) -> Iterator[Table]:
+    """How far each method is from the baseline on the same examples of one set."""
+    reference = next((row.scores(key) for row in reversed(rows) if row.method == baseline), None)
+    found = {}
+    for row in rows:
+        scores = row.scores(key)
+        if row.method != baseline and reference and scores:
+            intervals = {name: evaluation.paired_bootstrap(scores, reference, name) for name in _COMPARED}
+            found[row.label] = {f"Δ {name}": interval for name, interval in intervals.items()}
+    if found:
+        text = f"Difference from {baseline} with a 95 % interval: paired bootstrap over examples, mean over seeds."
+        yield Table(text, found, [f"Δ {name}" for name in _COMPARED])  # type: ignore[arg-type]
 
 
-def _differences(best: Mapping[str, Row], baseline: str) -> Iterator[Table]:
-    """How far each method is from the baseline on the same test examples."""
-    if baseline not in best:
+def _learning(most_draws: Mapping[str, Row]) -> Iterator[Table]:
+    """How fast each method learns: its training NLL after each quarter of the steps."""
+    curves = {method: curve for method, row in most_draws.items() if (curve := _learning_curve(row))}
+    if not curves:
         return
-    reference = best[baseline].scores("test")
-    rows = {}
-    for label, row in best.items():
-        if label != baseline and row.scores("test"):
-            intervals = {name: evaluation.paired_bootstrap(row.scores("test"), reference, name) for name in _COMPARED}
-            rows[row.label] = {f"Δ {name}": interval for name, interval in intervals.items()}
-    if rows:
-        text = f"Difference from {baseline} with a 95 % interval: paired bootstrap over test examples, mean over seeds."
-        yield Table(text, rows, [f"Δ {name}" for name in _COMPARED])  # type: ignore[arg-type]
+    steps = sorted(set().union(*curves.values()))
+    shown = [steps[round(quarter * (len(steps) - 1) / 4)] for quarter in range(5)]
+    rows = {method: {f"step {step:g}": values for step, values in curve.items()} for method, curve in curves.items()}
+    text = "Training NLL, mean since the log before, under the noise of the method's training."
+    yield Table(text, rows, [f"step {step:g}" for step in dict.fromkeys(shown)])
 
 
-def _pictures(dataset: str, rows: Sequence[Row], best: Mapping[str, Row]) -> Iterator[Picture]:
-    shown = dict(list(best.items())[:_DRAWN])
-    panels = {row.label: evaluation.confidence_bins(*_pooled(row)) for row in shown.values()}
-    yield Picture(
-        f"{dataset}: reliability, all seeds together",
-        evaluation.to_svg(evaluation.reliability_figure(panels)),
-        f"{dataset}-reliability",
-    )
-    curves = {row.label: evaluation.risk_coverage(*_pooled(row)) for row in best.values()}
-    yield Picture(
-        f"{dataset}: risk against coverage, all seeds together",
-        evaluation.to_svg(evaluation.risk_coverage_figure(curves)),
-        f"{dataset}-risk-coverage",
-    )
+def _pictures(dataset: str, rows: Sequence[Row], most_draws: Mapping[str, Row]) -> Iterator[Picture]:
+    def picture(what: str, figure: Figure, name: str) -> Picture:
+        return Picture(f"{dataset}: {what}", evaluation.to_svg(figure), file_name(f"{dataset}-{name}"))
+
+    panels = {row.label: evaluation.confidence_bins(*_pooled(row)) for row in most_draws.values()}
+    yield picture("reliability, all seeds together", evaluation.reliability_figure(panels), "reliability")
+    curves = {row.label: evaluation.risk_coverage(*_pooled(row)) for row in most_draws.values()}
+    figure = evaluation.risk_coverage_figure(curves)
+    yield picture("risk against coverage, all seeds together", figure, "risk-coverage")
     lines = {name: _against_samples(rows, name) for name in ("ece", "nll")}
     if any(len(line) > 2 for line in lines["ece"].values()):
         for name, line in lines.items():
             figure = evaluation.lines_figure(line, "number of draws N", name.upper(), xscale="symlog")
-            yield Picture(
-                f"{dataset}: {name.upper()} against N", evaluation.to_svg(figure), f"{dataset}-{name}-against-n"
-            )
-    learning = {label: curve for label, row in shown.items() if (curve := _learning_curve(row))}
+            yield picture(f"{name.upper()} against N", figure, f"{name}-against-n")
+    learning = {method: curve for method, row in most_draws.items() if (curve := _learning_curve(row))}
     if learning:
-        yield Picture(
-            f"{dataset}: training NLL against step, under the noise of the method's training",
-            evaluation.to_svg(evaluation.lines_figure(learning, "step", "training NLL")),
-            f"{dataset}-learning",
-        )
-    points = {row.label: (row.values("test")["accuracy"], row.values("test")["ece"]) for row in best.values()}
-    yield Picture(
-        f"{dataset}: accuracy against ECE, to the lower right is better",
-        evaluation.to_svg(evaluation.pareto_figure(points, "accuracy", "ECE")),
-        f"{dataset}-pareto",
-    )
+        figure = evaluation.lines_figure(learning, "step", "training NLL")
+        yield picture("training NLL against step, under the noise of the method's training", figure, "learning")
+    figure = _pareto_figure({row.label: row for row in most_draws.values()})
+    yield picture("accuracy against ECE, to the lower right is better", figure, "pareto")
+    for method, widths in _by_prior_std(rows).items():
+        what = f"accuracy against ECE over prior_std ({method}), to the lower right is better"
+        yield picture(what, _pareto_figure(widths), f"pareto-prior-std-{method}")
+
+
+def _pareto_figure(rows: Mapping[str, Row]) -> Figure:
+    values = {label: row.values("test") for label, row in rows.items()}
+    points = {label: (of["accuracy"], of["ece"]) for label, of in values.items()}
+    return evaluation.pareto_figure(points, "accuracy", "ECE")
+
+
+def _by_prior_std(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """By method what was run with three or more σp and otherwise equal options: its rows."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        options = {**row.results[0].config, **row.results[0].options, "prior_std": None, "seed": None}
+        groups.setdefault(json.dumps(options, sort_keys=True), []).append(row)
+    found: dict[str, dict[str, Row]] = {}
+    for group in groups.values():
+        widths = {row.results[0].options.get("prior_std") for row in group}
+        if len(widths) > 2:
+            group.sort(key=lambda row: row.results[0].options["prior_std"])
+            found[group[0].results[0].config["method"]] = {
+                f"σp = {row.results[0].options['prior_std']:g}, N = {row.num_samples}": row for row in group
+            }
+    return found
 
 
 def _learning_curve(row: Row) -> dict[float, list[float]]:
@@ -217,7 +252,7 @@ def _learning_curve(row: Row) -> dict[float, list[float]]:
 def _against_samples(rows: Sequence[Row], name: str) -> dict[str, dict[float, list[float]]]:
     lines: dict[str, dict[float, list[float]]] = {}
     for row in rows:
-        lines.setdefault(row.results[0].label, {})[row.num_samples] = row.values("test")[name]
+        lines.setdefault(row.method, {})[row.num_samples] = row.values("test")[name]
     return {label: line for label, line in lines.items() if len(line) > 1}
 
 
@@ -242,13 +277,20 @@ def _detection(row: Row, keys: Iterable[str]) -> dict[str, list[float]]:
     return found
 
 
+_TIMES = "Times are those of the fastest seed: other work ran beside."
+
+
 def _cost(row: Row) -> dict[str, list[float]]:
+    most = [max(map(int, result.metrics["test"])) for result in row.results]
+    timed = [
+        r.seconds["test"]
+        for r, n in zip(row.results, most, strict=True)
+        if row.num_samples == n or row.label == row.method
+    ]
     return {
-        "training minutes": [result.training["seconds"] / 60 for result in row.results],
-        "peak GiB": [result.training["peak_memory_bytes"] / 2**30 for result in row.results],
-        "predicting seconds": [
-            result.seconds["test"] for result in row.results if row.num_samples == max(map(int, result.metrics["test"]))
-        ],
+        "training minutes": [min(result.training["seconds"] for result in row.results) / 60],
+        "peak GiB": [max(result.training["peak_memory_bytes"] for result in row.results) / 2**30],
+        "predicting seconds": sorted(timed)[:1],
     }
 
 
@@ -257,7 +299,8 @@ def _setting(results: Sequence[Result]) -> Section:
         f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}, transformers {m['transformers']}, peft {m['peft']}"
         for m in (result.machine for result in results)
     )
-    return Section("Setting", [f"{len(results)} runs on {'; '.join(machines)}.", *_configurations(results)])
+    made = f"{len(results)} runs by `bloblora compare`, of the study in {STUDY_FILE}, on {'; '.join(machines)}."
+    return Section("Setting", [made, *_configurations(results)])
 
 
 def _configurations(results: Sequence[Result]) -> Iterator[str]:
@@ -298,7 +341,7 @@ def _markdown(title: str, sections: Sequence[Section], command: str, folder: Pat
                 lines += ["", part.caption + "\n", evaluation.markdown_table(part.rows, part.columns, mark_best=True)]
             else:
                 write_text(folder / f"{part.name}.svg", part.svg)
-                lines.append(f"![{part.caption}]({part.name}.svg)\n")
+                lines.append(f"![{part.caption}]({part.name}.svg)\n\n`{command}`\n")
     return "\n".join(lines) + "\n"
 
 

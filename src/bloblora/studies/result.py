@@ -20,6 +20,7 @@ from ..prediction import Prediction
 from ..runs import RunError
 
 FORMAT_VERSION = 1
+STUDY_FILE = "study.json"
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Result:
         training: ``seconds``, ``peak_memory_bytes``, ``num_examples``, ``final`` (the last log), ``curve`` (step and
             training NLL, mean since the log before).
         machine: processor, cores, threads and library versions.
+        sets: ``data`` and ``limit`` of each set; results of earlier versions don't say.
         metrics: by set, then N: see `bloblora.evaluation.summary`.
         seconds: of predicting each set with the most draws.
         scores: an example: ``<set>/<N>/<score>``, (n,) float32.
@@ -47,6 +49,7 @@ class Result:
     options: dict[str, Any]
     training: dict[str, Any]
     machine: dict[str, Any]
+    sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)

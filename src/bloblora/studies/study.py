@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -58,8 +59,8 @@ class Job:
     """One training and its evaluation.
 
     Attributes:
-        name: of its files: data set, model (where there are several), method and seed.
-        dataset: name of the data set.
+        name: of its files: data set, method and seed.
+        dataset: name of the data set, and of the model and the steps where there are several.
         label: the method's name in tables.
         config: the training.
         sets: what to evaluate on, by name.
@@ -85,6 +86,7 @@ class Study:
         methods: options of `TrainConfig` by the method's label; where ``method`` isn't among them, the label is it.
         datasets: by name.
         models: base models.
+        budgets: numbers of optimizer steps; each run is made with each of them. Without, ``steps`` says how many.
         seeds: of training.
         samples: numbers of draws N to report; the draws of a smaller N are the first of a larger one's.
         train: options of every training; a data set's go before them, a method's before both.
@@ -97,6 +99,7 @@ class Study:
     methods: Mapping[str, Mapping[str, Any]]
     datasets: Mapping[str, DataSet]
     models: tuple[str, ...] = ("smollm2-135m",)
+    budgets: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     samples: tuple[int, ...] = (0, 10)
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -112,23 +115,36 @@ class Study:
             data: folder that relative paths of data files start from.
 
         Raises:
-            RunError: an option that isn't one, or a value that it can't have, with the place in the file.
+            RunError: an option that isn't one, or a value that it can't have, with the place in the file; or the files
+                of two runs would have one name.
         """
-        return [
-            self.job(dataset, model, label, seed, Path(runs), Path(data))
+        found = [
+            self.job(dataset, model, label, seed, Path(runs), Path(data), steps)
             for seed in self.seeds
             for dataset in self.datasets
             for model in self.models
+            for steps in self.budgets or (None,)
             for label in self.methods
         ]
+        alike = [job for job, count in Counter(job.name for job in found).items() if count > 1]
+        if alike:
+            raise RunError(f"methods, datasets: the files of two runs would be called {alike[0]}; rename one")
+        return found
 
-    def job(self, dataset: str, model: str, label: str, seed: int, runs: Path, data: Path) -> Job:
+    def job(
+        self, dataset: str, model: str, label: str, seed: int, runs: Path, data: Path, steps: int | None = None
+    ) -> Job:
         """One of them; arguments and errors as in `jobs`."""
         chosen = self.datasets[dataset]
         options = {**self.train, **chosen.train, **self.methods[label]}
         options.setdefault("method", label)
-        parts = [dataset, *([model] if len(self.models) > 1 else []), label, f"seed{seed}"]
-        name = "--".join(_file_name(part) for part in parts)
+        place = [dataset]
+        if len(self.models) > 1:
+            place.append(model)
+        if steps is not None:
+            place.append(f"{steps} steps")
+            options["steps"] = steps
+        name = "--".join(file_name(part) for part in (*place, label, f"seed{seed}"))
         options |= {"model": model, "seed": seed, "output": str(runs / name)}
         options["data"] = _locate(options["data"], data)
         try:
@@ -136,7 +152,7 @@ class Study:
         except (TypeError, ValueError) as error:
             raise RunError(f"methods: {label} on {dataset}: {error}") from error
         sets = {key: located(value, data) for key, value in chosen.sets().items()}
-        return Job(name, dataset, label, config, sets, self.samples, self.batch_size)
+        return Job(name, ", ".join(place), label, config, sets, self.samples, self.batch_size)
 
 
 def located(chosen: EvalSet, folder: Path) -> EvalSet:
@@ -178,6 +194,7 @@ def _study(content: Mapping[str, Any], stem: str) -> Study:
             "datasets": datasets,
             "train": _options(content.get("train") or {}, "train"),
             "models": _sequence(content.get("models", Study.models), str, "models"),
+            "budgets": _sequence(content["budgets"], int, "budgets") if content.get("budgets") else (),
             "seeds": _sequence(content.get("seeds", Study.seeds), int, "seeds"),
             "samples": tuple(sorted(_sequence(content.get("samples", Study.samples), int, "samples"))),
         }
@@ -186,6 +203,10 @@ def _study(content: Mapping[str, Any], stem: str) -> Study:
         raise RunError(f"baseline {study.baseline!r} is not one of the methods {', '.join(study.methods)}")
     if study.samples[0] < 0:
         raise RunError(f"samples: {study.samples[0]} is negative; N is 0 (the mean) or more")
+    if type(study.batch_size) is not int or study.batch_size < 1:
+        raise RunError(f"batch_size: {study.batch_size!r}; it must be a number of inputs, at least 1")
+    if type(study.keep_runs) is not bool:
+        raise RunError(f"keep_runs: {study.keep_runs!r}; it must be true or false")
     return study
 
 
@@ -200,6 +221,8 @@ def _dataset(value: Any, name: str) -> DataSet:
     if "data" not in train:
         raise RunError(f"{where}: train: field 'data' is missing")
     shifted = _mapping(content.get("shifted") or {}, f"{where}: shifted")
+    if taken := {"test", "out_of_scope", "validation"} & shifted.keys():
+        raise RunError(f"{where}: shifted: {taken.pop()!r} is the name of another set; choose one of its own")
     single = {
         part: _eval_set(content[part], f"{where}: {part}", labelled=part != "out_of_scope")
         for part in ("test", "out_of_scope", "validation")
@@ -254,5 +277,6 @@ def _locate(name: str, folder: Path) -> str:
     return str(folder / name) if (folder / name).exists() else name
 
 
-def _file_name(text: str) -> str:
+def file_name(text: str) -> str:
+    """The text with what file systems and links may not bear replaced."""
     return "".join(c if c.isalnum() or c in "-._" else "_" for c in text)

@@ -7,26 +7,32 @@ calibration among what is nearly as accurate as plain LoRA. Test data are never 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from .. import evaluation
 from ..runs import RunError
+from ..training import DivergedError
 from . import job as jobs
+from .compare import alone
 from .study import Job, Study, located
 
 Aim = Literal["nll", "ece"]
 
-RANGES: dict[str, tuple[float, float]] = {
-    "prior_std": (0.05, 1.0),
-    "init_std": (0.01, 0.2),
-    "kl_scale": (0.05, 20.0),
-    "kl_learning_rate": (0.01, 1.0),
-    "prior_precision": (1.0, 1e4),
-    "learning_rate": (2e-4, 5e-3),
-}
-"""What is searched by default, each on a logarithmic scale around the method's default."""
+SEARCHED = (
+    "prior_std",
+    "init_std",
+    "kl_scale",
+    "kl_learning_rate",
+    "dropout",
+    "tolerance",
+    "effective_sample_size",
+    "learning_rate",
+)
+"""What is searched by default, of what the method has: a decade around its default, on a logarithmic scale."""
 
 _SET = "validation"
 
@@ -42,12 +48,10 @@ class Trial:
 
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials to which no other is preferable in accuracy and ECE both, the most accurate first."""
-    front: list[Trial] = []
-    for trial in sorted(trials, key=lambda trial: (-trial.metrics["accuracy"], trial.metrics["ece"])):
-        if not front or trial.metrics["ece"] < front[-1].metrics["ece"]:
-            front.append(trial)
-    return front
+    """The trials to which no other is preferable in accuracy and ECE both."""
+    points = {str(trial.number): (trial.metrics["accuracy"], trial.metrics["ece"]) for trial in trials}
+    front = evaluation.pareto_front(points)
+    return [trial for trial in trials if str(trial.number) in front]
 
 
 def tune(
@@ -64,7 +68,7 @@ def tune(
     data: Path = Path("."),
     reported: Callable[[Trial], None] = lambda _: None,
 ) -> list[Trial]:
-    """Try settings; trials that are in ``output`` count, so a stopped search goes on.
+    """Try settings; trials that are in ``output`` count, so a stopped search goes on. One that diverges counts too.
 
     Args:
         study: its method with the label ``method``, data sets, options and largest N are used; a data set needs a
@@ -75,16 +79,17 @@ def tune(
         aim: ``nll``, the lowest NLL, or ``ece``, the lowest ECE with an accuracy ``within`` that of the baseline.
         within: see ``aim``; 0.01 is one point.
         trials: how many in all.
-        ranges: lowest and highest value of each option to search; default those of `RANGES` that the method has.
+        ranges: lowest and highest value of each option to search; default those of `SEARCHED` that the method has.
         seed: of training and of the search.
         data: folder that relative paths of data files start from.
         reported: told of each trial.
 
     Returns:
-        All trials, the best one by the aim first.
+        The trials that ended, the best one by the aim first; where none is feasible, the most accurate one.
 
     Raises:
-        RunError: no validation set, an unknown label, data set or option, or optuna isn't installed.
+        RunError: no validation set, an unknown label, data set or option, optuna isn't installed, another search is at
+            work in ``output``, or every trial diverged.
     """
     try:
         import optuna
@@ -94,37 +99,42 @@ def tune(
     template = _job(study, dataset, method, seed, output, data)
     baseline = _job(study, dataset, study.baseline, seed, output, data)
     ranges = _ranges(template, ranges)
-    output.mkdir(parents=True, exist_ok=True)
-    least = -math.inf
-    if aim == "ece":
-        least = _metrics(baseline, output)["accuracy"] - within
+    with alone(output):
+        least = _metrics(baseline, output)["accuracy"] - within if aim == "ece" else -math.inf
 
-    def objective(trial: optuna.Trial) -> float:
-        options = {name: trial.suggest_float(name, low, high, log=True) for name, (low, high) in ranges.items()}
-        found = _metrics(_with(template, f"trial{trial.number}", options), output)
-        trial.set_user_attr("metrics", found)
-        trial.set_constraint("accuracy", max(least - found["accuracy"], -1.0))
-        return found[aim]
+        def objective(trial: optuna.Trial) -> float:
+            options = {name: trial.suggest_float(name, low, high, log=True) for name, (low, high) in ranges.items()}
+            try:
+                found = _metrics(_with(template, f"trial{trial.number}", options), output)
+            except DivergedError as error:
+                warnings.warn(f"trial {trial.number + 1}: {error}", stacklevel=2)
+                raise optuna.TrialPruned from error
+            trial.set_user_attr("metrics", found)
+            trial.set_constraint("accuracy", max(least - found["accuracy"], -1.0))
+            return found[aim]
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    search = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(output / "search.log"))),
-        study_name=f"{dataset} {method} {aim} {within if aim == 'ece' else ''} {sorted(ranges.items())}",
-        load_if_exists=True,
-    )
-    # A sampler that starts anew must not repeat the draws of the one before it.
-    search.sampler = optuna.samplers.TPESampler(seed=seed + len(search.trials))
-    while len(found := _trials(search)) < trials:
-        search.optimize(objective, n_trials=1)
-        reported(_trials(search)[-1])
-    return sorted(found, key=lambda trial: (not trial.feasible, trial.metrics[aim]))
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        search = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(output / "search.log"))),
+            study_name=f"{dataset} {method} {aim} {within if aim == 'ece' else ''} {sorted(ranges.items())}",
+            load_if_exists=True,
+        )
+        # A sampler that starts anew must not repeat the draws of the one before it.
+        search.sampler = optuna.samplers.TPESampler(seed=seed + len(search.trials))
+        while sum(trial.state.is_finished() for trial in search.trials) < trials:
+            search.optimize(objective, n_trials=1)
+            if search.trials[-1].value is not None:
+                reported(_trials(search)[-1])
+    if not (found := _trials(search)):
+        raise RunError(f"all of {trials} trials diverged; search lower learning rates")
+    return sorted(found, key=lambda t: (False, t.metrics[aim]) if t.feasible else (True, -t.metrics["accuracy"]))
 
 
 def _trials(search: Any) -> list[Trial]:
     return [
         Trial(t.number, t.params, t.user_attrs["metrics"], t.constraints["accuracy"] <= 0)
         for t in search.trials
-        if t.state.is_finished() and t.value is not None
+        if t.value is not None
     ]
 
 
@@ -141,9 +151,10 @@ def _job(study: Study, dataset: str, label: str, seed: int, output: Path, data: 
 
 
 def _ranges(template: Job, ranges: Mapping[str, tuple[float, float]] | None) -> dict[str, tuple[float, float]]:
-    known = {*template.config.build_method().options(), "learning_rate"}
+    method = template.config.build_method()
+    known = {**method.options(), "learning_rate": template.config.learning_rate or method.learning_rate}
     if ranges is None:
-        return {name: bounds for name, bounds in RANGES.items() if name in known}
+        return {name: (known[name] / 10**0.5, known[name] * 10**0.5) for name in SEARCHED if known.get(name)}
     for name, (low, high) in ranges.items():
         if name not in known or not hasattr(template.config, name):
             raise RunError(f"ranges: method {template.config.method!r} has no option {name!r}; it has {sorted(known)}")

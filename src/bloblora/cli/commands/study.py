@@ -52,7 +52,7 @@ def compare(
         workers: runs at a time; with several GPUs one each.
         engine: `local`, or `slurm` for a cluster.
         slurm: parameters as submitit names them: slurm_partition, gpus_per_node, timeout_min, …
-        dry_run: only list the runs.
+        dry_run: only check the file and the data, and list the runs.
     """
     logging.disable_progress_bar()
     if workers < 1:
@@ -61,8 +61,9 @@ def compare(
     folder = Path(output)
     models_folder = Path(runs_folder) if runs_folder else folder / "runs"
     if dry_run:
-        for job in read.jobs(models_folder, data):
-            print(f"{'done' if studies.is_done(job, folder) else 'to do'}  {job.name}")
+        everything, pending = studies.plan(read, folder, models_folder, Path(data))
+        for job in everything:
+            print(f"{'to do' if job in pending else 'done'}  {job.name}")
         return
     runs.check_writable(folder / "report.md")
     with StudyProgress(workers) as progress:
@@ -84,7 +85,7 @@ def compare(
         raise runs.RunError("\n".join(f"{outcome.job.name}: {outcome.error}" for outcome in failed))
 
 
-def report(directory: str, output: str | None = None, baseline: str = "lora", title: str | None = None) -> None:
+def report(directory: str, output: str | None = None, baseline: str | None = None, title: str | None = None) -> None:
     """Write a study's tables and figures: report.md in its folder, and an HTML page that opens without a network.
 
     Examples:
@@ -94,8 +95,8 @@ def report(directory: str, output: str | None = None, baseline: str = "lora", ti
     Args:
         directory: folder of the results, as `compare` wrote them.
         output: the page; default report.html in that folder.
-        baseline: label of the method that the others are compared to.
-        title: default the folder's name.
+        baseline: label of the method that the others are compared to; default the study's, or lora.
+        title: default the study's name, or the folder's.
     """
     page = Path(output) if output else None
     if page is not None:
@@ -135,7 +136,9 @@ def tune(
         aim: `nll`, or `ece` with an accuracy `within` that of the study's baseline.
         within: see `aim`; 0.01 is one point.
         trials: how many in all.
-        ranges: lowest and highest value of each option to search; default a decade around the defaults.
+        ranges: lowest and highest value of each option to search; default those of prior_std, init_std, kl_scale,
+            kl_learning_rate, dropout, tolerance, effective_sample_size and learning_rate that the method has, a decade
+            around the defaults.
         seed: of training and of the search.
     """
     logging.disable_progress_bar()
@@ -147,7 +150,7 @@ def tune(
     def reported(trial: studies.Trial) -> None:
         options = ", ".join(f"{name} {value:.3g}" for name, value in trial.options.items())
         found = ", ".join(f"{name} {trial.metrics[name]:.3f}" for name in ("accuracy", "ece", "nll"))
-        console.print(f"trial {trial.number + 1}/{trials}: {found} ({options})", highlight=False)
+        console.print(f"trial {trial.number + 1}: {found} ({options})", highlight=False)
 
     found = studies.tune(
         read,
@@ -169,4 +172,9 @@ def tune(
     }
     columns = ["accuracy", "ece", "nll", *found[0].options]
     console.print(evaluation.rich_table(rows, title=f"{len(found)} trials, the best first", columns=columns))
+    if not found[0].feasible:
+        raise runs.RunError(
+            f"no trial is within {within} of the accuracy of {read.baseline!r}; trial {found[0].number + 1} comes "
+            "nearest. Try more trials, other ranges, or a larger `within`"
+        )
     print("".join(f"{name}: {value:.3g}\n" for name, value in found[0].options.items()), end="")
