@@ -4,6 +4,7 @@ from bloblora import studies
 from bloblora.cli import main
 from bloblora.runs import RunError
 from bloblora.studies.tune import _ranges
+from tests.tiny_base import queries
 
 
 def test_a_search_goes_on_and_keeps_to_its_constraint(content, write, tmp_path):
@@ -78,6 +79,24 @@ def test_what_cannot_be_searched_is_named(content, write, tmp_path):
     content["datasets"]["desk"].pop("validation")
     with pytest.raises(RunError, match="desk: field 'validation' is missing"):
         studies.tune(studies.read_study(write(content)), "desk", tmp_path / "search", method="wide blob", data=tmp_path)
+
+
+def test_validation_on_the_training_records_that_are_not_used(content, write, tmp_path):
+    desk = content["datasets"]["desk"]
+    desk["train"]["limit"] = 1
+    desk["validation"] = {"data": "train.jsonl", "unused": True}
+    study = studies.read_study(write(content))
+    studies.tune(study, "desk", tmp_path / "search", method="wide blob", trials=1, data=tmp_path)
+    (trial,) = (tmp_path / "search").glob("*trial0.json")
+    result = studies.read_result(tmp_path / "search", trial.stem)
+    labels = {record["label"] for record in queries()}
+    assert result.training["num_examples"] == len(labels)
+    assert len(result.scores_of("validation", 4)["confidence"]) == 2 * len(queries()) - len(labels)
+    for train, other in (({"limit": None}, "train.jsonl"), ({"limit": 1}, "test.jsonl")):
+        desk["train"] |= train
+        desk["validation"]["data"] = other
+        with pytest.raises(RunError, match=r"desk: validation: 'unused' is for the training file, train\.jsonl, and"):
+            studies.read_study(write(content)).jobs(tmp_path, tmp_path)
 
 
 def test_the_pareto_front_by_hand():

@@ -13,7 +13,7 @@ from .folder import RunDescription, check_writable, open_run
 from .lines import CHUNK, join_parts, part_of, share_of
 from .processes import check_alone, processes
 from .run import Run, load_run
-from .train import peak_memory, select, train
+from .train import peak_memory, select, train, unused
 
 __all__ = [
     "CHUNK",
@@ -38,5 +38,6 @@ __all__ = [
     "share_of",
     "targets_of",
     "train",
+    "unused",
     "write_json",
 ]

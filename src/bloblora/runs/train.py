@@ -105,10 +105,17 @@ def split(records: Records, share: float, seed: int = 0) -> tuple[Records, Recor
 
 def select(records: Records, limit: int | None, seed: int = 0) -> Records:
     """``limit`` random records, per label where records have one; all of them for None."""
-    if limit is None:
-        return records
+    return records if limit is None else _at(records, _chosen(records, limit, seed))
+
+
+def unused(records: Records, limit: int, seed: int = 0) -> Records:
+    """The records that `select` leaves out, in the given order."""
+    return _at(records, sorted({*range(len(records))}.difference(_chosen(records, limit, seed))))
+
+
+def _chosen(records: Records, limit: int, seed: int) -> list[int]:
     generator = random.Random(seed)
-    return _at(records, [i for group in _by_label(records) for i in generator.sample(group, min(limit, len(group)))])
+    return [i for group in _by_label(records) for i in generator.sample(group, min(limit, len(group)))]
 
 
 def share_of_batch(batch_size: int, count: int) -> int:

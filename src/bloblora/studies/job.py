@@ -70,7 +70,7 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
     for key, chosen in job.sets.items():
         if not result.lacks({key: chosen}, job.samples):
             continue
-        records = _records(chosen)
+        records = _records(chosen, job.config)
         start = time.perf_counter()
         draws = trained.predict(records, most, job.config.seed, batch_size=job.batch_size, progress=progress)
         result.sets[key] = _set(chosen)
@@ -87,8 +87,11 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
     return result
 
 
-def _records(chosen: EvalSet) -> list[dict[str, Any]]:
-    return runs.select(read_records(chosen.data, require_labels=chosen.labelled), chosen.limit)
+def _records(chosen: EvalSet, config: runs.TrainConfig) -> list[dict[str, Any]]:
+    records = read_records(chosen.data, require_labels=chosen.labelled)
+    if chosen.unused:
+        records = runs.unused(records, config.limit or len(records), config.limit_seed)
+    return runs.select(records, chosen.limit)
 
 
 def _fresh(job: Job, trained: runs.Run) -> Result:
@@ -116,7 +119,7 @@ def _described(job: Job) -> dict[str, Any]:
 
 
 def _set(chosen: EvalSet) -> dict[str, Any]:
-    return {"data": Path(chosen.data).name, "limit": chosen.limit}
+    return {"data": Path(chosen.data).name, "limit": chosen.limit, **({"unused": True} if chosen.unused else {})}
 
 
 def cpu() -> str:

@@ -23,11 +23,13 @@ class EvalSet:
         data: as `TrainConfig.data`.
         limit: use only this many, per label for classification: the same ones for every run.
         labelled: False for out-of-scope records, which serve the detection metrics alone.
+        unused: of the training file, those records that training's ``limit`` leaves out.
     """
 
     data: str
     limit: int | None = None
     labelled: bool = True
+    unused: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class DataSet:
         test: in distribution.
         shifted: labelled sets of other distributions, by name.
         out_of_scope: records that are none of the labels'.
-        validation: what `bloblora tune` looks at.
+        validation: what `bloblora tune` looks at; ``{data: train.jsonl, unused: true}`` are the records of the training
+            file that its ``limit`` leaves out.
     """
 
     train: Mapping[str, Any]
@@ -146,12 +149,17 @@ class Study:
             options["steps"] = steps
         name = "--".join(file_name(part) for part in (*place, label, f"seed{seed}"))
         options |= {"model": model, "seed": seed, "output": str(runs / name)}
-        options["data"] = _locate(options["data"], data)
+        options["data"] = _locate(own := options["data"], data)
         try:
             config = TrainConfig(**options)
         except (TypeError, ValueError) as error:
             raise RunError(f"methods: {label} on {dataset}: {error}") from error
         sets = {key: located(value, data) for key, value in chosen.sets().items()}
+        for key, value in {**chosen.sets(), "validation": chosen.validation}.items():
+            if value and value.unused and (value.data != own or config.limit is None):
+                raise RunError(
+                    f"datasets: {dataset}: {key}: 'unused' is for the training file, {own}, and a 'limit' of it"
+                )
         return Job(name, ", ".join(place), label, config, sets, self.samples, self.batch_size)
 
 
