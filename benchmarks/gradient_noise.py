@@ -2,18 +2,21 @@
 
     python benchmarks/gradient_noise.py --data FILE.jsonl       # {"text", "label"} records; default the embedded ones
 
-On one model and one batch, for each estimator of BLoB's noise (independent, flipout, shared, local) and for the other
-choices of what is Gaussian (B; A and B), at the start of training and after some steps of it:
+For each estimator of BLoB's noise (independent, flipout, shared, local) and for the other choices of what is Gaussian
+(B; A and B), at the start of training and after some steps of it, with each seed (of LoRA's start, its training, and
+the batch), with every Ω small (0.05) and as large as where trainings of 200 steps end (0.17):
 
 - noise of the gradient: tr Cov(g) / ‖E g‖², over draws of the noise with the data fixed, with a jackknife standard
   error; with respect to LoRA's A and B (their means where they are Gaussian);
 - time of a forward and backward, as a ratio to plain LoRA's: medians over rounds in which all take turns.
 
-Writes results/gradient_noise/results.json and README.md.
+Writes results/gradient_noise/results.json as it goes, goes on from there, and README.md.
 """
 
 import argparse
 import copy
+import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -100,63 +103,81 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="of records, per label")
     parser.add_argument("--model", default=models.DEFAULT_MODEL)
     parser.add_argument("--steps", type=int, default=100, help="of plain LoRA before the second measurement")
-    parser.add_argument("--draws", type=int, default=48, help="gradients of each variant")
+    parser.add_argument("--draws", type=int, default=16, help="gradients of each variant")
     parser.add_argument("--rounds", type=int, default=9, help="of the timing")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--std", type=float, default=0.05, help="Ω of every entry")
+    parser.add_argument("--stds", type=float, nargs="+", default=[0.05, 0.17], help="Ω of every entry")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    file = options.results / "results.json"
     options.results.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    described = {k: v for k, v in vars(options).items() if k not in ("results", "seeds")}
+    if results.setdefault("options", described) != described:
+        parser.error(f"{file} was made with other options: {results['options']}")
+    results["machine"] = {"cpu": cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
     records = runs.select(read_records(options.data), options.limit)
     tokenizer = models.load_tokenizer(options.model)
     task = tasks.build_task("classification", records, tokenizer)
     examples = tasks.encode_all(task, records, tokenizer, progress=False)
-    set_seed(0)
-    lora = get_peft_model(models.load_model(options.model, num_labels=len(task.labels or ())), LORA)
-    batch = task.collate(examples[:: max(1, len(examples) // options.batch_size)][: options.batch_size])
-
-    results: dict[str, Any] = {"noise": {}, "options": {k: str(v) for k, v in vars(options).items() if k != "results"}}
-    for state in ("start", f"after {options.steps} steps"):
-        if state != "start":
-            arguments = {
-                "output_dir": str(options.results / "checkpoints"),
-                "max_steps": options.steps,
-                "learning_rate": 1e-3,
-                "save_strategy": "no",
-                "logging_steps": 1,
-                "seed": 0,
-                "report_to": [],
+    for seed in options.seeds:
+        if len(results.setdefault(f"seed {seed}", {})) == 2 * len(options.stds) and "seconds" in results:
+            continue
+        set_seed(seed)
+        lora = get_peft_model(models.load_model(options.model, num_labels=len(task.labels or ())), LORA)
+        batch = task.collate(random.Random(seed).sample(examples, options.batch_size))
+        for state in ("start", f"after {options.steps} steps"):
+            if state != "start":
+                arguments = {
+                    "output_dir": str(options.results / "checkpoints"),
+                    "max_steps": options.steps,
+                    "learning_rate": 1e-3,
+                    "save_strategy": "no",
+                    "logging_steps": 1,
+                    "seed": seed,
+                    "report_to": [],
+                }
+                METHODS["lora"]().fit(lora, Training(task, examples, arguments))
+            for std in options.stds:
+                column = f"{state}, Ω = {std}"
+                if column in results[f"seed {seed}"]:
+                    continue
+                found = {}
+                for name, config in VARIANTS.items():
+                    model = variant_of(lora, config, std)
+                    torch.manual_seed(seed)
+                    ratio, error = noise(lambda m=model, b=batch: gradient(m, task, b), options.draws)
+                    found[name] = {"ratio": ratio, "standard_error": error}
+                    print(f"seed {seed}, {column}: {name}: {ratio:.3g} ± {error:.2g}", flush=True)
+                results[f"seed {seed}"][column] = found
+                runs.write_json(file, results)
+        if "seconds" not in results:
+            timed = {"plain LoRA": lora.train()} | {
+                n: variant_of(lora, c, options.stds[0]) for n, c in VARIANTS.items()
             }
-            METHODS["lora"]().fit(lora, Training(task, examples, arguments))
-        for name, config in VARIANTS.items():
-            model = variant_of(lora, config, options.std)
-            torch.manual_seed(0)
-            ratio, error = noise(lambda model=model: gradient(model, task, batch), options.draws)
-            results["noise"].setdefault(name, {})[state] = {"ratio": ratio, "standard_error": error}
-            print(f"{state}: {name}: {ratio:.3g} ± {error:.2g}", flush=True)
-    steps = {"plain LoRA": lora.train()} | {name: variant_of(lora, c, options.std) for name, c in VARIANTS.items()}
-    seconds = times({n: lambda m=m: gradient(m, task, batch) for n, m in steps.items()}, options.rounds)
-    plain = seconds["plain LoRA"]
-    ratios = {name: [a / b for a, b in zip(values, plain, strict=True)] for name, values in seconds.items()}
-    results["seconds"] = seconds
-    results["machine"] = {"cpu": cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+            results["seconds"] = times(
+                {n: lambda m=m, b=batch: gradient(m, task, b) for n, m in timed.items()}, options.rounds
+            )
+            runs.write_json(file, results)
+
     rows: dict[str, dict[str, Any]] = {}
-    for name in steps:
-        rows[name] = {"time / plain LoRA": statistics.median(ratios[name])}
-        quartiles = statistics.quantiles(ratios[name], n=4)
-        rows[name] |= {"lower quartile": quartiles[0], "upper quartile": quartiles[2]}
-        for state, found in results["noise"].get(name, {}).items():
-            rows[name][f"noise, {state}"] = found["ratio"]
-            rows[name][f"± {state}"] = found["standard_error"]
-    columns = list(dict.fromkeys(column for row in rows.values() for column in reversed(row)))[::-1]
+    for name, seconds in results["seconds"].items():
+        ratios = [a / b for a, b in zip(seconds, results["seconds"]["plain LoRA"], strict=True)]
+        lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+        rows[name] = {"time / plain LoRA": middle, "lower quartile": lower, "upper quartile": upper}
+        for column in results[f"seed {options.seeds[0]}"] if name in VARIANTS else ():
+            rows[name][column] = [results[f"seed {seed}"][column][name]["ratio"] for seed in options.seeds]
+    table = evaluation.markdown_table(rows, list(dict.fromkeys(column for row in rows.values() for column in row)))
     text = (
         "# Noise of the gradient, and time of a step\n\n"
-        "Made by `python benchmarks/gradient_noise.py`; options and machine are in results.json. Noise is tr Cov(g) / "
-        f"‖E g‖² over {options.draws} draws with the data fixed, ± its standard error; every Ω is {options.std}.\n\n"
+        "Made by `python benchmarks/gradient_noise.py`; options, machine and standard errors in results.json. Noise "
+        f"is tr Cov(g) / ‖E g‖² over {options.draws} draws with the data fixed, mean ± standard deviation of "
+        f"{len(options.seeds)} seeds; time is the median and the quartiles of {options.rounds} rounds.\n\n"
     )
-    runs.write_json(options.results / "results.json", results)
-    (options.results / "README.md").write_text(text + evaluation.markdown_table(rows, columns), encoding="utf-8")
-    print(evaluation.markdown_table(rows, columns))
+    (options.results / "README.md").write_text(text + table, encoding="utf-8")
+    print(table)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,11 @@ def test_the_noise_of_a_known_gradient():
 
 
 def test_it_runs(base, tmp_path, monkeypatch):
-    options = ["--model", str(base), "--limit", "2", "--steps", "1", "--draws", "3", "--rounds", "2"]
-    monkeypatch.setattr(sys, "argv", ["gradient_noise.py", *options, "--results", str(tmp_path)])
+    options = ["--limit", "2", "--batch-size", "4", "--steps", "1", "--draws", "3", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", ["gradient_noise.py", "--model", str(base), "--results", str(tmp_path), *options])
     gradient_noise.main()
+    before = (tmp_path / "results.json").read_text()
+    gradient_noise.main()  # all is there
+    assert (tmp_path / "results.json").read_text() == before
     assert json.loads((tmp_path / "results.json").read_text())
     assert all(f"| {name} |" in (tmp_path / "README.md").read_text() for name in gradient_noise.VARIANTS)

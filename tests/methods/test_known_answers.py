@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 from scipy.optimize import minimize
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from bloblora.adapter import BlobConfig, bayesianize, find_posterior
 from bloblora.methods import METHODS, Ensemble, Ivon, Map, McDropout, Scalabl, Tfb, Training
@@ -253,6 +254,45 @@ def test_scalabl_folds_its_means_and_draws_its_variance(tokens):
     torch.testing.assert_close(draws.std(0), std, rtol=0.1, atol=0)
     assert not any("scalabl" in name for name, _ in model.named_parameters())
     assert len(_layers(model)) == 4
+
+
+def test_scalabl_without_evidence_goes_to_its_prior(tmp_path):
+    """With B at 0 the NLL knows nothing of the scales: q follows the KL's flow, whose solution `kl_flow_` has."""
+    task, method = Rows(), Scalabl(init_std=0.7, prior_std=1.3, kl_learning_rate=2.0)
+    torch.manual_seed(1)
+    model = method.prepare(Net(), LORA)
+    layer = model.base_model.model.linear
+    for factor in (layer.lora_A, layer.lora_B):
+        factor["default"].weight.requires_grad_(False)
+    start, std = layer.scalabl_mean["default"].detach().clone(), layer.scalabl_std_parameter["default"].detach() ** 2
+    constant = dict(lr_scheduler_type="constant", warmup_steps=0, max_steps=20)
+    sampler = method.fit(model, training(task, tmp_path, **constant))
+    time = 20 * 2.0 / len(task.x)  # steps, times learning rate, times weight 1/D
+    slope = math.tanh(4 * time / 1.3)
+    mean = start * math.exp(-time / 1.3**2)
+    torch.testing.assert_close(layer.lora_A["default"].weight.detach().norm(dim=1), mean, rtol=1e-4, atol=0)
+    (ratio,) = sampler.weights.ratios.values()
+    torch.testing.assert_close(
+        ratio.detach() * mean, 1.3 * (std + 1.3 * slope) / (1.3 + std * slope), rtol=1e-4, atol=0
+    )
+    assert (mean / start < 0.9).all()
+
+
+def test_full_trains_every_weight_as_the_trainer_does(tmp_path):
+    task = Rows()
+    ours, theirs = METHODS["full"]().prepare(Net(), LORA), Net()
+    setup = training(task, tmp_path, max_steps=8, per_device_train_batch_size=8)
+    METHODS["full"]().fit(ours, setup)
+
+    class Plain(Trainer):
+        def compute_loss(self, model, inputs, *_, **__):
+            return nn.functional.cross_entropy(model(inputs["x"]), inputs["labels"])
+
+    Plain(
+        theirs, TrainingArguments(**setup.arguments), train_dataset=task.examples(), data_collator=task.collate
+    ).train()
+    torch.testing.assert_close(ours.linear.weight, theirs.linear.weight, rtol=1e-5, atol=1e-6)
+    assert ours.linear.weight.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("factors", ["A", "B", "AB"])

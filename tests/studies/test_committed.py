@@ -15,6 +15,9 @@ from tests.tiny_base import QUESTIONS, queries, save_base, write_jsonl
 STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
 
 
+BLANKS = [{"question": "The _ is lost.", "choices": ["card", "key"], "answer": i} for i in (0, 1, 0, 1)]
+
+
 def tiny_roberta(folder):
     torch.manual_seed(1)
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -37,12 +40,15 @@ def test_a_committed_study_is_whole(file, tmp_path):
     [("paper_llama2_7b", save_base, QUESTIONS), ("paper_roberta", tiny_roberta, queries())],
 )
 def test_the_papers_tables_on_a_tiny_model_of_their_architecture(name, make_base, records, tmp_path):
-    """Two steps of each method, with everything but model, data and steps as the file has it."""
+    """Two steps of each method, and of `blob` on each data set; all but model, data and steps is as the file has it."""
     study = read_study(STUDIES / f"{name}.yaml")
-    base, data = make_base(tmp_path / "base"), str(write_jsonl(tmp_path / "data.jsonl", records))
-    jobs = [job for job in study.jobs(tmp_path / "runs") if job.dataset in ("arc_easy", "rte") and job.config.seed == 1]
+    base = make_base(tmp_path / "base")
+    jobs = [job for job in study.jobs(tmp_path / "runs") if job.config.seed == 1]
+    jobs = [job for job in jobs if job.dataset in ("arc_easy", "rte") or job.label == "blob"]
     assert {job.label for job in jobs} == set(study.methods)
+    assert {job.dataset for job in jobs} == set(study.datasets)
     for job in jobs:
+        data = str(write_jsonl(tmp_path / "data.jsonl", BLANKS if job.config.task == "blank" else records))
         config = replace(job.config, model=str(base), data=data, steps=2, dtype="float32")
         small = replace(job, config=config, sets={"test": EvalSet(data)}, samples=(0, 2))
         result = run_job(small, tmp_path / "results", progress=False)

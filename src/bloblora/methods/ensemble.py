@@ -3,7 +3,8 @@ r"""Deep ensemble of LoRAs (Lakshminarayanan et al., arXiv 1612.01474; for LoRA:
 .. math:: \bar p(y \mid x) = \frac1M \sum_{m=1}^M p(y \mid x, A_m, B_m)
 
 The members differ in initialization, head and data order, and share one base model in memory. A draw is a member, in
-their order: N above M gives M draws, N = 0 the first member. Training costs M times a LoRA's.
+their order: N above M gives M draws, N = 0 the first member. Training costs M times a LoRA's. M = 5 is as in the first
+paper.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,11 @@
-"""Laplace over the last layer alone (Daxberger et al., arXiv 2106.14806; "LLLA" in Yang et al., arXiv 2308.13111).
+r"""Laplace over the last layer alone (Daxberger et al., arXiv 2106.14806; "LLLA" in Yang et al., arXiv 2308.13111).
 
-As `bloblora.methods.laplace`, and every other weight keeps its trained value. The last layer is a classification head's
-linear layer (its bias is left out) where there is a head, and otherwise the LoRA of the last block that has one.
+.. math:: W_s \sim \mathcal N\big(W^*, (G_W \otimes A_W + \delta I)^{-1}\big), \quad
+    f_s(x) = f(x) + J_W(x)(W_s - W^*)
+
+W is the last layer: a classification head's linear layer (its bias is left out) where there is a head, and otherwise
+the LoRA of the last block that has one. Factors and δ as in `bloblora.methods.laplace`; other weights keep
+their values.
 """
 
 import re

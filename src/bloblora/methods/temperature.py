@@ -3,7 +3,7 @@ r"""Temperature scaling (Guo et al., arXiv 1706.04599): one number, fitted on he
 .. math:: p(y \mid x) = \mathrm{softmax}(f(x)/T), \qquad T = \arg\min_T \sum_{k \in \text{held out}} \mathrm{NLL}_k
 
 ``--temperature-scaling`` does the same on top of any method: for draws, T divides the logits of each one, and
-the NLL is that of the averaged probabilities.
+the NLL is that of the averaged probabilities. The default share that is held out is this project's.
 """
 
 from __future__ import annotations
