@@ -7,7 +7,8 @@ For each estimator of BLoB's noise (independent, flipout, shared, local) and for
 the batch), with every Ω small (0.05) and as large as where trainings of 200 steps end (0.17):
 
 - noise of the gradient: tr Cov(g) / ‖E g‖², over draws of the noise with the data fixed, with a jackknife standard
-  error; with respect to LoRA's A and B (their means where they are Gaussian);
+  error; with respect to LoRA's A and B (their means where they are Gaussian). The table shows it as the signal's share,
+  ‖E g‖² / E‖g‖² = 1 / (1 + noise), which stays finite where next to nothing is signal;
 - time of a forward and backward, as a ratio to plain LoRA's: medians over rounds in which all take turns.
 
 Writes results/gradient_noise/results.json as it goes, goes on from there, and README.md.
@@ -168,12 +169,13 @@ def main() -> None:
         lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
         rows[name] = {"time / plain LoRA": middle, "lower quartile": lower, "upper quartile": upper}
         for column in results[f"seed {options.seeds[0]}"] if name in VARIANTS else ():
-            rows[name][column] = [results[f"seed {seed}"][column][name]["ratio"] for seed in options.seeds]
+            rows[name][column] = [1 / (1 + results[f"seed {s}"][column][name]["ratio"]) for s in options.seeds]
     table = evaluation.markdown_table(rows, list(dict.fromkeys(column for row in rows.values() for column in row)))
     text = (
         "# Noise of the gradient, and time of a step\n\n"
-        "Made by `python benchmarks/gradient_noise.py`; options, machine and standard errors in results.json. Noise "
-        f"is tr Cov(g) / ‖E g‖² over {options.draws} draws with the data fixed, mean ± standard deviation of "
+        "Made by `python benchmarks/gradient_noise.py`; options, machine, the ratios of noise to signal and their "
+        "standard errors in results.json. Signal is ‖E g‖² / E‖g‖², the share of the gradient's square that isn't "
+        f"noise (1: no noise), over {options.draws} draws with the data fixed, mean ± standard deviation of "
         f"{len(options.seeds)} seeds; time is the median and the quartiles of {options.rounds} rounds.\n\n"
     )
     (options.results / "README.md").write_text(text + table, encoding="utf-8")
