@@ -8,12 +8,14 @@ linearized, and by the distilled LoRA. For each: accuracy, ECE, NLL, the AUROC o
 draws an input, the time as a ratio to ten forwards in the same run (in batches, and one by one on a few records), and a
 paired bootstrap of the difference from all ten draws.
 
-Writes results/approximations/seed<n>.json and README.md; a seed that has its file is not repeated.
+Writes results/approximations/seed<n>.json and README.md; a seed that has its file is not repeated. With --missing, what
+the file lacks is measured beside ten forwards of its own.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,9 @@ from bloblora.studies.job import cpu
 
 RESULTS = Path(__file__).parents[1] / "results" / "approximations"
 REFERENCE, EXACT, DISTILLED = "ten forwards", "predict, N = 10", "distilled"
+MIRRORED_STOP = "mirrored, N = 4, stop, error 0.2, tolerance 0.1"
 SEEDS, ALONE = (0, 1, 2), 40
+NOT_OPTIONS = ("results", "runs", "seeds", "missing")
 RULES = {
     f"stop, error {rule.error}, tolerance {rule.tolerance}": rule
     for rule in (StoppingRule(), StoppingRule(tolerance=0.1), StoppingRule(error=0.2, tolerance=0.1))
@@ -43,7 +47,7 @@ class OneByOne:
         self.draw, self.mean = posterior.draw, posterior.mean
 
 
-def variants(run: runs.Run, distilled: runs.Run) -> dict[str, Callable[..., Prediction]]:
+def variants(run: runs.Run, distilled: Callable[[], runs.Run]) -> dict[str, Callable[..., Prediction]]:
     """Ways to predict encoded examples."""
     assert isinstance(run.sampler, WeightDraws)
     posterior = run.sampler.weights
@@ -62,13 +66,14 @@ def variants(run: runs.Run, distilled: runs.Run) -> dict[str, Callable[..., Pred
         "predict, N = 2": by(2, run.sampler),
         "mirrored, N = 4": by(4, WeightDraws(posterior, mirrored=True)),
         "mirrored, N = 2": by(2, WeightDraws(posterior, mirrored=True)),
+        MIRRORED_STOP: by(4, WeightDraws(posterior, mirrored=True), stop=StoppingRule(0.2, 0.1, looks=(2,))),
         **{name: by(10, run.sampler, stop=rule) for name, rule in RULES.items()},
         **{
             f"top {number} of {blocks} blocks, N = 10": by(10, WeightDraws(TopBlocks(posterior, number)))
             for number in (max(1, blocks // part) for part in (2, 4, 8))
         },
         "linearized, two passes": by(10, Linearized(posterior)),
-        DISTILLED: by(0, distilled.sampler, distilled),
+        DISTILLED: lambda examples, size: by(0, distilled().sampler, distilled())(examples, size),
         "the mean, N = 0": by(0, run.sampler),
     }
 
@@ -89,9 +94,9 @@ def train(method: str, seed: int, options: argparse.Namespace) -> runs.Run:
     )
 
 
-def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """All variants of one seed: metrics, times, and scores an example."""
-    run, distilled = train("blob", seed, options), train("distilled", seed, options)
+def measure(seed: int, options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
+    """Variants of one seed that aren't known, beside ten forwards: metrics, times, and scores an example."""
+    run, distilled = train("blob", seed, options), cache(lambda: train("distilled", seed, options))
     inside = runs.select(read_records(options.test), options.test_limit)
     outside = runs.select(read_records(options.outside, require_labels=False), options.outside_limit)
     targets = runs.targets_of(run.task, inside)
@@ -102,7 +107,10 @@ def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
     here, there = encode(inside), encode(outside)
     found: dict[str, Any] = {}
-    for name, function in variants(run, distilled).items():
+    ways = variants(run, distilled)
+    for name, function in ways.items():
+        if name in known and name != REFERENCE:
+            continue
         start = time.perf_counter()
         prediction = function(here, options.batch_size)
         seconds = time.perf_counter() - start
@@ -112,17 +120,19 @@ def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         alone = time.perf_counter() - start
         metrics = evaluation.summary(prediction, targets, function(there, options.batch_size))
         scores = evaluation.example_scores(prediction.log_probabilities, targets)
+        base = found.get(REFERENCE, {"seconds": seconds, "seconds_one_by_one": alone})
         found[name] = {
             "metrics": metrics | {"draws": prediction.num_draws.double().mean().item()},
             "seconds": seconds,
             "seconds_one_by_one": alone,
+            "time": seconds / base["seconds"],
+            "time_one_by_one": alone / base["seconds_one_by_one"],
             "scores": {key: values.tolist() for key, values in scores.items()},
         }
         print(f"seed {seed}: {name}: {seconds:.1f} s, ECE {metrics['ece']:.3f}, NLL {metrics['nll']:.3f}", flush=True)
-    return {
-        "variants": found,
-        "machine": {"cpu": cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__},
-    }
+    if known and not torch.allclose(*(torch.tensor(v[REFERENCE]["scores"]["nll"]) for v in (known, found)), atol=1e-3):
+        raise SystemExit(f"seed {seed}: its model is another on this machine; remove the file to start again")
+    return {name: (found | known)[name] for name in ways}
 
 
 def tables(results: list[dict[str, Any]]) -> str:
@@ -137,13 +147,10 @@ def tables(results: list[dict[str, Any]]) -> str:
     rows, differences = {}, {}
     for name in results[0]["variants"]:
         of = [result["variants"][name] for result in results]
-        base = [result["variants"][REFERENCE] for result in results]
         rows[name] = {
             **{key: [v["metrics"][key] for v in of] for key in ("accuracy", "ece", "nll", "auroc_confidence", "draws")},
-            "time": [v["seconds"] / b["seconds"] for v, b in zip(of, base, strict=True)],
-            "time, one by one": [
-                v["seconds_one_by_one"] / b["seconds_one_by_one"] for v, b in zip(of, base, strict=True)
-            ],
+            "time": [v["time"] for v in of],
+            "time, one by one": [v["time_one_by_one"] for v in of],
         }
         if name not in (REFERENCE, EXACT):
             differences[name] = {
@@ -172,16 +179,20 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--model", default=models.DEFAULT_MODEL)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--missing", action="store_true", help="measure variants that a seed's file lacks")
     parser.add_argument("--runs", type=Path, default=Path("runs/approximations"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
     results = []
+    machine = {"cpu": cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     for seed in options.seeds:
         file = options.results / f"seed{seed}.json"
-        if not file.is_file():
-            shown = {k: Path(str(v)).name for k, v in vars(options).items() if k not in ("results", "runs", "seeds")}
-            write_json(file, {"options": shown, **measure(seed, options)})
+        result = read_json(file, ValueError) if file.is_file() else {"variants": {}, "machine": machine}
+        if options.missing or not result["variants"]:
+            shown = {k: Path(str(v)).name for k, v in vars(options).items() if k not in NOT_OPTIONS}
+            found = measure(seed, options, result["variants"])
+            write_json(file, {"options": shown, **result, "variants": found})
         results.append(read_json(file, ValueError))
     text = (
         "# Cheaper predictions against N = 10 draws\n\n"

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from bloblora import runs, tasks
 from bloblora.methods import METHODS
@@ -70,8 +71,6 @@ def test_a_run_comes_back_and_its_draws_are_functions(method, records, config):
 def test_a_stopped_training_ends_with_the_same_bits(method, config, tmp_path):
     class Stop(Exception):
         pass
-
-    from transformers import TrainerCallback
 
     class Interrupt(TrainerCallback):
         def __init__(self, after):

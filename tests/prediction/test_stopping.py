@@ -17,6 +17,15 @@ def draws(num_inputs, num_draws, spread, seed=0):
     return (centre + spread * noise).log_softmax(-1)
 
 
+def mirrored_draws(num_inputs, num_draws, spread, seed=0):
+    """The same in pairs about the mean, with a curvature that both of a pair share."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.randn(num_inputs, 3, generator=generator)
+    noise = torch.randn(num_draws // 2, num_inputs, 3, generator=generator)
+    even, odd = spread * (noise.square() - 1) / 2, spread * noise
+    return (centre + torch.stack([even + odd, even - odd], 1).flatten(0, 1)).log_softmax(-1)
+
+
 def stopped(log_probs, rule):
     """The draws that the rule asks for; the others are -inf."""
     kept, total = log_probs.clone(), len(log_probs)
@@ -38,6 +47,23 @@ def test_the_answer_of_all_draws_but_for_the_stated_share(spread, error):
     wrong = (found.labels != everything.labels).double().mean().item()
     assert wrong < error + 4 * math.sqrt(error * (1 - error) / size)
     assert found.num_draws.double().mean() < 9.5
+
+
+@pytest.mark.parametrize("num_samples", [4, 10])
+@pytest.mark.parametrize("spread", [0.05, 0.3, 1.0])
+def test_mirrored_draws_err_less_than_stated(spread, num_samples):
+    rule = StoppingRule(error=0.2, tolerance=1.0, looks=(2, 4, 6))
+    log_probs = mirrored_draws(20_000, num_samples, spread)
+    found, everything = stopped(log_probs, rule), Prediction(log_probs, num_samples)
+    assert (found.labels != everything.labels).double().mean() < 0.05
+    assert found.num_draws.double().mean() < 0.9 * num_samples
+
+
+def test_only_looks_that_can_be_taken_share_the_error():
+    log_probs = draws(1000, 2, 0.3)
+    one, more = (StoppingRule(error=0.1, looks=looks) for looks in ((2,), (2, 4, 6)))
+    assert torch.equal(one.settled(log_probs, 4), more.settled(log_probs, 4))
+    assert one.settled(log_probs, 10).sum() > more.settled(log_probs, 10).sum()
 
 
 def test_without_the_quantile_the_promise_breaks():

@@ -41,6 +41,7 @@ def probabilities(run, num_samples=10, sampler=None, stop=None):
         ("top-blocks:1", lambda q: WeightDraws(TopBlocks(q, 1)), None),
         ("stop", WeightDraws, StoppingRule()),
         ("stop:0.3:0.2", WeightDraws, StoppingRule(0.3, 0.2)),
+        ("mirrored-stop:0.3:0.2", lambda q: WeightDraws(q, mirrored=True), StoppingRule(0.3, 0.2, (2, 4, 6))),
     ],
 )
 def test_a_run_predicts_as_its_approximation_does(folder, name, sampler, stop):

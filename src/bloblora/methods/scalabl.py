@@ -38,7 +38,7 @@ class Scalabl(Method):
 
     Args:
         prior_std: of the prior N(0, σp²) on each scale.
-        init_std: ε, where σ starts: in [ε²/2, ε²].
+        init_std: ε, where σ starts: in [ε²/2, ε²]; with 0.2 in [0.02, 0.04], about where their settings do.
         kl_learning_rate: on the KL.
     """
 

@@ -10,18 +10,19 @@ from ..prediction import Linearized, Sampler, StoppingRule, Tempered, TopBlocks,
 from .config import RunError
 from .folder import open_run
 
-_FORMS = "'mirrored', 'linearized', 'top-blocks:K', 'stop' or 'stop:ERROR:TOLERANCE'"
+_FORMS = "'mirrored', 'linearized', 'top-blocks:K', or 'stop' or 'mirrored-stop', with or without ':ERROR:TOLERANCE'"
+_LOOKS = {"stop": StoppingRule.looks, "mirrored-stop": (2, 4, 6)}  # pairs stay whole
 
 
 @dataclass(frozen=True)
 class Approximation:
-    """One of them: `mirrored`, `linearized`, `top-blocks` or `stop`.
+    """One of them: `mirrored`, `linearized`, `top-blocks`, `stop` or `mirrored-stop`.
 
     Attributes:
         name: as given.
         kind: the part before a colon.
         blocks: of `TopBlocks`.
-        stop: the rule of ``stop``; None for the others.
+        stop: the rule of ``stop`` and ``mirrored-stop``; None for the others.
     """
 
     name: str
@@ -42,9 +43,9 @@ class Approximation:
                 return cls(name, kind)
             if kind == "top-blocks" and len(values) == 1 and int(values[0]) > 0:
                 return cls(name, kind, blocks=int(values[0]))
-            if kind == "stop" and len(values) in (0, 2):
+            if kind in _LOOKS and len(values) in (0, 2):
                 error, tolerance = map(float, values or (StoppingRule.error, StoppingRule.tolerance))
-                return cls(name, kind, stop=StoppingRule(error, tolerance))
+                return cls(name, kind, stop=StoppingRule(error, tolerance, _LOOKS[kind]))
         except ValueError as problem:
             raise RunError(f"approximate: {name!r}: {problem}") from problem
         raise RunError(f"approximate: {name!r}; it must be {_FORMS}")
@@ -66,9 +67,9 @@ class Approximation:
         assert isinstance(posterior, Posterior)
         if self.kind == "linearized":
             return Linearized(posterior)
-        if self.kind == "mirrored":
-            return WeightDraws(posterior, mirrored=True)
-        return WeightDraws(TopBlocks(posterior, self.blocks))
+        if self.kind == "top-blocks":
+            return WeightDraws(TopBlocks(posterior, self.blocks))
+        return WeightDraws(posterior, mirrored=True)
 
 
 def check_approximation(directory: str | os.PathLike[str], approximate: str | None) -> None:

@@ -86,7 +86,8 @@ def load_run(directory: str | os.PathLike[str], approximate: str | None = None) 
         directory: its folder, or its place on the hub: ``hub:user/name`` or ``hub:user/name@revision``.
         approximate: how its predictions save forwards, at some loss: ``mirrored`` (draws in pairs about the mean; two
             do what several do), ``linearized`` (two passes, whatever N), ``top-blocks:K`` (draws in the last K blocks
-            alone), or ``stop`` (no more draws for an input whose answer is settled; ``stop:ERROR:TOLERANCE``).
+            alone), ``stop`` (no more draws for an input whose answer is settled; ``stop:ERROR:TOLERANCE``), or
+            ``mirrored-stop`` (both; try it with N = 4).
 
     Raises:
         RunError: the folder isn't one, its training isn't finished, or its method can't be approximated so.

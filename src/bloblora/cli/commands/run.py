@@ -112,8 +112,9 @@ def calibrate(
         seed: of the draws.
         batch_size: inputs a forward.
         approximate: save forwards at some loss (docs/cost.md): `mirrored` (draws in pairs about the mean; 2 do what
-            several do), `linearized` (two passes, whatever N), `top-blocks:K` (draws in the last K blocks alone), or
-            `stop` (no more draws for an input whose answer is settled; `stop:ERROR:TOLERANCE`).
+            several do), `linearized` (two passes, whatever N), `top-blocks:K` (draws in the last K blocks alone),
+            `stop` (no more draws for an input whose answer is settled; `stop:ERROR:TOLERANCE`), or `mirrored-stop`
+            (both; try it with N = 4).
         json: print JSON, what decision.json holds.
     """
     logging.disable_progress_bar()
@@ -181,8 +182,9 @@ def evaluate(
         seed: of the draws.
         batch_size: inputs a forward.
         approximate: save forwards at some loss (docs/cost.md): `mirrored` (draws in pairs about the mean; 2 do what
-            several do), `linearized` (two passes, whatever N), `top-blocks:K` (draws in the last K blocks alone), or
-            `stop` (no more draws for an input whose answer is settled; `stop:ERROR:TOLERANCE`).
+            several do), `linearized` (two passes, whatever N), `top-blocks:K` (draws in the last K blocks alone),
+            `stop` (no more draws for an input whose answer is settled; `stop:ERROR:TOLERANCE`), or `mirrored-stop`
+            (both; try it with N = 4).
         output: write the metrics to this JSON file.
         predictions: write what `predict` says of each record to this file, 256 at a time; FILE.meta.json beside it says
             of which run, records, samples and seed.
@@ -255,8 +257,9 @@ def predict(
         seed: of the draws.
         batch_size: inputs a forward.
         approximate: save forwards at some loss (docs/cost.md): `mirrored` (draws in pairs about the mean; 2 do what
-            several do), `linearized` (two passes, whatever N), `top-blocks:K` (draws in the last K blocks alone), or
-            `stop` (no more draws for an input whose answer is settled; `stop:ERROR:TOLERANCE`).
+            several do), `linearized` (two passes, whatever N), `top-blocks:K` (draws in the last K blocks alone),
+            `stop` (no more draws for an input whose answer is settled; `stop:ERROR:TOLERANCE`), or `mirrored-stop`
+            (both; try it with N = 4).
         output: file to write, which appears when it is complete; default standard output.
     """
     logging.disable_progress_bar()

@@ -51,8 +51,9 @@ def serve(
         api_key_file: keys, one a line, of which a request must bring one as `Authorization: Bearer KEY`.
         drain_seconds: after SIGTERM, how long /ready says 503 before new connections are refused.
         approximate: save forwards at some loss (docs/cost.md): `mirrored` (draws in pairs about the mean; 2 do what
-            several do), `linearized` (two passes, whatever N), `top-blocks:K` (draws in the last K blocks alone), or
-            `stop` (no more draws for an input whose answer is settled; `stop:ERROR:TOLERANCE`).
+            several do), `linearized` (two passes, whatever N), `top-blocks:K` (draws in the last K blocks alone),
+            `stop` (no more draws for an input whose answer is settled; `stop:ERROR:TOLERANCE`), or `mirrored-stop`
+            (both; try it with N = 4).
     """
     logging.disable_progress_bar()
     try:
