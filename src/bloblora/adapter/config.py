@@ -21,7 +21,9 @@ class BlobConfig:
         default=0.2,
         metadata={
             "help": "Standard deviation σp of the prior, whatever its family (`learned_normal` has its own). Larger "
-            "allows more uncertainty and pulls the mean less; smaller keeps the posterior closer to a point."
+            "allows more uncertainty and pulls the mean less; smaller keeps the posterior closer to a point, and the "
+            "adapter to the base model. Try 0.05 where the base model can answer, 0.4 below a new head "
+            "(docs/choosing.md)."
         },
     )
     init_std: float = field(

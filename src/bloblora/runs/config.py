@@ -51,7 +51,8 @@ class TrainConfig:
         gradient_checkpointing: trade time for memory.
         prior: family of the prior: ``normal``, ``laplace``, ``student_t``, ``scale_mixture`` or ``learned_normal``
             (blob and its kin).
-        prior_std: σp of the prior (blob and its kin, map, scalabl).
+        prior_std: σp of the prior (blob and its kin, map, scalabl). What matters most of a method's options: try 0.05
+            where the base model can answer, 0.4 below a new head (docs/choosing.md).
         init_std: ε, where Ω starts (blob and its kin, scalabl).
         std_parameterization: ``square`` or ``softplus`` (blob and its kin).
         estimator: ``independent``, ``flipout``, ``shared`` or ``local`` (blob and its kin).
