@@ -78,6 +78,14 @@ def test_a_step_trains_the_adapter_and_leaves_the_base(name):
     assert any("blob_std" in key for key in moved) == (name in benchmark.BLOB)
 
 
+def test_the_profile_finds_what_blob_adds():
+    base, name = benchmark.load(None), "independent, flow"
+    batch = benchmark.batch_of(base, 4, 8)
+    trainers = {n: benchmark.trainer_of(n, benchmark.share_weights(base), TARGETS) for n in (benchmark.PLAIN, name)}
+    more = benchmark.account({n: benchmark.step_of(trainer, batch) for n, trainer in trainers.items()}, name, count=1)
+    assert "aten::bmm" in more  # the noise's
+
+
 def test_smoke(tmp_path, capsys):
     variants = ["independent, flow", "independent, joint"]
     benchmark.main(["--smoke", "--no-memory", "--results", str(tmp_path), "--variants", *variants])
@@ -86,7 +94,9 @@ def test_smoke(tmp_path, capsys):
     for cell in results["cells"].values():
         assert set(cell["kl_share"]) == set(variants)
         assert cell["ratio"][benchmark.PLAIN] == [1.0, 1.0]
-        assert "aten::bmm" in cell["more_seconds"]
+        more = list(cell["more_seconds"].values())
+        assert len(more) == 12
+        assert sorted(more, key=abs, reverse=True) == more
     report = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert report in capsys.readouterr().out
     assert "| independent, joint |" in report
