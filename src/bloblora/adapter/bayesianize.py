@@ -37,7 +37,7 @@ class Posterior:
         self.adapter_name = adapter_name
         self._layers = dict(_bayesian_layers(model, adapter_name))
         self.config = _variant(next(iter(self._layers.values())), adapter_name).config
-        self.prior = q.PRIORS[self.config.prior](self.config.prior_std)
+        self.prior = self.config.build_prior()
 
     def named_layers(self) -> dict[str, LoraLayer]:
         """The Bayesian layers by their names in the model, in the model's order."""

@@ -2,14 +2,12 @@
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
-from ..posterior import ESTIMATORS, PRIORS, STD_PARAMETERIZATIONS
-
-FACTORS = ("A", "B", "AB")
+from ..posterior import Prior, build_prior
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class BlobConfig:
     """Configuration of the Gaussian over LoRA's A (or B, or both).
 
@@ -23,21 +21,23 @@ class BlobConfig:
             "help": "Standard deviation σp of the prior, whatever its family (`learned_normal` has its own). Larger "
             "allows more uncertainty and pulls the mean less; smaller keeps the posterior closer to a point, and the "
             "adapter to the base model. Try 0.05 where the base model can answer, 0.4 below a new head "
-            "(docs/choosing.md)."
+            "(docs/choosing.md).",
+            "search": (0.03, 0.6),
         },
     )
     init_std: float = field(
         default=0.05,
         metadata={
             "help": "ε: Ω starts between ε²/2 and ε². Raise it when the posterior does not leave its start within the "
-            "steps that you can afford; lower it when the first steps diverge."
+            "steps that you can afford; lower it when the first steps diverge.",
+            "search": (0.016, 0.16),
         },
     )
-    std_parameterization: str = field(
+    std_parameterization: Literal["square", "softplus"] = field(
         default="square",
         metadata={"help": "How Ω is kept positive: `square` is Ω = G∘G (the paper's), `softplus` Ω = log(1 + exp ρ)."},
     )
-    estimator: str = field(
+    estimator: Literal["independent", "flipout", "shared", "local"] = field(
         default="independent",
         metadata={
             "help": "How the noise of a training step is drawn: `independent` (per example), `flipout` (the "
@@ -45,7 +45,7 @@ class BlobConfig:
         },
     )
 
-    factors: str = field(
+    factors: Literal["A", "B", "AB"] = field(
         default="A",
         metadata={
             "help": "Which factors of LoRA are Gaussian: `A` (the paper's: B stays a point), `B`, or `AB`. The others "
@@ -60,20 +60,28 @@ class BlobConfig:
             "posterior). See `bloblora.posterior.priors`."
         },
     )
+    prior_kwargs: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Shape parameters of the prior: `degrees_of_freedom` of `student_t`; `slab_weight` and "
+            "`spike_ratio` of `scale_mixture`; `num_pairs` of those whose KL is estimated."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("prior_std", "init_std"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
                 raise ValueError(f"BlobConfig.{name} must be a finite number above 0, got {value!r}")
-        for name, choices in (
-            ("prior", PRIORS),
-            ("std_parameterization", STD_PARAMETERIZATIONS),
-            ("estimator", ESTIMATORS),
-            ("factors", FACTORS),
-        ):
-            if (value := getattr(self, name)) not in choices:
+        self.build_prior()
+        hints = get_type_hints(type(self))
+        for name in ("std_parameterization", "estimator", "factors"):
+            if (value := getattr(self, name)) not in (choices := get_args(hints[name])):
                 raise ValueError(f"BlobConfig.{name} must be one of {', '.join(choices)}, got {value!r}")
+
+    def build_prior(self) -> Prior:
+        """The prior of one entry."""
+        return build_prior(self.prior, self.prior_std, self.prior_kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON takes them."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..adapter import BlobConfig, bayesianize
 from ..prediction import Sampler
-from ..training import BlobTrainingArguments, check_style
+from ..training import BlobTrainingArguments, Objective, check_style
 from .gaussian import GaussianMethod, posterior_draws
 from .method import Training
 
@@ -51,7 +51,7 @@ class Blob(GaussianMethod):
 
     def __post_init__(self) -> None:
         self.config()
-        BlobTrainingArguments.check({name: getattr(self, name) for name in _OBJECTIVE})
+        Objective(**{name: getattr(self, name) for name in _OBJECTIVE}).check()
         check_style(self.optimizer_style, self.std_parameterization)
 
     def config(self) -> BlobConfig:

@@ -20,6 +20,7 @@ from .priors import (
     Prior,
     ScaleMixturePrior,
     StudentTPrior,
+    build_prior,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Prior",
     "ScaleMixturePrior",
     "StudentTPrior",
+    "build_prior",
     "init_std_parameter",
     "kl_divergence",
     "kl_flow_",

@@ -13,11 +13,13 @@ r"""Priors over the entries of LoRA's A, all of one shape: ``PRIORS[name](prior_
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from ..registry import Registry
 from .gaussian import kl_divergence, kl_flow_, kl_gradients, log_std, stack, std
 
 
@@ -264,14 +266,37 @@ class ScaleMixturePrior(Prior):
         return stds * torch.randn(shape, generator=generator, device=generator.device)
 
 
-PRIORS: dict[str, type[Prior]] = {
-    "normal": NormalPrior,
-    "laplace": LaplacePrior,
-    "student_t": StudentTPrior,
-    "scale_mixture": ScaleMixturePrior,
-    "learned_normal": LearnedNormalPrior,
-}
+PRIORS: Registry[type[Prior]] = Registry(
+    "bloblora.priors",
+    {
+        "normal": f"{__name__}:NormalPrior",
+        "laplace": f"{__name__}:LaplacePrior",
+        "student_t": f"{__name__}:StudentTPrior",
+        "scale_mixture": f"{__name__}:ScaleMixturePrior",
+        "learned_normal": f"{__name__}:LearnedNormalPrior",
+    },
+    lambda _, prior: None if isinstance(prior, type) and issubclass(prior, Prior) else "it isn't a class of Prior",
+)
 """The priors by name."""
+
+
+def build_prior(name: str, prior_std: float, shape: Mapping[str, float] | None = None) -> Prior:
+    """The prior of a name.
+
+    Args:
+        name: one of ``PRIORS``.
+        prior_std: σp.
+        shape: its shape parameters: the fields of its class beside ``prior_std``.
+
+    Raises:
+        ValueError: there is no such prior or shape parameter, or one is out of its range.
+    """
+    kind = PRIORS.find(name, "prior")
+    known = [f.name for f in fields(kind) if f.name != "prior_std"]
+    if unknown := sorted(set(shape or {}).difference(known)):
+        raise ValueError(f"prior_kwargs: prior {name!r} has no {', '.join(unknown)}; it has {', '.join(known)}")
+    return kind(prior_std, **(shape or {}))
+
 
 _NO_DENSITY = "learned_normal has no density without a posterior; use NormalPrior with one of LearnedNormalPrior().stds"
 

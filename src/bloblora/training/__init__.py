@@ -1,17 +1,27 @@
 """Training on the evidence lower bound with transformers' own loop."""
 
-from .arguments import BlobTrainingArguments, check_style
+from .arguments import (
+    OBJECTIVE,
+    BlobTrainingArguments,
+    Objective,
+    check_count,
+    check_style,
+    kl_weight,
+    rescaled_dataset_size,
+)
 from .checkpoints import last_checkpoint
 from .divergence import DivergedError
 from .histograms import PosteriorHistograms
-from .kl_weights import kl_weight, rescaled_dataset_size
 from .trainer import BlobTrainer
 
 __all__ = [
+    "OBJECTIVE",
     "BlobTrainer",
     "BlobTrainingArguments",
     "DivergedError",
+    "Objective",
     "PosteriorHistograms",
+    "check_count",
     "check_style",
     "kl_weight",
     "last_checkpoint",

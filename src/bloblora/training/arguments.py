@@ -1,25 +1,75 @@
-"""TrainingArguments plus what the ELBO needs."""
+"""What the evidence lower bound needs beside transformers' TrainingArguments."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Literal, get_args
 
 from transformers import TrainingArguments
 
-from .kl_weights import KL_WEIGHTINGS
+KlWeighting = Literal["uniform", "reweighted"]
+OptimizerStyle = Literal["flow", "alternating", "joint"]
 
-OPTIMIZER_STYLES = ("flow", "alternating", "joint")
 
+@dataclass(kw_only=True)
+class Objective:
+    """How the negative evidence lower bound is minimized; fields of `BlobTrainingArguments` and options of methods.
 
-def check_style(optimizer_style: str, std_parameterization: str) -> None:
-    """Raise a ValueError where a posterior of this parameterization can't be trained in this style."""
-    if optimizer_style == "flow" and std_parameterization != "square":
-        raise ValueError("optimizer_style 'flow' needs std_parameterization 'square'; use 'joint' or 'alternating'")
+    Raises:
+        ValueError: by `check`, a field is out of its range.
+    """
+
+    kl_weighting: KlWeighting = field(
+        default="uniform",
+        metadata={"help": "How the KL is spread over a pass: `uniform`, or `reweighted` (the paper's: late batches)."},
+    )
+    kl_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Multiplies the KL. 1 is the ELBO; lower trusts the data more (a cold posterior).",
+            "search": (0.1, 10.0),
+        },
+    )
+    dataset_rescaling: bool = field(
+        default=False,
+        metadata={"help": "Take the number of batches of a pass from the paper's pseudo data size 100·D^(π/γ)."},
+    )
+    gamma: float = field(default=8.0, metadata={"help": "γ of the data set rescaling; larger makes the KL weigh more."})
+    optimizer_style: OptimizerStyle = field(
+        default="flow",
+        metadata={
+            "help": "`flow`: AdamW on the NLL, then the exact gradient flow of the weighted KL, which can't overshoot. "
+            "`alternating` (the paper's): the same with one SGD step on the KL. `joint`: one AdamW step on the sum."
+        },
+    )
+    kl_learning_rate: float = field(
+        default=0.2,
+        metadata={
+            "help": "Learning rate on the KL (`flow`, `alternating`); follows the same schedule. The knob between "
+            "accuracy and calibration: higher makes Ω larger and M smaller.",
+            "search": (0.063, 0.63),
+        },
+    )
+    num_weight_draws: int = field(
+        default=1,
+        metadata={"help": "Weight draws averaged in a training step; cost and memory grow with it."},
+    )
+
+    def check(self) -> None:
+        """Raise a ValueError where a field is out of its range."""
+        for name, choices in (("kl_weighting", KlWeighting), ("optimizer_style", OptimizerStyle)):
+            if (value := getattr(self, name)) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+        for name in ("kl_scale", "kl_learning_rate"):
+            value = getattr(self, name)
+            if not (_is_number(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        check_count("num_weight_draws", self.num_weight_draws, 1)
+        if not (_is_number(self.gamma) and self.gamma > 0):
+            raise ValueError(f"gamma must be a finite number above 0, got {self.gamma!r}")
 
 
 @dataclass
-class BlobTrainingArguments(TrainingArguments):
+class BlobTrainingArguments(Objective, TrainingArguments):
     r"""Arguments of `BlobTrainer`.
 
     One step minimizes, per example,
@@ -33,43 +83,12 @@ class BlobTrainingArguments(TrainingArguments):
         ValueError: a field is out of its range.
     """
 
-    kl_weighting: str = field(
-        default="uniform",
-        metadata={"help": "How the KL is spread over a pass: `uniform`, or `reweighted` (the paper's: late batches)."},
-    )
-    kl_scale: float = field(
-        default=1.0,
-        metadata={"help": "Multiplies the KL. 1 is the ELBO; lower trusts the data more (a cold posterior)."},
-    )
-    dataset_rescaling: bool = field(
-        default=False,
-        metadata={"help": "Take the number of batches of a pass from the paper's pseudo data size 100·D^(π/γ)."},
-    )
-    gamma: float = field(default=8.0, metadata={"help": "γ of the data set rescaling; larger makes the KL weigh more."})
     dataset_size: int | None = field(
         default=None,
         metadata={
             "help": "Training examples D; needed where the data set is a stream without a length. Without a task the "
             "NLL is the model's own loss: where that is a mean over tokens, D counts the label tokens."
         },
-    )
-    optimizer_style: str = field(
-        default="flow",
-        metadata={
-            "help": "`flow`: AdamW on the NLL, then the exact gradient flow of the weighted KL, which can't overshoot. "
-            "`alternating` (the paper's): the same with one SGD step on the KL. `joint`: one AdamW step on the sum."
-        },
-    )
-    kl_learning_rate: float = field(
-        default=0.2,
-        metadata={
-            "help": "Learning rate on the KL (`flow`, `alternating`); follows the same schedule. The knob between "
-            "accuracy and calibration: higher makes Ω larger and M smaller."
-        },
-    )
-    num_weight_draws: int = field(
-        default=1,
-        metadata={"help": "Weight draws averaged in a training step; cost and memory grow with it."},
     )
     eval_num_samples: int = field(
         default=0,
@@ -85,25 +104,46 @@ class BlobTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self.check({option.name: getattr(self, option.name) for option in fields(BlobTrainingArguments)})
+        self.check()
+        check_count("eval_num_samples", self.eval_num_samples, 0)
+        if self.dataset_size is not None:
+            check_count("dataset_size", self.dataset_size, 1)
         # Otherwise the data's order hangs on whichever seed torch was given last, and that differs between processes.
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         super().__post_init__()
 
-    @staticmethod
-    def check(options: Mapping[str, Any]) -> None:
-        """Raise a ValueError where one of these options, by name, is out of its range; others aren't looked at."""
-        for name, choices in (("kl_weighting", KL_WEIGHTINGS), ("optimizer_style", OPTIMIZER_STYLES)):
-            if name in options and (value := options[name]) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        for name in ("kl_scale", "kl_learning_rate"):
-            value = options.get(name, 0)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-        for name, minimum in (("num_weight_draws", 1), ("eval_num_samples", 0), ("dataset_size", 1)):
-            value = options.get(name, minimum)
-            if not (isinstance(value, int) and value >= minimum) and not (name == "dataset_size" and value is None):
-                raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
-        gamma = options.get("gamma", 1)
-        if not (isinstance(gamma, (int, float)) and math.isfinite(gamma) and gamma > 0):
-            raise ValueError(f"gamma must be a finite number above 0, got {gamma!r}")
+
+OBJECTIVE = tuple(option.name for option in fields(Objective))
+"""Names of the objective's options."""
+
+
+def check_style(optimizer_style: str, std_parameterization: str) -> None:
+    """Raise a ValueError where a posterior of this parameterization can't be trained in this style."""
+    if optimizer_style == "flow" and std_parameterization != "square":
+        raise ValueError("optimizer_style 'flow' needs std_parameterization 'square'; use 'joint' or 'alternating'")
+
+
+def check_count(name: str, value: object, minimum: int) -> None:
+    """Raise a ValueError unless the value is a whole number of at least ``minimum``."""
+    if not (isinstance(value, int) and value >= minimum):
+        raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+
+
+def kl_weight(position: int, num_batches: int, weighting: str) -> float:
+    r"""Share λ_i of the KL that mini-batch ``position`` (1..K) of a pass of K takes; over a pass they sum to 1.
+
+    ``uniform``: 1/K. ``reweighted``: :math:`2^{i-1} / (2^K - 1)`, computed in log space (2^K overflows a float from
+    K = 1024 on). The paper (arXiv 2406.11675, section 3.3) prints 2^i, with which a pass would count the KL twice.
+    """
+    if weighting == "uniform":
+        return 1 / num_batches
+    return math.exp((position - 1 - num_batches) * math.log(2) - math.log1p(-(2.0**-num_batches)))
+
+
+def rescaled_dataset_size(size: float, gamma: float = 8.0) -> float:
+    r"""The paper's pseudo data size :math:`\hat D = 100\, D^{\pi/\gamma}` (arXiv 2406.11675, appendix)."""
+    return 100 * size ** (math.pi / gamma)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

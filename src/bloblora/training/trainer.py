@@ -20,7 +20,7 @@ from ..adapter import Posterior, find_posterior, load_posterior, save_posterior
 from ..adapter.sharding import reshard, trained_state
 from ..adapter.variant import STD_PARAMETER
 from ..posterior import separate_noise
-from .arguments import BlobTrainingArguments, check_style
+from .arguments import BlobTrainingArguments, check_style, kl_weight, rescaled_dataset_size
 from .checkpoints import adapter_folder, last_checkpoint, remove_torn
 from .divergence import (
     DivergedError,
@@ -30,7 +30,6 @@ from .divergence import (
     first_bad_weight,
     last_bad_gradient,
 )
-from .kl_weights import kl_weight, rescaled_dataset_size
 
 _RANK_STRIDE = 1_000_003
 
