@@ -58,7 +58,7 @@ def test_every_method_of_weight_draws_writes(method, base, tmp_path):
         **{**SETTINGS, "steps": 2},
         **options,
     )
-    found = write(runs.train(config, progress=False), RECORDS, 3, max_new_tokens=4, do_sample=False)
+    found = runs.train(config, progress=False).generate(RECORDS, 3, max_new_tokens=4, do_sample=False)
     assert len(found.draw_tokens) == {"lora": 1, "ensemble": 2}.get(method, 3)
     assert torch.isfinite(torch.stack([*found.scores().values()])).all()
 
@@ -102,7 +102,8 @@ def test_wrong_options(options, message, trained, tmp_path):
     if "input" in options:
         options = {"input": str(data)}
     with pytest.raises(runs.RunError, match=message):
-        generate(trained.config.output, **{"input": str(data), **options})
+        source = options.pop("input", str(data))
+        generate(trained.config.output, source, GenerationOptions(**options))
 
 
 def test_runs_that_do_not_fit(trained, base, tmp_path):
