@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bloblora import runs
-from bloblora.cli.run import generate
+from bloblora.cli.run import GenerationOptions, generate
 from bloblora.runs.checks import check_generates
 from tests.tiny_base import queries, write_jsonl
 
@@ -99,11 +99,9 @@ def test_the_command_answers_a_stream_with_samples(trained, monkeypatch, capsys)
 )
 def test_wrong_options(options, message, trained, tmp_path):
     data = write_jsonl(tmp_path / "texts.jsonl", queries())
-    if "input" in options:
-        options = {"input": str(data)}
+    options = {key: value for key, value in options.items() if key != "input"}
     with pytest.raises(runs.RunError, match=message):
-        source = options.pop("input", str(data))
-        generate(trained.config.output, source, GenerationOptions(**options))
+        generate(trained.config.output, str(data), GenerationOptions(**options))
 
 
 def test_runs_that_do_not_fit(trained, base, tmp_path):
