@@ -66,7 +66,8 @@ def test_every_method_of_weight_draws_writes(method, base, tmp_path):
 def test_the_command(trained, tmp_path, capsys):
     prompts = write_jsonl(tmp_path / "prompts.jsonl", RECORDS)
     output = tmp_path / "answers.jsonl"
-    generate(trained.config.output, str(prompts), samples=3, max_new_tokens=8, output=str(output))
+    options = GenerationOptions(samples=3, max_new_tokens=8)
+    generate(trained.config.output, str(prompts), options, output=str(output))
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [line["prompt"] for line in lines] == [record["prompt"] for record in RECORDS]
     assert lines[0]["id"] == 7
@@ -81,7 +82,8 @@ def test_the_command(trained, tmp_path, capsys):
 def test_the_command_answers_a_stream_with_samples(trained, monkeypatch, capsys):
     text = "".join(json.dumps({"prompt": record["prompt"]}) + "\n" for record in RECORDS)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    generate(trained.config.output, "-", samples=2, max_new_tokens=4, temperature=5.0, top_p=0.9)
+    options = GenerationOptions(samples=2, max_new_tokens=4, temperature=5.0, top_p=0.9)
+    generate(trained.config.output, "-", options)
     first = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     options = {"max_new_tokens": 4, "do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 0}
     assert [line["answer"] for line in first] == trained.generate(RECORDS, 2, **options).texts
