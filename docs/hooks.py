@@ -77,6 +77,8 @@ def options_table(what: str) -> str:
     hints = get_type_hints(kind)
     rows = ["| option | default | meaning |", "|---|---|---|"]
     for option in dataclasses.fields(kind):
+        if option.name == "pad_token_id":  # of every task, from the tokenizer
+            continue
         text = option.metadata.get("help", "")
         if not text:
             _log.warning("%s.%s has no metadata['help'], and so no meaning in the docs", kind.__name__, option.name)
