@@ -15,7 +15,7 @@ def test_jobs_are_seed_by_seed_and_a_methods_options_win(content, write, tmp_pat
         "desk--wide_blob--seed1",
     ]
     assert [job.config.steps for job in jobs] == [7, 3, 7, 3]
-    assert [job.config.method for job in jobs] == ["lora", "blob"] * 2
+    assert [job.config.method["name"] for job in jobs] == ["lora", "blob"] * 2
     assert jobs[1].config.prior_std == 0.5
     assert jobs[0].config.data == str(tmp_path / "train.jsonl")
     assert jobs[0].config.learning_rate == 0.01
