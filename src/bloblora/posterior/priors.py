@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -280,7 +281,7 @@ PRIORS: Registry[type[Prior]] = Registry(
 """The priors by name."""
 
 
-def build_prior(name: str, prior_std: float, shape: Mapping[str, float] | None = None) -> Prior:
+def build_prior(name: str, prior_std: float, shape: Mapping[str, Any] | None = None) -> Prior:
     """The prior of a name.
 
     Args:
