@@ -94,9 +94,10 @@ class BlobTrainerMixin(_Host):
         # Otherwise the data's order hangs on whichever seed torch was given last, and that differs between processes.
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         super().__init__(model=model, args=args, **kwargs)
-        self._module: nn.Module = self.model
+        assert isinstance(self.model, nn.Module)
+        self._module = self.model
         self.task = task
-        self.posterior: Posterior | None = find_posterior(self.model)
+        self.posterior: Posterior | None = find_posterior(self._module)
         if task is not None or self.is_deepspeed_enabled:
             self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the model could do
         self._reset_logs()
