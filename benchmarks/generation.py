@@ -26,7 +26,6 @@ from bloblora.data import read_records
 from bloblora.files import write_text
 from bloblora.generation import Generation, normalized
 from bloblora.prediction import average_draws
-from bloblora.runs.generate import generate
 from bloblora.studies.job import cpu
 from bloblora.tasks import TextGeneration, encode_all
 
@@ -58,13 +57,13 @@ def run(method: str, seed: int, options: argparse.Namespace, folder: Path) -> di
     data = folder / "train.jsonl"
     write_text(data, "".join(json.dumps({k: r[k] for k in ("prompt", "response")}) + "\n" for r in training))
     settings = {**SETTINGS, "steps": options.steps, "model": options.model}
-    config = runs.TrainConfig(data=str(data), output=str(folder / "run"), method=method, seed=seed, **settings)
+    config = runs.RunConfig.of(data=str(data), output=str(folder / "run"), method=method, seed=seed, **settings)
     trained = runs.train(config)
     records = runs.select([to_text(record) for record in read_records(options.test)], options.questions)
     metrics = {}
     for n in (n for name, n in _NAMES if name == method):
-        written = generate(
-            trained, records, n, seed, batch_size=_BATCH, progress=True, max_new_tokens=24, do_sample=False
+        written = trained.generate(
+            records, n, seed, batch_size=_BATCH, progress=True, max_new_tokens=24, do_sample=False
         )
         metrics[n] = {**answer_metrics(written, records), **token_metrics(trained, records, n, seed)}
     return {
@@ -162,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="training questions, JSON lines")
     parser.add_argument("--test", type=Path, required=True, help="test questions, JSON lines")
-    parser.add_argument("--model", default=runs.TrainConfig.model)
+    parser.add_argument("--model", default=runs.RunConfig.model)
     parser.add_argument("--methods", choices=("lora", "blob"), nargs="+", default=["lora", "blob"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--limit", type=int, default=640, help="training questions")
