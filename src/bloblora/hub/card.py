@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..data.paper import PAPER_SETS
+from ..data import hub_source
 from ..evaluation import markdown_table
 from ..files import read_json, write_text
 from ..methods import METHODS
@@ -149,8 +149,8 @@ _PIPELINE_TAGS = {"classification": "text-classification", "generation": "text-g
 
 
 def _hub_datasets(config: TrainConfig) -> list[str] | None:
-    name = config.data.partition(":")[0]
-    return [PAPER_SETS[name][0]] if name in PAPER_SETS else ["cais/mmlu"] if name.startswith("mmlu/") else None
+    source = hub_source(config.data.partition(":")[0])
+    return [source[0]] if source else None
 
 
 def _what(description: RunDescription, base_model: str | None) -> str:
