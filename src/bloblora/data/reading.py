@@ -206,7 +206,7 @@ def _dataset_rows(path: Path) -> Iterable[Row]:
         raise DataError([f"{path}: not a folder that `datasets` saved: {error}"]) from error
     if isinstance(rows, DatasetDict):
         raise DataError([f"{path}: has several splits; give one of {', '.join(str(path / name) for name in rows)}"])
-    return rows  # type: ignore[return-value]
+    return rows
 
 
 def _from_columns(row: Record) -> Record:
