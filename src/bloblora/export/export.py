@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from .. import adapter, methods, models
 from ..adapter.storage import MEAN_FILE, library_versions
 from ..files import write_tensors
-from ..models.loading import DTYPES
+from ..models import DTYPES
 from ..runs import Run, RunDescription, RunError, check_samples, check_writable, load_run, open_run
 from .draws import MEAN, Draw, check_method, in_force, take_draws
 from .gguf import check_gguf, write_gguf

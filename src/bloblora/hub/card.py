@@ -20,7 +20,7 @@ from ..runs.folder import RUN_FILE
 CARD_FILE = "README.md"
 _MARK = "<!-- Made by `bloblora card`, which replaces this file; take this line out to keep your own text. -->"
 _PEFT_MARK = "# Model Card for Model ID"
-_DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of which `models.bundled` has the Q4_1 weights
+_DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of which `models` has the Q4_1 weights
 _MAIN = ("accuracy", "ece", "nll", "brier")
 _SHOWN = (*_MAIN, "auroc_confidence", "auroc_predictive_entropy", "auroc_mutual_information", "selective_accuracy_80")
 _DECIDED = ("answered", "selective_risk", "set_coverage", "set_size", "false_alarm", "detection")
@@ -120,7 +120,7 @@ def _metadata(
     description: RunDescription, title: str, base_model: str | None, measured: Mapping[str, Mapping[str, float]]
 ) -> ModelCardData:
     config, full = description.config, description.config.method == "full"
-    pipeline_tag = _PIPELINE_TAGS.get(description.task.name, "multiple-choice")
+    pipeline_tag = description.task.pipeline_tag
     results = [
         EvalResult(
             task_type=pipeline_tag,
@@ -143,9 +143,6 @@ def _metadata(
         model_name=title if results else None,
         eval_results=results or None,
     )
-
-
-_PIPELINE_TAGS = {"classification": "text-classification", "generation": "text-generation"}
 
 
 def _hub_datasets(config: TrainConfig) -> list[str] | None:
@@ -176,13 +173,13 @@ _CALLS = {
         'generate(run, [{"prompt": "a text"}], num_samples=10, max_new_tokens=20).texts',
     ),
 }
-"""What to import, and the call, by the task's name."""
+"""What to import, and the call, by the task's kind."""
 
 
 def _use(description: RunDescription, repo_id: str | None, base_model: str | None) -> str:
     """How to load it: with bloblora, and without."""
     where = f"hub:{repo_id}" if repo_id else "FOLDER"
-    imports, call = _CALLS.get(description.task.name, _CALLS["choice"])
+    imports, call = _CALLS[description.task.kind]
     ours = f'{imports}\nfrom bloblora.runs import load_run\n\nrun = load_run("{where}")\n{call}\n'
     text = f"## Use\n\nWith bloblora, averaged over draws of the weights:\n\n```python\n{ours}```\n"
     if base_model is None or description.config.method == "full":

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .. import tasks
+from ..data import unanswered
 from ..generation import Generation, posterior_generate
 from .run import Run
 
@@ -12,7 +13,7 @@ def generate(
     run: Run, records: Sequence[dict[str, Any]], num_samples: int = 10, seed: int = 0, **options: Any
 ) -> Generation:
     """Answers to raw records, in their order, whatever response they have; see `bloblora.generation`."""
-    examples = tasks.encode_all(run.task, [_prompt(record) for record in records], run.tokenizer)
+    examples = tasks.encode_all(run.task, [unanswered(record) for record in records], run.tokenizer)
     batch = run.task.collate(examples)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     given = {"tokenizer": run.tokenizer, "sampler": run.sampler, **options}
@@ -32,11 +33,3 @@ def describe_texts(
             "draws": found.draw_texts[i],
             **{name: float(values[i]) for name, values in scores.items()},
         }
-
-
-def _prompt(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without its answer."""
-    prompt = {key: value for key, value in record.items() if key != "response"}
-    if (messages := prompt.get("messages")) and messages[-1]["role"] == "assistant":
-        prompt["messages"] = messages[:-1]
-    return prompt

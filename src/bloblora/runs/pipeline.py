@@ -83,6 +83,6 @@ def pipeline(
     """
     check_samples(num_samples, seed, batch_size)
     task = run.task if isinstance(run, Run) else open_run(run).task
-    if task.name == "generation":
+    if task.kind == "generation":
         raise RunError("the run's task is generation, which has no labels; use `bloblora.posterior_generate`")
     return AnswerPipeline(run if isinstance(run, Run) else load_run(run), num_samples, seed, batch_size)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import models, tasks
+from ..data import unanswered
 from ..prediction import Prediction, Sampler, StoppingRule, predict
 from .approximation import Approximation
 from .checks import check_sharded, num_labels
@@ -64,8 +65,7 @@ class Run:
         progress: bool = False,
     ) -> Prediction:
         """Predictions of raw records, in their order, whatever label they have; see `bloblora.predict`."""
-        unlabelled = [{k: v for k, v in record.items() if k not in ("label", "answer")} for record in records]
-        examples = tasks.encode_all(self.task, unlabelled, self.tokenizer)
+        examples = tasks.encode_all(self.task, [unanswered(record) for record in records], self.tokenizer)
         return predict(
             self.model,
             examples,

@@ -133,7 +133,7 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Pat
         if name in folders:
             raise RunError(f"{folders[name]} and {place} are both called {name!r}; give NAME=FOLDER for one of them")
         folder = local_folder(place)
-        if open_run(folder).task.name == "generation":
+        if open_run(folder).task.kind == "generation":
             raise RunError(f"{folder}: the run's task is generation, which isn't served; use `bloblora generate`")
         check_approximation(folder, settings.approximate)
         open_decision(folder, settings.samples, settings.seed, settings.approximate)
