@@ -107,7 +107,7 @@ def records_of(job: Job, data: Path) -> tuple[list[dict[str, Any]], list[dict[st
 
 def run(job: Job, data: Path, folder: Path) -> dict[str, Any]:
     """Train and evaluate."""
-    config = runs.TrainConfig(
+    config = runs.RunConfig.of(
         data=str(data / f"{TRAIN[job.name]}.jsonl"),
         output=str(folder),
         method=job.method,

@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,7 @@ def is_done(job: Job, results: Path) -> bool:
     result = read_result(results, job.name)
     if result is None:
         return False
-    old, new = result.config, _described(job)
-    different = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)]
+    different = runs.different(result.config, _described(job))
     for key, chosen in job.sets.items():
         if (there := result.sets.get(key, now := _set(chosen))) != now:
             different.append(f"{key}: {there} there, {now} now")
@@ -87,7 +85,7 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
     return result
 
 
-def _records(chosen: EvalSet, config: runs.TrainConfig) -> list[dict[str, Any]]:
+def _records(chosen: EvalSet, config: runs.RunConfig) -> list[dict[str, Any]]:
     records = read_records(chosen.data, require_labels=chosen.labelled)
     if chosen.unused:
         records = runs.unused(records, config.limit or len(records), config.limit_seed)
@@ -114,7 +112,7 @@ def _fresh(job: Job, trained: runs.Run) -> Result:
 
 def _described(job: Job) -> dict[str, Any]:
     """The configuration without what a machine decides: where data lie and output goes."""
-    given = {name: value for name, value in asdict(job.config).items() if value is not None and name != "output"}
+    given = {name: value for name, value in job.config.given().items() if name != "output"}
     return given | {"data": Path(job.config.data).name}
 
 

@@ -54,6 +54,8 @@ class Classification(Task):
         """Raise a TaskError also for labels that are not among those given, or fewer than two."""
         super().check(records, **options)
         found, given = {record["label"] for record in records}, options.get("labels")
+        if given is not None and not 2 <= len(given) == len(set(given)):
+            raise TaskError(f"labels must be at least 2, all different, got {given}")
         if unknown := sorted(found.difference(given or found)):
             raise TaskError(f"field 'label': {', '.join(unknown)} not among labels; add them to it")
         if len(found) < 2 and given is None:
