@@ -32,13 +32,13 @@ def train(call, files, tmp_path):
     ("arguments", "parts"),
     [
         (("--nope", "3"), ["unrecognized arguments: --nope 3", "see bloblora train --help"]),
-        (("--steps", "many"), ["--steps: expected int. Got value: many"]),
+        (("--steps", "many"), ["--max-steps: expected int. Got value: many"]),
         (("--learning-rate", "fast"), ["--learning-rate: expected float. Got value: fast"]),
         (("--method", "nope"), ["method 'nope' is not one of lora, map, "]),
         (("--task", "essay"), ["task 'essay' is not one of auto, classification, "]),
         (
             ("--steps", "0", "--limit", "-1"),
-            ["max_steps must be at least 1, got 0", "limit must be at least 1, got -1"],
+            ["max_steps must be at least 1", "limit must be at least 1, got -1"],
         ),
         (("--batch-size", "0"), ["per_device_train_batch_size must be at least 1, got 0"]),
         (("--prior-std", "-1"), ["prior_std must be a finite number above 0, got -1"]),

@@ -106,7 +106,7 @@ def test_factors_and_evidence_are_those_of_laplace_torch(classify):
     # v_proj: the last token reads the values of all positions, so that all of them count. No padding: equal lengths.
     model, training = classify("v_proj", task_type=None)
     training.examples = [{**example, "input_ids": example["input_ids"][:2]} for example in training.examples]
-    layers = trained_layers(model)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
     factors, _ = kronecker_factors(model, layers, training)
     theirs = KronLaplace(Logits(model, training), "classification", asdl_fisher_kwargs={"kfac_approx": "reduce"})
     theirs.fit(DataLoader(training.examples, batch_size=2, collate_fn=training.task.collate))

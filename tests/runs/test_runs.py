@@ -146,7 +146,7 @@ def test_a_finished_run_is_not_trained_again(config):
 
 def test_another_configuration_names_the_fields(config):
     runs.train(config, progress=False)
-    with pytest.raises(runs.RunError, match=r"another .* \(seed: 0 there, 1 now; max_steps: 4 there, 5 now\)"):
+    with pytest.raises(runs.RunError, match=r"another .* \(max_steps: 4 there, 5 now; seed: 0 there, 1 now\)"):
         runs.train(config.with_options(steps=5, seed=1), progress=False)
 
 

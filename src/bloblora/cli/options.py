@@ -117,7 +117,7 @@ def _add_run(parser: Any, arguments: Sequence[str], everything: bool) -> list[st
         for name, option in options.items():
             text = option.metadata.get("help", "")
             if place in ("lora", "training") and name not in usual and not everything:
-                rare.append(f"--{name}")
+                rare.append(name)
                 text = ""
             required = option.default is MISSING and option.default_factory is MISSING
             shown = "required" if required else str(default_of(option, method))
