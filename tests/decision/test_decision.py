@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from bloblora.decision import Decision, calibrate, check_promises
+from bloblora.decision import Decision, check_promises, fit_decision
 from bloblora.prediction import Prediction
 from tests.decision.conftest import truths
 
@@ -22,7 +22,7 @@ def prediction(n=400, seed=0, concentration=0.2):
 
 def test_decisions_are_of_the_averaged_probabilities():
     inside, targets = prediction()
-    decision = calibrate(inside, targets, **OPTIONS, score="mutual_information")
+    decision = fit_decision(inside, targets, **OPTIONS, score="mutual_information")
     new, _ = prediction(seed=1)
     decided = decision.decide(new)
     mean = new.draw_probabilities.mean(0)
@@ -35,7 +35,7 @@ def test_decisions_are_of_the_averaged_probabilities():
 @pytest.mark.parametrize("kind", ["lac", "aps", "raps"])
 def test_json_and_back(kind):
     inside, targets = prediction()
-    decision = calibrate(inside, targets, **OPTIONS, kind=kind)
+    decision = fit_decision(inside, targets, **OPTIONS, kind=kind)
     assert Decision.from_dict(json.loads(json.dumps(decision.to_dict()))) == decision
     assert list(decision.promises) == ["answering", "label_sets", "scope"]
     with pytest.raises((KeyError, TypeError)):
@@ -44,7 +44,7 @@ def test_json_and_back(kind):
 
 def test_realized_by_hand():
     inside, targets = prediction()
-    decision = calibrate(inside, targets, **OPTIONS)
+    decision = fit_decision(inside, targets, **OPTIONS)
     new, right = prediction(seed=1)
     far, _ = prediction(seed=2, concentration=50)
     decided, result = decision.decide(new), decision.realized(new, right, far)
@@ -66,7 +66,7 @@ def test_realized_by_hand():
 
 def test_nothing_is_answered_where_nothing_is_sure():
     inside, targets = prediction()
-    decision = calibrate(inside, targets, **OPTIONS)
+    decision = fit_decision(inside, targets, **OPTIONS)
     unsure = Prediction(torch.full((1, 5, 4), math.log(0.25)), 0)
     result = decision.realized(unsure, torch.zeros(5, dtype=torch.long))
     assert (result["answered"], result["selective_risk"]) == (0, 0)
@@ -76,7 +76,7 @@ def test_mutual_information_needs_draws():
     inside, targets = prediction()
     point = Prediction(inside.log_probs[:1], 0)
     with pytest.raises(ValueError, match="mutual_information is 0 where there is one draw; take predictive_entropy"):
-        calibrate(point, targets, **OPTIONS, score="mutual_information")
+        fit_decision(point, targets, **OPTIONS, score="mutual_information")
 
 
 @pytest.mark.parametrize(

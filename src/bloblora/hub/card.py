@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.paper import PAPER_SETS
-from ..evaluation import markdown_table
+from ..evaluation import markdown_table, metric_names
 from ..files import read_json, write_text
 from ..methods import METHODS
 from ..models import DEFAULT_MODEL
@@ -21,8 +21,6 @@ CARD_FILE = "README.md"
 _MARK = "<!-- Made by `bloblora card`, which replaces this file; take this line out to keep your own text. -->"
 _PEFT_MARK = "# Model Card for Model ID"
 _DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of which `models.bundled` has the Q4_1 weights
-_MAIN = ("accuracy", "ece", "nll", "brier")
-_SHOWN = (*_MAIN, "auroc_confidence", "auroc_predictive_entropy", "auroc_mutual_information", "selective_accuracy_80")
 _DECIDED = ("answered", "selective_risk", "set_coverage", "set_size", "false_alarm", "detection")
 _SETTINGS = (
     *("limit", "steps", "batch_size", "learning_rate", "seed", "rank", "alpha", "dropout", "targets", "top_blocks"),
@@ -131,7 +129,7 @@ def _metadata(
             metric_args={key: values[key] for key in ("num_samples", "num_examples") if key in values},
         )
         for name, values in measured.items()
-        for metric in _MAIN
+        for metric in metric_names("main", outside=False)
         if metric in values
     ]
     return ModelCardData(
@@ -218,7 +216,8 @@ def _metrics(measured: Mapping[str, Mapping[str, float]]) -> str:
     if not measured:
         return ""
     rows = {_label(name, values): values for name, values in measured.items()}
-    known = [column for column in (*_SHOWN, *_DECIDED) if any(column in values for values in measured.values())]
+    shown = [*metric_names("main"), "selective_accuracy_80", *_DECIDED]
+    known = [column for column in shown if any(column in values for values in measured.values())]
     return (
         "## Metrics\n\nN is the number of weight draws, 0 the mean; NLL in nats, ECE over 15 bins.\n\n"
         + markdown_table(rows, known)

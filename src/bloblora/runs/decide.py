@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..decision import Decision
-from ..decision import calibrate as fit
+from ..decision import Decision, fit_decision
 from ..files import read_json, write_json
 from .checks import check_kind
 from .config import RunError
@@ -41,7 +40,7 @@ def calibrate(
         seed: of the draws.
         batch_size: inputs a forward.
         progress: show a bar.
-        options: of `bloblora.decision.calibrate`.
+        options: of `bloblora.decision.fit_decision`.
 
     Returns:
         What the file says: what the decisions are for, their thresholds and promises, and ``realized``, what became of
@@ -57,7 +56,7 @@ def calibrate(
     targets = targets_of(run.task, records)
     settings: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     inside = run.predict(records, num_samples, seed, **settings)
-    decision = fit(inside, targets, **options)
+    decision = fit_decision(inside, targets, **options)
     far = None
     if outside is not None:
         check_kind(run.task, outside)
@@ -98,7 +97,7 @@ def open_decision(
         )
     try:
         return Decision.from_dict(stored["decision"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{file}: not what this version of bloblora writes: {error}") from error
 
 

@@ -13,8 +13,7 @@ from ... import evaluation, runs
 from ...adapter import find_posterior
 from ...data import read_batches, read_records
 from ...decision import check_promises
-from ...decision.label_sets import Kind
-from ...decision.scope import Score
+from ...decision.conformal import Kind, Score
 from ...runs import TrainConfig
 from ...runs.decide import DECISION_FILE, open_decision
 from ...runs.decide import calibrate as calibrate_run
