@@ -1,24 +1,8 @@
 """Do the probabilities mean what they say? Metrics, comparisons of methods, tables, pictures."""
 
-from .calibration import (
-    ReliabilityBins,
-    brier_parts,
-    classwise_ece,
-    confidence_bins,
-    equal_mass_ece,
-    reliability,
-)
+from .calibration import ReliabilityBins, brier_parts, classwise_ece, confidence_bins, equal_mass_ece, reliability
 from .comparison import Interval, markdown_table, paired_bootstrap, rich_table, table_cells
-from .metrics import (
-    METRICS,
-    UNCERTAINTIES,
-    Metric,
-    example_scores,
-    metric_names,
-    metrics,
-    summary,
-    uncertainty,
-)
+from .metrics import METRICS, UNCERTAINTIES, Metric, example_scores, metric_names, metrics, summary, uncertainty
 from .plots import (
     lines_figure,
     pareto_figure,

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from ..prediction import Prediction
-from .inputs import checked, checked_probabilities, equal_mass, equal_width, group_means, tie_means
+from .inputs import check_bins, checked, checked_probabilities, equal_width, group_means, tie_means
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,12 @@ def equal_mass_ece(predicted: Tensor | Prediction, targets: Tensor, num_bins: in
     how a bin's edge separates them. With fewer examples than bins each has a bin of its own. Bin sizes differ by 1 at
     most; arguments and errors are those of `metrics`.
     """
+    check_bins(num_bins)
     log_probabilities, targets = checked(predicted, targets)
     confidence, answer = log_probabilities.exp().max(-1)
     gap = confidence - tie_means((answer == targets).double(), confidence)
-    return group_means(gap, equal_mass(confidence, num_bins)).abs().mean().item()
+    by_rank = confidence.argsort().argsort() * num_bins // len(gap)
+    return group_means(gap, by_rank).abs().mean().item()
 
 
 def classwise_ece(predicted: Tensor | Prediction, targets: Tensor, num_bins: int = 15) -> float:

@@ -48,16 +48,16 @@ def check_scores(name: str, scores: Tensor) -> None:
         raise ValueError(f"{name}: score {scores.isnan().nonzero()[0].item()} is NaN")
 
 
+def check_bins(num_bins: int) -> None:
+    """Raise a ValueError unless there is a bin."""
+    if num_bins < 1:
+        raise ValueError(f"num_bins must be 1 or more, got {num_bins}")
+
+
 def equal_width(values: Tensor, num_bins: int) -> Tensor:
     """Index of each value's bin, from 0: bin b is (b/bins, (b+1)/bins], and 0 lies in the first."""
-    _check_bins(num_bins)
+    check_bins(num_bins)
     return (values * num_bins).ceil().long().clamp(1, num_bins) - 1
-
-
-def equal_mass(values: Tensor, num_bins: int) -> Tensor:
-    """Index of each value's bin, from 0, by rank: sizes differ by 1 at most; equal values may be parted."""
-    _check_bins(num_bins)
-    return values.argsort().argsort() * num_bins // len(values)
 
 
 def group_means(values: Tensor, group: Tensor) -> Tensor:
@@ -96,8 +96,3 @@ def _check_rows(name: str, probabilities: Tensor) -> None:
     row = int((total - 1).abs().argmax())
     if abs(total[row] - 1) > 1e-3:
         raise ValueError(f"{name}: row {row} sums to {total[row].item():.4g}, must be 1")
-
-
-def _check_bins(num_bins: int) -> None:
-    if num_bins < 1:
-        raise ValueError(f"num_bins must be 1 or more, got {num_bins}")
