@@ -78,6 +78,6 @@ def test_files_are_svg_where_the_name_says_so_else_png(tmp_path):
 
 
 def test_nothing_to_draw():
-    for draw in (risk_coverage_figure, lambda x: lines_figure(x, "", ""), lambda x: pareto_figure(x, "", "")):
+    for draw in (risk_coverage_figure, lambda x: lines_figure(x, "", ""), lambda x: pareto_figure(x)):
         with pytest.raises(ValueError, match="there is no method to draw"):
             draw({})

@@ -65,11 +65,7 @@ class LabelSets:
         check_numbers(self, "num_examples", "penalty", "free_ranks")
 
     def sets(self, probabilities: Tensor) -> Tensor:
-        """Which labels are in the set of each input, (n, C) bool; never one of probability 0.
-
-        Args:
-            probabilities: (n, C); 0 for a label that an input lacks.
-        """
+        """Which labels are in the set of each input, (n, C) bool, for probabilities (n, C); never one of 0."""
         probabilities = probabilities.double()
         inside = _scores(probabilities, self.kind, self.penalty, self.free_ranks) <= self.threshold
         return inside.scatter(1, probabilities.argmax(-1, keepdim=True), True)
@@ -143,7 +139,6 @@ def fit_label_sets(
             normalization are wrong.
     """
     check_enough(len(targets), "coverage", coverage, coverage)
-    _check_name("kind of label sets", kind, Kind)
     probabilities, targets = checked_probabilities(probabilities, targets)
     right = _scores(probabilities, kind, penalty, free_ranks).gather(1, targets[:, None])[:, 0]
     threshold = _quantile(right, coverage)
@@ -164,7 +159,6 @@ def fit_scope(scores: Tensor, false_alarm: float = 0.05, score: Score = "predict
     Raises:
         ValueError: records are too few, or an argument or shapes are wrong.
     """
-    _check_name("score", score, Score)
     check_scores(score, scores)
     check_enough(len(scores), "false_alarm", false_alarm, 1 - false_alarm)
     threshold = _quantile(scores.detach().cpu().double(), 1 - false_alarm)

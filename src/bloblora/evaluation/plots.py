@@ -35,11 +35,7 @@ def reliability_diagram(panels: Mapping[str, ReliabilityBins], path: str | os.Pa
 
 
 def reliability_figure(panels: Mapping[str, ReliabilityBins]) -> "Figure":
-    """A panel for each method: accuracy against confidence, and how many answers have it.
-
-    Args:
-        panels: the bins (see `reliability`) by method.
-    """
+    """A panel for each method, of its bins (`reliability`): accuracy against confidence, how many answers have it."""
     columns = min(len(panels), _PANELS_A_LINE)
     lines = -(-len(panels) // max(1, columns))
     figure = _figure("panels", panels, 3.1 * columns + 0.6, 4.9 * lines)
@@ -101,10 +97,10 @@ def pareto_figure(points: Mapping[str, tuple[Value, Value]], x: str = "accuracy"
 
     Args:
         points: values of two metrics by method.
-        x: name of the first metric.
+        x: name of the first metric, `METRICS`.
         y: name of the second.
     """
-    titles = (METRICS[name].title if name in METRICS else name for name in (x, y))
+    titles = [METRICS.find(name, "metric").title for name in (x, y)]
     figure, axes = _axes("points", points, *titles)
     means = {}
     for (name, point), style in zip(points.items(), _styles(), strict=False):
@@ -120,12 +116,7 @@ def pareto_figure(points: Mapping[str, tuple[Value, Value]], x: str = "accuracy"
 def pareto_front(points: Mapping[str, tuple[float, float]], x: str = "accuracy", y: str = "ece") -> list[str]:
     """Names, by x, of the points that no other beats: as good in both of two metrics, and better in one.
 
-    A point that isn't finite is left out; of equal points all stay.
-
-    Args:
-        points: values of two metrics by name.
-        x: name of the first metric.
-        y: name of the second.
+    A point that isn't finite is left out; of equal points all stay. Arguments are those of `pareto_figure`.
 
     Raises:
         ValueError: there is no such metric, or neither of its directions is better.
