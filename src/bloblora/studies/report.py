@@ -23,11 +23,8 @@ from .study import Study, file_name
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_QUALITY = ("accuracy", "ece", "nll", "brier")
-_MORE = ("ece_equal_mass", "ece_classwise", "brier_reliability", "brier_resolution", "aurc", "selective_accuracy_80")
 _COST = ("training minutes", "peak GiB", "predicting seconds")
 _LEGEND = "Mean ± standard deviation; **best**, and * within one standard deviation."
-_COMPARED: tuple[evaluation.Metric, ...] = ("accuracy", "ece", "nll", "brier")
 
 
 @dataclass
@@ -128,13 +125,14 @@ def _sections(dataset: str, results: Sequence[Result], baseline: str) -> Iterato
     sets = list(dict.fromkeys(key for result in results for key in result.metrics))
     outside = [key for key in _keys(results) if key not in sets]
     test = {label: row.values("test") | _detection(row, outside) | _cost(row) for label, row in named.items()}
-    detection = [name for name in _names(test) if name.startswith(("auroc_", "fpr95_"))]
     most_draws = {row.method: row for row in sorted(rows, key=lambda row: row.num_samples)}
     yield Section(
         dataset,
         [
-            Table(f"Test data, {_seeds(rows)}. {_LEGEND} {_TIMES}", test, [*_QUALITY, *detection, *_COST]),
-            Table("More of calibration and selective prediction.", test, _MORE),
+            Table(f"Test data, {_seeds(rows)}. {_LEGEND} {_TIMES}", test, [*_measured(test), *_COST]),
+            Table(
+                "More of calibration and selective prediction.", test, evaluation.metric_names("more", outside=False)
+            ),
             *_differences(rows, baseline, "test"),
             *_learning(most_draws),
             *_pictures(dataset, rows, most_draws),
@@ -143,11 +141,16 @@ def _sections(dataset: str, results: Sequence[Result], baseline: str) -> Iterato
     for key in sets:
         if key != "test":
             shifted = {label: row.values(key) | _detection(row, [key]) for label, row in named.items()}
-            shown = [*_QUALITY, *(name for name in _names(shifted) if name.startswith(("auroc_", "fpr95_")))]
             text = f"Trained on {dataset}, tested on {key}; AUROC and FPR95 of telling the two apart. {_LEGEND}"
-            yield Section(
-                f"{dataset}: shift to {key}", [Table(text, shifted, shown), *_differences(rows, baseline, key)]
-            )
+            parts = [Table(text, shifted, _measured(shifted)), *_differences(rows, baseline, key)]
+            yield Section(f"{dataset}: shift to {key}", parts)
+
+
+def _measured(rows: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Columns of a first table: the main metrics, and those of detection that any row has."""
+    found = {name for row in rows.values() for name in row}
+    detection = [name for name in evaluation.metric_names(outside=True) if name in found]
+    return [*evaluation.metric_names("main", outside=False), *detection]
 
 
 def _rows(results: Sequence[Result]) -> list[Row]:
@@ -169,15 +172,18 @@ def _rows(results: Sequence[Result]) -> list[Row]:
 def _differences(rows: Sequence[Row], baseline: str, key: str) -> Iterator[Table]:
     """How far each method is from the baseline on the same examples of one set."""
     reference = next((row.scores(key) for row in reversed(rows) if row.method == baseline), None)
+    stored = set(reference[0]) if reference else set()
+    main = evaluation.metric_names("main", outside=False)
+    compared = [name for name in main if name in stored or evaluation.METRICS[name].parts]
     found = {}
     for row in rows:
         scores = row.scores(key)
         if row.method != baseline and reference and scores:
-            intervals = {name: evaluation.paired_bootstrap(scores, reference, name) for name in _COMPARED}
+            intervals = {name: evaluation.paired_bootstrap(scores, reference, name) for name in compared}
             found[row.label] = {f"Δ {name}": interval for name, interval in intervals.items()}
     if found:
         text = f"Difference from {baseline} with a 95 % interval: paired bootstrap over examples, mean over seeds."
-        yield Table(text, found, [f"Δ {name}" for name in _COMPARED])  # type: ignore[arg-type]
+        yield Table(text, found, [f"Δ {name}" for name in compared])  # type: ignore[arg-type]
 
 
 def _learning(most_draws: Mapping[str, Row]) -> Iterator[Table]:
@@ -204,8 +210,9 @@ def _pictures(dataset: str, rows: Sequence[Row], most_draws: Mapping[str, Row]) 
     lines = {name: _against_samples(rows, name) for name in ("ece", "nll")}
     if any(len(line) > 2 for line in lines["ece"].values()):
         for name, line in lines.items():
-            figure = evaluation.lines_figure(line, "number of draws N", name.upper(), xscale="symlog")
-            yield picture(f"{name.upper()} against N", figure, f"{name}-against-n")
+            title = evaluation.METRICS[name].title
+            figure = evaluation.lines_figure(line, "number of draws N", title, xscale="symlog")
+            yield picture(f"{title} against N", figure, f"{name}-against-n")
     learning = {method: curve for method, row in most_draws.items() if (curve := _learning_curve(row))}
     if learning:
         figure = evaluation.lines_figure(learning, "step", "training NLL")
@@ -220,7 +227,7 @@ def _pictures(dataset: str, rows: Sequence[Row], most_draws: Mapping[str, Row]) 
 def _pareto_figure(rows: Mapping[str, Row]) -> Figure:
     values = {label: row.values("test") for label, row in rows.items()}
     points = {label: (of["accuracy"], of["ece"]) for label, of in values.items()}
-    return evaluation.pareto_figure(points, "accuracy", "ECE")
+    return evaluation.pareto_figure(points, "accuracy", "ece")
 
 
 def _by_prior_std(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
@@ -324,10 +331,6 @@ def _seeds(rows: Sequence[Row]) -> str:
 
 def _keys(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(name.split("/")[0] for result in results for name in result.scores))
-
-
-def _names(rows: Mapping[str, Mapping[str, object]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows.values() for name in row))
 
 
 def _markdown(title: str, sections: Sequence[Section], command: str, folder: Path) -> str:

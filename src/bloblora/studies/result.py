@@ -62,7 +62,7 @@ class Result:
         """Add the scores of one set under one N, and its metrics where targets are known."""
         scores = evaluation.uncertainty(prediction)
         if targets is not None:
-            scores |= evaluation.example_scores(prediction.log_probabilities, targets)
+            scores |= evaluation.example_scores(prediction, targets)
             self.metrics.setdefault(key, {})[str(prediction.num_samples)] = evaluation.summary(prediction, targets)
         for name, values in scores.items():
             self.scores[f"{key}/{prediction.num_samples}/{name}"] = values.float()
