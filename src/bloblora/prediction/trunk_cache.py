@@ -21,9 +21,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from ..files import read_json, write_json
-from .forward import PredictionTask
-from .predict import eval_mode
-from .trunk import Trunk, trunk_below
+from .forward import PredictionTask, Trunk, trunk_below
+from .prediction import eval_mode
 
 _HIDDEN, _ROW = "trunk_hidden", "trunk_row"
 _FORMAT_VERSION = 1

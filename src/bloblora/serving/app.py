@@ -17,12 +17,9 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from ..tasks import TaskError
-from .access import Access
-from .batching import Batcher, QueueFullError
-from .hosted import DIAGRAM_FILE, Hosted
-from .metrics import Metrics
-from .schema import EXAMPLES, Answer, Failure, Model, Models, PredictRequest, PredictResponse, Problem, Status
-from .settings import Settings
+from .hosted import DIAGRAM_FILE, Hosted, Settings
+from .schema import EXAMPLES, Answer, Failure, Metrics, Model, Models, PredictRequest, PredictResponse, Problem, Status
+from .server import Access, Batcher, QueueFullError
 
 _DESCRIPTION = "Answers of Bayesian LoRAs, with their uncertainty: probabilities averaged over draws of the weights."
 _PAGE = Path(__file__).with_name("page.html")

@@ -63,7 +63,16 @@ def serve(
     if not (math.isfinite(drain_seconds) and drain_seconds >= 0):
         raise runs.RunError(f"drain_seconds must be a finite number of at least 0, got {drain_seconds}")
     settings = Settings(
-        samples, seed, max_samples, max_batch, max_wait_ms, queue, max_inputs, max_tokens, max_body_bytes, approximate
+        samples=samples,
+        seed=seed,
+        max_samples=max_samples,
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
+        queue=queue,
+        max_inputs=max_inputs,
+        max_tokens=max_tokens,
+        max_body_bytes=max_body_bytes,
+        approximate=approximate,
     )
     keys = read_keys(api_key_file) if api_key_file else ()
     folders = open_hosted(directories, settings)
