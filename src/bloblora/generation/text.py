@@ -70,7 +70,7 @@ class Generation:
 
     The averaged answer y takes each token from :math:`\bar p_t = \frac1S\sum_s p_s(\cdot \mid y_{<t}, x)`, the
     token-level Bayesian model average (product of expectations; Malinin & Gales, arXiv 2002.07650). All draws read the
-    same prefix; they aren't weighed anew by how well they foresaw it. T is the longest answer's number of tokens, the
+    same prefix; they keep equal weights, however probable it is under each. T is the longest answer's number of tokens, the
     end-of-text token counted; where an answer has ended, values are 0. Probabilities are the model's own, before
     temperature, top-p and penalties.
 
@@ -190,7 +190,7 @@ def posterior_generate(
         seed: of the draws, and of sampled tokens.
         tokenizer: makes texts of answers; without it a text is its token ids, and draws agree where all ids are equal.
         sampler: where the draws come from; default the model's posterior. A plain model is one function: one draw is
-            made, whatever N.
+            made for any N.
         agree: whether two answers mean the same; default, equal but for case, punctuation, articles and white space.
         batch_size: prompts a forward.
         progress: show a bar.

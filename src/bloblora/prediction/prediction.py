@@ -117,7 +117,7 @@ def predict(
         seed: of the draws.
         task: collates examples and reads the logits.
         sampler: where the draws come from; default the model's posterior. A plain model is one function: one draw is
-            made, whatever N.
+            made for any N.
         stop: when to make no more draws for an input; an approximation, which changes results.
         batch_size: inputs a forward.
         progress: show a bar.

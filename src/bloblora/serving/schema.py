@@ -46,7 +46,7 @@ class PredictRequest(_Strict):
     inputs: Inputs = Field(description="a record or a list of records, in the forms that `bloblora train` takes")
     model: str | None = Field(None, description="name of a run; needed where several are served")
     samples: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="weight draws N, 0: the posterior mean; decisions are there for the server's own N alone"
+        None, description="weight samples N; 0 is the posterior mean; decisions exist for the server's own N only"
     )
 
 
@@ -61,13 +61,13 @@ class Answer(BaseModel):
     """What the run says of one input; uncertainty in nats."""
 
     label: str = Field(description="the most probable label, or choice")
-    probabilities: dict[str, float] = Field(description="averaged over the draws, by label or choice")
-    std: dict[str, float] = Field(description="standard deviation of each probability over the draws")
+    probabilities: dict[str, float] = Field(description="averaged over the weight samples, by label or choice")
+    std: dict[str, float] = Field(description="standard deviation of each probability over the weight samples")
     confidence: float = Field(description="probability of the label")
     predictive_entropy: float = Field(description="all uncertainty")
     mutual_information: float = Field(description="of it epistemic: what the model doesn't know")
     expected_entropy: float = Field(description="of it aleatoric: what the input leaves open")
-    num_draws: int = Field(description="draws that were made; 1 for a point")
+    num_draws: int = Field(description="weight samples that were used; 1 where there is a single function")
     truncated_tokens: int = Field(description="tokens cut off because the model reads no more")
     decision: Literal["answer", "abstain"] | None = Field(None, description="of a calibrated run")
     label_set: list[str] | None = Field(None, description="of a calibrated run, the most probable first")
@@ -145,7 +145,7 @@ class Metrics:
         self._requests = Counter("requests", "Requests.", ("path", "status"), **kept)
         self._seconds = Histogram("request_seconds", "Time of a request.", ("path",), buckets=_SECONDS, **kept)
         self._sizes = Histogram("batch_size", "Inputs a batch.", ("model",), buckets=_SIZES, **kept)
-        self._draws = Counter("draws", "Weight draws, summed over inputs.", ("model",), **kept)
+        self._draws = Counter("draws", "Weight samples, summed over inputs.", ("model",), **kept)
         Gauge("queue_length", "Inputs that wait.", **kept).set_function(queue_length)
 
     def batch(self, model: str, size: int, draws: int) -> None:
@@ -174,7 +174,7 @@ class Metrics:
             try:
                 await app(scope, receive, noted)
             finally:
-                path = scope["path"] if scope["path"] in _PATHS else "other"  # nobody can make names up
+                path = scope["path"] if scope["path"] in _PATHS else "other"  # so that clients can't add label values
                 self._requests.labels(path, status).inc()
                 self._seconds.labels(path).observe(time.perf_counter() - start)
 

@@ -77,7 +77,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A port, taken before models are loaded; nothing can connect until the server runs.
 
     Raises:
-        RunError: it can't be had.
+        RunError: the address or the port isn't available.
     """
     taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -121,7 +121,7 @@ class Access:
 
     Args:
         app: what is guarded; its page, its health and its schema stay open.
-        keys: of which a request must bring one, ``Authorization: Bearer KEY``; empty: everybody may ask.
+        keys: of which a request must bring one, ``Authorization: Bearer KEY``; empty: no key is needed.
         max_body_bytes: the largest body.
     """
 
