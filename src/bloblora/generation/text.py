@@ -71,8 +71,8 @@ class Generation:
     The averaged answer y takes each token from :math:`\bar p_t = \frac1S\sum_s p_s(\cdot \mid y_{<t}, x)`, the
     token-level Bayesian model average (product of expectations; Malinin & Gales, arXiv 2002.07650). All draws read the
     same prefix; they keep equal weights, however probable it is under each. T is the number of tokens of the longest
-    answer, the end-of-text token counted; where an answer has ended, values are 0. Probabilities are the model's own, before
-    temperature, top-p and penalties.
+    answer, the end-of-text token counted; where an answer has ended, values are 0. Probabilities are the model's own,
+    before temperature, top-p and penalties.
 
     Attributes:
         texts: the averaged answers, n.

@@ -14,7 +14,6 @@ from ..files import read_json, write_text
 from ..models import DEFAULT_MODEL
 from ..runs import RunConfig, RunDescription, RunError, open_run
 from ..runs.decide import DECISION_FILE, open_decision
-from ..runs.folder import RUN_FILE
 
 CARD_FILE = "README.md"
 _TEMPLATE = Path(__file__).with_name("card.md")
@@ -84,7 +83,7 @@ def model_card(
         task=task,
         kind=task.kind,
         loader=f"AutoPeftModelFor{'SequenceClassification' if task.labels else 'CausalLM'}",
-        data=_table(_data(description, folder)),
+        data=_table(_data(description)),
         settings=_table(_settings(description)),
         metrics=_metrics(measured),
         pictures=_named(folder, "reliability", ".png"),
@@ -157,11 +156,11 @@ def _hub_datasets(config: RunConfig) -> list[str] | None:
     return [source[0]] if source else None
 
 
-def _data(description: RunDescription, folder: Path) -> dict[str, Any]:
+def _data(description: RunDescription) -> dict[str, Any]:
     return {
         "data": public_name(description.config.data),
         "records trained on": description.training.get("num_examples"),
-        "SHA-256 of the records": read_json(folder / RUN_FILE, RunError).get("records_sha256"),
+        "SHA-256 of the records": description.records_sha256,
     }
 
 
