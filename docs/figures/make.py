@@ -1,7 +1,7 @@
 """The figures of docs/concepts.md: `python docs/figures/make.py`, in seconds, without a language model or a data set.
 
-The first two show a complete BLoB with one matrix A of two entries, which is trained here. The others need the scores of
-each example of two studies, which are not committed: `bloblora compare benchmarks/studies/arc_easy.yaml --output
+The first two show a complete BLoB with one matrix A of two entries, which is trained here. The others need the scores
+of each example of two studies, which are not committed: `bloblora compare benchmarks/studies/arc_easy.yaml --output
 results/arc_easy` and the same with clinc150 make them. Where they are missing, these figures stay as they are.
 """
 
