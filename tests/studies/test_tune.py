@@ -87,7 +87,7 @@ def test_validation_on_the_training_records_that_are_not_used(content, write, tm
     desk["validation"] = {"data": "train.jsonl", "unused": True}
     study = studies.read_study(write(content))
     studies.tune(study, "desk", tmp_path / "search", method="wide blob", trials=1, data=tmp_path)
-    (trial,) = (tmp_path / "search").glob("*trial0.json")
+    (trial,) = (tmp_path / "search" / "runs").glob("*trial0.json")
     result = studies.read_result(tmp_path / "search", trial.stem)
     labels = {record["label"] for record in queries()}
     assert result.training["num_examples"] == len(labels)

@@ -6,8 +6,7 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..studies import Job
-from ..studies.engine import Outcome
+from ..studies import Job, Outcome
 
 
 class StudyProgress:
