@@ -81,7 +81,7 @@ def variants(run: runs.Run, distilled: Callable[[], runs.Run]) -> dict[str, Call
 def train(method: str, seed: int, options: argparse.Namespace) -> runs.Run:
     """One run, from where it was stopped."""
     return runs.train(
-        runs.TrainConfig(
+        runs.RunConfig.of(
             data=options.train,
             output=str(options.runs / f"{method}-seed{seed}"),
             model=options.model,

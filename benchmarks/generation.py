@@ -58,7 +58,7 @@ def run(method: str, seed: int, options: argparse.Namespace, folder: Path) -> di
     data = folder / "train.jsonl"
     write_text(data, "".join(json.dumps({k: r[k] for k in ("prompt", "response")}) + "\n" for r in training))
     settings = {**SETTINGS, "steps": options.steps, "model": options.model}
-    config = runs.TrainConfig(data=str(data), output=str(folder / "run"), method=method, seed=seed, **settings)
+    config = runs.RunConfig.of(data=str(data), output=str(folder / "run"), method=method, seed=seed, **settings)
     trained = runs.train(config)
     records = runs.select([to_text(record) for record in read_records(options.test)], options.questions)
     metrics = {}
@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="training questions, JSON lines")
     parser.add_argument("--test", type=Path, required=True, help="test questions, JSON lines")
-    parser.add_argument("--model", default=runs.TrainConfig.model)
+    parser.add_argument("--model", default=runs.RunConfig.model)
     parser.add_argument("--methods", choices=("lora", "blob"), nargs="+", default=["lora", "blob"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--limit", type=int, default=640, help="training questions")

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--risk", type=float, default=0.2)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        config = runs.TrainConfig(
+        config = runs.RunConfig.of(
             data="support_desk:train", output=folder, model=options.model, steps=options.steps, learning_rate=2e-3
         )
         run = runs.train(config)

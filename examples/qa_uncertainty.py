@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         data = Path(folder) / "train.jsonl"
         records = [{"prompt": prompt(country), "response": capital} for country, capital in pairs(TRAIN).items()]
         data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        config = runs.TrainConfig(
+        config = runs.RunConfig.of(
             str(data), f"{folder}/run", options.model, steps=options.steps, batch_size=8, kl_learning_rate=0.02
         )
         run = runs.train(config)

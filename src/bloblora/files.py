@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A partial file to write, which takes the place of ``file`` when it is complete, and is gone where it isn't."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    partial = _partial(file)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    with replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -25,9 +37,8 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all."""
-    partial = _partial(file)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, file)
+    with replacing(file) as partial:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
 
 
 def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
@@ -52,7 +63,3 @@ def file_sha256(file: Path) -> str:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _partial(file: Path) -> Path:
-    return file.with_name(f".{file.name}.partial")

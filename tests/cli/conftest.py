@@ -7,7 +7,7 @@ import pytest
 from bloblora.cli import main
 from tests.tiny_base import QUESTIONS, queries, save_base, write_jsonl
 
-SETTINGS = ("--steps", "2", "--batch-size", "2", "--rank", "2", "--learning-rate", "0.01")
+SETTINGS = ("--steps", "2", "--batch-size", "2", "--r", "2", "--learning-rate", "0.01")
 
 
 @pytest.fixture(scope="session")

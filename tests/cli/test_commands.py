@@ -82,7 +82,7 @@ def test_options_win_over_a_preset_and_a_config(call, tmp_path):
     status, out, _ = call("train", "--config", tmp_path / "mine.yaml", "--steps", "9", "--print-config")
     config = yaml.safe_load(out)
     assert (status, config["rank"], config["steps"]) == (0, 3, 9)
-    config = yaml.safe_load(call("train", "--preset", "paper", "--rank", "5", "--print-config")[1])
+    config = yaml.safe_load(call("train", "--preset", "paper", "--r", "5", "--print-config")[1])
     # learning rate and batch size of the paper, section 4
     assert (config["rank"], config["learning_rate"], config["batch_size"]) == (5, 1e-4, 4)
     (tmp_path / "mine.yaml").write_text("data: a\noutput: b\nranks: 3\n")

@@ -61,7 +61,7 @@ def test_an_unknown_model_on_the_hub(train):
 
 def test_unknown_layers_to_adapt(train, files):
     fails(
-        train("--targets", "[nosuch]", "--steps", "1", model=files.base),
+        train("--target-modules", "[nosuch]", "--steps", "1", model=files.base),
         "the model has no layer nosuch; its layers:",
         "q_proj",
     )

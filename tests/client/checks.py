@@ -4,7 +4,6 @@ import torch
 
 from bloblora.adapter import find_posterior
 from bloblora.client import DrawClient
-from bloblora.runs.generate import generate
 from tests.client.conftest import SAMPLES, SEED
 
 # float32 on both sides; the server sees a choice alone, `predict` all choices of a question in one row, and sums differ
@@ -25,7 +24,7 @@ def check_choices(case, url, **options):
 def check_texts(case, url):
     """Each draw's text is that of `generate`, and its log-probabilities are those of transformers' own."""
     found = DrawClient(case.folder, url).generate(case.records, max_new_tokens=6)
-    expected = generate(case.run, case.records, SAMPLES, SEED, max_new_tokens=6, do_sample=False)
+    expected = case.run.generate(case.records, SAMPLES, SEED, max_new_tokens=6, do_sample=False)
     assert [whole(texts) for texts in found.texts] == [whole(texts) for texts in expected.draw_texts]
     generator = torch.Generator().manual_seed(SEED)
     for draw in range(SAMPLES):

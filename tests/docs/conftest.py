@@ -20,7 +20,7 @@ from tests.docs.reader import Reader
 from tests.tasks.conftest import tiny_causal
 from tests.tiny_base import QUESTIONS, queries, save_base, write_jsonl
 
-OPTIONS = {"steps": 2, "batch_size": 2, "rank": 2}
+OPTIONS = {"steps": 2, "batch_size": 2, "r": 2}
 ANSWERS = [
     {"prompt": "Question: Which gas do plants take?\nAnswer:", "response": "carbon dioxide"},
     {"prompt": "Question: What was charged twice?\nAnswer:", "response": "my card"},
@@ -55,7 +55,7 @@ def place(tmp_path_factory):
             ("arc", "choices", {}),
             ("answers", "answers", {"task": "generation"}),
         ):
-            config = runs.TrainConfig(f"{place}/{file}.jsonl", f"{place}/runs/{name}", **OPTIONS, **options)
+            config = runs.RunConfig.of(f"{place}/{file}.jsonl", f"{place}/runs/{name}", **OPTIONS, **options)
             runs.train(config, progress=False)
     for name in ("demo/blob", "big"):
         shutil.copytree(place / "runs/desk", place / "runs" / name)

@@ -20,7 +20,7 @@ from tests.docs.blocks import ROOT, Block
 
 # What a command gets in addition. The default model is a tiny one, see conftest.py.
 QUICK = {
-    "train": ["--steps", "2", "--batch-size", "2", "--rank", "2"],
+    "train": ["--steps", "2", "--batch-size", "2", "--r", "2"],
     "demo": ["--steps", "2", "--limit", "20", "--output", "runs/of-the-demo"],
     "calibrate": ["--risk", "0.9", "--confidence", "0.5", "--coverage", "0.6", "--false-alarm", "0.3"],
     "tune": ["--trials", "1", "--aim", "nll"],

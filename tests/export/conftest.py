@@ -31,10 +31,10 @@ def run_of(tmp_path_factory):
     def run_of(method, kind="questions", **options):
         name = "-".join([method, kind, *map(str, options.values())]).replace("/", "_")
         if not (folder / name).is_dir():
-            settings = {"steps": 4, "batch_size": 2, "rank": 2, "learning_rate": 0.05, "model": str(base)}
+            settings = {"steps": 4, "batch_size": 2, "r": 2, "learning_rate": 0.05, "model": str(base)}
             settings |= OPTIONS.get(method, {}) | NOISY.get(method, {}) | options
             runs.train(
-                runs.TrainConfig(data=str(data[kind]), output=str(folder / name), method=method, **settings),
+                runs.RunConfig.of(data=str(data[kind]), output=str(folder / name), method=method, **settings),
                 progress=False,
             )
         return folder / name

@@ -86,7 +86,7 @@ def test_a_classification_head_is_exported_for_peft(run_of, tmp_path):
         ("ensemble", "texts", 1, {}),
         ("mc-dropout", "questions", 0, {}),
         ("full", "texts", None, {}),
-        ("laplace", "questions", None, {}),
+        ("laplace-lora", "questions", None, {}),
     ],
 )
 def test_a_merged_model_needs_no_adapter(method, kind, draw, options, run_of, tmp_path):
@@ -143,7 +143,7 @@ def test_half_precision_rounds_the_tensors(run_of, tmp_path):
     [
         ("temperature", {}, {}, "method 'lora' with temperature scaling: .* export a run that was trained without it"),
         ("blob", {"temperature_scaling": True, "holdout": 0.5}, {}, "method 'blob' with temperature scaling"),
-        ("laplace", {}, {}, "method 'laplace': a draw of a linearized model is no adapter; export its mean"),
+        ("laplace-lora", {}, {}, "method 'laplace-lora': a draw of a linearized model is no adapter; export its mean"),
         ("full", {}, {}, "method 'full' changes all weights and has no adapter; use --format merged"),
         ("lora", {}, {"format": "merged", "draw": 1}, "draw must be below 1, .* got 1"),
         ("full", {}, {"format": "merged", "draw": 1}, "draw must be below 1, .* got 1"),
@@ -162,7 +162,7 @@ def test_what_cannot_be_exported(method, options, arguments, message, run_of, tm
 
 
 def test_laplace_has_a_mean(run_of, tmp_path):
-    directory = run_of("laplace")
+    directory = run_of("laplace-lora")
     manifest = export(directory, tmp_path / "out", num_samples=0)
     assert manifest.draws == []
     run = runs.load_run(directory)

@@ -71,7 +71,7 @@ def test_nothing_is_left_of_a_failure(run_of, tied_base, tmp_path):
     with pytest.raises(RunError, match="full: is a file or a folder that isn't empty; choose another output"):
         export(run_of("blob"), tmp_path / "full")
     with pytest.raises(RunError, match=r"llama.cpp takes no LoRA of this layer"):
-        export(run_of("lora", targets=["lm_head"], model=str(tied_base)), tmp_path / "out", "gguf")
+        export(run_of("lora", target_modules=["lm_head"], model=str(tied_base)), tmp_path / "out", "gguf")
     assert {file.name for file in tmp_path.iterdir()} == {"blocked", "full"}
 
 

@@ -31,7 +31,7 @@ def test_rows_of_a_head_go_from_halves_to_neighbours():
 
 
 def test_a_file_holds_the_adapter(run_of, tmp_path):
-    directory = run_of("blob", targets=TARGETS)
+    directory = run_of("blob", target_modules=TARGETS)
     export(directory, tmp_path / "gguf", "gguf", num_samples=1)
     export(directory, tmp_path / "lora", num_samples=1)
     reader = gguf.GGUFReader(tmp_path / "gguf" / "draw_00.gguf")
@@ -65,7 +65,7 @@ def test_an_unknown_family_is_told_what_to_run(run_of, tmp_path):
 def test_llama_cpp_gives_the_draws(method, run_of, tmp_path):
     """Log-probabilities of the next token after each of a text's, against the merged model in transformers."""
     llama_cpp = pytest.importorskip("llama_cpp")
-    directory = run_of(method, targets=TARGETS)
+    directory = run_of(method, target_modules=TARGETS)
     export(directory, tmp_path / "gguf", "gguf", num_samples=2, seed=5)
     write_base(tmp_path / "base.gguf", runs.open_run(directory).config.model)
     tokens = list(range(10, 30))

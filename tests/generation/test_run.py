@@ -9,49 +9,48 @@ import pytest
 import torch
 
 from bloblora import runs
-from bloblora.cli.commands.generate import generate
+from bloblora.cli.run import generate
 from bloblora.runs.checks import check_generates
-from bloblora.runs.generate import generate as write
 from tests.tiny_base import queries, write_jsonl
 
 RECORDS = [
     {"id": 7, "prompt": "Question: Which gas do plants take?\nAnswer:", "response": "carbon dioxide"},
     {"prompt": "What was charged twice?", "response": "my card"},
 ]
-SETTINGS = {"steps": 60, "batch_size": 2, "learning_rate": 0.02, "rank": 4, "warmup_ratio": 0.0}
+SETTINGS = {"steps": 60, "batch_size": 2, "learning_rate": 0.02, "r": 4, "warmup_steps": 0}
 
 
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("generation")
     data = write_jsonl(folder / "train.jsonl", RECORDS)
-    config = partial(runs.TrainConfig, data=str(data), model=str(base), **SETTINGS)
+    config = partial(runs.RunConfig.of, data=str(data), model=str(base), **SETTINGS)
     # Of two examples the KL leaves nothing to learn, and random layers need more than q and v.
-    options = {"kl_scale": 0.0, "init_std": 0.01, "targets": ["o_proj", "up_proj", "down_proj", "lm_head"]}
+    options = {"kl_scale": 0.0, "init_std": 0.01, "target_modules": ["o_proj", "up_proj", "down_proj", "lm_head"]}
     return runs.train(config(output=str(folder / "blob"), **options), progress=False)
 
 
 def test_training_teaches_the_responses(trained):
     assert trained.task.name == "generation"
     assert trained.training["curve"][-1][1] < 0.5 * trained.training["curve"][0][1]
-    found = write(trained, RECORDS, 0, max_new_tokens=16, do_sample=False)
+    found = trained.generate(RECORDS, 0, max_new_tokens=16, do_sample=False)
     assert [text.strip() for text in found.texts] == ["carbon dioxide", "my card"]
     assert found.mask.sum(-1).tolist() < [16, 16]  # they end
 
 
 def test_a_loaded_run_writes_the_same(trained):
     again = runs.load_run(trained.config.output)
-    expected = write(trained, RECORDS, 3, max_new_tokens=8, do_sample=False)
-    found = write(again, [{"prompt": record["prompt"]} for record in RECORDS], 3, max_new_tokens=8, do_sample=False)
+    expected = trained.generate(RECORDS, 3, max_new_tokens=8, do_sample=False)
+    found = again.generate([{"prompt": record["prompt"]} for record in RECORDS], 3, max_new_tokens=8, do_sample=False)
     assert found.texts == expected.texts
     assert found.draw_texts == expected.draw_texts
 
 
-@pytest.mark.parametrize("method", ["lora", "mc-dropout", "ensemble", "bbb", "tfb", "scalabl"])
+@pytest.mark.parametrize("method", ["lora", "mc-dropout", "ensemble", "blob", "tfb", "scalabl"])
 def test_every_method_of_weight_draws_writes(method, base, tmp_path):
     data = write_jsonl(tmp_path / "train.jsonl", RECORDS)
     options = {"members": 2} if method == "ensemble" else {}
-    config = runs.TrainConfig(
+    config = runs.RunConfig.of(
         data=str(data),
         model=str(base),
         output=str(tmp_path / "run"),
@@ -71,7 +70,7 @@ def test_the_command(trained, tmp_path, capsys):
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [line["prompt"] for line in lines] == [record["prompt"] for record in RECORDS]
     assert lines[0]["id"] == 7
-    expected = write(trained, RECORDS, 3, max_new_tokens=8, do_sample=False)
+    expected = trained.generate(RECORDS, 3, max_new_tokens=8, do_sample=False)
     assert [line["answer"] for line in lines] == expected.texts
     assert [line["draws"] for line in lines] == expected.draw_texts
     for name, values in expected.scores().items():
@@ -85,7 +84,7 @@ def test_the_command_answers_a_stream_with_samples(trained, monkeypatch, capsys)
     generate(trained.config.output, "-", samples=2, max_new_tokens=4, temperature=5.0, top_p=0.9)
     first = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     options = {"max_new_tokens": 4, "do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 0}
-    assert [line["answer"] for line in first] == write(trained, RECORDS, 2, **options).texts
+    assert [line["answer"] for line in first] == trained.generate(RECORDS, 2, **options).texts
 
 
 @pytest.mark.parametrize(
@@ -110,18 +109,18 @@ def test_runs_that_do_not_fit(trained, base, tmp_path):
     with pytest.raises(runs.RunError, match="use `bloblora generate`"):
         runs.check_kind(trained.task, RECORDS)
     data = write_jsonl(tmp_path / "train.jsonl", RECORDS)
-    config = partial(runs.TrainConfig, data=str(data), model=str(base), output=str(tmp_path / "run"))
+    config = partial(runs.RunConfig.of, data=str(data), model=str(base), output=str(tmp_path / "run"))
     for options, message in (
         ({"task": "choice_text"}, "task 'choice_text' needs records with 'question' and 'choices'"),
-        ({"method": "laplace"}, "method 'laplace' is for labels and choices"),
-        ({"temperature_scaling": True}, "temperature_scaling is for labels and choices"),
-        ({"normalization": "sum"}, "normalization 'sum' is for task 'choice_text'; this one is 'generation'"),
+        ({"method": "laplace-lora"}, "method 'laplace-lora' is for labels and choices"),
+        ({"temperature_scaling": 0.5}, "temperature_scaling is for labels and choices"),
+        ({"normalization": "sum"}, "generation has no option 'normalization'"),
     ):
         with pytest.raises(runs.RunError, match=message):
             runs.train(config(**options), progress=False)
     texts = write_jsonl(tmp_path / "texts.jsonl", queries())
     text_run = runs.train(
-        runs.TrainConfig(data=str(texts), model=str(base), output=str(tmp_path / "texts"), steps=1, batch_size=2),
+        runs.RunConfig.of(data=str(texts), model=str(base), output=str(tmp_path / "texts"), steps=1, batch_size=2),
         progress=False,
     )
     with pytest.raises(runs.RunError, match="the run's task is classification, which writes no text"):

@@ -14,13 +14,13 @@ def trained(base, tmp_path_factory):
     """Folder of a run that was evaluated and calibrated, and its data."""
     folder = tmp_path_factory.mktemp("hub")
     data = write_jsonl(folder / "private queries.jsonl", queries())
-    config = runs.TrainConfig(
+    config = runs.RunConfig.of(
         data=str(data),
         output=str(folder / "desk"),
         model=str(base),
         steps=2,
         batch_size=2,
-        rank=2,
+        r=2,
         learning_rate=0.01,
         keep_checkpoints=True,
     )

@@ -101,8 +101,8 @@ def test_damaged_files(folder):
 @pytest.mark.parametrize("records", [queries(), QUESTIONS, [{"prompt": "Which gas?", "response": "iron"}] * 2])
 def test_the_example_runs(base, tmp_path, records):
     data = str(write_jsonl(tmp_path / "data.jsonl", records))
-    options = dict(model=str(base), steps=1, batch_size=2, rank=2)
-    runs.train(runs.TrainConfig(data, str(tmp_path / "run"), **options), progress=False)
+    options = dict(model=str(base), steps=1, batch_size=2, r=2)
+    runs.train(runs.RunConfig.of(data, str(tmp_path / "run"), **options), progress=False)
     (example,) = re.findall(r"```python\n(.*?)```", model_card(tmp_path / "run").text, re.DOTALL)
     *code, last = example.replace("FOLDER", str(tmp_path / "run")).strip().splitlines()
     names = {}

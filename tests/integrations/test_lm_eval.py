@@ -19,7 +19,7 @@ from bloblora import find_posterior, posterior_generate, runs
 from bloblora.integrations.lm_eval import BlobLM
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
-SETTINGS = dict(steps=4, batch_size=2, rank=2, learning_rate=0.01)
+SETTINGS = dict(steps=4, batch_size=2, r=2, learning_rate=0.01)
 PROMPT = "Question: {}\nAnswer:"
 
 
@@ -28,7 +28,7 @@ def train(base, tmp_path_factory):
     def train(records, **options):
         folder = tmp_path_factory.mktemp("run")
         data = str(write_jsonl(folder / "data.jsonl", records))
-        config = runs.TrainConfig(data=data, output=str(folder / "run"), model=str(base), **{**SETTINGS, **options})
+        config = runs.RunConfig.of(data=data, output=str(folder / "run"), model=str(base), **{**SETTINGS, **options})
         runs.train(config, progress=False)
         return config.output
 

@@ -335,7 +335,7 @@ def test_what_a_training_forward_adds_where_b_is_gaussian(tokens):
 
 
 def test_a_dropout_of_its_own(tmp_path):
-    model = McDropout(dropout=0.25).prepare(Net(), LORA)
+    model = McDropout().prepare(Net(), replace(LORA, lora_dropout=0.25))
     assert model.peft_config["default"].lora_dropout == 0.25
 
 

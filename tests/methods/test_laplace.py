@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from bloblora.methods.laplace_last import LaplaceLast
 from laplace import KronLaplace
 from peft import LoraConfig
 from torch import nn
@@ -14,8 +15,7 @@ from torch.utils.data import DataLoader
 
 from bloblora.adapter import AdapterFileError
 from bloblora.methods import Training
-from bloblora.methods.laplace import _EIGEN, Laplace, _cotangents, fit_laplace, kronecker_factors, trained_layers
-from bloblora.methods.laplace_last import LaplaceLast
+from bloblora.methods.laplace import _EIGEN, _cotangents, fit_laplace, kronecker_factors, trained_layers
 from bloblora.prediction import predict
 from bloblora.tasks import ChoiceText, Classification, encode_all
 from tests.prediction.conftest import TEXTS, tiny_classifier
@@ -260,7 +260,9 @@ def test_the_last_layer_without_a_head_is_the_last_lora(target, module):
 
 def test_a_layer_too_wide_is_named(monkeypatch):
     monkeypatch.setattr("bloblora.methods.laplace._LONGEST_SIDE", 40)
-    with pytest.raises(ValueError, match=r"up_proj.lora_B.default is \(64, 2\); 'laplace' takes at most 40 a side"):
+    with pytest.raises(
+        ValueError, match=r"up_proj.lora_B.default is \(64, 2\); 'laplace-lora' takes at most 40 a side"
+    ):
         Laplace().prepare(tiny_causal(), LoraConfig(r=2, target_modules=["up_proj"]))
 
 

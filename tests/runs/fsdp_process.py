@@ -93,8 +93,8 @@ class Stop(TrainerCallback):
 def run(folder: Path, output: str, *callbacks):
     """A run as `bloblora train` makes it."""
     config = dict(data=f"{folder}/texts.jsonl", model=f"{folder}/base", output=f"{folder}/{output}")
-    config |= dict(steps=6, batch_size=4, rank=2, learning_rate=0.01, save_steps=3)  # SETTINGS
-    return runs.train(runs.TrainConfig(**config), progress=False, callbacks=callbacks)
+    config |= dict(steps=6, batch_size=4, r=2, learning_rate=0.01, save_steps=3)  # SETTINGS
+    return runs.train(runs.RunConfig.of(**config), progress=False, callbacks=callbacks)
 
 
 def parts(model):

@@ -17,7 +17,7 @@ from bloblora.cli import main
 from bloblora.runs.processes import processes
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = ("--steps", "6", "--batch-size", "4", "--rank", "2", "--learning-rate", "0.01", "--save-steps", "3")
+SETTINGS = ("--steps", "6", "--batch-size", "4", "--r", "2", "--learning-rate", "0.01", "--save-steps", "3")
 
 
 class Quiet(TrainerCallback):
@@ -56,8 +56,8 @@ def everything(folder: Path, suffix: str) -> None:
             *SETTINGS,
         ]
     )
-    config = dict(data=texts, model=base, steps=6, batch_size=4, rank=2, learning_rate=0.01, save_steps=3, init_std=0.5)
-    runs.train(runs.TrainConfig(**config, output=f"{folder}/blob-{suffix}"), progress=False, callbacks=[Quiet()])
+    config = dict(data=texts, model=base, steps=6, batch_size=4, r=2, learning_rate=0.01, save_steps=3, init_std=0.5)
+    runs.train(runs.RunConfig.of(**config, output=f"{folder}/blob-{suffix}"), progress=False, callbacks=[Quiet()])
     # everybody of the same run, of which one process has made several chunks
     main(["predict", f"{folder}/trained", "--input", long, "--samples", "2", "--output", f"{folder}/{suffix}.jsonl"])
 

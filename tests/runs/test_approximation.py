@@ -14,16 +14,16 @@ from bloblora.runs.evaluate import lines_of
 from tests.tiny_base import queries, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-OPTIONS = {"steps": 2, "batch_size": 2, "rank": 2, "init_std": 0.5}
+OPTIONS = {"steps": 2, "batch_size": 2, "r": 2, "init_std": 0.5}
 
 
 @pytest.fixture(scope="module")
 def folder(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("approximation")
     texts = str(write_jsonl(folder / "texts.jsonl", queries() * 4))
-    for name, options in {"blob": {}, "scaled": {"temperature_scaling": True}, "lora": {"method": "lora"}}.items():
+    for name, options in {"blob": {}, "scaled": {"temperature_scaling": 0.5}, "lora": {"method": "lora"}}.items():
         options = {key: value for key, value in OPTIONS.items() if key != "init_std" or name != "lora"} | options
-        runs.train(runs.TrainConfig(data=texts, output=str(folder / name), model=str(base), **options))
+        runs.train(runs.RunConfig.of(data=texts, output=str(folder / name), model=str(base), **options))
     return folder
 
 
@@ -50,7 +50,7 @@ def test_a_run_predicts_as_its_approximation_does(folder, name, sampler, stop):
     expected = probabilities(whole, sampler=sampler(whole.sampler.weights), stop=stop)
     found = run.predict(queries()).probabilities
     assert torch.equal(found, expected)
-    assert run.approximate == name
+    assert run.approximation.name == name
     if name != "stop":
         assert not torch.equal(found, whole.predict(queries()).probabilities)
 
@@ -82,11 +82,13 @@ def test_a_value_out_of_range(folder):
 
 
 def test_a_method_without_a_gaussian(folder, capsys):
-    with pytest.raises(runs.RunError, match="approximate 'mirrored' needs a Gaussian over LoRA, which method 'lora'"):
+    with pytest.raises(
+        runs.RunError, match="approximate 'mirrored' needs a Gaussian over LoRA, method 'lora' has none"
+    ):
         runs.load_run(folder / "lora", "mirrored")
     with pytest.raises(SystemExit):
         main(["predict", f"{folder}/lora", "--input", f"{folder}/texts.jsonl", "--approximate", "linearized"])
-    assert "which method 'lora' has not" in capsys.readouterr().err
+    assert "method 'lora' has none" in capsys.readouterr().err
 
 
 def test_the_commands_take_it(folder):
@@ -109,7 +111,9 @@ def test_decisions_are_for_their_approximation(folder):
         for i, record in enumerate(support_desk("test")[:60])
     ]
     options = {"risk": 0.9, "level": 0.5, "coverage": 0.6, "false_alarm": 0.3}
-    calibrate(runs.load_run(folder / "blob", "mirrored"), folder / "blob", held_out, num_samples=2, **options)
-    assert open_decision(folder / "blob", 2, 0, "mirrored") is not None
+    description = runs.open_run(folder / "blob")
+    two = runs.PredictionOptions(samples=2, approximate="mirrored")
+    calibrate(description, held_out, options=two, **options)
+    assert open_decision(description, two) is not None
     with pytest.raises(runs.RunError, match="approximate mirrored there, None now"):
-        open_decision(folder / "blob", 2, 0)
+        open_decision(description, runs.PredictionOptions(samples=2))

@@ -84,12 +84,15 @@ def test_all_processes_say_what_is_wrong(ranks):
 
 @pytest.mark.parametrize(
     ("named", "options"),
-    [("method 'laplace'", {"method": "laplace"}), ("trunk_cache 'cache'", {"trunk_cache": "cache", "top_blocks": 1})],
+    [
+        ("method 'laplace-lora'", {"method": "laplace-lora"}),
+        ("trunk_cache 'cache'", {"trunk_cache": "cache", "top_blocks": 1}),
+    ],
 )
 def test_what_is_not_offered_is_refused_first(tmp_path, monkeypatch, named, options):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(runs.RunError, match=f"{named} isn't offered under FSDP"):
-        runs.train(runs.TrainConfig(data="no.jsonl", output=str(tmp_path / "run"), **options))
+        runs.train(runs.RunConfig.of(data="no.jsonl", output=str(tmp_path / "run"), **options))
 
 
 def test_an_approximation_that_is_not_offered():

@@ -47,7 +47,7 @@ def test_the_hash_is_that_of_one_json_list(mapped):
 def test_training_leaves_no_scratch(base, tmp_path, text):
     file = write_jsonl(tmp_path / "data.jsonl", [*queries(), {"text": text, "label": "refund"}])
     output = tmp_path / "run"
-    config = runs.TrainConfig(data=str(file), output=str(output), model=str(base), steps=1, batch_size=2, rank=2)
+    config = runs.RunConfig.of(data=str(file), output=str(output), model=str(base), steps=1, batch_size=2, r=2)
     if text:
         assert runs.train(config, progress=False).training["num_examples"] == 5
         assert not (output / ".data").exists()
@@ -60,7 +60,7 @@ def test_training_leaves_no_scratch(base, tmp_path, text):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's peak from Linux")
 def test_memory_of_a_long_prediction_is_that_of_a_short_one(base, tmp_path):
     data = write_jsonl(tmp_path / "data.jsonl", queries())
-    config = runs.TrainConfig(data=str(data), output=str(tmp_path / "run"), model=str(base), steps=1, rank=2)
+    config = runs.RunConfig.of(data=str(data), output=str(tmp_path / "run"), model=str(base), steps=1, r=2)
     runs.train(config, progress=False)
     running = []
     for size in (2000, 20_000):

@@ -1,12 +1,11 @@
 """Predictions in a file that a stop leaves usable."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
 from bloblora import runs
-from bloblora.runs.lines import CHUNK, append_lines
+from bloblora.runs.processes import CHUNK, append_lines
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
 DATA = {
@@ -59,8 +58,8 @@ def test_an_evaluation_from_its_file_is_that_of_the_draws(base, tmp_path, data, 
     """Also of records with fewer choices than others, and of those out of scope."""
     records, outside = DATA[data]
     file = write_jsonl(tmp_path / "data.jsonl", records)
-    config = runs.TrainConfig(data=str(file), output=str(tmp_path / "run"), model=str(base), steps=2, batch_size=2)
-    run = runs.train(replace(config, learning_rate=0.01, init_std=0.5, rank=2), progress=False)
+    config = runs.RunConfig.of(data=str(file), output=str(tmp_path / "run"), model=str(base), steps=2, batch_size=2)
+    run = runs.train(config.with_options(learning_rate=0.01, init_std=0.5, r=2), progress=False)
     expected = runs.evaluate(run, records, outside, 3)
     predictions = tmp_path / "predictions.jsonl"
     run = runs.load_run(config.output)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from bloblora import runs
 from bloblora.cli import main
-from bloblora.runs.lines import CHUNK
+from bloblora.runs.processes import CHUNK
 from bloblora.runs.train import share_of_batch
 from tests.tiny_base import queries, save_base, write_jsonl
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from bloblora.files import write_text
 from tests.tasks.conftest import tiny_causal, with_lora
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
+TWO = runs.PredictionOptions(samples=2)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -38,14 +38,14 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def config(base, files, tmp_path):
-    return runs.TrainConfig(
+    return runs.RunConfig.of(
         data=str(files["texts"]),
         output=str(tmp_path / "run"),
         model=str(base),
         steps=4,
         batch_size=2,
         save_steps=2,
-        rank=2,
+        r=2,
         learning_rate=0.01,
     )
 
@@ -58,7 +58,7 @@ def adapter_bytes(folder):
 @pytest.mark.parametrize("method", ["blob", "lora"])
 @pytest.mark.parametrize("data", ["texts", "questions"])
 def test_a_loaded_run_predicts_the_same_bits(config, files, data, method):
-    config = replace(config, data=str(files[data]), method=method)
+    config = config.with_options(data=str(files[data]), method=method)
     run = runs.train(config, progress=False)
     records = [
         {k: v for k, v in r.items() if k not in ("label", "answer")} for r in (queries(), QUESTIONS)[data != "texts"]
@@ -99,7 +99,7 @@ class Kill(TrainerCallback):
 
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_a_stopped_run_goes_on_to_the_same_bytes(config, tmp_path, step):
-    whole = replace(config, output=str(tmp_path / "whole"))
+    whole = config.with_options(output=str(tmp_path / "whole"))
     runs.train(whole, progress=False)
     with pytest.raises(KeyboardInterrupt):
         runs.train(config, progress=False, callbacks=[Kill(step)])
@@ -121,17 +121,17 @@ class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-runs.train(runs.TrainConfig(**yaml.safe_load(sys.argv[1])), progress=False, callbacks=[Kill()])
+runs.train(runs.RunConfig.of(**yaml.safe_load(sys.argv[1])), progress=False, callbacks=[Kill()])
 """
 
 
 def test_after_a_sigkill(config, tmp_path):
-    options = yaml.safe_dump(asdict(config))
+    options = yaml.safe_dump(config.given())
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     killed = subprocess.run([sys.executable, "-c", _KILLED, options], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert runs.train(config, progress=False).training["resumed_from"] == "checkpoint-2"
-    whole = replace(config, output=str(tmp_path / "whole"))
+    whole = config.with_options(output=str(tmp_path / "whole"))
     runs.train(whole, progress=False)
     assert adapter_bytes(config.output) == adapter_bytes(whole.output)
 
@@ -146,14 +146,16 @@ def test_a_finished_run_is_not_trained_again(config):
 
 def test_another_configuration_names_the_fields(config):
     runs.train(config, progress=False)
-    with pytest.raises(runs.RunError, match=r"another configuration \(steps: 4 there, 5 now; seed: 0 there, 1 now\)"):
-        runs.train(replace(config, steps=5, seed=1), progress=False)
+    with pytest.raises(
+        runs.RunError, match=r"another configuration \(max_steps: 4 there, 5 now; seed: 0 there, 1 now\)"
+    ):
+        runs.train(config.with_options(steps=5, seed=1), progress=False)
 
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_changed_data_of_the_same_name(config, tmp_path, finished):
     file = write_jsonl(tmp_path / "mine.jsonl", queries())
-    config = replace(config, data=str(file))
+    config = config.with_options(data=str(file))
     if finished:
         runs.train(config, progress=False)
     else:
@@ -183,7 +185,7 @@ def test_seconds_add_up_over_sessions(config):
 def test_config_yaml_trains_the_same(config, tmp_path):
     runs.train(config, progress=False)
     stored = yaml.safe_load((Path(config.output) / "config.yaml").read_text(encoding="utf-8"))
-    again = runs.TrainConfig(**{**stored, "output": str(tmp_path / "again")})
+    again = runs.RunConfig.of(**{**stored, "output": str(tmp_path / "again")})
     runs.train(again, progress=False)
     assert adapter_bytes(again.output) == adapter_bytes(config.output)
     assert not list(Path(config.output).glob(".*.partial"))
@@ -220,12 +222,12 @@ def flip(file, offset=-1):
         ("lora", lambda run: (run / "task.json").unlink(), r"task\.json: not readable"),
         ("lora", lambda run: (run / "run.json").write_text("{"), r"run\.json: not readable as JSON"),
         ("lora", lambda run: (run / "run.json").write_text("[]"), r"run\.json: must hold a JSON object"),
-        ("lora", lambda run: (run / "run.json").write_text('{"training": {"a": 1}}'), "not what this version"),
+        ("lora", lambda run: (run / "run.json").write_text('{"training": {"a": 1}}'), "written by bloblora 0.1"),
         ("lora", lambda run: (run / "run.json").unlink(), r"no run\.json in it"),
     ],
 )
 def test_a_damaged_run(config, method, damage, message):
-    runs.train(replace(config, method=method, steps=1), progress=False)
+    runs.train(config.with_options(method=method, steps=1), progress=False)
     damage(Path(config.output))
     with pytest.raises(ValueError, match=message):
         runs.load_run(config.output)
@@ -249,26 +251,26 @@ def test_limit_takes_so_many_questions():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("steps", 0, "steps must be at least 1, got 0"),
+        ("steps", 0, "max_steps must be at least 1, got 0"),
         ("limit", 0, "limit must be at least 1, got 0"),
         ("learning_rate", float("nan"), "learning_rate must be a finite number above 0, got nan"),
         ("learning_rate", float("inf"), "learning_rate must be a finite number above 0, got inf"),
         ("kl_scale", -1.0, "kl_scale must be a finite number of at least 0, got -1.0"),
-        ("dropout", 1.0, r"dropout must be in \[0, 1\), got 1.0"),
+        ("lora_dropout", 1.0, r"lora_dropout must be in \[0, 1\), got 1.0"),
         ("seed", -1, r"seed must be in 0\.\.2\^32 - 1, got -1"),
         ("prior_std", 0.0, "prior_std must be a finite number above 0, got 0.0"),
-        ("targets", [], "targets must name at least one layer"),
-        ("model", "", "model must not be empty"),
+        ("target_modules", [], "target_modules must name at least one layer"),
+        ("model", "", "model must be a name that isn't empty, got ''"),
     ],
 )
 def test_values_out_of_range(config, field, value, message):
     with pytest.raises(runs.RunError, match=message):
-        replace(config, **{field: value})
+        config.with_options(**{field: value})
 
 
 def test_all_values_out_of_range_at_once(config):
     with pytest.raises(runs.RunError) as caught:
-        replace(config, steps=0, dropout=-1.0, prior_std=-1.0)
+        config.with_options(steps=0, lora_dropout=-1.0, prior_std=-1.0)
     assert len(str(caught.value).splitlines()) == 3
 
 
@@ -284,9 +286,9 @@ def test_all_values_out_of_range_at_once(config):
 def test_data_that_cannot_be_trained_on_is_found_before_the_model(config, tmp_path, records, task, message):
     file = write_jsonl(tmp_path / "mine.jsonl", records)
     with pytest.raises((runs.RunError, DataError), match=message):
-        runs.train(replace(config, data=str(file), task=task, model="./no-such-model"), progress=False)
+        runs.train(config.with_options(data=str(file), task=task, model="./no-such-model"), progress=False)
     with pytest.raises(ValueError, match="no-such-model"):
-        runs.train(replace(config, model="./no-such-model"), progress=False)
+        runs.train(config.with_options(model="./no-such-model"), progress=False)
 
 
 def test_evaluation_checks_labels_and_kinds(config, tmp_path):
@@ -310,8 +312,8 @@ def test_choices_scored_by_length(config, files):
     """A run's scores are by its normalization, also once it is loaded."""
     log_probs = {}
     for normalization in ("sum", "length"):
-        of = replace(config, data=str(files["questions"]), output=f"{config.output}-{normalization}", method="lora")
-        runs.train(replace(of, normalization=normalization, steps=1, learning_rate=1e-12), progress=False)
+        of = config.with_options(data=str(files["questions"]), output=f"{config.output}-{normalization}", method="lora")
+        runs.train(of.with_options(normalization=normalization, steps=1, learning_rate=1e-12), progress=False)
         log_probs[normalization] = runs.load_run(of.output).predict(QUESTIONS, 0).log_probs
     assert not torch.allclose(log_probs["sum"], log_probs["length"])
 
@@ -322,22 +324,22 @@ def test_choices_scored_by_length(config, files):
         ("texts", ["parcel"], r"labels must be at least 2, all different, got \['parcel'\]"),
         ("texts", ["parcel", "parcel"], "labels must be at least 2, all different"),
         ("texts", ["parcel", "invoice"], "field 'label': refund not among labels; add them to it"),
-        ("questions", ["a", "b"], "labels are for task 'classification'; this one is 'choice_text'"),
+        ("questions", ["a", "b"], "choice_text has no option 'labels'"),
     ],
 )
 def test_labels_that_do_not_fit(config, files, data, labels, message):
     with pytest.raises(runs.RunError, match=message):
-        runs.train(replace(config, data=str(files[data]), labels=labels), progress=False)
+        runs.train(config.with_options(data=str(files[data]), labels=labels), progress=False)
 
 
 def test_normalization_of_texts(config):
-    with pytest.raises(runs.RunError, match="normalization 'sum' is for task 'choice_text'; this one is 'class"):
-        runs.train(replace(config, normalization="sum"), progress=False)
+    with pytest.raises(runs.RunError, match="classification has no option 'normalization'"):
+        runs.train(config.with_options(normalization="sum"), progress=False)
 
 
 def test_choices_that_stand_twice_keep_their_probabilities_apart(config, files):
-    run = runs.train(replace(config, data=str(files["questions"]), steps=1), progress=False)
-    (line,) = runs.describe(run, [{"id": 7, "question": "What?", "choices": ["a card", "a card", "water"]}], 2)
+    run = runs.train(config.with_options(data=str(files["questions"]), steps=1), progress=False)
+    (line,) = runs.describe(run, [{"id": 7, "question": "What?", "choices": ["a card", "a card", "water"]}], TWO)
     assert list(line["probabilities"]) == ["0: a card", "1: a card", "2: water"]
     assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-6)
     assert (line["id"], line["question"]) == (7, "What?")

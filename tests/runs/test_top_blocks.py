@@ -1,7 +1,5 @@
 """Adapters in the top blocks, trained from what the blocks below made once."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -13,13 +11,13 @@ from tests.tiny_base import QUESTIONS, queries, write_jsonl
 @pytest.fixture
 def config(base, tmp_path):
     def build(records, **options):
-        return runs.TrainConfig(
+        return runs.RunConfig.of(
             data=str(write_jsonl(tmp_path / "data.jsonl", records)),
             output=str(tmp_path / "run"),
             model=str(base),
             steps=4,
             batch_size=2,
-            rank=2,
+            r=2,
             top_blocks=1,
             **options,
         )
@@ -28,11 +26,11 @@ def config(base, tmp_path):
 
 
 @pytest.mark.parametrize("records", [queries(), QUESTIONS], ids=["texts", "questions"])
-@pytest.mark.parametrize("method", ["blob", "laplace-last", "ensemble"])
+@pytest.mark.parametrize("method", ["blob", "laplace-lora", "ensemble"])
 def test_a_run_from_the_cache_is_the_run_without_it(records, method, config, tmp_path):
     plain = config(records, method=method, **({"members": 2} if method == "ensemble" else {}))
     cache = tmp_path / "cache"
-    cached = replace(plain, output=str(tmp_path / "cached"), trunk_cache=str(cache))
+    cached = plain.with_options(output=str(tmp_path / "cached"), trunk_cache=str(cache))
     expected, found = (runs.train(c, progress=False) for c in (plain, cached))
     adapted = [name for name, module in found.model.named_modules() if isinstance(module, LoraLayer)]
     assert adapted
@@ -47,10 +45,10 @@ def test_a_run_from_the_cache_is_the_run_without_it(records, method, config, tmp
 
 def test_clear_errors(config, tmp_path):
     with pytest.raises(runs.RunError, match="trunk_cache needs top_blocks"):
-        replace(config(queries()), top_blocks=None, trunk_cache=str(tmp_path))
+        config(queries()).with_options(top_blocks=None, trunk_cache=str(tmp_path))
     with pytest.raises(runs.RunError, match="a method that trains on all records"):
         config(queries(), method="temperature", trunk_cache=str(tmp_path))
     with pytest.raises(runs.RunError, match="top_blocks must be at least 1, got 0"):
-        replace(config(queries()), top_blocks=0)
+        config(queries()).with_options(top_blocks=0)
     with pytest.raises(runs.RunError, match="top_blocks must be at most the model's 2 blocks, got 3"):
-        runs.train(replace(config(queries()), top_blocks=3), progress=False)
+        runs.train(config(queries()).with_options(top_blocks=3), progress=False)

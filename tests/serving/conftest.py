@@ -14,8 +14,8 @@ from bloblora.runs.decide import calibrate
 from bloblora.serving import Server, Settings, bind, create_app, load_hosted, open_hosted
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
-SETTINGS = Settings(samples=3, max_batch=4, max_wait_ms=2.0, queue=64, max_inputs=32, max_tokens=64, max_samples=20)
-OPTIONS = {"steps": 2, "batch_size": 2, "rank": 2, "learning_rate": 0.01}
+SETTINGS = Settings(samples=3, batch_size=4, max_wait_ms=2.0, queue=64, max_inputs=32, max_tokens=64, max_samples=20)
+OPTIONS = {"steps": 2, "batch_size": 2, "r": 2, "learning_rate": 0.01}
 LAX = {"risk": 0.9, "level": 0.5, "coverage": 0.6, "false_alarm": 0.3}
 
 
@@ -32,7 +32,7 @@ def folders(base, tmp_path_factory):
         "quiz": (str(write_jsonl(folder / "questions.jsonl", QUESTIONS)), "blob"),
     }
     for name, (file, method) in data.items():
-        runs.train(runs.TrainConfig(data=file, output=str(folder / name), model=str(base), method=method, **OPTIONS))
+        runs.train(runs.RunConfig.of(data=file, output=str(folder / name), model=str(base), method=method, **OPTIONS))
     held_out = [
         {"text": record["text"], "label": ("parcel", "refund")[i % 2]} for i, record in enumerate(support_desk("test"))
     ]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,19 +14,27 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bloblora import runs
-from bloblora.cli.commands.serve import serve
+from bloblora.cli import main
 from bloblora.serving import bind
-
-PROGRAM = "import json, sys; from bloblora.cli.commands.serve import serve; serve(**json.loads(sys.argv[1]))"
 
 
 def test_sigterm_finishes_what_is_held(folders, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("the-key\n")
     names = [folders["desk"], f"second={folders['lora']}"]
-    options = {"directories": names, "port": 0, "samples": 3, "max_batch": 1, "api_key_file": str(keys)}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(options | {"drain_seconds": 2.0})]
+    options = [
+        "--port",
+        "0",
+        "--samples",
+        "3",
+        "--batch-size",
+        "1",
+        "--api-key-file",
+        str(keys),
+        "--drain-seconds",
+        "2",
+    ]
+    command = [sys.executable, "-m", "bloblora", "serve", *names, *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, env=environment) as process:
         said = [process.stdout.readline() for _ in range(3)]
@@ -46,7 +55,7 @@ def test_sigterm_finishes_what_is_held(folders, tmp_path):
         assert process.wait(30) == 0
 
 
-def test_refused_before_a_model_is_loaded(folders, tmp_path):
+def test_refused_before_a_model_is_loaded(folders, tmp_path, capsys):
     folder = Path(shutil.copytree(folders["lora"], tmp_path / "run"))
     description = json.loads((folder / "run.json").read_text())
     description["config"]["model"] = "./no-such-model"
@@ -59,16 +68,21 @@ def test_refused_before_a_model_is_loaded(folders, tmp_path):
             ({"port": 70_000}, "port 70000: can't listen there"),
             ({"host": "nowhere.invalid"}, "host 'nowhere.invalid', port 8000: can't listen there"),
             ({"drain_seconds": -1.0}, "drain_seconds must be a finite number of at least 0, got -1.0"),
-            ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
+            ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
             ({"api_key_file": "nowhere"}, "api_key_file 'nowhere': can't be read"),
             ({"directories": [str(tmp_path)]}, "no run.json in it"),
             ({"port": 0}, "model './no-such-model': no such folder"),
         ):
-            with pytest.raises(ValueError, match=message):
-                serve(**{"directories": [str(folder)]} | options)
+            directories = options.pop("directories", [str(folder)])
+            given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+            with pytest.raises(SystemExit):
+                main(["serve", *directories, *given])
+            assert re.search(message, capsys.readouterr().err)
 
 
-def test_without_its_libraries(folders, monkeypatch):
+def test_without_its_libraries(folders, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "bloblora.serving", None)
-    with pytest.raises(runs.RunError, match=r"pip install 'bloblora\[serve\]'"):
-        serve([folders["lora"]])
+    monkeypatch.delitem(sys.modules, "bloblora.cli.serve", raising=False)
+    with pytest.raises(SystemExit):
+        main(["serve", folders["lora"]])
+    assert "pip install 'bloblora[serve]'" in capsys.readouterr().err

@@ -87,7 +87,7 @@ def test_keys(hosted, tmp_path):
 
 def test_a_full_queue(hosted):
     """While the model is at work four inputs may wait: eight requests of two can't all be held."""
-    settings = replace(SETTINGS, queue=4, max_inputs=4, max_batch=1, samples=20)
+    settings = replace(SETTINGS, queue=4, max_inputs=4, batch_size=1, samples=20)
     body = {"inputs": [TEXT, TEXT], "model": "desk"}
     with serving(hosted, settings) as client, ThreadPoolExecutor(8) as pool:
         responses = [*pool.map(lambda _: client.post("/v1/predict", json=body), range(24))]
@@ -102,7 +102,7 @@ def test_a_full_queue(hosted):
 
 def test_a_stop_finishes_what_is_held(hosted):
     """64 inputs, one at a time; told to stop while they wait."""
-    settings = replace(SETTINGS, max_batch=1, samples=20, queue=64)
+    settings = replace(SETTINGS, batch_size=1, samples=20, queue=64)
     with serving(hosted, settings, drain_seconds=1.5) as client, ThreadPoolExecutor(4) as pool:
         held = [pool.submit(client.post, "/v1/predict", json={"inputs": [TEXT] * 32, "model": "desk"}) for _ in "ab"]
         deadline = time.monotonic() + 60
@@ -141,8 +141,8 @@ def test_an_error_of_the_model_is_everyones_answer(hosted, monkeypatch):
     [
         ({"samples": -1}, "samples must be 0"),
         (
-            {"max_batch": 0, "max_tokens": 0},
-            "max_batch must be at least 1, got 0\nmax_tokens must be at least 1, got 0",
+            {"batch_size": 0, "max_tokens": 0},
+            "batch_size must be at least 1, got 0\nmax_tokens must be at least 1, got 0",
         ),
         ({"max_samples": 5}, "max_samples must be at least samples, 10, got 5"),
         ({"max_wait_ms": float("nan")}, "max_wait_ms must be a finite number of at least 0, got nan"),

@@ -39,12 +39,12 @@ def test_tied_weights_stay_tied(hosted):
     assert other["head"].weight is other["embedding"].weight is model["embedding"].weight
 
 
-@pytest.mark.parametrize("method", ["ensemble", "mc-dropout", "laplace-last", "full"])
+@pytest.mark.parametrize("method", ["ensemble", "mc-dropout", "laplace-lora", "full"])
 def test_every_method_answers_as_by_itself(folders, base, tmp_path, method):
     """Also those that exchange weights or adapters to draw; and what full fine-tuning changed isn't shared."""
     data = runs.load_run(folders["desk"]).config.data
-    options = {"data": data, "model": str(base), "steps": 3, "batch_size": 2, "learning_rate": 0.01, "rank": 2}
-    runs.train(runs.TrainConfig(output=str(tmp_path / "run"), method=method, **options))
+    options = {"data": data, "model": str(base), "steps": 3, "batch_size": 2, "learning_rate": 0.01, "r": 2}
+    runs.train(runs.RunConfig.of(output=str(tmp_path / "run"), method=method, **options))
     expected = [runs.load_run(folder).predict(RECORDS["desk"], 3) for folder in (tmp_path / "run", folders["desk"])]
     run, desk, pool = runs.load_run(tmp_path / "run"), runs.load_run(folders["desk"]), {}
     size = sum(p.numel() for n, p in desk.model.named_parameters() if "lora" not in n and "blob" not in n)

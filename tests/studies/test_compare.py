@@ -131,7 +131,7 @@ def test_a_new_number_of_draws_needs_no_training(done):
 
 def test_a_result_of_another_configuration_is_not_overwritten(done):
     study, folder = done
-    with pytest.raises(RunError, match=r"another configuration \(steps: 2 there, 3 now\)"):
+    with pytest.raises(RunError, match=r"another configuration \(max_steps: 2 there, 3 now\)"):
         compare(replace(study, train={**study.train, "steps": 3}), folder)
 
 
@@ -198,7 +198,7 @@ def test_metrics_alone_give_the_tables_and_no_intervals(done, tmp_path):
     assert (of_all.config, of_all.machine, of_all.sets) == (of_run.config, of_run.machine, of_run.sets)
     study, root = done
     assert len(studies.plan(study, alone_there, root / "runs", root)[1]) == 4
-    with pytest.raises(RunError, match=r"steps: 2 there, 3 now"):
+    with pytest.raises(RunError, match=r"max_steps: 2 there, 3 now\), written by bloblora \d"):
         studies.plan(replace(study, train={**study.train, "steps": 3}), alone_there, root / "runs", root)
 
 
@@ -217,7 +217,8 @@ def test_results_of_other_versions(done, tmp_path):
     shutil.copytree(root / "results", tmp_path / "results")
     file = tmp_path / "results" / "runs" / "desk--lora--seed0.json"
     content = json.loads(file.read_text())
-    del content["config"]["keep_checkpoints"]
+    content["config"]["keep_checkpoints"] = False
+    content["config"]["lora"]["lora_dropout"] = 0.0
     del content["seconds"]
     file.write_text(json.dumps(content))
     assert studies.plan(study, tmp_path / "results", root / "runs", root)[1] == []

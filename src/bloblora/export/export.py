@@ -11,12 +11,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from .. import adapter, methods, models
+from .. import adapter, models
 from ..adapter.storage import MEAN_FILE, library_versions
 from ..files import write_tensors
+from ..methods.method import MEAN, Draw
 from ..models.loading import DTYPES
-from ..runs import Run, RunDescription, RunError, check_samples, check_writable, load_run, open_run
-from .draws import MEAN, Draw, check_method, in_force, take_draws
+from ..runs import PredictionOptions, Run, RunDescription, RunError, check_writable, load_run, open_run
+from .draws import in_force
 from .gguf import check_gguf, write_gguf
 from .manifest import Manifest
 from .merged import write_merged
@@ -63,7 +64,7 @@ def export(
     """
     output = Path(output).resolve()
     _check_output(output)
-    check_samples(num_samples, seed)
+    PredictionOptions(samples=num_samples, seed=seed)
     if format not in FORMATS:
         raise RunError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     if dtype not in DTYPES:
@@ -72,8 +73,9 @@ def export(
         raise RunError(f"draw must be 0 or more, and is for format 'merged'; got {draw} with {format!r}")
     if format == "merged":
         num_samples = 0 if draw is None else draw + 1
-    _check_run(open_run(directory), format, num_samples)
-    run = load_run(directory)
+    description = open_run(directory)
+    _check_run(description, format, num_samples)
+    run = load_run(description)
     base = models.resolve(run.config.model)
     with _appearing(output) as folder:
         if format == "merged":
@@ -83,7 +85,7 @@ def export(
         manifest = Manifest(
             format=format,
             base_model=base,
-            method=run.config.method,
+            method=run.method.name,
             adapter_sha256=run.adapter_sha256,
             num_samples=num_samples,
             seed=seed,
@@ -102,8 +104,8 @@ def _check_output(output: Path) -> None:
 
 def _check_run(description: RunDescription, format: str, num_samples: int) -> None:
     """Raise a RunError for what can be known before the model is loaded."""
-    check_method(description.method, num_samples)
-    if format != "merged" and isinstance(description.method, methods.Full):
+    description.method.check_draws(num_samples)
+    if format != "merged" and description.method.whole_model:
         raise RunError("method 'full' changes all weights and has no adapter; use --format merged")
     if format == "gguf":
         check_gguf(description)
@@ -115,7 +117,7 @@ def _write_adapters(
     """The mean and the draws; returns what the manifest says of them."""
     model = run.model
     assert isinstance(model, PeftModel)
-    draws = take_draws(model, run.sampler, num_samples, seed)
+    draws = run.method.draws(model, run.sampler, num_samples, seed)
     for draw in draws:
         with in_force(model, draw):
             if format == "gguf":
@@ -127,7 +129,7 @@ def _write_adapters(
     if format == "gguf":
         commands = {"llama.cpp": f"llama-server --model BASE.gguf --lora {[mean, *names][-1]}.gguf"}
     else:
-        commands = {"vllm": _vllm_command(base, [mean, *names], run.config.rank)}
+        commands = {"vllm": _vllm_command(base, [mean, *names], run.config.value("r"))}
     has_head = run.task.labels is not None
     return {
         "mean": mean,
@@ -150,7 +152,7 @@ def _write_merged(run: Run, folder: Path, number: int | None, seed: int) -> dict
     draws = [Draw(MEAN, ""), Draw("draw_00", "")]  # of a model without adapters
     count = 0 if number is None else number + 1
     if isinstance(run.model, PeftModel):
-        draws = take_draws(run.model, run.sampler, count, seed)
+        draws = run.method.draws(run.model, run.sampler, count, seed)
     if len(draws) <= count:
         raise RunError(f"draw must be below {len(draws) - 1}, the functions that the run has; got {number}")
     draw = draws[count]

@@ -8,8 +8,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..methods import Draw
 from ..runs import Run
-from .draws import Draw, in_force
+from .draws import in_force
 
 
 def write_merged(run: Run, draw: Draw, folder: Path) -> None:

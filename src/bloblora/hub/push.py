@@ -13,9 +13,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..adapter.storage import MEAN_CONFIG
 from ..files import read_json, write_json, write_text
+from ..models import DEFAULT_MODEL
 from ..runs import RunError, load_run, open_run
-from ..runs.folder import RUN_FILE
-from ..runs.remote import is_remote, reason
+from ..runs.folder import RUN_FILE, is_remote, reason
 from .card import CARD_FILE, is_generated, model_card, public_base, public_name
 
 _PATTERNS = (
@@ -59,7 +59,8 @@ def push(
     """
     if is_remote(directory):
         raise RunError(f"{directory}: is on the hub already; give a folder")
-    config = open_run(directory).config
+    description = open_run(directory)
+    config = description.config
     if (base_model or public_base(config.model)) is None:
         raise RunError(f"the base model {config.model!r} is on this machine only; give its hub id as base_model")
     with _explained(repo_id):
@@ -78,7 +79,7 @@ def push(
                 api.create_repo(repo_id, private=private)
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            message = f"Upload of a bloblora run, method {config.method}"
+            message = f"Upload of a bloblora run, method {description.method.name}"
             commit = api.upload_folder(repo_id=repo_id, folder_path=staging, revision=revision, commit_message=message)
     return commit.commit_url
 
@@ -100,7 +101,7 @@ def _make_public(staging: Path, repo_id: str, base_model: str | None) -> None:
     run = read_json(staging / RUN_FILE, RunError)
     config = run["config"]
     config |= {name: public_name(config[name]) for name in _PLACES if config.get(name)}
-    hub_id = base_model or public_base(config["model"])
+    hub_id = base_model or public_base(config.get("model", DEFAULT_MODEL))
     if base_model is not None:
         config["model"] = base_model
     write_json(staging / RUN_FILE, run)

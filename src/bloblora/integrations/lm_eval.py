@@ -19,9 +19,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from ..generation import posterior_generate
-from ..methods.ensemble import Members
-from ..prediction import Point, WeightDraws
-from ..runs import RunError, check_samples, load_run, open_run
+from ..runs import PredictionOptions, RunError, load_run, open_run
 
 _OPTIONS = (
     *("batch_size", "max_batch_size", "max_length", "truncation", "logits_cache", "add_bos_token", "prefix_token_id"),
@@ -50,19 +48,20 @@ class BlobLM(HFLM):
 
     Raises:
         RunError: the run isn't one, has a head, or draws no weights (temperature, Laplace); or an option is unknown or
-            out of range. All but the kind of its draws is known before the model is loaded.
+            out of range. All is known before the model is loaded.
     """
 
     def __init__(self, run: str, samples: int = 10, seed: int = 0, device: str | None = None, **options: Any) -> None:
-        check_samples(samples, seed)
+        PredictionOptions(samples=samples, seed=seed)
         if unknown := sorted(options.keys() - set(_OPTIONS)):
             known = ", ".join(("run", "samples", "seed", "device", *_OPTIONS))
             raise RunError(f"model_args: there is no {', '.join(unknown)}; there are {known}")
-        if (task := open_run(run).task).labels is not None:
+        description = open_run(run)
+        if (task := description.task).labels is not None:
             raise RunError(f"{run}: the run's task is {task.name}, whose head scores no text; use `bloblora evaluate`")
-        loaded = load_run(run)
-        if not isinstance(loaded.sampler, Point | WeightDraws | Members):
+        if not description.method.writes_text:
             raise RunError(f"{run}: temperature scaling and Laplace draw no weights; take a run of another method")
+        loaded = load_run(description)
         super().__init__(pretrained=loaded.model.to(_usable(device)), tokenizer=loaded.tokenizer, **options)
         self._sampler, self._samples, self._seed = loaded.sampler, samples, seed
 

@@ -1,64 +1,45 @@
 """One file a method, all of one shape: how an adapter is prepared, fitted, saved and loaded, and drawn from."""
 
-from .bbb import Bbb
-from .blob import Blob
-from .blob_b import BlobB
-from .blob_symmetric import BlobSymmetric
-from .distilled import Distilled
-from .ensemble import Ensemble
-from .full import Full
-from .ivon import Ivon
-from .laplace import Laplace
-from .laplace_last import LaplaceLast
-from .lora import Lora
-from .map import Map
-from .mc_dropout import McDropout
-from .method import Method, Training
-from .scalabl import Scalabl
-from .temperature import Temperature
-from .tfb import Tfb
+from dataclasses import fields
+from typing import Any
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        Lora,
-        Map,
-        Full,
-        McDropout,
-        Ensemble,
-        Bbb,
-        Blob,
-        BlobSymmetric,
-        BlobB,
-        Laplace,
-        LaplaceLast,
-        Tfb,
-        Ivon,
-        Scalabl,
-        Distilled,
-        Temperature,
-    )
-}
+from peft import LoraConfig
+from transformers import TrainingArguments
+
+from ..registry import Registry
+from .method import Draw, GaussianMethod, Method, Training
+from .temperature import TemperatureScaled
+
+
+def _problem(name: str, kind: Any) -> str | None:
+    """Why a class of another package can't be a method, or None."""
+    if not (isinstance(kind, type) and issubclass(kind, Method)):
+        return "it isn't a class of bloblora.methods.Method"
+    if kind.name != name:
+        return f"its name is {kind.name!r}"
+    taken = {option.name for owner in (LoraConfig, TrainingArguments) for option in fields(owner)}
+    if clash := sorted(taken & kind.options().keys()):
+        return f"options of LoRA or the Trainer have the names of its own: {', '.join(clash)}"
+    return None
+
+
+METHODS: Registry[type[Method]] = Registry(
+    "bloblora.methods",
+    {
+        "lora": f"{__name__}.lora:Lora",
+        "map": f"{__name__}.map:Map",
+        "full": f"{__name__}.full:Full",
+        "mc-dropout": f"{__name__}.mc_dropout:McDropout",
+        "ensemble": f"{__name__}.ensemble:Ensemble",
+        "blob": f"{__name__}.blob:Blob",
+        "laplace-lora": f"{__name__}.laplace:LaplaceLora",
+        "tfb": f"{__name__}.tfb:Tfb",
+        "ivon": f"{__name__}.ivon:Ivon",
+        "scalabl": f"{__name__}.scalabl:Scalabl",
+        "distilled": f"{__name__}.distilled:Distilled",
+    },
+    _problem,
+)
 """The methods by name."""
 
-__all__ = [
-    "METHODS",
-    "Bbb",
-    "Blob",
-    "BlobB",
-    "BlobSymmetric",
-    "Distilled",
-    "Ensemble",
-    "Full",
-    "Ivon",
-    "Laplace",
-    "LaplaceLast",
-    "Lora",
-    "Map",
-    "McDropout",
-    "Method",
-    "Scalabl",
-    "Temperature",
-    "Tfb",
-    "Training",
-]
+__all__ = ["METHODS", "Draw", "GaussianMethod", "Method", "TemperatureScaled", "Training"]

@@ -9,7 +9,7 @@ training inputs, without noise. The learning rate is the training's; 100 steps a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,17 @@ _NUM_SAMPLES = 10
 _LOWEST_LOGIT = -1e4  # for a choice that a question lacks: 0 · log 0 would be NaN
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Distilled(Blob):
-    """A point that says what BLoB's average says; the options are BLoB's and one more.
+    """A point that says what BLoB's average says; the options are BLoB's and one more."""
 
-    Args:
-        distill_steps: steps of the student's training.
-    """
-
-    distill_steps: int = 100
+    distill_steps: int = field(default=100, metadata={"help": "Optimizer steps of the student's training."})
 
     name = "distilled"
     paper = "1506.04416"
+    deterministic = True
+    gaussian = False
+    sharded = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

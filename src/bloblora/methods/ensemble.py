@@ -9,7 +9,7 @@ paper.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,18 +20,14 @@ from transformers import PreTrainedModel, set_seed
 
 from .. import adapter
 from ..prediction import Sampler
-from .method import Method, Training
+from .method import MEAN, Draw, Method, Training
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Ensemble(Method):
-    """Several points.
+    """Several points."""
 
-    Args:
-        members: M.
-    """
-
-    members: int = 5
+    members: int = field(default=5, metadata={"help": "How many LoRAs, M; training costs M times one."})
 
     name = "ensemble"
     paper = "1612.01474"
@@ -60,6 +56,12 @@ class Ensemble(Method):
             training.run(model, part=name, seed=seed + number)
         return Members(model)
 
+    def draws(self, model: PeftModel, sampler: Sampler, num_samples: int, seed: int) -> list[Draw]:
+        """The first member for the mean, and the members in their order."""
+        members = _names(self.members)
+        numbered = [Draw(f"draw_{number:02d}", member) for number, member in enumerate(members[:num_samples])]
+        return [Draw(MEAN, members[0]), *numbered]
+
     def save(self, model: nn.Module, sampler: Sampler, folder: Path) -> None:
         """Write each member as a LoRA: the first in ``folder`` itself, the others in folders of their names."""
         assert isinstance(model, PeftModel)
@@ -75,7 +77,7 @@ class Ensemble(Method):
         return model.eval(), Members(model)
 
 
-class Members:
+class Members(Sampler):
     """The adapters of a model as draws."""
 
     def __init__(self, model: PeftModel) -> None:

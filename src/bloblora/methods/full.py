@@ -6,7 +6,9 @@ The learning rate is a tenth of LoRA's, as is usual (Hu et al., arXiv 2106.09685
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 from peft import LoraConfig
 from safetensors.torch import load_model
@@ -25,7 +27,9 @@ class Full(Method):
     name = "full"
     paper = "2106.09685"
     starts_from_lora = False
-    learning_rate = 5e-5
+    training_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-5}
+    deterministic = True
+    whole_model = True
 
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """The base model itself."""

@@ -11,9 +11,10 @@ OpenBookQA; with them h hardly moves in some hundred steps, so that the noise st
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
@@ -22,36 +23,32 @@ from torch import nn
 from ..adapter import BlobConfig, bayesianize
 from ..prediction import Sampler, WeightDraws
 from ..training import BlobTrainer
-from .gaussian import GaussianMethod
-from .method import Training
+from .method import GaussianMethod, Training
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Ivon(GaussianMethod):
-    """A Gaussian over A and B.
+    """A Gaussian over A and B; δ, the prior's precision over λ, is the Trainer's ``weight_decay``."""
 
-    Args:
-        effective_sample_size: λ; larger is a narrower posterior.
-        hess_init: h at the start; with λ it decides the noise of the first steps.
-        weight_decay: δ, the prior's precision over λ.
-        clip_radius: largest step of an entry before the learning rate.
-    """
-
-    effective_sample_size: float = 1e6
-    hess_init: float = 1e-3
-    weight_decay: float = 0.0
-    clip_radius: float = 1e-3
+    effective_sample_size: float = field(
+        default=1e6,
+        metadata={"help": "λ; a larger one makes the posterior narrower.", "search": (3e5, 3e6)},
+    )
+    hess_init: float = field(
+        default=1e-3, metadata={"help": "h at the start; with λ it decides the noise of the first steps."}
+    )
+    clip_radius: float = field(
+        default=1e-3, metadata={"help": "Largest step of an entry, before it is multiplied by the learning rate."}
+    )
 
     name = "ivon"
     paper = "2411.04421"
-    learning_rate = 0.03
+    training_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.03}
 
     def __post_init__(self) -> None:
         for name in ("effective_sample_size", "hess_init", "clip_radius"):
             if not (math.isfinite(value := getattr(self, name)) and value > 0):
                 raise ValueError(f"{name} must be a finite number above 0, got {value}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay must be a finite number of at least 0, got {self.weight_decay}")
         try:
             import ivon  # noqa: F401
         except ImportError as error:
@@ -94,7 +91,7 @@ class _Trainer(BlobTrainer):
                 lr=self.args.learning_rate,
                 ess=self.options.effective_sample_size,
                 hess_init=self.options.hess_init,
-                weight_decay=self.options.weight_decay,
+                weight_decay=self.args.weight_decay,
                 clip_radius=self.options.clip_radius,
                 rescale_lr=False,
             )

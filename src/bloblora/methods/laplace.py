@@ -16,12 +16,13 @@ needs torchvision, whose one build on PyPI breaks transformers where torch is th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
@@ -47,22 +48,33 @@ _STATE = "laplace"
 _EIGEN = ("G_values", "A_values", "G_vectors", "A_vectors")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Laplace(Method):
-    """A Gaussian over A and B of all layers; a classification head stays a point.
+@dataclass(kw_only=True)
+class LaplaceLora(Method):
+    """A Gaussian over A and B of all layers, or over the last layer's weights; other weights stay a point."""
 
-    Args:
-        prior_precision: δ; None for the one with the largest marginal likelihood. Where training has all but memorized
-            its data the Fisher vanishes, that δ is far too small and draws are noise: use ``holdout``.
-        holdout: share of the training records that δ is chosen on instead, and nothing is trained on; 0 for none.
-    """
+    subset_of_weights: Literal["all", "last_layer"] = field(
+        default="all",
+        metadata={
+            "help": "`all`: A and B of every layer. `last_layer`: the linear layer of a classification head, and where "
+            "there is none the LoRA of the last block that has one (arXiv 2106.14806)."
+        },
+    )
+    prior_precision: float | None = field(
+        default=None,
+        metadata={
+            "help": "δ; by default the one with the largest marginal likelihood. Where training has almost memorized "
+            "its data the Fisher vanishes, that δ is far too small and draws are noise: use `holdout`.",
+        },
+    )
+    holdout: float = field(  # type: ignore[misc]  # an option here
+        default=0.0,
+        metadata={"help": "Share of the training records that δ is chosen on instead, by the lowest NLL; 0 for none."},
+    )
 
-    prior_precision: float | None = None
-    holdout: float = 0.0  # type: ignore[misc]  # an option here
-
-    name = "laplace"
+    name = "laplace-lora"
     paper = "2308.13111"
     post_hoc = True
+    writes_text = False
 
     def __post_init__(self) -> None:
         if self.prior_precision is not None and not (math.isfinite(self.prior_precision) and self.prior_precision > 0):
@@ -74,7 +86,23 @@ class Laplace(Method):
 
     def layers(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The layers over whose weights the Gaussian is, of a model in training."""
-        return {name: layer for name, layer in trained_layers(model).items() if ".lora_" in name}
+        trained = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
+        if self.subset_of_weights == "all":
+            return {name: layer for name, layer in trained.items() if ".lora_" in name}
+        last = list(trained)[-1]
+        if ".lora_" not in last:
+            return {last: trained[last]}
+        block = re.match(r".*\.\d+\.", last)
+        start = block[0] if block else last.partition(".lora_")[0]
+        return {name: layer for name, layer in trained.items() if name.startswith(start)}
+
+    def check_draws(self, num_samples: int) -> None:
+        """Raises: a draw of a linearized model is no LoRA."""
+        if num_samples:
+            raise ValueError(
+                f"method {self.name!r}: a draw of a linearized model is no adapter; export its mean (--samples 0, or "
+                "--format merged without --draw), or a run of another method"
+            )
 
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """The base with a fresh LoRA.
@@ -85,7 +113,9 @@ class Laplace(Method):
         model = super().prepare(base, lora)
         for name, layer in self.layers(model).items():
             if max(shape := tuple(layer.weight.shape)) > _LONGEST_SIDE:
-                raise ValueError(f"targets: {name} is {shape}; '{self.name}' takes at most {_LONGEST_SIDE} a side")
+                raise ValueError(
+                    f"target_modules: {name} is {shape}; '{self.name}' takes at most {_LONGEST_SIDE} a side"
+                )
         return model
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
@@ -115,7 +145,7 @@ class Laplace(Method):
 
 
 @dataclass(frozen=True)
-class LinearizedDraws:
+class LinearizedDraws(Sampler):
     """Draws of a model that is linear in its Gaussian weights.
 
     Attributes:
@@ -189,11 +219,6 @@ class _Function(nn.Module):
 
     def forward(self) -> Tensor:
         return self.function()
-
-
-def trained_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that are trained, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
 
 
 def fit_laplace(

@@ -2,7 +2,7 @@ r"""Maximum likelihood: plain LoRA (Hu et al., arXiv 2106.09685), the method to 
 
 .. math:: \min_{A, B}\ \frac1D \sum_k -\log p(y_k \mid x_k, W_0 + s B A)
 
-Defaults as PEFT has them; the learning rate is this project's (`Method.learning_rate`).
+Defaults as PEFT has them; the learning rate is this project's (`Method.training_defaults`).
 """
 
 from .method import Method
@@ -13,3 +13,5 @@ class Lora(Method):
 
     name = "lora"
     paper = "2106.09685"
+    deterministic = True
+    sharded = True

@@ -7,7 +7,7 @@ not (Loshchilov & Hutter, arXiv 1711.05101). ``prior_std`` is BLoB's (arXiv 2406
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,18 +17,18 @@ from ..training import BlobTrainer
 from .method import Method, Training
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Map(Method):
-    """A point, held to 0 by the prior.
+    """A point, held to 0 by the prior."""
 
-    Args:
-        prior_std: σp of N(0, σp²) on each entry of A and B.
-    """
-
-    prior_std: float = 0.2
+    prior_std: float = field(
+        default=0.2,
+        metadata={"help": "σp of the prior N(0, σp²) on each entry of A and B.", "search": (0.03, 0.6)},
+    )
 
     name = "map"
     paper = "2406.11675"
+    deterministic = True
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.prior_std) and self.prior_std > 0):

@@ -6,50 +6,41 @@ Training drops LoRA's inputs afresh for every token, as PEFT does. A draw at pre
 it is one function of the input, for a whole sequence (Gal & Ghahramani, arXiv 1512.05287). p = 0.1 is the BLoB paper's.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import adapter
 from ..prediction import Sampler, WeightDraws
-from .method import Method, Training
-from .scaled_a import ScaledA
+from .method import Training
+from .scaled_a import ScaledA, ScaledMethod
 
 
-@dataclass(frozen=True, kw_only=True)
-class McDropout(Method):
-    """Dropout that stays on.
-
-    Args:
-        dropout: probability p of dropping an input of A.
-    """
-
-    dropout: float = 0.1
+class McDropout(ScaledMethod):
+    """Dropout that stays on; p is LoRA's ``lora_dropout``."""
 
     name = "mc-dropout"
     paper = "1506.02142"
+    lora_defaults: ClassVar[Mapping[str, Any]] = {"lora_dropout": 0.1}
 
-    def __post_init__(self) -> None:
-        if not 0 < self.dropout < 1:
-            raise ValueError(f"dropout must be in (0, 1), got {self.dropout}")
-
-    def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
-        """The base with a LoRA that has dropout."""
-        return super().prepare(base, replace(lora, lora_dropout=self.dropout))
+    def check_run(self, lora: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+        """Raises: there is no dropout."""
+        if not lora["lora_dropout"] > 0:
+            raise ValueError(f"lora_dropout must be in (0, 1) for method 'mc-dropout', got {lora['lora_dropout']}")
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train with dropout."""
         training.run(model)
-        return WeightDraws(DroppedColumns(model, self.dropout))
+        return _draws(model)
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The LoRA, and its masks' distribution."""
         model = adapter.load(base, folder)
-        return model, WeightDraws(DroppedColumns(model, self.dropout))
+        return model, _draws(model)
 
 
 class DroppedColumns(ScaledA):
@@ -63,3 +54,7 @@ class DroppedColumns(ScaledA):
         """z / (1 - p), (n,)."""
         kept = torch.rand(weight.shape[-1], generator=generator, device=generator.device) >= self.probability
         return kept.to(weight) / (1 - self.probability)
+
+
+def _draws(model: Any) -> WeightDraws:
+    return WeightDraws(DroppedColumns(model, model.active_peft_config.lora_dropout))

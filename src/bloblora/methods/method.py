@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peft import LoraConfig, get_peft_model
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,17 +17,40 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .. import adapter
-from ..adapter import AdapterFileError, check_folder
+from ..adapter import AdapterFileError, check_folder, find_posterior
+from ..adapter.bayesianize import Weights
+from ..adapter.storage import BLOB_CONFIG
 from ..files import file_sha256, read_json, write_json, write_tensors
-from ..prediction import Point, Sampler
+from ..prediction import Point, Sampler, WeightDraws
 from ..tasks import Task
 from ..tasks.task import Example
 from ..training import BlobTrainer, BlobTrainingArguments, last_checkpoint
 
+MEAN = "mean"
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True)
+class Draw:
+    """One weight sample as an ordinary LoRA.
+
+    Attributes:
+        name: ``mean``, or ``draw_00`` and so on.
+        adapter_name: the adapter of the model that it changes.
+        weights: A (r, n) or B (m, r), by layer and letter, that differ from that adapter's own.
+    """
+
+    name: str
+    adapter_name: str
+    weights: Weights = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
 class Method:
     """One way to get a distribution over fine-tuned models; its fields are the options that it takes.
+
+    A field needs a type and a default, and ``metadata={"help": …}`` says in a sentence what it does; ``"search": (low,
+    high)`` is where `bloblora tune` looks for it. The command line, configuration files and the reference are derived
+    from the fields. What differs from the defaults below is declared as a class attribute.
 
     Fitting ends in a `Sampler`, and prediction, metrics and reports see nothing else of a method.
 
@@ -36,14 +60,29 @@ class Method:
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
-    learning_rate: ClassVar[float] = 5e-4
-    """Default of the optimizer's; methods with another optimizer or other weights need another."""
+    training_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-4}
+    """Of `TrainingArguments`, where this method needs others than a LoRA does."""
+    lora_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Of ``peft.LoraConfig``, likewise."""
     holdout: ClassVar[float] = 0.0
     """Share of the training records that is kept from training; methods that need it make it an option."""
     starts_from_lora: ClassVar[bool] = True
     """Whether a trained LoRA can take the place of the fresh one that `prepare` makes."""
     post_hoc: ClassVar[bool] = False
     """Whether the LoRA is trained as a plain one, and `fit` adds a distribution around it."""
+    whole_model: ClassVar[bool] = False
+    """Whether the base model's own weights are trained, so that there is no adapter."""
+    deterministic: ClassVar[bool] = False
+    """Whether there is one function, on which all draws agree."""
+    gaussian: ClassVar[bool] = False
+    """Whether draws come from a `bloblora.adapter.Posterior`, so that they can be mirrored or linearized."""
+    sharded: ClassVar[bool] = False
+    """Whether it trains and predicts where FSDP splits the model: nothing looks at a part of a weight."""
+    writes_text: ClassVar[bool] = True
+    """Whether a draw is a model, which can write and score text; logits that are changed afterwards can't."""
+
+    def check_run(self, lora: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+        """Raise a ValueError where options of LoRA or of the Trainer don't fit this method."""
 
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """The model to train: by default the base with a fresh LoRA."""
@@ -74,14 +113,67 @@ class Method:
         """
         return check_folder(folder) / SAFETENSORS_WEIGHTS_NAME
 
+    def draws(self, model: PeftModel, sampler: Sampler, num_samples: int, seed: int) -> list[Draw]:
+        """The mean and the draws of `bloblora.predict` for this N and seed as ordinary LoRAs, in order.
+
+        The model is a plain LoRA from then on. A method with fewer functions than N gives those that it has.
+
+        Raises:
+            ValueError: by `check_draws`, which needs no model: a function of this method is no LoRA.
+        """
+        active = model.active_adapter
+        names = [f"draw_{number:02d}" for number in range(1 if self.deterministic and num_samples else num_samples)]
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [{} if self.deterministic else self.draw_weights(model, sampler, generator) for _ in names]
+        adapter.debayesianize(model)
+        return [Draw(MEAN, active), *(Draw(name, active, weights) for name, weights in zip(names, drawn, strict=True))]
+
+    def check_draws(self, num_samples: int) -> None:
+        """Raise a ValueError where N functions of this method aren't LoRAs; N = 0 asks for the mean alone."""
+
+    def draw_weights(self, model: PeftModel, sampler: Sampler, generator: torch.Generator) -> Weights:
+        """A and B of the next draw, by layer and letter."""
+        raise NotImplementedError(f"method {self.name!r} doesn't say how it draws weights")
+
     def described(self) -> dict[str, Any]:
         """The options and their values, as JSON takes them."""
         return {name: getattr(self, name) for name in self.options()}
 
     @classmethod
-    def options(cls) -> dict[str, Any]:
-        """The options and their defaults."""
-        return {option.name: option.default for option in fields(cls)}
+    def options(cls) -> dict[str, Field[Any]]:
+        """The options by name, as dataclass fields: default, and ``metadata`` with ``help`` and ``search``."""
+        return {option.name: option for option in fields(cls)}
+
+
+class GaussianMethod(Method):
+    """A method whose model has a `bloblora.adapter.Posterior` after `fit`."""
+
+    gaussian = True
+
+    def draw_weights(self, model: PeftModel, sampler: Sampler, generator: torch.Generator) -> Weights:
+        """Of the posterior."""
+        posterior = find_posterior(model)
+        assert posterior is not None
+        return posterior.sample(generator)
+
+    def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
+        """The adapter with its posterior."""
+        model = adapter.load(base, folder)
+        return model, posterior_draws(model)
+
+    def weights_file(self, folder: Path) -> Path:
+        """The mean's file."""
+        file = super().weights_file(folder)
+        if not (file.parent / BLOB_CONFIG).is_file():
+            raise AdapterFileError(f"{folder}: the posterior's files are missing; without them this is a plain LoRA")
+        return file
+
+
+def posterior_draws(model: nn.Module) -> WeightDraws:
+    """Draws from the posterior of a model that has one."""
+    posterior = find_posterior(model)
+    assert posterior is not None
+    return WeightDraws(posterior)
 
 
 @dataclass

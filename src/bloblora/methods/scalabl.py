@@ -10,7 +10,7 @@ the arguments swapped, KL(p‖q), ours is the bound's; and its draw is one a bat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +25,28 @@ from .. import adapter
 from .. import posterior as q
 from ..prediction import Sampler, WeightDraws
 from ..training import BlobTrainer
-from .method import Method, Training, read_state, write_state
-from .scaled_a import ScaledA
+from .method import Training, read_state, write_state
+from .scaled_a import ScaledA, ScaledMethod
 
 _MEAN, _STD_PARAMETER = "scalabl_mean", "scalabl_std_parameter"
 _STATE = "scalabl"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scalabl(Method):
-    """A Gaussian over r scales a layer.
+@dataclass(kw_only=True)
+class Scalabl(ScaledMethod):
+    """A Gaussian over r scales a layer."""
 
-    Args:
-        prior_std: of the prior N(0, σp²) on each scale.
-        init_std: ε, where σ starts: in [ε²/2, ε²]; with 0.2 in [0.02, 0.04], about where their settings do.
-        kl_learning_rate: on the KL.
-    """
-
-    prior_std: float = 1.0
-    init_std: float = 0.2
-    kl_learning_rate: float = 0.2
+    prior_std: float = field(
+        default=1.0, metadata={"help": "σp of the prior N(0, σp²) on each scale.", "search": (0.3, 3.0)}
+    )
+    init_std: float = field(
+        default=0.2,
+        metadata={
+            "help": "ε: σ starts in [ε²/2, ε²]; with 0.2 in [0.02, 0.04], about where the authors' settings start it.",
+            "search": (0.06, 0.6),
+        },
+    )
+    kl_learning_rate: float = field(default=0.2, metadata={"help": "Learning rate on the KL.", "search": (0.063, 0.63)})
 
     name = "scalabl"
     paper = "2506.21408"

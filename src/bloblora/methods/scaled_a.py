@@ -6,8 +6,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+from ..adapter.bayesianize import Weights
+from ..adapter.variant import mean_of
+from ..prediction import Sampler, WeightDraws
+from .method import Method
 
 
 class ScaledA(ABC):
@@ -43,3 +49,17 @@ class ScaledA(ABC):
     def mean(self) -> Iterator[None]:
         """A itself."""
         yield
+
+
+class ScaledMethod(Method):
+    """A method whose draws multiply A by noise."""
+
+    def draw_weights(self, model: PeftModel, sampler: Sampler, generator: torch.Generator) -> Weights:
+        """A of every layer."""
+        assert isinstance(sampler, WeightDraws)
+        with sampler.weights.draw(generator):
+            return {
+                name: {"A": mean_of(layer, model.active_adapter, "A").clone()}
+                for name, layer in model.named_modules()
+                if isinstance(layer, LoraLayer)
+            }

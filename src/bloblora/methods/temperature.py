@@ -2,14 +2,15 @@ r"""Temperature scaling (Guo et al., arXiv 1706.04599): one number, fitted on he
 
 .. math:: p(y \mid x) = \mathrm{softmax}(f(x)/T), \qquad T = \arg\min_T \sum_{k \in \text{held out}} \mathrm{NLL}_k
 
-``--temperature-scaling`` does the same on top of any method: for draws, T divides the logits of each one, and
-the NLL is that of the averaged probabilities. The default share that is held out is this project's.
+It goes on top of any method: for draws, T divides the logits of each one, and the NLL is that of the averaged
+probabilities.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +21,45 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..prediction import Prediction, Sampler, Tempered, predict
-from .lora import Lora
 from .method import Method, Training, read_state, write_state
 
 _LOG_RANGE = math.log(20.0)
 _NUM_SAMPLES = 10
+_INNERS = ("name", "paper", "training_defaults", "lora_defaults", "starts_from_lora", "gaussian", "deterministic")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Temperature(Method):
-    """Another method whose confidence is scaled.
+@dataclass(kw_only=True)
+class TemperatureScaled(Method):
+    """Another method whose confidence is scaled: the run option ``temperature_scaling``.
 
     Args:
-        holdout: share of the training records that T is fitted on, and nothing else is.
         inner: the method that is scaled.
+        holdout: share of the training records that T is fitted on, and nothing else is.
     """
 
-    holdout: float = 0.2  # type: ignore[misc]  # an option here
-    inner: Method = field(default_factory=Lora)
+    inner: Method
+    holdout: float  # type: ignore[misc]  # an option here
 
-    name = "temperature"
-    paper = "1706.04599"
-    starts_from_lora = False
+    writes_text = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.holdout < 1:
-            raise ValueError(f"holdout must be in (0, 1), got {self.holdout}")
+        for attribute in _INNERS:
+            setattr(self, attribute, getattr(self.inner, attribute))
 
-    @property
-    def learning_rate(self) -> float:  # type: ignore[override]
-        """The inner method's."""
-        return self.inner.learning_rate
+    def check_run(self, lora: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+        """As the inner method does."""
+        self.inner.check_run(lora, training)
 
-    @classmethod
-    def options(cls) -> dict[str, Any]:
-        """The options and their defaults; the inner method has its own."""
-        return {"holdout": cls.holdout}
+    def check_draws(self, num_samples: int) -> None:
+        """Raises: a temperature divides logits."""
+        raise ValueError(
+            f"method {self.name!r} with temperature scaling: a temperature divides logits, which no weights of an "
+            "adapter do; export a run that was trained without it"
+        )
 
     def described(self) -> dict[str, Any]:
-        """The inner method's options and this one's."""
-        return {**self.inner.described(), **super().described()}
+        """The inner method's options."""
+        return self.inner.described()
 
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """As the inner method does."""

@@ -10,7 +10,7 @@ examples. Their other criterion, a share of answers that change, is too lax for 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
@@ -18,8 +18,7 @@ from torch import nn
 
 from ..adapter import BlobConfig, Posterior, bayesianize
 from ..prediction import Point, Prediction, Sampler, WeightDraws, predict
-from .gaussian import GaussianMethod
-from .method import Training
+from .method import GaussianMethod, Training
 
 _RANGE = (0.001, 0.2)
 _BISECTIONS = 6
@@ -28,15 +27,13 @@ _MOST_EXAMPLES = 256
 _LEAST_NLL = 0.01  # below, a relative rise says nothing
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Tfb(GaussianMethod):
-    """A Gaussian over A, set after training.
+    """A Gaussian over A, set after training."""
 
-    Args:
-        tolerance: relative rise of the NLL that is allowed.
-    """
-
-    tolerance: float = 1.5
+    tolerance: float = field(
+        default=1.5, metadata={"help": "Relative rise of the NLL that noise may cause.", "search": (0.5, 5.0)}
+    )
 
     name = "tfb"
     paper = "2412.05723"

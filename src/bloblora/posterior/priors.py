@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -295,7 +296,7 @@ def build_prior(name: str, prior_std: float, shape: Mapping[str, float] | None =
     known = [f.name for f in fields(kind) if f.name != "prior_std"]
     if unknown := sorted(set(shape or {}).difference(known)):
         raise ValueError(f"prior_kwargs: prior {name!r} has no {', '.join(unknown)}; it has {', '.join(known)}")
-    return kind(prior_std, **(shape or {}))
+    return kind(prior_std, **dict[str, Any](shape or {}))
 
 
 _NO_DENSITY = "learned_normal has no density without a posterior; use NormalPrior with one of LearnedNormalPrior().stds"

@@ -19,11 +19,11 @@ from torch import Tensor
 from ..adapter import Posterior
 from ..adapter.bayesianize import Weights
 from .forward import BatchForward
-from .sampler import Forward, WeightDraws
+from .sampler import Forward, Sampler, WeightDraws
 
 
 @dataclass(frozen=True)
-class Linearized:
+class Linearized(Sampler):
     """A posterior's predictive by one forward and one backward pass, whatever N; an approximation.
 
     ``predict(model, inputs, sampler=Linearized(posterior))``. Its N "draws" are no draws but N quantiles of a normal

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
@@ -20,16 +21,20 @@ Forward = Callable[[], Tensor]
 """The model on one batch: logits (b, C), a function of the weights that are in force."""
 
 
-class Sampler(Protocol):
+class Sampler(ABC):
     """A distribution over functions, of which a batch sees N."""
 
+    @abstractmethod
     def logits(self, forward: Forward, num_samples: int, seed: int) -> Iterator[Tensor]:
         """Logits (b, C) of each of N draws; of the one best guess with ``num_samples`` 0.
 
         Draw s of a seed is one function: it depends neither on the batch nor on how many draws follow. A method with
         fewer functions than N yields those that it has.
         """
-        ...
+
+    def approximated(self, change: Callable[[WeightDraws], Sampler]) -> Sampler:
+        """The same, but that its draws of the weights are changed; itself where it draws no weights."""
+        return self
 
 
 class WeightDistribution(Protocol):
@@ -74,7 +79,7 @@ class MirroredWeights(StackedWeights, Protocol):
         ...
 
 
-class Point:
+class Point(Sampler):
     """One function: a model as it is."""
 
     def logits(self, forward: Forward, num_samples: int, seed: int) -> Iterator[Tensor]:
@@ -83,7 +88,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class WeightDraws:
+class WeightDraws(Sampler):
     """A forward under each draw of the weights; where the weights can be stacked, draws share forwards.
 
     Attributes:
@@ -123,6 +128,10 @@ class WeightDraws:
                 with self.weights.draw(generator):
                     yield forward()
 
+    def approximated(self, change: Callable[[WeightDraws], Sampler]) -> Sampler:
+        """What ``change`` makes of it."""
+        return change(self)
+
     def _samples(self, generator: torch.Generator) -> Iterator[Any]:
         """The weights of one draw after the other."""
         assert isinstance(self.weights, StackedWeights)
@@ -135,7 +144,7 @@ class WeightDraws:
 
 
 @dataclass(frozen=True)
-class Tempered:
+class Tempered(Sampler):
     """Another sampler's logits divided by a temperature (Guo et al., arXiv 1706.04599)."""
 
     sampler: Sampler
@@ -145,6 +154,10 @@ class Tempered:
         """Logits of each draw over T."""
         for logits in self.sampler.logits(forward, num_samples, seed):
             yield logits / self.temperature
+
+    def approximated(self, change: Callable[[WeightDraws], Sampler]) -> Sampler:
+        """The other sampler's, under the same temperature."""
+        return replace(self, sampler=self.sampler.approximated(change))
 
 
 def _together(

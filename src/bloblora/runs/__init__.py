@@ -5,28 +5,28 @@ The folder holds the adapter (see `bloblora.adapter.storage`), ``task.json`` (ho
 """
 
 from ..files import write_json
-from .approximation import check_approximation
-from .checks import check_kind, check_samples
-from .config import RunError, TrainConfig
+from .approximation import Approximation
+from .checks import check_kind
+from .config import RunConfig, RunError, different
 from .evaluate import describe, evaluate, targets_of
 from .folder import RunDescription, check_writable, open_run
-from .lines import CHUNK, join_parts, part_of, share_of
-from .processes import check_alone, processes
-from .run import Run, load_run
+from .processes import CHUNK, check_alone, join_parts, part_of, processes, share_of
+from .run import PredictionOptions, Run, load_run
 from .train import peak_memory, select, train, unused
 
 __all__ = [
     "CHUNK",
+    "Approximation",
+    "PredictionOptions",
     "Run",
+    "RunConfig",
     "RunDescription",
     "RunError",
-    "TrainConfig",
     "check_alone",
-    "check_approximation",
     "check_kind",
-    "check_samples",
     "check_writable",
     "describe",
+    "different",
     "evaluate",
     "join_parts",
     "load_run",

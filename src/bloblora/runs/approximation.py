@@ -1,14 +1,11 @@
 """Predictions that cost less than a forward a draw, by name; docs/cost.md says what each loses."""
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..adapter import Posterior
-from ..methods import Method, Temperature
-from ..methods.gaussian import GaussianMethod
-from ..prediction import Linearized, Sampler, StoppingRule, Tempered, TopBlocks, WeightDraws
+from ..methods import Method
+from ..prediction import Linearized, Sampler, StoppingRule, TopBlocks, WeightDraws
 from .config import RunError
-from .folder import open_run
 
 _FORMS = "'mirrored', 'linearized', 'top-blocks:K', or 'stop' or 'mirrored-stop', with or without ':ERROR:TOLERANCE'"
 _LOOKS = {"stop": StoppingRule.looks, "mirrored-stop": (2, 4, 6)}  # pairs stay whole
@@ -52,27 +49,18 @@ class Approximation:
 
     def check(self, method: Method) -> None:
         """Raise a RunError where a method's draws don't allow it: known before a model is loaded."""
-        inner = method.inner if isinstance(method, Temperature) else method
-        if self.kind != "stop" and not isinstance(inner, GaussianMethod):
-            raise RunError(f"approximate {self.name!r} needs a Gaussian over LoRA, which method {inner.name!r} has not")
+        if self.kind != "stop" and not method.gaussian:
+            raise RunError(f"approximate {self.name!r} needs a Gaussian over LoRA; method {method.name!r} has none")
 
     def apply(self, sampler: Sampler) -> Sampler:
         """The sampler that approximates another one; ``stop`` leaves it as it is."""
-        if isinstance(sampler, Tempered):
-            return replace(sampler, sampler=self.apply(sampler.sampler))
-        if self.kind == "stop":
-            return sampler
-        assert isinstance(sampler, WeightDraws)
-        posterior = sampler.weights
+        return sampler if self.kind == "stop" else sampler.approximated(self._of_draws)
+
+    def _of_draws(self, draws: WeightDraws) -> Sampler:
+        posterior = draws.weights
         assert isinstance(posterior, Posterior)
         if self.kind == "linearized":
             return Linearized(posterior)
         if self.kind == "top-blocks":
             return WeightDraws(TopBlocks(posterior, self.blocks))
         return WeightDraws(posterior, mirrored=True)
-
-
-def check_approximation(directory: str | os.PathLike[str], approximate: str | None) -> None:
-    """Raise a RunError where a run can't be approximated so; no model is loaded."""
-    if approximate is not None:
-        Approximation.parse(approximate).check(open_run(directory).method)

@@ -1,53 +1,58 @@
-"""Whether data and options fit a run: all that can be known before a model is loaded."""
+"""Whether data and options fit a run, as far as that is known before a model is loaded; and the LoRA it starts from."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
 from .. import data as datasets_
 from .. import models, tasks
-from .config import RunError, TrainConfig
+from ..adapter import check_folder
+from ..files import read_json
+from ..methods import METHODS, Method
+from .config import RunConfig, RunError
+from .folder import RUN_FILE, TASK_FILE
 
 _FIELDS = {
     "classification": "'text'",
     "choice": "'question' and 'choices'",
     "generation": "'prompt' or 'messages'",
 }
-# Methods of which nothing looks at a part of a weight: the Trainer trains them, and their draws gather it.
-_SHARDED = ("lora", "blob", "bbb", "blob-b", "blob-symmetric")
-_NOT_OF_TEXT = ("laplace", "laplace-last", "temperature")
 
 
-def check_task(config: TrainConfig, records: Sequence[dict[str, Any]]) -> None:
+def check_task(config: RunConfig, records: Sequence[dict[str, Any]]) -> None:
     """Raise a RunError when the records can't be this task's; needs no tokenizer."""
-    kind = datasets_.kind_of(records)
-    if config.task != "auto" and _kind(config.task) != kind:
-        raise RunError(f"{config.data}: task {config.task!r} needs records with {_FIELDS[_kind(config.task)]}")
-    if kind == "generation" and (config.temperature_scaling or config.method in _NOT_OF_TEXT):
-        method = "temperature_scaling" if config.temperature_scaling else f"method {config.method!r}"
-        raise RunError(f"{method} is for labels and choices; train task 'generation' with another method")
-    if config.normalization != TrainConfig.normalization and (name := task_name(config, records)) != "choice_text":
-        raise RunError(f"normalization {config.normalization!r} is for task 'choice_text'; this one is {name!r}")
+    kind, name = datasets_.kind_of(records), task_name(config, records)
+    if _kind(name) != kind:
+        raise RunError(f"{config.data}: task {name!r} needs records with {_FIELDS[_kind(name)]}")
+    if kind == "generation" and not (method := config.build_method()).writes_text:
+        option = "temperature_scaling" if config.temperature_scaling else f"method {method.name!r}"
+        raise RunError(f"{option} is for labels and choices; train task 'generation' with another method")
+    tasks.check_options(tasks.TASKS[name], {key: value for key, value in config.task.items() if key != "name"})
     if kind != "classification":
-        if config.labels is not None:
-            raise RunError(f"labels are for task 'classification'; this one is {task_name(config, records)!r}")
         return
-    found = {record["label"] for record in records}
-    if unknown := sorted(found.difference(config.labels or found)):
+    labels, found = config.task.get("labels"), {record["label"] for record in records}
+    if labels is not None and not 2 <= len(labels) == len(set(labels)):
+        raise RunError(f"labels must be at least 2, all different, got {labels}")
+    if unknown := sorted(found.difference(labels or found)):
         raise RunError(f"{config.data}: field 'label': {', '.join(unknown)} not among labels; add them to it")
-    if len(found) < 2 and config.labels is None:
+    if len(found) < 2 and labels is None:
         raise RunError(f"{config.data}: field 'label': all are {found.pop()!r}; there must be at least 2 labels")
 
 
-def check_targets(config: TrainConfig, task: tasks.Task) -> None:
+def check_targets(config: RunConfig, task: tasks.Task) -> None:
     """Raise a RunError for a layer that the model hasn't: PEFT would say so only once the weights are loaded."""
-    if config.targets is None:
+    targets = config.lora.get("target_modules")
+    if not isinstance(targets, list):  # PEFT's choice, "all-linear", or a pattern
         return
     layers = models.layer_names(config.model, num_labels=num_labels(task))
     # by PEFT's rule: a whole name, or its end
-    unknown = [t for t in config.targets if not any(layer == t or layer.endswith(f".{t}") for layer in layers)]
+    unknown = [t for t in targets if not any(layer == t or layer.endswith(f".{t}") for layer in layers)]
     if unknown:
         last = sorted({layer.rpartition(".")[2] for layer in layers if not layer.rpartition(".")[2].isdigit()} - {""})
-        raise RunError(f"targets: the model has no layer {', '.join(unknown)}; its layers: {', '.join(last)}")
+        raise RunError(f"target_modules: the model has no layer {', '.join(unknown)}; its layers: {', '.join(last)}")
 
 
 def check_kind(task: tasks.Task, records: Sequence[dict[str, Any]]) -> None:
@@ -71,31 +76,85 @@ def check_generates(task: tasks.Task, records: Sequence[dict[str, Any]]) -> None
         )
 
 
-def check_sharded(method: str, approximate: str | None = None) -> None:
+def check_sharded(method: Method, approximate: str | None = None) -> None:
     """Raise a RunError for what can't be trained, or predicted with, where FSDP splits the model over the processes."""
-    if method not in _SHARDED:
-        raise RunError(f"method {method!r} isn't offered under FSDP; use one of {', '.join(_SHARDED)}, or DDP")
+    if not method.sharded:
+        known = ", ".join(name for name, kind in METHODS.items() if kind.sharded)
+        raise RunError(f"method {method.name!r} isn't offered under FSDP; use one of {known}, or DDP")
     if approximate == "linearized":
         raise RunError("approximate 'linearized' isn't offered under FSDP; use another one, or DDP")
 
 
-def check_samples(samples: int, seed: int, batch_size: int = 1) -> None:
-    """Raise a RunError when these can't be a prediction's: before a model is loaded for it."""
-    problems = [f"samples must be 0 (the mean) or more, got {samples}"] if samples < 0 else []
-    problems += [f"batch_size must be at least 1, got {batch_size}"] if batch_size < 1 else []
-    problems += [f"seed must be in 0..2^32 - 1, got {seed}"] if not 0 <= seed < 2**32 else []
-    if problems:
-        raise RunError("\n".join(problems))
-
-
-def task_name(config: TrainConfig, records: Sequence[dict[str, Any]]) -> str:
+def task_name(config: RunConfig, records: Sequence[dict[str, Any]]) -> str:
     """The configuration's task, or for "auto" the one that fits the records."""
-    return tasks.guess_task(records) if config.task == "auto" else config.task
+    return tasks.guess_task(records) if config.task["name"] == "auto" else config.task["name"]
 
 
 def num_labels(task: tasks.Task) -> int | None:
     """Outputs of the classification head; None for a task without one."""
     return len(task.labels) if task.labels is not None else None
+
+
+def lora_of(config: RunConfig) -> LoraConfig | None:
+    """The LoRA configuration of ``start_from``, trainable; None where a training starts afresh. No model is loaded.
+
+    Raises:
+        RunError: it isn't one of the same base model, r and lora_alpha, or other options say which layers are adapted.
+        AdapterFileError: its files are damaged.
+    """
+    if config.start_from is None:
+        return None
+    folder = Path(config.start_from)
+    if not folder.is_dir():
+        raise RunError(
+            f"start_from {config.start_from!r}: there is no such folder; give a run's, or one that PEFT saved"
+        )
+    lora = PeftConfig.from_pretrained(str(check_folder(folder)))
+    if not isinstance(lora, LoraConfig):
+        raise RunError(f"start_from {config.start_from!r}: is of type {lora.peft_type}; it must be LORA")
+    fresh = config.build_lora()
+    pairs: dict[str, tuple[Any, Any]] = {"r": (lora.r, fresh.r), "lora_alpha": (lora.lora_alpha, fresh.lora_alpha)}
+    if (folder / RUN_FILE).is_file():
+        stored = read_json(folder / RUN_FILE, RunError).get("config", {})
+        pairs["model"] = (stored.get("model", models.DEFAULT_MODEL), config.model)
+    if wrong := [f"{name} {there}, not {here}" for name, (there, here) in pairs.items() if there != here]:
+        raise RunError(f"start_from {config.start_from!r}: it has {', '.join(wrong)}; give the same")
+    given = [*(["top_blocks"] if config.top_blocks is not None else []), *config.lora]
+    if ours := [name for name in given if name not in ("r", "lora_alpha", "lora_dropout")]:
+        raise RunError(f"{ours[0]}: start_from says which layers are adapted, and how; leave it out")
+    lora.inference_mode, lora.lora_dropout = False, fresh.lora_dropout
+    return lora
+
+
+def check_start(config: RunConfig, task: tasks.Task) -> None:
+    """Raise a RunError where ``start_from`` is a run with other labels: its head would answer with the wrong ones."""
+    file = Path(config.start_from or "") / TASK_FILE
+    if config.start_from is None or not file.is_file():
+        return
+    labels = tasks.task_from_dict(read_json(file, RunError)).labels
+    if labels != task.labels:
+        there, here = (", ".join(names) if names else "none" for names in (labels, task.labels))
+        raise RunError(
+            f"start_from {config.start_from!r}: its labels are {there}, the data's {here}; `labels` takes its own"
+        )
+
+
+def load_start(model: Any, folder: str) -> None:
+    """Put a LoRA's weights, and its head's, into a fresh one's place.
+
+    Raises:
+        RunError: they aren't those of this model.
+    """
+    assert isinstance(model, PeftModel)
+    weights = load_peft_weights(folder, device="cpu")
+    missing = [name for name in get_peft_model_state_dict(model) if name not in weights and ".lora_" in name]
+    try:
+        result: Any = set_peft_model_state_dict(model, weights)
+    except RuntimeError as error:  # of another size
+        raise RunError(f"start_from {folder!r}: doesn't fit the model: {error}") from error
+    if missing or result.unexpected_keys:
+        names = ", ".join([*missing, *result.unexpected_keys][:3])
+        raise RunError(f"start_from {folder!r}: doesn't fit the model: {names} are in one of them only")
 
 
 def _kind(task_name: str) -> str:

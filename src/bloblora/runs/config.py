@@ -1,207 +1,383 @@
-"""What decides a training."""
+"""What decides a run: nested, and made of classes that exist, so that each option stands in one of them."""
 
+from __future__ import annotations
+
+import difflib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
 
-from .. import methods, models
+import yaml
+from peft import LoraConfig, PeftConfig
+
+from .. import models, tasks
+from ..methods import METHODS, Method, TemperatureScaled
+from ..training import OBJECTIVE, BlobTrainingArguments
+
+SHORT = {"steps": "max_steps", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
+"""Names that may be typed for those of `TrainingArguments`."""
+
+TRAINING: Mapping[str, Any] = {
+    "max_steps": 500,
+    "per_device_train_batch_size": 16,
+    "max_grad_norm": 1.0,
+    "warmup_steps": 0.06,
+    "lr_scheduler_type": "linear",
+    "train_sampling_strategy": "group_by_length",
+    "save_steps": 100,
+    "save_total_limit": 1,
+    "logging_steps": 20,
+    "report_to": [],
+}
+"""Defaults of the Trainer's options in a run; where epochs are given, they say how long it is."""
+
+LORA: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": None}
+"""Defaults of LoRA's options in a run: the BLoB paper's r and α; PEFT chooses the layers by the model's type."""
+
+_OWNED = {"output_dir", "seed", "use_cpu", "disable_tqdm", "dataset_size", "resume_from_checkpoint", *OBJECTIVE}
+_PEFT = {option.name for option in fields(PeftConfig)}  # what every kind of adapter has, set by PEFT or the run
+_SECTIONS = ("task", "lora", "method", "training")
+_PRESETS = Path(__file__).parent / "presets"
 
 
 class RunError(ValueError):
     """A run's folder or configuration can't be used; the message says what would be right."""
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides a training.
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything that decides a run.
 
-    Args:
-        data: training records: a .jsonl, .csv, .tsv or .parquet file, a `datasets` folder, or a name such as
-            ``support_desk`` or ``arc_easy``.
-        output: folder of the run; a run that was stopped goes on from its last checkpoint.
-        model: base model: ``smollm2-135m``, a hub id, a folder, or a .gguf file.
-        method: ``blob`` trains a Gaussian over LoRA's A, ``lora`` a point; `bloblora methods` lists the others.
-        start_from: folder of a LoRA to start from, a run's or one that PEFT saved, with the same base model, rank and
-            α. ``tfb``, ``laplace`` and ``laplace-last`` leave it as it is and put their Gaussian around it; other
-            methods go on training it.
-        task: ``classification``, ``choice_text``, ``choice_letter``, ``blank``, ``generation``, or ``auto`` by the
-            data's form.
-        labels: the outputs of the head of ``classification``, in order; default: the labels of the data, sorted. For a
-            head that is there (``start_from``), and for a label that the data lack.
-        normalization: how ``choice_text`` scores a choice: mean of its tokens' log-probabilities (``length``), which
-            favours no short choice and is less sure before training, or their ``sum``.
-        limit: use only this many training records, chosen by ``limit_seed``; per label for classification.
-        limit_seed: which records ``limit`` takes.
-        steps: optimizer steps.
-        batch_size: examples an optimizer step.
-        group_by_length: put examples of like length in a batch, which spares padding; their order stays random.
-        learning_rate: of the optimizer, after warm-up; falls linearly to 0. Default: the method's, for LoRA 5e-4.
-        max_grad_norm: a longer gradient is scaled down to it; 0 leaves all as they are.
-        warmup_ratio: share of the steps in which the learning rate rises.
-        seed: of initialization, data order and noise.
-        rank: r of LoRA.
-        alpha: α of LoRA; the update is scaled by α/r.
-        dropout: LoRA's dropout; default 0, for mc-dropout 0.1.
-        targets: names of the layers to adapt; default: PEFT's choice for the model (q_proj and v_proj for Llama).
-        top_blocks: adapt layers in the last so many blocks only; default: in all.
-        trunk_cache: folder that keeps what the blocks below the adapted ones make of the training examples, which then
-            are computed once and not at every step. One folder serves many runs.
-        dtype: of the base model: float32, bfloat16 or float16. The adapter is float32.
-        gradient_checkpointing: trade time for memory.
-        prior: family of the prior: ``normal``, ``laplace``, ``student_t``, ``scale_mixture`` or ``learned_normal``
-            (blob and its kin).
-        prior_std: σp of the prior (blob and its kin, map, scalabl). What matters most of a method's options: try 0.05
-            where the base model can answer, 0.4 below a new head (docs/choosing.md).
-        init_std: ε, where Ω starts (blob and its kin, scalabl).
-        std_parameterization: ``square`` or ``softplus`` (blob and its kin).
-        estimator: ``independent``, ``flipout``, ``shared`` or ``local`` (blob and its kin).
-        kl_scale: factor of the KL; 1 is the ELBO (blob and its kin).
-        kl_weighting: ``uniform`` or ``reweighted`` (blob and its kin).
-        dataset_rescaling: the paper's pseudo data size (blob and its kin).
-        optimizer_style: ``flow`` (AdamW on the NLL, exact gradient flow of the KL), ``alternating`` (SGD on the KL, as
-            in the paper) or ``joint`` (blob and its kin).
-        kl_learning_rate: on the KL: higher for better calibration, lower for accuracy (flow and alternating, scalabl).
-        num_weight_draws: weight draws a step (blob and its kin).
-        members: how many models (ensemble).
-        distill_steps: steps of the student's training (distilled).
-        tolerance: relative rise of the NLL that noise may cause (tfb).
-        prior_precision: δ; default: the one with the largest marginal likelihood, or with ``holdout`` the lowest NLL on
-            held-out records (laplace and laplace-last).
-        effective_sample_size: λ; larger is a narrower posterior (ivon).
-        hess_init: h at the start (ivon).
-        weight_decay: δ, the prior's precision over λ (ivon).
-        clip_radius: largest step of an entry (ivon).
-        holdout: share of the training records that is kept for what is fitted after training (temperature,
-            laplace, laplace-last).
-        temperature_scaling: fit a temperature on held-out records, on top of whatever method.
-        save_steps: steps between checkpoints.
-        keep_checkpoints: leave ``checkpoints/`` when the training is done.
+    `RunConfig.of` takes the options of all sections by their names alone.
+
+    Raises:
+        RunError: an option is unknown or out of its range; the message lists all problems.
     """
 
-    data: str
-    output: str
-    model: str = models.DEFAULT_MODEL
-    method: str = "blob"
-    start_from: str | None = None
-    task: Literal["auto", "classification", "choice_text", "choice_letter", "blank", "generation"] = "auto"
-    labels: list[str] | None = None
-    normalization: Literal["sum", "length"] = "length"
-    limit: int | None = None
-    limit_seed: int = 0
-    steps: int = 500
-    batch_size: int = 16
-    group_by_length: bool = True
-    learning_rate: float | None = None
-    max_grad_norm: float = 1.0
-    warmup_ratio: float = 0.06
-    seed: int = 0
-    rank: int = 8
-    alpha: int = 16
-    dropout: float | None = None
-    targets: list[str] | None = None
-    top_blocks: int | None = None
-    trunk_cache: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    gradient_checkpointing: bool = False
-    prior: str | None = None
-    prior_std: float | None = None
-    init_std: float | None = None
-    std_parameterization: Literal["square", "softplus"] | None = None
-    estimator: Literal["independent", "flipout", "shared", "local"] | None = None
-    kl_scale: float | None = None
-    kl_weighting: Literal["uniform", "reweighted"] | None = None
-    dataset_rescaling: bool | None = None
-    optimizer_style: Literal["flow", "alternating", "joint"] | None = None
-    kl_learning_rate: float | None = None
-    num_weight_draws: int | None = None
-    members: int | None = None
-    distill_steps: int | None = None
-    tolerance: float | None = None
-    prior_precision: float | None = None
-    effective_sample_size: float | None = None
-    hess_init: float | None = None
-    weight_decay: float | None = None
-    clip_radius: float | None = None
-    holdout: float | None = None
-    temperature_scaling: bool = False
-    save_steps: int = 100
-    keep_checkpoints: bool = False
+    data: str = field(
+        metadata={
+            "help": "Training records: a .jsonl, .csv, .tsv or .parquet file, a `datasets` folder, or a name such as "
+            "`support_desk` or `arc_easy`."
+        }
+    )
+    output: str = field(
+        metadata={"help": "Folder of the run; a run that was stopped continues from its last checkpoint."}
+    )
+    model: str = field(
+        default=models.DEFAULT_MODEL,
+        metadata={"help": "Base model: `smollm2-135m`, a hub id, a folder, or a .gguf file."},
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Of the base model; the adapter is float32."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of initialization, data order and noise."})
+    limit: int | None = field(
+        default=None,
+        metadata={"help": "Use only this many training records, chosen by `limit_seed`; per label for classification."},
+    )
+    limit_seed: int = field(default=0, metadata={"help": "Which records `limit` takes, and which are held out."})
+    start_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a LoRA to start from, a run's or one that PEFT saved, with the same base model, r and "
+            "lora_alpha. Post-hoc methods (tfb, laplace-lora) leave it as it is; other methods train it further."
+        },
+    )
+    top_blocks: int | None = field(
+        default=None, metadata={"help": "Adapt layers in the last so many transformer blocks only; default: in all."}
+    )
+    trunk_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps the hidden states below the adapted blocks for the training examples, which are "
+            "then computed once and not at every step. Needs `top_blocks`; several runs can share it."
+        },
+    )
+    temperature_scaling: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training records that is held out to fit a temperature (arXiv 1706.04599), on top of "
+            "any method; 0 for none."
+        },
+    )
+    keep_checkpoints: bool = field(
+        default=False, metadata={"help": "Keep the folder `checkpoints` when the training is done."}
+    )
+    task: Mapping[str, Any] = field(
+        default_factory=lambda: {"name": "auto"},
+        metadata={"help": "How records become logits; `auto` chooses by the form of the data."},
+    )
+    lora: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "Options of `peft.LoraConfig`."})
+    method: Mapping[str, Any] = field(
+        default_factory=lambda: {"name": "blob"}, metadata={"help": "`bloblora methods` lists them with their options."}
+    )
+    training: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"help": "Options of `transformers.TrainingArguments`."}
+    )
 
     def __post_init__(self) -> None:
-        problems = [problem for name, values in self._ranges().items() if (problem := values(name))]
-        problems += [f"{name} must not be empty" for name in ("data", "output", "model") if not getattr(self, name)]
-        if self.targets == []:
-            problems.append("targets must name at least one layer, or be left out")
-        if self.labels is not None and not 2 <= len(self.labels) == len(set(self.labels)):
-            problems.append(f"labels must be at least 2, all different, got {self.labels}")
-        try:
-            if self.trunk_cache is not None and (self.top_blocks is None or self.build_method().holdout):
-                problems.append("trunk_cache needs top_blocks, and a method that trains on all records")
-            if self.start_from is not None and not self.build_method().starts_from_lora:
-                problems.append(f"start_from isn't for method {self.build_method().name!r}")
-            self.build_method()
-        except ValueError as error:
-            problems.append(str(error))
+        problems = [*self._wrong_names(), *self._wrong_values()]
+        if not problems:
+            problems = [*self._wrong_combinations()]
         if problems:
             raise RunError("\n".join(problems))
 
-    def _ranges(self) -> dict[str, Callable[[str], str | None]]:
-        """For each number what is wrong with it, if anything."""
+    @classmethod
+    def of(cls, **options: Any) -> RunConfig:
+        """The configuration of options that may be given by their names alone, or in their sections.
 
-        def check(right: Callable[[float], bool], range_: str) -> Callable[[str], str | None]:
-            def problem(name: str) -> str | None:
-                value = getattr(self, name)
-                usable = value is not None and math.isfinite(value) and right(value)
-                return None if usable else f"{name} must be {range_}, got {value}"
-
-            return problem
-
-        count = check(lambda value: value >= 1, "at least 1")
-        positive = check(lambda value: value > 0, "a finite number above 0")
-        share = check(lambda value: 0 <= value < 1, "in [0, 1)")
-        seed = check(lambda value: 0 <= value < 2**32, "in 0..2^32 - 1")
-        return {
-            **dict.fromkeys(("steps", "batch_size", "rank", "save_steps"), count),
-            "alpha": positive,
-            "max_grad_norm": check(lambda value: value >= 0, "a finite number of at least 0"),
-            "warmup_ratio": share,
-            **dict.fromkeys(("seed", "limit_seed"), seed),
-            **{
-                name: check
-                for name, check in (
-                    ("limit", count),
-                    ("top_blocks", count),
-                    ("learning_rate", positive),
-                    ("dropout", share),
-                )
-                if getattr(self, name) is not None
-            },
-        }
-
-    def build_method(self) -> methods.Method:
-        """The method with its options.
+        ``RunConfig.of(data="a.csv", output="runs/a", method="blob", prior_std=0.1, r=16, steps=200)``. ``preset`` names
+        options that others then override; None is an option that isn't given.
 
         Raises:
-            RunError: an option that the method doesn't have.
-            ValueError: one that is out of its range.
+            RunError: as for the class.
         """
-        if self.method not in methods.METHODS:
-            raise RunError(f"method {self.method!r} is not one of {', '.join(methods.METHODS)}")
-        kind = methods.METHODS[self.method]
-        scaled = self.temperature_scaling and kind is not methods.Temperature
-        given = {name for name in _METHOD_OPTIONS if getattr(self, name) is not None}
-        taken = given & kind.options().keys()
-        elsewhere = {"dropout", "holdout"} if scaled else {"dropout"}  # what LoRA and the scaling take
-        if unknown := sorted(given - taken - elsewhere):
-            known = ", ".join(sorted(_METHOD_OPTIONS & kind.options().keys())) or "none of its own"
-            raise RunError(f"method {self.method!r} has no option {', '.join(unknown)}; its options: {known}")
-        method = kind(**{name: getattr(self, name) for name in taken})
-        if not scaled:
-            return method
-        return methods.Temperature(inner=method, **({} if self.holdout is None else {"holdout": self.holdout}))
+        options = {name: value for name, value in options.items() if value is not None}
+        nested: dict[str, Any] = {name: _section(name, options.pop(name, {})) for name in _SECTIONS}
+        if preset := options.pop("preset", None):
+            for place, values in read_preset(preset).items():
+                if nested[place].get("name", values.get("name")) == values.get("name"):  # else it is of another method
+                    nested[place] = {**values, **nested[place]}
+        nested["method"] = {"name": "blob", **nested["method"]}
+        nested["task"] = {"name": "auto", **nested["task"]}
+        problems = []
+        places = _places(nested["method"]["name"], nested["task"]["name"])
+        for name, value in options.items():
+            name = SHORT.get(name, name)
+            place = places.get(name, "")
+            if not place:
+                problems.append(_unknown(name, {*places, *SHORT}, nested["method"]["name"]))
+            elif place == "run":
+                nested[name] = value
+            else:
+                nested[place][name] = value
+        problems += [f"{name} is missing" for name in ("data", "output") if name not in nested]
+        if problems:
+            raise RunError("\n".join(problems))
+        return cls(**nested)
+
+    def given(self) -> dict[str, Any]:
+        """What was given, nested, as JSON takes it: no option that has its default."""
+        own = {
+            option.name: value
+            for option in fields(self)
+            if option.name not in _SECTIONS and (value := getattr(self, option.name)) != option.default
+        }
+        return {**own, **{name: dict(section) for name in _SECTIONS if (section := getattr(self, name))}}
+
+    def with_options(self, **options: Any) -> RunConfig:
+        """The same but for some options, given as for `of`."""
+        given = self.given()
+        sections = {name: _section(name, options.pop(name, given.pop(name, {}))) for name in _SECTIONS}
+        places = _places(sections["method"]["name"], sections["task"]["name"])
+        flat = {SHORT.get(name, name): value for name, value in options.items()}
+        for name in flat.keys() & places.keys():
+            if (place := places[name]) != "run":
+                sections[place][name] = flat.pop(name)
+        return RunConfig.of(**{**given, **sections, **flat})
+
+    def value(self, name: str) -> Any:
+        """An option of LoRA or the Trainer, given or by default."""
+        return _effective(self.given(), name)
+
+    def build_method(self) -> Method:
+        """The method with its options, and on top of it a temperature where one is asked for.
+
+        Raises:
+            ValueError: an option is out of its range.
+        """
+        options = {name: value for name, value in self.method.items() if name != "name"}
+        method = METHODS[self.method["name"]](**options)
+        return TemperatureScaled(inner=method, holdout=self.temperature_scaling) if self.temperature_scaling else method
+
+    def build_lora(self, **options: Any) -> LoraConfig:
+        """LoRA's configuration: the method's defaults, what was given, and what the run adds."""
+        return LoraConfig(**{**LORA, **METHODS[self.method["name"]].lora_defaults, **self.lora, **options})
+
+    def training_options(self) -> dict[str, Any]:
+        """Options of `TrainingArguments`: the defaults of a run and of its method, and what was given."""
+        defaults = {**TRAINING, **METHODS[self.method["name"]].training_defaults}
+        if "num_train_epochs" in self.training:
+            defaults["max_steps"] = -1
+        return {**defaults, **self.training}
+
+    def search_space(self) -> dict[str, tuple[float, float]]:
+        """Where `bloblora tune` looks: as the method's options declare, and half a decade around its learning rate."""
+        rate = self.value("learning_rate")
+        options = METHODS[self.method["name"]].options().items()
+        found = {name: option.metadata["search"] for name, option in options if "search" in option.metadata}
+        return {**found, "learning_rate": (rate / 10**0.5, rate * 10**0.5)}
+
+    def _wrong_names(self) -> Iterator[str]:
+        """Of methods, tasks, and options in sections."""
+        for name, registry in (("method", METHODS), ("task", {"auto": None, **tasks.TASKS})):
+            if (value := getattr(self, name).get("name")) not in registry:
+                yield f"{name} {value!r} is not one of {', '.join(registry)}"
+                return
+        places = _places(self.method["name"], self.task["name"])
+        for place in _SECTIONS:
+            for name in getattr(self, place):
+                if name != "name" and places.get(name) != place:
+                    known = {known for known, where in places.items() if where == place}
+                    yield _unknown(name, known, self.method["name"], f"{place}: ")
+
+    def _wrong_values(self) -> Iterator[str]:
+        given = {
+            **{name: getattr(self, name) for name in _ranges() if hasattr(self, name)},
+            **self.lora,
+            **self.training,
+        }
+        for name, (right, range_) in _ranges().items():
+            if (value := given.get(name)) is not None and not right(value):
+                yield f"{name} must be {range_}, got {value!r}"
+        for name in ("data", "output", "model"):
+            if not isinstance(value := getattr(self, name), str) or not value:
+                yield f"{name} must be a name that isn't empty, got {value!r}"
+        if self.lora.get("target_modules") == []:
+            yield "target_modules must name at least one layer, or be left out"
+        if self.dtype not in (known := get_args(get_type_hints(RunConfig)["dtype"])):
+            yield f"dtype must be one of {', '.join(known)}, got {self.dtype!r}"
+
+    def _wrong_combinations(self) -> Iterator[str]:
+        try:
+            method = self.build_method()
+            lora = self.build_lora()
+            method.check_run(vars(lora), self.training_options())
+        except (TypeError, ValueError) as error:
+            yield str(error)
+            return
+        if self.temperature_scaling and method.inner.holdout:  # type: ignore[attr-defined]
+            yield "temperature_scaling and holdout both hold records out; leave one of them out"
+        if self.trunk_cache is not None and (self.top_blocks is None or method.holdout):
+            yield "trunk_cache needs top_blocks, and a method that trains on all records"
+        if self.start_from is not None and not method.starts_from_lora:
+            yield f"start_from isn't for method {method.name!r}"
+        if self.top_blocks is not None and "layers_to_transform" in self.lora:
+            yield "top_blocks and layers_to_transform both say which blocks are adapted; leave one of them out"
 
 
-_METHOD_OPTIONS = {option.name for option in fields(TrainConfig)} & {
-    name for kind in methods.METHODS.values() for name in kind.options()
-}
+def options_of(method: str, task: str = "auto") -> dict[str, dict[str, Field[Any]]]:
+    """The options that a run with this method has: by section, ``run`` for its own, then by name.
+
+    They are dataclass fields: ``metadata["help"]`` says what each does, and `default_of` its default.
+    """
+    kinds = [tasks.TASKS[task]] if task in tasks.TASKS else [*tasks.TASKS.values()]
+    task_options = {o.name: o for kind in kinds for o in fields(kind) if o.name != "pad_token_id"}
+    return {
+        "run": {option.name: option for option in fields(RunConfig) if option.name not in _SECTIONS},
+        "task": task_options,
+        "method": METHODS[method].options() if method in METHODS else {},
+        "lora": {name: option for name, option in LoraConfig.__dataclass_fields__.items() if name not in _PEFT},
+        "training": {option.name: option for option in fields(BlobTrainingArguments) if option.name not in _OWNED},
+    }
+
+
+def default_of(option: Field[Any], method: str) -> Any:
+    """The default of one of `options_of`, in a run with this method."""
+    kind = METHODS[method]
+    for defaults in (kind.training_defaults, kind.lora_defaults, TRAINING, LORA):
+        if option.name in defaults and option.name not in kind.options():
+            return defaults[option.name]
+    if option.default is not MISSING:
+        return option.default
+    return None if option.default_factory is MISSING else option.default_factory()
+
+
+def different(old: Mapping[str, Any], new: Mapping[str, Any], *, besides: tuple[str, ...] = ("output",)) -> list[str]:
+    """Where two configurations differ, of what `RunConfig.given` gave; an option that one lacks has its default."""
+    flat_old, flat_new = _flat(old), _flat(new)
+    names = [name for name in {**flat_old, **flat_new} if name not in besides]
+    pairs = {name: (_effective(old, name), _effective(new, name)) for name in names}
+    return [f"{name}: {there!r} there, {now!r} now" for name, (there, now) in pairs.items() if there != now]
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The options of a preset.
+
+    Raises:
+        RunError: there is no such preset.
+    """
+    if name not in presets():
+        raise RunError(f"preset {name!r} is not one of {', '.join(presets())}")
+    return yaml.safe_load((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def presets() -> list[str]:
+    """Names of the presets."""
+    return sorted(file.stem for file in _PRESETS.glob("*.yaml"))
+
+
+def _section(name: str, value: Any) -> dict[str, Any]:
+    """A section as a mapping; a method or a task may be its name alone."""
+    if isinstance(value, str) and name in ("method", "task"):
+        return {"name": value}
+    if not isinstance(value, Mapping):
+        raise RunError(f"{name}: {value!r}; it must be a mapping of names to values")
+    return {key: item for key, item in value.items() if item is not None}
+
+
+@cache
+def _places(method: str, task: str) -> dict[str, str]:
+    """The section of each option by its name."""
+    places: dict[str, str] = {}
+    for place, options in options_of(method, task).items():
+        for name in options:
+            if (other := places.setdefault(name, place)) != place:
+                raise RunError(f"{method!r}: option {name!r} is of both {other} and {place}; rename one")
+    return places
+
+
+def _unknown(name: str, known: set[str], method: str, where: str = "") -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    owners = [other for other, kind in METHODS.items() if name in kind.options()]
+    if close:
+        return f"{where}unknown option {name!r}; did you mean {close[0]!r}?"
+    if owners:
+        return f"{where}method {method!r} has no option {name!r}; it is of {', '.join(owners)}"
+    return f"{where}unknown option {name!r}"
+
+
+def _flat(given: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {name: value for name, value in given.items() if name not in _SECTIONS}
+    for place in _SECTIONS:
+        for name, value in given.get(place, {}).items():
+            flat[place if name == "name" else name] = value
+    return flat
+
+
+def _effective(given: Mapping[str, Any], name: str) -> Any:
+    """An option's value: what was given, or its default."""
+    flat = _flat(given)
+    if name in flat:
+        return list(value) if isinstance(value := flat[name], tuple) else value
+    method = flat.get("method", "blob")
+    if name == "max_steps" and "num_train_epochs" in flat:
+        return -1
+    for options in options_of(method, flat.get("task", "auto")).values():
+        if name in options:
+            return default_of(options[name], method)
+    return {"method": "blob", "task": "auto"}.get(name)
+
+
+@cache
+def _ranges() -> dict[str, tuple[Callable[[Any], bool], str]]:
+    """What is right for a number, and how to say it; for what LoRA and the Trainer take without a word, too."""
+
+    def number(right: Callable[[float], bool], kinds: Any = (int, float)) -> Callable[[Any], bool]:
+        return lambda v: isinstance(v, kinds) and not isinstance(v, bool) and math.isfinite(v) and right(v)
+
+    count = number(lambda v: v >= 1, int), "at least 1"
+    share = number(lambda v: 0 <= v < 1), "in [0, 1)"
+    positive = number(lambda v: v > 0), "a finite number above 0"
+    not_negative = number(lambda v: v >= 0), "a finite number of at least 0"
+    seed = number(lambda v: 0 <= v < 2**32, int), "in 0..2^32 - 1"
+    return {
+        **dict.fromkeys(("max_steps", "per_device_train_batch_size", "r", "save_steps", "limit", "top_blocks"), count),
+        **dict.fromkeys(("lora_alpha", "learning_rate", "num_train_epochs"), positive),
+        **dict.fromkeys(("max_grad_norm", "warmup_steps", "weight_decay"), not_negative),
+        **dict.fromkeys(("lora_dropout", "temperature_scaling"), share),
+        **dict.fromkeys(("seed", "limit_seed"), seed),
+    }

@@ -19,18 +19,16 @@ from ..prediction import Prediction
 from .checks import check_kind
 from .config import RunError
 from .folder import records_sha256
-from .lines import append_lines
-from .run import Run
+from .processes import append_lines
+from .run import PredictionOptions, Run
 
 
 def evaluate(
     run: Run,
     records: Sequence[dict[str, Any]],
     outside: Sequence[dict[str, Any]] | None = None,
-    num_samples: int = 10,
-    seed: int = 0,
+    options: PredictionOptions = PredictionOptions(),  # noqa: B008  # frozen
     *,
-    batch_size: int = 32,
     progress: bool = False,
     diagram: Path | None = None,
     decision: Decision | None = None,
@@ -49,18 +47,18 @@ def evaluate(
     targets = targets_of(run.task, records)
     if outside is not None:
         check_kind(run.task, outside)
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     if predictions is None:
-        inside = run.predict(records, num_samples, seed, **options)
-        far = None if outside is None else run.predict(outside, num_samples, seed, **options)
+        settings: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
+        inside = run.predict(records, options.samples, options.seed, **settings)
+        far = None if outside is None else run.predict(outside, options.samples, options.seed, **settings)
     else:
         both = [*records, *(outside or [])]
-        _append_predictions(predictions, run, both, num_samples, seed, decision=decision, **options)
+        _append_predictions(predictions, run, both, options, decision, progress=progress)
         with predictions.open(encoding="utf-8") as lines:
-            inside = _Averages.read(islice(lines, len(records)), num_samples)
-            far = None if outside is None else _Averages.read(lines, num_samples)
+            inside = _Averages.read(islice(lines, len(records)), options.samples)
+            far = None if outside is None else _Averages.read(lines, options.samples)
     if diagram is not None:
-        name = f"{run.config.method}, N = {inside.num_samples}"
+        name = f"{run.config.method['name']}, N = {inside.num_samples}"
         reliability_diagram({name: reliability(inside.probabilities, targets)}, diagram)
     draws = {"num_draws": int(inside.num_draws.max())}
     return summary(inside, targets, far) | draws | (decision.realized(inside, targets, far) if decision else {})
@@ -69,14 +67,11 @@ def evaluate(
 def describe(
     run: Run,
     records: Sequence[dict[str, Any]],
-    num_samples: int = 10,
-    seed: int = 0,
-    *,
-    batch_size: int = 32,
+    options: PredictionOptions = PredictionOptions(),  # noqa: B008  # frozen
     decision: Decision | None = None,
 ) -> Iterator[dict[str, Any]]:
     """For each record its answer, the probability of each label or choice, the uncertainty in nats, and decisions."""
-    prediction = run.predict(records, num_samples, seed, batch_size=batch_size)
+    prediction = run.predict(records, options.samples, options.seed, batch_size=options.batch_size)
     yield from lines_of(run.task, records, prediction, decision)
 
 
@@ -132,17 +127,15 @@ def _append_predictions(
     file: Path,
     run: Run,
     records: Sequence[dict[str, Any]],
-    num_samples: int,
-    seed: int,
-    *,
-    batch_size: int,
-    progress: bool,
+    options: PredictionOptions,
     decision: Decision | None,
+    *,
+    progress: bool,
 ) -> None:
     """Write what isn't there yet of the records' lines."""
 
     def described(chunk: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        prediction = run.predict(chunk, num_samples, seed, batch_size=batch_size)
+        prediction = run.predict(chunk, options.samples, options.seed, batch_size=options.batch_size)
         lines = lines_of(run.task, chunk, prediction, decision)
         rows, draws = prediction.log_probabilities.tolist(), prediction.num_draws.tolist()
         for line, row, count in zip(lines, rows, draws, strict=True):
@@ -151,9 +144,9 @@ def _append_predictions(
     identity = {
         "adapter_sha256": run.adapter_sha256,
         "records_sha256": records_sha256(records),
-        "num_samples": num_samples,
-        "seed": seed,
-        "approximate": run.approximate,
+        "num_samples": options.samples,
+        "seed": options.seed,
+        "approximate": run.approximation.name if run.approximation else None,
         "decision": decision.to_dict() if decision else None,
     }
     append_lines(file, records, described, identity, progress=progress)

@@ -1,74 +1,110 @@
-"""A run's folder: its files, read and checked without a model, and written whole or not at all."""
+"""A run's folder, here or on the hub: its files, read and checked without a model, and written whole or not at all."""
 
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HTTPError  # the HTTP library's: it differs between versions
+
 from .. import tasks
+from ..adapter import library_versions
 from ..files import file_sha256, read_json
 from ..methods import Method
-from .config import RunError, TrainConfig
-from .remote import local_folder
+from .config import RunConfig, RunError, different
 
 TASK_FILE, RUN_FILE, CONFIG_FILE, CHECKPOINTS = "task.json", "run.json", "config.yaml", "checkpoints"
+HUB = "hub:"
 _FIELDS = ("text", "label", "question", "choices", "answer", "prompt", "response", "messages")
+_HUB_FILES = ["*.json", "*.safetensors", "reliability*.png"]  # nothing that could be run
 
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What a finished run's folder says, without its model: enough to check arguments by."""
+    """What a finished run's folder says, read once and without its model.
 
-    config: TrainConfig
+    Attributes:
+        folder: on this machine; of a run on the hub, the copy.
+        name: what the run is called where nothing else is said: its folder's name, or its repository's.
+        config: what it was trained with.
+        method: its method, with the defaults of the version that trained it.
+        task: how records become logits.
+        training: what the training took.
+        adapter_sha256: of the trained weights' file, which was checked.
+        remote: whether it is on the hub.
+    """
+
+    folder: Path
+    name: str
+    config: RunConfig
     method: Method
     task: tasks.Task
     training: dict[str, Any]
     adapter_sha256: str
+    remote: bool = False
 
 
-def open_run(directory: str | os.PathLike[str]) -> RunDescription:
+def open_run(directory: str | os.PathLike[str] | RunDescription) -> RunDescription:
     """Read and check a finished run's folder, or ``hub:user/name``; no model is loaded.
 
     Raises:
-        RunError: the folder isn't one, its training isn't finished, or its adapter was altered.
+        RunError: the folder isn't one, its training isn't finished, it was written by a version with other options, or
+            its adapter was altered.
         AdapterFileError: the adapter's files are damaged.
     """
-    directory = local_folder(directory)
-    if not (directory / RUN_FILE).is_file():
-        raise RunError(f"{directory}: no {RUN_FILE} in it; give a folder that `bloblora train` wrote")
-    stored = read_json(directory / RUN_FILE, RunError)
+    if isinstance(directory, RunDescription):
+        return directory
+    folder = local_folder(directory)
+    if not (folder / RUN_FILE).is_file():
+        raise RunError(f"{folder}: no {RUN_FILE} in it; give a folder that `bloblora train` wrote")
+    stored = read_json(folder / RUN_FILE, RunError)
+    config = _read_config(folder / RUN_FILE, stored)
     if not stored.get("training"):
-        raise RunError(f"{directory}: its training isn't finished; run the same `bloblora train` again to go on")
+        raise RunError(f"{folder}: its training isn't finished; run the same `bloblora train` again to continue")
     try:
-        config = TrainConfig(**stored["config"])
-        # with the defaults of then
-        method = replace(config, **stored.get("options", {})).build_method()
-        task = tasks.task_from_dict(read_json(directory / TASK_FILE, RunError))
+        method = config.with_options(method={"name": config.method["name"], **stored.get("options", {})}).build_method()
+        task = tasks.task_from_dict(read_json(folder / TASK_FILE, RunError))
     except (KeyError, TypeError) as error:
-        raise RunError(f"{directory / RUN_FILE}: not what this version of bloblora writes: {error}") from error
-    weights = method.weights_file(directory)
+        raise RunError(f"{folder}: can't be read: {error}") from error
+    weights = method.weights_file(folder)
     actual = file_sha256(weights)
     if stored.get("adapter_sha256", actual) != actual:
         raise RunError(
             f"{weights}: its SHA-256 isn't the one in {RUN_FILE}: the file was altered, or comes from another run"
         )
-    return RunDescription(config, method, task, stored["training"], actual)
+    remote = is_remote(directory)
+    repository = os.fspath(directory).removeprefix(HUB).partition("@")[0] if remote else ""
+    name = repository.rpartition("/")[2] if remote else folder.resolve().name
+    return RunDescription(folder, name, config, method, task, stored["training"], actual, remote)
 
 
-def read_description(output: Path, config: TrainConfig) -> dict[str, Any]:
+def described(config: RunConfig) -> dict[str, Any]:
+    """What ``run.json`` says of a configuration: what was given, and the method's options with their defaults."""
+    return {"libraries": library_versions(), "config": config.given(), "options": config.build_method().described()}
+
+
+def read_description(output: Path, config: RunConfig) -> dict[str, Any]:
     """What the folder says of its run, if any; a RunError where that has another configuration."""
     if not (output / RUN_FILE).is_file():
         return {}
     stored = read_json(output / RUN_FILE, RunError)
-    old, new = stored.get("config", {}), asdict(config)
-    different = [f"{k}: {old.get(k)!r} there, {new[k]!r} now" for k in new if k != "output" and old.get(k) != new[k]]
-    if different:
-        raise RunError(f"{output} holds a run of another configuration ({'; '.join(different)}); choose another output")
+    if found := different(_read_config(output / RUN_FILE, stored).given(), config.given()):
+        raise RunError(f"{output} holds a run of another configuration ({'; '.join(found)}); choose another output")
     return stored
+
+
+def _read_config(file: Path, stored: dict[str, Any]) -> RunConfig:
+    try:
+        return RunConfig(**stored["config"])
+    except (KeyError, TypeError, AttributeError, RunError) as error:
+        here, there = library_versions()["bloblora"], stored.get("libraries", {}).get("bloblora", "0.1")
+        raise RunError(f"{file}: written by bloblora {there}, this is {here}: {error}") from error
 
 
 def check_writable(file: str | os.PathLike[str]) -> None:
@@ -95,3 +131,35 @@ def records_sha256(records: Iterable[dict[str, Any]]) -> str:
         digest.update(f"{', ' if number else ''}{json.dumps(read_fields(record))}".encode())
     digest.update(b"]")
     return digest.hexdigest()
+
+
+def local_folder(directory: str | os.PathLike[str]) -> Path:
+    """The folder itself, or a copy of the hub's: of ``hub:user/name``, or ``hub:user/name@revision``.
+
+    Copies are kept in huggingface_hub's cache, which also serves without a network. A process sees one state of a
+    repository, however often it asks.
+
+    Raises:
+        RunError: the hub can't be reached or has no such repository or revision, and no copy is there.
+    """
+    name = os.fspath(directory)
+    return _fetched(name) if is_remote(name) else Path(name)
+
+
+def is_remote(directory: str | os.PathLike[str]) -> bool:
+    """Whether this stands for a repository of the hub."""
+    return os.fspath(directory).startswith(HUB)
+
+
+@cache
+def _fetched(name: str) -> Path:
+    repo_id, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError, HTTPError) as error:
+        raise RunError(f"{name}: can't be fetched from {constants.ENDPOINT}: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """What a hub's client says was wrong, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -4,11 +4,11 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from .checks import check_kind, check_samples
+from .checks import check_kind
 from .config import RunError
 from .evaluate import lines_of
 from .folder import open_run
-from .run import Run, load_run
+from .run import PredictionOptions, Run, load_run
 
 Input = str | Mapping[str, Any]
 
@@ -81,8 +81,8 @@ def pipeline(
         RunError: the run can't be loaded or writes text, or an option is out of range.
         AdapterFileError: the run's files are damaged.
     """
-    check_samples(num_samples, seed, batch_size)
-    task = run.task if isinstance(run, Run) else open_run(run).task
-    if task.name == "generation":
+    PredictionOptions(samples=num_samples, seed=seed, batch_size=batch_size)
+    opened = run if isinstance(run, Run) else open_run(run)
+    if opened.task.name == "generation":
         raise RunError("the run's task is generation, which has no labels; use `bloblora.posterior_generate`")
-    return AnswerPipeline(run if isinstance(run, Run) else load_run(run), num_samples, seed, batch_size)
+    return AnswerPipeline(opened if isinstance(opened, Run) else load_run(opened), num_samples, seed, batch_size)

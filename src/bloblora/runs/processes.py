@@ -1,12 +1,28 @@
-"""The processes of one run, as `accelerate launch` or `torchrun` start them."""
+"""The processes of one run, as `accelerate launch` or `torchrun` start them, and files of lines that they share."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from rich.console import Console
+from rich.progress import track
 from torch import nn
 
+from ..files import read_json, write_json
 from .config import RunError
+
+CHUNK = 256
+"""Records that are read, predicted and written at a time."""
+
+T = TypeVar("T")
 
 
 def on_cpu() -> bool:
@@ -33,3 +49,90 @@ def check_alone(command: str) -> None:
     """Raise a RunError where several processes were started for a command that isn't for them."""
     if (count := processes().num_processes) > 1:
         raise RunError(f"{command} is one process, not {count}; `bloblora predict` is what several can share")
+
+
+def share_of(chunks: Iterable[T]) -> Iterator[T]:
+    """This process's chunks: every W-th of W processes; all of them where a model is split over the processes."""
+    return iter(chunks) if sharded() else islice(chunks, processes().process_index, None, processes().num_processes)
+
+
+def part_of(file: Path, process: int | None = None) -> Path:
+    """Where a process writes its lines, by default this one: the file itself where there is no other."""
+    if processes().num_processes == 1 or (sharded() and processes().is_main_process):
+        return file
+    return file.with_name(f".{file.name}.{processes().process_index if process is None else process}")
+
+
+def join_parts(file: Path) -> None:
+    """Put the lines of all processes into one file, in the order of the whole, once all have written theirs."""
+    state = processes()
+    state.wait_for_everyone()
+    if sharded() and not state.is_main_process:
+        part_of(file).unlink()  # the same lines as the first's
+    if state.num_processes == 1 or sharded() or not state.is_main_process:
+        return
+    names = [part_of(file, process) for process in range(state.num_processes)]
+    joined = file.with_name(f".{file.name}.partial")
+    with ExitStack() as stack, joined.open("wb") as handle:
+        parts = [stack.enter_context(name.open("rb")) for name in names]
+        for number in count():
+            lines = list(islice(parts[number % len(parts)], CHUNK))
+            if not lines:
+                break
+            handle.writelines(lines)
+    os.replace(joined, file)
+    for name in names:
+        name.unlink()
+
+
+def append_lines(
+    file: Path,
+    rows: Sequence[T],
+    describe: Callable[[Sequence[T]], Iterable[dict[str, Any]]],
+    identity: dict[str, Any],
+    *,
+    progress: bool = False,
+) -> None:
+    """Write what ``describe`` says of each row, a line each, from where an earlier call was stopped.
+
+    Args:
+        file: JSON lines; ``<file>.meta.json`` beside it says whose they are.
+        rows: all of them, also those that are in the file.
+        describe: of a chunk of rows.
+        identity: what the lines depend on, as JSON takes it.
+        progress: show a bar.
+
+    Raises:
+        RunError: the file is of something else.
+    """
+    meta = file.with_name(f"{file.name}.meta.json")
+    if meta.is_file():
+        _check_same(file, read_json(meta, RunError), identity)
+    elif file.exists():
+        raise RunError(f"{file}: is there, without the {meta.name} that says of what it is; give another file")
+    write_json(meta, identity)
+    with file.open("ab+") as handle:
+        starts = range(_whole_chunks(handle, len(rows)), len(rows), CHUNK)
+        for start in track(starts, "predicting", disable=not progress, console=Console(stderr=True)):
+            lines = [json.dumps(line, ensure_ascii=False) for line in describe(rows[start : start + CHUNK])]
+            handle.write("".join(f"{line}\n" for line in lines).encode())
+            handle.flush()
+
+
+def _check_same(file: Path, stored: dict[str, Any], identity: dict[str, Any]) -> None:
+    names = [name for name in identity if stored.get(name) != identity[name]]
+    if names:
+        different = "; ".join(f"{name} {stored.get(name)} there, {identity[name]} now" for name in names)
+        raise RunError(f"{file} holds other predictions ({different}); give another file, or remove it")
+
+
+def _whole_chunks(handle: Any, total: int) -> int:
+    """Lines in whole chunks; what follows them, of which a stop may have cut something, is removed."""
+    handle.seek(0)
+    size = kept = done = 0
+    for number, line in enumerate(handle, start=1):
+        size += len(line)
+        if line.endswith(b"\n") and (number % CHUNK == 0 or number == total):
+            kept, done = size, number
+    handle.truncate(kept)
+    return done

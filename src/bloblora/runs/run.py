@@ -1,7 +1,7 @@
 """A trained run and its predictions."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +10,45 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import models, tasks
+from ..generation import Generation, posterior_generate
+from ..methods import Method
 from ..prediction import Prediction, Sampler, StoppingRule, predict
 from .approximation import Approximation
 from .checks import check_sharded, num_labels
-from .config import TrainConfig
-from .folder import open_run
+from .config import RunConfig, RunError
+from .folder import RunDescription, open_run
 from .processes import processes, shard, sharded
-from .remote import local_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionOptions:
+    """How a run predicts: options of all commands that do.
+
+    Raises:
+        RunError: one is out of its range; the message lists all.
+    """
+
+    samples: int = field(default=10, metadata={"help": "Weight samples N; 0 is the posterior mean."})
+    seed: int = field(default=0, metadata={"help": "Of the weight samples."})
+    batch_size: int = field(default=32, metadata={"help": "Inputs a forward pass."})
+    approximate: str | None = field(
+        default=None,
+        metadata={
+            "help": "Save forward passes, at some loss (docs/cost.md): `mirrored` (samples in pairs about the mean, of "
+            "which 2 do what several do), `linearized` (two passes, for any N), `top-blocks:K` (samples in the last K "
+            "blocks only), `stop` (no more samples for an input whose answer is settled; `stop:ERROR:TOLERANCE`), or "
+            "`mirrored-stop` (both; try it with N = 4)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        problems = [f"samples must be 0 (the mean) or more, got {self.samples}"] if self.samples < 0 else []
+        problems += [f"batch_size must be at least 1, got {self.batch_size}"] if self.batch_size < 1 else []
+        problems += [f"seed must be in 0..2^32 - 1, got {self.seed}"] if not 0 <= self.seed < 2**32 else []
+        if problems:
+            raise RunError("\n".join(problems))
+        if self.approximate is not None:
+            Approximation.parse(self.approximate)
 
 
 @dataclass
@@ -29,6 +61,7 @@ class Run:
         task: how records become logits.
         sampler: where the method's draws come from.
         config: the configuration that it was trained with.
+        method: its method.
         training: what the training took: ``seconds`` (of all sessions, without what a stop threw away),
             ``peak_memory_bytes`` (of the last session), ``final`` (the last log).
         adapter_sha256: of the trained weights' file.
@@ -39,15 +72,11 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     task: tasks.Task
     sampler: Sampler
-    config: TrainConfig
+    config: RunConfig
+    method: Method
     training: dict[str, Any] = field(default_factory=dict)
     adapter_sha256: str | None = None
     approximation: Approximation | None = None
-
-    @property
-    def approximate(self) -> str | None:
-        """The approximation's name."""
-        return self.approximation.name if self.approximation else None
 
     @property
     def stop(self) -> StoppingRule | None:
@@ -65,10 +94,9 @@ class Run:
     ) -> Prediction:
         """Predictions of raw records, in their order, whatever label they have; see `bloblora.predict`."""
         unlabelled = [{k: v for k, v in record.items() if k not in ("label", "answer")} for record in records]
-        examples = tasks.encode_all(self.task, unlabelled, self.tokenizer)
         return predict(
             self.model,
-            examples,
+            tasks.encode_all(self.task, unlabelled, self.tokenizer),
             num_samples,
             seed,
             task=self.task,
@@ -78,42 +106,78 @@ class Run:
             progress=progress,
         )
 
+    def generate(
+        self, records: Sequence[dict[str, Any]], num_samples: int = 10, seed: int = 0, **options: Any
+    ) -> Generation:
+        """Answers to raw records, in their order, whatever response they have; see `bloblora.posterior_generate`."""
+        batch = self.task.collate(tasks.encode_all(self.task, [_prompt(r) for r in records], self.tokenizer))
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        given = {"tokenizer": self.tokenizer, "sampler": self.sampler, **options}
+        return posterior_generate(self.model, inputs, num_samples, seed, **given)
 
-def load_run(directory: str | os.PathLike[str], approximate: str | None = None) -> Run:
+    def describe_texts(
+        self, records: Sequence[dict[str, Any]], num_samples: int = 10, seed: int = 0, **options: Any
+    ) -> Iterator[dict[str, Any]]:
+        """For each record the averaged answer, those of the draws, and the uncertainty."""
+        found = self.generate(records, num_samples, seed, **options)
+        scores = found.scores()
+        for i, record in enumerate(records):
+            yield {
+                **{key: record[key] for key in ("id", "prompt", "messages") if key in record},
+                "answer": found.texts[i],
+                "draws": found.draw_texts[i],
+                **{name: float(values[i]) for name, values in scores.items()},
+            }
+
+
+def load_run(directory: str | os.PathLike[str] | RunDescription, approximate: str | None = None) -> Run:
     """Load a finished run, onto the GPU where there is one; under FSDP each process holds a part of it.
 
     Args:
-        directory: its folder, or its place on the hub: ``hub:user/name`` or ``hub:user/name@revision``.
-        approximate: how its predictions save forwards, at some loss: ``mirrored`` (draws in pairs about the mean; two
-            do what several do), ``linearized`` (two passes, whatever N), ``top-blocks:K`` (draws in the last K blocks
-            alone), ``stop`` (no more draws for an input whose answer is settled; ``stop:ERROR:TOLERANCE``), or
-            ``mirrored-stop`` (both; try it with N = 4).
+        directory: its folder, or its place on the hub: ``hub:user/name`` or ``hub:user/name@revision``; or what
+            `open_run` read of it.
+        approximate: how its predictions save forwards, at some loss; see `PredictionOptions`.
 
     Raises:
         RunError: the folder isn't one, its training isn't finished, or its method can't be approximated so.
         AdapterFileError: the adapter's files are damaged.
     """
-    directory = local_folder(directory)
     description = open_run(directory)
+    config, method, task = description.config, description.method, description.task
     approximation = None if approximate is None else Approximation.parse(approximate)
     if approximation:
-        approximation.check(description.method)
-    config, task = description.config, description.task
+        approximation.check(method)
     if split := sharded():
-        check_sharded(config.method, approximate)
+        check_sharded(method, approximate)
     base = base_model(config, task)
     if torch.accelerator.is_available() and not split and not getattr(base, "is_quantized", False):
         base.to(processes().device)
-    model, sampler = description.method.load(base, directory)
+    model, sampler = method.load(base, description.folder)
     if split:
         model = shard(model)
-    tokenizer = models.load_tokenizer(config.model)
     if approximation:
         sampler = approximation.apply(sampler)
-    sha256 = description.adapter_sha256
-    return Run(model, tokenizer, task, sampler, config, description.training, sha256, approximation)
+    return Run(
+        model,
+        models.load_tokenizer(config.model),
+        task,
+        sampler,
+        config,
+        method,
+        description.training,
+        description.adapter_sha256,
+        approximation,
+    )
 
 
-def base_model(config: TrainConfig, task: tasks.Task) -> Any:
+def base_model(config: RunConfig, task: tasks.Task) -> Any:
     """The pretrained model, with a head where the task needs one."""
     return models.load_model(config.model, num_labels=num_labels(task), dtype=config.dtype)
+
+
+def _prompt(record: dict[str, Any]) -> dict[str, Any]:
+    """The record without its answer."""
+    prompt = {key: value for key, value in record.items() if key != "response"}
+    if (messages := prompt.get("messages")) and messages[-1]["role"] == "assistant":
+        prompt["messages"] = messages[:-1]
+    return prompt

@@ -1,5 +1,6 @@
 """One training: from data file to saved adapter, resumed where it was stopped."""
 
+import math
 import random
 import resource
 import shutil
@@ -7,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,28 +26,28 @@ from .. import methods, models, tasks
 from ..adapter.sharding import gather_
 from ..files import file_sha256, read_json, write_json, write_text
 from ..prediction.trunk_cache import cache_trunk
-from ..training import last_checkpoint
-from .checks import check_sharded, check_targets, check_task, task_name
-from .config import RunError, TrainConfig
+from ..training import BlobTrainingArguments, last_checkpoint
+from .checks import check_sharded, check_start, check_targets, check_task, load_start, lora_of, num_labels
+from .config import RunConfig, RunError
 from .folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     RUN_FILE,
     TASK_FILE,
     check_writable,
+    described,
     read_description,
     read_fields,
     records_sha256,
 )
 from .processes import on_cpu, processes
 from .run import Run, base_model, load_run
-from .start import check_start, load_start, lora_of
 
 _SCRATCH = ".data"
 Records = TypeVar("Records", list[dict[str, Any]], datasets_.MappedRows)
 
 
-def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[TrainerCallback] = ()) -> Run:
+def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[TrainerCallback] = ()) -> Run:
     """Train a run, or go on with one that was stopped; a finished one is loaded.
 
     Records and what they are encoded to stay on the disk, in a hidden folder of the run while it is trained. Where
@@ -54,8 +55,8 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
     model stays split, and all processes must predict with it together.
 
     Raises:
-        RunError: the folder holds a run of another configuration or of other records, or can't be written;
-            ``batch_size`` can't be shared by the processes; or FSDP splits the model, and the method isn't for that.
+        RunError: the folder holds a run of another configuration or of other records, or can't be written; or FSDP
+            splits the model, and the method isn't for that.
         DataError, TaskError: the data can't be used; raised before the base model is loaded.
     """
     output = Path(config.output)
@@ -69,15 +70,15 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
         everything = _mapped(scratch / "records.arrow", partial(_read, config.data))
         records = select(everything, config.limit, config.limit_seed)
         check_task(config, records)
-        description: dict[str, Any] = {"config": asdict(config), "records_sha256": records_sha256(records)}
+        description: dict[str, Any] = {**described(config), "records_sha256": records_sha256(records)}
         _check_same_records(output, stored, description["records_sha256"])
         if stored.get("training"):
             processes().wait_for_everyone()  # until nobody needs the folder
             return load_run(output)
         method = config.build_method()
-        description["options"] = method.described()
         tokenizer = models.load_tokenizer(config.model)
-        task = _task(config, records, tokenizer)
+        task_options = {name: value for name, value in config.task.items() if name != "name"}
+        task = tasks.build_task(config.task["name"], records, tokenizer, **task_options)
         check_targets(config, task)
         lora_of(config)
         check_start(config, task)
@@ -85,10 +86,10 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Sequence[Tra
         encode = partial(tasks.encode_each, task, tokenizer=tokenizer, progress=progress)
         examples = _mapped(scratch / "examples.arrow", partial(encode, kept))
         holdout = _mapped(scratch / "holdout.arrow", partial(encode, held_out)) if len(held_out) else []
-        training = methods.Training(task, examples, _arguments(config, method, progress), holdout)
+        training = methods.Training(task, examples, _arguments(config, len(examples), progress), holdout)
         if main:
             write_json(output / RUN_FILE, description)
-            write_text(output / CONFIG_FILE, yaml.safe_dump(_given(config), sort_keys=False, allow_unicode=True))
+            write_text(output / CONFIG_FILE, yaml.safe_dump(config.given(), sort_keys=False, allow_unicode=True))
         run = _fit(config, method, training, tokenizer, progress, callbacks)
         if main:
             _save(run, method, output, description)
@@ -118,13 +119,6 @@ def _chosen(records: Records, limit: int, seed: int) -> list[int]:
     return [i for group in _by_label(records) for i in generator.sample(group, min(limit, len(group)))]
 
 
-def share_of_batch(batch_size: int, count: int) -> int:
-    """Examples of a batch that each of so many processes takes; a RunError where they can't be equally many."""
-    if batch_size % count:
-        raise RunError(f"batch_size {batch_size} can't be shared by {count} processes; give a multiple of {count}")
-    return batch_size // count
-
-
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
     with suppress(
@@ -137,7 +131,7 @@ def peak_memory() -> int:
 
 
 def _fit(
-    config: TrainConfig,
+    config: RunConfig,
     method: methods.Method,
     training: methods.Training,
     tokenizer: PreTrainedTokenizerBase,
@@ -149,7 +143,7 @@ def _fit(
     task = training.task
     start = lora_of(config)
     base = base_model(config, task)
-    model = method.prepare(base, start or _lora(config, task, base.config.get_text_config().num_hidden_layers))
+    model = method.prepare(base, start or _lora(config, task, base))
     if config.start_from is not None:
         load_start(model, config.start_from)
         training.trained = method.post_hoc
@@ -171,7 +165,7 @@ def _fit(
         "final": training.logs[-1],
         "curve": [[log["step"], log["nll"]] for log in training.logs],
     }
-    return Run(model, tokenizer, task, sampler, config, result)
+    return Run(model, tokenizer, task, sampler, config, method, result)
 
 
 def _save(run: Run, method: methods.Method, output: Path, description: dict[str, Any]) -> None:
@@ -225,27 +219,13 @@ def _at(records: Records, positions: list[int]) -> Records:
     return [records[position] for position in positions]
 
 
-def _task(config: TrainConfig, records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tasks.Task:
-    options: dict[str, Any] = {}
-    if task_name(config, records) == tasks.ChoiceText.name:
-        options["normalization"] = config.normalization
-    if config.labels is not None:
-        options["labels"] = config.labels
-    return tasks.build_task(config.task, records, tokenizer, **options)
-
-
-def _check_sharded(config: TrainConfig) -> None:
+def _check_sharded(config: RunConfig) -> None:
     """Raises a RunError for what can't be trained where FSDP splits the model over the processes."""
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
-    check_sharded(config.method)
+    check_sharded(config.build_method())
     if config.trunk_cache is not None:
         raise RunError(f"trunk_cache {config.trunk_cache!r} isn't offered under FSDP; leave it out, or use DDP")
-
-
-def _given(config: TrainConfig) -> dict[str, Any]:
-    """The configuration without what is left to defaults of the method."""
-    return {name: value for name, value in asdict(config).items() if value is not None}
 
 
 def _above_trunk(model: Any, training: methods.Training, folder: Path, progress: bool) -> methods.Training:
@@ -255,40 +235,37 @@ def _above_trunk(model: Any, training: methods.Training, folder: Path, progress:
     return replace(training, task=task, examples=examples)  # type: ignore[arg-type]  # it is as a task to the trainer
 
 
-def _lora(config: TrainConfig, task: tasks.Task, num_blocks: int) -> LoraConfig:
+def _lora(config: RunConfig, task: tasks.Task, base: Any) -> LoraConfig:
     """Raises a RunError where the model has fewer blocks than are to be adapted."""
-    if config.top_blocks is not None and config.top_blocks > num_blocks:
-        raise RunError(f"top_blocks must be at most the model's {num_blocks} blocks, got {config.top_blocks}")
-    return LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout or 0.0,
-        target_modules=config.targets,
-        layers_to_transform=None if config.top_blocks is None else [*range(num_blocks - config.top_blocks, num_blocks)],
-        task_type=TaskType.SEQ_CLS if task.labels is not None else TaskType.CAUSAL_LM,
-    )
+    options: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM if num_labels(task) is None else TaskType.SEQ_CLS}
+    if config.top_blocks is not None:
+        blocks = base.config.get_text_config().num_hidden_layers
+        if config.top_blocks > blocks:
+            raise RunError(f"top_blocks must be at most the model's {blocks} blocks, got {config.top_blocks}")
+        options["layers_to_transform"] = [*range(blocks - config.top_blocks, blocks)]
+    return config.build_lora(**options)
 
 
-def _arguments(config: TrainConfig, method: methods.Method, progress: bool) -> dict[str, Any]:
-    return {
+def _arguments(config: RunConfig, num_examples: int, progress: bool) -> dict[str, Any]:
+    """Of `BlobTrainingArguments`; they are built once to see that the Trainer takes them."""
+    options = config.training_options()
+    steps = options["max_steps"]
+    if steps < 0:
+        batch = options["per_device_train_batch_size"] * processes().num_processes
+        steps = math.ceil(num_examples / batch) * options["num_train_epochs"]
+    options["logging_steps"] = max(1, min(options["logging_steps"], steps))
+    options |= {
         "output_dir": str(Path(config.output) / CHECKPOINTS),
-        "max_steps": config.steps,
-        "per_device_train_batch_size": share_of_batch(config.batch_size, processes().num_processes),
-        "use_cpu": on_cpu(),
-        "learning_rate": config.learning_rate or method.learning_rate,
-        "max_grad_norm": config.max_grad_norm,
-        "warmup_steps": round(config.steps * config.warmup_ratio),
-        "lr_scheduler_type": "linear",
-        "train_sampling_strategy": "group_by_length" if config.group_by_length else "random",
         "seed": config.seed,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "logging_steps": min(20, config.steps),
-        "save_steps": config.save_steps,
-        "save_total_limit": 1,
+        "use_cpu": on_cpu(),
         "dataloader_pin_memory": torch.cuda.is_available(),  # torch warns where there is nothing to pin for
         "disable_tqdm": not progress,
-        "report_to": [],
     }
+    try:
+        BlobTrainingArguments(**options)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"training: {error}") from error
+    return options
 
 
 class _ProgressBar(ProgressCallback):

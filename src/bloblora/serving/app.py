@@ -51,7 +51,7 @@ def create_app(hosted: Mapping[str, Hosted], settings: Settings, keys: Sequence[
         metrics.batch(name, len(answers), sum(answer["num_draws"] for answer in answers))
         return answers
 
-    batcher = Batcher(answer, settings.max_batch, settings.max_wait_ms, settings.queue)
+    batcher = Batcher(answer, settings.batch_size, settings.max_wait_ms, settings.queue)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -242,7 +242,7 @@ def _model(hosted: Hosted, settings: Settings) -> Model:
     run = hosted.run
     return Model(
         name=hosted.name,
-        method=run.config.method,
+        method=run.method.name,
         base_model=run.config.model,
         task=run.task.name,
         kind=hosted.kind,  # type: ignore[arg-type]

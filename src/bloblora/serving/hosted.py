@@ -14,10 +14,9 @@ from torch import nn
 from ..decision import Decision
 from ..files import read_json
 from ..prediction import predict
-from ..runs import Run, RunError, check_approximation, load_run, open_run
+from ..runs import Approximation, Run, RunDescription, RunError, load_run, open_run
 from ..runs.decide import open_decision
 from ..runs.evaluate import lines_of
-from ..runs.remote import local_folder, own_name
 from .settings import Settings
 
 METRICS_FILE, DIAGRAM_FILE = "metrics.json", "reliability.png"
@@ -89,7 +88,7 @@ class Hosted:
             task=run.task,
             sampler=run.sampler,
             stop=run.stop,
-            batch_size=settings.max_batch,
+            batch_size=settings.batch_size,
         )
         if not prediction.probabilities.isfinite().all():
             raise FloatingPointError(f"run {self.name!r}: a probability is not a number; try dtype float32")
@@ -105,7 +104,7 @@ class Hosted:
         ]
 
 
-def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Path]:
+def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, RunDescription]:
     """Check runs before any model is loaded.
 
     Args:
@@ -114,36 +113,39 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Pat
         settings: the server's.
 
     Returns:
-        The folders by name.
+        What the folders say, by name.
 
     Raises:
         RunError: a folder is no finished run, two have one name, a run writes text, its method can't be approximated
             so, or its decisions are for another N, seed, approximation or adapter.
         AdapterFileError: an adapter's files are damaged.
     """
-    folders: dict[str, Path] = {}
+    opened: dict[str, RunDescription] = {}
     for directory in directories:
         given, equals, rest = directory.partition("=")
         place = rest if equals else directory
-        name = given if equals else own_name(place)
+        description = open_run(place)
+        name = given if equals else description.name
         if not re.fullmatch(r"[\w.-]+", name):
             raise RunError(
                 f"{directory}: the name {name!r} must be letters, digits, '_', '.' and '-'; give NAME=FOLDER"
             )
-        if name in folders:
-            raise RunError(f"{folders[name]} and {place} are both called {name!r}; give NAME=FOLDER for one of them")
-        folder = local_folder(place)
-        if open_run(folder).task.name == "generation":
-            raise RunError(f"{folder}: the run's task is generation, which isn't served; use `bloblora generate`")
-        check_approximation(folder, settings.approximate)
-        open_decision(folder, settings.samples, settings.seed, settings.approximate)
-        folders[name] = folder
-    if not folders:
+        if name in opened:
+            raise RunError(
+                f"{opened[name].folder} and {place} are both called {name!r}; give NAME=FOLDER for one of them"
+            )
+        if description.task.name == "generation":
+            raise RunError(f"{place}: the run's task is generation, which isn't served; use `bloblora generate`")
+        if settings.approximate is not None:
+            Approximation.parse(settings.approximate).check(description.method)
+        open_decision(description, settings)
+        opened[name] = description
+    if not opened:
         raise RunError("directories: give at least one folder of a run")
-    return folders
+    return opened
 
 
-def load_hosted(folders: dict[str, Path], settings: Settings) -> dict[str, Hosted]:
+def load_hosted(opened: dict[str, RunDescription], settings: Settings) -> dict[str, Hosted]:
     """Load runs, with weights that are equal in memory once.
 
     PEFT could hold several adapters on one model, but its switch is one for all layers, an ensemble takes all adapters
@@ -152,11 +154,10 @@ def load_hosted(folders: dict[str, Path], settings: Settings) -> dict[str, Hoste
     """
     hosted: dict[str, Hosted] = {}
     pool: dict[str, list[nn.Parameter]] = {}
-    for name, folder in folders.items():
-        run = load_run(folder, settings.approximate)
-        shared = share_weights(run.model, pool)
-        decision = open_decision(folder, settings.samples, settings.seed, settings.approximate)
-        hosted[name] = Hosted(name, folder, run, decision, shared)
+    for name, description in opened.items():
+        run = load_run(description, settings.approximate)
+        decision = open_decision(description, settings)
+        hosted[name] = Hosted(name, description.folder, run, decision, share_weights(run.model, pool))
     return hosted
 
 

@@ -1,45 +1,34 @@
 """What a server allows, and the keys that open it."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from ..runs import RunError, check_samples
+from ..runs import PredictionOptions, RunError
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Limits and defaults.
-
-    Args:
-        samples: weight draws N of a request that names none; 0 is the posterior mean.
-        seed: of the draws.
-        max_samples: largest N that a request may name.
-        max_batch: inputs a forward.
-        max_wait_ms: how long the first input of a batch waits for others, milliseconds.
-        queue: most inputs that wait; a request that would make it more is told to come again.
-        max_inputs: most inputs a request.
-        max_tokens: most tokens an input, a question's choices included.
-        max_body_bytes: largest body of a request.
-        approximate: how predictions save forwards, as `bloblora.runs.load_run` takes it; None for all draws.
+@dataclass(frozen=True, kw_only=True)
+class Settings(PredictionOptions):
+    """Limits and defaults of a server, whose ``samples`` are those of a request that names none.
 
     Raises:
         RunError: one is out of its range; the message lists all.
     """
 
-    samples: int = 10
-    seed: int = 0
-    max_samples: int = 100
-    max_batch: int = 16
-    max_wait_ms: float = 5.0
-    queue: int = 256
-    max_inputs: int = 64
-    max_tokens: int = 1024
-    max_body_bytes: int = 1_000_000
-    approximate: str | None = None
+    batch_size: int = field(default=16, metadata={"help": "Inputs a forward pass; requests share it."})
+    max_samples: int = field(default=100, metadata={"help": "Largest N that a request may name."})
+    max_wait_ms: float = field(
+        default=5.0, metadata={"help": "How long an input waits for others to share its forward pass, milliseconds."}
+    )
+    queue: int = field(
+        default=256, metadata={"help": "Most inputs that wait; beyond it requests get 429 and Retry-After."}
+    )
+    max_inputs: int = field(default=64, metadata={"help": "Most inputs a request."})
+    max_tokens: int = field(default=1024, metadata={"help": "Most tokens an input, a question's choices included."})
+    max_body_bytes: int = field(default=1_000_000, metadata={"help": "Largest body of a request."})
 
     def __post_init__(self) -> None:
-        check_samples(self.samples, self.seed)
+        super().__post_init__()
         counts = [option.name for option in fields(self) if option.type is int and option.name not in _FROM_ZERO]
         problems = [f"{name} must be at least 1, got {value}" for name in counts if (value := getattr(self, name)) < 1]
         if self.max_samples < self.samples:

@@ -13,7 +13,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -187,23 +187,16 @@ def is_done(job: Job, results: Path) -> bool:
     result = read_result(results, job.name)
     if result is None:
         return False
-    different = _differences(result.config, _described(job))
+    different = runs.different(result.config, _described(job))
     for key, chosen in job.sets.items():
         if (there := result.sets.get(key, now := _set(chosen))) != now:
             different.append(f"{key}: {there} there, {now} now")
     if different:
         raise runs.RunError(
-            f"{results / job.name} is the result of another configuration ({'; '.join(different)}); rename the "
-            "method, or choose another folder"
+            f"{results / job.name} is the result of another configuration ({'; '.join(different)}), written by bloblora "
+            f"{result.machine.get('bloblora')}; rename the method, or choose another folder"
         )
     return not result.lacks(job.sets, job.samples)
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What two configurations, as given, say differently; a missing key is its default."""
-    default = {option.name: option.default for option in fields(runs.TrainConfig)}
-    pairs = {key: tuple(of.get(key, default.get(key)) for of in (old, new)) for key in {**old, **new}}
-    return [f"{key}: {there!r} there, {now!r} now" for key, (there, now) in pairs.items() if there != now]
 
 
 def check_data(job: Job) -> None:
@@ -268,7 +261,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _records(chosen: EvalSet, config: runs.TrainConfig) -> list[dict[str, Any]]:
+def _records(chosen: EvalSet, config: runs.RunConfig) -> list[dict[str, Any]]:
     records = read_records(chosen.data, require_labels=chosen.labelled)
     if chosen.unused:
         records = runs.unused(records, config.limit or len(records), config.limit_seed)
@@ -277,7 +270,7 @@ def _records(chosen: EvalSet, config: runs.TrainConfig) -> list[dict[str, Any]]:
 
 def _described(job: Job) -> dict[str, Any]:
     """The configuration without what a machine decides: where data lie and output goes."""
-    given = {name: value for name, value in asdict(job.config).items() if value is not None and name != "output"}
+    given = {name: value for name, value in job.config.given().items() if name != "output"}
     return given | {"data": Path(job.config.data).name}
 
 

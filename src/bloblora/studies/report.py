@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -217,14 +217,14 @@ def _by_prior_std(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
     """By method what was run with three or more σp and otherwise equal options: its rows."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        options = {**row.results[0].config, **row.results[0].options, "prior_std": None, "seed": None}
+        options = {**_flat(row.results[0].config), **row.results[0].options, "prior_std": None, "seed": None}
         groups.setdefault(json.dumps(options, sort_keys=True), []).append(row)
     found: dict[str, dict[str, Row]] = {}
     for group in groups.values():
         widths = {row.results[0].options.get("prior_std") for row in group}
         if len(widths) > 2:
             group.sort(key=lambda row: row.results[0].options["prior_std"])
-            found[group[0].results[0].config["method"]] = {
+            found[group[0].results[0].config["method"]["name"]] = {
                 f"σp = {row.results[0].options['prior_std']:g}, N = {row.num_samples}": row for row in group
             }
     return found
@@ -284,11 +284,17 @@ def _setting(results: Sequence[Result]) -> Iterator[str]:
             f"- Of some runs only {METRICS_FILE} is there. Intervals and reliability need their scores per example, "
             f"which `bloblora compare` leaves in {RUNS}."
         )
-    shared = dict(pair for pair in results[0].config.items() if all(pair in r.config.items() for r in results))
-    yield "- All: " + _listed(shared)
+    first, *others = (_flat(result.config).items() for result in results)
+    yield "- All: " + _listed(dict(pair for pair in first if all(pair in other for other in others)))
     for label in dict.fromkeys(result.label for result in results):
         own = next(result for result in results if result.label == label)
-        yield f"- {label}: " + _listed({"method": own.config["method"], **own.options})
+        yield f"- {label}: " + _listed({"method": own.config["method"]["name"], **own.options})
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of all sections by their names; ``method`` and ``task`` are names too."""
+    sections = {key: value if isinstance(value, Mapping) else {"name": value} for key, value in config.items()}
+    return {key if name == "name" else name: v for key, section in sections.items() for name, v in section.items()}
 
 
 def _listed(options: Mapping[str, object]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..runs import RunError, TrainConfig
+from ..runs import RunConfig, RunError
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class EvalSet:
     """Records to evaluate on.
 
     Args:
-        data: as `TrainConfig.data`.
+        data: as `RunConfig.data`.
         limit: use only this many, per label for classification: the same ones for every run.
         labelled: False for out-of-scope records, which serve the detection metrics alone.
         unused: of the training file, those records that training's ``limit`` leaves out.
@@ -37,7 +37,7 @@ class DataSet:
     """What is trained on, and what the result is evaluated on.
 
     Args:
-        train: options of `TrainConfig` for these data; ``data`` among them.
+        train: options of `RunConfig` for these data; ``data`` among them.
         test: in distribution.
         shifted: labelled sets of other distributions, by name.
         out_of_scope: records that are none of the labels'.
@@ -74,7 +74,7 @@ class Job:
     name: str
     dataset: str
     label: str
-    config: TrainConfig
+    config: RunConfig
     sets: Mapping[str, EvalSet]
     samples: tuple[int, ...]
     batch_size: int
@@ -86,7 +86,7 @@ class Study:
 
     Args:
         name: title of the report.
-        methods: options of `TrainConfig` by the method's label; where ``method`` isn't among them, the label is it.
+        methods: options of `RunConfig` by the method's label; where ``method`` isn't among them, the label is it.
         datasets: by name.
         models: base models.
         budgets: numbers of optimizer steps; each run is made with each of them. Without, ``steps`` says how many.
@@ -140,7 +140,8 @@ class Study:
         """One of them; arguments and errors as in `jobs`."""
         chosen = self.datasets[dataset]
         options = {**self.train, **chosen.train, **self.methods[label]}
-        options.setdefault("method", label)
+        if not {"method", "preset"} & options.keys():
+            options["method"] = label
         place = [dataset]
         if len(self.models) > 1:
             place.append(model)
@@ -151,7 +152,7 @@ class Study:
         options |= {"model": model, "seed": seed, "output": str(runs / name)}
         options["data"] = _locate(own := options["data"], data)
         try:
-            config = TrainConfig(**options)
+            config = RunConfig.of(**options)
         except (TypeError, ValueError) as error:
             raise RunError(f"methods: {label} on {dataset}: {error}") from error
         sets = {key: located(value, data) for key, value in chosen.sets().items()}
@@ -251,9 +252,8 @@ def _eval_set(value: Any, where: str, labelled: bool = True) -> EvalSet:
 
 
 def _options(value: Any, where: str) -> dict[str, Any]:
-    content = dict(_mapping(value, where))
-    _check_fields(content, TrainConfig, where)
-    return content
+    """Options of `RunConfig.of`, which checks them once a run's are complete."""
+    return dict(_mapping(value, where))
 
 
 def _check_fields(content: Mapping[str, Any], kind: type, where: str) -> None:

@@ -22,18 +22,6 @@ from .study import Job, Study, located
 
 Aim = Literal["nll", "ece"]
 
-SEARCHED = (
-    "prior_std",
-    "init_std",
-    "kl_scale",
-    "kl_learning_rate",
-    "dropout",
-    "tolerance",
-    "effective_sample_size",
-    "learning_rate",
-)
-"""What is searched by default, of what the method has: a decade around its default, on a logarithmic scale."""
-
 _SET = "validation"
 
 
@@ -79,7 +67,8 @@ def tune(
         aim: ``nll``, the lowest NLL, or ``ece``, the lowest ECE with an accuracy ``within`` that of the baseline.
         within: see ``aim``; 0.01 is one point.
         trials: how many in all.
-        ranges: lowest and highest value of each option to search; default those of `SEARCHED` that the method has.
+        ranges: lowest and highest value of each option to search; default those that the
+            method declares, and the learning rate.
         seed: of training and of the search.
         data: folder that relative paths of data files start from.
         reported: told of each trial.
@@ -151,22 +140,23 @@ def _job(study: Study, dataset: str, label: str, seed: int, output: Path, data: 
 
 
 def _ranges(template: Job, ranges: Mapping[str, tuple[float, float]] | None) -> dict[str, tuple[float, float]]:
-    method = template.config.build_method()
-    known = {**method.options(), "learning_rate": template.config.learning_rate or method.learning_rate}
+    known = template.config.search_space()
     if ranges is None:
-        return {name: (known[name] / 10**0.5, known[name] * 10**0.5) for name in SEARCHED if known.get(name)}
+        return known
     for name, (low, high) in ranges.items():
-        if name not in known or not hasattr(template.config, name):
-            raise RunError(f"ranges: method {template.config.method!r} has no option {name!r}; it has {sorted(known)}")
         if not 0 < low < high:
             raise RunError(f"ranges: {name}: {low}, {high}; the first must be above 0 and below the second")
+        try:
+            template.config.with_options(**{name: low})
+        except RunError as error:
+            raise RunError(f"ranges: {error}; searched by default: {', '.join(known)}") from error
     return dict(ranges)
 
 
 def _with(template: Job, name: str, options: Mapping[str, Any]) -> Job:
     name = f"{template.name}--{name}"
     folder = Path(template.config.output).with_name(name)
-    return replace(template, name=name, config=replace(template.config, output=str(folder), **options))
+    return replace(template, name=name, config=template.config.with_options(output=str(folder), **options))
 
 
 def _metrics(job: Job, output: Path) -> dict[str, float]:

@@ -7,7 +7,7 @@ from bloblora.tasks.choice_text import ChoiceText
 from bloblora.tasks.classification import Classification
 from bloblora.tasks.generation import TextGeneration
 from bloblora.tasks.head import label_logits
-from bloblora.tasks.task import Task, TaskError
+from bloblora.tasks.task import Task, TaskError, check_options
 
 __all__ = [
     "TASKS",
@@ -19,6 +19,7 @@ __all__ = [
     "TaskError",
     "TextGeneration",
     "build_task",
+    "check_options",
     "encode_all",
     "encode_each",
     "guess_task",

@@ -1,13 +1,16 @@
 """Many runs: compare, report, tune."""
 
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
 
-from ... import evaluation, runs, studies
-from ..progress import StudyProgress
+from .. import evaluation, runs, studies
+from ..studies import Job, Outcome
 
 
 def compare(
@@ -66,7 +69,7 @@ def compare(
             print(f"{'to do' if job in pending else 'done'}  {job.name}")
         return
     runs.check_writable(folder / "report.md")
-    with StudyProgress(workers) as progress:
+    with _StudyProgress(workers) as progress:
         outcomes = studies.compare(
             read,
             folder,
@@ -137,9 +140,8 @@ def tune(
         aim: `nll`, or `ece` with an accuracy `within` that of the study's baseline.
         within: see `aim`; 0.01 is one point.
         trials: how many in all.
-        ranges: lowest and highest value of each option to search; default those of prior_std, init_std, kl_scale,
-            kl_learning_rate, dropout, tolerance, effective_sample_size and learning_rate that the method has, a decade
-            around the defaults.
+        ranges: lowest and highest value of each option to search; default those that the method declares for its
+            options, and half a decade to each side of its learning rate.
         seed: of training and of the search.
     """
     logging.disable_progress_bar()
@@ -179,3 +181,62 @@ def tune(
             "nearest. Try more trials, other ranges, or a larger `within`"
         )
     print("".join(f"{name}: {value:.3g}\n" for name, value in found[0].options.items()), end="")
+
+
+class _StudyProgress:
+    """A bar on standard error: what is running, how many runs are done, and how long the rest may take.
+
+    The estimate is the mean time of the runs of the same method and data so far, or of all where there is none yet.
+    """
+
+    def __init__(self, workers: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, TextColumn("{task.fields[left]}"), console=Console(stderr=True))
+        self._task = self._bar.add_task("study", total=None, left="")
+        self._workers = workers
+        self._left: list[Job] = []
+        self._running: list[Job] = []
+        self._seconds: dict[tuple[str, str], list[float]] = {}
+
+    def __enter__(self) -> "_StudyProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def planned(self, everything: Sequence[Job], pending: Sequence[Job]) -> None:
+        """Told of all jobs and of those that are left."""
+        self._left = list(pending)
+        self._bar.update(self._task, total=len(everything), completed=len(everything) - len(pending))
+
+    def started(self, job: Job) -> None:
+        """Told of a job that starts."""
+        self._running.append(job)
+        self._describe()
+
+    def ended(self, outcome: Outcome) -> None:
+        """Told how one ended."""
+        job = outcome.job
+        self._running.remove(job)
+        self._left.remove(job)
+        if outcome.error is None:
+            self._seconds.setdefault((job.dataset, job.label), []).append(outcome.seconds)
+        took = timedelta(seconds=round(outcome.seconds))
+        left = f" ({estimate})" if (estimate := self._estimate()) else ""
+        line = f"{'failed' if outcome.error else 'done'} in {took}: {job.name}{left}"
+        self._bar.console.print(line, highlight=False)
+        self._bar.advance(self._task)
+        self._describe()
+
+    def _describe(self) -> None:
+        names = ", ".join(job.name for job in self._running) or "study"
+        self._bar.update(self._task, description=names, left=self._estimate())
+
+    def _estimate(self) -> str:
+        every = [seconds for times in self._seconds.values() for seconds in times]
+        if not every or not self._left:
+            return ""
+        times = [self._seconds.get((job.dataset, job.label), every) for job in self._left]
+        seconds = sum(sum(known) / len(known) for known in times) / self._workers
+        return f"about {timedelta(seconds=round(seconds))} left"

@@ -1,28 +1,38 @@
-"""One run: train, calibrate, evaluate, predict."""
+"""One run: train, calibrate, evaluate, predict, generate."""
 
-import json
+import json as jsonlib
+import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from ... import evaluation, runs
-from ...adapter import find_posterior
-from ...data import read_batches, read_records
-from ...decision import check_promises
-from ...decision.label_sets import Kind
-from ...decision.scope import Score
-from ...runs import TrainConfig
-from ...runs.decide import DECISION_FILE, open_decision
-from ...runs.decide import calibrate as calibrate_run
-from ...training import PosteriorHistograms
-from .output import named, print_json, writing
+from .. import evaluation, runs
+from ..adapter import find_posterior
+from ..data import read_batches, read_records
+from ..decision import check_promises
+from ..decision.label_sets import Kind
+from ..decision.scope import Score
+from ..files import replacing
+from ..runs import PredictionOptions, RunConfig, RunDescription, RunError, open_run
+from ..runs.checks import check_generates
+from ..runs.decide import DECISION_FILE, open_decision
+from ..runs.decide import calibrate as calibrate_run
+from ..training import PosteriorHistograms
 
 
-def train(json: bool = False, tensorboard: str | None = None, **options: Any) -> None:
+def dumped(content: Any) -> str:
+    """JSON as people read it."""
+    return jsonlib.dumps(content, indent=2, ensure_ascii=False)
+
+
+def train(config: RunConfig, json: bool = False, tensorboard: str | None = None) -> None:
     """Fine-tune a base model on labelled data, as a Bayesian LoRA or a plain one.
 
     A record of the data is a text to classify, a question with choices, or a prompt with a response; a file holds one
@@ -32,10 +42,11 @@ def train(json: bool = False, tensorboard: str | None = None, **options: Any) ->
       {"prompt": "Question: Which gas do plants take in?\\nAnswer:", "response": "carbon dioxide"}
     `answer` is the right choice's index, counted from 0. Tables have the same columns, choices as choice_0, choice_1, …
 
-    The output folder then holds the adapter, task.json, run.json and config.yaml (for --config). A run that was
-    stopped goes on from its last checkpoint when the same command is given again. --preset paper takes the settings
-    of the BLoB paper; options given beside it win. Where `accelerate launch` or `torchrun` started several processes,
-    they share each batch, and the first prints and writes.
+    Options are named as in peft.LoraConfig and transformers.TrainingArguments; --method NAME --help shows those of
+    another method. The output folder then holds the adapter, task.json, run.json and config.yaml (for --config). A run
+    that was stopped continues from its last checkpoint when the same command is given again. --preset paper takes the
+    settings of the BLoB paper; options given beside it win. Where `accelerate launch` or `torchrun` started several
+    processes, each takes a batch of --batch-size, and the first prints and writes.
 
     Examples:
       bloblora train --data queries.jsonl --output runs/desk
@@ -44,33 +55,31 @@ def train(json: bool = False, tensorboard: str | None = None, **options: Any) ->
       bloblora train --config runs/desk/config.yaml --seed 1 --output runs/desk-1
 
     Args:
+        config: of the run.
         json: print JSON.
         tensorboard: folder for TensorBoard: the losses, and histograms of the posterior's Ω, M and |M|/Ω.
     """
     logging.disable_progress_bar()
-    config = TrainConfig(**options)
     run = runs.train(config, callbacks=_histograms(tensorboard) if tensorboard else ())
     if not runs.processes().is_main_process:
         return
     posterior = find_posterior(run.model)
-    result = {
-        "output": run.config.output,
-        **run.training,
-        "posterior": posterior.summary() if posterior else None,
-    }
+    summary = posterior.summary() if posterior else None
     if json:
-        print_json(result)
+        print(dumped({"output": config.output, **run.training, "posterior": summary}))
         return
     final = run.training["final"]
-    print(f"trained {run.config.method} in {run.training['seconds']:.0f} s: training NLL {final['nll']:.4f}")
-    if summary := result["posterior"]:
+    print(f"trained {config.method['name']} in {run.training['seconds']:.0f} s: training NLL {final['nll']:.4f}")
+    if summary:
         print(f"posterior: median Ω {summary['median_std']:.4f}, KL {summary['kl']:.0f} nats")
-    print(f"saved to {run.config.output}; next: bloblora evaluate {run.config.output} --data FILE")
+    following, option = ("generate", "input") if run.task.name == "generation" else ("evaluate", "data")
+    print(f"saved to {config.output}; next: bloblora {following} {config.output} --{option} FILE")
 
 
 def calibrate(
     directory: str,
     data: str,
+    options: PredictionOptions,
     ood: str | None = None,
     risk: float = 0.05,
     confidence: float = 0.95,
@@ -78,10 +87,6 @@ def calibrate(
     label_sets: Kind = "lac",
     false_alarm: float = 0.05,
     score: Score = "predictive_entropy",
-    samples: int = 10,
-    seed: int = 0,
-    batch_size: int = 32,
-    approximate: str | None = None,
     json: bool = False,
 ) -> None:
     """Choose from held-out labelled data when to answer, which labels to name, and what to call out of scope.
@@ -99,8 +104,9 @@ def calibrate(
       bloblora calibrate runs/desk --data support_desk:validation --risk 0.2 --ood support_desk:out_of_scope
 
     Args:
-        directory: folder of the run.
+        directory: folder of a run.
         data: labelled records in scope, in the forms that `train` takes, used for nothing else.
+        options: of the predictions.
         ood: out-of-scope records, labels not needed; adds how many of them are flagged.
         risk: largest share of errors among the answers.
         confidence: probability that the share is no larger.
@@ -108,39 +114,28 @@ def calibrate(
         label_sets: `lac` for the smallest sets, `aps` for sets that grow where the model is less sure, `raps` between.
         false_alarm: share of inputs in scope that are flagged as out of it.
         score: what flags them.
-        samples: weight draws N; 0 is the posterior mean.
-        seed: of the draws.
-        batch_size: inputs a forward.
-        approximate: save forwards at some loss (docs/cost.md): `mirrored` (draws in pairs about the mean; 2 do what
-            several do), `linearized` (two passes, whatever N), `top-blocks:K` (draws in the last K blocks alone),
-            `stop` (no more draws for an input whose answer is settled; `stop:ERROR:TOLERANCE`), or `mirrored-stop`
-            (both; try it with N = 4).
         json: print JSON, what decision.json holds.
     """
     logging.disable_progress_bar()
-    runs.check_samples(samples, seed, batch_size)
-    runs.check_approximation(directory, approximate)
     runs.check_alone("calibrate")
     promises = {"risk": risk, "level": confidence, "coverage": coverage, "false_alarm": false_alarm}
-    records, outside = _read(directory, data, ood)
+    description = _opened(directory, options)
+    records, outside = _read(description, data, ood)
     check_promises(len(records), **promises)
-    if _is_training_data(directory, data):
-        raise runs.RunError(f"data {data!r}: the run was trained on these; calibrate on records that it has not seen")
+    if _is_training_data(description, data):
+        raise RunError(f"data {data!r}: the run was trained on these; calibrate on records that it has not seen")
     content = calibrate_run(
-        runs.load_run(directory, approximate),
-        directory,
+        description,
         records,
         outside,
-        samples,
-        seed,
-        batch_size=batch_size,
+        options,
         progress=sys.stdout.isatty() and not json,
         kind=label_sets,
         score=score,
         **promises,
     )
     if json:
-        print_json(content)
+        print(dumped(content))
         return
     for name, promise in content["promises"].items():
         print(f"{name.replace('_', ' ')}: {promise}")
@@ -151,11 +146,8 @@ def calibrate(
 def evaluate(
     directory: str,
     data: str,
+    options: PredictionOptions,
     ood: str | None = None,
-    samples: int = 10,
-    seed: int = 0,
-    batch_size: int = 32,
-    approximate: str | None = None,
     output: str | None = None,
     predictions: str | None = None,
     diagram: str | None = None,
@@ -167,24 +159,18 @@ def evaluate(
     num_examples and num_samples. With --ood also the AUROC, how well confidence, predictive entropy and mutual
     information tell the two data sets apart: 1 is perfect, 0.5 is chance. Of a calibrated run also the share answered,
     the selective risk (errors among the answers), the coverage and mean size of the label sets, and the rates of false
-    alarms and, with --ood, of detection. With --predictions a stop loses little: the same command goes on from what is
-    in that file.
+    alarms and, with --ood, of detection. With --predictions a stop loses little: the same command continues from what
+    is in that file.
 
     Examples:
       bloblora evaluate runs/desk --data held_out.jsonl --output metrics.json
       bloblora evaluate runs/desk --data support_desk:test --ood support_desk:out_of_scope --diagram reliability.png
 
     Args:
-        directory: folder of the run.
+        directory: folder of a run.
         data: labelled records, in the forms that `train` takes.
+        options: of the predictions.
         ood: out-of-scope records, labels not needed; adds the AUROC of telling them from `data`.
-        samples: weight draws N; 0 is the posterior mean.
-        seed: of the draws.
-        batch_size: inputs a forward.
-        approximate: save forwards at some loss (docs/cost.md): `mirrored` (draws in pairs about the mean; 2 do what
-            several do), `linearized` (two passes, whatever N), `top-blocks:K` (draws in the last K blocks alone),
-            `stop` (no more draws for an input whose answer is settled; `stop:ERROR:TOLERANCE`), or `mirrored-stop`
-            (both; try it with N = 4).
         output: write the metrics to this JSON file.
         predictions: write what `predict` says of each record to this file, 256 at a time; FILE.meta.json beside it says
             of which run, records, samples and seed.
@@ -193,24 +179,20 @@ def evaluate(
     """
     logging.disable_progress_bar()
     # All that can be wrong is looked at before the base model is loaded.
-    runs.check_samples(samples, seed, batch_size)
-    runs.check_approximation(directory, approximate)
     runs.check_alone("evaluate")
     for file in (output, predictions, diagram):
         if file is not None:
             runs.check_writable(file)
-    records, outside = _read(directory, data, ood)
-    decision = open_decision(directory, samples, seed, approximate)
-    run = runs.load_run(directory, approximate)
-    if _is_training_data(directory, data):
+    description = _opened(directory, options)
+    records, outside = _read(description, data, ood)
+    decision = open_decision(description, options)
+    if _is_training_data(description, data):
         print(f"data {data!r}: the run was trained on these; its metrics say little of others", file=sys.stderr)
     result = runs.evaluate(
-        run,
+        runs.load_run(description, options.approximate),
         records,
         outside,
-        samples,
-        seed,
-        batch_size=batch_size,
+        options,
         progress=sys.stdout.isatty() and not json,  # the bar goes to standard output
         diagram=Path(diagram) if diagram else None,
         decision=decision,
@@ -219,23 +201,15 @@ def evaluate(
     if output:
         runs.write_json(Path(output), result)
     if json:
-        print_json(result)
+        print(dumped(result))
     else:
-        name = f"{runs.open_run(directory).config.method}, N = {result['num_samples']}"
+        name = f"{description.method.name}, N = {result['num_samples']}"
         Console().print(evaluation.rich_table({name: result}, title=f"{data}, {result['num_examples']} examples"))
         if decision:
             Console().print(_realized(decision.to_dict(), result, "decisions"))
 
 
-def predict(
-    directory: str,
-    input: str,
-    samples: int = 10,
-    seed: int = 0,
-    batch_size: int = 32,
-    approximate: str | None = None,
-    output: str | None = None,
-) -> None:
+def predict(directory: str, input: str, options: PredictionOptions, output: str | None = None) -> None:
     """Write a JSON line for each input: label, probabilities, confidence and uncertainty.
 
     A line has, in the inputs' order: `label`, `probabilities` (by label, or by choice), `confidence` (of that label),
@@ -250,44 +224,111 @@ def predict(
       echo '{"text": "where is my parcel"}' | bloblora predict runs/desk --input -
 
     Args:
-        directory: folder of the run.
+        directory: folder of a run.
         input: records in the forms that `train` takes, labels not needed; `-` reads JSON lines from standard input and
             answers them as they come, 256 at a time.
-        samples: weight draws N; 0 is the posterior mean.
-        seed: of the draws.
-        batch_size: inputs a forward.
-        approximate: save forwards at some loss (docs/cost.md): `mirrored` (draws in pairs about the mean; 2 do what
-            several do), `linearized` (two passes, whatever N), `top-blocks:K` (draws in the last K blocks alone),
-            `stop` (no more draws for an input whose answer is settled; `stop:ERROR:TOLERANCE`), or `mirrored-stop`
-            (both; try it with N = 4).
+        options: of the predictions.
         output: file to write, which appears when it is complete; default standard output.
     """
     logging.disable_progress_bar()
-    runs.check_samples(samples, seed, batch_size)
-    runs.check_approximation(directory, approximate)
     several = runs.processes().num_processes > 1
     if several and (output is None or input == "-"):
-        raise runs.RunError("several processes share an input that is a file, and need --output for their answers")
+        raise RunError("several processes share an input that is a file, and need --output for their answers")
     if output is not None:
         runs.check_writable(output)
-    task = runs.open_run(directory).task
-    decision = open_decision(directory, samples, seed, approximate)
-    batches = read_batches(input, runs.CHUNK, require_labels=False)
+    description = _opened(directory, options)
+    decision = open_decision(description, options)
     run = None
-    with writing(str(runs.part_of(Path(output))) if output else None) as handle:
-        for records in runs.share_of(batches):
-            with named(input):
-                runs.check_kind(task, records)
-            run = run or runs.load_run(directory, approximate)
-            for line in runs.describe(run, records, samples, seed, batch_size=batch_size, decision=decision):
-                handle.write(json.dumps(line, ensure_ascii=False) + "\n")
-            handle.flush()
+    with _writing(runs.part_of(Path(output)) if output else None) as handle:
+        for records in runs.share_of(read_batches(input, runs.CHUNK, require_labels=False)):
+            with _named(input):
+                runs.check_kind(description.task, records)
+            run = run or runs.load_run(description, options.approximate)
+            _write_lines(handle, runs.describe(run, records, options, decision))
     if output:
         runs.join_parts(Path(output))
 
 
-def _is_training_data(directory: str, data: str) -> bool:
-    return data.removesuffix(":train") == runs.open_run(directory).config.data.removesuffix(":train")
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How a run writes."""
+
+    samples: int = field(default=10, metadata={"help": "Weight samples N; 0 is the posterior mean."})
+    seed: int = field(default=0, metadata={"help": "Of the weight samples, and of sampled tokens."})
+    batch_size: int = field(default=16, metadata={"help": "Prompts a forward pass."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Most tokens of an answer."})
+    temperature: float = field(
+        default=0.0,
+        metadata={"help": "0 takes the most probable token; above it tokens are sampled: 1 by their probabilities."},
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={"help": "Sample only among the most probable tokens that have this probability together."},
+    )
+
+    def __post_init__(self) -> None:
+        PredictionOptions(samples=self.samples, seed=self.seed, batch_size=self.batch_size)
+        problems = []
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            problems.append(f"temperature must be a finite number of at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p must be in (0, 1], got {self.top_p}")
+        if problems:
+            raise RunError("\n".join(problems))
+
+    def of_transformers(self) -> dict[str, Any]:
+        """As transformers' ``generate`` takes them."""
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature else {}
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0, **sampling}
+
+
+def generate(directory: str, input: str, options: GenerationOptions, output: str | None = None) -> None:
+    """Write a JSON line for each prompt: the answer, the answers of the weight samples, and the uncertainty.
+
+    The run is one of `bloblora train --task generation`. A line has, in the inputs' order: `answer`, each token by the
+    mean probabilities of all draws; `draws`, what each draw writes on its own; `agreement` (share of pairs of draws
+    that say the same) and `semantic_entropy` (nats, over what they say); and as means over the answer's tokens
+    `log_probability`, `predictive_entropy` (all uncertainty, nats), of it `mutual_information` (what the model doesn't
+    know) and `expected_entropy` (what the prompt leaves open); `sequence_log_probability` is that of the whole answer,
+    and `log_probability_variance` its variance over draws.
+
+    Examples:
+      bloblora generate runs/answers --input prompts.jsonl --output answers.jsonl
+      echo '{"prompt": "Question: Which gas do plants take in?\\nAnswer:"}' | bloblora generate runs/answers --input -
+
+    Args:
+        directory: folder of a run.
+        input: records with `prompt` or `messages`, as `train` takes them, answers not needed; `-` reads JSON lines from
+            standard input and answers them 64 at a time.
+        options: of the answers.
+        output: file to write, which appears when it is complete; default standard output.
+    """
+    logging.disable_progress_bar()
+    runs.check_alone("generate")
+    if output is not None:
+        runs.check_writable(output)
+    description, run = open_run(directory), None
+    with _writing(Path(output) if output else None) as handle:
+        for records in read_batches(input, 64, require_labels=False):
+            with _named(input):
+                check_generates(description.task, records)
+            run = run or runs.load_run(description)
+            settings = {"batch_size": options.batch_size, **options.of_transformers()}
+            _write_lines(handle, run.describe_texts(records, options.samples, options.seed, **settings))
+
+
+def _opened(directory: str, options: PredictionOptions) -> RunDescription:
+    """A run's description, whose method allows the approximation."""
+    description = open_run(directory)
+    if options.approximate is not None:
+        runs.Approximation.parse(options.approximate).check(description.method)
+    return description
+
+
+def _is_training_data(description: RunDescription, data: str) -> bool:
+    return data.removesuffix(":train") == description.config.data.removesuffix(":train")
 
 
 def _histograms(folder: str) -> list[PosteriorHistograms]:
@@ -295,21 +336,47 @@ def _histograms(folder: str) -> list[PosteriorHistograms]:
     try:
         return [PosteriorHistograms(folder)]
     except RuntimeError as error:
-        raise runs.RunError("tensorboard isn't installed: pip install 'bloblora[tensorboard]'") from error
+        raise RunError("tensorboard isn't installed: pip install 'bloblora[tensorboard]'") from error
 
 
-def _read(directory: str, data: str, ood: str | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+def _read(
+    description: RunDescription, data: str, ood: str | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Labelled records in scope and records out of it, once they fit the run."""
-    task = runs.open_run(directory).task
     records = read_records(data)
     outside = read_records(ood, require_labels=False) if ood else None
     for source, side in ((data, records), (ood, outside)):
-        with named(source):
+        with _named(source):
             if side is not None:
-                runs.check_kind(task, side)
-    with named(data):
-        runs.targets_of(task, records)
+                runs.check_kind(description.task, side)
+    with _named(data):
+        runs.targets_of(description.task, records)
     return records, outside
+
+
+@contextmanager
+def _named(source: str | None) -> Iterator[None]:
+    """Say which file an error is about."""
+    try:
+        yield
+    except RunError as error:
+        raise RunError(f"{source}: {error}") from error
+
+
+@contextmanager
+def _writing(output: Path | None) -> Iterator[TextIO]:
+    """Standard output, or a file that appears when it is complete."""
+    if output is None:
+        yield sys.stdout
+        return
+    with replacing(output) as partial, partial.open("w", encoding="utf-8") as handle:
+        yield handle
+
+
+def _write_lines(handle: TextIO, lines: Iterator[dict[str, Any]]) -> None:
+    for line in lines:
+        handle.write(jsonlib.dumps(line, ensure_ascii=False) + "\n")
+    handle.flush()
 
 
 def _realized(decision: dict[str, Any], result: dict[str, Any], title: str) -> Table:

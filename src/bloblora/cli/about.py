@@ -11,13 +11,14 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging
 
-from ... import models, runs
-from ...adapter import find_posterior, library_versions
-from ...methods import METHODS
-from .output import dumped, print_json
+from .. import models, runs
+from ..adapter import find_posterior, library_versions
+from ..methods import METHODS
+from ..runs.config import default_of
+from .run import dumped
 
 
-def list_methods(json: bool = False) -> None:
+def methods(json: bool = False) -> None:
     """List the methods that `--method` takes: what each is, its paper and its options.
 
     Examples:
@@ -30,16 +31,19 @@ def list_methods(json: bool = False) -> None:
         name: {
             "summary": _first_line(sys.modules[method.__module__].__doc__),
             "paper": f"arXiv {method.paper}",
-            "options": method.options(),
+            "options": {
+                option: {"default": default_of(field, name), "help": field.metadata["help"]}
+                for option, field in method.options().items()
+            },
         }
         for name, method in METHODS.items()
     }
     if json:
-        print_json(rows)
+        print(dumped(rows))
         return
     table = Table("method", "what it is", "options and defaults", show_lines=True)
     for name, row in rows.items():
-        options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
+        options = ", ".join(f"{key}={value['default']}" for key, value in row["options"].items())
         table.add_row(Text(name), Text(f"{row['summary']}\n{row['paper']}"), Text(options))
     Console().print(table)
 
@@ -68,14 +72,13 @@ def info(directory: str | None = None, json: bool = False) -> None:
         run = runs.load_run(directory)
         posterior = find_posterior(run.model)
         result = {
-            "method": run.config.method,
-            "model": run.config.model,
+            "config": run.config.given(),
             "task": run.task.to_dict(),
             "posterior": {**posterior.config.to_dict(), **posterior.summary()} if posterior else None,
             "training": run.training,
         }
     if json:
-        print_json(result)
+        print(dumped(result))
     else:
         Console().print_json(dumped(result))
 

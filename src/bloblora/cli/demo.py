@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from . import evaluation, runs
-from .data import support_desk
-from .prediction import Prediction
+from .. import evaluation, runs
+from ..data import support_desk
+from ..prediction import Prediction
 
 _QUERIES = (
     "where is my parcel, it was due on monday",
@@ -44,7 +44,7 @@ def demo(
         limit: evaluate on this many queries only.
     """
     logging.disable_progress_bar()
-    runs.check_samples(samples, seed)
+    runs.PredictionOptions(samples=samples, seed=seed)
     if limit is not None and limit < 1:
         raise runs.RunError(f"limit must be at least 1, got {limit}")
     console = Console()
@@ -52,7 +52,7 @@ def demo(
     for name in ("metrics.json", "reliability.png"):
         runs.check_writable(folder / name)
     configs = {
-        method: runs.TrainConfig(
+        method: runs.RunConfig.of(
             data="support_desk:train",
             output=str(folder / method),
             method=method,

@@ -1,0 +1,104 @@
+"""A run for others: exported for other programs, and on the Hugging Face hub."""
+
+from typing import Literal
+
+from transformers.utils import logging
+
+from ..hub import push as push_run
+from ..hub import write_card
+from ..runs import RunError
+
+
+def export(
+    directory: str,
+    output: str,
+    format: Literal["lora", "merged", "gguf"] = "lora",
+    samples: int = 10,
+    seed: int = 0,
+    draw: int | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+) -> None:
+    """Write a run for other programs: its mean and draws as ordinary LoRAs, or one of them as a whole model.
+
+    `lora` makes a folder a draw that PEFT and servers of several LoRAs load, such as vLLM, `gguf` a file a draw for
+    llama.cpp, `merged` one model that needs no adapter. Draw s is the function that draw s of `predict` is for the same
+    seed. manifest.json has the hashes, the names to serve the draws by, and the server's command; with it
+    `bloblora.client` asks a server for all draws and averages. See docs/export.md.
+
+    Examples:
+      bloblora export runs/arc --output exports/arc
+      bloblora export runs/arc --format gguf --samples 5 --output exports/arc-gguf
+      bloblora export runs/desk --format merged --output exports/desk-mean
+      bloblora export runs/desk --format merged --draw 3 --output exports/desk-3
+
+    Args:
+        directory: folder of a run.
+        output: folder to make; it appears when it is complete.
+        format: `lora`, `merged` or `gguf`.
+        samples: weight draws N of `lora` and `gguf`; 0 is the mean alone.
+        seed: of the draws.
+        draw: which one to merge, counted from 0; default the mean.
+        dtype: of the tensors of `lora`; `merged` has the base model's, `gguf` float32.
+    """
+    logging.disable_progress_bar()
+    from ..export import export as export_run
+
+    try:
+        manifest = export_run(directory, output, format, samples, seed, draw=draw, dtype=dtype)
+    except NotImplementedError as error:  # a quantized base that PEFT can't merge
+        raise RunError(f"{directory}: {error}") from error
+    print(f"{output}: {len(manifest.files)} files, {', '.join(filter(None, [manifest.mean, *manifest.draws]))}")
+    for program, command in manifest.commands.items():
+        print(f"{program}: cd {output} && {command}")
+    for warning in manifest.warnings:
+        print(f"note: {warning}")
+
+
+def card(directory: str, to: str | None = None, base_model: str | None = None) -> None:
+    """Write a model card, the README.md of a run's folder: use, data, settings, metrics, promises, limits.
+
+    Metrics are those that `bloblora evaluate` has written to metrics.json in the folder, or to metrics-NAME.json for
+    data called NAME, and reliability.png or reliability-NAME.png beside them. What isn't there is left out.
+
+    Examples:
+      bloblora evaluate runs/desk --data support_desk:test --output runs/desk/metrics-test.json \\
+        --diagram runs/desk/reliability-test.png
+      bloblora card runs/desk
+
+    Args:
+        directory: folder of a run.
+        to: name on the hub, `user/name`, for the card's examples.
+        base_model: hub id of the base model, where the run was trained from a folder or a file.
+    """
+    print(f"written to {write_card(directory, to, base_model)}")
+
+
+def push(
+    directory: str,
+    to: str,
+    revision: str | None = None,
+    base_model: str | None = None,
+    private: bool = False,
+    update: bool = False,
+) -> None:
+    """Upload a run to the Hugging Face hub, with its model card; `hub:user/name` is then as good as its folder.
+
+    Only what the run needs goes up, no checkpoints and no training records, after a copy of it has been loaded. A
+    README.md that someone has written goes with it; else a card is made as by `bloblora card`. The token is that of
+    `hf auth login`, or HF_TOKEN.
+
+    Examples:
+      bloblora push runs/desk --to user/desk --private
+      bloblora predict hub:user/desk --input queries.jsonl
+
+    Args:
+        directory: folder of a run.
+        to: name on the hub, `user/name`.
+        revision: branch to commit to, made where it is missing; default main.
+        base_model: hub id of the base model, needed where the run was trained from a folder or a file.
+        private: make a private repository.
+        update: commit to a repository that exists already.
+    """
+    logging.disable_progress_bar()
+    address = push_run(directory, to, private=private, revision=revision, update=update, base_model=base_model)
+    print(f"uploaded: {address}; next: bloblora predict hub:{to}{f'@{revision}' if revision else ''} --input FILE")
