@@ -26,7 +26,6 @@ from bloblora.data import read_records
 from bloblora.files import write_text
 from bloblora.generation import Generation, normalized
 from bloblora.prediction import average_draws
-from bloblora.runs.generate import generate
 from bloblora.studies.job import cpu
 from bloblora.tasks import TextGeneration, encode_all
 
@@ -63,8 +62,8 @@ def run(method: str, seed: int, options: argparse.Namespace, folder: Path) -> di
     records = runs.select([to_text(record) for record in read_records(options.test)], options.questions)
     metrics = {}
     for n in (n for name, n in _NAMES if name == method):
-        written = generate(
-            trained, records, n, seed, batch_size=_BATCH, progress=True, max_new_tokens=24, do_sample=False
+        written = trained.generate(
+            records, n, seed, batch_size=_BATCH, progress=True, max_new_tokens=24, do_sample=False
         )
         metrics[n] = {**answer_metrics(written, records), **token_metrics(trained, records, n, seed)}
     return {

@@ -212,7 +212,7 @@ def against_measured() -> dict[str, dict[str, float]]:
     """Qwen-7B's LoRA: what its authors measured on an A100, and the estimate of the same."""
     rows = {}
     for tokens, (gigabytes, measured) in QWEN_MEASURED.items():
-        adapter: dict[str, Any] = {"r": 64, "targets": "all-linear", "float32": False}
+        adapter: dict[str, Any] = {"rank": 64, "targets": "all-linear", "float32": False}
         cost, memory = training(QWEN, PLAIN, batch_of(1, tokens), checkpointing=True, **adapter)
         estimated = 8 * seconds(cost, GPUS["A100"])
         rows[f"{tokens} tokens"] = {

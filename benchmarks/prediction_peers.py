@@ -28,7 +28,7 @@ from bloblora import evaluation, find_posterior, models, predict
 from bloblora.adapter import debayesianize
 from bloblora.files import write_json, write_text
 from bloblora.methods import Training
-from bloblora.methods.laplace import fit_laplace, trained_layers
+from bloblora.methods.laplace import fit_laplace
 from bloblora.prediction import Linearized
 from bloblora.studies.job import cpu
 from bloblora.tasks import Classification
@@ -111,7 +111,8 @@ def contestants(name: str | None, tokens: int, size: int) -> dict[str, Callable[
     task = Classification(pad_token_id=lora.config.pad_token_id, labels=tuple("abcd"))
     fitted = examples(lora.config.vocab_size, tokens)
     training = Training(task, fitted, {"per_device_train_batch_size": 4, "seed": 0})
-    laplace = fit_laplace(lora, trained_layers(lora), training)
+    layers = {n: m for n, m in lora.named_modules() if isinstance(m, torch.nn.Linear) and m.weight.requires_grad}
+    laplace = fit_laplace(lora, layers, training)
     found: dict[str, Callable[[Any], Any]] = {
         PLAIN: torch.no_grad()(lambda batch: lora(**batch).logits),
         DRAWS: lambda batch: predict(blob, batch, NUM_SAMPLES),

@@ -86,10 +86,10 @@ class Point:
 FACTORS: dict[str, list[Any]] = {
     "size": ["10M", "30M", "135M", "360M", "1B"],
     "tokens": [16, 64, 256, 512, 1024],
-    "r": [2, 8, 32, 64],
+    "rank": [2, 8, 32, 64],
     "targets": [*TARGETS],
 }
-SMOKE: dict[str, list[Any]] = {"size": ["tiny", "small"], "tokens": [4, 8], "r": [2, 8], "targets": [*TARGETS]}
+SMOKE: dict[str, list[Any]] = {"size": ["tiny", "small"], "tokens": [4, 8], "rank": [2, 8], "targets": [*TARGETS]}
 
 
 def around(base: Point, factors: Mapping[str, list[Any]]) -> dict[str, list[Point]]:

@@ -34,15 +34,21 @@ from bloblora.studies.job import cpu
 
 RESULTS = Path(__file__).parents[1] / "results" / "serving"
 USER = Path(__file__).with_name("serving_user.py")
-SERVER = "import json, sys; from bloblora.cli.commands.serve import serve; serve(**json.loads(sys.argv[1]))"
 WARM_UP = 3
 
 
 @contextmanager
-def server(run: str, max_batch: int, samples: int) -> Iterator[str]:
+def server(run: str, batch_size: int, samples: int) -> Iterator[str]:
     """The URL of a server of a run."""
-    options = {"directories": [run], "port": 0, "max_batch": max_batch, "samples": samples, "drain_seconds": 0.0}
-    command = [sys.executable, "-c", SERVER, json.dumps(options)]
+    options = {"port": 0, "batch-size": batch_size, "samples": samples, "drain-seconds": 0.0}
+    command = [
+        sys.executable,
+        "-m",
+        "bloblora",
+        "serve",
+        run,
+        *(f"--{name}={value}" for name, value in options.items()),
+    ]
     with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
@@ -89,9 +95,9 @@ def quantile(times: dict[str, int], share: float) -> float:
     raise ValueError("there are no times")
 
 
-def measure(run: str, bodies: Path, max_batch: int, samples: int, users: int, seconds: int) -> dict[str, Any]:
+def measure(run: str, bodies: Path, batch_size: int, samples: int, users: int, seconds: int) -> dict[str, Any]:
     """One case."""
-    with server(run, max_batch, samples) as url:
+    with server(run, batch_size, samples) as url:
         for body in bodies.read_text(encoding="utf-8").splitlines()[:WARM_UP]:
             httpx.post(f"{url}/v1/predict", json=json.loads(body), timeout=60).raise_for_status()
         found, memory = load(url, bodies, users, seconds)
@@ -139,9 +145,9 @@ def main() -> None:
         records = [{k: v for k, v in record.items() if k in fields} for record in read_records(options.data)]
         write_text(bodies, "".join(json.dumps({"inputs": record}) + "\n" for record in records))
         for samples in options.samples:
-            for max_batch in options.batches:
-                found = measure(options.run, bodies, max_batch, samples, options.users, seconds)
-                case = f"N = {samples}, max_batch {max_batch}"
+            for batch_size in options.batches:
+                found = measure(options.run, bodies, batch_size, samples, options.users, seconds)
+                case = f"N = {samples}, batch_size {batch_size}"
                 memory = found["memory, MiB"]
                 results["cases"][case] = found
                 rows[case] = found | {"memory, MiB": memory[0], "at the end": memory[-1]}

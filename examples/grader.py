@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
         train.write_text("".join(json.dumps(question) + "\n" for question in questions[count:]), encoding="utf-8")
         for method, draws in (("lora", (0,)), ("blob", (0, options.samples))):
             output = str(Path(folder) / method)
-            run = runs.train(runs.RunConfig.of(str(train), output, options.model, method, steps=options.steps))
+            settings = {"model": options.model, "method": method, "steps": options.steps}
+            run = runs.train(runs.RunConfig.of(data=str(train), output=output, **settings))
             for num_samples in draws:
                 for name, records in sets.items():
                     row = f"{method}, N = {num_samples}: {name}" if method == "blob" else f"{method}: {name}"

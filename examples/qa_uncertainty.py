@@ -44,7 +44,12 @@ def main(arguments: list[str] | None = None) -> None:
         records = [{"prompt": prompt(country), "response": capital} for country, capital in pairs(TRAIN).items()]
         data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         config = runs.RunConfig.of(
-            str(data), f"{folder}/run", options.model, steps=options.steps, batch_size=8, kl_learning_rate=0.02
+            data=str(data),
+            output=f"{folder}/run",
+            model=options.model,
+            steps=options.steps,
+            batch_size=8,
+            kl_learning_rate=0.02,
         )
         run = runs.train(config)
     truth = pairs(KNOWN) | dict.fromkeys(INVENTED, "")

@@ -6,7 +6,7 @@ from .prediction import Prediction, predict
 from .runs.pipeline import pipeline
 from .training import BlobTrainer, BlobTrainingArguments
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BlobConfig",

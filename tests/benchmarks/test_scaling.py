@@ -33,7 +33,7 @@ def closed_form(point, method):
 
 
 @pytest.mark.parametrize("method", [PLAIN, BLOB, FULL])
-@pytest.mark.parametrize("change", [{}, {"size": "small"}, {"tokens": 12}, {"r": 8}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"size": "small"}, {"tokens": 12}, {"rank": 8}], ids=str)
 def test_arithmetic_of_a_step_is_the_closed_form(method, change):
     point = replace(BASE, **change)
     assert benchmark.flops(point, method) == closed_form(point, method)

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
+import bloblora
 from tests.cli.conftest import SETTINGS
 from tests.tiny_base import QUESTIONS, queries
 
@@ -45,7 +46,7 @@ def test_help_teaches(call, command):
 @pytest.mark.parametrize(
     ("command", "parts"),
     [
-        ("train", ['{"text": ', '{"question": ', "run.json", "config.yaml", "goes on", "--preset paper"]),
+        ("train", ['{"text": ', '{"question": ', "run.json", "config.yaml", "continues", "--preset paper"]),
         ("evaluate", ["JSON", "ECE", "AUROC", "reliability diagram"]),
         ("predict", ["standard input", *SCORES]),
         ("demo", ["metrics.json", "reliability.png", "minutes"]),
@@ -58,8 +59,8 @@ def test_help_says_what_is_read_and_written(call, command, parts):
 
 def test_the_first_help_shows_the_way(call):
     text = call("--help")[1]
-    assert [command for command in COMMANDS if not re.search(rf"\n    {command} +\w", text)] == []
-    assert call("--version")[1].split() == ["bloblora", "0.1.0"]
+    assert [command for command in COMMANDS if not re.search(rf"\n  {command} +\w", text)] == []
+    assert call("--version")[1].split() == ["bloblora", bloblora.__version__]
 
 
 def test_train_in_json_and_again_from_its_config(call, files, tmp_path):
@@ -71,20 +72,23 @@ def test_train_in_json_and_again_from_its_config(call, files, tmp_path):
     assert result["posterior"]["median_std"] > 0
     assert "2/2" in err  # the bar of the training
     config = yaml.safe_load((first / "config.yaml").read_text(encoding="utf-8"))
-    assert (config["seed"], config["steps"], config["output"]) == (3, 2, str(first))
+    assert (config["seed"], config["training"]["max_steps"], config["output"]) == (3, 2, str(first))
     assert call("train", "--config", first / "config.yaml", "--output", second, "--json")[0] == 0
     for name in ("adapter_model.safetensors", "posterior.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
 def test_options_win_over_a_preset_and_a_config(call, tmp_path):
-    (tmp_path / "mine.yaml").write_text("data: a\noutput: b\nrank: 3\nsteps: 7\n")
+    (tmp_path / "mine.yaml").write_text("data: a\noutput: b\nlora: {r: 3}\nsteps: 7\n")
     status, out, _ = call("train", "--config", tmp_path / "mine.yaml", "--steps", "9", "--print-config")
     config = yaml.safe_load(out)
-    assert (status, config["rank"], config["steps"]) == (0, 3, 9)
-    config = yaml.safe_load(call("train", "--preset", "paper", "--r", "5", "--print-config")[1])
+    assert (status, config["lora"], config["training"]) == (0, {"r": 3}, {"max_steps": 9})
+    config = yaml.safe_load(
+        call("train", "--data", "a", "--output", "b", "--preset", "paper", "--r", "5", "--print-config")[1]
+    )
     # learning rate and batch size of the paper, section 4
-    assert (config["rank"], config["learning_rate"], config["batch_size"]) == (5, 1e-4, 4)
+    assert (config["lora"]["r"], config["training"]["learning_rate"]) == (5, 1e-4)
+    assert config["training"]["per_device_train_batch_size"] == 4
     (tmp_path / "mine.yaml").write_text("data: a\noutput: b\nranks: 3\n")
     status, _, err = call("train", "--config", tmp_path / "mine.yaml")
     assert status == 2
@@ -185,7 +189,7 @@ def test_info(call, run, files):
     assert machine.keys() >= {"bloblora", "torch", "transformers", "peft", "cpus"}
     status, out, _ = call("info", run, "--json")
     result = json.loads(out)
-    assert (status, result["method"], result["model"]) == (0, "blob", files.base)
+    assert (status, result["config"]["method"], result["config"]["model"]) == (0, {"name": "blob"}, files.base)
     assert result["task"]["labels"] == ["parcel", "refund"]
     assert result["posterior"]["prior_std"] > 0
     assert result["training"]["num_examples"] == 4
@@ -219,7 +223,7 @@ def test_ctrl_c_says_how_to_go_on(files, tmp_path):
         out, err = training.communicate(timeout=60)
     assert training.returncode == 130
     assert out == ""
-    assert err.splitlines()[-1] == "stopped; run the same command again to go on from the last checkpoint"
+    assert err.splitlines()[-1] == "stopped; run the same command again to continue from the last checkpoint"
     assert "Traceback" not in err
 
 

@@ -32,16 +32,19 @@ def train(call, files, tmp_path):
     ("arguments", "parts"),
     [
         (("--nope", "3"), ["unrecognized arguments: --nope 3", "see bloblora train --help"]),
-        (("--steps", "many"), ["--steps: expected int. Got value: many"]),
+        (("--steps", "many"), ["--max-steps: expected int. Got value: many"]),
         (("--learning-rate", "fast"), ["--learning-rate: expected float. Got value: fast"]),
         (("--method", "nope"), ["method 'nope' is not one of lora, map, "]),
-        (("--task", "essay"), ["--task: expected one of 'auto', 'classification'"]),
-        (("--steps", "0", "--limit", "-1"), ["steps must be at least 1, got 0", "limit must be at least 1, got -1"]),
-        (("--batch-size", "0"), ["batch_size must be at least 1, got 0"]),
+        (("--task", "essay"), ["task 'essay' is not one of auto, classification, "]),
+        (
+            ("--steps", "0", "--limit", "-1"),
+            ["max_steps must be at least 1", "limit must be at least 1, got -1"],
+        ),
+        (("--batch-size", "0"), ["per_device_train_batch_size must be at least 1, got 0"]),
         (("--prior-std", "-1"), ["prior_std must be a finite number above 0, got -1"]),
         (("--seed", "-1"), ["seed must be in 0..2^32 - 1, got -1"]),
         (("--config", "none.yaml"), ["none.yaml"]),
-        (("--preset", "papers"), ["--preset 'papers' is not one of paper"]),
+        (("--preset", "papers"), ["preset 'papers' is not one of bbb, "]),
         (("--task", "choice_text"), ["task 'choice_text' needs records with 'question' and 'choices'"]),
     ],
 )
@@ -163,5 +166,5 @@ def test_folders_that_are_no_finished_run(call, lost_base, files, tmp_path):
 def test_a_run_of_another_configuration(call, run, files):
     before = {file: file.read_bytes() for file in Path(run).iterdir()}
     arguments = ("train", "--data", files.texts, "--model", files.base, "--output", run, "--steps", "3")
-    fails(call(*arguments), "another configuration", "steps: 2 there, 3 now", "choose another output")
+    fails(call(*arguments), "another configuration", "max_steps: 2 there, 3 now", "choose another output")
     assert {file: file.read_bytes() for file in Path(run).iterdir()} == before

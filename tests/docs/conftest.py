@@ -55,7 +55,9 @@ def place(tmp_path_factory):
             ("arc", "choices", {}),
             ("answers", "answers", {"task": "generation"}),
         ):
-            config = runs.RunConfig.of(f"{place}/{file}.jsonl", f"{place}/runs/{name}", **OPTIONS, **options)
+            config = runs.RunConfig.of(
+                data=f"{place}/{file}.jsonl", output=f"{place}/runs/{name}", **OPTIONS, **options
+            )
             runs.train(config, progress=False)
     for name in ("demo/blob", "big"):
         shutil.copytree(place / "runs/desk", place / "runs" / name)

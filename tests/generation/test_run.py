@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bloblora import runs
-from bloblora.cli.run import generate
+from bloblora.cli.run import GenerationOptions, generate
 from bloblora.runs.checks import check_generates
 from tests.tiny_base import queries, write_jsonl
 
@@ -58,7 +58,7 @@ def test_every_method_of_weight_draws_writes(method, base, tmp_path):
         **{**SETTINGS, "steps": 2},
         **options,
     )
-    found = write(runs.train(config, progress=False), RECORDS, 3, max_new_tokens=4, do_sample=False)
+    found = runs.train(config, progress=False).generate(RECORDS, 3, max_new_tokens=4, do_sample=False)
     assert len(found.draw_tokens) == {"lora": 1, "ensemble": 2}.get(method, 3)
     assert torch.isfinite(torch.stack([*found.scores().values()])).all()
 
@@ -66,7 +66,8 @@ def test_every_method_of_weight_draws_writes(method, base, tmp_path):
 def test_the_command(trained, tmp_path, capsys):
     prompts = write_jsonl(tmp_path / "prompts.jsonl", RECORDS)
     output = tmp_path / "answers.jsonl"
-    generate(trained.config.output, str(prompts), samples=3, max_new_tokens=8, output=str(output))
+    options = GenerationOptions(samples=3, max_new_tokens=8)
+    generate(trained.config.output, str(prompts), options, output=str(output))
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [line["prompt"] for line in lines] == [record["prompt"] for record in RECORDS]
     assert lines[0]["id"] == 7
@@ -81,7 +82,8 @@ def test_the_command(trained, tmp_path, capsys):
 def test_the_command_answers_a_stream_with_samples(trained, monkeypatch, capsys):
     text = "".join(json.dumps({"prompt": record["prompt"]}) + "\n" for record in RECORDS)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    generate(trained.config.output, "-", samples=2, max_new_tokens=4, temperature=5.0, top_p=0.9)
+    options = GenerationOptions(samples=2, max_new_tokens=4, temperature=5.0, top_p=0.9)
+    generate(trained.config.output, "-", options)
     first = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     options = {"max_new_tokens": 4, "do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 0}
     assert [line["answer"] for line in first] == trained.generate(RECORDS, 2, **options).texts
@@ -99,10 +101,9 @@ def test_the_command_answers_a_stream_with_samples(trained, monkeypatch, capsys)
 )
 def test_wrong_options(options, message, trained, tmp_path):
     data = write_jsonl(tmp_path / "texts.jsonl", queries())
-    if "input" in options:
-        options = {"input": str(data)}
+    options = {key: value for key, value in options.items() if key != "input"}
     with pytest.raises(runs.RunError, match=message):
-        generate(trained.config.output, **{"input": str(data), **options})
+        generate(trained.config.output, str(data), GenerationOptions(**options))
 
 
 def test_runs_that_do_not_fit(trained, base, tmp_path):

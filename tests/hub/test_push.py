@@ -215,7 +215,9 @@ def test_errors_before_the_hub_is_asked(trained, tmp_path):
 def test_what_goes_up_of_other_methods_is_enough(base, trained, tmp_path, method):
     options = {"holdout": 0.5} if method == "temperature" else {}
     settings = dict(model=str(base), steps=1, batch_size=2, r=2, method=method, **options)
-    run = runs.train(runs.RunConfig.of(str(trained.data), str(tmp_path / "run"), **settings), progress=False)
+    run = runs.train(
+        runs.RunConfig.of(data=str(trained.data), output=str(tmp_path / "run"), **settings), progress=False
+    )
     (tmp_path / "staged").mkdir()
     stage(tmp_path / "run", tmp_path / "staged")
     shutil.rmtree(tmp_path / "run")

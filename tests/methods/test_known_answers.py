@@ -1,6 +1,7 @@
 """Each method against a case whose answer comes from elsewhere."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from bloblora.adapter import BlobConfig, bayesianize, find_posterior
-from bloblora.methods import METHODS, Ensemble, Ivon, Map, McDropout, Scalabl, Tfb, Training
-from bloblora.methods.map import squared_norm
-from bloblora.methods.mc_dropout import DroppedColumns
-from bloblora.methods.scalabl import ScaledRows, _fold, _layers
+from bloblora.methods import METHODS, Training
+from bloblora.methods.ensemble import Ensemble
+from bloblora.methods.ivon import Ivon
+from bloblora.methods.map import Map, squared_norm
+from bloblora.methods.mc_dropout import DroppedColumns, McDropout
+from bloblora.methods.scalabl import Scalabl, ScaledRows, _fold, _layers
 from bloblora.methods.temperature import fit_temperature
-from bloblora.methods.tfb import _NUM_SAMPLES, _set_noise, rotate
+from bloblora.methods.tfb import _NUM_SAMPLES, Tfb, _set_noise, rotate
 from bloblora.prediction import WeightDraws, predict
 from tests.conftest import tiny_llama, with_lora
 

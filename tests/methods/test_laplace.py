@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from bloblora.methods.laplace_last import LaplaceLast
 from laplace import KronLaplace
 from peft import LoraConfig
 from torch import nn
@@ -15,13 +14,15 @@ from torch.utils.data import DataLoader
 
 from bloblora.adapter import AdapterFileError
 from bloblora.methods import Training
-from bloblora.methods.laplace import _EIGEN, _cotangents, fit_laplace, kronecker_factors, trained_layers
+from bloblora.methods.laplace import _EIGEN, LaplaceLora, _cotangents, fit_laplace, kronecker_factors
 from bloblora.prediction import predict
 from bloblora.tasks import ChoiceText, Classification, encode_all
 from tests.prediction.conftest import TEXTS, tiny_classifier
 from tests.tasks.conftest import questions, tiny_causal, tokenizer, with_lora
 
 __all__ = ["questions", "tokenizer"]
+
+LAST = LaplaceLora(subset_of_weights="last_layer")
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def training_on(task, records, tokenizer):
 
 
 def lora(model):
-    return Laplace().layers(model)
+    return LaplaceLora().layers(model)
 
 
 class Logits(nn.Module):
@@ -105,7 +106,7 @@ def test_factors_and_evidence_are_those_of_laplace_torch(classify):
     # v_proj: the last token reads the values of all positions, so that all of them count. No padding: equal lengths.
     model, training = classify("v_proj", task_type=None)
     training.examples = [{**example, "input_ids": example["input_ids"][:2]} for example in training.examples]
-    layers = trained_layers(model)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
     factors, _ = kronecker_factors(model, layers, training)
     theirs = KronLaplace(Logits(model, training), "classification", asdl_fisher_kwargs={"kfac_approx": "reduce"})
     theirs.fit(DataLoader(training.examples, batch_size=2, collate_fn=training.task.collate))
@@ -127,7 +128,7 @@ def test_factors_and_evidence_are_those_of_laplace_torch(classify):
 
 def test_the_heads_factors_are_exact_for_one_example(classify):
     model, training = classify(texts=TEXTS[:1])
-    layers = LaplaceLast().layers(model)
+    layers = LAST.layers(model)
     assert list(layers) == ["base_model.model.score.modules_to_save.default"]
     ((g, a),), log_likelihood = kronecker_factors(model, layers, training)
     logits = logits_of(model, training)
@@ -236,13 +237,13 @@ def test_held_out_examples_choose_the_precision(case, request):
 )
 def test_options_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
-        Laplace(**options)
+        LaplaceLora(**options)
 
 
-@pytest.mark.parametrize("method", [Laplace, LaplaceLast])
+@pytest.mark.parametrize("method", [LaplaceLora(), LAST])
 def test_a_draw_is_one_function(method, classify):
     model, training = classify()
-    sampler = fit_laplace(model, method().layers(model), training)
+    sampler = fit_laplace(model, method.layers(model), training)
     unlabelled = [{"input_ids": example["input_ids"], "truncated": 0} for example in training.examples]
     together = predict(model, unlabelled, 3, seed=5, task=training.task, sampler=sampler).log_probs
     for i, example in enumerate(unlabelled):
@@ -253,7 +254,7 @@ def test_a_draw_is_one_function(method, classify):
 
 @pytest.mark.parametrize(("target", "module"), [("v_proj", ".layers.1.self_attn.v_proj"), ("lm_head", ".lm_head")])
 def test_the_last_layer_without_a_head_is_the_last_lora(target, module):
-    layers = LaplaceLast().layers(with_lora(tiny_causal(), "q_proj", target))
+    layers = LAST.layers(with_lora(tiny_causal(), "q_proj", target))
     assert any(f"{module}.lora_B" in name for name in layers)
     assert not any(".layers.0." in name for name in layers)
 
@@ -263,10 +264,10 @@ def test_a_layer_too_wide_is_named(monkeypatch):
     with pytest.raises(
         ValueError, match=r"up_proj.lora_B.default is \(64, 2\); 'laplace-lora' takes at most 40 a side"
     ):
-        Laplace().prepare(tiny_causal(), LoraConfig(r=2, target_modules=["up_proj"]))
+        LaplaceLora().prepare(tiny_causal(), LoraConfig(r=2, target_modules=["up_proj"]))
 
 
-@pytest.mark.parametrize("method", [Laplace(), LaplaceLast()])
+@pytest.mark.parametrize("method", [LaplaceLora(), LAST])
 def test_it_loads_with_the_same_bits_and_without_pickle(method, classify, tmp_path):
     model, training = classify()
     sampler = fit_laplace(model, method.layers(model), training)

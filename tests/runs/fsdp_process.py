@@ -21,12 +21,13 @@ from bloblora.adapter import save
 from bloblora.adapter.sharding import whole
 from bloblora.cli import main
 from bloblora.prediction import WeightDraws
+from bloblora.runs.processes import processes
 from bloblora.tasks import Classification
 from bloblora.training import DivergedError, PosteriorHistograms
 
 from ..training.conftest import TASK, classifier, examples, logs, make_trainer, trainable
 from ..training.scenarios import LOGGED, noisy, resumed
-from .launched import SETTINGS, Quiet
+from .launched import BATCH, Quiet, settings
 
 TRAININGS = [
     ("flow", "normal"),
@@ -93,7 +94,9 @@ class Stop(TrainerCallback):
 def run(folder: Path, output: str, *callbacks):
     """A run as `bloblora train` makes it."""
     config = dict(data=f"{folder}/texts.jsonl", model=f"{folder}/base", output=f"{folder}/{output}")
-    config |= dict(steps=6, batch_size=4, r=2, learning_rate=0.01, save_steps=3)  # SETTINGS
+    config |= dict(
+        steps=6, batch_size=BATCH // processes().num_processes, r=2, learning_rate=0.01, save_steps=3
+    )  # settings()
     return runs.train(runs.RunConfig.of(**config), progress=False, callbacks=callbacks)
 
 
@@ -122,7 +125,7 @@ def everything(folder: Path):
     except KeyboardInterrupt:
         results["resumed_from"] = run(folder, "stopped").training["resumed_from"]
     data = ("--data", f"{folder}/texts.jsonl", "--model", f"{folder}/base")
-    main(["train", *data, "--output", f"{folder}/whole", *SETTINGS])
+    main(["train", *data, "--output", f"{folder}/whole", *settings()])
     results["parts"] = parts(runs.load_run(folder / "whole").model)
     main([*predict_of(folder), f"{folder}/answers.jsonl"])
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")

@@ -17,7 +17,13 @@ from bloblora.cli import main
 from bloblora.runs.processes import processes
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = ("--steps", "6", "--batch-size", "4", "--r", "2", "--learning-rate", "0.01", "--save-steps", "3")
+BATCH = 4  # examples a step, over all processes
+
+
+def settings() -> list[str]:
+    """The same steps, however many processes share them."""
+    batch = str(BATCH // processes().num_processes)
+    return ["--steps", "6", "--batch-size", batch, "--r", "2", "--learning-rate", "0.01", "--save-steps", "3"]
 
 
 class Quiet(TrainerCallback):
@@ -42,21 +48,12 @@ def launch(config: str, module: str, *arguments: str) -> None:
 
 def everything(folder: Path, suffix: str) -> None:
     base, texts, long = (str(folder / name) for name in ("base", "texts.jsonl", "long.jsonl"))
-    main(
-        [
-            "train",
-            "--data",
-            texts,
-            "--model",
-            base,
-            "--method",
-            "lora",
-            "--output",
-            f"{folder}/lora-{suffix}",
-            *SETTINGS,
-        ]
+    data = ["--data", texts, "--model", base, "--method", "lora"]
+    main(["train", *data, "--output", f"{folder}/lora-{suffix}", *settings()])
+    batch = BATCH // processes().num_processes
+    config = dict(
+        data=texts, model=base, steps=6, batch_size=batch, r=2, learning_rate=0.01, save_steps=3, init_std=0.5
     )
-    config = dict(data=texts, model=base, steps=6, batch_size=4, r=2, learning_rate=0.01, save_steps=3, init_std=0.5)
     runs.train(runs.RunConfig.of(**config, output=f"{folder}/blob-{suffix}"), progress=False, callbacks=[Quiet()])
     # everybody of the same run, of which one process has made several chunks
     main(["predict", f"{folder}/trained", "--input", long, "--samples", "2", "--output", f"{folder}/{suffix}.jsonl"])

@@ -82,9 +82,7 @@ def test_a_value_out_of_range(folder):
 
 
 def test_a_method_without_a_gaussian(folder, capsys):
-    with pytest.raises(
-        runs.RunError, match="approximate 'mirrored' needs a Gaussian over LoRA, method 'lora' has none"
-    ):
+    with pytest.raises(runs.RunError, match="approximate 'mirrored' needs a Gaussian over LoRA; method 'lora'"):
         runs.load_run(folder / "lora", "mirrored")
     with pytest.raises(SystemExit):
         main(["predict", f"{folder}/lora", "--input", f"{folder}/texts.jsonl", "--approximate", "linearized"])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import bloblora
 from bloblora import predict, runs
 from bloblora.cli import main
+from bloblora.methods import METHODS
 from bloblora.prediction import WeightDraws
 from bloblora.runs.checks import check_sharded
 from tests.tiny_base import queries, save_base, write_jsonl
@@ -96,9 +97,9 @@ def test_what_is_not_offered_is_refused_first(tmp_path, monkeypatch, named, opti
 
 
 def test_an_approximation_that_is_not_offered():
-    check_sharded("blob", "mirrored")
+    check_sharded(METHODS["blob"](), "mirrored")
     with pytest.raises(runs.RunError, match="approximate 'linearized' isn't offered under FSDP"):
-        check_sharded("blob", "linearized")
+        check_sharded(METHODS["blob"](), "linearized")
 
 
 def test_a_file_is_predicted_by_a_split_model(folder, ranks):

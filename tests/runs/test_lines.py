@@ -12,6 +12,7 @@ DATA = {
     "texts": (queries(), [{"text": "what is the weather"}]),
     "questions": (QUESTIONS, [{"question": "Which metal?", "choices": ["gold", "a card"]}]),
 }
+THREE, FOUR = (runs.PredictionOptions(samples=n) for n in (3, 4))
 ROWS = list(range(2 * CHUNK + 10))
 
 
@@ -60,12 +61,12 @@ def test_an_evaluation_from_its_file_is_that_of_the_draws(base, tmp_path, data, 
     file = write_jsonl(tmp_path / "data.jsonl", records)
     config = runs.RunConfig.of(data=str(file), output=str(tmp_path / "run"), model=str(base), steps=2, batch_size=2)
     run = runs.train(config.with_options(learning_rate=0.01, init_std=0.5, r=2), progress=False)
-    expected = runs.evaluate(run, records, outside, 3)
+    expected = runs.evaluate(run, records, outside, THREE)
     predictions = tmp_path / "predictions.jsonl"
     run = runs.load_run(config.output)
-    assert runs.evaluate(run, records, outside, 3, predictions=predictions) == pytest.approx(expected, abs=1e-5)
+    assert runs.evaluate(run, records, outside, THREE, predictions=predictions) == pytest.approx(expected, abs=1e-5)
     lines = [json.loads(line) for line in predictions.read_text().splitlines()]
-    described = [*runs.describe(run, [*records, *outside], 3)]
+    described = [*runs.describe(run, [*records, *outside], THREE)]
     assert [{key: line[key] for key in of} for line, of in zip(lines, described, strict=True)] == described
     for line, count in zip(lines, [len(line["probabilities"]) for line in described], strict=True):
         assert (len(line["log_probabilities"]), line["num_draws"]) == (count, 3)
@@ -74,8 +75,8 @@ def test_an_evaluation_from_its_file_is_that_of_the_draws(base, tmp_path, data, 
         raise AssertionError("it predicts again")
 
     run.predict = fail
-    assert runs.evaluate(run, records, outside, 3, predictions=predictions) == pytest.approx(expected, abs=1e-5)
+    assert runs.evaluate(run, records, outside, THREE, predictions=predictions) == pytest.approx(expected, abs=1e-5)
     with pytest.raises(runs.RunError, match=r"\(num_samples 3 there, 4 now\)"):
-        runs.evaluate(run, records, outside, 4, predictions=predictions)
+        runs.evaluate(run, records, outside, FOUR, predictions=predictions)
     with pytest.raises(runs.RunError, match=r"\(records_sha256 \w+ there, \w+ now\)"):
-        runs.evaluate(run, records[:1], outside, 3, predictions=predictions)
+        runs.evaluate(run, records[:1], outside, THREE, predictions=predictions)

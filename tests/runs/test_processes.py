@@ -10,10 +10,9 @@ from safetensors.torch import load_file
 from bloblora import runs
 from bloblora.cli import main
 from bloblora.runs.processes import CHUNK
-from bloblora.runs.train import share_of_batch
 from tests.tiny_base import queries, save_base, write_jsonl
 
-from .launched import ROOT, SETTINGS, everything, launch
+from .launched import ROOT, everything, launch, settings
 
 CONFIG = "examples/accelerate/ddp_cpu.yaml"
 LONG = [{"id": i, "text": f"where is {'my ' * (i % 5)}parcel"} for i in range(2 * CHUNK + 100)]
@@ -26,7 +25,7 @@ def folder(tmp_path_factory, one_thread):
     write_jsonl(folder / "texts.jsonl", queries() * 4)
     write_jsonl(folder / "long.jsonl", LONG)
     data = ("--data", f"{folder}/texts.jsonl", "--model", f"{folder}/base")
-    main(["train", *data, *SETTINGS, "--output", f"{folder}/trained"])
+    main(["train", *data, *settings(), "--output", f"{folder}/trained"])
     launch(CONFIG, "tests.runs.launched", str(folder), "two")
     everything(folder, "one")
     return folder
@@ -61,12 +60,6 @@ def test_shared_predictions_are_those_of_one_process(folder):
     assert not [*folder.glob(".*.jsonl*")]
 
 
-def test_a_batch_that_cannot_be_shared():
-    assert share_of_batch(6, 3) == 2
-    with pytest.raises(runs.RunError, match="batch_size 4 can't be shared by 3 processes; give a multiple of 3"):
-        share_of_batch(4, 3)
-
-
 def test_the_commands_of_the_documentation(folder, monkeypatch):
     """Those that are launched, in one process and with a smaller model; tests/docs runs the others."""
     text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
@@ -78,9 +71,9 @@ def test_the_commands_of_the_documentation(folder, monkeypatch):
     monkeypatch.chdir(folder)
     write_jsonl(folder / "queries.jsonl", queries())
     write_jsonl(folder / "questions.jsonl", queries())
-    main(["train", "--data", "queries.jsonl", "--output", "runs/big", "--model", "base", *SETTINGS])
+    main(["train", "--data", "queries.jsonl", "--output", "runs/big", "--model", "base", *settings()])
     for command in commands:
         arguments = command[command.index("bloblora") + 1 :]
         if arguments[0] == "train":
-            arguments += ["--model", "base", *SETTINGS]
+            arguments += ["--model", "base", *settings()]
         main(arguments)

@@ -146,9 +146,7 @@ def test_a_finished_run_is_not_trained_again(config):
 
 def test_another_configuration_names_the_fields(config):
     runs.train(config, progress=False)
-    with pytest.raises(
-        runs.RunError, match=r"another configuration \(max_steps: 4 there, 5 now; seed: 0 there, 1 now\)"
-    ):
+    with pytest.raises(runs.RunError, match=r"another .* \(max_steps: 4 there, 5 now; seed: 0 there, 1 now\)"):
         runs.train(config.with_options(steps=5, seed=1), progress=False)
 
 
@@ -328,12 +326,12 @@ def test_choices_scored_by_length(config, files):
     ],
 )
 def test_labels_that_do_not_fit(config, files, data, labels, message):
-    with pytest.raises(runs.RunError, match=message):
+    with pytest.raises(ValueError, match=message):
         runs.train(config.with_options(data=str(files[data]), labels=labels), progress=False)
 
 
 def test_normalization_of_texts(config):
-    with pytest.raises(runs.RunError, match="classification has no option 'normalization'"):
+    with pytest.raises(ValueError, match="classification has no option 'normalization'"):
         runs.train(config.with_options(normalization="sum"), progress=False)
 
 

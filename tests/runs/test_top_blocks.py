@@ -7,6 +7,8 @@ from peft.tuners.lora import LoraLayer
 from bloblora import runs
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
+OPTIONS = {"ensemble": {"members": 2}, "laplace-lora": {"subset_of_weights": "last_layer"}}
+
 
 @pytest.fixture
 def config(base, tmp_path):
@@ -28,7 +30,7 @@ def config(base, tmp_path):
 @pytest.mark.parametrize("records", [queries(), QUESTIONS], ids=["texts", "questions"])
 @pytest.mark.parametrize("method", ["blob", "laplace-lora", "ensemble"])
 def test_a_run_from_the_cache_is_the_run_without_it(records, method, config, tmp_path):
-    plain = config(records, method=method, **({"members": 2} if method == "ensemble" else {}))
+    plain = config(records, method=method, **OPTIONS.get(method, {}))
     cache = tmp_path / "cache"
     cached = plain.with_options(output=str(tmp_path / "cached"), trunk_cache=str(cache))
     expected, found = (runs.train(c, progress=False) for c in (plain, cached))
@@ -47,7 +49,7 @@ def test_clear_errors(config, tmp_path):
     with pytest.raises(runs.RunError, match="trunk_cache needs top_blocks"):
         config(queries()).with_options(top_blocks=None, trunk_cache=str(tmp_path))
     with pytest.raises(runs.RunError, match="a method that trains on all records"):
-        config(queries(), method="temperature", trunk_cache=str(tmp_path))
+        config(queries(), temperature_scaling=0.2, trunk_cache=str(tmp_path))
     with pytest.raises(runs.RunError, match="top_blocks must be at least 1, got 0"):
         config(queries()).with_options(top_blocks=0)
     with pytest.raises(runs.RunError, match="top_blocks must be at most the model's 2 blocks, got 3"):

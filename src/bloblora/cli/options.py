@@ -72,13 +72,17 @@ def parsed(command: str, function: Callable[..., None], arguments: Sequence[str]
     parser.add_argument("--config", action="config", help="YAML file with options; later options override it.")
     if any(hints[name] is RunConfig for name in sections):
         parser.add_argument("--help_all", action="help", help="show also the rarer options of LoRA and the Trainer")
-    values = vars(parser.parse_args(arguments))
+    shown = "--print_config" in arguments and any(hints[name] is RunConfig for name in sections)
+    values = vars(parser.parse_args([a for a in arguments if not (shown and a == "--print_config")]))
     values.pop("config", None)
     values.pop("help_all", None)
     for name, names in sections.items():
         given = {option: values.pop(option) for option in names if option in values}
         kind = hints[name]
         values[name] = RunConfig.of(**given) if kind is RunConfig else kind(**given)
+        if shown:
+            print(yaml.safe_dump(values[name].given(), sort_keys=False, allow_unicode=True), end="")
+            parser.exit()
     return values
 
 
@@ -113,7 +117,7 @@ def _add_run(parser: Any, arguments: Sequence[str], everything: bool) -> list[st
         for name, option in options.items():
             text = option.metadata.get("help", "")
             if place in ("lora", "training") and name not in usual and not everything:
-                rare.append(f"--{name}")
+                rare.append(name)
                 text = ""
             required = option.default is MISSING and option.default_factory is MISSING
             shown = "required" if required else str(default_of(option, method))

@@ -186,10 +186,11 @@ def evaluate(
     description = _opened(directory, options)
     records, outside = _read(description, data, ood)
     decision = open_decision(description, options)
+    run = runs.load_run(description, options.approximate)
     if _is_training_data(description, data):
         print(f"data {data!r}: the run was trained on these; its metrics say little of others", file=sys.stderr)
     result = runs.evaluate(
-        runs.load_run(description, options.approximate),
+        run,
         records,
         outside,
         options,

@@ -119,9 +119,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        problems = [*self._wrong_names(), *self._wrong_values()]
-        if not problems:
-            problems = [*self._wrong_combinations()]
+        problems = [*self._wrong_names()] or [*self._wrong_values(), *self._wrong_combinations()]
         if problems:
             raise RunError("\n".join(problems))
 
@@ -375,8 +373,8 @@ def _ranges() -> dict[str, tuple[Callable[[Any], bool], str]]:
     not_negative = number(lambda v: v >= 0), "a finite number of at least 0"
     seed = number(lambda v: 0 <= v < 2**32, int), "in 0..2^32 - 1"
     return {
-        **dict.fromkeys(("max_steps", "per_device_train_batch_size", "r", "save_steps", "limit", "top_blocks"), count),
-        **dict.fromkeys(("lora_alpha", "learning_rate", "num_train_epochs"), positive),
+        **dict.fromkeys(("max_steps", "per_device_train_batch_size", "r", "limit", "top_blocks"), count),
+        **dict.fromkeys(("lora_alpha", "learning_rate", "num_train_epochs", "save_steps"), positive),
         **dict.fromkeys(("max_grad_norm", "warmup_steps", "weight_decay"), not_negative),
         **dict.fromkeys(("lora_dropout", "temperature_scaling"), share),
         **dict.fromkeys(("seed", "limit_seed"), seed),
