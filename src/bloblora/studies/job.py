@@ -13,7 +13,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +116,18 @@ def read_result(folder: Path, name: str) -> Result | None:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """All results of a study, by name; a run's own files go before its entry in ``metrics.json``."""
+    """All results of a study, by name, with floats to five digits as ``metrics.json`` has them.
+
+    A run's own files go before its entry there.
+    """
     names = {*_collected(folder), *(file.stem for file in (folder / RUNS).glob("*--*.json"))}
-    return [result for name in sorted(names) if (result := read_result(folder, name)) is not None]
+    results = [result for name in sorted(names) if (result := read_result(folder, name)) is not None]
+    return [replace(result, **_rounded(_without_scores(result))) for result in results]
 
 
 def write_metrics(results: Iterable[Result], study: Mapping[str, Any], folder: Path) -> None:
-    """Write what all runs found, but for the scores, into one small file: a line a run, floats to five digits."""
-    rows = [_rounded(_without_scores(result)) for result in results]
+    """Write what all runs found, but for the scores, into one small file: a line a run."""
+    rows = [_without_scores(result) for result in results]
     shared = {
         name: dict(pair for pair in rows[0][name].items() if all(pair in row[name].items() for row in rows))
         for name in ("config", "options", "machine", "sets")
@@ -193,8 +197,8 @@ def is_done(job: Job, results: Path) -> bool:
             different.append(f"{key}: {there} there, {now} now")
     if different:
         raise runs.RunError(
-            f"{results / job.name} is the result of another configuration ({'; '.join(different)}), written by bloblora "
-            f"{result.machine.get('bloblora')}; rename the method, or choose another folder"
+            f"{results / job.name} is the result of another configuration ({'; '.join(different)}), written by "
+            f"bloblora {result.machine.get('bloblora')}; rename the method, or choose another folder"
         )
     return not result.lacks(job.sets, job.samples)
 

@@ -288,7 +288,11 @@ def _setting(results: Sequence[Result]) -> Iterator[str]:
     yield "- All: " + _listed(dict(pair for pair in first if all(pair in other for other in others)))
     for label in dict.fromkeys(result.label for result in results):
         own = next(result for result in results if result.label == label)
-        yield f"- {label}: " + _listed({"method": own.config["method"]["name"], **own.options})
+        alike = [_flat(result.config) for result in results if result.dataset == own.dataset]
+        given = {
+            k: v for k, v in _flat(own.config).items() if any(other.get(k) != v for other in alike) and k != "seed"
+        }
+        yield f"- {label}: " + _listed({"method": own.config["method"]["name"], **given, **own.options})
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
