@@ -122,7 +122,7 @@ def read_results(folder: Path) -> list[Result]:
     """
     names = {*_collected(folder), *(file.stem for file in (folder / RUNS).glob("*--*.json"))}
     results = [result for name in sorted(names) if (result := read_result(folder, name)) is not None]
-    return [replace(result, **_rounded(_without_scores(result))) for result in results]
+    return [replace(result, **rounded(_without_scores(result))) for result in results]
 
 
 def write_metrics(results: Iterable[Result], study: Mapping[str, Any], folder: Path) -> None:
@@ -173,7 +173,7 @@ def _without_scores(result: Result) -> dict[str, Any]:
     return {key: value for key, value in vars(result).items() if key != "scores"}
 
 
-def _rounded(value: dict[str, Any]) -> dict[str, Any]:
+def rounded(value: dict[str, Any]) -> dict[str, Any]:
     rounded: dict[str, Any] = json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}"))
     return rounded
 
