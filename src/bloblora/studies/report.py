@@ -108,7 +108,7 @@ def report(folder: Path, html: Path | None = None, baseline: str | None = None, 
         parts += _sections(dataset, [result for result in results if result.dataset == dataset], baseline)
     for part in parts:
         if isinstance(part, Picture) and not part.page_only:
-            write_text(folder / f"{part.name}.svg", part.svg + "\n")
+            write_text(folder / f"{part.name}.svg", part.svg)
     write_text(folder / "report.md", _markdown(part for part in parts if isinstance(part, str) or not part.page_only))
     write_text(html, _page(title, parts))
     return html
@@ -316,7 +316,7 @@ def _names(rows: Mapping[str, Mapping[str, object]]) -> list[str]:
 
 def _markdown(parts: Iterable[str | Picture]) -> str:
     lines = (part if isinstance(part, str) else f"\n![{part.caption}]({part.name}.svg)" for part in parts)
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _page(title: str, parts: Sequence[str | Picture]) -> str:
