@@ -173,9 +173,9 @@ def _without_scores(result: Result) -> dict[str, Any]:
     return {key: value for key, value in vars(result).items() if key != "scores"}
 
 
-def rounded(value: dict[str, Any]) -> dict[str, Any]:
-    rounded: dict[str, Any] = json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}"))
-    return rounded
+def rounded(value: Mapping[str, Any]) -> Any:
+    """The same as JSON has it, with floats to five digits."""
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}"))
 
 
 def _compact(value: Any) -> str:

@@ -68,6 +68,11 @@ class Picture:
     name: str
     page_only: bool = False
 
+    @classmethod
+    def of(cls, dataset: str, what: str, figure: Figure, name: str, page_only: bool = False) -> Picture:
+        """Of a figure about a data set."""
+        return cls(f"{dataset}: {what}", evaluation.to_svg(figure), file_name(f"{dataset}-{name}"), page_only)
+
 
 def report(folder: Path, html: Path | None = None, baseline: str | None = None, title: str | None = None) -> Path:
     """Write ``report.md`` with its pictures and ``metrics.json`` into a study's folder, and an HTML page.
@@ -126,7 +131,7 @@ def _sections(dataset: str, results: Sequence[Result], baseline: str) -> Iterato
     yield _table(f"Test data, {_seeds(rows)}. {_LEGEND} {times}", test, [*_QUALITY, *_names(outside), *_COST])
     yield _table("More of calibration and selective prediction.", test, _MORE)
     yield from _differences(rows, baseline, "test")
-    yield from _learning(most_draws)
+    yield from _learning(dataset, most_draws)
     yield from _pictures(dataset, rows, most_draws)
     for key in labelled:
         told = {row.label: _detection(row, [key]) for row in rows}
@@ -171,9 +176,12 @@ def _differences(rows: Sequence[Row], baseline: str, key: str) -> Iterator[str]:
         yield _table(text, found, [f"Δ {name}" for name in _COMPARED])  # type: ignore[arg-type]
 
 
-def _learning(most_draws: Mapping[str, Row]) -> Iterator[str]:
-    """How fast each method learns: its training NLL after each quarter of the steps."""
-    curves = {method: curve for method, row in most_draws.items() if (curve := _learning_curve(row))}
+def _learning(dataset: str, most_draws: Mapping[str, Row]) -> Iterator[str | Picture]:
+    """How fast each method learns: its training NLL after each quarter of the steps, and drawn."""
+    curves: dict[str, dict[float, list[float]]] = {}
+    for method, row in most_draws.items():
+        for step, nll in (point for result in row.results for point in result.training.get("curve", ())):
+            curves.setdefault(method, {}).setdefault(step, []).append(nll)
     if not curves:
         return
     steps = sorted(set().union(*curves.values()))
@@ -181,36 +189,29 @@ def _learning(most_draws: Mapping[str, Row]) -> Iterator[str]:
     rows = {method: {f"step {step:g}": values for step, values in curve.items()} for method, curve in curves.items()}
     text = "Training NLL, mean since the log before, under the noise of the method's training."
     yield _table(text, rows, [f"step {step:g}" for step in dict.fromkeys(shown)])
+    figure = evaluation.lines_figure(curves, "step", "training NLL")
+    yield Picture.of(dataset, "training NLL against step, under the noise of training", figure, "learning", True)
 
 
 def _pictures(dataset: str, rows: Sequence[Row], most_draws: Mapping[str, Row]) -> Iterator[Picture]:
-    def picture(what: str, figure: Figure, name: str, page_only: bool = False) -> Picture:
-        return Picture(f"{dataset}: {what}", evaluation.to_svg(figure), file_name(f"{dataset}-{name}"), page_only)
-
     if pooled := {row.label: _pooled(row) for row in most_draws.values() if row.scores("test")}:
         figure = evaluation.reliability_figure({label: evaluation.confidence_bins(*of) for label, of in pooled.items()})
-        yield picture("reliability, all seeds together", figure, "reliability", page_only=True)
+        yield Picture.of(dataset, "reliability, all seeds together", figure, "reliability", True)
         figure = evaluation.risk_coverage_figure({label: evaluation.risk_coverage(*of) for label, of in pooled.items()})
-        yield picture("risk against coverage, all seeds together", figure, "risk-coverage", page_only=True)
+        yield Picture.of(dataset, "risk against coverage, all seeds together", figure, "risk-coverage", True)
     lines = {name: _against_samples(rows, name) for name in ("ece", "nll")}
     if any(len(line) > 2 for line in lines["ece"].values()):
         for name, line in lines.items():
             figure = evaluation.lines_figure(line, "number of draws N", name.upper(), xscale="symlog")
-            yield picture(f"{name.upper()} against N", figure, f"{name}-against-n")
-    if learning := {method: curve for method, row in most_draws.items() if (curve := _learning_curve(row))}:
-        figure = evaluation.lines_figure(learning, "step", "training NLL")
-        yield picture("training NLL against step, under the noise of training", figure, "learning", page_only=True)
-    figure = _pareto_figure({row.label: row for row in most_draws.values()})
-    yield picture("accuracy against ECE, to the lower right is better", figure, "pareto")
-    for method, widths in _by_prior_std(rows).items():
-        what = f"accuracy against ECE over prior_std ({method}), to the lower right is better"
-        yield picture(what, _pareto_figure(widths), f"pareto-prior-std-{method}")
-
-
-def _pareto_figure(rows: Mapping[str, Row]) -> Figure:
-    values = {label: row.values("test") for label, row in rows.items()}
-    points = {label: (of["accuracy"], of["ece"]) for label, of in values.items()}
-    return evaluation.pareto_figure(points, "accuracy", "ECE")
+            yield Picture.of(dataset, f"{name.upper()} against N", figure, f"{name}-against-n")
+    pareto = {"": {row.label: row for row in most_draws.values()}, **_by_prior_std(rows)}
+    for method, of in pareto.items():
+        values = {label: row.values("test") for label, row in of.items()}
+        figure = evaluation.pareto_figure(
+            {label: (v["accuracy"], v["ece"]) for label, v in values.items()}, "accuracy", "ECE"
+        )
+        what = f"accuracy against ECE{f' over prior_std ({method})' if method else ''}, to the lower right is better"
+        yield Picture.of(dataset, what, figure, f"pareto-prior-std-{method}" if method else "pareto")
 
 
 def _by_prior_std(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
@@ -228,15 +229,6 @@ def _by_prior_std(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
                 f"σp = {row.results[0].options['prior_std']:g}, N = {row.num_samples}": row for row in group
             }
     return found
-
-
-def _learning_curve(row: Row) -> dict[float, list[float]]:
-    """Training NLL by step, a value a seed; empty where a run didn't keep it."""
-    line: dict[float, list[float]] = {}
-    for result in row.results:
-        for step, nll in result.training.get("curve", ()):
-            line.setdefault(step, []).append(nll)
-    return line
 
 
 def _against_samples(rows: Sequence[Row], name: str) -> dict[str, dict[float, list[float]]]:
