@@ -127,7 +127,7 @@ def main() -> None:
     config = open_run(options.run).config
     results: dict[str, Any] = {
         "options": {"data": options.data, "users": options.users, "seconds": seconds},
-        "run": {"method": config.method, "model": config.model},
+        "run": {"method": config.method["name"], "model": config.model},
         "machine": {
             **machine(),
             "load average before": os.getloadavg()[0],
@@ -151,7 +151,7 @@ def main() -> None:
     text = (
         "# Load on `bloblora serve`\n\n"
         f"Made by `python benchmarks/serving.py RUN`; {options.users} users, one input a request, {seconds} s a case, "
-        f"{config.method} on {config.model}, {torch.get_num_threads()} thread(s). The client runs on the same machine, "
+        f"{config.method['name']} on {config.model}, {torch.get_num_threads()} thread(s). The client runs on the same machine, "
         f"whose load average before was {results['machine']['load average before']:.1f}. Options, machine and the "
         "memory of each second are in results.json.\n\n"
     )

@@ -4,13 +4,14 @@ from .adapter import BlobConfig, Posterior, bayesianize, find_posterior, load, s
 from .generation import Generation, posterior_generate
 from .prediction import Prediction, predict
 from .runs.pipeline import pipeline
-from .training import BlobTrainer, BlobTrainingArguments
+from .training import BlobTrainer, BlobTrainerMixin, BlobTrainingArguments
 
 __version__ = "0.2.0"
 
 __all__ = [
     "BlobConfig",
     "BlobTrainer",
+    "BlobTrainerMixin",
     "BlobTrainingArguments",
     "Generation",
     "Posterior",

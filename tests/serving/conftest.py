@@ -9,7 +9,7 @@ import pytest
 import uvicorn
 
 from bloblora import runs
-from bloblora.data.support_desk import support_desk
+from bloblora.data import support_desk
 from bloblora.runs.decide import calibrate
 from bloblora.serving import Server, Settings, bind, create_app, load_hosted, open_hosted
 from tests.tiny_base import QUESTIONS, queries, write_jsonl

@@ -136,7 +136,7 @@ def _hints(place: str, method: str, task: str) -> dict[str, Any]:
 
     if place == "task":
         kinds = [tasks.TASKS[task]] if task in tasks.TASKS else [*tasks.TASKS.values()]
-        return {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+        return {option.name: get_type_hints(kind)[option.name] for kind in kinds for option in fields(kind)}
     kinds_ = {"run": RunConfig, "method": METHODS[method], "lora": LoraConfig, "training": BlobTrainingArguments}
     return get_type_hints(kinds_[place])
 

@@ -72,7 +72,7 @@ def train(config: RunConfig, json: bool = False, tensorboard: str | None = None)
     print(f"trained {config.method['name']} in {run.training['seconds']:.0f} s: training NLL {final['nll']:.4f}")
     if summary:
         print(f"posterior: median Ω {summary['median_std']:.4f}, KL {summary['kl']:.0f} nats")
-    following, option = ("generate", "input") if run.task.name == "generation" else ("evaluate", "data")
+    following, option = ("generate", "input") if run.task.kind == "generation" else ("evaluate", "data")
     print(f"saved to {config.output}; next: bloblora {following} {config.output} --{option} FILE")
 
 

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
 from .. import tasks
+from ..data import unanswered
 from ..export import TOKENIZER, read_manifest
 from ..prediction import Prediction
 from .server import CompletionServer, ServerError
@@ -89,13 +90,13 @@ class DrawClient:
             ServerError: a server gave no usable answer.
             ValueError: the task has no choices, or ``top_logprobs`` doesn't fit it.
         """
-        if self._task.labels is not None or self._task.name == "generation":
+        if not self._task.scored_by:
             raise ValueError(f"the run's task is {self._task.name}, which has no choices for a server to score")
-        if self._top_logprobs is not None and self._task.name != "choice_letter":
-            raise ValueError(f"top_logprobs is for task 'choice_letter'; this one is {self._task.name}; leave it out")
-        examples = [_branches(example) for example in self._encode(records)]
+        if self._top_logprobs is not None and "top_logprobs" not in self._task.scored_by:
+            raise ValueError(f"task {self._task.name} can't be scored by top_logprobs; leave it out")
+        examples = [self._task.continuations(example) for example in self._encode(records)]
         ask = self._echoed if self._top_logprobs is None else self._letters
-        rows = self._map(lambda name, example: ask(name, **example), examples)
+        rows = self._map(lambda name, example: ask(name, *example), examples)
         padded = pad_sequence([row for draw in rows for row in draw], batch_first=True, padding_value=-math.inf)
         log_probs = padded.unflatten(0, (len(self.names), len(examples))).log_softmax(-1)
         return Prediction(log_probs, self.manifest.num_samples)
@@ -108,7 +109,7 @@ class DrawClient:
             ServerError: a server gave no usable answer.
             ValueError: the task isn't generation.
         """
-        if self._task.name != "generation":
+        if self._task.kind != "generation":
             raise ValueError(f"the run's task is {self._task.name}, which writes no text")
         request = {"max_tokens": max_new_tokens, "temperature": 0.0, "logprobs": 1, **options}
 
@@ -121,10 +122,9 @@ class DrawClient:
         return DrawTexts([[t for t, _ in row] for row in by_record], [[p for _, p in row] for row in by_record])
 
     def _encode(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        unanswered = [{k: v for k, v in record.items() if k not in ("answer", "response")} for record in records]
-        return tasks.encode_all(self._task, unanswered, self._tokenizer)
+        return tasks.encode_all(self._task, [unanswered(record) for record in records], self._tokenizer)
 
-    def _map(self, ask: Callable[[str, dict[str, Any]], _T], examples: Sequence[dict[str, Any]]) -> list[list[_T]]:
+    def _map(self, ask: Callable[[str, Any], _T], examples: Sequence[Any]) -> list[list[_T]]:
         """What each draw says of each example, several at a time; the first error ends it."""
         pool = ThreadPoolExecutor(self._concurrency)
         try:
@@ -146,7 +146,7 @@ class DrawClient:
                     f"{len(ids)} tokens; the server must take token ids and 'echo' (vLLM does), or give top_logprobs"
                 )
             total = sum(found[len(ids) - count : len(ids)])
-            scores.append(total / count if getattr(self._task, "normalization", "sum") == "length" else total)
+            scores.append(self._task.choice_logit(total, count))
         return torch.tensor(scores)
 
     def _letters(self, name: str, prefix: list[int], branches: list[list[int]], scored: list[int]) -> torch.Tensor:
@@ -168,11 +168,3 @@ class DrawClient:
             f"{self._servers[name].base_url}, model {name!r}: {self._tokenizer.decode([token])!r} isn't among the "
             f"{len(top)} most probable tokens that the server gave; give more top_logprobs, or leave it out"
         )
-
-
-def _branches(example: dict[str, Any]) -> dict[str, Any]:
-    """The example as a prefix and branches, of which the last ``scored`` tokens count."""
-    if "letter_ids" in example:
-        letters = [[token] for token in example["letter_ids"]]
-        return {"prefix": example["input_ids"], "branches": letters, "scored": [1] * len(letters)}
-    return {name: example[name] for name in ("prefix", "branches", "scored")}

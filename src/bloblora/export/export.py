@@ -15,7 +15,7 @@ from .. import adapter, models
 from ..adapter.storage import MEAN_FILE, library_versions
 from ..files import write_tensors
 from ..methods.method import MEAN, Draw
-from ..models.loading import DTYPES
+from ..models import DTYPES
 from ..runs import PredictionOptions, Run, RunDescription, RunError, check_writable, load_run, open_run
 from .draws import in_force
 from .gguf import check_gguf, write_gguf

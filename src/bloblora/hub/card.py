@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..data.paper import PAPER_SETS
+from ..data import hub_source
 from ..evaluation import markdown_table
 from ..files import read_json, write_text
 from ..models import DEFAULT_MODEL
@@ -19,7 +19,7 @@ from ..runs.folder import RUN_FILE
 CARD_FILE = "README.md"
 _MARK = "<!-- Made by `bloblora card`, which replaces this file; take this line out to keep your own text. -->"
 _PEFT_MARK = "# Model Card for Model ID"
-_DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of which `models.bundled` has the Q4_1 weights
+_DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of which `models` has the Q4_1 weights
 _MAIN = ("accuracy", "ece", "nll", "brier")
 _SHOWN = (*_MAIN, "auroc_confidence", "auroc_predictive_entropy", "auroc_mutual_information", "selective_accuracy_80")
 _DECIDED = ("answered", "selective_risk", "set_coverage", "set_size", "false_alarm", "detection")
@@ -119,7 +119,7 @@ def _metadata(
     description: RunDescription, title: str, base_model: str | None, measured: Mapping[str, Mapping[str, float]]
 ) -> ModelCardData:
     config, full = description.config, description.method.whole_model
-    pipeline_tag = _PIPELINE_TAGS.get(description.task.name, "multiple-choice")
+    pipeline_tag = description.task.pipeline_tag
     results = [
         EvalResult(
             task_type=pipeline_tag,
@@ -148,12 +148,9 @@ def _metadata(
     )
 
 
-_PIPELINE_TAGS = {"classification": "text-classification", "generation": "text-generation"}
-
-
 def _hub_datasets(config: RunConfig) -> list[str] | None:
-    name = config.data.partition(":")[0]
-    return [PAPER_SETS[name][0]] if name in PAPER_SETS else ["cais/mmlu"] if name.startswith("mmlu/") else None
+    source = hub_source(config.data.partition(":")[0])
+    return [source[0]] if source else None
 
 
 def _what(description: RunDescription, base_model: str | None) -> str:
@@ -179,13 +176,13 @@ _CALLS = {
         'generate(run, [{"prompt": "a text"}], num_samples=10, max_new_tokens=20).texts',
     ),
 }
-"""What to import, and the call, by the task's name."""
+"""What to import, and the call, by the task's kind."""
 
 
 def _use(description: RunDescription, repo_id: str | None, base_model: str | None) -> str:
     """How to load it: with bloblora, and without."""
     where = f"hub:{repo_id}" if repo_id else "FOLDER"
-    imports, call = _CALLS.get(description.task.name, _CALLS["choice"])
+    imports, call = _CALLS[description.task.kind]
     ours = f'{imports}\nfrom bloblora.runs import load_run\n\nrun = load_run("{where}")\n{call}\n'
     text = f"## Use\n\nWith bloblora, averaged over draws of the weights:\n\n```python\n{ours}```\n"
     if base_model is None or description.method.whole_model:

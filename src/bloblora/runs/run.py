@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import models, tasks
+from ..data import unanswered
 from ..generation import Generation, posterior_generate
 from ..methods import Method
 from ..prediction import Prediction, Sampler, StoppingRule, predict
@@ -93,10 +94,9 @@ class Run:
         progress: bool = False,
     ) -> Prediction:
         """Predictions of raw records, in their order, whatever label they have; see `bloblora.predict`."""
-        unlabelled = [{k: v for k, v in record.items() if k not in ("label", "answer")} for record in records]
         return predict(
             self.model,
-            tasks.encode_all(self.task, unlabelled, self.tokenizer),
+            tasks.encode_all(self.task, [unanswered(record) for record in records], self.tokenizer),
             num_samples,
             seed,
             task=self.task,
@@ -110,7 +110,9 @@ class Run:
         self, records: Sequence[dict[str, Any]], num_samples: int = 10, seed: int = 0, **options: Any
     ) -> Generation:
         """Answers to raw records, in their order, whatever response they have; see `bloblora.posterior_generate`."""
-        batch = self.task.collate(tasks.encode_all(self.task, [_prompt(r) for r in records], self.tokenizer))
+        batch = self.task.collate(
+            tasks.encode_all(self.task, [unanswered(record) for record in records], self.tokenizer)
+        )
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         given = {"tokenizer": self.tokenizer, "sampler": self.sampler, **options}
         return posterior_generate(self.model, inputs, num_samples, seed, **given)
@@ -173,11 +175,3 @@ def load_run(directory: str | os.PathLike[str] | RunDescription, approximate: st
 def base_model(config: RunConfig, task: tasks.Task) -> Any:
     """The pretrained model, with a head where the task needs one."""
     return models.load_model(config.model, num_labels=num_labels(task), dtype=config.dtype)
-
-
-def _prompt(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without its answer."""
-    prompt = {key: value for key, value in record.items() if key != "response"}
-    if (messages := prompt.get("messages")) and messages[-1]["role"] == "assistant":
-        prompt["messages"] = messages[:-1]
-    return prompt

@@ -134,7 +134,7 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Run
             raise RunError(
                 f"{opened[name].folder} and {place} are both called {name!r}; give NAME=FOLDER for one of them"
             )
-        if description.task.name == "generation":
+        if description.task.kind == "generation":
             raise RunError(f"{place}: the run's task is generation, which isn't served; use `bloblora generate`")
         if settings.approximate is not None:
             Approximation.parse(settings.approximate).check(description.method)

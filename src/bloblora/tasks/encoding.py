@@ -1,12 +1,15 @@
-"""Prompts: templates, and token ids of a text at the start of a sequence or after something."""
+"""Texts to token ids, and those of several examples to one batch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from string import Formatter
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bloblora.tasks.task import TaskError
+from .task import Batch, Example, TaskError
 
 
 def check_template(template: str, *fields: str) -> None:
@@ -79,3 +82,27 @@ def fit_question(
         shorter = str(tokenizer.decode(words[cut:])).lstrip()
         ids = prompt_ids(tokenizer, template.format(question=shorter, **fields))
     return ids, cut
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, *, side: str, length: int = 0) -> Tensor:
+    """Rows of ints as one (b, T) tensor, T = the longest row or `length` if that is more."""
+    width = max(length, *(len(row) for row in rows), 0)
+    filler = [[value] * (width - len(row)) for row in rows]
+    pairs = zip(filler, rows, strict=True)
+    return torch.tensor([[*f, *row] if side == "left" else [*row, *f] for f, row in pairs])
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> Batch:
+    """`input_ids`, `attention_mask` and `position_ids` (b, T) of token ids, padded on the left."""
+    return {
+        "input_ids": pad(rows, pad_token_id, side="left"),
+        "attention_mask": pad([[1] * len(row) for row in rows], 0, side="left"),
+        "position_ids": pad([range(len(row)) for row in rows], 0, side="left"),
+    }
+
+
+def collate_labels(examples: Sequence[Example]) -> Batch:
+    """`{"labels": (b,)}` when every example has a label, otherwise empty."""
+    if not all("label" in example for example in examples):
+        return {}
+    return {"labels": torch.tensor([example["label"] for example in examples])}

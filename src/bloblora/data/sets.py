@@ -1,12 +1,26 @@
-"""The paper's data sets by name, through `datasets` with their public ids."""
+"""Data sets by name: the embedded support desk, and the paper's sets through `datasets` with their public ids."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
+from importlib.resources import files
 from typing import Any
 
-from .errors import DataError
+from .records import DataError, Record
 
 Row = Mapping[str, Any]
-Record = dict[str, Any]
+SPLITS = ("train", "validation", "test", "out_of_scope")
+
+
+def support_desk(split: str = "train") -> list[Record]:
+    """Records ``{"text", "label"}``, queries to a support desk with their intents; see the README beside its files.
+
+    Raises:
+        DataError: ``split`` is not one of ``SPLITS``.
+    """
+    if split not in SPLITS:
+        raise DataError([f"support_desk: split {split!r} is not one of {', '.join(SPLITS)}"])
+    text = (files(__package__) / "support_desk" / f"{split}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def winogrande(row: Row) -> Record:
@@ -16,24 +30,17 @@ def winogrande(row: Row) -> Record:
 
 
 def arc(row: Row) -> Record:
-    """ARC: ``answerKey`` is one of the choices' labels, letters or digits."""
+    """ARC: ``answerKey`` is one of the choices' labels, letters or digits; OpenBookQA calls the question otherwise."""
     labels = list(row["choices"]["label"])
-    record = {"question": row["question"], "choices": list(row["choices"]["text"])}
+    question = row["question_stem"] if "question_stem" in row else row["question"]
+    record = {"question": question, "choices": list(row["choices"]["text"])}
     return record | ({"answer": labels.index(row["answerKey"])} if row["answerKey"] else {})
-
-
-def openbookqa(row: Row) -> Record:
-    """OpenBookQA: ARC's form with the question as ``question_stem``."""
-    return arc({**row, "question": row["question_stem"]})
 
 
 def boolq(row: Row) -> Record:
     """BoolQ: passage and question, answered by no or yes."""
-    return {
-        "question": f"{row['passage']}\n{row['question']}?",
-        "choices": ["no", "yes"],
-        "answer": int(row["answer"]),
-    }
+    question = f"{row['passage']}\n{row['question']}?"
+    return {"question": question, "choices": ["no", "yes"], "answer": int(row["answer"])}
 
 
 def mmlu(row: Row) -> Record:
@@ -41,44 +48,35 @@ def mmlu(row: Row) -> Record:
     return {"question": row["question"], "choices": list(row["choices"]), "answer": int(row["answer"])}
 
 
-def pair(row: Row) -> Record:
-    """GLUE's RTE and MRPC: two sentences, a line each; ``label`` is -1 in the test split."""
-    return _labelled(f"{row['sentence1']}\n{row['sentence2']}", row)
+def texts(template: str) -> Callable[[Row], Record]:
+    """The (Super)GLUE sets: a text of a row's columns; ``label`` is -1 in the test split."""
+
+    def convert(row: Row) -> Record:
+        return {"text": template.format_map(row)} | ({} if row["label"] < 0 else {"label": str(row["label"])})
+
+    return convert
 
 
-def cola(row: Row) -> Record:
-    """CoLA: one sentence."""
-    return _labelled(row["sentence"], row)
-
-
-def wic(row: Row) -> Record:
-    """WiC: a word, and two sentences that have it."""
-    return _labelled(f"{row['word']}\n{row['sentence1']}\n{row['sentence2']}", row)
-
-
-def boolq_text(row: Row) -> Record:
-    """SuperGLUE's BoolQ: question and passage."""
-    return _labelled(f"{row['question']}?\n{row['passage']}", row)
-
-
-def _labelled(text: str, row: Row) -> Record:
-    return {"text": text} | ({} if row["label"] < 0 else {"label": str(row["label"])})
-
-
+_pair = texts("{sentence1}\n{sentence2}")
 PAPER_SETS: dict[str, tuple[str, str | None, Callable[[Row], Record]]] = {
     "winogrande_s": ("allenai/winogrande", "winogrande_s", winogrande),
     "winogrande_m": ("allenai/winogrande", "winogrande_m", winogrande),
     "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", arc),
     "arc_easy": ("allenai/ai2_arc", "ARC-Easy", arc),
-    "obqa": ("allenai/openbookqa", "main", openbookqa),
+    "obqa": ("allenai/openbookqa", "main", arc),
     "boolq": ("google/boolq", None, boolq),
-    "rte": ("nyu-mll/glue", "rte", pair),
-    "mrpc": ("nyu-mll/glue", "mrpc", pair),
-    "cola": ("nyu-mll/glue", "cola", cola),
-    "wic": ("aps/super_glue", "wic", wic),
-    "boolq_text": ("aps/super_glue", "boolq", boolq_text),
+    "rte": ("nyu-mll/glue", "rte", _pair),
+    "mrpc": ("nyu-mll/glue", "mrpc", _pair),
+    "cola": ("nyu-mll/glue", "cola", texts("{sentence}")),
+    "wic": ("aps/super_glue", "wic", texts("{word}\n{sentence1}\n{sentence2}")),
+    "boolq_text": ("aps/super_glue", "boolq", texts("{question}?\n{passage}")),
 }
 """Name → hub id, configuration, and how a row becomes a record; ``mmlu/<subject>`` comes beside these."""
+
+
+def hub_source(name: str) -> tuple[str, str | None, Callable[[Row], Record]] | None:
+    """What `PAPER_SETS` says of a name, or of ``mmlu/<subject>``; None for another name."""
+    return ("cais/mmlu", name[5:], mmlu) if name.startswith("mmlu/") else PAPER_SETS.get(name)
 
 
 def read_paper_set(name: str, split: str) -> list[Record]:
@@ -89,7 +87,9 @@ def read_paper_set(name: str, split: str) -> list[Record]:
     """
     from datasets import load_dataset
 
-    hub_id, config, convert = ("cais/mmlu", name[5:], mmlu) if name.startswith("mmlu/") else PAPER_SETS[name]
+    source = hub_source(name)
+    assert source is not None
+    hub_id, config, convert = source
     try:
         rows = load_dataset(hub_id, config, split=split)
     except Exception as error:  # the hub's client raises many kinds, some of them not documented

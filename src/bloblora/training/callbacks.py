@@ -1,16 +1,20 @@
-"""What the posterior looks like during training, for TensorBoard."""
+"""What happens between the steps of a training: the KL step, warnings, and the posterior in TensorBoard."""
 
+import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from ..adapter import Posterior, find_posterior
 from ..adapter.sharding import is_sharded
 from ..posterior import separate_noise
+
+_RANK_STRIDE = 1_000_003
 
 
 class PosteriorHistograms(TensorBoardCallback):
@@ -67,6 +71,38 @@ class PosteriorHistograms(TensorBoardCallback):
         self._logs += 1
 
 
+class ElboCallback(TrainerCallback):
+    """Hooks of a training with `BlobTrainerMixin`."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Give each process its own noise; a resumed run then loads the generator that the checkpoint holds."""
+        torch.manual_seed(args.seed + _RANK_STRIDE * args.process_index)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the sampler the epoch; the Trainer's own attempt misses it where it skips batches in many processes."""
+        if hasattr(loader := kwargs["train_dataloader"], "set_epoch"):
+            loader.set_epoch(int(state.epoch or 0))
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Let the KL take its own step."""
+        self.trainer.kl_step()
+        if self.trainer.posterior is not None:
+            self.trainer._kl_weights.append(self.trainer.current_kl_weight())
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Look at the last step's weights, and at the posterior."""
+        self.trainer._check_weights()
+        if (posterior := self.trainer.posterior) is not None:
+            summary = posterior.summary()  # by all processes: each may hold a part of it
+            if state.is_world_process_zero:
+                _warn_of_degenerate(posterior, summary)
+
+
 @torch.no_grad()
 def _write(writer: Any, posterior: Posterior, step: int) -> None:
     stds, parameters = posterior.named_stds(), posterior.named_std_parameters()
@@ -78,3 +114,27 @@ def _write(writer: Any, posterior: Posterior, step: int) -> None:
             kl = posterior.prior.kl([mean], [parameters[name]], posterior.config.std_parameterization)
         writer.add_scalar(f"kl/{name}", kl.item(), step)
     writer.flush()
+
+
+def _warn_of_degenerate(posterior: Posterior, summary: dict[str, float]) -> None:
+    """Warn of a posterior that says nothing."""
+    median, count = summary["median_std"], summary["num_parameters"]
+    start = (posterior.config.init_std * (1 + math.sqrt(0.5)) / 2) ** 2
+    if median < 0.01 * start:
+        warnings.warn(
+            f"the posterior has collapsed: median Ω is {median:.1e}, so all draws are the mean. Raise kl_scale or "
+            "prior_std, or lower learning_rate.",
+            stacklevel=2,
+        )
+    elif summary["share_at_prior"] > 0.9:
+        warnings.warn(
+            f"the posterior is the prior: {summary['share_at_prior']:.0%} of Ω are within 5 % of prior_std. Lower "
+            "kl_learning_rate, kl_scale or the number of steps, or train on more data.",
+            stacklevel=2,
+        )
+    elif abs(median / start - 1) < 0.02 + 1 / math.sqrt(count):  # 1/√n: three standard errors of a fresh median
+        warnings.warn(
+            f"the posterior has not left its start: median Ω is {median:.2e}, the start {start:.2e}. Raise kl_scale, "
+            "the number of steps, or init_std.",
+            stacklevel=2,
+        )
