@@ -151,9 +151,9 @@ def main() -> None:
     text = (
         "# Load on `bloblora serve`\n\n"
         f"Made by `python benchmarks/serving.py RUN`; {options.users} users, one input a request, {seconds} s a case, "
-        f"{config.method['name']} on {config.model}, {torch.get_num_threads()} thread(s). The client runs on the same machine, "
-        f"whose load average before was {results['machine']['load average before']:.1f}. Options, machine and the "
-        "memory of each second are in results.json.\n\n"
+        f"{config.method['name']} on {config.model}, {torch.get_num_threads()} thread(s). The client runs on the same "
+        f"machine, whose load average before was {results['machine']['load average before']:.1f}. Options, machine "
+        "and the memory of each second are in results.json.\n\n"
     )
     table = evaluation.markdown_table(rows, [*next(iter(rows.values()))])
     keep(options.results, results, text + table)

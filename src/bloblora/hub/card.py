@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data import hub_source
-from ..evaluation import markdown_table
+from ..evaluation import markdown_table, metric_names
 from ..files import read_json, write_text
 from ..models import DEFAULT_MODEL
 from ..runs import RunConfig, RunDescription, RunError, open_run
@@ -20,8 +20,6 @@ CARD_FILE = "README.md"
 _MARK = "<!-- Made by `bloblora card`, which replaces this file; take this line out to keep your own text. -->"
 _PEFT_MARK = "# Model Card for Model ID"
 _DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of which `models` has the Q4_1 weights
-_MAIN = ("accuracy", "ece", "nll", "brier")
-_SHOWN = (*_MAIN, "auroc_confidence", "auroc_predictive_entropy", "auroc_mutual_information", "selective_accuracy_80")
 _DECIDED = ("answered", "selective_risk", "set_coverage", "set_size", "false_alarm", "detection")
 _SETTINGS = (
     *("limit", "max_steps", "per_device_train_batch_size", "learning_rate", "seed"),
@@ -130,7 +128,7 @@ def _metadata(
             metric_args={key: values[key] for key in ("num_samples", "num_examples") if key in values},
         )
         for name, values in measured.items()
-        for metric in _MAIN
+        for metric in metric_names("main", outside=False)
         if metric in values
     ]
     return ModelCardData(
@@ -217,7 +215,8 @@ def _metrics(measured: Mapping[str, Mapping[str, float]]) -> str:
     if not measured:
         return ""
     rows = {_label(name, values): values for name, values in measured.items()}
-    known = [column for column in (*_SHOWN, *_DECIDED) if any(column in values for values in measured.values())]
+    shown = [*metric_names("main"), "selective_accuracy_80", *_DECIDED]
+    known = [column for column in shown if any(column in values for values in measured.values())]
     return (
         "## Metrics\n\nN is the number of weight draws, 0 the mean; NLL in nats, ECE over 15 bins.\n\n"
         + markdown_table(rows, known)

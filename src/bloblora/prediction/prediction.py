@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Prediction:
         """Draws that were made for each input, (n,): S, or fewer under a `StoppingRule`."""
         return (self.log_probs > -math.inf).any(-1).sum(0)
 
-    @property
+    @cached_property
     def log_probabilities(self) -> Tensor:
         """log p̄, (n, C), averaged in log space."""
         return torch.logsumexp(self.log_probs, dim=0) - self.num_draws.log().unsqueeze(-1)
@@ -61,12 +62,12 @@ class Prediction:
         """Probability of that class, (n,)."""
         return self.probabilities.amax(-1)
 
-    @property
+    @cached_property
     def predictive_entropy(self) -> Tensor:
         """Total uncertainty H[p̄] in nats, (n,)."""
         return _entropy(self.log_probabilities)
 
-    @property
+    @cached_property
     def expected_entropy(self) -> Tensor:
         """Aleatoric uncertainty, the mean of H[p_s] in nats, (n,)."""
         return _entropy(self.log_probs).sum(0) / self.num_draws

@@ -80,7 +80,7 @@ class Result:
             names = [name for name in scores if name != "mutual_information" or len(prediction.log_probs) > 1]
             found |= evaluation.ood_metrics(*({name: side[name].float() for name in names} for side in (test, scores)))
         if targets is not None:
-            scores |= evaluation.example_scores(prediction.log_probabilities, targets)
+            scores |= evaluation.example_scores(prediction, targets)
         self.metrics.setdefault(key, {})[str(n)] = found
         self.scores |= {f"{key}/{n}/{name}": values.float() for name, values in scores.items()}
 

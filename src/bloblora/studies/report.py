@@ -23,11 +23,8 @@ from .study import Study, file_name
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_QUALITY = ("accuracy", "ece", "nll", "brier")
-_MORE = ("ece_equal_mass", "ece_classwise", "brier_reliability", "brier_resolution", "aurc", "selective_accuracy_80")
 _COST = ("training minutes", "peak GiB", "predicting seconds")
 _LEGEND = "Mean ± standard deviation; **best**, and * within one standard deviation."
-_COMPARED: tuple[evaluation.Metric, ...] = ("accuracy", "ece", "nll", "brier")
 
 
 @dataclass
@@ -123,23 +120,29 @@ def _sections(dataset: str, results: Sequence[Result], baseline: str) -> Iterato
     rows = _rows(results)
     sets = list(dict.fromkeys(key for result in results for key in result.metrics if key != "test"))
     labelled = [key for key in sets if any("accuracy" in row.values(key) for row in rows)]
-    outside = {row.label: _detection(row, (key for key in sets if key not in labelled)) for row in rows}
-    test = {row.label: row.values("test") | outside[row.label] | _cost(row) for row in rows}
+    outside = ["test", *(key for key in sets if key not in labelled)]
+    test = {row.label: {k: v for key in outside for k, v in row.values(key).items()} | _cost(row) for row in rows}
     most_draws = {row.method: row for row in sorted(rows, key=lambda row: row.num_samples)}
     yield f"\n## {dataset}\n"
     times = "Times are those of the fastest seed: other work ran beside."
-    yield _table(f"Test data, {_seeds(rows)}. {_LEGEND} {times}", test, [*_QUALITY, *_names(outside), *_COST])
-    yield _table("More of calibration and selective prediction.", test, _MORE)
+    yield _table(f"Test data, {_seeds(rows)}. {_LEGEND} {times}", test, [*_measured(test), *_COST])
+    yield _table("More of calibration and selective prediction.", test, evaluation.metric_names("more", outside=False))
     yield from _differences(rows, baseline, "test")
     yield from _learning(dataset, most_draws)
     yield from _pictures(dataset, rows, most_draws)
     for key in labelled:
-        told = {row.label: _detection(row, [key]) for row in rows}
         shifted = {row.label: row.values(key) for row in rows}
         text = f"Trained on {dataset}, tested on {key}; AUROC and FPR95 of telling the two apart. {_LEGEND}"
         yield f"\n## {dataset}: shift to {key}\n"
-        yield _table(text, shifted, [*_QUALITY, *_names(told)])
+        yield _table(text, shifted, _measured(shifted))
         yield from _differences(rows, baseline, key)
+
+
+def _measured(rows: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Columns of a first table: the main metrics, and those of detection that any row has."""
+    found = {name for row in rows.values() for name in row}
+    detection = [name for name in evaluation.metric_names(outside=True) if name in found]
+    return [*evaluation.metric_names("main", outside=False), *detection]
 
 
 def _rows(results: Sequence[Result]) -> list[Row]:
@@ -165,15 +168,18 @@ def _table(caption: str, rows: Mapping[str, Mapping[str, Sequence[float]]], colu
 def _differences(rows: Sequence[Row], baseline: str, key: str) -> Iterator[str]:
     """How far each method is from the baseline on the same examples of one set."""
     reference = next((row.scores(key) for row in reversed(rows) if row.method == baseline), None)
+    stored = set(reference[0]) if reference else set()
+    main = evaluation.metric_names("main", outside=False)
+    compared = [name for name in main if name in stored or evaluation.METRICS[name].parts]
     found = {}
     for row in rows:
         scores = row.scores(key)
         if row.method != baseline and reference and scores:
-            intervals = {name: evaluation.paired_bootstrap(scores, reference, name) for name in _COMPARED}
+            intervals = {name: evaluation.paired_bootstrap(scores, reference, name) for name in compared}
             found[row.label] = {f"Δ {name}": interval for name, interval in intervals.items()}
     if found:
         text = f"Difference from {baseline} with a 95 % interval: paired bootstrap over examples, mean over seeds."
-        yield _table(text, found, [f"Δ {name}" for name in _COMPARED])  # type: ignore[arg-type]
+        yield _table(text, found, [f"Δ {name}" for name in compared])  # type: ignore[arg-type]
 
 
 def _learning(dataset: str, most_draws: Mapping[str, Row]) -> Iterator[str | Picture]:
@@ -202,14 +208,13 @@ def _pictures(dataset: str, rows: Sequence[Row], most_draws: Mapping[str, Row]) 
     lines = {name: _against_samples(rows, name) for name in ("ece", "nll")}
     if any(len(line) > 2 for line in lines["ece"].values()):
         for name, line in lines.items():
-            figure = evaluation.lines_figure(line, "number of draws N", name.upper(), xscale="symlog")
-            yield Picture.of(dataset, f"{name.upper()} against N", figure, f"{name}-against-n")
+            title = evaluation.METRICS[name].title
+            figure = evaluation.lines_figure(line, "number of draws N", title, xscale="symlog")
+            yield Picture.of(dataset, f"{title} against N", figure, f"{name}-against-n")
     pareto = {"": {row.label: row for row in most_draws.values()}, **_by_prior_std(rows)}
     for method, of in pareto.items():
         values = {label: row.values("test") for label, row in of.items()}
-        figure = evaluation.pareto_figure(
-            {label: (v["accuracy"], v["ece"]) for label, v in values.items()}, "accuracy", "ECE"
-        )
+        figure = evaluation.pareto_figure({label: (v["accuracy"], v["ece"]) for label, v in values.items()})
         what = f"accuracy against ECE{f' over prior_std ({method})' if method else ''}, to the lower right is better"
         yield Picture.of(dataset, what, figure, f"pareto-prior-std-{method}" if method else "pareto")
 
@@ -242,12 +247,6 @@ def _pooled(row: Row) -> tuple[Tensor, Tensor]:
     """Confidence of all seeds' answers and whether they are right."""
     scores = row.scores("test")
     return torch.cat([s["confidence"] for s in scores]), torch.cat([s["accuracy"] for s in scores]) > 0.5
-
-
-def _detection(row: Row, keys: Iterable[str]) -> dict[str, list[float]]:
-    """How well uncertainty tells other sets from the test set, a value a seed."""
-    found = {name: values for key in keys for name, values in row.values(key).items()}
-    return {name: values for name, values in found.items() if name.startswith(("auroc_", "fpr95_"))}
 
 
 def _cost(row: Row) -> dict[str, list[float]]:
@@ -300,10 +299,6 @@ def _listed(options: Mapping[str, object]) -> str:
 def _seeds(rows: Sequence[Row]) -> str:
     counts = sorted({len(row.results) for row in rows})
     return f"{' or '.join(map(str, counts))} seed{'s' if counts != [1] else ''}"
-
-
-def _names(rows: Mapping[str, Mapping[str, object]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows.values() for name in row))
 
 
 def _markdown(parts: Iterable[str | Picture]) -> str:
