@@ -43,13 +43,16 @@ class PredictionOptions:
     )
 
     def __post_init__(self) -> None:
-        problems = [f"samples must be 0 (the mean) or more, got {self.samples}"] if self.samples < 0 else []
-        problems += [f"batch_size must be at least 1, got {self.batch_size}"] if self.batch_size < 1 else []
-        problems += [f"seed must be in 0..2^32 - 1, got {self.seed}"] if not 0 <= self.seed < 2**32 else []
-        if problems:
+        if problems := self.problems():
             raise RunError("\n".join(problems))
         if self.approximate is not None:
             Approximation.parse(self.approximate)
+
+    def problems(self) -> list[str]:
+        """What is out of its range, and what would be right."""
+        problems = [f"samples must be 0 (the mean) or more, got {self.samples}"] if self.samples < 0 else []
+        problems += [f"batch_size must be at least 1, got {self.batch_size}"] if self.batch_size < 1 else []
+        return problems + ([f"seed must be in 0..2^32 - 1, got {self.seed}"] if not 0 <= self.seed < 2**32 else [])
 
 
 @dataclass

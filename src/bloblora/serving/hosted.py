@@ -44,18 +44,18 @@ class Settings(PredictionOptions):
     )
     max_body_bytes: int = field(default=1_000_000, metadata={"help": "Largest body of a request, bytes."})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> list[str]:
+        """What is out of its range, and what would be right."""
         counts = ("queue", "max_inputs", "max_tokens", "max_body_bytes")
-        problems = [f"{name} must be at least 1, got {value}" for name in counts if (value := getattr(self, name)) < 1]
+        problems = super().problems()
+        problems += [f"{name} must be at least 1, got {value}" for name in counts if (value := getattr(self, name)) < 1]
         if self.max_samples < self.samples:
             problems.append(f"max_samples must be at least samples, {self.samples}, got {self.max_samples}")
         if not (math.isfinite(self.max_wait_ms) and self.max_wait_ms >= 0):
             problems.append(f"max_wait_ms must be a finite number of at least 0, got {self.max_wait_ms}")
         if self.queue < self.max_inputs:
             problems.append(f"queue must be at least max_inputs, {self.max_inputs}, got {self.queue}")
-        if problems:
-            raise RunError("\n".join(problems))
+        return problems
 
 
 @dataclass
