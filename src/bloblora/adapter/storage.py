@@ -126,6 +126,7 @@ def load(
     adapter_name: str = "default",
     *,
     is_trainable: bool = False,
+    checked: bool = False,
 ) -> PeftModel:
     """Load an adapter that `save` wrote onto its base model; the posterior with it, where the folder has one.
 
@@ -136,6 +137,7 @@ def load(
         directory: where from.
         adapter_name: what to call the adapter in the model, whatever it was called when saved.
         is_trainable: whether training goes on: A, B and Ω then require gradients.
+        checked: whether `check_folder` has just been called, so that files needn't be hashed again.
 
     Returns:
         The PEFT model, in eval mode; ``find_posterior(model)`` is its posterior.
@@ -143,7 +145,7 @@ def load(
     Raises:
         AdapterFileError: a file is missing, truncated, altered or doesn't belong to the others or to ``base_model``.
     """
-    folder = check_folder(directory)
+    folder = _current(directory) if checked else check_folder(directory)
     try:
         model = PeftModel.from_pretrained(base_model, str(folder), adapter_name, is_trainable=is_trainable)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
@@ -190,11 +192,7 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
     Raises:
         AdapterFileError: a file is missing, truncated, altered, or doesn't belong to the others.
     """
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise AdapterFileError(f"{folder}: no such folder; give one that an adapter was saved to")
-    if (folder / _SAVED).is_dir():
-        folder = folder / _SAVED
+    folder = _current(directory)
     for name in (MEAN_CONFIG, MEAN_FILE):
         if not (folder / name).is_file():
             raise AdapterFileError(f"{folder}: {name} is missing; a saved adapter has it")
@@ -227,6 +225,14 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
                 "the file was altered, or comes from another save; restore it or save again"
             )
     return folder
+
+
+def _current(directory: str | os.PathLike[str]) -> Path:
+    """The folder to read: a complete newer save in it, where a killed process didn't finish moving that."""
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise AdapterFileError(f"{folder}: no such folder; give one that an adapter was saved to")
+    return folder / _SAVED if (folder / _SAVED).is_dir() else folder
 
 
 def save_posterior(posterior: Posterior, directory: str | os.PathLike[str]) -> None:

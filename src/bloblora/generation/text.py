@@ -1,7 +1,11 @@
-"""Generation with N weight draws, each of them one function for a whole sequence."""
+"""Open-ended text under weight samples, each of them one function for a whole sequence, and how far they agree."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -12,11 +16,149 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from ..prediction import Sampler, WeightDraws
-from ..prediction.predict import check_num_samples, eval_mode, sampler_of
+from ..prediction.prediction import check_num_samples, eval_mode, sampler_of
 from ..prediction.sampler import StackedWeights
-from .agreement import Agree, same_text
 from .decoding import Answers, Decoding, KeptDraws
-from .generation import Generation
+
+Agree = Callable[[str, str], bool]
+"""Whether two answers mean the same: a symmetric relation, so of an entailment model both directions."""
+_SCORES = (
+    "log_probability",
+    "sequence_log_probability",
+    "predictive_entropy",
+    "expected_entropy",
+    "mutual_information",
+    "log_probability_variance",
+    "agreement",
+    "semantic_entropy",
+)
+
+
+def normalized(text: str) -> str:
+    """The text without case, punctuation, articles and surplus white space, as SQuAD compares answers.
+
+    Rajpurkar et al., arXiv 1606.05250. A text of which nothing is left keeps all but its case and outer white space.
+    """
+    lower = unicodedata.normalize("NFKC", text).casefold()
+    bare = "".join(character for character in lower if unicodedata.category(character)[0] != "P")
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split()) or lower.strip()
+
+
+def same_text(first: str, second: str) -> bool:
+    """Whether two texts are equal once `normalized`."""
+    return normalized(first) == normalized(second)
+
+
+def clusters(texts: Sequence[str], agree: Agree = same_text) -> list[int]:
+    """Number of the cluster of each text, from 0 in order of first appearance.
+
+    A text joins the first cluster whose first text it agrees with (Kuhn, Gal & Farquhar, arXiv 2302.09664).
+    """
+    firsts: list[str] = []
+    found = []
+    for text in texts:
+        number = next((i for i, first in enumerate(firsts) if first == text or agree(first, text)), len(firsts))
+        if number == len(firsts):
+            firsts.append(text)
+        found.append(number)
+    return found
+
+
+@dataclass(frozen=True)
+class Generation:
+    r"""Answers to n prompts: of the averaged model and of each draw, with their uncertainty.
+
+    The averaged answer y takes each token from :math:`\bar p_t = \frac1S\sum_s p_s(\cdot \mid y_{<t}, x)`, the
+    token-level Bayesian model average (product of expectations; Malinin & Gales, arXiv 2002.07650). All draws read the
+    same prefix; they keep equal weights, however probable it is under each. T is the number of tokens of the longest
+    answer, the end-of-text token counted; where an answer has ended, values are 0. Probabilities are the model's own,
+    before temperature, top-p and penalties.
+
+    Attributes:
+        texts: the averaged answers, n.
+        draw_texts: for each prompt the answers of the S draws, each written on its own.
+        tokens: the averaged answers, (n, T); the pad token or 0 after their end.
+        draw_tokens: those of the draws, (S, n, T'), likewise.
+        mask: (n, T) bool, which tokens belong to the averaged answer.
+        draw_log_probs: log p_s of the averaged answer's tokens, (S, n, T) float32, nats.
+        entropies: H[p̄_t], (n, T), nats.
+        expected_entropies: the mean over draws of H[p_st], (n, T), nats.
+        num_samples: N; 0 is the posterior mean (S = 1).
+        agree: whether two answers mean the same.
+    """
+
+    texts: list[str]
+    draw_texts: list[list[str]]
+    tokens: Tensor
+    draw_tokens: Tensor
+    mask: Tensor
+    draw_log_probs: Tensor
+    entropies: Tensor
+    expected_entropies: Tensor
+    num_samples: int
+    agree: Agree = same_text
+
+    @property
+    def log_probability(self) -> Tensor:
+        """Mean over tokens of log p̄_t(y_t), (n,), nats: the length-normalized log-probability of the answer."""
+        return self._token_mean(self._log_probs)
+
+    @property
+    def sequence_log_probability(self) -> Tensor:
+        """Sum over tokens of log p̄_t(y_t), (n,), nats: the log-probability of the whole answer.
+
+        Where an answer is decided at its first tokens and then spelled out, as a choice that stands in the prompt is,
+        the mean over tokens says more of its length than of its truth.
+        """
+        return (self._log_probs * self.mask).sum(-1)
+
+    @property
+    def predictive_entropy(self) -> Tensor:
+        """Mean over tokens of H[p̄_t], (n,), nats: total uncertainty."""
+        return self._token_mean(self.entropies)
+
+    @property
+    def expected_entropy(self) -> Tensor:
+        """Mean over tokens of the draws' mean entropy, (n,), nats: aleatoric uncertainty."""
+        return self._token_mean(self.expected_entropies)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """Mean over tokens of H[p̄_t] less the draws' mean entropy, (n,), nats: epistemic uncertainty."""
+        return self._token_mean((self.entropies - self.expected_entropies).clamp_min(0))
+
+    @property
+    def log_probability_variance(self) -> Tensor:
+        """Variance (S - 1) over draws of log p_s of the whole averaged answer, (n,), nats²; 0 for one draw."""
+        return self.draw_log_probs.sum(-1).var(0, correction=min(1, len(self.draw_log_probs) - 1))
+
+    @property
+    def agreement(self) -> Tensor:
+        """Share of pairs of draws whose answers agree, (n,); 1 for one draw."""
+        return self._of_draws(lambda texts: _share_of_pairs(texts, self.agree))
+
+    @property
+    def semantic_entropy(self) -> Tensor:
+        """Entropy of the draws over the clusters of answers that agree, (n,), nats; each draw counts the same.
+
+        The discrete form of Farquhar et al. 2024 (Nature 630, 625-630); in [0, log S].
+        """
+        return self._of_draws(lambda texts: _entropy_of_counts(clusters(texts, self.agree)))
+
+    def scores(self) -> dict[str, Tensor]:
+        """Every measure of uncertainty by its name, each (n,)."""
+        return {name: getattr(self, name) for name in _SCORES}
+
+    @property
+    def _log_probs(self) -> Tensor:
+        """log p̄_t(y_t), (n, T)."""
+        return torch.logsumexp(self.draw_log_probs, dim=0) - math.log(len(self.draw_log_probs))
+
+    def _token_mean(self, values: Tensor) -> Tensor:
+        return (values * self.mask).sum(-1) / self.mask.sum(-1)
+
+    def _of_draws(self, score: Callable[[list[str]], float]) -> Tensor:
+        return torch.tensor([score(texts) for texts in self.draw_texts])
 
 
 @torch.no_grad()
@@ -48,7 +190,7 @@ def posterior_generate(
         seed: of the draws, and of sampled tokens.
         tokenizer: makes texts of answers; without it a text is its token ids, and draws agree where all ids are equal.
         sampler: where the draws come from; default the model's posterior. A plain model is one function: one draw is
-            made, whatever N.
+            made for any N.
         agree: whether two answers mean the same; default, equal but for case, punctuation, articles and white space.
         batch_size: prompts a forward.
         progress: show a bar.
@@ -151,3 +293,13 @@ def _joined(
         num_samples=num_samples,
         agree=agree,
     )
+
+
+def _share_of_pairs(texts: list[str], agree: Agree) -> float:
+    pairs = [first == second or agree(first, second) for first, second in combinations(texts, 2)]
+    return sum(pairs) / len(pairs) if pairs else 1.0
+
+
+def _entropy_of_counts(numbers: list[int]) -> float:
+    shares = torch.tensor(numbers).bincount() / len(numbers)
+    return torch.special.entr(shares).sum().item()
