@@ -48,9 +48,9 @@ def main() -> None:
 
 def scores(study: str, method: str, samples: int, seeds: range) -> tuple[Tensor, Tensor] | None:
     """Confidence and whether the answer was right, (n,) each, of all seeds; None where the files are missing."""
-    files = [RESULTS / study / f"{study}--{method}--seed{seed}.safetensors" for seed in seeds]
+    files = [RESULTS / study / "runs" / f"{study}--{method}--seed{seed}.safetensors" for seed in seeds]
     if not all(file.is_file() for file in files):
-        print(f"{study}: no scores in {RESULTS / study}; see the first lines of this file")
+        print(f"{study}: no scores in {RESULTS / study / 'runs'}; see the first lines of this file")
         return None
     found = [load_file(file) for file in files]
     confidence, right = (torch.cat([s[f"test/{samples}/{name}"] for s in found]) for name in ("confidence", "accuracy"))

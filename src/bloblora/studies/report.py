@@ -308,7 +308,7 @@ def _markdown(parts: Iterable[str | Picture]) -> str:
 
 def _page(title: str, parts: Sequence[str | Picture]) -> str:
     """The same as HTML, with the pictures in it; what looks like HTML in names stays text."""
-    from markdown_it import MarkdownIt  # rich has it
+    from markdown_it import MarkdownIt
 
     body = MarkdownIt("js-default").render(_markdown(parts))
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
