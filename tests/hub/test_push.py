@@ -20,11 +20,11 @@ from tests.tiny_base import queries, write_jsonl
 _COMMANDS = """
 import contextlib, io, json, os, sys
 from bloblora.cli import main
-from bloblora.runs import remote
+from bloblora.runs import folder
 
 results = []
 for token, arguments in json.load(sys.stdin):
-    remote._fetched.cache_clear()
+    folder._fetched.cache_clear()
     os.environ["HF_TOKEN"] = token
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

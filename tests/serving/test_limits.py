@@ -159,7 +159,7 @@ def test_runs_that_cannot_be_served(folders, tmp_path):
     for directories, message in (
         ([], "give at least one folder"),
         ([str(tmp_path)], "no run.json in it"),
-        ([folders["desk"], folders["desk"]], "are both 'desk'; give NAME=FOLDER"),
+        ([folders["desk"], folders["desk"]], "are both called 'desk'; give NAME=FOLDER"),
         ([f"a b={folders['desk']}"], "the name 'a b'"),
     ):
         with pytest.raises(runs.RunError, match=message):

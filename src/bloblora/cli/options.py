@@ -73,7 +73,7 @@ def parsed(command: str, function: Callable[..., None], arguments: Sequence[str]
     if any(hints[name] is RunConfig for name in sections):
         parser.add_argument("--help_all", action="help", help="show also the rarer options of LoRA and the Trainer")
     shown = "--print_config" in arguments and any(hints[name] is RunConfig for name in sections)
-    values = vars(parser.parse_args([a for a in arguments if not (shown and a == "--print_config")]))
+    values = parser.parse_args([a for a in arguments if not (shown and a == "--print_config")]).as_dict()
     values.pop("config", None)
     values.pop("help_all", None)
     for name, names in sections.items():
