@@ -1,17 +1,23 @@
-"""What the site needs beyond MkDocs: the results that pages link to, and formulas.
+"""What the site needs beyond MkDocs: the results that pages link to, tables of options, and formulas.
 
 Pages link to ``../results/…`` and ``../benchmarks/…``, as GitHub needs it. What is linked to is copied into the site,
-with the reports' figures, and the links lose their ``../``: so ``mkdocs build --strict`` checks them as any other.
+with the reports' figures, and the links lose one ``../``: so ``mkdocs build --strict`` checks them like any other.
+
+A line ``<!-- options: method blob -->`` becomes a table of the options of that class, made from its dataclass fields.
+On GitHub it is an invisible comment, so the text beside it says which command prints the same.
 
 Formulas, in pages as ``$…$`` and in docstrings as Sphinx writes them, become MathML, which browsers draw without a
 script, a font or a network.
 """
 
 import ast
+import dataclasses
 import html
+import importlib
+import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import griffe
 from latex2mathml.converter import convert
@@ -19,7 +25,16 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-_OUTSIDE = re.compile(r"\]\(\.\./((?:results|benchmarks|examples)[^)#]*)")
+_OUTSIDE = re.compile(r"\]\(((?:\.\./)*)\.\./((?:results|benchmarks|examples)[^)#]*)")
+_OPTIONS = re.compile(r"^<!-- options: (.+?) -->$", re.MULTILINE)
+_OPTION_CLASSES = {
+    "method": "bloblora.methods:METHODS",
+    "task": "bloblora.tasks:TASKS",
+    "prior": "bloblora.posterior:PRIORS",
+    "run": "bloblora.runs:RunConfig",
+    "training": "bloblora.training:Objective",
+}
+_log = logging.getLogger("mkdocs.hooks")  # a warning fails the strict build
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 # Browsers draw these letters as such only where they are characters of their own.
 _LETTERS = {r"\mathcal N": "𝒩", r"\mathbb E": "𝔼"}
@@ -28,7 +43,7 @@ _LETTERS = {r"\mathcal N": "𝒩", r"\mathbb E": "𝔼"}
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what pages link to outside their folder, the reports' figures, and a list of the reports."""
     root = Path(config.config_file_path).parent
-    linked = {link for file in files.documentation_pages() for link in _OUTSIDE.findall(file.content_string)}
+    linked = {link for file in files.documentation_pages() for _, link in _OUTSIDE.findall(file.content_string)}
     reports = sorted(path.relative_to(root).as_posix() for path in root.glob("results/*/*.md"))
     figures = [
         path.relative_to(root).as_posix() for kind in ("svg", "png") for path in root.glob(f"results/*/*.{kind}")
@@ -42,8 +57,49 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Point links at the copies."""
-    return re.sub(_OUTSIDE, lambda match: f"]({match[1]}" + ("/index.md" if match[1] == "results" else ""), markdown)
+    """Point links at the copies, and fill in the tables of options."""
+    markdown = _OPTIONS.sub(lambda match: options_table(match[1]), markdown)
+    return _OUTSIDE.sub(
+        lambda match: f"]({match[1]}{match[2]}" + ("/index.md" if match[2] == "results" else ""), markdown
+    )
+
+
+def options_table(what: str) -> str:
+    """The options of a class as a Markdown table.
+
+    Args:
+        what: ``run``, ``training``, or ``method``, ``task`` or ``prior`` and a name.
+    """
+    group, _, name = what.partition(" ")
+    module, attribute = _OPTION_CLASSES[group].split(":")
+    kind = getattr(importlib.import_module(module), attribute)
+    kind = kind[name] if name else kind
+    hints = get_type_hints(kind)
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    for option in dataclasses.fields(kind):
+        if option.name == "pad_token_id":  # of every task, from the tokenizer
+            continue
+        text = option.metadata.get("help", "")
+        if not text:
+            _log.warning("%s.%s has no metadata['help'], and so no meaning in the docs", kind.__name__, option.name)
+        choices = _choices(hints[option.name])
+        if choices and not all(f"`{choice}`" in text for choice in choices):
+            text = f"One of {', '.join(f'`{choice}`' for choice in choices)}. {text}"
+        rows.append(f"| `{option.name}` | {_default(option)} | {text.replace('|', '&#124;')} |")
+    return "\n".join(rows) if len(rows) > 2 else "It has no options of its own."
+
+
+def _choices(hint: Any) -> list[Any]:
+    """The values of a ``Literal``, also where None is allowed."""
+    if get_origin(hint) is Literal:
+        return [*get_args(hint)]
+    return [choice for part in get_args(hint) for choice in _choices(part)]
+
+
+def _default(option: dataclasses.Field[Any]) -> str:
+    if option.default is not dataclasses.MISSING:
+        return "none" if option.default is None else f"`{option.default}`"
+    return "required" if option.default_factory is dataclasses.MISSING else "none"
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -1,9 +1,9 @@
-"""Go on with a trained LoRA as a Bayesian one.
+"""Train a LoRA further as a Bayesian one.
 
     python examples/continue_lora.py
 
-A plain LoRA is trained by PEFT and transformers' Trainer alone, and saved. It is loaded again, `bayesianize` puts a
-Gaussian around its A, and BlobTrainer goes on. The table shows both on queries that neither has seen.
+A plain LoRA is trained by PEFT and the Trainer of Transformers, and saved. It is loaded again, `bayesianize` puts a
+Gaussian around its A, and BlobTrainer continues. The table shows both on queries that neither has seen.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--steps", type=int, default=120, help="of the LoRA; half as many follow")
-    parser.add_argument("--samples", type=int, default=5, help="weight draws N")
+    parser.add_argument("--samples", type=int, default=5, help="number of weight samples N")
     options = parser.parse_args(arguments)
     tokenizer = load_tokenizer(options.model)
     train, test = support_desk("train"), support_desk("test")

@@ -1,11 +1,11 @@
-"""Grade multiple-choice answers, and know which ones to look at: a plain LoRA beside BLoB.
+"""Grade multiple-choice answers and show which ones to check: a plain LoRA beside BLoB.
 
-    python examples/grader.py                         # sums that this script makes: a toy
+    python examples/grader.py                         # sums that this script makes, a toy problem
     python examples/grader.py --data questions.jsonl  # {"question": …, "choices": […], "answer": 0}
     python examples/grader.py --data arc_easy         # from the hub
 
-A fifth of the questions is held out. Of the toy there is a third set: sums of numbers that are larger than all that
-was trained on, where an honest model is less sure. Each choice is scored by its text.
+A fifth of the questions is held out. The toy problem has a third set: sums of numbers larger than all training numbers,
+where a calibrated model is less confident. Each choice is scored by its text.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", help="questions; default: sums")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--samples", type=int, default=5, help="weight draws N")
+    parser.add_argument("--samples", type=int, default=5, help="number of weight samples N")
     options = parser.parse_args(arguments)
     generator = random.Random(0)
     questions = read_records(options.data) if options.data else sums(generator, range(2, 20), 300)
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measured(run: runs.Run, records: list[dict[str, Any]], num_samples: int) -> dict[str, float]:
-    """How good the answers are, how sure the model is, and what it gains from handing a fifth to a person."""
+    """Quality of the answers, confidence, and the accuracy if a fifth is handed to a person."""
     prediction = run.predict(records, num_samples, progress=True)
     found = evaluation.summary(prediction, runs.targets_of(run.task, records))
     sure = {

@@ -1,14 +1,14 @@
-"""Answer questions in words, and refuse where the weight draws don't agree.
+"""Answer questions in words, and withhold answers on which the weight samples do not agree.
 
     python examples/qa_uncertainty.py
     python examples/qa_uncertainty.py --samples 10 --agreement 0.9
 
-BLoB learns from a few capitals how to answer; which capitals there are, the base model knows or doesn't. It is then
-asked of countries that it wasn't trained on, and of countries that don't exist. Every draw of the weights writes an
-answer of its own. Where too few pairs of them say the same, the question is refused.
+BLoB learns the form of an answer from a few capitals; the capitals themselves the base model knows or does not. It is
+then asked about countries that it was not trained on, and about countries that do not exist. Every weight sample writes
+an answer of its own. If too few pairs of samples agree, the question is refused.
 
-With the default learning rate of the KL, so few records leave the posterior as wide as the prior: hardly two draws
-agree, and all is refused. A tenth of it was chosen on these very questions, so the counts only illustrate.
+With the default learning rate of the KL and so few records, the posterior becomes as wide as the prior: hardly any two
+samples agree, and everything is refused. A tenth of it was chosen on these questions, so the counts only illustrate.
 """
 
 import argparse
@@ -36,8 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--samples", type=int, default=10, help="weight draws N")
-    parser.add_argument("--agreement", type=float, default=0.6, help="least share of agreeing pairs of draws")
+    parser.add_argument("--samples", type=int, default=10, help="number of weight samples N")
+    parser.add_argument("--agreement", type=float, default=0.6, help="smallest share of agreeing pairs of samples")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "train.jsonl"

@@ -1,9 +1,10 @@
-"""The figures of docs/concepts.md: `python docs/figures/make.py`, seconds, no model and no data.
+"""The figures of docs/concepts.md: `python docs/figures/make.py`, in seconds, without a language model or a data set.
 
-The first two are a whole BLoB with one matrix A of two entries, trained here; the others come from committed results.
+The first two show a complete BLoB with one matrix A of two entries, which is trained here. The others need the scores
+of each example of two studies, which are not committed: `bloblora compare benchmarks/studies/arc_easy.yaml --output
+results/arc_easy` and the same with clinc150 make them. Where they are missing, these figures stay as they are.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bloblora import posterior as q
-from bloblora.evaluation import ReliabilityBins, reliability_figure, risk_coverage, risk_coverage_figure, save_figure
+from bloblora.evaluation import confidence_bins, reliability_figure, risk_coverage, risk_coverage_figure, save_figure
 from bloblora.prediction import Prediction
 
 FOLDER = Path(__file__).parent
@@ -32,10 +33,28 @@ def main() -> None:
     for name, figure in (
         ("draw", draw_figure(points, labels, mean, q.std(g), draws)),
         ("uncertainty", uncertainty_figure(draws)),
-        ("reliability", reliability_figure(arc_easy())),
-        ("risk_coverage", risk_coverage_figure(clinc150())),
     ):
         save_figure(figure, FOLDER / f"{name}.svg")
+    rows = {"LoRA": ("lora", 0), "BLoB, N = 10": ("blob", 10), "BLoB, σp = 0.05, N = 0": ("prior_std_0.05", 0)}
+    panels = {row: scores("arc_easy", *where, seeds=range(3)) for row, where in rows.items()}
+    if all(panels.values()):
+        bins = {row: confidence_bins(*panel) for row, panel in panels.items() if panel}
+        save_figure(reliability_figure(bins), FOLDER / "reliability.svg")
+    curves = {row: scores("clinc150", *rows[row], seeds=range(1)) for row in ("LoRA", "BLoB, N = 10")}
+    if all(curves.values()):
+        figure = risk_coverage_figure({row: risk_coverage(*curve) for row, curve in curves.items() if curve})
+        save_figure(figure, FOLDER / "risk_coverage.svg")
+
+
+def scores(study: str, method: str, samples: int, seeds: range) -> tuple[Tensor, Tensor] | None:
+    """Confidence and whether the answer was right, (n,) each, of all seeds; None where the files are missing."""
+    files = [RESULTS / study / f"{study}--{method}--seed{seed}.safetensors" for seed in seeds]
+    if not all(file.is_file() for file in files):
+        print(f"{study}: no scores in {RESULTS / study}; see the first lines of this file")
+        return None
+    found = [load_file(file) for file in files]
+    confidence, right = (torch.cat([s[f"test/{samples}/{name}"] for s in found]) for name in ("confidence", "accuracy"))
+    return confidence, right.bool()
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -75,7 +94,7 @@ def draw_figure(points: Tensor, labels: Tensor, mean: Tensor, std: Tensor, draws
     for scale, label in ((1, "1 and 2 standard deviations"), (2, None)):
         ellipse = mean[:, None] + scale * std[:, None] * torch.stack([angle.cos(), angle.sin()])
         left.plot(*ellipse.tolist(), color=GREY, linewidth=1, label=label)
-    left.plot(*draws.T.tolist(), ".", color=BLUE, markersize=9, label=f"{DRAWS} draws")
+    left.plot(*draws.T.tolist(), ".", color=BLUE, markersize=9, label=f"{DRAWS} weight samples")
     left.plot(*mean.tolist(), "x", color=RED, markersize=9, markeredgewidth=2.5, label="mean M")
     left.set(xlabel="A₁", ylabel="A₂", title="what BLoB learns: q(A)")
     left.legend(frameon=False, fontsize=8, loc="lower right")
@@ -86,7 +105,7 @@ def draw_figure(points: Tensor, labels: Tensor, mean: Tensor, std: Tensor, draws
     for name, (x, y) in INPUTS.items():
         right.plot(x, y, "*", color=YELLOW, markersize=12)
         right.annotate(name, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=9)
-    right.set(xlim=(-4, 4), ylim=(-2, 5), xlabel="x₁", ylabel="x₂", title="each draw is a function: its boundary")
+    right.set(xlim=(-4, 4), ylim=(-2, 5), xlabel="x₁", ylabel="x₂", title="each sample is a function: its boundary")
     right.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
@@ -101,8 +120,8 @@ def uncertainty_figure(draws: Tensor) -> Figure:
     left.bar(place, prediction.probabilities[:, 1].tolist(), 0.5, color=GREY, label="their mean p̄")
     for i in place:
         left.plot([i] * DRAWS, prediction.draw_probabilities[:, i, 1].tolist(), ".", color=BLUE, markersize=8)
-    left.plot([], [], ".", color=BLUE, markersize=8, label="each draw")
-    left.set(ylabel="probability of class 1", ylim=(0, 1.25), title=f"{DRAWS} draws")
+    left.plot([], [], ".", color=BLUE, markersize=8, label="each sample")
+    left.set(ylabel="probability of class 1", ylim=(0, 1.25), title=f"{DRAWS} weight samples")
     aleatoric, epistemic = prediction.expected_entropy, prediction.mutual_information
     right.bar(place, aleatoric.tolist(), 0.5, color=YELLOW, label="aleatoric: mean of H[pₛ]")
     right.bar(place, epistemic.tolist(), 0.5, bottom=aleatoric.tolist(), color=RED, label="epistemic: the rest")
@@ -113,29 +132,6 @@ def uncertainty_figure(draws: Tensor) -> Figure:
     for name, *values in zip(INPUTS, prediction.probabilities[:, 1], aleatoric, epistemic, strict=True):
         print(f"{name}: p̄ {values[0]:.2f}, aleatoric {values[1]:.2f}, epistemic {values[2]:.2f}")
     return figure
-
-
-def arc_easy() -> dict[str, ReliabilityBins]:
-    """Bins of three seeds together."""
-    panels = {}
-    for name, method, samples in (("LoRA", "lora", "0"), ("BLoB, N = 10", "blob", "10")):
-        files = [RESULTS / f"calibration/arc_easy-{method}-seed{seed}.json" for seed in range(3)]
-        rows = torch.tensor([json.loads(file.read_text())["reliability"][samples] for file in files]).double()
-        count = rows[..., 0].sum(0)
-        confidence, accuracy = ((rows[..., i] * rows[..., 0]).sum(0) / count for i in (1, 2))
-        panels[name] = ReliabilityBins(count, confidence, accuracy)
-    return panels
-
-
-def clinc150() -> dict:
-    """One seed: what BLoB's confidence is worth when the least certain answers are withheld."""
-    curves = {}
-    for name, method, samples in (("LoRA", "lora", 0), ("BLoB, N = 10", "blob", 10)):
-        scores = load_file(RESULTS / f"clinc150/clinc150--{method}--seed0.safetensors")
-        right = scores[f"test/{samples}/accuracy"].bool()
-        curves[name] = risk_coverage(scores[f"test/{samples}/confidence"], right)
-        print(f"{name}: risk of all {1 - curves[name].accuracy(1.0):.3f}, of half {1 - curves[name].accuracy(0.5):.3f}")
-    return curves
 
 
 if __name__ == "__main__":

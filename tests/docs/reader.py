@@ -1,11 +1,13 @@
 """Somebody who does what a page says, with a tiny model and two steps."""
 
 import contextlib
+import importlib
 import io
 import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -14,8 +16,12 @@ import pytest
 import yaml
 
 from bloblora.cli import main
+from bloblora.evaluation import METRICS
+from bloblora.methods import METHODS
+from bloblora.posterior import PRIORS
 from bloblora.serving import Server, server
 from bloblora.studies import read_study
+from bloblora.tasks import TASKS
 from tests.docs.blocks import ROOT, Block
 
 # What a command gets in addition. The default model is a tiny one, see conftest.py.
@@ -37,6 +43,7 @@ INSTEAD = {
     "max_steps=500": "max_steps=2",
     "risk=0.2": "risk=0.9, level=0.5, coverage=0.6, false_alarm=0.3",
     '"127.0.0.1", 8000': '"127.0.0.1", 0',
+    "--temperature-scaling 0.2": "--temperature-scaling 0.5",
 }
 
 
@@ -45,7 +52,8 @@ class Reader:
 
     def __init__(self, namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         self.namespace, self.address = namespace, "localhost:8000"
-        self._stdin = monkeypatch
+        self._packages: set[str] = set()
+        self._patch = monkeypatch
         self._servers: list[Server] = []
         self._threads: list[Thread] = []
         servers = self._servers
@@ -61,7 +69,16 @@ class Reader:
         code = block.code
         for old, new in INSTEAD.items():
             code = code.replace(old, new)
-        kinds = {"python": self._python, "sh": self._shell, "yaml": self._yaml, "json": self._json}
+        if block.language == "python" and (file := re.match(r"# (\w+)/\w+\.py\n", code)):
+            self._write(Path(file[0][2:].strip()), code)
+            return
+        kinds = {
+            "python": self._python,
+            "sh": self._shell,
+            "yaml": self._yaml,
+            "json": self._json,
+            "toml": self._install,
+        }
         assert block.language in kinds, f"{block.place}: no way to run {block.language!r}"
         kinds[block.language](code, block)
 
@@ -70,6 +87,30 @@ class Reader:
             running.handle_exit(15, None)
         for thread in self._threads:
             thread.join(30)
+        for name in [name for name in sys.modules if name.partition(".")[0] in self._packages]:
+            del sys.modules[name]
+        if self._packages:
+            forget_other_packages()
+
+    def _write(self, file: Path, code: str) -> None:
+        """A module of a package that the page writes."""
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(code, encoding="utf-8")
+        self._packages.add(file.parent.name)
+        importlib.invalidate_caches()
+        forget_other_packages()
+
+    def _install(self, code: str, block: Block) -> None:
+        """What pip leaves of a pyproject.toml: the package's name and entry points, in a folder on Python's path."""
+        name = re.search(r'^name = "(.+)"$', code, re.MULTILINE)
+        assert name, block.place
+        folder = Path(f"{name[1].replace('-', '_')}-1.0.dist-info")
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name[1]}\nVersion: 1.0\n")
+        groups = code[code.index("[project.entry-points") :]
+        groups = re.sub(r'^\[project\.entry-points\."(.+)"\]$', r"[\1]", groups, flags=re.MULTILINE)
+        (folder / "entry_points.txt").write_text(groups.replace('"', ""), encoding="utf-8")
+        self._patch.syspath_prepend(str(Path.cwd()))
 
     def _python(self, code: str, block: Block) -> None:
         # Lines before it, so that a traceback has the page's line.
@@ -110,7 +151,7 @@ class Reader:
             if command[0] == "serve":
                 self._serve(lambda: main(command))
                 return
-            self._stdin.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+            self._patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
             try:
                 main(command)
             except SystemExit as exit_:
@@ -140,3 +181,11 @@ class Reader:
             thread.join(0.02)
             assert thread.is_alive(), "the server ended"
         self.address = self._servers[-1].url.removeprefix("http://")
+
+
+def forget_other_packages() -> None:
+    """Registries look for other packages' entry points again, as a new process does."""
+    for registry in (METHODS, PRIORS, TASKS, METRICS):
+        vars(registry).pop("_others", None)
+        for name in registry._loaded.keys() - registry._own.keys():
+            del registry._loaded[name]

@@ -9,7 +9,7 @@ from tests.tiny_base import QUESTIONS, write_jsonl
 
 FOLDER = Path(__file__).parents[2] / "examples"
 SHOWN = {
-    "intent_routing": ("promised:", "480 test", "200 out_of_scope", "not ours"),
+    "intent_routing": ("guaranteed:", "480 test", "200 out_of_scope", "out of scope"),
     "grader": ("lora: held out", "blob, N = 2: larger numbers", "accuracy"),
     "qa_uncertainty": ("Denmark", "Velmoria", "agreement", "refused:"),
     "continue_lora": ("LoRA", "continued as BLoB, N = 2", "ECE", "median Ω"),

@@ -107,8 +107,7 @@ def test_a_merged_model_needs_no_adapter(method, kind, draw, options, run_of, tm
 def test_a_merged_head_leaves_the_embedding_alone(tied, tmp_path):
     from types import SimpleNamespace
 
-    from bloblora.export.draws import Draw
-    from bloblora.export.merged import write_merged
+    from bloblora.export.writers import Draw, write_merged
     from tests.tasks.conftest import tiny_causal, train_tokenizer, with_lora
 
     base = tiny_causal(tie_word_embeddings=tied)

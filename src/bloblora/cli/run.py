@@ -17,8 +17,7 @@ from .. import evaluation, runs
 from ..adapter import find_posterior
 from ..data import read_batches, read_records
 from ..decision import check_promises
-from ..decision.label_sets import Kind
-from ..decision.scope import Score
+from ..decision.conformal import Kind, Score
 from ..files import replacing
 from ..runs import PredictionOptions, RunConfig, RunDescription, RunError, open_run
 from ..runs.checks import check_generates
