@@ -191,3 +191,15 @@ def test_a_damaged_folder(base, tmp_path, damage):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError, match=f"model '{tmp_path}' can't be loaded: "):
         load_model(str(tmp_path))
+
+
+def test_a_models_own_code_is_neither_run_nor_asked_for(base, tmp_path):
+    for file in base.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
+    with pytest.raises(ModelError, match=r"can't be loaded: .*trust_remote_code|can't be loaded: .*custom code"):
+        load_model(str(tmp_path))
+    assert not (tmp_path / "was_run").exists()
