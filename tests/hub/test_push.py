@@ -51,9 +51,9 @@ from pathlib import Path
 from bloblora.serving import Settings
 from bloblora.serving.hosted import Hosted, open_hosted
 
-folders = open_hosted(["hub:user/desk", "next=hub:user/desk@next"], Settings(samples=3))
-metrics = {name: Hosted(name, folder, None, None).metrics for name, folder in folders.items()}
-json.dump([metrics, [file.name for file in folders["desk"].glob("*.png")]], sys.stdout)
+opened = open_hosted(["hub:user/desk", "next=hub:user/desk@next"], Settings(samples=3))
+metrics = {name: Hosted(name, run.folder, None, None).metrics for name, run in opened.items()}
+json.dump([metrics, [file.name for file in opened["desk"].folder.glob("*.png")]], sys.stdout)
 """
 
 
