@@ -8,8 +8,9 @@ linearized, and by the distilled LoRA. For each: accuracy, ECE, NLL, the AUROC o
 draws an input, the time as a ratio to ten forwards in the same run (in batches, and one by one on a few records), and a
 paired bootstrap of the difference from all ten draws.
 
-Writes results/approximations/seed<n>.json and README.md; a seed that has its file is not repeated. With --missing, what
-the file lacks is measured beside ten forwards of its own.
+Writes results/approximations/results.json and README.md; with the scores of each example, which git does not keep, the
+files runs/seed<n>.json there. A seed that has its file is not repeated. With --missing, what the file lacks is measured
+beside ten forwards of its own.
 """
 
 import argparse
@@ -20,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import keep, parser_of
 from torch import Tensor
 
 from bloblora import evaluation, models, runs, tasks
 from bloblora.adapter import Posterior
 from bloblora.data import read_records
-from bloblora.files import read_json, write_json, write_text
+from bloblora.files import read_json, write_json
 from bloblora.prediction import Linearized, Prediction, Sampler, StoppingRule, TopBlocks, WeightDraws, predict
-from bloblora.studies.job import cpu
+from bloblora.studies.job import machine
 
-RESULTS = Path(__file__).parents[1] / "results" / "approximations"
 REFERENCE, EXACT, DISTILLED = "ten forwards", "predict, N = 10", "distilled"
 MIRRORED_STOP = "mirrored, N = 4, stop, error 0.2, tolerance 0.1"
 SEEDS, ALONE = (0, 1, 2), 40
@@ -167,7 +168,7 @@ def tables(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure what is missing, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "approximations")
     parser.add_argument("--train", default="support_desk:train", help="records to train on")
     parser.add_argument("--test", default="support_desk:test", help="records to predict")
     parser.add_argument("--outside", default="support_desk:out_of_scope", help="records out of scope")
@@ -181,14 +182,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--missing", action="store_true", help="measure variants that a seed's file lacks")
     parser.add_argument("--runs", type=Path, default=Path("runs/approximations"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    options.results.mkdir(parents=True, exist_ok=True)
     results = []
-    machine = {"cpu": cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     for seed in options.seeds:
-        file = options.results / f"seed{seed}.json"
-        result = read_json(file, ValueError) if file.is_file() else {"variants": {}, "machine": machine}
+        file = options.results / "runs" / f"seed{seed}.json"
+        result = read_json(file, ValueError) if file.is_file() else {"variants": {}, "machine": machine()}
         if options.missing or not result["variants"]:
             shown = {k: Path(str(v)).name for k, v in vars(options).items() if k not in NOT_OPTIONS}
             found = measure(seed, options, result["variants"])
@@ -196,12 +194,14 @@ def main() -> None:
         results.append(read_json(file, ValueError))
     text = (
         "# Cheaper predictions against N = 10 draws\n\n"
-        "Made by `python benchmarks/approximations.py`; options and machine are in the JSON files. Mean ± standard "
+        "Made by `python benchmarks/approximations.py`; options and machine are in results.json. Mean ± standard "
         f"deviation over {len(results)} seeds. Times are ratios to ten forwards, a draw each, in the same run: in "
         f"batches of {results[0]['options']['batch_size']}, and one record at a time.\n\n"
     )
     text += tables(results)
-    write_text(options.results / "README.md", text)
+    for variant in (variant for result in results for variant in result["variants"].values()):
+        del variant["scores"]
+    keep(options.results, {f"seed {s}": result for s, result in zip(options.seeds, results, strict=True)}, text)
     print(text)
 
 

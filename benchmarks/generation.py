@@ -5,20 +5,17 @@
 The files hold ``{"question", "choices", "answer"}`` as JSON lines. The prompt lists the choices, without letters
 and in the file's order, and the answer to write is the text of the right one. A written answer counts as right where,
 without case, punctuation and articles, it is the right choice's text or holds it and no other choice's; everything else
-is wrong. Each training and its evaluation is a process of its own and writes a JSON file into results/generation; one
-that has its file is not repeated, a training that was stopped goes on. The tables there are made from those files.
+is wrong. Each training and its evaluation is a process of its own; what results/generation/results.json has is not
+repeated, a training that was stopped goes on. README.md there has the tables.
 """
 
 import argparse
 import json
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import alone, keep, kept, parser_of
 from torch import Tensor
 
 from bloblora import evaluation, runs
@@ -26,10 +23,9 @@ from bloblora.data import read_records
 from bloblora.files import write_text
 from bloblora.generation import Generation, normalized
 from bloblora.prediction import average_draws
-from bloblora.studies.job import cpu
+from bloblora.studies.job import machine
 from bloblora.tasks import TextGeneration, encode_all
 
-RESULTS = Path(__file__).parents[1] / "results" / "generation"
 SETTINGS: dict[str, Any] = {"task": "generation", "steps": 150, "batch_size": 8, "learning_rate": 1e-3}
 _NAMES = {("lora", 0): "LoRA", ("blob", 0): "BLoB, N = 0", ("blob", 5): "BLoB, N = 5"}
 _BATCH = 16
@@ -67,13 +63,12 @@ def run(method: str, seed: int, options: argparse.Namespace, folder: Path) -> di
         )
         metrics[n] = {**answer_metrics(written, records), **token_metrics(trained, records, n, seed)}
     return {
-        "config": {**asdict(config), "data": options.data.name, "output": None},
+        "config": {**config.given(), "data": options.data.name, "output": None},
         "num_training": len(training),
         "num_questions": len(records),
         "training": trained.training,
         "metrics": metrics,
-        "machine": {"cpu": cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "torch": torch.__version__,
+        "machine": machine(),
     }
 
 
@@ -118,13 +113,12 @@ def token_metrics(trained: runs.Run, records: list[dict[str, Any]], num_samples:
     return {"token_ece": bins.ece, "perplexity": torch.cat(nll).double().mean().exp().item()}
 
 
-def report(folder: Path) -> str:
+def report(results: dict[str, Any]) -> str:
     """Markdown tables of all results that are there, mean ± standard deviation over seeds."""
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
     rows: dict[str, dict[str, list[float]]] = {}
-    for result in results:
+    for result in results.values():
         for n, found in result["metrics"].items():
-            row = rows.setdefault(_NAMES[result["config"]["method"], int(n)], {})
+            row = rows.setdefault(_NAMES[result["config"]["method"]["name"], int(n)], {})
             for name, value in (found | {"minutes": result["training"]["seconds"] / 60}).items():
                 row.setdefault(name, []).append(value)
     rows = {name: rows[name] for name in _NAMES.values() if name in rows}
@@ -137,7 +131,7 @@ def report(folder: Path) -> str:
     text = [
         "# Uncertainty of written answers\n",
         "Made by `python benchmarks/generation.py`, whose docstring says what is right; settings, machine and versions "
-        "are in the JSON files. AUROC: 1 is perfect, 0.5 chance; AURC: less is better, the error rate is chance. A "
+        "are in results.json. AUROC: 1 is perfect, 0.5 chance; AURC: less is better, the error rate is chance. A "
         "single draw (LoRA, N = 0) has no mutual information, variance, agreement or semantic entropy.\n",
     ]
     for title, names in groups.items():
@@ -158,7 +152,7 @@ def _holds(text: str, part: str) -> bool:
 
 def main() -> None:
     """Run what is missing, then write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "generation")
     parser.add_argument("--data", type=Path, required=True, help="training questions, JSON lines")
     parser.add_argument("--test", type=Path, required=True, help="test questions, JSON lines")
     parser.add_argument("--model", default=runs.RunConfig.model)
@@ -167,21 +161,17 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=640, help="training questions")
     parser.add_argument("--questions", type=int, default=200, help="test questions")
     parser.add_argument("--steps", type=int, default=SETTINGS["steps"], help="optimizer steps")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where result files go")
     parser.add_argument("--runs", type=Path, default=Path("runs/generation"), help="where adapters go")
     options = parser.parse_args()
-    options.results.mkdir(parents=True, exist_ok=True)
+    results = kept(options.results)
     for seed in options.seeds:
         for method in options.methods:
-            file = options.results / f"{method}-seed{seed}.json"
-            print(file.stem, flush=True)
-            if not file.exists():
-                # A process for each run: its peak memory is its own.
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    folder = options.runs / file.stem
-                    runs.write_json(file, pool.submit(run, method, seed, options, folder).result())
-            write_text(options.results / "README.md", report(options.results))
-    print(report(options.results))
+            name = f"{method}-seed{seed}"
+            print(name, flush=True)
+            if name not in results:
+                results[name] = alone(run, method, seed, options, options.runs / name)
+            keep(options.results, results, report(kept(options.results)))
+    print(report(results))
 
 
 if __name__ == "__main__":

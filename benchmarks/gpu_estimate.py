@@ -14,14 +14,13 @@ The same estimate is set against a measurement that others have published: Qwen-
 Writes results/scaling/estimate.json and estimate.md.
 """
 
-import argparse
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import keep, parser_of
 from counting import Cost, Operation, count, count_call
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -29,10 +28,9 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from bloblora import BlobConfig, Posterior, bayesianize, evaluation, find_posterior
-from bloblora.files import write_json, write_text
-from bloblora.studies.job import cpu
+from bloblora.files import write_text
+from bloblora.studies.job import machine
 
-RESULTS = Path(__file__).parents[1] / "results" / "scaling"
 MATMUL_SHARE, BANDWIDTH_SHARE, LAUNCH = 0.6, 0.8, 5e-6
 EXAMPLES, TOKENS, RANK, TARGETS = 4, 300, 8, ("q_proj", "v_proj")
 DRAWS = (0, 1, 2, 5, 10, 20)
@@ -274,20 +272,18 @@ def report(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Count, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser = parser_of(__doc__, "scaling")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     normals = normals_a_second()
     assumed = {"matmul_share": MATMUL_SHARE, "bandwidth_share": BANDWIDTH_SHARE, "launch": LAUNCH}
     results = {
         "assumed": assumed | {"normals_a_second_on_host": normals},
-        "machine": cpu(),
+        "machine": machine(),
         "models": {name: estimate(shape, normals) for name, shape in SHAPES.items()},
         "Qwen-7B": against_measured(),
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    write_json(options.results / "estimate.json", results)
+    keep(options.results, results, file="estimate.json")
     write_text(options.results / "estimate.md", report(results))
     print(report(results))
 

@@ -14,17 +14,14 @@ the batch), with every Ω small (0.05) and as large as where trainings of 200 st
 Writes results/gradient_noise/results.json as it goes, goes on from there, and README.md.
 """
 
-import argparse
 import copy
-import json
 import random
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import keep, kept, parser_of, times
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,9 +30,8 @@ from transformers import set_seed
 from bloblora import BlobConfig, bayesianize, evaluation, models, runs, tasks
 from bloblora.data import read_records
 from bloblora.methods import METHODS, Training
-from bloblora.studies.job import cpu
+from bloblora.studies.job import machine
 
-RESULTS = Path(__file__).parents[1] / "results" / "gradient_noise"
 VARIANTS = {
     "A, independent": BlobConfig(estimator="independent"),
     "A, flipout": BlobConfig(estimator="flipout"),
@@ -84,22 +80,9 @@ def noise(draw: Callable[[], Tensor], draws: int) -> tuple[float, float]:
     return ratio(everything), error
 
 
-def times(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function; in each round all take turns, in another order."""
-    found: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(rounds + 1):
-        names = [*functions]
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            start = time.perf_counter()
-            functions[name]()
-            if number:  # the first round warms up
-                found[name].append(time.perf_counter() - start)
-    return found
-
-
 def main() -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "gradient_noise")
     parser.add_argument("--data", default="support_desk:train", help="records to train on and to take the batch from")
     parser.add_argument("--limit", type=int, help="of records, per label")
     parser.add_argument("--model", default=models.DEFAULT_MODEL)
@@ -109,15 +92,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--stds", type=float, nargs="+", default=[0.05, 0.17], help="Ω of every entry")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    file = options.results / "results.json"
-    options.results.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    results = kept(options.results)
     described = {k: v for k, v in vars(options).items() if k not in ("results", "seeds")}
     if results.setdefault("options", described) != described:
-        parser.error(f"{file} was made with other options: {results['options']}")
-    results["machine"] = {"cpu": cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        parser.error(f"{options.results} was made with other options: {results['options']}")
+    results["machine"] = machine()
 
     records = runs.select(read_records(options.data), options.limit)
     tokenizer = models.load_tokenizer(options.model)
@@ -153,7 +133,7 @@ def main() -> None:
                     found[name] = {"ratio": ratio, "standard_error": error}
                     print(f"seed {seed}, {column}: {name}: {ratio:.3g} ± {error:.2g}", flush=True)
                 results[f"seed {seed}"][column] = found
-                runs.write_json(file, results)
+                keep(options.results, results)
         if "seconds" not in results:
             timed = {"plain LoRA": lora.train()} | {
                 n: variant_of(lora, c, options.stds[0]) for n, c in VARIANTS.items()
@@ -161,7 +141,7 @@ def main() -> None:
             results["seconds"] = times(
                 {n: lambda m=m, b=batch: gradient(m, task, b) for n, m in timed.items()}, options.rounds
             )
-            runs.write_json(file, results)
+            keep(options.results, results)
 
     rows: dict[str, dict[str, Any]] = {}
     for name, seconds in results["seconds"].items():
@@ -178,7 +158,7 @@ def main() -> None:
         f"noise (1: no noise), over {options.draws} draws with the data fixed, mean ± standard deviation of "
         f"{len(options.seeds)} seeds; time is the median and the quartiles of {options.rounds} rounds.\n\n"
     )
-    (options.results / "README.md").write_text(text + table, encoding="utf-8")
+    keep(options.results, results, text + table)
     print(table)
 
 

@@ -14,7 +14,6 @@ On one base model and random tokens, for each batch size × tokens, with adapter
 Writes results/prediction/results.json and README.md.
 """
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,18 +22,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from common import keep, parser_of, ratios, spread, times
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from timing import ratios, spread, times
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
 from bloblora import BlobConfig, Posterior, bayesianize, evaluation, find_posterior, models, predict
-from bloblora.files import write_json, write_text
 from bloblora.prediction.forward import BatchForward
-from bloblora.studies.job import cpu
+from bloblora.studies.job import machine
 
-RESULTS = Path(__file__).parents[1] / "results" / "prediction"
 SHAPES = ((1, 16), (1, 64), (16, 16), (16, 60))
 NUM_SAMPLES, NUM_LABELS, SEED = 10, 10, 0
 SEPARATE, SHARED, SIDE, WHOLE = "ten forwards", "shared forwards", "side by side", "predict"
@@ -167,27 +164,20 @@ def write(folder: Path, results: dict[str, Any], rows: dict[str, dict[str, Any]]
         "`predict`'s arithmetic over that of the machine's fastest matrix product.\n\n"
     )
     table = evaluation.markdown_table(rows, [*dict.fromkeys(column for row in rows.values() for column in row)])
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", results)
-    write_text(folder / "README.md", text + table)
+    keep(folder, results, text + table)
 
 
 def main() -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "prediction")
     parser.add_argument("--model", default=models.DEFAULT_MODEL)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, two rounds: to see that it works")
     options = parser.parse_args()
     name, rounds = (None, 2) if options.smoke else (options.model, options.rounds)
     results: dict[str, Any] = {
         "options": {"model": name, "rounds": rounds, "num_samples": NUM_SAMPLES},
-        "machine": {
-            "cpu": cpu(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
+        "machine": machine(),
         "peak_flops": (peak := peak_flops()),
         "cases": {},
     }

@@ -11,29 +11,25 @@ fitted outside of the clock. A library that isn't installed is left out and said
 Writes results/prediction_peers/results.json and README.md.
 """
 
-import argparse
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import prediction as ours
 import torch
-from timing import ratios, spread, times
+from common import keep, parser_of, ratios, spread, times
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from bloblora import evaluation, find_posterior, models, predict
 from bloblora.adapter import debayesianize
-from bloblora.files import write_json, write_text
 from bloblora.methods import Training
 from bloblora.methods.laplace import fit_laplace
 from bloblora.prediction import Linearized
-from bloblora.studies.job import cpu
+from bloblora.studies.job import machine
 from bloblora.tasks import Classification
 
-RESULTS = Path(__file__).parents[1] / "results" / "prediction_peers"
 SHAPES = ((1, 16), (1, 64), (4, 16))  # bayesian-lora at 16 × 16 takes more than 15 GB
 NUM_SAMPLES, NUM_LABELS, EXAMPLES = ours.NUM_SAMPLES, 4, 16
 PLAIN, DRAWS, LINEARIZED, LAPLACE = "plain LoRA, one forward", "predict", "Linearized", "method laplace"
@@ -129,10 +125,9 @@ def contestants(name: str | None, tokens: int, size: int) -> dict[str, Callable[
 
 def main() -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "prediction_peers")
     parser.add_argument("--model", default=models.DEFAULT_MODEL)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, one round: to see that it works")
     options = parser.parse_args()
     name, rounds = (None, 1) if options.smoke else (options.model, options.rounds)
@@ -147,7 +142,6 @@ def main() -> None:
         cases[case] = {"ratios": {k: spread(v) for k, v in ratios(seconds, PLAIN).items()}, "seconds": seconds}
         rows[case] = {key: ratio["median"] for key, ratio in cases[case]["ratios"].items() if key != PLAIN}
         print(case, rows[case], flush=True)
-    machine = {"cpu": cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     text = (
         "# Time of a Bayesian prediction, beside other libraries\n\n"
         "Made by `python benchmarks/prediction_peers.py`; machine and all times are in results.json. Forwards of plain "
@@ -155,9 +149,7 @@ def main() -> None:
         f"r = 8, q and v. Everything that draws makes {NUM_SAMPLES} draws. bayesian-lora fails on a batch of one.\n\n"
     )
     text += evaluation.markdown_table(rows, list(rows[case])) + "".join(f"\nNot installed: {p}.\n" for p in left_out)
-    options.results.mkdir(parents=True, exist_ok=True)
-    write_json(options.results / "results.json", {"machine": machine, "rounds": rounds, "model": name, "cases": cases})
-    write_text(options.results / "README.md", text)
+    keep(options.results, {"machine": machine(), "rounds": rounds, "model": name, "cases": cases}, text)
     print(text)
 
 

@@ -13,7 +13,7 @@ base case. Each point is measured in processes of its own:
 
 Growth rates are slopes of the logarithms, by least squares. Points are kept: what is measured is not measured again.
 
-Writes results/scaling/points/*.json, README.md and scaling.svg.
+Writes results/scaling/results.json, README.md and scaling.svg.
 """
 
 import argparse
@@ -26,27 +26,24 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import transformers
+from common import keep, kept, parser_of, ratios, spread, times
 from counting import count
 from peft import LoraConfig, TaskType, get_peft_model
 from scipy.stats import linregress
-from timing import ratios, spread, times
 from torch import nn
 from training_step import TARGETS, batch_of, resident, step_of
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments
 
 from bloblora import BlobConfig, BlobTrainer, bayesianize, evaluation, predict
 from bloblora.evaluation import plots
-from bloblora.files import read_json, write_json, write_text
-from bloblora.studies.job import cpu
+from bloblora.studies.job import machine
 from bloblora.training import BlobTrainingArguments
 
-RESULTS = Path(__file__).parents[1] / "results" / "scaling"
 PLAIN, BLOB, FULL = "plain LoRA", "BLoB", "full fine-tuning"
 NUM_LABELS, EXAMPLES, SEED = 10, 4, 0
 FLOPS = 1e12  # of plain LoRA's steps that are timed in a point; not fewer than 3 rounds, nor more than 9
@@ -212,15 +209,15 @@ def measure(point: Point, base: Point, threads: int) -> dict[str, Any]:
     }
 
 
-def kept(point: Point, base: Point, options: argparse.Namespace) -> dict[str, Any]:
+def measured(point: Point, base: Point, options: argparse.Namespace) -> dict[str, Any]:
     """A point that was measured, now or before."""
-    file = options.results / "points" / f"{point.name}.json"
-    if not file.exists():
-        machine = {"cpu": cpu(), "threads": options.threads, "torch": torch.__version__}
-        machine |= {"transformers": transformers.__version__}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, measure(point, base, options.threads) | {"machine": machine})
-    return read_json(file, ValueError)
+    found = kept(options.results)
+    if point.name not in found:
+        found[point.name] = measure(point, base, options.threads) | {
+            "machine": machine() | {"threads": options.threads}
+        }
+        keep(options.results, found)
+    return kept(options.results)[point.name]
 
 
 def growth(x: list[float], y: list[float]) -> dict[str, float]:
@@ -296,12 +293,12 @@ def draws_table(base: dict[str, Any]) -> tuple[dict[str, dict[str, float]], str]
 
 def report(found: Mapping[str, list[dict[str, Any]]], base: dict[str, Any]) -> str:
     """All tables, in Markdown."""
-    machine = base["machine"]
+    of = base["machine"]
     text = [
         "# How cost grows\n",
-        f"Made by `python benchmarks/scaling.py`; all times are in points/. Base case: {base['point']['size']}, "
+        f"Made by `python benchmarks/scaling.py`; all times are in results.json. Base case: {base['point']['size']}, "
         f"{EXAMPLES} × {base['point']['tokens']} tokens, r = {base['point']['rank']}, {base['point']['targets']}, "
-        f"float32, random weights; {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}. Seconds: "
+        f"float32, random weights; {of['cpu']}, {of['threads']} threads, torch {of['torch']}. Seconds: "
         "medians over rounds in which all take turns; ratios are within a round. Peak: a whole process of two steps; "
         f"the step's memory: what it takes above its size before the first. “–” for {FULL}: it didn't fit into the "
         "memory that was free, or doesn't depend on the factor.\n",
@@ -355,11 +352,10 @@ def figure(found: Mapping[str, list[dict[str, Any]]], base: dict[str, Any]) -> A
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what isn't yet, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "scaling")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=FACTORS["size"])
     parser.add_argument("--smoke", action="store_true", help="a minute, on tiny models: does it run?")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     base = Point(*(values[0] for values in SMOKE.values())) if options.smoke else Point()
     factors = SMOKE if options.smoke else FACTORS | {"size": options.sizes}
@@ -367,11 +363,11 @@ def main(arguments: list[str] | None = None) -> None:
     for factor, points in around(base, factors).items():
         found[factor] = []
         for point in points:
-            found[factor].append(kept(point, base, options))
+            found[factor].append(measured(point, base, options))
             print(point.name, row(found[factor][-1]), flush=True)
-    text = report(found, first := kept(base, base, options))
+    text = report(found, first := measured(base, base, options))
     plots.save_figure(figure(found, first), options.results / "scaling.svg")
-    write_text(options.results / "README.md", text)
+    keep(options.results, kept(options.results), text)
     print(text)
 
 

@@ -10,7 +10,6 @@ memory from second to second. The client runs on the same machine and takes its 
 Writes results/serving/results.json and README.md.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -25,14 +24,14 @@ from typing import Any
 
 import httpx
 import torch
+from common import keep, parser_of
 
 from bloblora import evaluation
 from bloblora.data import read_records
-from bloblora.files import write_json, write_text
+from bloblora.files import write_text
 from bloblora.runs import open_run
-from bloblora.studies.job import cpu
+from bloblora.studies.job import machine
 
-RESULTS = Path(__file__).parents[1] / "results" / "serving"
 USER = Path(__file__).with_name("serving_user.py")
 WARM_UP = 3
 
@@ -115,7 +114,7 @@ def measure(run: str, bodies: Path, batch_size: int, samples: int, users: int, s
 
 def main() -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "serving")
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("--data", default="support_desk:test", help="records of the run's kind")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
@@ -123,18 +122,15 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=8)
     parser.add_argument("--seconds", type=int, default=30, help="of each case, after a warm-up")
     parser.add_argument("--minutes", type=int, default=0, help="instead of seconds")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     seconds = options.minutes * 60 or options.seconds
     config = open_run(options.run).config
     results: dict[str, Any] = {
         "options": {"data": options.data, "users": options.users, "seconds": seconds},
-        "run": {"method": config.method, "model": config.model},
+        "run": {"method": config.method["name"], "model": config.model},
         "machine": {
-            "cpu": cpu(),
-            "threads": torch.get_num_threads(),
+            **machine(),
             "load average before": os.getloadavg()[0],
-            "torch": torch.__version__,
         },
         "cases": {},
     }
@@ -155,14 +151,12 @@ def main() -> None:
     text = (
         "# Load on `bloblora serve`\n\n"
         f"Made by `python benchmarks/serving.py RUN`; {options.users} users, one input a request, {seconds} s a case, "
-        f"{config.method} on {config.model}, {torch.get_num_threads()} thread(s). The client runs on the same machine, "
-        f"whose load average before was {results['machine']['load average before']:.1f}. Options, machine and the "
-        "memory of each second are in results.json.\n\n"
+        f"{config.method['name']} on {config.model}, {torch.get_num_threads()} thread(s). The client runs on the same "
+        f"machine, whose load average before was {results['machine']['load average before']:.1f}. Options, machine "
+        "and the memory of each second are in results.json.\n\n"
     )
     table = evaluation.markdown_table(rows, [*next(iter(rows.values()))])
-    options.results.mkdir(parents=True, exist_ok=True)
-    write_json(options.results / "results.json", results)
-    write_text(options.results / "README.md", text + table)
+    keep(options.results, results, text + table)
 
 
 if __name__ == "__main__":

@@ -19,33 +19,27 @@ Writes results/training_step/results.json and README.md.
 
 import argparse
 import copy
-import json
-import multiprocessing
-import os
-import random
 import statistics
 import sys
 import tempfile
-import time
 import types
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from common import alone, keep, parser_of, times
 from peft import LoraConfig, MontecloraConfig, TaskType, get_peft_model
 from peft.helpers import MontecloraTrainerMixin
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments
 
-from bloblora import BlobConfig, BlobTrainer, bayesianize, evaluation, models, runs
-from bloblora.studies.job import cpu
+from bloblora import BlobConfig, BlobTrainer, bayesianize, evaluation, models
+from bloblora.studies.job import machine
 from bloblora.training import BlobTrainingArguments
 
-RESULTS = Path(__file__).parents[1] / "results" / "training_step"
 PLAIN, MONTECLORA, PUBLISHED = "plain LoRA", "MonteCLoRA (PEFT)", "published BLoB"
 BLOB = {
     "independent, flow": ("independent", "flow"),
@@ -157,18 +151,6 @@ def published_step(folder: Path, base: PreTrainedModel, targets: str | list[str]
     return lambda: wrapper.fit([batch], None)
 
 
-def times(functions: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function; in each round all take turns, in a random order."""
-    found: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(rounds + 1):
-        for name in random.Random(number).sample([*functions], len(functions)):
-            start = time.perf_counter()
-            functions[name]()
-            if number:  # the first round warms up
-                found[name].append(time.perf_counter() - start)
-    return found
-
-
 def memory(name: str, cell: tuple[int, int, str], options: argparse.Namespace) -> dict[str, float]:
     """MiB that this process has taken after a few steps: at most, and above what it held before them."""
     torch.set_num_threads(1)
@@ -231,9 +213,7 @@ def measure(cell: tuple[int, int, str], names: list[str], options: argparse.Name
         more = account(steps, next(name for name in names if name in BLOB))
         result["more_seconds"] = dict([*more.items()][:12])
     for name in names if options.memory else []:
-        # A process for each: its peak is its own.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            found = pool.submit(memory, name, cell, options).result()
+        found = alone(memory, name, cell, options)
         result["peak_mib"][name], result["step_mib"][name] = found["peak"], found["step"]
     return result
 
@@ -273,7 +253,7 @@ def report(results: Mapping[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "training_step")
     parser.add_argument("--model", default=models.DEFAULT_MODEL)
     parser.add_argument("--batches", nargs="+", default=["4x64", "8x128", "2x512"], help="examples x tokens")
     parser.add_argument("--layers", nargs="+", default=list(TARGETS), choices=TARGETS)
@@ -283,7 +263,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--no-profile", dest="profile", action="store_false")
     parser.add_argument("--smoke", action="store_true", help="seconds, on a tiny random model: does it run?")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     if options.smoke:
         options.model, options.batches, options.rounds = None, ["2x8"], 2
@@ -292,18 +271,15 @@ def main(arguments: list[str] | None = None) -> None:
     names = [PLAIN, *options.variants, *([PUBLISHED] if options.published else [])]
     results: dict[str, Any] = {
         "options": {key: str(value) for key, value in vars(options).items() if key not in ("results", "published")},
-        "machine": {"cpu": cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
+        "machine": machine(),
         "cells": {},
     }
-    options.results.mkdir(parents=True, exist_ok=True)
     for layers in options.layers:
         for size in options.batches:
             examples, tokens = map(int, size.split("x"))
             results["cells"][f"{examples} × {tokens}, {layers}"] = measure((examples, tokens, layers), names, options)
-            runs.write_json(options.results / "results.json", results)
-            (options.results / "README.md").write_text(report(results), encoding="utf-8")
-            print(report(json.loads(json.dumps(results))), flush=True)
+            keep(options.results, results, report(results))
+            print(report(results), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python examples/intent_routing.py --risk 0.3
 
 BLoB is trained on 288 queries with 24 intents. On 192 others two rules are calibrated, each with a guarantee: at most
-`--risk` of the answered queries are wrong, with probability 95 %, and at most 5 % of the queries in scope are flagged as
-out of scope, on average. Then 480 new queries and 200 that no intent fits are routed.
+`--risk` of the answered queries are wrong, with probability 95 %, and at most 5 % of the queries in scope are flagged
+as out of scope, on average. Then 480 new queries and 200 that no intent fits are routed.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The figures of docs/concepts.md: `python docs/figures/make.py`, in seconds, without a language model or a data set.
 
-The first two show a complete BLoB with one matrix A of two entries, which is trained here. The others need the scores of
-each example of two studies, which are not committed: `bloblora compare benchmarks/studies/arc_easy.yaml --output
+The first two show a complete BLoB with one matrix A of two entries, which is trained here. The others need the scores
+of each example of two studies, which are not committed: `bloblora compare benchmarks/studies/arc_easy.yaml --output
 results/arc_easy` and the same with clinc150 make them. Where they are missing, these figures stay as they are.
 """
 
@@ -50,7 +50,7 @@ def scores(study: str, method: str, samples: int, seeds: range) -> tuple[Tensor,
     """Confidence and whether the answer was right, (n,) each, of all seeds; None where the files are missing."""
     files = [RESULTS / study / "runs" / f"{study}--{method}--seed{seed}.safetensors" for seed in seeds]
     if not all(file.is_file() for file in files):
-        print(f"{study}: no scores in {RESULTS / study}/runs; see the first lines of this file")
+        print(f"{study}: no scores in {RESULTS / study / 'runs'}; see the first lines of this file")
         return None
     found = [load_file(file) for file in files]
     confidence, right = (torch.cat([s[f"test/{samples}/{name}"] for s in found]) for name in ("confidence", "accuracy"))

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -54,6 +56,33 @@ def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise error_type(f"{file}: must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def read_tensors(file: Path, error_type: type[ValueError]) -> dict[str, Tensor]:
+    """The tensors in a safetensors file.
+
+    Raises:
+        error_type: there is none.
+    """
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise error_type(f"{file}: not readable as safetensors (truncated?): {error}") from error
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, hexadecimal: independent of a file's order and layout."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def json_sha256(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object, hexadecimal: independent of its order."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(file: Path) -> str:

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import multiprocessing
+import re
 import shutil
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -183,13 +185,13 @@ def test_scaling_is_guarded_and_the_place_of_the_base_model_is_not(folder):
         (lambda c: c.pop("format_version"), "format_version is None"),
         (lambda c: c.update(surprise=1), r"unknown fields \['surprise'\]"),
         (lambda c: c.pop("mean_sha256"), r"missing fields \['mean_sha256'\]"),
-        (lambda c: c["config"].update(surprise=1), "'config' can't be used: .*surprise"),
+        (lambda c: c["config"].update(surprise=1), r"field 'config' has unknown fields \['surprise'\]"),
         (lambda c: c["config"].update(prior_std=-1), "prior_std must be a finite number above 0, got -1"),
         (lambda c: c["config"].update(prior_std="wide"), "prior_std must be a finite number above 0, got 'wide'"),
         (lambda c: c["config"].update(estimator="magic"), "estimator must be one of .*, got 'magic'"),
         (lambda c: c["config"].update(estimator=["local"]), r"estimator must be one of .*, got \['local'\]"),
-        (lambda c: c["config"].pop("estimator"), r"'config' lacks \['estimator'\]"),
-        (lambda c: c.update(config=None), "'config' can't be used"),
+        (lambda c: c["config"].pop("estimator"), "was altered"),
+        (lambda c: c.update(config=None), "field 'config' must be an object, got None"),
         (lambda c: c["config"].update(prior_std=0.4), "was altered"),
         (lambda c: c["config"].update(estimator="local"), "was altered"),
         (lambda c: c["prior"].update(std=0.4), "was altered"),
@@ -200,6 +202,53 @@ def test_changed_description(change, message, folder):
     edit(folder / "blob_config.json", change)
     with pytest.raises(AdapterFileError, match=r"blob_config\.json: .*" + message):
         load(tiny_llama(), folder)
+
+
+def rewrite(file: Path, change) -> None:
+    """Another version's description: changed, and hashed by the rule of this format."""
+
+    def change_and_hash(content):
+        change(content)
+        hashed = json.dumps({k: v for k, v in content.items() if k != "sha256"}, sort_keys=True)
+        content["sha256"] = hashlib.sha256(hashed.encode()).hexdigest()
+
+    edit(file, change_and_hash)
+
+
+def test_a_field_that_an_older_version_lacked_has_its_default(folder):
+    rewrite(folder / "blob_config.json", lambda content: [content["config"].pop(name) for name in ("prior", "factors")])
+    assert find_posterior(load(tiny_llama(), folder)).config == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda c: c["config"].update(jitter=0.1), "field 'config' has unknown fields ['jitter']"),
+        (lambda c: c.update(jitter=0.1), "unknown fields ['jitter']"),
+        (lambda c: c.update(format_version=7), "format_version is 7; this bloblora reads 2"),
+    ],
+)
+def test_a_field_of_a_newer_version_is_named_with_that_version(change, found, folder):
+    rewrite(
+        folder / "blob_config.json", lambda content: (content["libraries"].update(bloblora="9.8.7"), change(content))
+    )
+    versions = f"bloblora 9.8.7 wrote it, this is {version('bloblora')}"
+    with pytest.raises(AdapterFileError, match=f"{re.escape(found)}; {re.escape(versions)}"):
+        load(tiny_llama(), folder)
+
+
+def test_a_folder_that_an_older_version_wrote(tokens):
+    """Of format 2, by commit b125365, whose BlobConfig lacked ``prior_kwargs``; the logits are that commit's too."""
+    folder = Path(__file__).parent / "fixtures" / "format2"
+    expected = json.loads(folder.with_suffix(".json").read_text())
+    model = load(tiny_llama(), folder)
+    posterior = find_posterior(model)
+    assert posterior.config == BlobConfig(**expected["config"])
+    ids = torch.tensor([expected["tokens"]])
+    for name, context in (("mean", posterior.mean()), ("draw", posterior.draw(expected["draw_seed"]))):
+        with torch.no_grad(), context:
+            logits = model(ids).logits[0, -1, :12]
+        torch.testing.assert_close(logits, torch.tensor(expected[f"{name}_logits"]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["blob_config.json", "adapter_config.json"])

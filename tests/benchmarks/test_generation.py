@@ -26,7 +26,7 @@ def test_it_runs(base, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["generation.py", *options, *folders])
     generation.main()
     for seed in (0, 1):
-        result = json.loads((tmp_path / f"results/blob-seed{seed}.json").read_text())
+        result = json.loads((tmp_path / "results" / "results.json").read_text())[f"blob-seed{seed}"]
         assert result["num_questions"] == len(QUESTIONS)
         for metrics in result["metrics"].values():
             assert 0 <= metrics["accuracy"] <= 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bloblora.data.support_desk import support_desk
+from bloblora.data import support_desk
 from tests.cli.test_commands import lines
 from tests.cli.test_errors import NOWHERE, fails
 from tests.tiny_base import queries, write_jsonl

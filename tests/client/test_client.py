@@ -55,7 +55,7 @@ def test_what_a_server_cannot_score(exported, tmp_path):
         DrawClient(exported("generation").folder, url).predict(QUESTIONS)
     with pytest.raises(ValueError, match="task is choice_text, which writes no text"):
         DrawClient(exported("choice_text").folder, url).generate([{"prompt": "x"}])
-    with pytest.raises(ValueError, match="top_logprobs is for task 'choice_letter'; this one is choice_text"):
+    with pytest.raises(ValueError, match="task choice_text can't be scored by top_logprobs; leave it out"):
         DrawClient(exported("choice_text").folder, url, top_logprobs=20).predict(QUESTIONS)
     with pytest.raises(RunError, match=r"manifest.json: not readable"):
         DrawClient(tmp_path, url)

@@ -5,6 +5,8 @@ import tracemalloc
 import pyarrow as pa
 import pytest
 from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 from torch.utils.data import DataLoader
 
@@ -81,3 +83,21 @@ def test_batches_of_a_long_file_take_no_more_memory_than_those_of_a_short_one(ki
         assert read == size
     # A record is 400 bytes and more as a dict, 18,000 of them 7 MB; of Parquet a page and a buffer are in memory.
     assert peaks[1] - peaks[0] < 3e6, peaks
+
+
+_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    # "Cs": half a surrogate pair, which is no text
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner),
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.dictionaries(st.sampled_from(["text", "label", "messages"]), _VALUES), min_size=1, max_size=5))
+def test_rows_are_as_they_went_in(rows, tmp_path):
+    write_rows(tmp_path / "rows.arrow", rows)
+    assert [*MappedRows(tmp_path / "rows.arrow")] == rows

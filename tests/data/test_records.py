@@ -309,3 +309,5 @@ def test_kinds():
         kind_of([*TEXTS, *QUESTIONS])
     with pytest.raises(DataError, match="no records"):
         kind_of([])
+    with pytest.raises(DataError, match="a record must have 'text'"):
+        kind_of([{"body": "x"}])

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from bloblora.decision import Decision, calibrate, check_promises
+from bloblora.decision import Decision, check_promises, fit_decision
 from bloblora.prediction import Prediction
 from tests.decision.conftest import truths
 
@@ -22,7 +22,7 @@ def prediction(n=400, seed=0, concentration=0.2):
 
 def test_decisions_are_of_the_averaged_probabilities():
     inside, targets = prediction()
-    decision = calibrate(inside, targets, **OPTIONS, score="mutual_information")
+    decision = fit_decision(inside, targets, **OPTIONS, score="mutual_information")
     new, _ = prediction(seed=1)
     decided = decision.decide(new)
     mean = new.draw_probabilities.mean(0)
@@ -35,7 +35,7 @@ def test_decisions_are_of_the_averaged_probabilities():
 @pytest.mark.parametrize("kind", ["lac", "aps", "raps"])
 def test_json_and_back(kind):
     inside, targets = prediction()
-    decision = calibrate(inside, targets, **OPTIONS, kind=kind)
+    decision = fit_decision(inside, targets, **OPTIONS, kind=kind)
     assert Decision.from_dict(json.loads(json.dumps(decision.to_dict()))) == decision
     assert list(decision.promises) == ["answering", "label_sets", "scope"]
     with pytest.raises((KeyError, TypeError)):
@@ -44,7 +44,7 @@ def test_json_and_back(kind):
 
 def test_realized_by_hand():
     inside, targets = prediction()
-    decision = calibrate(inside, targets, **OPTIONS)
+    decision = fit_decision(inside, targets, **OPTIONS)
     new, right = prediction(seed=1)
     far, _ = prediction(seed=2, concentration=50)
     decided, result = decision.decide(new), decision.realized(new, right, far)
@@ -66,7 +66,7 @@ def test_realized_by_hand():
 
 def test_nothing_is_answered_where_nothing_is_sure():
     inside, targets = prediction()
-    decision = calibrate(inside, targets, **OPTIONS)
+    decision = fit_decision(inside, targets, **OPTIONS)
     unsure = Prediction(torch.full((1, 5, 4), math.log(0.25)), 0)
     result = decision.realized(unsure, torch.zeros(5, dtype=torch.long))
     assert (result["answered"], result["selective_risk"]) == (0, 0)
@@ -76,7 +76,7 @@ def test_mutual_information_needs_draws():
     inside, targets = prediction()
     point = Prediction(inside.log_probs[:1], 0)
     with pytest.raises(ValueError, match="mutual_information is 0 where there is one draw; take predictive_entropy"):
-        calibrate(point, targets, **OPTIONS, score="mutual_information")
+        fit_decision(point, targets, **OPTIONS, score="mutual_information")
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,53 @@ def test_what_is_hopeless_is_known_before_any_prediction(n, options, message):
     check_promises(93)
     with pytest.raises(ValueError, match=message):
         check_promises(n, **options)
+
+
+WRITTEN = {  # by bloblora 0.1
+    "answering": {
+        "risk": 0.3,
+        "level": 0.95,
+        "threshold": 0.41,
+        "num_answered": 61,
+        "num_wrong": 9,
+        "num_examples": 99,
+    },
+    "label_sets": {
+        "kind": "raps",
+        "coverage": 0.8,
+        "threshold": 1.2,
+        "num_examples": 99,
+        "penalty": 0.01,
+        "free_ranks": 5,
+    },
+    "scope": {"score": "predictive_entropy", "false_alarm": 0.1, "threshold": 1.1, "num_examples": 99},
+}
+
+
+def changed(rule, **values):
+    return WRITTEN | {rule: {k: v for k, v in (WRITTEN[rule] | values).items() if v is not None}}
+
+
+def test_a_file_of_before_is_read_and_a_missing_key_is_its_default():
+    assert Decision.from_dict(WRITTEN).to_dict() == WRITTEN
+    older = changed("label_sets", penalty=None, free_ranks=None)
+    assert Decision.from_dict(older) == Decision.from_dict(WRITTEN)
+
+
+@pytest.mark.parametrize(
+    ("rule", "values", "message"),
+    [
+        ("answering", {"risk": 5}, r"risk must be in \(0, 1\), got 5"),
+        ("answering", {"threshold": math.nan}, "threshold must be a number, got nan"),
+        ("answering", {"num_wrong": -1}, "num_wrong must be a number of 0 or more, got -1"),
+        ("label_sets", {"kind": "top"}, "kind of label sets must be one of lac, aps, raps, got 'top'"),
+        ("label_sets", {"threshold": "1"}, "threshold must be a number, got '1'"),
+        ("scope", {"score": "labels"}, "score must be one of mutual_information, predictive_entropy, got 'labels'"),
+        ("scope", {"false_alarm": 0}, r"false_alarm must be in \(0, 1\), got 0"),
+        ("scope", {"threshold": None}, "missing 1 required positional argument: 'threshold'"),
+        ("scope", {"sharpness": 1}, "unexpected keyword argument 'sharpness'"),
+    ],
+)
+def test_what_is_stored_is_checked(rule, values, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        Decision.from_dict(changed(rule, **values))

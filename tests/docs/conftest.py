@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from bloblora import BlobConfig, bayesianize, models, runs
 from bloblora.data import support_desk
-from bloblora.models import bundled
 from tests.docs.blocks import ROOT
 from tests.docs.reader import Reader
 from tests.tasks.conftest import tiny_causal
@@ -31,9 +30,9 @@ ANSWERS = [
 def place(tmp_path_factory):
     """A folder with data files, trained runs, and a cache whose default model is tiny."""
     place = tmp_path_factory.mktemp("docs")
-    base = save_base(place / "cache" / f"{models.DEFAULT_MODEL}-{bundled._WHEEL_SHA256[:16]}")
+    base = save_base(place / "cache" / f"{models.DEFAULT_MODEL}-{models._WHEEL_SHA256[:16]}")
     sizes = {file.name: file.stat().st_size for file in base.iterdir()}
-    (base / bundled._COMPLETE).write_text(json.dumps({"format": bundled._FORMAT, "files": sizes}))
+    (base / models._COMPLETE).write_text(json.dumps({"format": models._FORMAT, "files": sizes}))
     texts = [record["text"] for record in support_desk("test")[:60]]
     labelled = [{"text": text, "label": ("parcel", "refund")[i % 2]} for i, text in enumerate(texts)]
     write_jsonl(place / "queries.jsonl", queries())

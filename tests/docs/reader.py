@@ -101,7 +101,7 @@ class Reader:
         forget_other_packages()
 
     def _install(self, code: str, block: Block) -> None:
-        """What pip leaves of a pyproject.toml: the package's name and entry points, in a folder that Python searches."""
+        """What pip leaves of a pyproject.toml: the package's name and entry points, in a folder on Python's path."""
         name = re.search(r'^name = "(.+)"$', code, re.MULTILINE)
         assert name, block.place
         folder = Path(f"{name[1].replace('-', '_')}-1.0.dist-info")

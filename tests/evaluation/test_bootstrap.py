@@ -103,7 +103,7 @@ def test_one_example_and_an_infinite_nll():
 
 def test_errors_name_what_is_wrong():
     half, zero = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0])
-    with pytest.raises(ValueError, match="metric must be one of accuracy, nll, brier, ece, got 'f1'"):
+    with pytest.raises(ValueError, match="metric must be one of accuracy, ece, nll, brier, got 'f1'"):
         compare([half], [half], zero, "f1")
     with pytest.raises(ValueError, match=r"level must be in \(0, 1\), got 95"):
         compare([half], [half], zero, level=95)

@@ -57,11 +57,11 @@ def test_pareto_front_by_hand():
 
 
 def test_pareto_figure_joins_the_front():
-    figure = pareto_figure({"a": ([0.7, 0.9], 0.1), "b": (0.7, 0.2), "c": (0.6, [0.02, 0.02])}, "accuracy", "ECE")
+    figure = pareto_figure({"a": ([0.7, 0.9], 0.1), "b": (0.7, 0.2), "c": (0.6, [0.02, 0.02])}, "accuracy", "ece")
     front = figure.axes[0].lines[-1]
     assert front.get_xydata().tolist() == [[0.6, 0.02], [pytest.approx(0.8), 0.1]]
     assert words(figure) >= {"a", "b", "c", "Pareto front", "accuracy", "ECE"}
-    pareto_figure({"a": (math.nan, 0.1)}, "accuracy", "ECE")
+    pareto_figure({"a": (math.nan, 0.1)}, "accuracy", "ece")
 
 
 def test_files_are_svg_where_the_name_says_so_else_png(tmp_path):
@@ -78,6 +78,6 @@ def test_files_are_svg_where_the_name_says_so_else_png(tmp_path):
 
 
 def test_nothing_to_draw():
-    for draw in (risk_coverage_figure, lambda x: lines_figure(x, "", ""), lambda x: pareto_figure(x, "", "")):
+    for draw in (risk_coverage_figure, lambda x: lines_figure(x, "", ""), lambda x: pareto_figure(x)):
         with pytest.raises(ValueError, match="there is no method to draw"):
             draw({})

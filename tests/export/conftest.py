@@ -3,11 +3,12 @@
 import pytest
 
 from bloblora import runs
+from bloblora.runs.config import presets
 from tests.tasks.conftest import tiny_causal, train_tokenizer
 from tests.tiny_base import QUESTIONS, queries, save_base, write_jsonl
 
-OPTIONS = {"ensemble": {"members": 2}, "temperature": {"holdout": 0.5}, "distilled": {"distill_steps": 2}}
-NOISY = {"blob": {"init_std": 0.4}, "scalabl": {"init_std": 0.7}, "mc-dropout": {"dropout": 0.3}}
+OPTIONS = {"ensemble": {"members": 2}, "distilled": {"distill_steps": 2}}
+NOISY = {"blob": {"init_std": 0.4}, "scalabl": {"init_std": 0.7}, "mc-dropout": {"lora_dropout": 0.3}}
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +33,10 @@ def run_of(tmp_path_factory):
         name = "-".join([method, kind, *map(str, options.values())]).replace("/", "_")
         if not (folder / name).is_dir():
             settings = {"steps": 4, "batch_size": 2, "r": 2, "learning_rate": 0.05, "model": str(base)}
+            settings |= {"preset" if method in presets() else "method": method}
             settings |= OPTIONS.get(method, {}) | NOISY.get(method, {}) | options
             runs.train(
-                runs.RunConfig.of(data=str(data[kind]), output=str(folder / name), method=method, **settings),
+                runs.RunConfig.of(data=str(data[kind]), output=str(folder / name), **settings),
                 progress=False,
             )
         return folder / name

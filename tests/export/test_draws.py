@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from bloblora import runs, tasks
 from bloblora.adapter import find_posterior
 from bloblora.export import export, read_manifest
-from bloblora.runs import RunError
 from tests.tiny_base import QUESTIONS, queries
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,8 +79,8 @@ def test_a_classification_head_is_exported_for_peft(run_of, tmp_path):
     [
         ("blob", "questions", None, {}),
         ("blob", "questions", 2, {}),
-        ("blob", "questions", 1, {"targets": ["q_proj", "lm_head"]}),
-        ("lora", "questions", None, {"targets": ["lm_head"]}),
+        ("blob", "questions", 1, {"target_modules": ["q_proj", "lm_head"]}),
+        ("lora", "questions", None, {"target_modules": ["lm_head"]}),
         ("blob", "texts", 1, {}),
         ("ensemble", "texts", 1, {}),
         ("mc-dropout", "questions", 0, {}),
@@ -107,8 +106,8 @@ def test_a_merged_model_needs_no_adapter(method, kind, draw, options, run_of, tm
 def test_a_merged_head_leaves_the_embedding_alone(tied, tmp_path):
     from types import SimpleNamespace
 
-    from bloblora.export.draws import Draw
-    from bloblora.export.merged import write_merged
+    from bloblora.export.writers import write_merged
+    from bloblora.methods import Draw
     from tests.tasks.conftest import tiny_causal, train_tokenizer, with_lora
 
     base = tiny_causal(tie_word_embeddings=tied)
@@ -138,11 +137,14 @@ def test_half_precision_rounds_the_tensors(run_of, tmp_path):
     stock(half, "draw_00")
 
 
+SCALED = {"temperature_scaling": 0.5}
+
+
 @pytest.mark.parametrize(
     ("method", "options", "arguments", "message"),
     [
-        ("temperature", {}, {}, "method 'lora' with temperature scaling: .* export a run that was trained without it"),
-        ("blob", {"temperature_scaling": True, "holdout": 0.5}, {}, "method 'blob' with temperature scaling"),
+        ("lora", SCALED, {}, "method 'lora' with temperature scaling: .* export a run that was trained without it"),
+        ("blob", SCALED, {}, "method 'blob' with temperature scaling"),
         ("laplace-lora", {}, {}, "method 'laplace-lora': a draw of a linearized model is no adapter; export its mean"),
         ("full", {}, {}, "method 'full' changes all weights and has no adapter; use --format merged"),
         ("lora", {}, {"format": "merged", "draw": 1}, "draw must be below 1, .* got 1"),
@@ -156,7 +158,7 @@ def test_half_precision_rounds_the_tensors(run_of, tmp_path):
     ],
 )
 def test_what_cannot_be_exported(method, options, arguments, message, run_of, tmp_path):
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(ValueError, match=message):
         export(run_of(method, **options), tmp_path / "out", **arguments)
     assert list(tmp_path.iterdir()) == []
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from bloblora import runs
 from bloblora.export import export
-from bloblora.export.gguf import _permuted
+from bloblora.export.writers import _permuted
 from bloblora.runs import RunError
 from tests.export.tiny_gguf import write_base
 from tests.tasks.conftest import tiny_causal, train_tokenizer

@@ -40,7 +40,7 @@ def check_names(names):
     ("method", "options"),
     [
         ("blob", {}),
-        ("blob", {"targets": ["q_proj", "down_proj", "lm_head"], "r": 9}),
+        ("blob", {"target_modules": ["q_proj", "down_proj", "lm_head"], "r": 9}),
         ("blob-symmetric", {"top_blocks": 1}),
         ("mc-dropout", {}),
         ("ensemble", {}),

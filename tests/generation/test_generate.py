@@ -15,7 +15,7 @@ from bloblora.generation import decoding, posterior_generate
 from bloblora.methods.ensemble import Members
 from bloblora.methods.laplace import LinearizedDraws
 from bloblora.methods.mc_dropout import DroppedColumns
-from bloblora.prediction import Tempered, WeightDraws
+from bloblora.prediction import Sampler, Tempered, WeightDraws
 from tests.tasks.conftest import tiny_causal, with_lora
 
 from .conftest import FAMILIES, VOCABULARY, make_case
@@ -154,7 +154,7 @@ def test_sampled_tokens_follow_the_tempered_mean(case_of):
     kept = order[: int((tempered[order].cumsum(0) < top_p).sum()) + 1]
     weights = WeightDraws(case.posterior)
 
-    class Fixed:
+    class Fixed(Sampler):
         """Draws of one seed, whatever seed tokens have."""
 
         def logits(self, forward, num_samples, seed):

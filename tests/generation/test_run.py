@@ -117,7 +117,7 @@ def test_runs_that_do_not_fit(trained, base, tmp_path):
         ({"temperature_scaling": 0.5}, "temperature_scaling is for labels and choices"),
         ({"normalization": "sum"}, "generation has no option 'normalization'"),
     ):
-        with pytest.raises(runs.RunError, match=message):
+        with pytest.raises(ValueError, match=message):
             runs.train(config(**options), progress=False)
     texts = write_jsonl(tmp_path / "texts.jsonl", queries())
     text_run = runs.train(

@@ -6,8 +6,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from bloblora import BlobConfig, BlobTrainer, BlobTrainingArguments, bayesianize
+from bloblora import BlobConfig, BlobTrainer, BlobTrainerMixin, BlobTrainingArguments, bayesianize, find_posterior, load
 from bloblora.generation import posterior_generate
+from bloblora.training import Objective
 from tests.tasks.conftest import tiny_causal, with_lora
 
 trl = pytest.importorskip("trl")
@@ -18,30 +19,39 @@ RECORDS = [
 ]
 
 
-class BlobSFTTrainer(BlobTrainer, trl.SFTTrainer):
-    """SFTTrainer's data, BlobTrainer's loss."""
+class BlobSFTTrainer(BlobTrainerMixin, trl.SFTTrainer):
+    """SFTTrainer's data and loss, and the KL."""
 
 
 @dataclass
-class BlobSFTConfig(BlobTrainingArguments, trl.SFTConfig):
+class BlobSFTConfig(Objective, trl.SFTConfig):
     """Arguments of both."""
 
+    dataset_size: int | None = None
 
-def trainer_of(model, tokenizer, folder, **options):
-    arguments = BlobSFTConfig(
+
+class Combined(BlobTrainer, trl.SFTTrainer):
+    """BlobTrainer has the mixin."""
+
+
+@dataclass
+class CombinedConfig(BlobTrainingArguments, trl.SFTConfig):
+    """All of BlobTrainer's arguments, and SFTTrainer's."""
+
+
+def trainer_of(model, tokenizer, folder, trainer=BlobSFTTrainer, config=BlobSFTConfig, **options):
+    arguments = config(
         output_dir=str(folder),
-        per_device_train_batch_size=2,
         learning_rate=0.02,
         logging_steps=1,
-        save_strategy="no",
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
-        **options,
+        **{"per_device_train_batch_size": 2, "save_strategy": "no", **options},
     )
-    return BlobSFTTrainer(model, arguments, train_dataset=Dataset.from_list(RECORDS), processing_class=tokenizer)
+    return trainer(model, arguments, train_dataset=Dataset.from_list(RECORDS), processing_class=tokenizer)
 
 
 def bayesian_model():
@@ -74,6 +84,56 @@ def test_noise_kl_and_completion_loss(tokenizer, tmp_path):
     log = next(log for log in trainer.state.log_history if "kl" in log)
     assert log["kl_weight"] == pytest.approx(1 / size)
     assert log["elbo"] == pytest.approx(-(log["nll"] + log["kl"] / size))
+
+
+def state(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("style", ["joint", "flow"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_steps_equal_those_of_the_trainer_without_trl(tokenizer, tmp_path, style, accumulation):
+    """On the same batches; SFTTrainer has a head of its own, which leaves out the logits without a label."""
+    models = [bayesian_model()[0] for _ in range(3)]
+    options = dict(max_steps=3, dataset_size=answer_tokens(tokenizer), optimizer_style=style, kl_learning_rate=0.01)
+    options |= dict(per_device_train_batch_size=2 // accumulation, gradient_accumulation_steps=accumulation)
+    options |= dict(train_sampling_strategy="sequential", max_grad_norm=0.0)
+    before = state(models[0])
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    mixed = trainer_of(models[0], tokenizer, tmp_path, **options)
+    mixed.train()
+    trainer_of(models[1], tokenizer, tmp_path, Combined, CombinedConfig, **options).train()
+    arguments = BlobTrainingArguments(
+        str(tmp_path), learning_rate=0.02, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, **options
+    )
+    plain = BlobTrainer(models[2], arguments, train_dataset=mixed.train_dataset, data_collator=mixed.data_collator)
+    plain.train()
+    expected = state(models[2])
+    for model in models[:2]:
+        for name, found in state(model).items():
+            torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-4)
+    assert any((found - before[name]).abs().max() > 0.01 for name, found in expected.items())
+
+
+def test_what_it_saves(tokenizer, tmp_path):
+    model, posterior = bayesian_model()
+    options = dict(max_steps=2, save_strategy="steps", save_steps=1, dataset_size=10)
+    trainer = trainer_of(model, tokenizer, tmp_path / "out", **options)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    for folder in (tmp_path / "out" / "checkpoint-2", tmp_path / "final"):
+        loaded = find_posterior(load(tiny_causal(), folder))
+        assert loaded.config == posterior.config
+        for name, std in posterior.named_std_parameters().items():
+            assert torch.equal(loaded.named_std_parameters()[name], std)
+            assert torch.equal(loaded.named_means()[name], posterior.named_means()[name])
+    weights = state(model)
+    resumed, _ = bayesian_model()
+    trainer_of(resumed, tokenizer, tmp_path / "out", **options).train(
+        resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1")
+    )
+    assert all(torch.equal(found, weights[name]) for name, found in state(resumed).items())
 
 
 def test_the_kl_alone_moves_the_posterior_to_its_prior(tokenizer, tmp_path):

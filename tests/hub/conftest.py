@@ -8,6 +8,8 @@ from bloblora import runs
 from bloblora.runs.decide import calibrate
 from tests.tiny_base import queries, write_jsonl
 
+THREE = runs.PredictionOptions(samples=3)
+
 
 @pytest.fixture(scope="session")
 def trained(base, tmp_path_factory):
@@ -26,10 +28,10 @@ def trained(base, tmp_path_factory):
     )
     run = runs.train(config, progress=False)
     output = folder / "desk"
-    test = runs.evaluate(run, queries(), num_samples=3, diagram=output / "reliability-test.png")
+    test = runs.evaluate(run, queries(), options=THREE, diagram=output / "reliability-test.png")
     runs.write_json(output / "metrics-test.json", test)
     runs.write_json(output / "metrics.json", {"accuracy": 0.25, "nll": float("inf"), "num_samples": 0})
     promises = {"risk": 0.9, "level": 0.5, "coverage": 0.5, "false_alarm": 0.5}
-    calibrate(run, output, queries() * 10, num_samples=3, **promises)
+    calibrate(runs.open_run(output), queries() * 10, options=THREE, **promises)
     write_jsonl(output / "queries.jsonl", queries())  # nobody else's business
     return SimpleNamespace(folder=output, data=data, test=test)

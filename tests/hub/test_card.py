@@ -45,7 +45,7 @@ def test_the_text_has_each_part(folder, trained):
         "| data | private queries.jsonl |",
         "| records trained on | 4 |",
         f"| SHA-256 of the records | {stored['records_sha256']} |",
-        "| rank | 2 |",
+        "| r | 2 |",
         "| prior_std | 0.2 |",
         f"| test, n = 4, N = 3 | {trained.test['accuracy']:.3f} | {trained.test['ece']:.3f} |",
         "| N = 0 | 0.250 |",
@@ -102,7 +102,7 @@ def test_damaged_files(folder):
 def test_the_example_runs(base, tmp_path, records):
     data = str(write_jsonl(tmp_path / "data.jsonl", records))
     options = dict(model=str(base), steps=1, batch_size=2, r=2)
-    runs.train(runs.RunConfig.of(data, str(tmp_path / "run"), **options), progress=False)
+    runs.train(runs.RunConfig.of(data=data, output=str(tmp_path / "run"), **options), progress=False)
     (example,) = re.findall(r"```python\n(.*?)```", model_card(tmp_path / "run").text, re.DOTALL)
     *code, last = example.replace("FOLDER", str(tmp_path / "run")).strip().splitlines()
     names = {}

@@ -20,11 +20,11 @@ from tests.tiny_base import queries, write_jsonl
 _COMMANDS = """
 import contextlib, io, json, os, sys
 from bloblora.cli import main
-from bloblora.runs import remote
+from bloblora.runs import folder
 
 results = []
 for token, arguments in json.load(sys.stdin):
-    remote._fetched.cache_clear()
+    folder._fetched.cache_clear()
     os.environ["HF_TOKEN"] = token
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -51,9 +51,9 @@ from pathlib import Path
 from bloblora.serving import Settings
 from bloblora.serving.hosted import Hosted, open_hosted
 
-folders = open_hosted(["hub:user/desk", "next=hub:user/desk@next"], Settings(samples=3))
-metrics = {name: Hosted(name, folder, None, None).metrics for name, folder in folders.items()}
-json.dump([metrics, [file.name for file in folders["desk"].glob("*.png")]], sys.stdout)
+opened = open_hosted(["hub:user/desk", "next=hub:user/desk@next"], Settings(samples=3))
+metrics = {name: Hosted(name, run.folder, None, None).metrics for name, run in opened.items()}
+json.dump([metrics, [file.name for file in opened["desk"].folder.glob("*.png")]], sys.stdout)
 """
 
 
@@ -213,8 +213,8 @@ def test_errors_before_the_hub_is_asked(trained, tmp_path):
 
 @pytest.mark.parametrize("method", ["ensemble", "full", "laplace-lora", "scalabl", "lora"])
 def test_what_goes_up_of_other_methods_is_enough(base, trained, tmp_path, method):
-    options = {"holdout": 0.5} if method == "temperature" else {}
-    settings = dict(model=str(base), steps=1, batch_size=2, r=2, method=method, **options)
+    scaling = 0.5 if method == "lora" else 0.0
+    settings = dict(model=str(base), steps=1, batch_size=2, r=2, method=method, temperature_scaling=scaling)
     run = runs.train(
         runs.RunConfig.of(data=str(trained.data), output=str(tmp_path / "run"), **settings), progress=False
     )

@@ -17,8 +17,7 @@ from transformers import (
 
 from bloblora import BlobConfig, bayesianize, find_posterior, predict
 from bloblora.prediction import TopBlocks, WeightDraws
-from bloblora.prediction.forward import BatchForward
-from bloblora.prediction.trunk import trunk_below
+from bloblora.prediction.forward import BatchForward, trunk_below
 
 from .conftest import TASKS, tiny_classifier
 

@@ -10,8 +10,8 @@ from scipy.stats import norm
 from bloblora import BlobConfig, bayesianize, find_posterior, predict
 from bloblora.adapter import debayesianize
 from bloblora.prediction import Linearized, WeightDraws
+from bloblora.prediction.approximations import normal_quantiles
 from bloblora.prediction.forward import BatchForward
-from bloblora.prediction.linearized import normal_quantiles
 from tests.prediction.conftest import TASKS
 
 

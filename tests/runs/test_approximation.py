@@ -7,7 +7,7 @@ import torch
 
 from bloblora import runs
 from bloblora.cli import main
-from bloblora.data.support_desk import support_desk
+from bloblora.data import support_desk
 from bloblora.prediction import Linearized, StoppingRule, TopBlocks, WeightDraws, predict
 from bloblora.runs.decide import calibrate, open_decision
 from bloblora.runs.evaluate import lines_of

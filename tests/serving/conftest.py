@@ -9,7 +9,7 @@ import pytest
 import uvicorn
 
 from bloblora import runs
-from bloblora.data.support_desk import support_desk
+from bloblora.data import support_desk
 from bloblora.runs.decide import calibrate
 from bloblora.serving import Server, Settings, bind, create_app, load_hosted, open_hosted
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
@@ -36,7 +36,7 @@ def folders(base, tmp_path_factory):
     held_out = [
         {"text": record["text"], "label": ("parcel", "refund")[i % 2]} for i, record in enumerate(support_desk("test"))
     ]
-    calibrate(runs.load_run(folder / "desk"), folder / "desk", held_out[:60], num_samples=3, **LAX)
+    calibrate(runs.open_run(folder / "desk"), held_out[:60], options=SETTINGS, **LAX)
     return {name: str(folder / name) for name in data}
 
 

@@ -34,9 +34,9 @@ def close(answer, expected):
 @pytest.mark.parametrize("name", [*RECORDS])
 @pytest.mark.parametrize("num_samples", [0, 3, 7])
 def test_answers_are_those_of_predict(client, folders, name, num_samples):
-    decision = open_decision(folders[name], 3, 0) if num_samples == 3 else None
+    decision = open_decision(runs.open_run(folders[name]), SETTINGS) if num_samples == 3 else None
     run = runs.load_run(folders[name])
-    expected = [*runs.describe(run, RECORDS[name], num_samples, decision=decision)]
+    expected = [*runs.describe(run, RECORDS[name], runs.PredictionOptions(samples=num_samples), decision)]
     found = ask(client, RECORDS[name], model=name, samples=num_samples)
     assert (found["model"], found["samples"]) == (name, num_samples)
     draws = run.predict(RECORDS[name], num_samples).draw_probabilities.double()

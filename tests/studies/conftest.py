@@ -39,7 +39,7 @@ def make_content(base, tmp_path):
         "models": [str(base)],
         "seeds": [0, 1],
         "samples": [0, 2, 4],
-        "train": {"steps": 2, "batch_size": 2, "r": 2},
+        "train": {"steps": 2, "batch_size": 2, "r": 2, "warmup_steps": 0},
         "datasets": {
             "desk": {
                 "train": {"data": "train.jsonl", "learning_rate": 0.01},

@@ -48,8 +48,8 @@ def test_the_papers_tables_on_a_tiny_model_of_their_architecture(name, make_base
     assert {job.label for job in jobs} == set(study.methods)
     assert {job.dataset for job in jobs} == set(study.datasets)
     for job in jobs:
-        data = str(write_jsonl(tmp_path / "data.jsonl", BLANKS if job.config.task == "blank" else records))
-        config = replace(job.config, model=str(base), data=data, steps=2, dtype="float32")
+        data = str(write_jsonl(tmp_path / "data.jsonl", BLANKS if job.config.task["name"] == "blank" else records))
+        config = job.config.with_options(model=str(base), data=data, steps=2, dtype="float32")
         small = replace(job, config=config, sets={"test": EvalSet(data)}, samples=(0, 2))
         result = run_job(small, tmp_path / "results", progress=False)
         assert set(result.metrics["test"]) == {"0", "2"}

@@ -8,12 +8,13 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from bloblora import evaluation, runs, studies
 from bloblora.data import read_records
 from bloblora.runs import RunError
 from bloblora.studies.compare import alone
-from bloblora.studies.result import write_result
+from bloblora.studies.job import write_result
 from tests.studies.conftest import make_content, write_study
 from tests.tiny_base import write_jsonl
 
@@ -47,11 +48,11 @@ def test_a_study_from_file_to_page(done):
         assert found["num_draws"] == max(n, 1)
         torch.testing.assert_close(result.scores[f"test/{n}/confidence"], prediction.confidence)
     assert result.scores["out_of_scope/4/mutual_information"].shape == (2,)
-    assert "out_of_scope" not in result.metrics
+    assert "accuracy" not in result.metrics["out_of_scope"]["4"]
     # nothing is left to do, and nothing is done again
-    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("*--*.json")}
+    before = {file.name: file.stat().st_mtime_ns for file in (folder / "runs").glob("*--*.json")}
     assert compare(study, root) == []
-    assert {file.name: file.stat().st_mtime_ns for file in folder.glob("*--*.json")} == before
+    assert {file.name: file.stat().st_mtime_ns for file in (folder / "runs").glob("*--*.json")} == before
 
     page = studies.report(folder).read_text()
     parsed = Page()
@@ -64,7 +65,7 @@ def test_a_study_from_file_to_page(done):
     assert len(re.findall(r"^\| lora \|", text, re.MULTILINE)) == 4  # one row a table: its draws are all the same
     assert "shift to other" in text
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
-    assert len(pictures) == 6
+    assert len(pictures) == 3  # the page alone has reliability, risk-coverage and learning
     assert all((folder / picture).is_file() for picture in pictures)
     assert text.startswith("# tiny\n")  # the study's name
     assert text.index("Difference from lora") < text.index("shift to other") < text.rindex("Difference from lora")
@@ -130,7 +131,7 @@ def test_a_new_number_of_draws_needs_no_training(done):
 
 def test_a_result_of_another_configuration_is_not_overwritten(done):
     study, folder = done
-    with pytest.raises(RunError, match=r"another configuration \(steps: 2 there, 3 now\)"):
+    with pytest.raises(RunError, match=r"another configuration \(max_steps: 2 there, 3 now\)"):
         compare(replace(study, train={**study.train, "steps": 3}), folder)
 
 
@@ -173,9 +174,58 @@ def test_a_wrong_data_file_stops_before_anything_runs(content, write, tmp_path):
 
 def test_a_damaged_result_is_named(done, tmp_path):
     shutil.copytree(done[1] / "results", tmp_path / "results")
-    file = tmp_path / "results" / "desk--lora--seed0.safetensors"
+    file = tmp_path / "results" / "runs" / "desk--lora--seed0.safetensors"
     file.write_bytes(file.read_bytes()[:20])
-    with pytest.raises(RunError, match=r"desk--lora--seed0\.json: it or its \.safetensors can't be read"):
+    with pytest.raises(RunError, match=r"desk--lora--seed0\.json: its \.safetensors can't be read"):
+        studies.report(tmp_path / "results")
+
+
+def test_metrics_alone_give_the_tables_and_no_intervals(done, tmp_path):
+    whole, alone_there = done[1] / "results", tmp_path / "results"
+    studies.report(whole)
+    alone_there.mkdir()
+    shutil.copy(whole / "metrics.json", alone_there)
+    texts = [studies.report(folder).with_suffix(".md").read_text() for folder in (whole, alone_there)]
+    assert (alone_there / "metrics.json").read_text() == (whole / "metrics.json").read_text()
+    rows = [re.findall(r"^\| (?:lora|wide).*", text, re.MULTILINE) for text in texts]
+    assert set(rows[1]) < set(rows[0])
+    assert not re.search(r"\[[-+]\d", "".join(rows[1]))  # no interval
+    assert "Of some runs only metrics.json is there" in texts[1]
+    assert "Of some runs" not in texts[0]
+    # what every run's file says is there, to five digits; its scores are missing, so the run is not done
+    of_run, of_all = (studies.read_result(folder, "desk--wide_blob--seed0") for folder in (whole, alone_there))
+    assert of_all.metrics["test"]["4"] == pytest.approx(of_run.metrics["test"]["4"], rel=1e-4)
+    assert (of_all.config, of_all.machine, of_all.sets) == (of_run.config, of_run.machine, of_run.sets)
+    study, root = done
+    assert len(studies.plan(study, alone_there, root / "runs", root)[1]) == 4
+    with pytest.raises(RunError, match=r"max_steps: 2 there, 3 now\), written by bloblora \d"):
+        studies.plan(replace(study, train={**study.train, "steps": 3}), alone_there, root / "runs", root)
+
+
+def test_out_of_scope_metrics_are_those_of_the_scores(done):
+    result = studies.read_result(done[1] / "results", "desk--wide_blob--seed0")
+    inside, outside = (result.scores_of(key, 4)["confidence"].numpy() for key in ("test", "out_of_scope"))
+    labels = [0] * len(inside) + [1] * len(outside)
+    expected = roc_auc_score(labels, [*-inside, *-outside])
+    assert result.metrics["out_of_scope"]["4"]["auroc_confidence"] == pytest.approx(expected)
+    assert "auroc_mutual_information" not in result.metrics["out_of_scope"]["0"]  # the posterior mean alone
+
+
+def test_results_of_other_versions(done, tmp_path):
+    """An option that a result lacks is its default; a key that is not known says which version wrote it."""
+    study, root = done
+    shutil.copytree(root / "results", tmp_path / "results")
+    file = tmp_path / "results" / "runs" / "desk--lora--seed0.json"
+    content = json.loads(file.read_text())
+    content["config"]["keep_checkpoints"] = False
+    content["config"]["lora"]["lora_dropout"] = 0.0
+    del content["seconds"]
+    file.write_text(json.dumps(content))
+    assert studies.plan(study, tmp_path / "results", root / "runs", root)[1] == []
+    content["novelty"] = 1
+    content["machine"]["bloblora"] = "9.8.7"
+    file.write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"seed0\.json: unknown key 'novelty': it was written by bloblora 9\.8\.7"):
         studies.report(tmp_path / "results")
 
 
@@ -183,7 +233,7 @@ def test_models_are_deleted_where_the_study_says_so(content, write, tmp_path):
     content |= {"keep_runs": False, "seeds": [0], "samples": [0]}
     compare(studies.read_study(write(content)), tmp_path)
     assert {folder.name for folder in (tmp_path / "runs").iterdir()} == {"logs", ".lock"}
-    assert json.loads((tmp_path / "results" / "desk--lora--seed0.json").read_text())["metrics"]["test"]["0"]
+    assert json.loads((tmp_path / "results" / "runs" / "desk--lora--seed0.json").read_text())["metrics"]["test"]["0"]
 
 
 def test_an_empty_folder_has_no_report(tmp_path):

@@ -14,11 +14,11 @@ def test_jobs_are_seed_by_seed_and_a_methods_options_win(content, write, tmp_pat
         "desk--lora--seed1",
         "desk--wide_blob--seed1",
     ]
-    assert [job.config.steps for job in jobs] == [7, 3, 7, 3]
-    assert [job.config.method for job in jobs] == ["lora", "blob"] * 2
-    assert jobs[1].config.prior_std == 0.5
+    assert [job.config.value("max_steps") for job in jobs] == [7, 3, 7, 3]
+    assert [job.config.method["name"] for job in jobs] == ["lora", "blob"] * 2
+    assert jobs[1].config.method["prior_std"] == 0.5
     assert jobs[0].config.data == str(tmp_path / "train.jsonl")
-    assert jobs[0].config.learning_rate == 0.01
+    assert jobs[0].config.value("learning_rate") == 0.01
     assert set(jobs[0].sets) == {"test", "other", "out_of_scope"}
     assert not jobs[0].sets["out_of_scope"].labelled
 
@@ -32,7 +32,7 @@ def test_jobs_are_seed_by_seed_and_a_methods_options_win(content, write, tmp_pat
         (lambda c: c.update(seeds=[1, 1]), r"seeds: \[1, 1\]; each must be there once"),
         (lambda c: c.update(samples=[-1]), "samples: -1 is negative"),
         (lambda c: c.update(baseline="map"), "baseline 'map' is not one of the methods lora, wide blob"),
-        (lambda c: c["train"].update(step=1), "train: unknown field 'step'; did you mean 'steps'"),
+        (lambda c: c["train"].update(step=1), "methods: lora on desk: unknown option 'step'; did you mean 'steps'"),
         (lambda c: c["methods"].update(x={"prior": 1}), None),
         (lambda c: c["datasets"]["desk"].pop("test"), "datasets: desk: field 'test' is missing"),
         (lambda c: c["datasets"]["desk"]["train"].pop("data"), "desk: train: field 'data' is missing"),

@@ -123,7 +123,7 @@ def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(bos_tokenizer)
     [
         ({"prompt": " "}, "field 'prompt': ' '"),
         ({"prompt": "What?", "response": ""}, "field 'response': ''"),
-        ({"messages": []}, r"field 'messages': \[\]; it must be a list"),
+        ({"messages": []}, r"field 'messages': \[\] must be a list"),
         ({"messages": [{"role": "user"}]}, "field 'messages', item 0: .*must have 'role' and 'content'"),
         ({"messages": CHAT[-1:]}, "the only one is the assistant's"),
     ],

@@ -1,7 +1,7 @@
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from bloblora.tasks.prompts import continuation_ids, prompt_ids
+from bloblora.tasks.encoding import continuation_ids, prompt_ids
 
 
 def llama2_like() -> PreTrainedTokenizerFast:

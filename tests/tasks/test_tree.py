@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bloblora.tasks import Blank, ChoiceText, TaskError, build_task, encode_all
-from bloblora.tasks.tree import collate_trees, tree_log_likelihoods
+from bloblora.tasks.choice_text import collate_trees, tree_log_likelihoods
 
 from .conftest import tiny_causal
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -195,7 +196,8 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     The mean starts at the adapter's A, fresh or trained; B, biases and ``modules_to_save`` stay deterministic.
     Outside ``posterior.draw`` and ``posterior.mean`` a model in train mode draws fresh noise per example, in eval mode
     it uses the mean. Ω is trained where A is: for an adapter that was loaded for inference and is frozen,
-    ``model.set_adapter(adapter_name)`` makes A, B and Ω trainable together.
+    ``model.set_adapter(adapter_name)`` makes A, B and Ω trainable together. ``model.save_pretrained`` then writes what
+    `bloblora.save` does.
 
     Args:
         model: a PEFT model with a LoRA adapter.
@@ -213,6 +215,8 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
         raise TypeError(
             f"bayesianize needs a PEFT model (get_peft_model(base, LoraConfig(...))), got {type(model).__name__}"
         )
+    from .storage import save_pretrained
+
     adapter_name = adapter_name or model.active_adapter
     layers = _check(model, adapter_name)
     config = config or BlobConfig()
@@ -224,6 +228,8 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
             variant.tied_config = getattr(model.get_base_model(), "config", None)
         variant.init(layer, adapter_name)
         layer.lora_variant[adapter_name] = variant
+    # A partial: copies and pickles of the model hold one of themselves, where a bound method would come back as PEFT's.
+    model.save_pretrained = partial(save_pretrained, model)  # type: ignore[method-assign]
     return Posterior(model, adapter_name)
 
 
@@ -239,6 +245,8 @@ def debayesianize(model: PeftModel, adapter_name: str | None = None) -> None:
         for factor in _variant(layer, adapter_name).config.factors:
             del getattr(layer, STD_PARAMETER + factor)[adapter_name]
         del layer.lora_variant[adapter_name]
+    if not any(find_posterior(model, name) for name in model.peft_config):
+        vars(model).pop("save_pretrained", None)
 
 
 def find_posterior(model: nn.Module, adapter_name: str | None = None) -> Posterior | None:

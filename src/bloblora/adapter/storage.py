@@ -2,7 +2,8 @@
 
 ``adapter_config.json`` and ``adapter_model.safetensors`` are what PEFT writes for the mean: any LoRA server loads them
 (N = 0). ``posterior.safetensors`` holds the unconstrained Ω of each layer, ``blob_config.json`` what they mean and the
-hashes, its own among them, by which a torn, mixed or altered folder is recognized.
+hashes, its own among them, by which a torn, mixed or altered folder is recognized. A field of `BlobConfig` that is
+missing in it has its default; an unknown one is an error that names the version of bloblora that wrote it.
 
 Several files can't be replaced at once, so a save goes through two hidden folders inside the directory::
 
@@ -10,24 +11,24 @@ Several files can't be replaced at once, so a save goes through two hidden folde
     .saved/    complete, moved in        a kill here: `load` reads this folder, the next save finishes the move
 """
 
-import hashlib
+import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..files import read_json
+from ..files import json_sha256, read_json, read_tensors, tensors_sha256
 from .bayesianize import Posterior, bayesianize, find_posterior
 from .config import BlobConfig
 from .sharding import is_sharded, put_
@@ -42,6 +43,7 @@ _LIBRARIES = ("bloblora", "torch", "transformers", "peft")
 _HASHED = {"mean_config_sha256": MEAN_CONFIG, "mean_sha256": MEAN_FILE, "posterior_sha256": POSTERIOR_FILE}
 _DESCRIPTION = ("format_version", "prior", "config", "libraries", *_HASHED, "sha256")
 _SETS = ("target_modules", "exclude_modules")
+_OF_PEFT = inspect.signature(PeftModel.save_pretrained)
 
 
 class AdapterFileError(ValueError):
@@ -69,21 +71,53 @@ def save(
     Raises:
         ValueError: FSDP has split the adapter over the processes.
     """
-    if is_sharded(model):
-        raise ValueError("model: each process holds a part of it (FSDP); call BlobTrainer.save_model in all of them")
+    _refuse_sharded(model)
     adapter_name = adapter_name or model.active_adapter
-    posterior = find_posterior(model, adapter_name)
     with _replacing(Path(directory)) as staging:
         model.save_pretrained(
             str(staging), selected_adapters=[adapter_name], save_embedding_layers=save_embedding_layers
         )
-        if adapter_name != "default":  # PEFT puts other adapters in a folder of their name
-            for file in (staging / adapter_name).iterdir():
+        if (folder := adapter_folder(staging, adapter_name)) != staging:
+            for file in folder.iterdir():
                 file.rename(staging / file.name)
-            (staging / adapter_name).rmdir()
+            folder.rmdir()
         _sort_sets(staging / MEAN_CONFIG)
-        if posterior is not None:
-            save_posterior(posterior, staging)
+
+
+def save_pretrained(model: PeftModel, *args: Any, **kwargs: Any) -> None:
+    """``PeftModel.save_pretrained`` with the posterior beside the mean of each Bayesian adapter that it saves.
+
+    `bayesianize` puts it in the place of the model's own, so that ``push_to_hub``, the Trainer's checkpoints and TRL's
+    trainers keep the posterior too. Files that are there already are replaced one by one; `save` replaces all or none.
+
+    Args:
+        model: the PEFT model.
+        *args: as PEFT's.
+        **kwargs: as PEFT's.
+
+    Raises:
+        ValueError: a Bayesian adapter is to be saved without safetensors, converted to another start, with a
+            ``state_dict`` that lacks Ω, or while FSDP has split it over the processes.
+    """
+    given = _OF_PEFT.bind(model, *args, **kwargs)
+    given.apply_defaults()
+    options = given.arguments
+    names = model.peft_config if options["selected_adapters"] is None else options["selected_adapters"]
+    posteriors = [posterior for name in names if (posterior := find_posterior(model, name))]
+    if posteriors:
+        if not options["safe_serialization"]:
+            raise ValueError("safe_serialization is False; a Bayesian adapter is saved as safetensors: leave it True")
+        if (start := options["path_initial_model_for_weight_conversion"]) is not None:
+            raise ValueError(
+                f"path_initial_model_for_weight_conversion is {start!r}; it must be None: it doubles the rank, and Ω "
+                "doesn't follow"
+            )
+        if kwargs.get("state_dict") is None:
+            _refuse_sharded(model)
+    type(model).save_pretrained(model, *args, **kwargs)
+    if options["is_main_process"]:
+        for posterior in posteriors:
+            save_posterior(posterior, adapter_folder(options["save_directory"], posterior.adapter_name))
 
 
 def load(
@@ -92,6 +126,7 @@ def load(
     adapter_name: str = "default",
     *,
     is_trainable: bool = False,
+    checked: bool = False,
 ) -> PeftModel:
     """Load an adapter that `save` wrote onto its base model; the posterior with it, where the folder has one.
 
@@ -102,6 +137,7 @@ def load(
         directory: where from.
         adapter_name: what to call the adapter in the model, whatever it was called when saved.
         is_trainable: whether training goes on: A, B and Ω then require gradients.
+        checked: whether `check_folder` has just been called, so that files needn't be hashed again.
 
     Returns:
         The PEFT model, in eval mode; ``find_posterior(model)`` is its posterior.
@@ -109,7 +145,7 @@ def load(
     Raises:
         AdapterFileError: a file is missing, truncated, altered or doesn't belong to the others or to ``base_model``.
     """
-    folder = check_folder(directory)
+    folder = _current(directory) if checked else check_folder(directory)
     try:
         model = PeftModel.from_pretrained(base_model, str(folder), adapter_name, is_trainable=is_trainable)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
@@ -118,7 +154,7 @@ def load(
             f"trained on: {error}"
         ) from error
     if (folder / BLOB_CONFIG).exists():
-        posterior = bayesianize(model, BlobConfig(**_read_description(folder / BLOB_CONFIG)["config"]), adapter_name)
+        posterior = bayesianize(model, _read_description(folder / BLOB_CONFIG)[1], adapter_name)
         _copy_std_parameters(folder / POSTERIOR_FILE, posterior)
     return model.eval()
 
@@ -137,7 +173,7 @@ def load_posterior(model: PeftModel, directory: str | os.PathLike[str], adapter_
         raise AdapterFileError(f"{folder}: the model's adapter isn't Bayesian, so {POSTERIOR_FILE} has no place in it")
     if not (folder / BLOB_CONFIG).exists():
         raise AdapterFileError(f"{folder}: {BLOB_CONFIG} is missing: this is a plain LoRA, which has no posterior")
-    saved = _read_description(folder / BLOB_CONFIG)["config"]["std_parameterization"]
+    saved = _read_description(folder / BLOB_CONFIG)[1].std_parameterization
     if saved != (wanted := posterior.config.std_parameterization):
         raise AdapterFileError(
             f"{folder / BLOB_CONFIG}: std_parameterization is {saved!r}, the model's posterior has {wanted!r}; "
@@ -156,25 +192,32 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
     Raises:
         AdapterFileError: a file is missing, truncated, altered, or doesn't belong to the others.
     """
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise AdapterFileError(f"{folder}: no such folder; give one that an adapter was saved to")
-    if (folder / _SAVED).is_dir():
-        folder = folder / _SAVED
+    folder = _current(directory)
     for name in (MEAN_CONFIG, MEAN_FILE):
         if not (folder / name).is_file():
             raise AdapterFileError(f"{folder}: {name} is missing; a saved adapter has it")
     read_json(folder / MEAN_CONFIG, AdapterFileError)
-    hashes = {"mean_sha256": _content_hash(_read_tensors(folder / MEAN_FILE))}
+    mean = read_tensors(folder / MEAN_FILE, AdapterFileError)
     bayesian = [(folder / name).is_file() for name in (BLOB_CONFIG, POSTERIOR_FILE)]
     if not any(bayesian):
+        if any(STD_PARAMETER in name for name in mean):
+            raise AdapterFileError(
+                f"{folder / MEAN_FILE}: it holds a posterior's Ω under names that nothing reads, and {BLOB_CONFIG} and "
+                f"{POSTERIOR_FILE} are missing: it was written neither by model.save_pretrained of the model that was "
+                "bayesianized nor by bloblora.save. PeftModel.from_pretrained loads its mean; for the posterior, "
+                "bayesianize that model with the BlobConfig of the training, then call model.load_adapter(folder, "
+                "adapter_name) and save it again"
+            )
         return folder
     if not all(bayesian):
         lost, kept = (BLOB_CONFIG, POSTERIOR_FILE) if bayesian[1] else (POSTERIOR_FILE, BLOB_CONFIG)
         raise AdapterFileError(f"{folder}: {lost} is missing although {kept} is there; restore it or save again")
-    description = _read_description(folder / BLOB_CONFIG)
-    hashes["mean_config_sha256"] = _mean_config_hash(folder / MEAN_CONFIG)
-    hashes["posterior_sha256"] = _content_hash(_read_tensors(folder / POSTERIOR_FILE))
+    description, _ = _read_description(folder / BLOB_CONFIG)
+    hashes = {
+        "mean_config_sha256": _mean_config_hash(folder / MEAN_CONFIG),
+        "mean_sha256": tensors_sha256(mean),
+        "posterior_sha256": tensors_sha256(read_tensors(folder / POSTERIOR_FILE, AdapterFileError)),
+    }
     for key, name in _HASHED.items():
         if description[key] != hashes[key]:
             raise AdapterFileError(
@@ -184,10 +227,27 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def _current(directory: str | os.PathLike[str]) -> Path:
+    """The folder to read: a complete newer save in it, where a killed process didn't finish moving that."""
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise AdapterFileError(f"{folder}: no such folder; give one that an adapter was saved to")
+    return folder / _SAVED if (folder / _SAVED).is_dir() else folder
+
+
 def save_posterior(posterior: Posterior, directory: str | os.PathLike[str]) -> None:
-    """Write a posterior beside the mean that PEFT has saved in ``directory``, and make that a stock LoRA."""
+    """Write a posterior beside the mean that PEFT has saved in ``directory``, and make that a stock LoRA.
+
+    Raises:
+        ValueError: PEFT was given a ``state_dict`` without Ω.
+    """
     directory = Path(directory)
     mean, std_parameters = _split(directory / MEAN_FILE)
+    if missing := sorted(posterior.named_std_parameters().keys() - std_parameters.keys()):
+        raise ValueError(
+            f"state_dict: Ω of {missing[0]} and {len(missing) - 1} others is missing; give all of the model's"
+        )
+    _sort_sets(directory / MEAN_CONFIG)
     save_file(mean, directory / MEAN_FILE, metadata={"format": "pt"})
     save_file(std_parameters, directory / POSTERIOR_FILE, metadata={"format": "pt"})
     description = {
@@ -196,11 +256,16 @@ def save_posterior(posterior: Posterior, directory: str | os.PathLike[str]) -> N
         "config": posterior.config.to_dict(),
         "libraries": library_versions(),
         "mean_config_sha256": _mean_config_hash(directory / MEAN_CONFIG),
-        "mean_sha256": _content_hash(mean),
-        "posterior_sha256": _content_hash(std_parameters),
+        "mean_sha256": tensors_sha256(mean),
+        "posterior_sha256": tensors_sha256(std_parameters),
     }
-    description["sha256"] = _json_hash(description)
+    description["sha256"] = json_sha256(description)
     (directory / BLOB_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def adapter_folder(folder: str | os.PathLike[str], adapter_name: str) -> Path:
+    """Where in ``folder`` PEFT puts an adapter."""
+    return Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
 
 
 def library_versions() -> dict[str, str]:
@@ -224,35 +289,49 @@ def _split(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return stock, std_parameters
 
 
-def _read_description(file: Path) -> dict[str, Any]:
+def _refuse_sharded(model: PeftModel) -> None:
+    if is_sharded(model):
+        raise ValueError("model: each process holds a part of it (FSDP); call BlobTrainer.save_model in all of them")
+
+
+def _read_description(file: Path) -> tuple[dict[str, Any], BlobConfig]:
     """``blob_config.json``, checked: its version first, then its fields, then whether it was altered."""
     description = read_json(file, AdapterFileError)
+    libraries = description.get("libraries")
+    writer = libraries.get("bloblora") if isinstance(libraries, dict) else None
+    versions = f"bloblora {writer or 'of an unknown version'} wrote it, this is {version('bloblora')}"
     if (found := description.get("format_version")) != FORMAT_VERSION:
-        raise AdapterFileError(
-            f"{file}: format_version is {found!r}; this bloblora reads {FORMAT_VERSION}, another may read this file"
-        )
-    if description.keys() != set(_DESCRIPTION):
-        missing, unknown = sorted(set(_DESCRIPTION) - description.keys()), sorted(description.keys() - _DESCRIPTION)
-        raise AdapterFileError(f"{file}: missing fields {missing}, unknown fields {unknown}; restore it or save again")
+        raise AdapterFileError(f"{file}: format_version is {found!r}; this bloblora reads {FORMAT_VERSION}; {versions}")
+
+    def check_known(found: Set[str], known: Set[str], place: str) -> None:
+        if unknown := sorted(found - known):
+            raise AdapterFileError(
+                f"{file}: {place}unknown fields {unknown}; {versions}: load it with a version that has them"
+            )
+
+    check_known(description.keys(), set(_DESCRIPTION), "")
+    if missing := sorted(set(_DESCRIPTION) - description.keys()):
+        raise AdapterFileError(f"{file}: missing fields {missing}; restore it or save again")
+    if not isinstance(description["config"], dict):
+        raise AdapterFileError(f"{file}: field 'config' must be an object, got {description['config']!r}")
+    check_known(description["config"].keys(), {field.name for field in fields(BlobConfig)}, "field 'config' has ")
     try:
         config = BlobConfig(**description["config"])
     except (TypeError, ValueError) as error:
         raise AdapterFileError(f"{file}: field 'config' can't be used: {error}") from error
-    if missing := sorted(config.to_dict().keys() - description["config"].keys()):
-        raise AdapterFileError(f"{file}: field 'config' lacks {missing}; restore it or save again")
     content = {key: value for key, value in description.items() if key != "sha256"}
-    if (found := _json_hash(content)) != description["sha256"]:
+    if (found := json_sha256(content)) != description["sha256"]:
         raise AdapterFileError(
             f"{file}: its content has the SHA-256 {found}, but its field 'sha256' says {description['sha256']!r}: it "
             "was altered; restore it, or load the adapter with PEFT and bayesianize it with another BlobConfig"
         )
-    return description
+    return description, config
 
 
 @torch.no_grad()
 def _copy_std_parameters(file: Path, posterior: Posterior) -> None:
     """Copy the saved Ω of every layer into a posterior of the same layers."""
-    saved, wanted = _read_tensors(file), posterior.named_std_parameters()
+    saved, wanted = read_tensors(file, AdapterFileError), posterior.named_std_parameters()
     if saved.keys() != wanted.keys():
         missing, extra = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
         raise AdapterFileError(
@@ -268,31 +347,10 @@ def _copy_std_parameters(file: Path, posterior: Posterior) -> None:
         put_(parameter, saved[name])
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise AdapterFileError(f"{file}: not readable as safetensors (truncated?): {error}") from error
-
-
-def _content_hash(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes: independent of the order and layout of the file."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _mean_config_hash(file: Path) -> str:
     """SHA-256 of PEFT's configuration, which has the mean's scaling; where the base model lies may change."""
     content = read_json(file, AdapterFileError)
-    return _json_hash({key: value for key, value in content.items() if key != "base_model_name_or_path"})
-
-
-def _json_hash(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_sha256({key: value for key, value in content.items() if key != "base_model_name_or_path"})
 
 
 def _sort_sets(file: Path) -> None:

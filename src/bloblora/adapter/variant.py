@@ -22,8 +22,7 @@ from .config import BlobConfig
 
 STD_PARAMETER = "blob_std_parameter_"
 """Layer attributes that hold the unconstrained Ω of each adapter, by adapter name: this and the factor's letter.
-`bloblora.save` and the trainer's checkpoints keep them out of ``adapter_model.safetensors``, which stays a stock LoRA
-of the mean; PEFT's own ``save_pretrained`` doesn't."""
+``adapter_model.safetensors``, a stock LoRA of the mean, is kept free of them."""
 
 
 class UnevenPartsError(RuntimeError):

@@ -73,7 +73,7 @@ def parsed(command: str, function: Callable[..., None], arguments: Sequence[str]
     if any(hints[name] is RunConfig for name in sections):
         parser.add_argument("--help_all", action="help", help="show also the rarer options of LoRA and the Trainer")
     shown = "--print_config" in arguments and any(hints[name] is RunConfig for name in sections)
-    values = vars(parser.parse_args([a for a in arguments if not (shown and a == "--print_config")]))
+    values = parser.parse_args([a for a in arguments if not (shown and a == "--print_config")]).as_dict()
     values.pop("config", None)
     values.pop("help_all", None)
     for name, names in sections.items():
@@ -136,7 +136,7 @@ def _hints(place: str, method: str, task: str) -> dict[str, Any]:
 
     if place == "task":
         kinds = [tasks.TASKS[task]] if task in tasks.TASKS else [*tasks.TASKS.values()]
-        return {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+        return {option.name: get_type_hints(kind)[option.name] for kind in kinds for option in fields(kind)}
     kinds_ = {"run": RunConfig, "method": METHODS[method], "lora": LoraConfig, "training": BlobTrainingArguments}
     return get_type_hints(kinds_[place])
 

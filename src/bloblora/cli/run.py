@@ -17,8 +17,7 @@ from .. import evaluation, runs
 from ..adapter import find_posterior
 from ..data import read_batches, read_records
 from ..decision import check_promises
-from ..decision.label_sets import Kind
-from ..decision.scope import Score
+from ..decision.conformal import Kind, Score
 from ..files import replacing
 from ..runs import PredictionOptions, RunConfig, RunDescription, RunError, open_run
 from ..runs.checks import check_generates
@@ -72,7 +71,7 @@ def train(config: RunConfig, json: bool = False, tensorboard: str | None = None)
     print(f"trained {config.method['name']} in {run.training['seconds']:.0f} s: training NLL {final['nll']:.4f}")
     if summary:
         print(f"posterior: median Ω {summary['median_std']:.4f}, KL {summary['kl']:.0f} nats")
-    following, option = ("generate", "input") if run.task.name == "generation" else ("evaluate", "data")
+    following, option = ("generate", "input") if run.task.kind == "generation" else ("evaluate", "data")
     print(f"saved to {config.output}; next: bloblora {following} {config.output} --{option} FILE")
 
 

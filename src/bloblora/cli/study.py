@@ -10,8 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.utils import logging
 
 from .. import evaluation, runs, studies
-from ..studies import Job
-from ..studies.engine import Outcome
+from ..studies import Job, Outcome
 
 
 def compare(
@@ -50,7 +49,7 @@ def compare(
 
     Args:
         study: the YAML file.
-        output: folder of the results, a JSON and a safetensors file a run; `bloblora report` reads it.
+        output: folder of the results; OUTPUT/runs has a JSON and a safetensors file for each run.
         data: folder that relative paths of data files start from.
         runs_folder: folder of trained models and logs; default OUTPUT/runs.
         workers: runs at a time; with several GPUs one each.
@@ -76,6 +75,7 @@ def compare(
             folder,
             runs=models_folder,
             data=Path(data),
+            file=study,
             workers=workers,
             engine=engine,
             slurm=slurm,
@@ -90,7 +90,7 @@ def compare(
 
 
 def report(directory: str, output: str | None = None, baseline: str | None = None, title: str | None = None) -> None:
-    """Write a study's tables and figures: report.md in its folder, and an HTML page that opens without a network.
+    """Write a study's report.md with figures and its metrics.json, and an HTML page that opens without a network.
 
     Examples:
       bloblora report results/study

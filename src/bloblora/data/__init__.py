@@ -1,19 +1,21 @@
 """Labelled records: files, the paper's public sets, and the embedded support desk."""
 
-from .mapped import MappedRows, write_rows
-from .paper import PAPER_SETS
-from .records import DataError, kind_of, read_batches, read_each, read_records
-from .support_desk import SPLITS, support_desk
+from .reading import read_batches, read_each, read_records
+from .records import KINDS, DataError, MappedRows, kind_of, unanswered, write_rows
+from .sets import PAPER_SETS, SPLITS, hub_source, support_desk
 
 __all__ = [
+    "KINDS",
     "PAPER_SETS",
     "SPLITS",
     "DataError",
     "MappedRows",
+    "hub_source",
     "kind_of",
     "read_batches",
     "read_each",
     "read_records",
     "support_desk",
+    "unanswered",
     "write_rows",
 ]

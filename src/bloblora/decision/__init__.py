@@ -1,13 +1,12 @@
 """Decisions that keep a promise: answer or abstain, a set of labels, out of scope or not.
 
 Each rule is fitted on held-out labelled records, and says what it promises on data like them, whatever the model and
-however few the records. A file a rule: the function that fits it, and what was fitted.
+however few the records.
 """
 
 from .answering import Answering, fit_answering
-from .decision import Decided, Decision, calibrate, check_promises
-from .label_sets import LabelSets, fit_label_sets
-from .scope import Scope, fit_scope
+from .conformal import LabelSets, Scope, fit_label_sets, fit_scope
+from .decision import Decided, Decision, check_promises, fit_decision
 
 __all__ = [
     "Answering",
@@ -15,9 +14,9 @@ __all__ = [
     "Decision",
     "LabelSets",
     "Scope",
-    "calibrate",
     "check_promises",
     "fit_answering",
+    "fit_decision",
     "fit_label_sets",
     "fit_scope",
 ]

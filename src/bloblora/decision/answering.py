@@ -23,8 +23,8 @@ import torch
 from scipy.stats import binom, nbinom
 from torch import Tensor
 
-from ..evaluation.checks import check_rows, check_targets
-from .quantile import check_share
+from ..evaluation.inputs import checked_probabilities
+from .conformal import check_numbers, check_share
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Answering:
     num_answered: int
     num_wrong: int
     num_examples: int
+
+    def __post_init__(self) -> None:
+        check_share("risk", self.risk)
+        check_share("confidence level", self.level)
+        check_numbers(self, "num_answered", "num_wrong", "num_examples")
 
     def answers(self, confidence: Tensor) -> Tensor:
         """Whether to answer, (n,) bool, for confidences (n,)."""
@@ -74,11 +79,10 @@ def fit_answering(probabilities: Tensor, targets: Tensor, risk: float = 0.05, le
             for any, or an argument, shapes or normalization are wrong.
     """
     check_answering(len(targets), risk, level)
-    check_targets("probabilities", probabilities, targets)
-    check_rows("probabilities", probabilities.double())
-    confidence, labels = probabilities.detach().cpu().max(-1)
-    ranked, order = confidence.double().sort(descending=True)
-    wrong = (labels != targets.cpu())[order].cumsum(0)
+    probabilities, targets = checked_probabilities(probabilities, targets)
+    confidence, labels = probabilities.max(-1)
+    ranked, order = confidence.sort(descending=True)
+    wrong = (labels != targets)[order].cumsum(0)
     below = torch.cat([ranked[1:], torch.zeros(1)])
     ends = (ranked > below).nonzero()[:, 0]  # records of equal confidence are answered together
     counts, errors = (ends + 1).numpy(), wrong[ends].numpy()

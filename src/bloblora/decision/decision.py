@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ..prediction import Prediction
 from .answering import Answering, check_answering, fit_answering
-from .label_sets import Kind, LabelSets, check_coverage, fit_label_sets
-from .scope import Scope, Score, check_false_alarm, fit_scope
+from .conformal import Kind, LabelSets, Scope, Score, check_enough, fit_label_sets, fit_scope
 
 
 @dataclass(frozen=True)
@@ -77,15 +76,16 @@ class Decision:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Decision":
-        """What `to_dict` gave.
+        """What `to_dict` gave, now or before a field with a default was added.
 
         Raises:
-            KeyError, TypeError: it is something else.
+            KeyError, TypeError: a rule or a field is missing, or unknown.
+            ValueError: a value is out of its range.
         """
         return cls(**{name: kind(**content[name]) for name, kind in _RULES.items()})
 
 
-def calibrate(
+def fit_decision(
     prediction: Prediction,
     targets: Tensor,
     *,
@@ -126,8 +126,8 @@ def check_promises(
 ) -> None:
     """Raise a ValueError where these are out of range, or n records too few for them, whatever the predictions."""
     check_answering(n, risk, level)
-    check_coverage(n, coverage)
-    check_false_alarm(n, false_alarm)
+    check_enough(n, "coverage", coverage, coverage)
+    check_enough(n, "false_alarm", false_alarm, 1 - false_alarm)
 
 
 def _share(which: Tensor) -> float:

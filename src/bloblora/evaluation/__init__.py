@@ -1,9 +1,8 @@
 """Do the probabilities mean what they say? Metrics, comparisons of methods, tables, pictures."""
 
-from .bootstrap import Interval, Metric, paired_bootstrap
-from .calibration import brier_parts, classwise_ece, equal_mass_ece
-from .metrics import example_scores, metrics
-from .ood import ood_metrics
+from .calibration import ReliabilityBins, brier_parts, classwise_ece, confidence_bins, equal_mass_ece, reliability
+from .comparison import Interval, markdown_table, paired_bootstrap, rich_table, table_cells
+from .metrics import METRICS, UNCERTAINTIES, Metric, example_scores, metric_names, metrics, summary, uncertainty
 from .plots import (
     lines_figure,
     pareto_figure,
@@ -14,12 +13,10 @@ from .plots import (
     save_figure,
     to_svg,
 )
-from .reliability import ReliabilityBins, confidence_bins, reliability
-from .selective import RiskCoverage, risk_coverage
-from .summary import UNCERTAINTIES, summary, uncertainty
-from .tables import markdown_table, rich_table, table_cells
+from .ranking import RiskCoverage, ood_metrics, risk_coverage
 
 __all__ = [
+    "METRICS",
     "UNCERTAINTIES",
     "Interval",
     "Metric",
@@ -32,6 +29,7 @@ __all__ = [
     "example_scores",
     "lines_figure",
     "markdown_table",
+    "metric_names",
     "metrics",
     "ood_metrics",
     "paired_bootstrap",

@@ -1,13 +1,86 @@
-"""Accuracy, calibration and proper scores of predicted probabilities."""
+"""Everything that is measured of a prediction: each metric by name, with its title, direction and range."""
 
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from .checks import checked
-from .reliability import confidence_bins
+from ..prediction import Prediction
+from ..registry import Registry
+from .calibration import brier_parts, classwise_ece, equal_mass_ece, reliability
+from .inputs import as_prediction, checked, equal_width
+from .ranking import ood_metrics, risk_coverage
+
+Table = Literal["main", "more", "asked"]
+
+COVERAGES = (0.5, 0.8, 0.9, 0.95)
+UNCERTAINTIES = {"confidence": "conf.", "predictive_entropy": "entropy", "mutual_information": "MI"}
+"""What tells inputs out of scope from others: properties of a `Prediction`, and what tables call them."""
 
 
-def metrics(log_probabilities: Tensor, targets: Tensor, num_bins: int = 15) -> dict[str, float | int]:
+@dataclass(frozen=True)
+class Metric:
+    """What is measured of a prediction of n inputs.
+
+    Another package adds one with an entry point of its name in the group ``bloblora.metrics``. It is then in `summary`
+    and in tables, and in `paired_bootstrap` if it is a mean over examples.
+
+    Attributes:
+        name: in results, such as ``ece``.
+        title: of a table's column, such as "ECE".
+        function: gets the `Prediction` and targets (n,), class indices, both on the CPU, and gives a number; with
+            ``per_example`` one for each example, (n,).
+        higher_is_better: None where neither direction is better.
+        range: least and greatest value.
+        key: where the function gives several metrics by name, the name of this one; it is called once for all of them.
+        per_example: the metric is the mean of what the function gives.
+        takes: keyword arguments of the function: ``num_bins``, and ``outside``, the `Prediction` of inputs out of
+            scope; a metric that takes it is left out where there is none.
+        parts: of a metric that is no such mean but can be computed from `example_scores`: gets these and ``num_bins``
+            and gives columns (n, k); the metric is the sum of the absolute values of their means.
+        table: ``main`` is in every table and in `metrics`, ``more`` in a report's second table, ``asked`` where it is
+            asked for.
+    """
+
+    name: str
+    title: str
+    function: Callable[..., Any]
+    higher_is_better: bool | None
+    range: tuple[float, float] = (-math.inf, math.inf)
+    key: str | None = None
+    per_example: bool = False
+    takes: tuple[str, ...] = ()
+    parts: Callable[[Mapping[str, Tensor], int], Tensor] | None = None
+    table: Table = "main"
+
+    def examples(self, prediction: Prediction, targets: Tensor) -> Tensor:
+        """The value of each example, (n,) float64, of a metric that is their mean.
+
+        Raises:
+            ValueError: the function gave another shape.
+        """
+        values = torch.as_tensor(self.function(prediction, targets)).double()
+        if values.shape != targets.shape:
+            shapes = f"{tuple(targets.shape)}, got {tuple(values.shape)}"
+            raise ValueError(f"metric {self.name!r} is per_example: its function must give the shape {shapes}")
+        return values
+
+
+def metric_names(table: Table | None = None, outside: bool | None = None) -> list[str]:
+    """Names in the order of tables: all, or of one table; all, or those that do or don't take ``outside``."""
+    return [
+        name
+        for name, metric in METRICS.items()
+        if table in (None, metric.table) and outside in (None, "outside" in metric.takes)
+    ]
+
+
+def metrics(predicted: Tensor | Prediction, targets: Tensor, num_bins: int = 15) -> dict[str, float | int]:
     r"""Accuracy, calibration and proper scores of n predictions.
 
     - ``ece``: :math:`\sum_b \frac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b|` over equal-width bins of
@@ -16,38 +89,144 @@ def metrics(log_probabilities: Tensor, targets: Tensor, num_bins: int = 15) -> d
     - ``brier``: mean over examples of :math:`\sum_c (p_c - 1[c = y])^2`, in [0, 2].
 
     Args:
-        log_probabilities: (n, C), normalized; -inf for a class that an example lacks.
+        predicted: a prediction, or log-probabilities (n, C), normalized; -inf for a class that an example lacks.
         targets: (n,), class indices.
-        num_bins: bins of the ECE.
+        num_bins: equal-width bins on [0, 1].
 
     Returns:
-        ``accuracy``, ``ece``, ``nll``, ``brier``, ``num_examples``.
+        ``accuracy``, ``ece``, ``nll``, ``brier``, and other packages' metrics of the main table; ``num_examples``.
 
     Raises:
         ValueError: there is no example, or shapes, ranges or normalization are wrong.
     """
-    scores = example_scores(log_probabilities, targets)
-    mean = {name: values.mean().item() for name, values in scores.items()}
-    return {
-        "accuracy": mean["accuracy"],
-        "ece": confidence_bins(scores["confidence"], scores["accuracy"], num_bins).ece,
-        "nll": mean["nll"],
-        "brier": mean["brier"],
-        "num_examples": len(targets),
-    }
+    names = metric_names("main", outside=False)
+    return _values(names, as_prediction(predicted), targets, num_bins=num_bins) | {"num_examples": len(targets)}
 
 
-def example_scores(log_probabilities: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """What metrics average: ``accuracy`` (1 or 0), ``nll``, ``brier`` and ``confidence`` of each example, (n,) float64.
+def example_scores(predicted: Tensor | Prediction, targets: Tensor) -> dict[str, Tensor]:
+    """Of each example the metrics that are means over examples, and ``confidence``, by name: (n,) float64.
 
-    Args and errors as in `metrics`.
+    Arguments and errors are those of `metrics`.
     """
-    log_probabilities, targets = checked(log_probabilities, targets)
-    probabilities = log_probabilities.exp()
-    truth = one_hot(targets, probabilities.shape[1])
-    return {
-        "accuracy": (probabilities.argmax(-1) == targets).double(),
-        "nll": 0 - log_probabilities.gather(1, targets[:, None])[:, 0],  # 0 - x, because -x would give -0.0
-        "brier": (probabilities - truth).square().sum(-1),
-        "confidence": probabilities.amax(-1),
-    }
+    prediction, targets = as_prediction(predicted), targets.cpu()
+    scores = {name: metric.examples(prediction, targets) for name, metric in METRICS.items() if metric.per_example}
+    return scores | {"confidence": checked(predicted, targets)[0].exp().amax(-1)}
+
+
+def summary(
+    inside: Prediction, targets: Tensor, outside: Prediction | None = None, num_bins: int = 15
+) -> dict[str, float | int]:
+    """All metrics of a prediction of n inputs, and with ``outside`` how well it tells inputs out of scope.
+
+    None of ours is NaN; only ``nll`` may be infinite. Selective prediction is by confidence.
+
+    Args:
+        inside: of inputs in scope.
+        targets: (n,), class indices.
+        outside: of inputs out of scope.
+        num_bins: bins of calibration errors and of the Brier score's parts.
+
+    Returns:
+        The values of `METRICS` by name; ``num_examples``, ``num_samples``, and ``num_draws``, which is 1 where all
+        weight samples agree.
+
+    Raises:
+        ValueError: there is no input, or targets are none of the prediction's columns.
+    """
+    first = metrics(inside, targets, num_bins)
+    rest = [name for name in metric_names(outside=False if outside is None else None) if name not in first]
+    counts = {"num_samples": inside.num_samples, "num_draws": len(inside.log_probs)}
+    return first | counts | _values(rest, inside, targets, num_bins=num_bins, outside=outside)
+
+
+def uncertainty(prediction: Prediction) -> dict[str, Tensor]:
+    """``confidence``, ``predictive_entropy`` and ``mutual_information`` of each input, (n,)."""
+    return {name: getattr(prediction, name) for name in UNCERTAINTIES}
+
+
+def _values(names: list[str], prediction: Prediction, targets: Tensor, **options: Any) -> dict[str, float | int]:
+    found: dict[str, float | int] = {}
+    given: dict[Callable[..., Any], Any] = {}
+    targets = targets.cpu()
+    for metric in map(METRICS.__getitem__, names):
+        if metric.per_example:
+            found[metric.name] = metric.examples(prediction, targets).mean().item()
+            continue
+        if metric.function not in given:
+            taken = {name: options[name] for name in metric.takes}
+            given[metric.function] = metric.function(prediction, targets, **taken)
+        value = given[metric.function]
+        found[metric.name] = float(value if metric.key is None else value[metric.key])
+    return found
+
+
+def _accuracy(prediction: Prediction, targets: Tensor) -> Tensor:
+    log_probabilities, targets = checked(prediction, targets)
+    return (log_probabilities.argmax(-1) == targets).double()
+
+
+def _ece(prediction: Prediction, targets: Tensor, num_bins: int) -> float:
+    return reliability(checked(prediction, targets)[0].exp(), targets, num_bins).ece
+
+
+def _ece_parts(scores: Mapping[str, Tensor], num_bins: int) -> Tensor:
+    """Confidence less accuracy, in the column of the example's bin."""
+    confidence = scores["confidence"].double()
+    gap = confidence - scores["accuracy"].double()
+    return one_hot(equal_width(confidence, num_bins), num_bins) * gap[:, None]
+
+
+def _nll(prediction: Prediction, targets: Tensor) -> Tensor:
+    log_probabilities, targets = checked(prediction, targets)
+    return 0 - log_probabilities.gather(1, targets[:, None])[:, 0]  # 0 - x, because -x would give -0.0
+
+
+def _brier(prediction: Prediction, targets: Tensor) -> Tensor:
+    log_probabilities, targets = checked(prediction, targets)
+    return (log_probabilities.exp() - one_hot(targets, log_probabilities.shape[1])).square().sum(-1)
+
+
+def _selective(prediction: Prediction, targets: Tensor) -> dict[str, float]:
+    curve = risk_coverage(prediction.confidence, prediction.labels == targets)
+    return {"aurc": curve.aurc} | {f"{coverage:.0%}": curve.accuracy(coverage) for coverage in COVERAGES}
+
+
+def _ood(prediction: Prediction, _: Tensor, outside: Prediction) -> dict[str, float]:
+    return ood_metrics(uncertainty(prediction), uncertainty(outside))
+
+
+def _own() -> Iterator[Metric]:
+    share, bins = (0.0, 1.0), ("num_bins",)
+    yield Metric("accuracy", "accuracy", _accuracy, True, share, per_example=True)
+    yield Metric("ece", "ECE", _ece, False, share, takes=bins, parts=_ece_parts)
+    yield Metric("nll", "NLL", _nll, False, (0, math.inf), per_example=True)
+    yield Metric("brier", "Brier", _brier, False, (0, 2), per_example=True)
+    yield Metric("ece_equal_mass", "ECE, equal mass", equal_mass_ece, False, share, takes=bins, table="more")
+    yield Metric("ece_classwise", "ECE, classwise", classwise_ece, False, share, takes=bins, table="more")
+    better = {"uncertainty": None, "resolution": True, "reliability": False}
+    for part, higher in (better | {"within_bin_variance": None, "within_bin_covariance": None}).items():
+        title, bounds = f"Brier {part.replace('_', ' ')}", (-2 if part.endswith("covariance") else 0, 2)
+        table: Table = "asked" if higher is None else "more"
+        yield Metric(f"brier_{part}", title, brier_parts, higher, bounds, part, takes=bins, table=table)
+    yield Metric("aurc", "AURC", _selective, False, share, "aurc", table="more")
+    for coverage in COVERAGES:
+        name, title = f"selective_accuracy_{coverage * 100:.0f}", f"accuracy at {coverage * 100:.0f} %"
+        yield Metric(
+            name, title, _selective, True, share, f"{coverage:.0%}", table="more" if coverage == 0.8 else "asked"
+        )
+    for score, short in UNCERTAINTIES.items():
+        auroc, fpr95 = f"auroc_{score}", f"fpr95_{score}"
+        yield Metric(auroc, f"AUROC {short}", _ood, True, share, auroc, takes=("outside",))
+        yield Metric(fpr95, f"FPR95 {short}", _ood, False, share, fpr95, takes=("outside",), table="more")
+
+
+_OWN = SimpleNamespace(**{metric.name: metric for metric in _own()})
+
+METRICS: Registry[Metric] = Registry(
+    "bloblora.metrics",
+    {name: f"{__name__}:_OWN.{name}" for name in vars(_OWN)},
+    lambda name, metric: (
+        None if isinstance(metric, Metric) and metric.name == name else f"it isn't a Metric of the name {name!r}"
+    ),
+)
+"""The metrics by name, in the order of tables."""

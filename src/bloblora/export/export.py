@@ -1,27 +1,25 @@
-"""From a finished run to a folder that other programs read."""
+"""From a finished run to a folder that other programs read, and ``manifest.json``, which says what is in it."""
 
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 
-from .. import adapter, models
-from ..adapter.storage import MEAN_FILE, library_versions
-from ..files import write_tensors
+from .. import models, tasks
+from ..adapter.storage import library_versions
+from ..files import file_sha256, read_json, write_json
 from ..methods.method import MEAN, Draw
-from ..models.loading import DTYPES
+from ..models import DTYPES
 from ..runs import PredictionOptions, Run, RunDescription, RunError, check_writable, load_run, open_run
-from .draws import in_force
-from .gguf import check_gguf, write_gguf
-from .manifest import Manifest
-from .merged import write_merged
+from .writers import check_gguf, in_force, write_gguf, write_lora, write_merged
 
+MANIFEST_FILE, FORMAT_VERSION = "manifest.json", 1
 FORMATS = ("lora", "merged", "gguf")
 TOKENIZER = "tokenizer"
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -31,6 +29,48 @@ _HEAD = (
     "the adapters carry a classification head (modules_to_save): PEFT loads it, but servers of text completions have "
     "no place for it; use --format merged, or `bloblora serve`"
 )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An export's description.
+
+    Attributes:
+        format: ``lora``, ``merged`` or ``gguf``.
+        base_model: what the adapters belong to, as ``from_pretrained`` takes it.
+        method: of the run.
+        adapter_sha256: of the run's weights.
+        num_samples: weight draws N that were asked for; 0 is the posterior mean.
+        seed: of the draws.
+        mean: the mean's name, or None where it isn't there.
+        draws: names of the draws in order; a server must serve them by these. A file or folder has the same name.
+        task: how records become prompts and answers, for `bloblora.tasks.task_from_dict`.
+        commands: what to run in the export's folder, by program.
+        warnings: what the files can't do.
+        libraries: versions that made them.
+        files: SHA-256 of each file, by its path in the folder.
+    """
+
+    format: str
+    base_model: str
+    method: str
+    adapter_sha256: str | None
+    num_samples: int
+    seed: int
+    mean: str | None
+    draws: list[str]
+    task: dict[str, Any]
+    commands: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    libraries: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> "Manifest":
+        """Write it beside the files that it describes; returns it with their hashes."""
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        manifest = replace(self, files={path.relative_to(folder).as_posix(): file_sha256(path) for path in files})
+        write_json(folder / MANIFEST_FILE, {"format_version": FORMAT_VERSION, **asdict(manifest)})
+        return manifest
 
 
 def export(
@@ -96,6 +136,31 @@ def export(
         return manifest.write(folder)
 
 
+def read_manifest(directory: str | os.PathLike[str], *, check_files: bool = False) -> Manifest:
+    """The manifest of an export's folder.
+
+    Args:
+        directory: the folder.
+        check_files: also compare the SHA-256 of each file, which reads them all.
+
+    Raises:
+        RunError: there is none, another version wrote it, or a file is missing or altered.
+    """
+    file = Path(directory) / MANIFEST_FILE
+    content = read_json(file, RunError)
+    if (found := content.pop("format_version", None)) != FORMAT_VERSION:
+        raise RunError(f"{file}: format_version is {found!r}; this bloblora reads {FORMAT_VERSION}")
+    try:
+        manifest = Manifest(**content)
+        tasks.task_from_dict(manifest.task)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{file}: not what `bloblora export` writes: {error}") from error
+    for name, expected in manifest.files.items() if check_files else ():
+        if not (path := file.parent / name).is_file() or file_sha256(path) != expected:
+            raise RunError(f"{path}: missing, or its SHA-256 isn't the one in {MANIFEST_FILE}; export again")
+    return manifest
+
+
 def _check_output(output: Path) -> None:
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise RunError(f"{output}: is a file or a folder that isn't empty; choose another output")
@@ -123,7 +188,7 @@ def _write_adapters(
             if format == "gguf":
                 write_gguf(folder / f"{draw.name}.gguf", model, draw.adapter_name)
             else:
-                _write_lora(folder / draw.name, model, draw.adapter_name, dtype)
+                write_lora(folder / draw.name, model, draw.adapter_name, dtype)
     run.tokenizer.save_pretrained(folder / TOKENIZER)
     mean, *names = [draw.name for draw in draws]
     if format == "gguf":
@@ -137,14 +202,6 @@ def _write_adapters(
         "commands": {} if has_head else commands,
         "warnings": [_HEAD] if has_head else [],
     }
-
-
-def _write_lora(folder: Path, model: PeftModel, adapter_name: str, dtype: torch.dtype) -> None:
-    adapter.save(model, folder, adapter_name)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    if dtype != torch.float32:
-        file = folder / MEAN_FILE
-        write_tensors(file, {name: tensor.to(dtype) for name, tensor in load_file(file).items()})
 
 
 def _write_merged(run: Run, folder: Path, number: int | None, seed: int) -> dict[str, Any]:

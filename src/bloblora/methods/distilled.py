@@ -67,7 +67,7 @@ class Distilled(Blob):
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The student."""
-        return adapter.load(base, folder), Point()
+        return adapter.load(base, folder, checked=True), Point()
 
     def weights_file(self, folder: Path) -> Path:
         """The student's file."""

@@ -71,7 +71,7 @@ class Ensemble(Method):
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The members on one base."""
         first, *others = _names(self.members)
-        model = adapter.load(base, folder, first)
+        model = adapter.load(base, folder, first, checked=True)
         for name in others:
             model.load_adapter(str(adapter.check_folder(folder / name)), name)
         return model.eval(), Members(model)

@@ -135,7 +135,7 @@ class LaplaceLora(Method):
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The LoRA and its Gaussian."""
-        model = adapter.load(base, folder)
+        model = adapter.load(base, folder, checked=True)
         values, tensors = read_state(folder, _STATE)
         try:
             layers: dict[str, Any] = {name: model.get_submodule(name) for name in values.pop("layers")}

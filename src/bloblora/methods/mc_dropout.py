@@ -39,7 +39,7 @@ class McDropout(ScaledMethod):
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The LoRA, and its masks' distribution."""
-        model = adapter.load(base, folder)
+        model = adapter.load(base, folder, checked=True)
         return model, _draws(model)
 
 

@@ -98,12 +98,12 @@ class Method:
         adapter.save(model, folder)  # type: ignore[arg-type]
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
-        """The model in eval mode, and its sampler.
+        """The model in eval mode, and its sampler; `weights_file` has checked the folder before.
 
         Raises:
             AdapterFileError: a file is missing or damaged, or doesn't fit the base model.
         """
-        return adapter.load(base, folder), Point()
+        return adapter.load(base, folder, checked=True), Point()
 
     def weights_file(self, folder: Path) -> Path:
         """The file with the trained weights, after all has been checked that can be without a model.
@@ -158,7 +158,7 @@ class GaussianMethod(Method):
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The adapter with its posterior."""
-        model = adapter.load(base, folder)
+        model = adapter.load(base, folder, checked=True)
         return model, posterior_draws(model)
 
     def weights_file(self, folder: Path) -> Path:

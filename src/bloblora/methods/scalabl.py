@@ -88,7 +88,7 @@ class Scalabl(ScaledMethod):
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The mean, and its rows' noise."""
-        model = adapter.load(base, folder)
+        model = adapter.load(base, folder, checked=True)
         return model, WeightDraws(ScaledRows(model, read_state(folder, _STATE)[1]))
 
 

@@ -1,6 +1,6 @@
 """Distributions over LoRA's A: pure torch, no transformer, no PEFT."""
 
-from .estimators import ESTIMATORS, project
+from .estimators import ESTIMATORS, project, separate_noise
 from .gaussian import (
     STD_PARAMETERIZATIONS,
     init_std_parameter,
@@ -11,7 +11,6 @@ from .gaussian import (
     sample,
     std,
 )
-from .noise import separate_noise
 from .priors import (
     PRIORS,
     LaplacePrior,

@@ -10,7 +10,8 @@ of the gradient. ``A_k`` is the weight that example k of the batch sees, for eve
   not see one function.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,21 @@ def project(x: Tensor, mean: Tensor, std: Tensor, estimator: str) -> Tensor:
         noise = _example_noise(x.shape[0], std, estimator)
         h = _ExampleLinear.apply(x.reshape(x.shape[0], -1, x.shape[-1]), mean, std, noise)
     return h.reshape(*x.shape[:-1], -1)
+
+
+@contextmanager
+def separate_noise(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Leave torch's global generators of the CPU and of ``device`` as they were; with a seed they start from it inside.
+
+    Other devices are not touched: asking all of them at every step would cost time, and torch warns of it.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if seed is not None:
+            torch.random.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+        yield
 
 
 def _example_noise(b: int, like: Tensor, estimator: str) -> Tensor:

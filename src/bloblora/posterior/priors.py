@@ -281,7 +281,7 @@ PRIORS: Registry[type[Prior]] = Registry(
 """The priors by name."""
 
 
-def build_prior(name: str, prior_std: float, shape: Mapping[str, float] | None = None) -> Prior:
+def build_prior(name: str, prior_std: float, shape: Mapping[str, Any] | None = None) -> Prior:
     """The prior of a name.
 
     Args:

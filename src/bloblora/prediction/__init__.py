@@ -1,11 +1,8 @@
 """From draws of the weights to probabilities and their uncertainty."""
 
-from .linearized import Linearized
-from .predict import average_draws, predict
-from .prediction import Prediction
+from .approximations import Linearized, StoppingRule, TopBlocks
+from .prediction import Prediction, average_draws, predict
 from .sampler import Point, Sampler, Tempered, WeightDraws
-from .stopping import StoppingRule
-from .top_blocks import TopBlocks
 
 __all__ = [
     "Linearized",

@@ -1,10 +1,21 @@
-"""What N weight draws say about n inputs."""
+"""Prediction with N weight draws, and what they say about n inputs."""
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from ..adapter import Posterior, find_posterior
+from .approximations import StoppingRule
+from .forward import BatchForward, PredictionTask
+from .sampler import Forward, Point, Sampler, WeightDraws
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class Prediction:
         """Draws that were made for each input, (n,): S, or fewer under a `StoppingRule`."""
         return (self.log_probs > -math.inf).any(-1).sum(0)
 
-    @property
+    @cached_property
     def log_probabilities(self) -> Tensor:
         """log p̄, (n, C), averaged in log space."""
         return torch.logsumexp(self.log_probs, dim=0) - self.num_draws.log().unsqueeze(-1)
@@ -61,12 +72,12 @@ class Prediction:
         """Probability of that class, (n,)."""
         return self.probabilities.amax(-1)
 
-    @property
+    @cached_property
     def predictive_entropy(self) -> Tensor:
         """Total uncertainty H[p̄] in nats, (n,)."""
         return _entropy(self.log_probabilities)
 
-    @property
+    @cached_property
     def expected_entropy(self) -> Tensor:
         """Aleatoric uncertainty, the mean of H[p_s] in nats, (n,)."""
         return _entropy(self.log_probs).sum(0) / self.num_draws
@@ -75,6 +86,178 @@ class Prediction:
     def mutual_information(self) -> Tensor:
         """Epistemic uncertainty in nats, (n,): 0 where all draws agree."""
         return (self.predictive_entropy - self.expected_entropy).clamp_min(0)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    inputs: Sequence[Any] | Mapping[str, Tensor],
+    num_samples: int = 10,
+    seed: int = 0,
+    *,
+    task: PredictionTask | None = None,
+    sampler: Sampler | None = None,
+    stop: StoppingRule | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Prediction:
+    """Class probabilities averaged over draws of the weights.
+
+    Draw s of a seed is one function of the input: it depends neither on the batch, its order and its padding, nor on
+    how many draws follow. Torch's global generator and the model's train or eval mode stay as they are.
+
+    Each batch draws the weights again, from the seed. Of a posterior over weights, draws share forwards where a batch
+    has few tokens, forwards run side by side on a CPU, and blocks below the first Bayesian layer are computed once:
+    equal to a forward a draw up to rounding, see benchmarks/prediction.py for the time.
+
+    Args:
+        model: a PEFT model, Bayesian or plain, or any other of which ``sampler`` draws.
+        inputs: encoded examples of ``task``; without a task, what a tokenizer returned (tensors of n rows) for a model
+            whose ``logits`` are (n, C).
+        num_samples: N draws; 0 uses the posterior mean.
+        seed: of the draws.
+        task: collates examples and reads the logits.
+        sampler: where the draws come from; default the model's posterior. A plain model is one function: one draw is
+            made for any N.
+        stop: when to make no more draws for an input; an approximation, which changes results.
+        batch_size: inputs a forward.
+        progress: show a bar.
+
+    Returns:
+        The `Prediction`, on the CPU, rows in the order of ``inputs``.
+
+    Raises:
+        ValueError: ``num_samples`` or ``batch_size`` is out of range, or there is no input.
+    """
+    check_num_samples(num_samples)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    sampler = sampler or sampler_of(model)
+    device, order = next(model.parameters()).device, _order(inputs, task)
+    starts = range(0, len(order), batch_size)
+    rows = []
+    with eval_mode(model):
+        for start in track(starts, "predicting", disable=not progress, console=Console(stderr=True)):
+            batch = _batch(inputs, task, order[start : start + batch_size])
+            moved = {name: tensor.to(device) for name, tensor in batch.items()}
+            forward = BatchForward(model, moved, task)
+            if stop is None or num_samples == 0:
+                rows.append(_draw_log_probs(forward, sampler, num_samples, seed).cpu())
+            else:
+                rows.append(_stopped_log_probs(forward, sampler, num_samples, seed, stop).cpu())
+    return Prediction(_cat(rows)[:, torch.tensor(order).argsort()], num_samples)
+
+
+def average_draws(
+    forward: Forward, posterior: Posterior | Sampler | None, num_samples: int = 10, seed: int = 0
+) -> Tensor:
+    """Logarithm of the mean probabilities over draws of the weights, for a batch that is at hand.
+
+    Args:
+        forward: returns logits (b, C); it is called once a draw, and must be the same function each time but for the
+            weights, so the model must be in eval mode or have no dropout.
+        posterior: whose draws, or a sampler; None for a plain model.
+        num_samples: N draws; 0 uses the posterior mean.
+        seed: of the draws.
+
+    Returns:
+        log of the mean of softmax(``forward()``), (b, C) float32, averaged in log space.
+
+    Raises:
+        ValueError: ``num_samples`` is negative.
+    """
+    check_num_samples(num_samples)
+    log_probs = _draw_log_probs(forward, sampler_of(posterior), num_samples, seed)
+    return torch.logsumexp(log_probs, dim=0) - math.log(log_probs.shape[0])
+
+
+def check_num_samples(num_samples: int) -> None:
+    """Raise a ValueError where N is negative."""
+    if num_samples < 0:
+        raise ValueError(f"num_samples must be 0 (the mean) or more, got {num_samples}")
+
+
+def sampler_of(source: nn.Module | Posterior | Sampler | None) -> Sampler:
+    """Draws of a posterior, or of a model's; a point where there is none."""
+    if isinstance(source, nn.Module):
+        source = find_posterior(source)
+    if source is None:
+        return Point()
+    return WeightDraws(source) if isinstance(source, Posterior) else source
+
+
+def _draw_log_probs(forward: Forward, sampler: Sampler, num_samples: int, seed: int) -> Tensor:
+    """(S, b, C) log-probabilities of S draws: N, 1 for N = 0, or as many as there are."""
+    return torch.stack([logits.float().log_softmax(-1) for logits in sampler.logits(forward, num_samples, seed)])
+
+
+def _stopped_log_probs(
+    forward: BatchForward, sampler: Sampler, num_samples: int, seed: int, stop: StoppingRule
+) -> Tensor:
+    """(S, b, C) log-probabilities, in which draws that were not made for an input are -inf."""
+    total, rows = forward.rows, torch.arange(forward.rows)
+    looks = [*stop.looks_before(num_samples), num_samples]
+    forward.limit = looks[0]
+    made: list[Tensor] = []
+    with closing(sampler.logits(forward, num_samples, seed)) as draws:  # type: ignore[type-var]  # a generator
+        for logits in draws:
+            log_probs = logits.float().log_softmax(-1).cpu()
+            made.append(torch.full((total, log_probs.shape[-1]), -math.inf).index_copy(0, rows, log_probs))
+            if len(made) != looks[0]:
+                continue
+            look = looks.pop(0)
+            if not looks:
+                break
+            forward.limit = looks[0] - look
+            left = ~stop.settled(torch.stack(made)[:, rows], num_samples)
+            if not left.any():
+                break
+            rows = rows[left]
+            forward.keep(left)
+    return torch.stack(made)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; then each module is as it was, also in a model of which a part is frozen in eval mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _order(inputs: Sequence[Any] | Mapping[str, Tensor], task: PredictionTask | None) -> list[int]:
+    """Order in which inputs are batched: a task's longest first, so that little is padded and memory peaks early."""
+    if task is None and not isinstance(inputs, Mapping):
+        raise ValueError(f"inputs: without a task, pass what the tokenizer returned, got {type(inputs).__name__}")
+    size = len(next(iter(inputs.values()), ())) if isinstance(inputs, Mapping) else len(inputs)
+    if size == 0:
+        raise ValueError("inputs: there is nothing to predict")
+    if task is None or isinstance(inputs, Mapping):
+        return list(range(size))
+    return sorted(range(size), key=lambda i: -task.length(inputs[i]))
+
+
+def _batch(
+    inputs: Sequence[Any] | Mapping[str, Tensor], task: PredictionTask | None, rows: list[int]
+) -> dict[str, Tensor]:
+    if isinstance(inputs, Mapping):
+        return {name: torch.as_tensor(value)[rows] for name, value in inputs.items() if name != "labels"}
+    assert task is not None
+    return task.collate([inputs[i] for i in rows])
+
+
+def _cat(rows: list[Tensor]) -> Tensor:
+    """Join batches (S, b, C) with different numbers of choices, or of draws: what a batch lacks gets -inf."""
+    draws, _, columns = (max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True))
+    padded = [
+        nn.functional.pad(row, (0, columns - row.shape[2], 0, 0, 0, draws - row.shape[0]), value=-math.inf)
+        for row in rows
+    ]
+    return torch.cat(padded, dim=1)
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class Point(Sampler):
     """One function: a model as it is."""
 
     def logits(self, forward: Forward, num_samples: int, seed: int) -> Iterator[Tensor]:
-        """Logits of the model, whatever N."""
+        """Logits of the model, the same for any N."""
         yield forward()
 
 

@@ -20,13 +20,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from ..files import read_json, write_json
-from .forward import PredictionTask
-from .predict import eval_mode
-from .trunk import Trunk, trunk_below
+from .forward import PredictionTask, Trunk, trunk_below
+from .prediction import eval_mode
 
 _HIDDEN, _ROW = "trunk_hidden", "trunk_row"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,8 @@ def cache_trunk(
 ) -> tuple[CachedTrunk, IndexedExamples]:
     """Compute the trunk of examples, or find it in a folder, where it is kept by a hash of model, tokens and versions.
 
-    The file holds every token's hidden state: n tokens × d × 4 bytes in float32. It is memory-mapped.
+    The file, ``KEY.DTYPE.npy``, holds every token's hidden state as integers of the same bits (NumPy has no bfloat16):
+    n tokens × d × 4 bytes in float32. It is memory-mapped.
 
     Args:
         model: a PEFT model with LoRA in its top layers only.
@@ -123,55 +122,37 @@ def cache_trunk(
         )
     folder.mkdir(parents=True, exist_ok=True)
     padded_left = _pads_left(task, examples)
-    name = _key(model, trunk, task, examples)
-    data, index = folder / f"{name}.npy", folder / f"{name}.json"
-    if not index.is_file():
-        _write(model, trunk, task, examples, data, index, padded_left, batch_size, progress)
-    stored = read_json(index, ValueError)
-    hidden = np.load(data, mmap_mode="r", allow_pickle=False)
-    dtype = getattr(torch, stored["dtype"])
-    cached = CachedTrunk(task, trunk, hidden, np.array(stored["starts"]), dtype, padded_left)
-    return cached, IndexedExamples(examples)
-
-
-@torch.no_grad()
-def _write(
-    model: nn.Module,
-    trunk: Trunk,
-    task: PredictionTask,
-    examples: Sequence[Any],
-    data: Path,
-    index: Path,
-    padded_left: bool,
-    batch_size: int,
-    progress: bool,
-) -> None:
-    """Both files; the index, by which the cache is found, last."""
     lengths = [task.collate([example])["input_ids"].shape[1] for example in examples]
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    order = sorted(range(len(examples)), key=lambda i: -lengths[i])
-    file, array, dtype = data.with_suffix(".partial"), None, torch.float32
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    with eval_mode(model):
+    key = _key(model, trunk, task, examples)
+    if not (files := [*folder.glob(f"{key}.*.npy")]):
+        order = sorted(range(len(examples)), key=lambda i: -lengths[i])
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        partial, array, dtype = folder / f"{key}.partial", None, torch.float32
         for rows in track(batches, "trunk", disable=not progress, console=Console(stderr=True)):
-            hidden = _compute(model, trunk, task, task.collate([examples[i] for i in rows]))
+            hidden = _compute(model, trunk, task, [examples[i] for i in rows])
             if array is None:
                 dtype = hidden.dtype
                 kind = hidden.view(_integer(dtype)).numpy().dtype
-                array = np.lib.format.open_memmap(file, "w+", kind, (int(starts[-1]), hidden.shape[-1]))
+                array = np.lib.format.open_memmap(partial, "w+", kind, (int(starts[-1]), hidden.shape[-1]))
             for i, own in zip(rows, hidden, strict=True):
                 place = _place(lengths[i], len(own), padded_left)
                 array[starts[i] : starts[i + 1]] = own[place].view(_integer(dtype)).numpy()
-    assert array is not None
-    array.flush()
-    file.replace(data)
-    write_json(index, {"format_version": _FORMAT_VERSION, "dtype": str(dtype).split(".")[1], "starts": starts.tolist()})
+        assert array is not None
+        array.flush()
+        files = [partial.replace(folder / f"{key}.{str(dtype).removeprefix('torch.')}.npy")]
+    hidden = np.load(files[0], mmap_mode="r", allow_pickle=False)
+    dtype = getattr(torch, files[0].suffixes[-2][1:])
+    return CachedTrunk(task, trunk, hidden, starts, dtype, padded_left), IndexedExamples(examples)
 
 
-def _compute(model: nn.Module, trunk: Trunk, task: PredictionTask, batch: dict[str, Tensor]) -> Tensor:
+@torch.no_grad()
+def _compute(model: nn.Module, trunk: Trunk, task: PredictionTask, examples: Sequence[Any]) -> Tensor:
+    """The trunk's output (b, T, d) on a batch of examples, on the CPU."""
     device = next(model.parameters()).device
-    moved = {name: tensor.to(device) for name, tensor in batch.items()}
-    output = trunk.compute(lambda: task.logits(model, moved))
+    batch = {name: tensor.to(device) for name, tensor in task.collate(examples).items()}
+    with eval_mode(model):
+        output = trunk.compute(lambda: task.logits(model, batch))
     return (output[0] if isinstance(output, tuple) else output).cpu()
 
 
@@ -189,7 +170,6 @@ def _place(length: int, width: int, padded_left: bool) -> slice:
 
 
 def _integer(dtype: torch.dtype) -> torch.dtype:
-    """NumPy has no bfloat16: bits are kept as they are."""
     return {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
 
 

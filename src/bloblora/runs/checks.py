@@ -7,39 +7,25 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-from .. import data as datasets_
 from .. import models, tasks
 from ..adapter import check_folder
+from ..data import KINDS, kind_of
 from ..files import read_json
 from ..methods import METHODS, Method
 from .config import RunConfig, RunError
 from .folder import RUN_FILE, TASK_FILE
 
-_FIELDS = {
-    "classification": "'text'",
-    "choice": "'question' and 'choices'",
-    "generation": "'prompt' or 'messages'",
-}
-
 
 def check_task(config: RunConfig, records: Sequence[dict[str, Any]]) -> None:
     """Raise a RunError when the records can't be this task's; needs no tokenizer."""
-    kind, name = datasets_.kind_of(records), task_name(config, records)
-    if _kind(name) != kind:
-        raise RunError(f"{config.data}: task {name!r} needs records with {_FIELDS[_kind(name)]}")
-    if kind == "generation" and not (method := config.build_method()).writes_text:
+    kind, task = kind_of(records), tasks.TASKS[task_name(config, records)]
+    if kind == task.kind == "generation" and not (method := config.build_method()).writes_text:
         option = "temperature_scaling" if config.temperature_scaling else f"method {method.name!r}"
         raise RunError(f"{option} is for labels and choices; train task 'generation' with another method")
-    tasks.check_options(tasks.TASKS[name], {key: value for key, value in config.task.items() if key != "name"})
-    if kind != "classification":
-        return
-    labels, found = config.task.get("labels"), {record["label"] for record in records}
-    if labels is not None and not 2 <= len(labels) == len(set(labels)):
-        raise RunError(f"labels must be at least 2, all different, got {labels}")
-    if unknown := sorted(found.difference(labels or found)):
-        raise RunError(f"{config.data}: field 'label': {', '.join(unknown)} not among labels; add them to it")
-    if len(found) < 2 and labels is None:
-        raise RunError(f"{config.data}: field 'label': all are {found.pop()!r}; there must be at least 2 labels")
+    try:
+        task.check(records, **{key: value for key, value in config.task.items() if key != "name"})
+    except tasks.TaskError as error:
+        raise RunError(f"{config.data}: {error}") from error
 
 
 def check_targets(config: RunConfig, task: tasks.Task) -> None:
@@ -57,22 +43,20 @@ def check_targets(config: RunConfig, task: tasks.Task) -> None:
 
 def check_kind(task: tasks.Task, records: Sequence[dict[str, Any]]) -> None:
     """Raise a RunError when records are of another kind than the task's: texts to classify, or questions."""
-    kind, wanted = datasets_.kind_of(records), _kind(task.name)
+    kind, wanted = kind_of(records), task.kind
     if wanted == "generation":
         raise RunError("the run's task is generation, whose answers are no labels or choices; use `bloblora generate`")
     if kind != wanted:
-        raise RunError(
-            f"the run's task is {task.name}, which needs records with {_FIELDS[wanted]}, not {_FIELDS[kind]}"
-        )
+        raise RunError(f"the run's task is {task.name}, which needs records with {KINDS[wanted]}, not {KINDS[kind]}")
 
 
 def check_generates(task: tasks.Task, records: Sequence[dict[str, Any]]) -> None:
     """Raise a RunError when a run writes no text, or records have no prompt."""
-    if _kind(task.name) != "generation":
+    if task.kind != "generation":
         raise RunError(f"the run's task is {task.name}, which writes no text; train one with --task generation")
-    if (kind := datasets_.kind_of(records)) != "generation":
+    if (kind := kind_of(records)) != "generation":
         raise RunError(
-            f"the run's task is generation, which needs records with {_FIELDS['generation']}, not {_FIELDS[kind]}"
+            f"the run's task is generation, which needs records with {KINDS['generation']}, not {KINDS[kind]}"
         )
 
 
@@ -155,7 +139,3 @@ def load_start(model: Any, folder: str) -> None:
     if missing or result.unexpected_keys:
         names = ", ".join([*missing, *result.unexpected_keys][:3])
         raise RunError(f"start_from {folder!r}: doesn't fit the model: {names} are in one of them only")
-
-
-def _kind(task_name: str) -> str:
-    return task_name if task_name in _FIELDS else "choice"

@@ -268,7 +268,7 @@ def options_of(method: str, task: str = "auto") -> dict[str, dict[str, Field[Any
         "run": {option.name: option for option in fields(RunConfig) if option.name not in _SECTIONS},
         "task": task_options,
         "method": METHODS[method].options() if method in METHODS else {},
-        "lora": {name: option for name, option in LoraConfig.__dataclass_fields__.items() if name not in _PEFT},
+        "lora": {option.name: option for option in fields(LoraConfig) if option.name not in _PEFT},
         "training": {option.name: option for option in fields(BlobTrainingArguments) if option.name not in _OWNED},
     }
 

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..decision import Decision
-from ..decision import calibrate as fit_decision
+from ..decision import Decision, fit_decision
 from ..files import read_json, write_json
 from .checks import check_kind
 from .config import RunError
@@ -91,7 +90,7 @@ def open_decision(description: RunDescription, options: PredictionOptions | None
         )
     try:
         return Decision.from_dict(stored["decision"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{file}: not what this version of bloblora writes: {error}") from error
 
 

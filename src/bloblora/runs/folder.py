@@ -37,6 +37,7 @@ class RunDescription:
         task: how records become logits.
         training: what the training took.
         adapter_sha256: of the trained weights' file, which was checked.
+        records_sha256: of the training records.
         remote: whether it is on the hub.
     """
 
@@ -47,6 +48,7 @@ class RunDescription:
     task: tasks.Task
     training: dict[str, Any]
     adapter_sha256: str
+    records_sha256: str | None = None
     remote: bool = False
 
 
@@ -81,7 +83,9 @@ def open_run(directory: str | os.PathLike[str] | RunDescription) -> RunDescripti
     remote = is_remote(directory)
     repository = os.fspath(directory).removeprefix(HUB).partition("@")[0] if remote else ""
     name = repository.rpartition("/")[2] if remote else folder.resolve().name
-    return RunDescription(folder, name, config, method, task, stored["training"], actual, remote)
+    return RunDescription(
+        folder, name, config, method, task, stored["training"], actual, stored.get("records_sha256"), remote
+    )
 
 
 def described(config: RunConfig) -> dict[str, Any]:

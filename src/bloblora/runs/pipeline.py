@@ -83,6 +83,6 @@ def pipeline(
     """
     PredictionOptions(samples=num_samples, seed=seed, batch_size=batch_size)
     opened = run if isinstance(run, Run) else open_run(run)
-    if opened.task.name == "generation":
+    if opened.task.kind == "generation":
         raise RunError("the run's task is generation, which has no labels; use `bloblora.posterior_generate`")
     return AnswerPipeline(opened if isinstance(opened, Run) else load_run(opened), num_samples, seed, batch_size)

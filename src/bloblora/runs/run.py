@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import models, tasks
+from ..data import unanswered
 from ..generation import Generation, posterior_generate
 from ..methods import Method
 from ..prediction import Prediction, Sampler, StoppingRule, predict
@@ -42,13 +43,16 @@ class PredictionOptions:
     )
 
     def __post_init__(self) -> None:
-        problems = [f"samples must be 0 (the mean) or more, got {self.samples}"] if self.samples < 0 else []
-        problems += [f"batch_size must be at least 1, got {self.batch_size}"] if self.batch_size < 1 else []
-        problems += [f"seed must be in 0..2^32 - 1, got {self.seed}"] if not 0 <= self.seed < 2**32 else []
-        if problems:
+        if problems := self.problems():
             raise RunError("\n".join(problems))
         if self.approximate is not None:
             Approximation.parse(self.approximate)
+
+    def problems(self) -> list[str]:
+        """What is out of its range, and what would be right."""
+        problems = [f"samples must be 0 (the mean) or more, got {self.samples}"] if self.samples < 0 else []
+        problems += [f"batch_size must be at least 1, got {self.batch_size}"] if self.batch_size < 1 else []
+        return problems + ([f"seed must be in 0..2^32 - 1, got {self.seed}"] if not 0 <= self.seed < 2**32 else [])
 
 
 @dataclass
@@ -93,10 +97,9 @@ class Run:
         progress: bool = False,
     ) -> Prediction:
         """Predictions of raw records, in their order, whatever label they have; see `bloblora.predict`."""
-        unlabelled = [{k: v for k, v in record.items() if k not in ("label", "answer")} for record in records]
         return predict(
             self.model,
-            tasks.encode_all(self.task, unlabelled, self.tokenizer),
+            tasks.encode_all(self.task, [unanswered(record) for record in records], self.tokenizer),
             num_samples,
             seed,
             task=self.task,
@@ -110,7 +113,9 @@ class Run:
         self, records: Sequence[dict[str, Any]], num_samples: int = 10, seed: int = 0, **options: Any
     ) -> Generation:
         """Answers to raw records, in their order, whatever response they have; see `bloblora.posterior_generate`."""
-        batch = self.task.collate(tasks.encode_all(self.task, [_prompt(r) for r in records], self.tokenizer))
+        batch = self.task.collate(
+            tasks.encode_all(self.task, [unanswered(record) for record in records], self.tokenizer)
+        )
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         given = {"tokenizer": self.tokenizer, "sampler": self.sampler, **options}
         return posterior_generate(self.model, inputs, num_samples, seed, **given)
@@ -173,11 +178,3 @@ def load_run(directory: str | os.PathLike[str] | RunDescription, approximate: st
 def base_model(config: RunConfig, task: tasks.Task) -> Any:
     """The pretrained model, with a head where the task needs one."""
     return models.load_model(config.model, num_labels=num_labels(task), dtype=config.dtype)
-
-
-def _prompt(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without its answer."""
-    prompt = {key: value for key, value in record.items() if key != "response"}
-    if (messages := prompt.get("messages")) and messages[-1]["role"] == "assistant":
-        prompt["messages"] = messages[:-1]
-    return prompt

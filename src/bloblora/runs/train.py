@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from accelerate.utils import parse_flag_from_env
-from peft import LoraConfig, TaskType
+from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -27,7 +27,7 @@ from ..adapter.sharding import gather_
 from ..files import file_sha256, read_json, write_json, write_text
 from ..prediction.trunk_cache import cache_trunk
 from ..training import BlobTrainingArguments, last_checkpoint
-from .checks import check_sharded, check_start, check_targets, check_task, load_start, lora_of, num_labels
+from .checks import check_sharded, check_start, check_targets, check_task, load_start, lora_of
 from .config import RunConfig, RunError
 from .folder import (
     CHECKPOINTS,
@@ -237,7 +237,7 @@ def _above_trunk(model: Any, training: methods.Training, folder: Path, progress:
 
 def _lora(config: RunConfig, task: tasks.Task, base: Any) -> LoraConfig:
     """Raises a RunError where the model has fewer blocks than are to be adapted."""
-    options: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM if num_labels(task) is None else TaskType.SEQ_CLS}
+    options: dict[str, Any] = {"task_type": task.task_type}
     if config.top_blocks is not None:
         blocks = base.config.get_text_config().num_hidden_layers
         if config.top_blocks > blocks:

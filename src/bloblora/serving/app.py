@@ -17,23 +17,21 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from ..tasks import TaskError
-from .access import Access
-from .batching import Batcher, QueueFullError
-from .hosted import DIAGRAM_FILE, Hosted
-from .metrics import Metrics
-from .schema import EXAMPLES, Answer, Failure, Model, Models, PredictRequest, PredictResponse, Problem, Status
-from .settings import Settings
+from .hosted import DIAGRAM_FILE, Hosted, Settings
+from .schema import EXAMPLES, Answer, Failure, Metrics, Model, Models, PredictRequest, PredictResponse, Problem, Status
+from .server import Access, Batcher, QueueFullError
 
-_DESCRIPTION = "Answers of Bayesian LoRAs, with their uncertainty: probabilities averaged over draws of the weights."
+_DESCRIPTION = "Answers of Bayesian LoRAs with their uncertainty: probabilities averaged over weight samples."
 _PAGE = Path(__file__).with_name("page.html")
 
 
-class InputsError(ValueError):
+class InputsError(HTTPException):
     """A request that can't be answered; `problems` says what of it, by field."""
 
     def __init__(self, *problems: Problem) -> None:
         self.problems = problems
-        super().__init__(_summary(problems))
+        fields = [*dict.fromkeys(problem.field for problem in problems)]
+        super().__init__(422, f"can't be used: {', '.join(fields[:10])}" + (", …" if len(fields) > 10 else ""))
 
 
 def create_app(hosted: Mapping[str, Hosted], settings: Settings, keys: Sequence[str] = ()) -> FastAPI:
@@ -42,7 +40,7 @@ def create_app(hosted: Mapping[str, Hosted], settings: Settings, keys: Sequence[
     Args:
         hosted: the runs by name.
         settings: limits and defaults.
-        keys: of which a request must bring one; empty: everybody may ask.
+        keys: of which a request must bring one; empty: no key is needed.
     """
 
     def answer(key: tuple[str, int], inputs: list[Any]) -> list[dict[str, Any]]:
@@ -122,7 +120,7 @@ def _add_status(app: FastAPI) -> None:
 
     @app.get("/ready", operation_id="ready", responses={503: {"model": Status, "description": "it is stopping"}})
     async def ready(response: Response) -> Status:
-        """Requests are welcome; not any more once the server was told to stop."""
+        """Whether requests are taken: until the server is told to stop."""
         if app.state.stopping:
             response.status_code = 503
             return Status(status="stopping")
@@ -163,34 +161,26 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_errors(app: FastAPI) -> None:
-    def failed(
-        status: int, message: str, problems: Sequence[Problem] = (), headers: Mapping[str, str] | None = None
-    ) -> JSONResponse:
-        return JSONResponse(Failure(message=message, problems=list(problems)).model_dump(), status, headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        problems = [_problem(_field(found["loc"]), found.get("input"), found["msg"]) for found in error.errors()]
-        return failed(422, _summary(problems), problems)
-
-    @app.exception_handler(InputsError)
-    async def unusable(_: Request, error: InputsError) -> JSONResponse:
-        return failed(422, str(error), error.problems)
-
-    @app.exception_handler(QueueFullError)
-    async def full(_: Request, error: QueueFullError) -> JSONResponse:
-        return failed(429, str(error), headers={"Retry-After": str(error.retry_after)})
+    def failed(status: int, message: str, headers: Mapping[str, str] | None = None, *problems: Problem) -> JSONResponse:
+        return JSONResponse(Failure(message=message, problems=[*problems]).model_dump(), status, headers)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        return failed(error.status_code, str(error.detail), headers=error.headers)
+        return failed(error.status_code, str(error.detail), error.headers, *getattr(error, "problems", ()))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        found = [_problem(_field(part["loc"]), part.get("input"), part["msg"]) for part in error.errors()]
+        return await refused(request, InputsError(*found))
+
+    @app.exception_handler(QueueFullError)
+    async def full(_: Request, error: QueueFullError) -> JSONResponse:
+        return failed(429, str(error), {"Retry-After": str(error.retry_after)})
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> JSONResponse:
-        # The error goes on to uvicorn, which then hangs up; a client must not send its next request on this connection.
-        return failed(
-            500, f"{type(error).__name__} on the server, whose log says more", headers={"Connection": "close"}
-        )
+        # uvicorn, which gets the error too, closes the connection: a client must not send its next request on it.
+        return failed(500, f"{type(error).__name__} on the server, whose log says more", {"Connection": "close"})
 
 
 def _chosen(name: str | None, hosted: Mapping[str, Hosted]) -> Hosted:
@@ -254,11 +244,6 @@ def _model(hosted: Hosted, settings: Settings) -> Model:
         adapter_sha256=run.adapter_sha256,
         shared_parameters=hosted.shared_parameters,
     )
-
-
-def _summary(problems: Sequence[Problem]) -> str:
-    fields = [*dict.fromkeys(problem.field for problem in problems)]
-    return f"can't be used: {', '.join(fields[:10])}" + (", …" if len(fields) > 10 else "")
 
 
 def _problem(field: str, value: Any, message: str) -> Problem:

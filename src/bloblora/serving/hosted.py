@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -14,12 +14,48 @@ from torch import nn
 from ..decision import Decision
 from ..files import read_json
 from ..prediction import predict
-from ..runs import Approximation, Run, RunDescription, RunError, load_run, open_run
+from ..runs import Approximation, PredictionOptions, Run, RunDescription, RunError, load_run, open_run
 from ..runs.decide import open_decision
 from ..runs.evaluate import lines_of
-from .settings import Settings
 
 METRICS_FILE, DIAGRAM_FILE = "metrics.json", "reliability.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(PredictionOptions):
+    """Limits and defaults of a server, whose ``samples`` are those of a request that asks for no number.
+
+    Raises:
+        RunError: fields are out of their range; the message lists all.
+    """
+
+    batch_size: int = field(default=16, metadata={"help": "Inputs a forward pass; requests share it."})
+    max_samples: int = field(default=100, metadata={"help": "Largest N that a request may ask for."})
+    max_wait_ms: float = field(
+        default=5.0, metadata={"help": "How long an input waits for others to share its forward pass, milliseconds."}
+    )
+    queue: int = field(
+        default=256,
+        metadata={"help": "Largest number of waiting inputs; requests beyond it get status 429 and Retry-After."},
+    )
+    max_inputs: int = field(default=64, metadata={"help": "Largest number of inputs in a request."})
+    max_tokens: int = field(
+        default=1024, metadata={"help": "Largest number of tokens in an input, the choices of a question included."}
+    )
+    max_body_bytes: int = field(default=1_000_000, metadata={"help": "Largest body of a request, bytes."})
+
+    def problems(self) -> list[str]:
+        """What is out of its range, and what would be right."""
+        counts = ("queue", "max_inputs", "max_tokens", "max_body_bytes")
+        problems = super().problems()
+        problems += [f"{name} must be at least 1, got {value}" for name in counts if (value := getattr(self, name)) < 1]
+        if self.max_samples < self.samples:
+            problems.append(f"max_samples must be at least samples, {self.samples}, got {self.max_samples}")
+        if not (math.isfinite(self.max_wait_ms) and self.max_wait_ms >= 0):
+            problems.append(f"max_wait_ms must be a finite number of at least 0, got {self.max_wait_ms}")
+        if self.queue < self.max_inputs:
+            problems.append(f"queue must be at least max_inputs, {self.max_inputs}, got {self.queue}")
+        return problems
 
 
 @dataclass
@@ -134,7 +170,7 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Run
             raise RunError(
                 f"{opened[name].folder} and {place} are both called {name!r}; give NAME=FOLDER for one of them"
             )
-        if description.task.name == "generation":
+        if description.task.kind == "generation":
             raise RunError(f"{place}: the run's task is generation, which isn't served; use `bloblora generate`")
         if settings.approximate is not None:
             Approximation.parse(settings.approximate).check(description.method)

@@ -1,8 +1,12 @@
-"""What requests and answers look like; FastAPI writes the OpenAPI schema from it."""
+"""Requests and answers, from which FastAPI writes the OpenAPI schema, and the metrics that Prometheus reads."""
 
+import time
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 Text = Annotated[str, Field(min_length=1)]
 _TEXT = {"text": "where is my parcel, it was due on monday"}
@@ -42,7 +46,7 @@ class PredictRequest(_Strict):
     inputs: Inputs = Field(description="a record or a list of records, in the forms that `bloblora train` takes")
     model: str | None = Field(None, description="name of a run; needed where several are served")
     samples: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="weight draws N, 0: the posterior mean; decisions are there for the server's own N alone"
+        None, description="weight samples N; 0 is the posterior mean; decisions exist for the server's own N only"
     )
 
 
@@ -57,13 +61,13 @@ class Answer(BaseModel):
     """What the run says of one input; uncertainty in nats."""
 
     label: str = Field(description="the most probable label, or choice")
-    probabilities: dict[str, float] = Field(description="averaged over the draws, by label or choice")
-    std: dict[str, float] = Field(description="standard deviation of each probability over the draws")
+    probabilities: dict[str, float] = Field(description="averaged over the weight samples, by label or choice")
+    std: dict[str, float] = Field(description="standard deviation of each probability over the weight samples")
     confidence: float = Field(description="probability of the label")
     predictive_entropy: float = Field(description="all uncertainty")
     mutual_information: float = Field(description="of it epistemic: what the model doesn't know")
     expected_entropy: float = Field(description="of it aleatoric: what the input leaves open")
-    num_draws: int = Field(description="draws that were made; 1 for a point")
+    num_draws: int = Field(description="weight samples that were used; 1 where there is a single function")
     truncated_tokens: int = Field(description="tokens cut off because the model reads no more")
     decision: Literal["answer", "abstain"] | None = Field(None, description="of a calibrated run")
     label_set: list[str] | None = Field(None, description="of a calibrated run, the most probable first")
@@ -120,6 +124,61 @@ class Failure(BaseModel):
 
     message: str
     problems: list[Problem] = Field(default=[])
+
+
+_PATHS = ("/", "/v1/predict", "/v1/models", "/health", "/ready", "/metrics", "/openapi.json")
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics:
+    """The metrics of one server, in a registry of its own.
+
+    Args:
+        queue_length: how many inputs wait.
+    """
+
+    def __init__(self, queue_length: Callable[[], int]) -> None:
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        kept: dict[str, Any] = {"namespace": "bloblora", "registry": self._registry}
+        self._requests = Counter("requests", "Requests.", ("path", "status"), **kept)
+        self._seconds = Histogram("request_seconds", "Time of a request.", ("path",), buckets=_SECONDS, **kept)
+        self._sizes = Histogram("batch_size", "Inputs a batch.", ("model",), buckets=_SIZES, **kept)
+        self._draws = Counter("draws", "Weight samples, summed over inputs.", ("model",), **kept)
+        Gauge("queue_length", "Inputs that wait.", **kept).set_function(queue_length)
+
+    def batch(self, model: str, size: int, draws: int) -> None:
+        """Count a batch."""
+        self._sizes.labels(model).observe(size)
+        self._draws.labels(model).inc(draws)
+
+    def text(self) -> bytes:
+        """All of them, in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def counted(self, app: ASGIApp) -> ASGIApp:
+        """ASGI middleware: counts and times the requests of an app."""
+
+        async def call(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http":
+                await app(scope, receive, send)
+                return
+            status, start = 500, time.perf_counter()
+
+            async def noted(message: Message) -> None:
+                nonlocal status
+                status = message.get("status", status)
+                await send(message)
+
+            try:
+                await app(scope, receive, noted)
+            finally:
+                path = scope["path"] if scope["path"] in _PATHS else "other"  # so that clients can't add label values
+                self._requests.labels(path, status).inc()
+                self._seconds.labels(path).observe(time.perf_counter() - start)
+
+        return call
 
 
 def _fields(value: Any) -> Any:

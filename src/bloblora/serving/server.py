@@ -1,15 +1,30 @@
-"""uvicorn, and a stop that loses no request."""
+"""What stands between a port and the models: uvicorn, API keys, and the queue that joins requests in one forward."""
 
+import hmac
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from hashlib import sha256
+from math import ceil
+from pathlib import Path
+from threading import Condition, Thread
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..runs import RunError
+
+_OPEN = ("/", "/health", "/ready", "/openapi.json")
 
 
 class Server(uvicorn.Server):
@@ -62,7 +77,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A port, taken before models are loaded; nothing can connect until the server runs.
 
     Raises:
-        RunError: it can't be had.
+        RunError: the address or the port isn't available.
     """
     taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -80,3 +95,188 @@ def run_server(
     """Serve until SIGTERM or Ctrl-C, on a port from `bind`."""
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
     Server(config, drain_seconds, started).run(sockets=[port])
+
+
+def read_keys(file: str | Path) -> tuple[str, ...]:
+    """API keys, one a line; empty lines and those that start with # are left out.
+
+    Raises:
+        RunError: the file can't be read, holds no key, or one that an HTTP header can't carry.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"api_key_file {str(file)!r}: can't be read: {error}") from error
+    keys = tuple(key for line in lines if (key := line.strip()) and not key.startswith("#"))
+    if not keys:
+        raise RunError(f"api_key_file {str(file)!r}: there is no key in it; write one a line")
+    for number, key in enumerate(keys, start=1):
+        if not (key.isascii() and key.isprintable() and " " not in key):
+            raise RunError(f"api_key_file {str(file)!r}: key {number} has characters other than visible ASCII")
+    return keys
+
+
+class Access:
+    """ASGI middleware: 401 without a key, 413 for a body that is too large.
+
+    Args:
+        app: what is guarded; its page, its health and its schema stay open.
+        keys: of which a request must bring one, ``Authorization: Bearer KEY``; empty: no key is needed.
+        max_body_bytes: the largest body.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int) -> None:
+        self._app, self._max_body_bytes = app, max_body_bytes
+        self._digests = [sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer itself, or pass the request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "0")
+        if self._digests and scope["path"] not in _OPEN and not self._known(headers.get("authorization", "")):
+            message = "no valid API key: send the header 'Authorization: Bearer KEY'"
+            refusal = JSONResponse({"message": message, "problems": []}, 401, {"WWW-Authenticate": "Bearer"})
+            await refusal(scope, receive, send)
+        elif length.isdecimal() and int(length) > self._max_body_bytes:
+            refusal = JSONResponse({"message": self._too_large(length), "problems": []}, 413, {"Connection": "close"})
+            await refusal(scope, receive, send)
+        else:
+            await self._app(scope, self._counted(receive), send)
+
+    def _known(self, authorization: str) -> bool:
+        """In a time that doesn't depend on how much of a key is right, or which one it is."""
+        scheme, _, key = authorization.partition(" ")
+        digest = sha256(key.strip().encode("latin-1")).digest()
+        found = [hmac.compare_digest(digest, known) for known in self._digests]
+        return scheme.lower() == "bearer" and any(found)
+
+    def _counted(self, receive: Receive) -> Receive:
+        """For a body that doesn't say its length."""
+        total = 0
+
+        async def counted() -> Message:
+            nonlocal total
+            message = await receive()
+            total += len(message.get("body", b""))
+            if total > self._max_body_bytes:
+                raise HTTPException(413, self._too_large("more"), {"Connection": "close"})
+            return message
+
+        return counted
+
+    def _too_large(self, length: str) -> str:
+        return f"the body has {length} bytes; at most {self._max_body_bytes} are taken"
+
+
+class QueueFullError(RuntimeError):
+    """No room for a request's inputs.
+
+    Attributes:
+        retry_after: seconds until there should be, at least 1.
+    """
+
+    def __init__(self, waiting: int, limit: int, retry_after: int) -> None:
+        self.retry_after = retry_after
+        super().__init__(f"{waiting} inputs wait, of at most {limit}; come again in {retry_after} s")
+
+
+class Batcher:
+    """Calls a function on what waits, in one thread, until it is closed.
+
+    A batch is of the oldest input and those of the same key, in their order. It is taken when there are ``max_batch``
+    of them, or when the oldest has waited ``max_wait_ms``.
+
+    Args:
+        answer: takes a key and some inputs, and returns as many answers; an error is every one's answer.
+        max_batch: most inputs a call.
+        max_wait_ms: how long an input waits for others, milliseconds.
+        limit: most inputs that wait.
+    """
+
+    def __init__(
+        self, answer: Callable[[Any, list[Any]], Sequence[Any]], max_batch: int, max_wait_ms: float, limit: int
+    ) -> None:
+        self._answer, self._max_batch, self._max_wait, self._limit = answer, max_batch, max_wait_ms / 1000, limit
+        self._waiting: deque[_Input] = deque()
+        self._changed = Condition()
+        self._closed = False
+        self._batch_seconds = 0.0
+        self._thread = Thread(target=self._work, name="model", daemon=True)
+        self._thread.start()
+
+    def __len__(self) -> int:
+        """Inputs that wait."""
+        return len(self._waiting)
+
+    def submit(self, key: Hashable, inputs: Sequence[Any]) -> list[Future[Any]]:
+        """Put inputs in the queue: all of them or none.
+
+        Raises:
+            QueueFullError: there is no room.
+            RuntimeError: the batcher is closed.
+        """
+        added = [_Input(key, value) for value in inputs]
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the batcher is closed")
+            if len(self._waiting) + len(added) > self._limit:
+                calls = len(self._waiting) / self._max_batch
+                raise QueueFullError(len(self._waiting), self._limit, max(1, ceil(calls * self._batch_seconds)))
+            self._waiting.extend(added)
+            self._changed.notify()
+        return [input_.answer for input_ in added]
+
+    def close(self) -> None:
+        """Answer what waits, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while batch := self._next():
+            start = time.monotonic()
+            try:
+                answers = self._answer(batch[0].key, [input_.value for input_ in batch])
+                for input_, answer in zip(batch, answers, strict=True):
+                    input_.answer.set_result(answer)
+            except Exception as error:
+                for input_ in batch:
+                    if not input_.answer.done():
+                        input_.answer.set_exception(error)
+            self._batch_seconds = time.monotonic() - start
+
+    def _next(self) -> list["_Input"]:
+        """The next batch; empty when the batcher is closed and nothing waits."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if not self._waiting:
+                    return []
+                taken = self._take(self._waiting[0])
+            # whoever asked may have gone
+            if batch := [input_ for input_ in taken if input_.answer.set_running_or_notify_cancel()]:
+                return batch
+
+    def _take(self, first: "_Input") -> list["_Input"]:
+        """Wait for others like the first, and take them out of the queue."""
+        left = first.since + self._max_wait - time.monotonic()
+        self._changed.wait_for(lambda: self._closed or len(self._alike(first)) == self._max_batch, left)
+        batch = self._alike(first)
+        taken = {id(input_) for input_ in batch}
+        self._waiting = deque(input_ for input_ in self._waiting if id(input_) not in taken)
+        return batch
+
+    def _alike(self, first: "_Input") -> list["_Input"]:
+        return [input_ for input_ in self._waiting if input_.key == first.key][: self._max_batch]
+
+
+@dataclass
+class _Input:
+    key: Hashable
+    value: Any
+    since: float = field(default_factory=time.monotonic)
+    answer: Future[Any] = field(default_factory=Future)

@@ -1,8 +1,8 @@
 """Comparisons of methods: what is run, how it is run and resumed, and what is written of it."""
 
-from .compare import compare, plan
+from .compare import Outcome, compare, plan
+from .job import Result, read_result, read_results
 from .report import report
-from .result import Result, read_result, read_results
 from .study import DataSet, EvalSet, Job, Study, read_study
 from .tune import Trial, pareto_front, tune
 
@@ -10,6 +10,7 @@ __all__ = [
     "DataSet",
     "EvalSet",
     "Job",
+    "Outcome",
     "Result",
     "Study",
     "Trial",

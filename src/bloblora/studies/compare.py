@@ -1,21 +1,39 @@
-"""Run a study: what is done is skipped, what was stopped goes on, what fails doesn't stop the rest."""
+"""Run a study: what is done is skipped, what was stopped goes on, and a failure does not stop the rest.
+
+Jobs run some at a time through submitit, on this machine or on the nodes of a Slurm cluster. submitit and not Ray: jobs
+are whole trainings that share nothing, so no cluster has to be set up or kept alive; Slurm is what most research
+clusters have; and its local executor runs the same jobs in the same way here.
+"""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from ..files import write_json
 from ..runs import RunError
 from . import job as jobs
-from .engine import Outcome, run_jobs
-from .result import FORMAT_VERSION, STUDY_FILE
 from .study import Job, Study
+
+_LONG = 60 * 24 * 30  # minutes; submitit's own limit of local jobs is 2
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: in ``seconds``, and with ``error`` where it failed."""
+
+    job: Job
+    seconds: float
+    error: str | None = None
 
 
 def compare(
@@ -24,6 +42,7 @@ def compare(
     *,
     runs: Path,
     data: Path = Path("."),
+    file: str | None = None,
     workers: int = 1,
     engine: str = "local",
     slurm: Mapping[str, Any] | None = None,
@@ -31,16 +50,17 @@ def compare(
     started: Callable[[Job], None] = lambda _: None,
     ended: Callable[[Outcome], None] = lambda _: None,
 ) -> list[Outcome]:
-    """Run what a study lacks, and write what was compared into ``study.json`` beside the results.
+    """Run what a study lacks, each job in a process of its own.
 
     Args:
         study: what to compare.
-        output: folder of the results.
+        output: folder of the results; those of each run are in ``runs`` below it, with ``study.json``.
         runs: folder of the trained models and logs.
         data: folder that relative paths of data files start from.
+        file: the study's file, which the report names.
         workers: jobs at a time.
         engine: ``local`` or ``slurm``.
-        slurm: parameters of Slurm as submitit names them.
+        slurm: parameters of Slurm as submitit names them, such as ``slurm_partition``, ``gpus_per_node``.
         planned: told of all jobs and of those that are left.
         started: told of a job that starts.
         ended: told how one ended.
@@ -49,25 +69,28 @@ def compare(
         How the jobs that were run ended.
 
     Raises:
-        RunError, DataError: an option or a data file is wrong, or another process is at work in ``runs``; raised before
-            anything is run.
+        RunError, DataError: submitit is not installed, an option or a data file is wrong, or another process is at work
+            in ``runs``; raised before anything is run.
     """
     everything, pending = plan(study, output, runs, data)
+    try:
+        import submitit
+    except ImportError as error:
+        raise RunError("a study needs submitit: pip install 'bloblora[study]'") from error
+    threads = max(1, (os.cpu_count() or 1) // workers) if engine == "local" else None
+
+    def submit(job: Job, worker: int) -> Any:
+        executor = submitit.AutoExecutor(runs / "logs" / job.name, cluster=engine)
+        executor.update_parameters(**_parameters(engine, slurm or {}, worker))
+        started(job)
+        return executor.submit(_run, job, output.absolute(), study.keep_runs, threads)
+
     outcomes = []
     with alone(runs):
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / STUDY_FILE, {"format_version": FORMAT_VERSION, **asdict(study)})
+        (output / jobs.RUNS).mkdir(parents=True, exist_ok=True)
+        write_json(output / jobs.RUNS / jobs.STUDY_FILE, {"file": file, **asdict(study)})
         planned(everything, pending)
-        for outcome in run_jobs(
-            pending,
-            output,
-            logs=runs / "logs",
-            workers=workers,
-            engine=engine,
-            slurm=slurm,
-            keep=study.keep_runs,
-            started=started,
-        ):
+        for outcome in _outcomes(pending, submit, workers):
             ended(outcome)
             outcomes.append(outcome)
     return outcomes
@@ -91,3 +114,49 @@ def alone(folder: Path) -> Iterator[None]:
             yield
     except Timeout as error:
         raise RunError(f"{folder}: another process is at work in it; wait for it, or choose another folder") from error
+
+
+def _outcomes(pending: Sequence[Job], submit: Callable[[Job, int], Any], workers: int) -> Iterator[Outcome]:
+    """Keep each worker busy with one job, and yield how each ended; what is running is cancelled at an exception."""
+    waiting, running = list(pending), dict[int, tuple[Any, Job, float]]()
+    try:
+        while waiting or running:
+            for worker in range(workers):
+                if worker not in running and waiting:
+                    job = waiting.pop(0)
+                    running[worker] = submit(job, worker), job, time.perf_counter()
+            for worker, (submitted, job, start) in list(running.items()):
+                if submitted.done():
+                    del running[worker]
+                    yield Outcome(job, time.perf_counter() - start, _error(submitted))
+            time.sleep(_POLL_SECONDS)
+    finally:
+        for submitted, _, _ in running.values():
+            submitted.cancel()
+
+
+def _run(job: Job, results: Path, keep: bool, threads: int | None) -> None:
+    if threads is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+    jobs.run(job, results, keep=keep)
+
+
+def _parameters(engine: str, slurm: Mapping[str, Any], worker: int) -> dict[str, Any]:
+    if engine == "slurm":
+        return {"timeout_min": 60 * 24, **slurm}
+    if not (gpus := torch.cuda.device_count()):
+        return {"timeout_min": _LONG}
+    return {"timeout_min": _LONG, "gpus_per_node": 1, "visible_gpus": [worker % gpus]}
+
+
+def _error(submitted: Any) -> str | None:
+    """The last line of a job's traceback and where all of it is, or None."""
+    try:
+        error = submitted.exception()
+    except Exception as failure:  # submitit's own: a job that was killed has no result
+        error = failure
+    if error is None:
+        return None
+    text = str(error).rpartition("\n-----")[0] or str(error)  # below the rule submitit says where its logs are
+    lines = [line for line in text.splitlines() if line.strip()]
+    return f"{lines[-1] if lines else type(error).__name__} (log: {submitted.paths.stderr})"

@@ -1,22 +1,185 @@
-"""One job: train, evaluate, write; what is there already is kept."""
+"""One run of a study: train, evaluate, and keep what was found.
+
+A run leaves two files in ``OUTPUT/runs``: JSON with its metrics, and safetensors with its scores per example, from
+which intervals and curves are computed. `bloblora report` collects the metrics of all runs in ``OUTPUT/metrics.json``,
+which is enough for the tables.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 import time
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
-from .. import runs
+from .. import evaluation, runs
 from ..adapter import library_versions
 from ..data import kind_of, read_records
+from ..files import read_json, write_json, write_tensors, write_text
 from ..prediction import Prediction
-from .result import Result, read_result, write_result
 from .study import EvalSet, Job
+
+RUNS = "runs"
+STUDY_FILE = "study.json"
+METRICS_FILE = "metrics.json"
+
+
+@dataclass
+class Result:
+    """One run's results.
+
+    Attributes:
+        name: of the job, and of the files.
+        dataset: name of the data set.
+        label: the method's name in tables.
+        config: the training's options, as given; data files without their folders.
+        options: the method's options, with their defaults.
+        training: ``seconds``, ``peak_memory_bytes``, ``num_examples``, ``final`` (the last log), ``curve`` (step and
+            training NLL, mean since the log before).
+        machine: see `machine`.
+        sets: ``data`` and ``limit`` of each set.
+        metrics: by set, then N: see `bloblora.evaluation.summary`; of each set but ``test`` also how well uncertainty
+            tells it from ``test`` (`bloblora.evaluation.ood_metrics`), which is all there is without labels.
+        seconds: of predicting each set with the most weight samples.
+        scores: per example: ``<set>/<N>/<score>``, (n,) float32; empty where only ``metrics.json`` is there.
+    """
+
+    name: str
+    dataset: str
+    label: str
+    config: dict[str, Any]
+    options: dict[str, Any]
+    training: dict[str, Any]
+    machine: dict[str, Any]
+    sets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+
+    def lacks(self, sets: Mapping[str, Any], samples: tuple[int, ...]) -> bool:
+        """Whether the scores of a set or of a number of weight samples are missing."""
+        return any(f"{key}/{n}/confidence" not in self.scores for key in sets for n in samples)
+
+    def add(self, key: str, prediction: Prediction, targets: Tensor | None) -> None:
+        """Add the scores and metrics of one set under one N; ``test`` must be there before the sets told from it."""
+        n = prediction.num_samples
+        scores = evaluation.uncertainty(prediction)
+        found = {} if targets is None else evaluation.summary(prediction, targets)
+        if key != "test" and (test := self.scores_of("test", n)):
+            # the mutual information of a single weight sample is 0 for every input
+            names = [name for name in scores if name != "mutual_information" or len(prediction.log_probs) > 1]
+            found |= evaluation.ood_metrics(*({name: side[name].float() for name in names} for side in (test, scores)))
+        if targets is not None:
+            scores |= evaluation.example_scores(prediction, targets)
+        self.metrics.setdefault(key, {})[str(n)] = found
+        self.scores |= {f"{key}/{n}/{name}": values.float() for name, values in scores.items()}
+
+    def scores_of(self, key: str, num_samples: int) -> dict[str, Tensor]:
+        """The scores of one set under one N, by name; empty where there are none."""
+        prefix = f"{key}/{num_samples}/"
+        return {name.removeprefix(prefix): v for name, v in self.scores.items() if name.startswith(prefix)}
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """Write a run's two files; the JSON, without which a run is not done, last."""
+    file = folder / RUNS / f"{result.name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(file.with_suffix(".safetensors"), dict(sorted(result.scores.items())))
+    write_json(file, _without_scores(result))
+
+
+def read_result(folder: Path, name: str) -> Result | None:
+    """A run's result, from its own files or from ``metrics.json``; None where there is none.
+
+    Raises:
+        RunError: a file is damaged, or has a key that this version does not know.
+    """
+    file = folder / RUNS / f"{name}.json"
+    if not file.is_file():
+        return _collected(folder).get(name)
+    result = _result(read_json(file, runs.RunError), file)
+    try:
+        result.scores = load_file(file.with_suffix(".safetensors"))
+    except (OSError, SafetensorError) as error:
+        raise runs.RunError(f"{file}: its .safetensors can't be read: {error}; delete both to run again") from error
+    return result
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All results of a study, by name, with floats to five digits as ``metrics.json`` has them.
+
+    A run's own files go before its entry there.
+    """
+    names = {*_collected(folder), *(file.stem for file in (folder / RUNS).glob("*--*.json"))}
+    results = [result for name in sorted(names) if (result := read_result(folder, name)) is not None]
+    return [replace(result, **rounded(_without_scores(result))) for result in results]
+
+
+def write_metrics(results: Iterable[Result], study: Mapping[str, Any], folder: Path) -> None:
+    """Write what all runs found, but for the scores, into one small file: a line a run."""
+    rows = [_without_scores(result) for result in results]
+    shared = {
+        name: dict(pair for pair in rows[0][name].items() if all(pair in row[name].items() for row in rows))
+        for name in ("config", "options", "machine", "sets")
+    }
+    for row in rows:
+        for name, known in shared.items():
+            row[name] = {key: value for key, value in row[name].items() if key not in known}
+    head = "".join(f"{json.dumps(k)}: {_compact(v)},\n" for k, v in (("study", study), ("shared", shared)))
+    lines = ",\n".join(_compact({key: value for key, value in row.items() if value != {}}) for row in rows)
+    write_text(folder / METRICS_FILE, f'{{\n{head}"runs": [\n{lines}\n]\n}}\n')
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """``metrics.json`` as it stands: ``study``, what all runs ``shared``, ``runs``; empty where there is none."""
+    file = folder / METRICS_FILE
+    return read_json(file, runs.RunError) if file.is_file() else {}
+
+
+def _collected(folder: Path) -> dict[str, Result]:
+    content = read_metrics(folder)
+    shared, found = content.get("shared", {}), {}
+    for row in content.get("runs", ()):
+        whole = row | {name: {**known, **row.get(name, {})} for name, known in shared.items()}
+        found[row["name"]] = _result(whole, folder / METRICS_FILE)
+    return found
+
+
+def _result(content: dict[str, Any], file: Path) -> Result:
+    known = {option.name: option for option in fields(Result)}
+    if unknown := content.keys() - known:
+        written = content.get("machine", {}).get("bloblora", "another version")
+        raise runs.RunError(
+            f"{file}: unknown key {min(unknown)!r}: it was written by bloblora {written}, this is "
+            f"{library_versions()['bloblora']}"
+        )
+    required = [name for name, option in known.items() if option.default_factory is MISSING]
+    if missing := [name for name in required if name not in content]:
+        raise runs.RunError(f"{file}: key {missing[0]!r} is missing; delete the file to run again")
+    return Result(**content)
+
+
+def _without_scores(result: Result) -> dict[str, Any]:
+    return {key: value for key, value in vars(result).items() if key != "scores"}
+
+
+def rounded(value: Mapping[str, Any]) -> Any:
+    """The same as JSON has it, with floats to five digits."""
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}"))
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
 def is_done(job: Job, results: Path) -> bool:
@@ -34,8 +197,8 @@ def is_done(job: Job, results: Path) -> bool:
             different.append(f"{key}: {there} there, {now} now")
     if different:
         raise runs.RunError(
-            f"{results / job.name}.json is the result of another configuration ({'; '.join(different)}); rename the "
-            "method, or choose another folder"
+            f"{results / job.name} is the result of another configuration ({'; '.join(different)}), written by "
+            f"bloblora {result.machine.get('bloblora')}; rename the method, or choose another folder"
         )
     return not result.lacks(job.sets, job.samples)
 
@@ -63,7 +226,10 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
         keep: leave the trained model.
     """
     trained = runs.train(job.config, progress=progress)
-    result = read_result(results, job.name) or _fresh(job, trained)
+    result = read_result(results, job.name)
+    if result is None or not result.scores:
+        config, method = _described(job), job.config.build_method().described()
+        result = Result(job.name, job.dataset, job.label, config, method, trained.training, machine())
     most = max(job.samples)
     for key, chosen in job.sets.items():
         if not result.lacks({key: chosen}, job.samples):
@@ -85,29 +251,25 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
     return result
 
 
+def machine() -> dict[str, Any]:
+    """What times depend on: ``cpu`` (its name), ``cores``, ``threads``, ``cuda`` (its name), versions of libraries."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **library_versions(),
+    }
+
+
 def _records(chosen: EvalSet, config: runs.RunConfig) -> list[dict[str, Any]]:
     records = read_records(chosen.data, require_labels=chosen.labelled)
     if chosen.unused:
         records = runs.unused(records, config.limit or len(records), config.limit_seed)
     return runs.select(records, chosen.limit)
-
-
-def _fresh(job: Job, trained: runs.Run) -> Result:
-    return Result(
-        job.name,
-        job.dataset,
-        job.label,
-        _described(job),
-        job.config.build_method().described(),
-        trained.training,
-        {
-            "cpu": cpu(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            **library_versions(),
-        },
-    )
 
 
 def _described(job: Job) -> dict[str, Any]:
@@ -118,11 +280,3 @@ def _described(job: Job) -> dict[str, Any]:
 
 def _set(chosen: EvalSet) -> dict[str, Any]:
     return {"data": Path(chosen.data).name, "limit": chosen.limit, **({"unused": True} if chosen.unused else {})}
-
-
-def cpu() -> str:
-    """Name of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
-    return names[0].strip() if names else platform.processor()

@@ -1,4 +1,4 @@
-"""A study's results for people: Markdown, and one HTML page that opens without a network."""
+"""A study's results for people: Markdown with figures, all metrics in one file, and one page that needs no network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,17 +17,14 @@ from torch import Tensor
 from .. import evaluation
 from ..files import read_json, write_text
 from ..runs import RunError
-from .result import STUDY_FILE, Result, read_results
+from .job import METRICS_FILE, RUNS, STUDY_FILE, Result, read_metrics, read_results, write_metrics
 from .study import Study, file_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_QUALITY = ("accuracy", "ece", "nll", "brier")
-_MORE = ("ece_equal_mass", "ece_classwise", "brier_reliability", "brier_resolution", "aurc", "selective_accuracy_80")
 _COST = ("training minutes", "peak GiB", "predicting seconds")
 _LEGEND = "Mean ± standard deviation; **best**, and * within one standard deviation."
-_COMPARED: tuple[evaluation.Metric, ...] = ("accuracy", "ece", "nll", "brier")
 
 
 @dataclass
@@ -55,42 +52,34 @@ class Row:
         return found
 
     def scores(self, key: str) -> list[dict[str, Tensor]]:
-        """Scores an example of one set, a dict a seed."""
+        """Scores per example of one set, a dict a seed."""
         return [scores for result in self.results if (scores := result.scores_of(key, self.num_samples))]
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows of metrics, and what to say of them."""
-
-    caption: str
-    rows: Mapping[str, Mapping[str, Sequence[float]]]
-    columns: Sequence[str]
-
-
-@dataclass(frozen=True)
 class Picture:
-    """A figure as SVG, its caption and the name of its file."""
+    """A figure as SVG, its caption, the name of its file, and whether only the page shows it, as it is large."""
 
     caption: str
     svg: str
     name: str
+    page_only: bool = False
 
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and what stands below it."""
-
-    title: str
-    parts: Sequence[Table | Picture | str]
+    @classmethod
+    def of(cls, dataset: str, what: str, figure: Figure, name: str, page_only: bool = False) -> Picture:
+        """Of a figure about a data set."""
+        return cls(f"{dataset}: {what}", evaluation.to_svg(figure), file_name(f"{dataset}-{name}"), page_only)
 
 
 def report(folder: Path, html: Path | None = None, baseline: str | None = None, title: str | None = None) -> Path:
-    """Write ``report.md`` with its pictures into a study's folder, and an HTML page.
+    """Write ``report.md`` with its pictures and ``metrics.json`` into a study's folder, and an HTML page.
+
+    The runs' own files (``runs`` in the folder) go before what ``metrics.json`` has of them. Intervals and curves need
+    the scores per example that those files hold; without them the tables alone are made.
 
     Args:
         folder: of the results, as `bloblora compare` wrote them.
-        html: the page; default ``report.html`` in the folder.
+        html: the page, with all pictures in it; default ``report.html`` in the folder.
         baseline: label of the method that the others are compared to; default the study's, or ``lora``.
         title: default the study's name, or the folder's.
 
@@ -100,54 +89,60 @@ def report(folder: Path, html: Path | None = None, baseline: str | None = None, 
     Raises:
         RunError: there is no result, or none of the baseline that is given.
     """
-    results = list(read_results(folder))
+    results = read_results(folder)
     if not results:
         raise RunError(f"{folder}: no results in it; give a folder that `bloblora compare` wrote")
     labels = {result.label: None for result in results}
     if baseline is not None and baseline not in labels:
         raise RunError(f"baseline {baseline!r} is not one of the methods {', '.join(labels)}")
-    given = {"--baseline": baseline, "--title": title}
-    options = [part for pair in given.items() if pair[1] for part in pair]
-    command = shlex.join(["bloblora", "report", str(folder), *map(str, options)])
-    study = read_json(folder / STUDY_FILE, RunError) if (folder / STUDY_FILE).is_file() else {}
+    given = [part for pair in {"--baseline": baseline, "--title": title}.items() if pair[1] for part in pair]
+    file = folder / RUNS / STUDY_FILE
+    study = read_json(file, RunError) if file.is_file() else read_metrics(folder).get("study", {})
+    write_metrics(results, study, folder)
     baseline = baseline or study.get("baseline", Study.baseline)
     title, html = title or study.get("name", folder.name), html or folder / "report.html"
     order = list({baseline: None, **study.get("methods", {}), **labels})
     results.sort(key=lambda result: order.index(result.label))
-    sections = [_setting(results)]
+    comparison = f"bloblora compare {study.get('file') or 'STUDY.yaml'} --data FOLDER --output {folder}"
+    command = shlex.join(["bloblora", "report", str(folder), *map(str, given)])
+    parts: list[str | Picture] = [f"# {title}\n", f"Made by `{comparison}` and `{command}`.\n", *_setting(results)]
     for dataset in dict.fromkeys(result.dataset for result in results):
-        sections += _sections(dataset, [result for result in results if result.dataset == dataset], baseline)
-    write_text(folder / "report.md", _markdown(title, sections, command, folder))
-    write_text(html, _page(title, sections, command))
+        parts += _sections(dataset, [result for result in results if result.dataset == dataset], baseline)
+    for part in parts:
+        if isinstance(part, Picture) and not part.page_only:
+            write_text(folder / f"{part.name}.svg", part.svg)
+    write_text(folder / "report.md", _markdown(part for part in parts if isinstance(part, str) or not part.page_only))
+    write_text(html, _page(title, parts))
     return html
 
 
-def _sections(dataset: str, results: Sequence[Result], baseline: str) -> Iterator[Section]:
+def _sections(dataset: str, results: Sequence[Result], baseline: str) -> Iterator[str | Picture]:
     rows = _rows(results)
-    named = {row.label: row for row in rows}
-    sets = list(dict.fromkeys(key for result in results for key in result.metrics))
-    outside = [key for key in _keys(results) if key not in sets]
-    test = {label: row.values("test") | _detection(row, outside) | _cost(row) for label, row in named.items()}
-    detection = [name for name in _names(test) if name.startswith(("auroc_", "fpr95_"))]
+    sets = list(dict.fromkeys(key for result in results for key in result.metrics if key != "test"))
+    labelled = [key for key in sets if any("accuracy" in row.values(key) for row in rows)]
+    outside = ["test", *(key for key in sets if key not in labelled)]
+    test = {row.label: {k: v for key in outside for k, v in row.values(key).items()} | _cost(row) for row in rows}
     most_draws = {row.method: row for row in sorted(rows, key=lambda row: row.num_samples)}
-    yield Section(
-        dataset,
-        [
-            Table(f"Test data, {_seeds(rows)}. {_LEGEND} {_TIMES}", test, [*_QUALITY, *detection, *_COST]),
-            Table("More of calibration and selective prediction.", test, _MORE),
-            *_differences(rows, baseline, "test"),
-            *_learning(most_draws),
-            *_pictures(dataset, rows, most_draws),
-        ],
-    )
-    for key in sets:
-        if key != "test":
-            shifted = {label: row.values(key) | _detection(row, [key]) for label, row in named.items()}
-            shown = [*_QUALITY, *(name for name in _names(shifted) if name.startswith(("auroc_", "fpr95_")))]
-            text = f"Trained on {dataset}, tested on {key}; AUROC and FPR95 of telling the two apart. {_LEGEND}"
-            yield Section(
-                f"{dataset}: shift to {key}", [Table(text, shifted, shown), *_differences(rows, baseline, key)]
-            )
+    yield f"\n## {dataset}\n"
+    times = "Times are those of the fastest seed: other work ran beside."
+    yield _table(f"Test data, {_seeds(rows)}. {_LEGEND} {times}", test, [*_measured(test), *_COST])
+    yield _table("More of calibration and selective prediction.", test, evaluation.metric_names("more", outside=False))
+    yield from _differences(rows, baseline, "test")
+    yield from _learning(dataset, most_draws)
+    yield from _pictures(dataset, rows, most_draws)
+    for key in labelled:
+        shifted = {row.label: row.values(key) for row in rows}
+        text = f"Trained on {dataset}, tested on {key}; AUROC and FPR95 of telling the two apart. {_LEGEND}"
+        yield f"\n## {dataset}: shift to {key}\n"
+        yield _table(text, shifted, _measured(shifted))
+        yield from _differences(rows, baseline, key)
+
+
+def _measured(rows: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Columns of a first table: the main metrics, and those of detection that any row has."""
+    found = {name for row in rows.values() for name in row}
+    detection = [name for name in evaluation.metric_names(outside=True) if name in found]
+    return [*evaluation.metric_names("main", outside=False), *detection]
 
 
 def _rows(results: Sequence[Result]) -> list[Row]:
@@ -166,87 +161,79 @@ def _rows(results: Sequence[Result]) -> list[Row]:
     return list(rows.values())
 
 
-def _differences(rows: Sequence[Row], baseline: str, key: str) -> Iterator[Table]:
+def _table(caption: str, rows: Mapping[str, Mapping[str, Sequence[float]]], columns: Sequence[str]) -> str:
+    return f"\n{caption}\n\n{evaluation.markdown_table(rows, columns, mark_best=True)}"
+
+
+def _differences(rows: Sequence[Row], baseline: str, key: str) -> Iterator[str]:
     """How far each method is from the baseline on the same examples of one set."""
     reference = next((row.scores(key) for row in reversed(rows) if row.method == baseline), None)
+    stored = set(reference[0]) if reference else set()
+    main = evaluation.metric_names("main", outside=False)
+    compared = [name for name in main if name in stored or evaluation.METRICS[name].parts]
     found = {}
     for row in rows:
         scores = row.scores(key)
         if row.method != baseline and reference and scores:
-            intervals = {name: evaluation.paired_bootstrap(scores, reference, name) for name in _COMPARED}
+            intervals = {name: evaluation.paired_bootstrap(scores, reference, name) for name in compared}
             found[row.label] = {f"Δ {name}": interval for name, interval in intervals.items()}
     if found:
         text = f"Difference from {baseline} with a 95 % interval: paired bootstrap over examples, mean over seeds."
-        yield Table(text, found, [f"Δ {name}" for name in _COMPARED])  # type: ignore[arg-type]
+        yield _table(text, found, [f"Δ {name}" for name in compared])  # type: ignore[arg-type]
 
 
-def _learning(most_draws: Mapping[str, Row]) -> Iterator[Table]:
-    """How fast each method learns: its training NLL after each quarter of the steps."""
-    curves = {method: curve for method, row in most_draws.items() if (curve := _learning_curve(row))}
+def _learning(dataset: str, most_draws: Mapping[str, Row]) -> Iterator[str | Picture]:
+    """How fast each method learns: its training NLL after each quarter of the steps, and drawn."""
+    curves: dict[str, dict[float, list[float]]] = {}
+    for method, row in most_draws.items():
+        for step, nll in (point for result in row.results for point in result.training.get("curve", ())):
+            curves.setdefault(method, {}).setdefault(step, []).append(nll)
     if not curves:
         return
     steps = sorted(set().union(*curves.values()))
     shown = [steps[round(quarter * (len(steps) - 1) / 4)] for quarter in range(5)]
     rows = {method: {f"step {step:g}": values for step, values in curve.items()} for method, curve in curves.items()}
     text = "Training NLL, mean since the log before, under the noise of the method's training."
-    yield Table(text, rows, [f"step {step:g}" for step in dict.fromkeys(shown)])
+    yield _table(text, rows, [f"step {step:g}" for step in dict.fromkeys(shown)])
+    figure = evaluation.lines_figure(curves, "step", "training NLL")
+    yield Picture.of(dataset, "training NLL against step, under the noise of training", figure, "learning", True)
 
 
 def _pictures(dataset: str, rows: Sequence[Row], most_draws: Mapping[str, Row]) -> Iterator[Picture]:
-    def picture(what: str, figure: Figure, name: str) -> Picture:
-        return Picture(f"{dataset}: {what}", evaluation.to_svg(figure), file_name(f"{dataset}-{name}"))
-
-    panels = {row.label: evaluation.confidence_bins(*_pooled(row)) for row in most_draws.values()}
-    yield picture("reliability, all seeds together", evaluation.reliability_figure(panels), "reliability")
-    curves = {row.label: evaluation.risk_coverage(*_pooled(row)) for row in most_draws.values()}
-    figure = evaluation.risk_coverage_figure(curves)
-    yield picture("risk against coverage, all seeds together", figure, "risk-coverage")
+    if pooled := {row.label: _pooled(row) for row in most_draws.values() if row.scores("test")}:
+        figure = evaluation.reliability_figure({label: evaluation.confidence_bins(*of) for label, of in pooled.items()})
+        yield Picture.of(dataset, "reliability, all seeds together", figure, "reliability", True)
+        figure = evaluation.risk_coverage_figure({label: evaluation.risk_coverage(*of) for label, of in pooled.items()})
+        yield Picture.of(dataset, "risk against coverage, all seeds together", figure, "risk-coverage", True)
     lines = {name: _against_samples(rows, name) for name in ("ece", "nll")}
     if any(len(line) > 2 for line in lines["ece"].values()):
         for name, line in lines.items():
-            figure = evaluation.lines_figure(line, "number of draws N", name.upper(), xscale="symlog")
-            yield picture(f"{name.upper()} against N", figure, f"{name}-against-n")
-    learning = {method: curve for method, row in most_draws.items() if (curve := _learning_curve(row))}
-    if learning:
-        figure = evaluation.lines_figure(learning, "step", "training NLL")
-        yield picture("training NLL against step, under the noise of the method's training", figure, "learning")
-    figure = _pareto_figure({row.label: row for row in most_draws.values()})
-    yield picture("accuracy against ECE, to the lower right is better", figure, "pareto")
-    for method, widths in _by_prior_std(rows).items():
-        what = f"accuracy against ECE over prior_std ({method}), to the lower right is better"
-        yield picture(what, _pareto_figure(widths), f"pareto-prior-std-{method}")
-
-
-def _pareto_figure(rows: Mapping[str, Row]) -> Figure:
-    values = {label: row.values("test") for label, row in rows.items()}
-    points = {label: (of["accuracy"], of["ece"]) for label, of in values.items()}
-    return evaluation.pareto_figure(points, "accuracy", "ECE")
+            title = evaluation.METRICS[name].title
+            figure = evaluation.lines_figure(line, "number of draws N", title, xscale="symlog")
+            yield Picture.of(dataset, f"{title} against N", figure, f"{name}-against-n")
+    pareto = {"": {row.label: row for row in most_draws.values()}, **_by_prior_std(rows)}
+    for method, of in pareto.items():
+        values = {label: row.values("test") for label, row in of.items()}
+        figure = evaluation.pareto_figure({label: (v["accuracy"], v["ece"]) for label, v in values.items()})
+        what = f"accuracy against ECE{f' over prior_std ({method})' if method else ''}, to the lower right is better"
+        yield Picture.of(dataset, what, figure, f"pareto-prior-std-{method}" if method else "pareto")
 
 
 def _by_prior_std(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
     """By method what was run with three or more σp and otherwise equal options: its rows."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        options = {**row.results[0].config, **row.results[0].options, "prior_std": None, "seed": None}
+        options = {**_flat(row.results[0].config), **row.results[0].options, "prior_std": None, "seed": None}
         groups.setdefault(json.dumps(options, sort_keys=True), []).append(row)
     found: dict[str, dict[str, Row]] = {}
     for group in groups.values():
         widths = {row.results[0].options.get("prior_std") for row in group}
         if len(widths) > 2:
             group.sort(key=lambda row: row.results[0].options["prior_std"])
-            found[group[0].results[0].config["method"]] = {
+            found[group[0].results[0].config["method"]["name"]] = {
                 f"σp = {row.results[0].options['prior_std']:g}, N = {row.num_samples}": row for row in group
             }
     return found
-
-
-def _learning_curve(row: Row) -> dict[float, list[float]]:
-    """Training NLL by step, a value a seed; empty where a run didn't keep it."""
-    line: dict[float, list[float]] = {}
-    for result in row.results:
-        for step, nll in result.training.get("curve", ()):
-            line.setdefault(step, []).append(nll)
-    return line
 
 
 def _against_samples(rows: Sequence[Row], name: str) -> dict[str, dict[float, list[float]]]:
@@ -260,24 +247,6 @@ def _pooled(row: Row) -> tuple[Tensor, Tensor]:
     """Confidence of all seeds' answers and whether they are right."""
     scores = row.scores("test")
     return torch.cat([s["confidence"] for s in scores]), torch.cat([s["accuracy"] for s in scores]) > 0.5
-
-
-def _detection(row: Row, keys: Iterable[str]) -> dict[str, list[float]]:
-    """How well uncertainty tells other sets from the test set, a value a seed; one draw has no mutual information."""
-    drawn = max(row.values("test")["num_draws"]) > 1
-    names = [name for name in evaluation.UNCERTAINTIES if drawn or name != "mutual_information"]
-    found: dict[str, list[float]] = {}
-    for key in keys:
-        for result in row.results:
-            inside, outside = (result.scores_of(of, row.num_samples) for of in ("test", key))
-            if inside and outside:  # a run may have been stopped between them
-                scores = ({name: of[name] for name in names} for of in (inside, outside))
-                for name, value in evaluation.ood_metrics(*scores).items():
-                    found.setdefault(name, []).append(value)
-    return found
-
-
-_TIMES = "Times are those of the fastest seed: other work ran beside."
 
 
 def _cost(row: Row) -> dict[str, list[float]]:
@@ -294,23 +263,33 @@ def _cost(row: Row) -> dict[str, list[float]]:
     }
 
 
-def _setting(results: Sequence[Result]) -> Section:
+def _setting(results: Sequence[Result]) -> Iterator[str]:
+    """Machines, what all trainings share, and what each method adds."""
     machines = dict.fromkeys(
         f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}, transformers {m['transformers']}, peft {m['peft']}"
         for m in (result.machine for result in results)
     )
-    made = f"{len(results)} runs by `bloblora compare`, of the study in {STUDY_FILE}, on {'; '.join(machines)}."
-    return Section("Setting", [made, *_configurations(results)])
-
-
-def _configurations(results: Sequence[Result]) -> Iterator[str]:
-    """What all trainings share, and what each method adds."""
-    configs = [result.config for result in results]
-    shared = {k: v for k, v in configs[0].items() if all(c.get(k) == v for c in configs)}
-    yield "All: " + _listed(shared)
+    yield f"\n## Setting\n\n- {len(results)} runs on {'; '.join(machines)}; all numbers are in {METRICS_FILE}."
+    if not all(result.scores for result in results):
+        yield (
+            f"- Of some runs only {METRICS_FILE} is there. Intervals and reliability need their scores per example, "
+            f"which `bloblora compare` leaves in {RUNS}."
+        )
+    first, *others = (_flat(result.config).items() for result in results)
+    yield "- All: " + _listed(dict(pair for pair in first if all(pair in other for other in others)))
     for label in dict.fromkeys(result.label for result in results):
-        own = next(r for r in results if r.label == label)
-        yield f"{label}: " + _listed({"method": own.config["method"], **own.options})
+        own = next(result for result in results if result.label == label)
+        alike = [_flat(result.config) for result in results if result.dataset == own.dataset]
+        given = {
+            k: v for k, v in _flat(own.config).items() if any(other.get(k) != v for other in alike) and k != "seed"
+        }
+        yield f"- {label}: " + _listed({"method": own.config["method"]["name"], **given, **own.options})
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of all sections by their names; ``method`` and ``task`` are names too."""
+    sections = {key: value if isinstance(value, Mapping) else {"name": value} for key, value in config.items()}
+    return {key if name == "name" else name: v for key, section in sections.items() for name, v in section.items()}
 
 
 def _listed(options: Mapping[str, object]) -> str:
@@ -322,59 +301,20 @@ def _seeds(rows: Sequence[Row]) -> str:
     return f"{' or '.join(map(str, counts))} seed{'s' if counts != [1] else ''}"
 
 
-def _keys(results: Sequence[Result]) -> list[str]:
-    return list(dict.fromkeys(name.split("/")[0] for result in results for name in result.scores))
+def _markdown(parts: Iterable[str | Picture]) -> str:
+    lines = (part if isinstance(part, str) else f"\n![{part.caption}]({part.name}.svg)" for part in parts)
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def _names(rows: Mapping[str, Mapping[str, object]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows.values() for name in row))
+def _page(title: str, parts: Sequence[str | Picture]) -> str:
+    """The same as HTML, with the pictures in it; what looks like HTML in names stays text."""
+    from markdown_it import MarkdownIt
 
-
-def _markdown(title: str, sections: Sequence[Section], command: str, folder: Path) -> str:
-    lines = [f"# {title}\n", f"Made by `{command}`.\n"]
-    for section in sections:
-        lines.append(f"\n## {section.title}\n")
-        for part in section.parts:
-            if isinstance(part, str):
-                lines.append(f"- {part}")
-            elif isinstance(part, Table):
-                lines += ["", part.caption + "\n", evaluation.markdown_table(part.rows, part.columns, mark_best=True)]
-            else:
-                write_text(folder / f"{part.name}.svg", part.svg)
-                lines.append(f"![{part.caption}]({part.name}.svg)\n\n`{command}`\n")
-    return "\n".join(lines) + "\n"
-
-
-def _page(title: str, sections: Sequence[Section], command: str) -> str:
-    body = ""
-    for section in sections:
-        parts = "".join(_element(part, command) for part in section.parts)
-        body += f"<section><h2>{escape(section.title)}</h2>\n{parts}</section>\n"
+    body = MarkdownIt("js-default").render(_markdown(parts))
+    body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
+    for part in parts:
+        if isinstance(part, Picture):
+            image = f'<p><img src="{part.name}.svg" alt="{escape(part.caption)}"></p>'
+            body = body.replace(image, f"<figure>{part.svg}<figcaption>{escape(part.caption)}</figcaption></figure>")
     template = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
-    return template.substitute(title=escape(title), command=escape(command), body=body)
-
-
-def _element(part: Table | Picture | str, command: str) -> str:
-    if isinstance(part, str):
-        return f"<p>{_code(part)}</p>\n"
-    if isinstance(part, Picture):
-        caption = f"{escape(part.caption)}. <code>{escape(command)}</code>"
-        return f"<figure>{part.svg}<figcaption>{caption}</figcaption></figure>\n"
-    header, *cells = evaluation.table_cells(part.rows, part.columns, mark_best=True)
-    head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in header)
-    rows = "".join(
-        f"<tr><th scope='row'>{escape(name)}</th>{''.join(f'<td>{_strong(cell)}</td>' for cell in row)}</tr>\n"
-        for name, *row in cells
-    )
-    caption = f"<caption>{_strong(part.caption)}</caption>"
-    return f"<div class='table'><table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n"
-
-
-def _strong(text: str) -> str:
-    before, *marked = escape(text).split("**")
-    return before + "".join(f"<b>{part}</b>" if i % 2 == 0 else part for i, part in enumerate(marked))
-
-
-def _code(text: str) -> str:
-    parts = escape(text).split("`")
-    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+    return template.substitute(title=escape(title), body=body)

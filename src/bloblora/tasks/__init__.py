@@ -1,13 +1,10 @@
 """Tasks: records become token ids, and a model's output becomes one logit per label or choice."""
 
-from bloblora.tasks.blank import Blank
-from bloblora.tasks.build import TASKS, build_task, encode_all, encode_each, guess_task, task_from_dict
-from bloblora.tasks.choice_letter import ChoiceLetter
-from bloblora.tasks.choice_text import ChoiceText
-from bloblora.tasks.classification import Classification
-from bloblora.tasks.generation import TextGeneration
-from bloblora.tasks.head import label_logits
-from bloblora.tasks.task import Task, TaskError, check_options
+from .choice_letter import ChoiceLetter, label_logits
+from .choice_text import Blank, ChoiceText
+from .classification import Classification
+from .generation import TextGeneration
+from .task import TASKS, Task, TaskError, build_task, encode_all, encode_each, guess_task, task_from_dict
 
 __all__ = [
     "TASKS",
@@ -19,7 +16,6 @@ __all__ = [
     "TaskError",
     "TextGeneration",
     "build_task",
-    "check_options",
     "encode_all",
     "encode_each",
     "guess_task",

@@ -1,40 +1,65 @@
-"""Multiple choice by text: a choice's logit is the log-likelihood of its text after the question."""
+"""Multiple choice by text: a choice's logit is the log-likelihood of its text, or of the text after the blank it fills.
+
+A question with all its choices is one row: a shared prefix and a branch for each choice.
+
+    [left padding][prefix][branch 1][branch 2] ...
+
+A 4D attention mask lets each branch see the prefix and itself, and its positions go on from the prefix's end,
+so a branch's log-likelihood is the one it has alone after the prefix, while the prefix is computed once.
+A row is an example: noise drawn for each row is drawn for each question.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
+import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from bloblora.tasks.prompts import check_template, continuation_ids, fit_question
-from bloblora.tasks.task import (
-    Batch,
-    Example,
-    Record,
-    Task,
-    TaskError,
-    check_answer,
-    check_choices,
-    check_text,
-    collate_labels,
-)
-from bloblora.tasks.tree import collate_trees, tree_length, tree_log_likelihoods
+from .encoding import check_template, collate_labels, continuation_ids, fit_prefix, fit_question, pad, prompt_ids
+from .task import Batch, Choice, Example, Record, Score, TaskError
+
+_LONGEST = "the longest choice with the text after the blank"
+
+
+class TreeChoice(Choice):
+    """A choice as the branch of a tree."""
+
+    scored_by: ClassVar[tuple[str, ...]] = ("echo",)
+
+    def length(self, example: Example) -> int:
+        """Tokens of the question and all its choices."""
+        return len(example["prefix"]) + sum(map(len, example["branches"]))
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """A row for each question with all its choices; see `collate_trees`."""
+        return {**collate_trees(examples, self.pad_token_id), **collate_labels(examples)}
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What `choice_logit` makes of the log-likelihoods of the branches' scored tokens, (b, C)."""
+        return self.choice_logit(tree_log_likelihoods(model, batch), batch["choice_lengths"].clamp(min=1))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChoiceText(Task):
-    """Each choice scored by its text, log p(" " + choice | prompt); the prompt is computed once.
+class ChoiceText(TreeChoice):
+    """Each choice scored by its text, log p(" " + choice | prompt); the prompt is computed once."""
 
-    Args:
-        template: the prompt, with `{question}`; a space and the choice follow it.
-        normalization: "length" for the mean of the tokens' log-probabilities, or "sum".
-    """
-
-    template: str = "Question: {question}\nAnswer:"
-    normalization: str = "length"
+    template: str = field(
+        default="Question: {question}\nAnswer:",
+        metadata={"help": "The prompt, with {question}; a space and the choice follow it."},
+    )
+    normalization: Literal["length", "sum"] = field(
+        default="length",
+        metadata={
+            "help": "How a choice is scored: length, by the average log-probability per token, which avoids favouring "
+            "short choices and is less overconfident before training; or sum, by that of the whole text."
+        },
+    )
 
     name: ClassVar[str] = "choice_text"
 
@@ -44,30 +69,165 @@ class ChoiceText(Task):
         if self.normalization not in ("sum", "length"):
             raise TaskError(f"normalization: {self.normalization!r}; it must be 'sum' or 'length'")
 
-    def columns(self, record: Record) -> list[str]:
-        """The record's choices."""
-        return list(record["choices"])
+    @classmethod
+    def fits(cls, records: Sequence[Record]) -> bool:
+        """Whether the records are questions with choices, of which `Blank` takes some."""
+        return super().fits(records) and not Blank.fits(records)
 
-    def encode(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
+    def tokenize(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
         """The prompt as `prefix` and each choice as a branch, all of whose tokens are scored."""
-        question, choices = check_text(record, "question"), check_choices(record)
-        branches = [continuation_ids(tokenizer, " " + choice.strip()) for choice in choices]
-        longest = max(map(len, branches))
-        limit = None if self.max_length is None else self.max_length - longest
-        prefix, cut = fit_question(tokenizer, self.template, question, limit)
+        branches = [continuation_ids(tokenizer, " " + choice.strip()) for choice in record["choices"]]
         scored = [len(branch) for branch in branches]
-        answer = check_answer(record, len(choices))
-        return {"prefix": prefix, "branches": branches, "scored": scored, "truncated": cut, **answer}
+        limit = None if self.max_length is None else self.max_length - max(scored)
+        prefix, cut = fit_question(tokenizer, self.template, record["question"], limit)
+        return {"prefix": prefix, "branches": branches, "scored": scored, "truncated": cut}
 
-    def length(self, example: Example) -> int:
-        """Tokens of the question and all its choices."""
-        return tree_length(example)
+    def choice_logit(self, log_likelihood: Score, num_tokens: Score) -> Score:
+        """The log-likelihood, per token where normalization is "length"."""
+        return log_likelihood if self.normalization == "sum" else log_likelihood / num_tokens
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        """A row for each question with all its choices; see `collate_trees`."""
-        return {**collate_trees(examples, self.pad_token_id), **collate_labels(examples)}
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Log-likelihoods (b, C) of the choices, nats, per token where normalization is "length"."""
-        scores = tree_log_likelihoods(model, batch)
-        return scores if self.normalization == "sum" else scores / batch["choice_lengths"].clamp(min=1)
+@dataclass(frozen=True, kw_only=True)
+class Blank(TreeChoice):
+    """Which choice fills the `_` in the question, scored by the text that follows it.
+
+    "Partial evaluation" of Trinh & Le, A Simple Method for Commonsense Reasoning (arXiv 1806.02847), section 3:
+    log p(text after | text before, choice), which doesn't depend on how common the choice itself is.
+    """
+
+    name: ClassVar[str] = "blank"
+
+    @classmethod
+    def fits(cls, records: Sequence[Record]) -> bool:
+        """Whether every question has a blank and two choices."""
+        return super().fits(records) and all(
+            "_" in str(record["question"]) and len(record.get("choices", ())) == 2 for record in records
+        )
+
+    def tokenize(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
+        """The text before the blank as `prefix`; each choice with the text after it is a branch."""
+        before, after = _split(record["question"])
+        # The space before a word is part of its token.
+        prefix_text = before.rstrip()
+        space = before[len(prefix_text) :]
+        suffix = continuation_ids(tokenizer, after)
+        prefix = prompt_ids(tokenizer, prefix_text)
+        branches = [_filler_ids(tokenizer, prefix_text, space, choice) + suffix for choice in record["choices"]]
+        kept = fit_prefix(prefix, max(map(len, branches)), self.max_length, tokenizer.bos_token_id, _LONGEST)
+        scored, cut = [len(suffix)] * len(branches), len(prefix) - len(kept)
+        return {"prefix": kept, "branches": branches, "scored": scored, "truncated": cut}
+
+
+def _filler_ids(tokenizer: PreTrainedTokenizerBase, before: str, space: str, choice: str) -> list[int]:
+    """Token ids of a choice in its place, which may be the start of the text."""
+    if before:
+        return continuation_ids(tokenizer, space + choice.strip())
+    return tokenizer(choice.strip(), add_special_tokens=False)["input_ids"]
+
+
+def _split(question: str) -> tuple[str, str]:
+    """The texts before and after the blank."""
+    parts = re.split("_+", question)
+    if len(parts) != 2:
+        raise TaskError(f"field 'question': {question!r} has {len(parts) - 1} blanks '_'; it must have one")
+    before, after = parts[0], parts[1].rstrip()
+    if not after:
+        raise TaskError(f"field 'question': {question!r} has no text after '_', which is what is scored")
+    return before, after
+
+
+def collate_trees(examples: Sequence[Example], pad_token_id: int) -> Batch:
+    """Examples with `prefix` (ids), `branches` (ids for each choice) and `scored` (how many last ids count).
+
+    Returns, with T the longest row, M the most branch tokens in a row and C the most choices:
+        input_ids, position_ids: (b, T).
+        attention_mask: (b, 1, T, T) bool, True where a query (dim 2) sees a key (dim 3).
+        choice_ids: (b, M), the choice that each of the last M tokens counts for, -1 for none.
+        sources: (b, M), which of the last M+1 positions predicts that token.
+        choice_lengths: (b, C), scored tokens of each choice, 0 for one that the question lacks.
+    """
+    rows = [_pack(example) for example in examples]
+    window = 1 + max(len(row["choices"]) for row in rows)
+    segments = pad([row["segments"] for row in rows], -1, side="left", length=window)
+    # Counted from the right, where rows are aligned, a source doesn't depend on the padding.
+    sources = [[window - source for source in row["sources"]] for row in rows]
+    return {
+        "input_ids": pad([row["ids"] for row in rows], pad_token_id, side="left", length=window),
+        "position_ids": pad([row["positions"] for row in rows], 0, side="left", length=window),
+        "attention_mask": _visible(segments).unsqueeze(1),
+        "choice_ids": pad([row["choices"] for row in rows], -1, side="left"),
+        "sources": pad(sources, 0, side="left"),
+        "choice_lengths": pad([example["scored"] for example in examples], 0, side="right"),
+    }
+
+
+def tree_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
+    """Log-likelihood of each choice's scored tokens, nats: (b, C) float32, -inf for choices it lacks."""
+    check_model(model, batch)
+    choice_ids, sources, lengths = batch["choice_ids"], batch["sources"], batch["choice_lengths"]
+    width, window = batch["input_ids"].shape[1], choice_ids.shape[1] + 1
+    dtype = extract_model_from_parallel(model).dtype
+    zeros = torch.zeros_like(batch["attention_mask"], dtype=dtype)
+    output = model(
+        input_ids=batch["input_ids"],
+        attention_mask=zeros.masked_fill(~batch["attention_mask"], torch.finfo(dtype).min),
+        position_ids=batch["position_ids"],
+        # Indices, not a number: a number makes a view, for which torch multiplies by a copy of the head an example.
+        logits_to_keep=torch.arange(width - window, width, device=choice_ids.device),
+        use_cache=False,
+    )
+    logits = output.logits.float()
+    targets = batch["input_ids"][:, 1 - window :]
+    rows = torch.arange(len(targets), device=targets.device).unsqueeze(1)
+    log_probs = logits[rows, sources, targets] - logits.logsumexp(-1).gather(1, sources)
+    counts_for = choice_ids.unsqueeze(-1) == torch.arange(lengths.shape[1], device=lengths.device)
+    scores = torch.where(counts_for, log_probs.unsqueeze(-1), 0).sum(1)
+    return scores.masked_fill(lengths == 0, -torch.inf)
+
+
+def check_model(model: nn.Module, batch: Batch) -> None:
+    """Raise a TaskError when the model would ignore or change the tree's mask."""
+    inner = extract_model_from_parallel(model)
+    config = inner.config.get_text_config()
+    advice = "use the task 'choice_letter', which needs no such mask"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise TaskError(
+            f"attn_implementation: '{config._attn_implementation}' takes no 4D attention mask; load the "
+            f"model with attn_implementation='sdpa', or {advice}"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds or getattr(inner, "_is_stateful", False):
+        found = ", ".join(sorted(kinds)) or "recurrent"
+        raise TaskError(f"model: '{config.model_type}' has {found} layers, which ignore the mask; {advice}")
+    window = getattr(config, "sliding_window", None)
+    if window and batch["input_ids"].shape[1] > window and (longest := int(batch["position_ids"].max()) + 1) > window:
+        raise TaskError(
+            f"max_length: a question with its longest choice has {longest} tokens and the model's attention "
+            f"window {window}; set max_length to {window} or less, or {advice}"
+        )
+
+
+def _pack(example: Example) -> dict[str, list[int]]:
+    """One unpadded row; `sources` are counted from the row's end, 1 being its last token."""
+    start = len(example["prefix"])
+    ids, positions, segments = list(example["prefix"]), list(range(start)), [0] * start
+    choices: list[int] = []
+    sources: list[int] = []
+    for choice, (branch, scored) in enumerate(zip(example["branches"], example["scored"], strict=True)):
+        sources += [start - 1, *range(len(ids), len(ids) + len(branch) - 1)]
+        ids += branch
+        positions += range(start, start + len(branch))
+        segments += [choice + 1] * len(branch)
+        choices += [-1] * (len(branch) - scored) + [choice] * scored
+    from_end = [len(ids) - source for source in sources]
+    return {"ids": ids, "positions": positions, "segments": segments, "choices": choices, "sources": from_end}
+
+
+def _visible(segments: Tensor) -> Tensor:
+    """Which token sees which, (b, T, T) bool; segments (b, T): -1 padding, 0 prefix, 1.. branches."""
+    query, key = segments.unsqueeze(2), segments.unsqueeze(1)
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    related = (query >= 0) & ((key == 0) | (key == query))
+    # Padding sees itself: a query that sees nothing would be NaN.
+    return (related & causal) | torch.eye(length, dtype=torch.bool)

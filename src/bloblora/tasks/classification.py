@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from bloblora.tasks.task import Batch, Example, Record, Task, TaskError, check_text, collate_labels, pad
+from .encoding import collate_labels, pad
+from .task import Batch, Example, Record, Task, TaskError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +22,19 @@ class Classification(Task):
         labels: names of the logits' columns, in order.
     """
 
-    labels: tuple[str, ...] = ()  # type: ignore[misc]  # the base class has None: no fixed columns
+    labels: tuple[str, ...] = field(  # type: ignore[misc]  # the base class has None: no fixed columns
+        default=(),
+        metadata={
+            "help": "The outputs of the model's head, in order; default: the labels of the data, sorted. "
+            "For a head that exists already, and for a label that the data lack."
+        },
+    )
 
     name: ClassVar[str] = "classification"
+    kind: ClassVar[str] = "classification"
+    pipeline_tag: ClassVar[str] = "text-classification"
+    task_type: ClassVar[str] = "SEQ_CLS"
+    truncates: ClassVar[str] = "the end of the text"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,17 +49,36 @@ class Classification(Task):
         options.setdefault("labels", tuple(sorted(map(str, found))))
         return super().build(records, tokenizer, **options)
 
+    @classmethod
+    def check(cls, records: Sequence[Record], **options: Any) -> None:
+        """Raise a TaskError also for labels that are not among those given, or fewer than two."""
+        super().check(records, **options)
+        found, given = {record["label"] for record in records}, options.get("labels")
+        if given is not None and not 2 <= len(given) == len(set(given)):
+            raise TaskError(f"labels must be at least 2, all different, got {given}")
+        if unknown := sorted(found.difference(given or found)):
+            raise TaskError(f"field 'label': {', '.join(unknown)} not among labels; add them to it")
+        if len(found) < 2 and given is None:
+            raise TaskError(f"field 'label': all are {found.pop()!r}; there must be at least 2 labels")
+
     def columns(self, record: Record) -> list[str]:
         """The labels, the same for every record."""
         return list(self.labels)
 
-    def encode(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
+    def target(self, record: Record) -> int | None:
+        """The label's index."""
+        label = record.get("label")
+        if label is not None and label not in self.labels:
+            known = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
+            raise TaskError(f"field 'label': {label!r} is not one of the {len(self.labels)} labels ({known})")
+        return None if label is None else self.labels.index(label)
+
+    def tokenize(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
         """`input_ids` of the record's `text`, with the tokenizer's special tokens."""
-        text = check_text(record, "text")
-        ids = tokenizer(text)["input_ids"]
-        limit = self.max_length
-        kept = tokenizer(text, truncation=True, max_length=limit)["input_ids"] if limit is not None else ids
-        return {"input_ids": kept, "truncated": len(ids) - len(kept), **self._label(record)}
+        ids = kept = tokenizer(record["text"])["input_ids"]
+        if self.max_length is not None:
+            kept = tokenizer(record["text"], truncation=True, max_length=self.max_length)["input_ids"]
+        return {"input_ids": kept, "truncated": len(ids) - len(kept)}
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """`input_ids` and `attention_mask` (b, T), padded on the right."""
@@ -78,12 +108,3 @@ class Classification(Task):
                 f"{len(self.labels)} labels; load a sequence classification model with that num_labels"
             )
         return logits
-
-    def _label(self, record: Record) -> Example:
-        label = record.get("label")
-        if label is None:
-            return {}
-        if label not in self.labels:
-            known = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
-            raise TaskError(f"field 'label': {label!r} is not one of the {len(self.labels)} labels ({known})")
-        return {"label": self.labels.index(label)}

@@ -9,7 +9,7 @@ and the tokens of a short response more than those of a long one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from bloblora.tasks.prompts import continuation_ids, fit_prefix, prompt_ids
-from bloblora.tasks.task import Batch, Example, Record, Task, TaskError, check_text, pad
+from .encoding import collate_labels, continuation_ids, fit_prefix, pad, pad_left, prompt_ids
+from .task import Batch, Example, Record, Task, TaskError
 
 _NO_TOKEN = -100
 _MOST_LIKELY = -1e-6
@@ -35,19 +35,26 @@ class TextGeneration(Task):
     """
 
     name: ClassVar[str] = "generation"
+    kind: ClassVar[str] = "generation"
+    pipeline_tag: ClassVar[str] = "text-generation"
 
     def columns(self, record: Record) -> list[str]:
         """The record's response, and whatever else could be written."""
         return ["response", "other"]
 
-    def encode(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
+    def target(self, record: Record) -> int | None:
+        """The response's column."""
+        messages = record.get("messages")
+        answered = messages[-1]["role"] == "assistant" if messages else record.get("response") is not None
+        return 0 if answered else None
+
+    def tokenize(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
         """Token ids of `prompt` and, where the record has one, of `response`, all of whose tokens count."""
         prompt, response = (_chat if "messages" in record else _plain)(record, tokenizer)
-        if response is None:
-            kept = fit_prefix(prompt, 1, self.max_length, tokenizer.bos_token_id, "an answer")
-            return {"prompt": kept, "truncated": len(prompt) - len(kept)}
-        kept = fit_prefix(prompt, len(response), self.max_length, tokenizer.bos_token_id, "the response")
-        return {"prompt": kept, "response": response, "truncated": len(prompt) - len(kept), "label": 0}
+        room, what = (1, "an answer") if response is None else (len(response), "the response")
+        kept = fit_prefix(prompt, room, self.max_length, tokenizer.bos_token_id, what)
+        example = {"prompt": kept, "truncated": len(prompt) - len(kept)}
+        return example if response is None else example | {"response": response}
 
     def length(self, example: Example) -> int:
         """Tokens of the prompt and the response."""
@@ -61,15 +68,10 @@ class TextGeneration(Task):
         """
         responses = [example.get("response", []) for example in examples]
         rows = [[*example["prompt"], *response] for example, response in zip(examples, responses, strict=True)]
-        batch = {
-            "input_ids": pad(rows, self.pad_token_id, side="left"),
-            "attention_mask": pad([[1] * len(row) for row in rows], 0, side="left"),
-            "position_ids": pad([range(len(row)) for row in rows], 0, side="left"),
-        }
+        batch = pad_left(rows, self.pad_token_id)
         if not all(responses):
             return batch
-        labels = torch.zeros(len(examples), dtype=torch.long)
-        return batch | {"response_ids": pad(responses, _NO_TOKEN, side="left"), "labels": labels}
+        return batch | {"response_ids": pad(responses, _NO_TOKEN, side="left")} | collate_labels(examples)
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-probabilities (b, 2) of the response and of anything else, nats, float32.
@@ -96,11 +98,11 @@ class TextGeneration(Task):
 def _plain(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int] | None]:
     """Token ids of the prompt and the response."""
     # A space at the end belongs to the response's first token.
-    prompt = check_text(record, "prompt").rstrip(" ")
+    prompt = record["prompt"].rstrip(" ")
     ids = prompt_ids(tokenizer, prompt)
     if record.get("response") is None:
         return ids, None
-    response = check_text(record, "response").strip(" ")
+    response = record["response"].strip(" ")
     space = "" if prompt[-1].isspace() or response[0].isspace() else " "
     return ids, _ended(tokenizer, continuation_ids(tokenizer, space + response))
 
@@ -109,7 +111,9 @@ def _chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
     """Token ids up to where the assistant's last message starts, and of that message."""
     if tokenizer.chat_template is None:
         raise TaskError("tokenizer: has no chat template; write records with 'prompt' and 'response'")
-    messages = _check_messages(record)
+    messages = [dict(message) for message in record["messages"]]
+    if [message["role"] for message in messages] == ["assistant"]:
+        raise TaskError("field 'messages': the only one is the assistant's; there must be one that it answers")
     answered = messages[-1]["role"] == "assistant"
     try:
         prompt = _render(tokenizer, messages[:-1] if answered else messages, add_generation_prompt=True)
@@ -128,18 +132,6 @@ def _chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-
-
-def _check_messages(record: Record) -> list[dict[str, str]]:
-    messages = record["messages"]
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise TaskError(f"field 'messages': {messages!r}; it must be a list of at least one message")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise TaskError(f"field 'messages', item {index}: {message!r}; it must have 'role' and 'content', texts")
-    if len(messages) == 1 and messages[0]["role"] == "assistant":
-        raise TaskError("field 'messages': the only one is the assistant's; there must be one that it answers")
-    return [dict(message) for message in messages]
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

@@ -1,18 +1,24 @@
-"""What every task is: a frozen, JSON-able description with columns, encode, collate and logits."""
+"""What every task is, and tasks by name: records become token ids, and a model's output one logit a column."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
 
-import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+
+from ..data.records import KINDS, record_kind, record_problems
+from ..registry import Registry
 
 Record = Mapping[str, Any]
 Example = dict[str, Any]
 Batch = dict[str, Tensor]
+Score = TypeVar("Score", float, Tensor)
 
 
 class TaskError(ValueError):
@@ -25,7 +31,9 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One way of asking a model for a distribution over labels or choices.
+    """One way of asking a model for a distribution over labels or choices; fields that have a help are its options.
+
+    A subclass says the class variables, `columns`, `target`, `tokenize`, `collate` and `logits`.
 
     Args:
         pad_token_id: id that fills a batch, the tokenizer's; a classification head must know the same one.
@@ -33,10 +41,28 @@ class Task:
     """
 
     pad_token_id: int
-    max_length: int | None = None
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens that the model reads for one answer; longer inputs are truncated. "
+            "Default: the tokenizer's limit."
+        },
+    )
 
     name: ClassVar[str]
+    kind: ClassVar[str]
+    """The records that it reads, one of `bloblora.data.KINDS`."""
+    pipeline_tag: ClassVar[str]
+    """What the hub calls such a task, for example ``text-classification``."""
+    task_type: ClassVar[str] = "CAUSAL_LM"
+    """PEFT's name for the model that it needs, ``CAUSAL_LM`` or ``SEQ_CLS``."""
+    scored_by: ClassVar[tuple[str, ...]] = ()
+    """How a completion server can score its choices: ``echo``, by the log-probabilities of a prompt that holds them;
+    ``top_logprobs``, by those of the most probable next tokens."""
+    truncates: ClassVar[str] = "the beginning of the question or prompt"
+    """What of a long record is cut off."""
     labels: ClassVar[tuple[str, ...] | None] = None
+    """The columns where they are the same for all records: the outputs of the model's head."""
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 1:
@@ -49,7 +75,7 @@ class Task:
         Raises:
             TaskError: an option that the task doesn't have, or a tokenizer without a pad token.
         """
-        check_options(cls, options)
+        cls._check_options(options)
         if tokenizer.pad_token_id is None:
             raise TaskError("tokenizer: has no pad token; set one, for example pad_token = eos_token")
         options.setdefault("pad_token_id", tokenizer.pad_token_id)
@@ -58,8 +84,34 @@ class Task:
         options.setdefault("max_length", limit if limit < 1_000_000 else None)
         return cls(**options)
 
+    @classmethod
+    def fits(cls, records: Sequence[Record]) -> bool:
+        """Whether the task is the one to take for these records when none is named."""
+        return bool(records) and all(record_kind(record) == cls.kind for record in records)
+
+    @classmethod
+    def check(cls, records: Sequence[Record], **options: Any) -> None:
+        """Raise a TaskError for options, or records to train on, that can't be the task's; needs no tokenizer."""
+        cls._check_options(options)
+        if not all(record_kind(record) == cls.kind for record in records):
+            raise TaskError(f"task {cls.name!r} needs records with {KINDS[cls.kind]}")
+
+    @classmethod
+    def _check_options(cls, options: Mapping[str, Any]) -> None:
+        known = [option.name for option in fields(cls)]
+        if unknown := sorted(set(options) - set(known)):
+            raise TaskError(*(f"{cls.name} has no option '{name}'; it has {', '.join(known)}" for name in unknown))
+
     def columns(self, record: Record) -> list[str]:
         """Name of each column of this record's logits, in order."""
+        raise NotImplementedError
+
+    def target(self, record: Record) -> int | None:
+        """The column that is right, None where the record has no answer.
+
+        Raises:
+            TaskError: it is none of the columns.
+        """
         raise NotImplementedError
 
     def encode(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -68,6 +120,13 @@ class Task:
         Raises:
             TaskError: naming the field, its value and what would be right.
         """
+        if problems := record_problems(record, self.kind):
+            raise TaskError(*problems)
+        target = self.target(record)
+        return self.tokenize(record, tokenizer) | ({} if target is None else {"label": target})
+
+    def tokenize(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
+        """What `encode` gives but for `label`, of a record whose fields are right; `truncated` tokens were cut off."""
         raise NotImplementedError
 
     def length(self, example: Example) -> int:
@@ -82,60 +141,131 @@ class Task:
         """Logits (b, C) in float32, C = most choices in this batch, -inf for the ones a question lacks."""
         raise NotImplementedError
 
+    def continuations(self, example: Example) -> tuple[list[int], list[list[int]], list[int]]:
+        """For `scored_by`: a prefix, each choice's tokens after it, and how many last ones of them are scored."""
+        return example["prefix"], example["branches"], example["scored"]
+
+    def choice_logit(self, log_likelihood: Score, num_tokens: Score) -> Score:
+        """A choice's logit, of the log-likelihood, nats, of its scored tokens and their number."""
+        return log_likelihood
+
     def to_dict(self) -> dict[str, Any]:
         """The task as JSON-able values; `task_from_dict` reads it back."""
         values = asdict(self).items()
         return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in values}
 
 
-def check_options(task: type[Task], options: Mapping[str, Any]) -> None:
-    """Raise a TaskError that names every option which this task doesn't have."""
-    known = [field.name for field in fields(task)]
-    if unknown := sorted(set(options) - set(known)):
-        raise TaskError(*(f"{task.name} has no option '{name}'; it has {', '.join(known)}" for name in unknown))
+class Choice(Task):
+    """A question and its choices, each a column."""
+
+    kind: ClassVar[str] = "choice"
+    pipeline_tag: ClassVar[str] = "multiple-choice"
+
+    def columns(self, record: Record) -> list[str]:
+        """The record's choices."""
+        return list(record["choices"])
+
+    def target(self, record: Record) -> int | None:
+        """The answer's index."""
+        return record.get("answer")
 
 
-def check_text(record: Record, field: str) -> str:
-    """The record's text in `field`; a TaskError when it is missing, no text, or blank."""
-    value = record.get(field)
-    if not isinstance(value, str) or not value.strip():
-        found = repr(value) if field in record else "missing"
-        raise TaskError(f"field '{field}': {found}; it must be a text that isn't empty")
-    return value
+def _problem(name: str, task: Any) -> str | None:
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        return "it isn't a subclass of bloblora.tasks.Task"
+    if getattr(task, "name", None) != name or getattr(task, "kind", None) not in KINDS:
+        return f"its class must have name = {name!r}, and kind one of {', '.join(KINDS)}"
+    return None if hasattr(task, "pipeline_tag") else "its class has no pipeline_tag"
 
 
-def check_choices(record: Record) -> list[str]:
-    """The record's choices; a TaskError when they aren't two or more texts."""
-    choices = record.get("choices")
-    if not isinstance(choices, (list, tuple)) or len(choices) < 2:
-        found = repr(choices) if "choices" in record else "missing"
-        raise TaskError(f"field 'choices': {found}; it must be a list of at least 2 texts")
-    for index, choice in enumerate(choices):
-        if not isinstance(choice, str) or not choice.strip():
-            raise TaskError(f"field 'choices', item {index}: {choice!r}; it must be a text that isn't empty")
-    return list(choices)
+TASKS: Registry[type[Task]] = Registry(
+    "bloblora.tasks",
+    {
+        "classification": "bloblora.tasks.classification:Classification",
+        "choice_text": "bloblora.tasks.choice_text:ChoiceText",
+        "choice_letter": "bloblora.tasks.choice_letter:ChoiceLetter",
+        "blank": "bloblora.tasks.choice_text:Blank",
+        "generation": "bloblora.tasks.generation:TextGeneration",
+    },
+    _problem,
+)
+"""Tasks by name, ours and those of other packages; for "auto" they are asked in this order."""
 
 
-def check_answer(record: Record, num_choices: int) -> Example:
-    """`{"label": index}` of the record's answer, empty when it has none; a TaskError when it is no index."""
-    answer = record.get("answer")
-    if answer is None:
-        return {}
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < num_choices:
-        raise TaskError(f"field 'answer': {answer!r} is not an index into {num_choices} choices (0..{num_choices - 1})")
-    return {"label": answer}
+def build_task(name: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Task:
+    """The task of this name, or the one that fits the records for "auto".
+
+    "auto" is `classification` for records with a `text`, `generation` for records with a `prompt` or `messages`; for
+    choices it is `blank` when every question has two choices and a `_`, otherwise `choice_text`.
+
+    Raises:
+        TaskError: an unknown name or option, or records that fit no task.
+    """
+    return TASKS.find(guess_task(records) if name == "auto" else name, "task:", TaskError).build(
+        records, tokenizer, **options
+    )
 
 
-def collate_labels(examples: Sequence[Example]) -> Batch:
-    """`{"labels": (b,)}` when every example has a label, otherwise empty."""
-    if not all("label" in example for example in examples):
-        return {}
-    return {"labels": torch.tensor([example["label"] for example in examples])}
+def guess_task(records: Sequence[Record]) -> str:
+    """Name of the task that fits the records, as for "auto".
+
+    Raises:
+        TaskError: records that fit no task.
+    """
+    for name, task in TASKS.items():
+        if task.fits(records):
+            return name
+    raise TaskError(
+        "task: 'auto' needs records that all have 'text', 'prompt', 'messages', or 'question' and 'choices'"
+    )
 
 
-def pad(rows: Sequence[Sequence[int]], value: int, *, side: str, length: int = 0) -> Tensor:
-    """Rows of ints as one (b, T) tensor, T = the longest row or `length` if that is more."""
-    width = max(length, *(len(row) for row in rows), 0)
-    filler = [[value] * (width - len(row)) for row in rows]
-    pairs = zip(filler, rows, strict=True)
-    return torch.tensor([[*f, *row] if side == "left" else [*row, *f] for f, row in pairs])
+def task_from_dict(values: Mapping[str, Any]) -> Task:
+    """The task that `Task.to_dict` described.
+
+    Raises:
+        TaskError: an unknown name or option, or one that is missing.
+    """
+    options = {key: value for key, value in values.items() if key != "name"}
+    task = TASKS.find(values.get("name"), "task:", TaskError)  # type: ignore[arg-type]
+    task._check_options(options)
+    try:
+        return task(**options)
+    except TypeError as error:
+        raise TaskError(f"task '{task.name}': {error}") from None
+
+
+def encode_all(
+    task: Task, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, progress: bool = False
+) -> list[Example]:
+    """Every record encoded; a warning says how many had to be truncated.
+
+    Raises:
+        TaskError: all problems of all records, each with the record's number, counted from 1.
+    """
+    return [*encode_each(task, records, tokenizer, progress)]
+
+
+def encode_each(
+    task: Task, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, progress: bool = False
+) -> Iterator[Example]:
+    """The same one after the other, none of them kept; errors and warnings come at the end."""
+    problems: list[str] = []
+    truncated = 0
+    shown = track(records, "Tokenizing", disable=not progress, console=Console(stderr=True))
+    for number, record in enumerate(shown, start=1):
+        try:
+            example = task.encode(record, tokenizer)
+        except TaskError as error:
+            problems += [f"record {number}: {problem}" for problem in error.problems]
+            continue
+        truncated += example["truncated"] > 0
+        yield example
+    if problems:
+        raise TaskError(*problems)
+    if truncated:
+        warnings.warn(
+            f"{truncated} of {len(records)} records have more than max_length={task.max_length} tokens: "
+            f"{task.truncates} was cut off",
+            stacklevel=2,
+        )

@@ -9,14 +9,15 @@ from .arguments import (
     kl_weight,
     rescaled_dataset_size,
 )
+from .callbacks import PosteriorHistograms
 from .checkpoints import last_checkpoint
 from .divergence import DivergedError
-from .histograms import PosteriorHistograms
-from .trainer import BlobTrainer
+from .trainer import BlobTrainer, BlobTrainerMixin
 
 __all__ = [
     "OBJECTIVE",
     "BlobTrainer",
+    "BlobTrainerMixin",
     "BlobTrainingArguments",
     "DivergedError",
     "Objective",

@@ -108,8 +108,6 @@ class BlobTrainingArguments(Objective, TrainingArguments):
         check_count("eval_num_samples", self.eval_num_samples, 0)
         if self.dataset_size is not None:
             check_count("dataset_size", self.dataset_size, 1)
-        # Otherwise the data's order hangs on whichever seed torch was given last, and that differs between processes.
-        self.data_seed = self.seed if self.data_seed is None else self.data_seed
         super().__post_init__()
 
 

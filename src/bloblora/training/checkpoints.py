@@ -44,11 +44,6 @@ def is_complete(folder: Path) -> bool:
     return all(zipfile.is_zipfile(folder / name) for name in names if name.endswith((".pt", ".pth")))
 
 
-def adapter_folder(folder: str | os.PathLike[str], adapter_name: str) -> Path:
-    """Where in ``folder`` PEFT puts an adapter."""
-    return Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
-
-
 def remove_torn(output_dir: str | os.PathLike[str], after: str | os.PathLike[str]) -> None:
     """Delete incomplete checkpoints of a later step than the checkpoint ``after``.
 

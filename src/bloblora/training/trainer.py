@@ -1,27 +1,29 @@
 """The Trainer with the evidence lower bound as its loss."""
 
+import copy
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from ..adapter import Posterior, find_posterior, load_posterior, save_posterior
+from ..adapter import Posterior, find_posterior, load_posterior
 from ..adapter.sharding import reshard, trained_state
+from ..adapter.storage import adapter_folder
 from ..adapter.variant import STD_PARAMETER
 from ..posterior import separate_noise
-from .arguments import BlobTrainingArguments, check_style, kl_weight, rescaled_dataset_size
-from .checkpoints import adapter_folder, last_checkpoint, remove_torn
+from .arguments import OBJECTIVE, BlobTrainingArguments, Objective, check_style, kl_weight, rescaled_dataset_size
+from .callbacks import ElboCallback
+from .checkpoints import last_checkpoint, remove_torn
 from .divergence import (
     DivergedError,
     all_finite,
@@ -31,7 +33,10 @@ from .divergence import (
     last_bad_gradient,
 )
 
-_RANK_STRIDE = 1_000_003
+if TYPE_CHECKING:
+    _Host = Trainer
+else:
+    _Host = object
 
 
 class TrainingTask(Protocol):
@@ -46,52 +51,63 @@ class TrainingTask(Protocol):
         ...
 
 
-class BlobTrainer(Trainer):
-    """`transformers.Trainer` that trains a Bayesian LoRA on the ELBO, and a plain one on the NLL.
+class BlobTrainerMixin(_Host):
+    """Adds the KL to the loss of any Trainer: transformers' (`BlobTrainer`), TRL's, or one of your own.
 
-    Everything of the Trainer stays: accelerate, mixed precision, trackers, resume. See `BlobTrainingArguments` for the
-    objective. Each optimizer step's log has ``nll``, ``kl``, ``kl_weight``, ``elbo`` (nats an example), ``median_std``
-    and ``share_at_prior``.
+    ``class BlobSFTTrainer(BlobTrainerMixin, SFTTrainer): ...`` keeps what that Trainer does with data, loss, logs and
+    files. A Bayesian LoRA is trained on the ELBO, a plain one on the NLL. Each optimizer step's log has ``nll``,
+    ``kl``, ``kl_weight``, ``elbo`` (nats an example), ``median_std`` and ``share_at_prior``.
 
     Args:
         model: a PEFT model, Bayesian after `bayesianize`.
-        args: `BlobTrainingArguments`.
-        task: where logits come from; without it the model's own ``outputs.loss`` is the NLL.
-        **kwargs: as for `transformers.Trainer`.
+        args: the Trainer's arguments with the fields of `Objective`: a dataclass ``class Arguments(Objective,
+            SFTConfig): ...``; it may also have the fields of `BlobTrainingArguments`.
+        task: where logits come from; without it the NLL is the loss of the Trainer that the mixin stands before.
+        **kwargs: as for that Trainer.
 
     Raises:
-        ValueError: ``eval_num_samples`` without a task: draws are averaged over a task's probabilities; or version 1
-            of FSDP. By ``train``: a Bayesian adapter and neither a length of the data nor ``dataset_size``.
+        TypeError: ``args`` lacks fields of `Objective`; or, when a class is made, the mixin stands after a Trainer.
+        ValueError: a field is out of its range; ``eval_num_samples`` without a task: draws are averaged over a task's
+            probabilities; or version 1 of FSDP. By ``train``: a Bayesian adapter and neither a length of the data nor
+            ``dataset_size``.
         DivergedError: by ``train``, when a loss, gradient or weight is not finite. Checkpoints stay as they are.
     """
 
-    args: BlobTrainingArguments
+    args: Any
 
-    def __init__(
-        self,
-        model: nn.Module,
-        args: BlobTrainingArguments,
-        *,
-        task: TrainingTask | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if task is None and args.eval_num_samples > 0:
-            raise ValueError(f"eval_num_samples is {args.eval_num_samples}; without a task it must be 0 (the mean)")
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(BlobTrainerMixin):
+            raise TypeError(f"{cls.__name__}: BlobTrainerMixin stands after a Trainer, which hides it; name it first")
+
+    def __init__(self, model: Any = None, args: Any = None, *, task: TrainingTask | None = None, **kwargs: Any) -> None:
+        if missing := [name for name in OBJECTIVE if not hasattr(args, name)]:
+            kind = type(args).__name__
+            raise TypeError(
+                f"args: {type(self).__name__} needs the objective's options, and {kind} lacks {', '.join(missing)}; "
+                f"give BlobTrainingArguments, or a dataclass with both: class Arguments(Objective, {kind}): ..., with "
+                "Objective from bloblora.training"
+            )
+        Objective.check(args)
+        if task is None and (draws := getattr(args, "eval_num_samples", 0)) > 0:
+            raise ValueError(f"eval_num_samples is {draws}; without a task it must be 0 (the mean)")
+        # Otherwise the data's order hangs on whichever seed torch was given last, and that differs between processes.
+        args.data_seed = args.seed if args.data_seed is None else args.data_seed
         super().__init__(model=model, args=args, **kwargs)
-        self._module = model
+        assert isinstance(self.model, nn.Module)
+        self._module = self.model
         self.task = task
-        self.posterior: Posterior | None = find_posterior(model)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the model could do
+        self.posterior: Posterior | None = find_posterior(self._module)
+        if task is not None or self.is_deepspeed_enabled:
+            self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the model could do
         self._reset_logs()
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError("fsdp_version is 1, which hides the parameters in flat ones; it must be 2")
         if self.posterior is not None and args.kl_scale > 0:
             check_style(args.optimizer_style, self.posterior.config.std_parameterization)
-        self.add_callback(_ElboCallback(self))
+        self.add_callback(ElboCallback(self))
 
-    def train(  # type: ignore[override]
-        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in the Trainer; ``resume_from_checkpoint=True`` takes the newest *complete* checkpoint."""
         if resume_from_checkpoint is True:
             found = last_checkpoint(str(self.args.output_dir))
@@ -103,7 +119,7 @@ class BlobTrainer(Trainer):
         if resume_from_checkpoint and self.args.save_total_limit is not None and self.args.should_save:
             remove_torn(str(self.args.output_dir), resume_from_checkpoint)
         self._reset_logs()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -112,20 +128,24 @@ class BlobTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Mean NLL over the batch and, in train mode, over the weight draws; `training_step` adds the KL's part."""
-        nll, logits = self._nll(model, inputs)
+        """NLL of the batch, in train mode averaged over the weight draws; `training_step` adds the KL's part."""
+
+        def loss(outputs: bool = False, module: nn.Module = model) -> Any:
+            return self._loss(module, copy.copy(inputs), outputs, num_items_in_batch)
+
         if not model.training:
-            return (nll, {"logits": logits}) if return_outputs else nll
-        for _ in range(self.args.num_weight_draws - 1):
-            nll = nll + self._nll(model, inputs)[0]
-        nll = nll / self.args.num_weight_draws
-        self._nll_sum += nll.detach()
-        self._nll_count += 1
+            return loss(return_outputs)
+        nll, *outputs = loss(True) if return_outputs else (loss(),)
+        if (draws := self.args.num_weight_draws) > 1:
+            nll = sum((loss() for _ in range(draws - 1)), nll) / draws
         if not self._finite(nll):
-            raise self._diverged_nll(lambda: self._nll(self._module, inputs))
-        if self.posterior is not None and self.is_deepspeed_enabled and self.args.optimizer_style == "joint":
-            nll = nll + self.current_kl_weight() * self.posterior.kl()  # its gradients can't be added to afterwards
-        return (nll, {"logits": logits}) if return_outputs else nll
+            raise self._diverged_nll(lambda: loss(module=self._module))
+        if self._has_kl("joint") and self.is_deepspeed_enabled:  # its gradients can't be added to afterwards
+            assert self.posterior is not None
+            kl = self.current_kl_weight() * self.posterior.kl()
+            self._nll_sum -= kl.detach() / self.current_gradient_accumulation_steps
+            nll = nll + kl
+        return (nll, *outputs) if return_outputs else nll
 
     def current_kl_weight(self) -> float:
         """Factor of the KL in this step's loss: s·λ_i·K / D."""
@@ -146,8 +166,10 @@ class BlobTrainer(Trainer):
         all processes.
         """
         loss = super().training_step(model, inputs, *args, **kwargs)
+        self._nll_sum += loss  # its share of the step's
         if not self.accelerator.sync_gradients:
             return loss
+        self._nll_count += 1
         scaler = self.accelerator.scaler
         if self._has_kl("joint") and not self.is_deepspeed_enabled:
             parameters, gradients = self._kl_gradients()
@@ -224,7 +246,7 @@ class BlobTrainer(Trainer):
             log_probs = average_draws(
                 lambda: task.logits(model, inputs),
                 self.posterior,
-                self.args.eval_num_samples,
+                getattr(self.args, "eval_num_samples", 0),
                 self.args.seed,
             )
         labels = inputs.get("labels")
@@ -244,12 +266,13 @@ class BlobTrainer(Trainer):
         batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return _LengthGroupedSampler(batch, lengths, self.args.data_seed or 0)
 
-    def _nll(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any) -> Any:
+        """One forward: the task's mean NLL, or the loss of the Trainer below; as `compute_loss` returns it."""
         if self.task is None:
-            outputs = model(**inputs)
-            return outputs.loss, outputs.logits
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         logits = self.task.logits(model, inputs)
-        return F.cross_entropy(logits, inputs["labels"]), logits
+        nll = F.cross_entropy(logits, inputs["labels"])
+        return (nll, {"logits": logits}) if return_outputs else nll
 
     def _finite(self, nll: Tensor) -> bool:
         """Whether an NLL is finite; all processes of a sharded model say the same, for they look together for where."""
@@ -259,14 +282,14 @@ class BlobTrainer(Trainer):
         return bool(finite)
 
     def _dataset_size(self) -> int:
-        if self.args.dataset_size is not None:
-            return self.args.dataset_size
+        if (size := getattr(self.args, "dataset_size", None)) is not None:
+            return size
         try:
             return len(self.train_dataset)  # type: ignore[arg-type]
         except TypeError as error:
             raise ValueError(
                 "dataset_size is None and the training data has no length; the KL is weighed against the number of "
-                "examples: set BlobTrainingArguments.dataset_size"
+                "examples: set dataset_size of the arguments"
             ) from error
 
     def _reset_logs(self) -> None:
@@ -341,12 +364,6 @@ class BlobTrainer(Trainer):
         # What makes a checkpoint complete is written next, by one process: not before all have saved their generators.
         self.accelerator.wait_for_everyone()
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.posterior is not None and self.args.should_save:
-            folder = adapter_folder(str(output_dir or self.args.output_dir), self.posterior.adapter_name)
-            save_posterior(self.posterior, folder)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_posterior(resume_from_checkpoint)
@@ -359,6 +376,16 @@ class BlobTrainer(Trainer):
         if self.posterior is not None:
             name = self.posterior.adapter_name
             load_posterior(self.posterior.model, adapter_folder(checkpoint, name), name)
+
+
+class BlobTrainer(BlobTrainerMixin, Trainer):
+    """`transformers.Trainer` that trains a Bayesian LoRA on the ELBO, and a plain one on the NLL.
+
+    Everything of the Trainer stays: accelerate, mixed precision, trackers, resume. See `BlobTrainingArguments` for the
+    objective, and `BlobTrainerMixin` for what it takes, logs and raises.
+    """
+
+    args: BlobTrainingArguments
 
 
 class _LengthGroupedSampler(LengthGroupedSampler):
@@ -375,57 +402,3 @@ class _LengthGroupedSampler(LengthGroupedSampler):
     def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(self.seed + self.epoch)
         return super().__iter__()
-
-
-class _ElboCallback(TrainerCallback):
-    """Hooks of one optimizer step."""
-
-    def __init__(self, trainer: BlobTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Give each process its own noise; a resumed run then loads the generator that the checkpoint holds."""
-        torch.manual_seed(args.seed + _RANK_STRIDE * args.process_index)
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Tell the sampler the epoch; the Trainer's own attempt misses it where it skips batches in many processes."""
-        if hasattr(loader := kwargs["train_dataloader"], "set_epoch"):
-            loader.set_epoch(int(state.epoch or 0))
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.trainer.kl_step()
-        if self.trainer.posterior is not None:
-            self.trainer._kl_weights.append(self.trainer.current_kl_weight())
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer._check_weights()
-        if (posterior := self.trainer.posterior) is not None:
-            summary = posterior.summary()  # by all processes: each may hold a part of it
-            if state.is_world_process_zero:
-                _warn_of_degenerate(posterior, summary)
-
-
-def _warn_of_degenerate(posterior: Posterior, summary: dict[str, float]) -> None:
-    """Warn of a posterior that says nothing."""
-    median, count = summary["median_std"], summary["num_parameters"]
-    start = (posterior.config.init_std * (1 + math.sqrt(0.5)) / 2) ** 2
-    if median < 0.01 * start:
-        warnings.warn(
-            f"the posterior has collapsed: median Ω is {median:.1e}, so all draws are the mean. Raise kl_scale or "
-            "prior_std, or lower learning_rate.",
-            stacklevel=2,
-        )
-    elif summary["share_at_prior"] > 0.9:
-        warnings.warn(
-            f"the posterior is the prior: {summary['share_at_prior']:.0%} of Ω are within 5 % of prior_std. Lower "
-            "kl_learning_rate, kl_scale or the number of steps, or train on more data.",
-            stacklevel=2,
-        )
-    elif abs(median / start - 1) < 0.02 + 1 / math.sqrt(count):  # 1/√n: three standard errors of a fresh median
-        warnings.warn(
-            f"the posterior has not left its start: median Ω is {median:.2e}, the start {start:.2e}. Raise kl_scale, "
-            "the number of steps, or init_std.",
-            stacklevel=2,
-        )

@@ -1,0 +1,279 @@
+r"""The draws of an export, asked of an OpenAI-compatible server and averaged here; needs ``bloblora[client]``.
+
+.. math:: \bar p(y \mid x) = \frac1S \sum_s p_s(y \mid x)
+
+p_s comes from the log-probabilities that a server gives for draw s, by the run's own task: the token ids that are sent
+are those that `bloblora.predict` reads. PyTorch and Transformers are imported when a `DrawClient` is made.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+try:
+    import httpx
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("bloblora.client needs httpx: pip install 'bloblora[client]'") from error
+
+if TYPE_CHECKING:
+    from .prediction import Prediction
+
+_BUSY = (429, 503)
+_LONGEST_WAIT = 60.0
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class DrawTexts:
+    """What each draw writes to each prompt.
+
+    Attributes:
+        texts: n lists of S.
+        token_log_probs: of each text the log-probabilities of its tokens under its own draw, nats.
+    """
+
+    texts: list[list[str]]
+    token_log_probs: list[list[list[float]]]
+
+
+class DrawClient:
+    """Asks for all draws of an export at once and averages.
+
+    Args:
+        directory: the export's folder, of which manifest.json and the tokenizer are read.
+        base_url: of the server, up to and with ``/v1``; where a server has one adapter, one for each name.
+        api_key: of the servers.
+        top_logprobs: default, choices are scored by the log-probabilities of a prompt that has them (``echo``), for any
+            task. A number reads the answer's letter among so many most probable next tokens instead: one request a
+            draw, for ``choice_letter``; vLLM gives 20 unless it was started with ``--max-logprobs``.
+        concurrency: requests at a time.
+        timeout: seconds until an answer must be complete.
+        retries: of a request that is answered with 429 or 503.
+
+    Raises:
+        RunError: there is no manifest.
+        ValueError: ``base_url`` lacks a draw.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        base_url: str | Mapping[str, str],
+        api_key: str | None = None,
+        *,
+        top_logprobs: int | None = None,
+        concurrency: int = 8,
+        timeout: float = 120.0,
+        retries: int = 5,
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        from .export import TOKENIZER, read_manifest
+        from .tasks import task_from_dict
+
+        self.manifest = read_manifest(directory)
+        self.names = self.manifest.draws or [self.manifest.mean or ""]
+        urls = dict.fromkeys(self.names, base_url) if isinstance(base_url, str) else dict(base_url)
+        if missing := [name for name in self.names if name not in urls]:
+            raise ValueError(f"base_url: no URL for {', '.join(missing)}; give one for each of {', '.join(self.names)}")
+        servers = {url: CompletionServer(url, api_key, timeout, retries) for url in set(urls.values())}
+        self._servers = {name: servers[urls[name]] for name in self.names}
+        self._task = task_from_dict(self.manifest.task)
+        folder = Path(directory)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder)
+        self._top_logprobs, self._concurrency = top_logprobs, concurrency
+
+    def predict(self, records: Sequence[dict[str, Any]]) -> Prediction:
+        """Probabilities of each record's choices under each draw, as `Run.predict` has them.
+
+        Raises:
+            TaskError: a record can't be the task's.
+            ServerError: a server gave no usable answer.
+            ValueError: the task has no choices, or ``top_logprobs`` doesn't fit it.
+        """
+        if not self._task.scored_by:
+            raise ValueError(f"the run's task is {self._task.name}, which has no choices for a server to score")
+        if self._top_logprobs is not None and "top_logprobs" not in self._task.scored_by:
+            raise ValueError(f"task {self._task.name} can't be scored by top_logprobs; leave it out")
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        from .prediction import Prediction
+
+        examples = [self._task.continuations(example) for example in self._encode(records)]
+        ask = self._echoed if self._top_logprobs is None else self._letters
+        rows = self._map(lambda name, example: ask(name, *example), examples)
+        padded = pad_sequence(
+            [torch.tensor(row) for draw in rows for row in draw], batch_first=True, padding_value=-math.inf
+        )
+        log_probs = padded.unflatten(0, (len(self.names), len(examples))).log_softmax(-1)
+        return Prediction(log_probs, self.manifest.num_samples)
+
+    def generate(self, records: Sequence[dict[str, Any]], max_new_tokens: int = 64, **options: Any) -> DrawTexts:
+        """What each draw writes to each prompt, greedily unless ``options`` of the request say otherwise.
+
+        Raises:
+            TaskError: a record can't be the task's.
+            ServerError: a server gave no usable answer.
+            ValueError: the task isn't generation.
+        """
+        if self._task.kind != "generation":
+            raise ValueError(f"the run's task is {self._task.name}, which writes no text")
+        request = {"max_tokens": max_new_tokens, "temperature": 0.0, "logprobs": 1, **options}
+
+        def write(name: str, example: dict[str, Any]) -> tuple[str, list[float]]:
+            text, logprobs = self._servers[name].complete(name, example["prompt"], **request)
+            return text, logprobs["token_logprobs"]
+
+        draws = self._map(write, self._encode(records))
+        by_record = [*zip(*draws, strict=True)]
+        return DrawTexts([[t for t, _ in row] for row in by_record], [[p for _, p in row] for row in by_record])
+
+    def _encode(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        from .data import unanswered
+        from .tasks import encode_all
+
+        return encode_all(self._task, [unanswered(record) for record in records], self._tokenizer)
+
+    def _map(self, ask: Callable[[str, Any], _T], examples: Sequence[Any]) -> list[list[_T]]:
+        """What each draw says of each example, several at a time; the first error ends it."""
+        pool = ThreadPoolExecutor(self._concurrency)
+        try:
+            futures = [[pool.submit(ask, name, example) for example in examples] for name in self.names]
+            return [[future.result() for future in row] for row in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _echoed(self, name: str, prefix: list[int], branches: list[list[int]], scored: list[int]) -> list[float]:
+        """Log-likelihood of each branch's last ``scored`` tokens, nats, per token where the task says so; (C,)."""
+        scores = []
+        for branch, count in zip(branches, scored, strict=True):
+            ids = prefix + branch
+            request = {"max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
+            found = self._servers[name].complete(name, ids, **request)[1]["token_logprobs"]
+            if len(found) not in (len(ids), len(ids) + 1):
+                raise ServerError(
+                    f"{self._servers[name].base_url}, model {name!r}: {len(found)} log-probabilities for a prompt of "
+                    f"{len(ids)} tokens; the server must take token ids and 'echo' (vLLM does), or give top_logprobs"
+                )
+            total = sum(found[len(ids) - count : len(ids)])
+            scores.append(self._task.choice_logit(total, count))
+        return scores
+
+    def _letters(self, name: str, prefix: list[int], branches: list[list[int]], scored: list[int]) -> list[float]:
+        """Log-probability of each branch's token as the next one, nats, (C,)."""
+        request = {
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "logprobs": self._top_logprobs,
+            "return_tokens_as_token_ids": True,
+        }
+        top = self._servers[name].complete(name, prefix, **request)[1]["top_logprobs"][0]
+        return [self._found(name, top, token) for (token,) in branches]
+
+    def _found(self, name: str, top: Mapping[str, float], token: int) -> float:
+        for key in (f"token_id:{token}", str(self._tokenizer.decode([token]))):
+            if key in top:
+                return top[key]
+        raise ServerError(
+            f"{self._servers[name].base_url}, model {name!r}: {self._tokenizer.decode([token])!r} isn't among the "
+            f"{len(top)} most probable tokens that the server gave; give more top_logprobs, or leave it out"
+        )
+
+
+class ServerError(RuntimeError):
+    """A server gave no usable answer; the message says which one, to what, and what would be right."""
+
+
+class CompletionServer:
+    """A server's ``/completions``; threads may share it.
+
+    Args:
+        base_url: up to and with ``/v1``.
+        api_key: sent as ``Authorization: Bearer KEY``.
+        timeout: seconds until an answer must be complete.
+        retries: how often a request is sent again after 429 or 503, when ``Retry-After`` says or after 1, 2, 4 … s.
+    """
+
+    def __init__(self, base_url: str, api_key: str | None = None, timeout: float = 120.0, retries: int = 5) -> None:
+        self.base_url, self.timeout, self.retries = base_url.rstrip("/"), timeout, retries
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits(max_connections=None)  # how many at once is the client's to say
+        self._client = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, limits=limits)
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._client.close()
+
+    def complete(self, model: str, prompt: list[int], **options: Any) -> tuple[str, dict[str, Any]]:
+        """One completion's text and log-probabilities.
+
+        Args:
+            model: name of the adapter.
+            prompt: token ids.
+            options: of the request; ``logprobs`` among them.
+
+        Returns:
+            The text; and ``token_logprobs``, nats, with ``echo`` those of the prompt before the new ones, and
+            ``top_logprobs``.
+
+        Raises:
+            ServerError: no connection, no answer in time, an error, or an answer without log-probabilities.
+        """
+        response = self._post({"model": model, "prompt": prompt, **options})
+        try:
+            (choice,) = response.json()["choices"]
+            text, logprobs = choice["text"], choice.get("logprobs")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServerError(f"{self.base_url}, model {model!r}: not a completion: {response.text[:200]}") from error
+        if logprobs and "content" in logprobs:
+            logprobs = _flat(logprobs["content"])
+        if not (logprobs and logprobs.get("token_logprobs")):
+            raise ServerError(
+                f"{self.base_url}, model {model!r}: the answer has no log-probabilities although 'logprobs' was asked "
+                "for; use a server that gives them with /v1/completions, such as vLLM"
+            )
+        return text, logprobs
+
+    def _post(self, body: dict[str, Any]) -> httpx.Response:
+        what = f"{self.base_url}, model {body['model']!r}"
+        for attempt in range(self.retries + 1):
+            try:
+                response = self._client.post("/completions", json=body)
+            except httpx.TimeoutException as error:
+                raise ServerError(f"{what}: no answer in {self.timeout:g} s; give a longer timeout") from error
+            except httpx.HTTPError as error:
+                raise ServerError(f"{what}: {error}; is the server up, and does base_url end in /v1?") from error
+            if response.status_code not in _BUSY or attempt == self.retries:
+                break
+            time.sleep(_wait(response, attempt))
+        if response.is_success:
+            return response
+        reason = f"{what}: status {response.status_code}: {response.text[:500]}"
+        if response.status_code == 404:
+            reason += "; serve each draw by its name in manifest.json, whose 'commands' say how"
+        if response.status_code in _BUSY:
+            reason += f"; still so after {self.retries} retries: lower concurrency"
+        raise ServerError(reason)
+
+
+def _flat(content: list[dict[str, Any]]) -> dict[str, Any]:
+    """Log-probabilities in the form of chats, which llama.cpp gives here too, in the form of completions."""
+    tops = [{f"token_id:{top['id']}": top["logprob"] for top in token["top_logprobs"]} for token in content]
+    return {"token_logprobs": [token["logprob"] for token in content], "top_logprobs": tops}
+
+
+def _wait(response: httpx.Response, attempt: int) -> float:
+    """Seconds until the next try."""
+    try:
+        asked = float(response.headers["Retry-After"])
+    except (KeyError, ValueError):  # it may be a date
+        asked = 2.0**attempt
+    return min(max(asked, 0.0), _LONGEST_WAIT)

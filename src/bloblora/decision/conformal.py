@@ -1,0 +1,228 @@
+r"""Promises that rest on one order statistic (split conformal prediction): sets of labels, and what is out of scope.
+
+Of n + 1 exchangeable scores the last is at most the k-th smallest of the others, k = ⌈(n + 1) · level⌉, with
+probability ``level`` or more, and with less than ``level`` + 1/(n + 1) where no two are equal (Vovk, Gammerman & Shafer
+2005, Algorithmic Learning in a Random World).
+
+**Label sets** hold the right label with a stated probability. Each label y of an input has a score that is small where
+y is plausible; the set is every label whose score is at most the k-th smallest score of the right labels of n
+calibration records. With p the probabilities and ranks counted from the most probable label, the score is
+
+- ``lac``: :math:`1 - p_y`, for the smallest sets on average (Sadinle, Lei & Wasserman 2019, arXiv 1609.00451);
+- ``aps``: the probability of y and of all labels before it, for sets that grow where the model is less sure (Romano,
+  Sesia & Candès 2020, arXiv 2006.02544);
+- ``raps``: the same and a penalty for each rank beyond the first few, against a long tail of improbable labels
+  (Angelopoulos et al. 2021, arXiv 2009.14193).
+
+No score is randomized, so that an input has one set; and a set that would be empty gets the most probable label.
+Neither can lower the coverage.
+
+**Scope**: an input is flagged as out of scope where its uncertainty is above the k-th smallest of n calibration records
+in scope, with level 1 - α. That is where its conformal p-value, (1 + number of calibration scores at least as large) /
+(n + 1), is at most α (Bates et al. 2023, arXiv 2104.08279), so α is the rate of false alarms.
+
+No library fits: MAPIE wants a scikit-learn classifier, randomizes APS and RAPS, and keeps nothing that JSON could hold;
+torchcp is LGPL and needs torch_geometric; puncc needs numpy 1; crepes leaves the scores to its caller.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from scipy.stats import beta
+from torch import Tensor
+
+from ..evaluation.inputs import check_scores, checked_probabilities
+
+Kind = Literal["lac", "aps", "raps"]
+Score = Literal["mutual_information", "predictive_entropy"]
+
+
+@dataclass(frozen=True)
+class LabelSets:
+    """The labels whose score is at most a threshold.
+
+    Attributes:
+        kind: of score: ``lac``, ``aps`` or ``raps``.
+        coverage: share of sets that hold the right label, as promised.
+        threshold: of the score.
+        num_examples: calibration records, n.
+        penalty: of ``raps``, for each rank beyond ``free_ranks``.
+        free_ranks: of ``raps``.
+    """
+
+    kind: Kind
+    coverage: float
+    threshold: float
+    num_examples: int
+    penalty: float = 0.01
+    free_ranks: int = 5
+
+    def __post_init__(self) -> None:
+        _check_name("kind of label sets", self.kind, Kind)
+        check_share("coverage", self.coverage)
+        check_numbers(self, "num_examples", "penalty", "free_ranks")
+
+    def sets(self, probabilities: Tensor) -> Tensor:
+        """Which labels are in the set of each input, (n, C) bool, for probabilities (n, C); never one of 0."""
+        probabilities = probabilities.double()
+        inside = _scores(probabilities, self.kind, self.penalty, self.free_ranks) <= self.threshold
+        return inside.scatter(1, probabilities.argmax(-1, keepdim=True), True)
+
+    @property
+    def promise(self) -> str:
+        """What is promised, as a sentence."""
+        low = _share_below(self.num_examples, self.coverage)
+        return (
+            f"at least {self.coverage:.4g} of the label sets hold the right label on average, and at least {low:.3g} "
+            f"with probability 0.95, on data like the {self.num_examples} calibration records"
+        )
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Flag an input where a score is above a threshold.
+
+    Attributes:
+        score: name of the uncertainty, a property of `Prediction`.
+        false_alarm: share of inputs in scope that are flagged, as promised.
+        threshold: of the score, nats.
+        num_examples: calibration records, n.
+    """
+
+    score: Score
+    false_alarm: float
+    threshold: float
+    num_examples: int
+
+    def __post_init__(self) -> None:
+        _check_name("score", self.score, Score)
+        check_share("false_alarm", self.false_alarm)
+        check_numbers(self, "num_examples")
+
+    def flags(self, scores: Tensor) -> Tensor:
+        """Whether inputs are out of scope, (n,) bool, for scores (n,)."""
+        return scores.double() > self.threshold
+
+    @property
+    def promise(self) -> str:
+        """What is promised, as a sentence."""
+        high = 1 - _share_below(self.num_examples, 1 - self.false_alarm)
+        return (
+            f"at most {self.false_alarm:.4g} of inputs in scope are flagged on average, and at most {high:.3g} with "
+            f"probability 0.95, on data like the {self.num_examples} calibration records"
+        )
+
+
+def fit_label_sets(
+    probabilities: Tensor,
+    targets: Tensor,
+    coverage: float = 0.9,
+    kind: Kind = "lac",
+    *,
+    penalty: float = 0.01,
+    free_ranks: int = 5,
+) -> LabelSets:
+    """The threshold of the scores that keeps the promise.
+
+    Args:
+        probabilities: (n, C), rows sum to 1; 0 for a label that an input lacks.
+        targets: (n,), class indices.
+        coverage: share of sets that hold the right label, in (0, 1).
+        kind: of score.
+        penalty: of ``raps``, for each rank beyond ``free_ranks``; choose neither on these records.
+        free_ranks: of ``raps``.
+
+    Raises:
+        ValueError: records are too few, too many right labels have probability 0, or an argument, shapes, ranges or
+            normalization are wrong.
+    """
+    check_enough(len(targets), "coverage", coverage, coverage)
+    probabilities, targets = checked_probabilities(probabilities, targets)
+    right = _scores(probabilities, kind, penalty, free_ranks).gather(1, targets[:, None])[:, 0]
+    threshold = _quantile(right, coverage)
+    if threshold == torch.inf:
+        share = right.isinf().double().mean().item()
+        raise ValueError(f"coverage {coverage:.6g} can't be promised: {share:.4g} of right labels have probability 0")
+    return LabelSets(kind, coverage, threshold, len(targets), penalty, free_ranks)
+
+
+def fit_scope(scores: Tensor, false_alarm: float = 0.05, score: Score = "predictive_entropy") -> Scope:
+    """The threshold that keeps the promise.
+
+    Args:
+        scores: of inputs in scope, (n,); higher means less certain.
+        false_alarm: share of inputs in scope that are flagged, in (0, 1).
+        score: name of the scores.
+
+    Raises:
+        ValueError: records are too few, or an argument or shapes are wrong.
+    """
+    check_scores(score, scores)
+    check_enough(len(scores), "false_alarm", false_alarm, 1 - false_alarm)
+    threshold = _quantile(scores.detach().cpu().double(), 1 - false_alarm)
+    return Scope(score, false_alarm, threshold, len(scores))
+
+
+def check_enough(n: int, name: str, value: float, level: float) -> None:
+    """Raise a ValueError unless a promised share is in (0, 1) and n records are enough for the quantile of a level."""
+    check_share(name, value)
+    if _rank(n, level) > n:
+        needed = math.ceil(level / (1 - level) - _SLACK)
+        raise ValueError(f"{name} {value:.6g} needs at least {needed} records to calibrate on, got {n}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise a ValueError unless ``value`` is in (0, 1)."""
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must be in (0, 1), got {value}")
+
+
+def check_numbers(rule: object, *names: str) -> None:
+    """Raise a ValueError unless the threshold and these attributes are finite numbers, these not below 0."""
+    for name in ("threshold", *names):
+        value = getattr(rule, name)
+        if not isinstance(value, int | float) or not math.isfinite(value) or (name in names and value < 0):
+            raise ValueError(f"{name} must be a number{' of 0 or more' if name in names else ''}, got {value!r}")
+
+
+def _check_name(name: str, value: str, kinds: object) -> None:
+    if value not in get_args(kinds):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(kinds))}, got {value!r}")
+
+
+def _scores(probabilities: Tensor, kind: Kind, penalty: float, free_ranks: int) -> Tensor:
+    """Scores of all labels, (n, C); infinite where the probability is 0."""
+    if kind == "lac":
+        scores = 1 - probabilities
+    else:
+        ranked, order = probabilities.sort(descending=True, stable=True)
+        scores = ranked.cumsum(-1)
+        if kind == "raps":
+            ranks = torch.arange(1, scores.shape[1] + 1, device=scores.device)
+            scores += penalty * (ranks - free_ranks).clamp_min(0)
+        scores = torch.empty_like(scores).scatter(1, order, scores)
+    return scores.masked_fill(probabilities == 0, torch.inf)
+
+
+def _quantile(scores: Tensor, level: float) -> float:
+    """The k-th smallest of n scores (n,)."""
+    return scores.sort().values[_rank(len(scores), level) - 1].item()
+
+
+def _share_below(n: int, level: float, probability: float = 0.95) -> float:
+    """Least share of new scores that are at most the quantile of n, with a probability over those n.
+
+    The share is Beta(k, n + 1 - k) where no two scores are equal, and no smaller where some are (Vovk 2012, arXiv
+    1209.2673).
+    """
+    k = _rank(n, level)
+    return float(beta.ppf(1 - probability, k, n + 1 - k))
+
+
+def _rank(n: int, level: float) -> int:
+    return math.ceil((n + 1) * level - _SLACK)
+
+
+_SLACK = 1e-9  # 0.9 / (1 - 0.9) is a little more than 9

