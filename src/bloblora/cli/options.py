@@ -15,9 +15,12 @@ import docstring_parser
 import jsonargparse
 import yaml
 from jsonargparse import DefaultHelpFormatter
+from peft import LoraConfig
 
+from .. import tasks
 from ..methods import METHODS
 from ..runs.config import LORA, SHORT, TRAINING, RunConfig, RunError, default_of, options_of, presets, read_preset
+from ..training import BlobTrainingArguments
 from . import fail
 
 _POSITIONAL: dict[str, Any] = {"directory": {}, "directories": {"nargs": "+"}, "study": {}}
@@ -129,11 +132,6 @@ def _add_run(parser: Any, arguments: Sequence[str], everything: bool) -> list[st
 
 
 def _hints(place: str, method: str, task: str) -> dict[str, Any]:
-    from peft import LoraConfig
-
-    from .. import tasks
-    from ..training import BlobTrainingArguments
-
     if place == "task":
         kinds = [tasks.TASKS[task]] if task in tasks.TASKS else [*tasks.TASKS.values()]
         return {option.name: get_type_hints(kind)[option.name] for kind in kinds for option in fields(kind)}
