@@ -1,6 +1,5 @@
 """The model card of a run, from what its folder says and nothing else."""
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data import hub_source
 from ..evaluation import markdown_table, metric_names
-from ..files import read_json, write_text
+from ..files import read_json, read_numbers, write_text
 from ..models import DEFAULT_MODEL
 from ..runs import RunDescription, RunError, open_run
 from ..runs.config import LORA
@@ -65,7 +64,7 @@ def model_card(
     description = open_run(folder)
     config, task = description.config, description.task
     base_model = base_model or public_base(config.model)
-    measured = {name: _numbers(file) for name, file in _named(folder, "metrics", ".json").items()}
+    measured = {name: read_numbers(file, RunError) for name, file in _named(folder, "metrics", ".json").items()}
     title = (repo_id or folder.resolve().name).rpartition("/")[2]
     return ModelCard.from_template(
         _metadata(description, title, base_model, measured),
@@ -108,12 +107,6 @@ def _named(folder: Path, kind: str, suffix: str) -> dict[str, Path]:
     """``kind.suffix`` by "" and ``kind-NAME.suffix`` by NAME, of those that are there."""
     files = [*folder.glob(f"{kind}{suffix}"), *sorted(folder.glob(f"{kind}-*{suffix}"))]
     return {file.stem.removeprefix(kind).removeprefix("-"): file for file in files}
-
-
-def _numbers(file: Path) -> dict[str, float]:
-    """The finite numbers of a metrics file."""
-    found = read_json(file, RunError).items()
-    return {name: value for name, value in found if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _metadata(
