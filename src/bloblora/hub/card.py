@@ -1,6 +1,5 @@
 """The model card of a run, from what its folder says and nothing else."""
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +9,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data import hub_source
 from ..evaluation import markdown_table, metric_names
-from ..files import read_json, write_text
+from ..files import read_json, read_numbers, write_text
 from ..models import DEFAULT_MODEL
-from ..runs import RunConfig, RunDescription, RunError, open_run
+from ..runs import RunDescription, RunError, open_run
+from ..runs.config import LORA
 from ..runs.decide import DECISION_FILE, open_decision
 
 CARD_FILE = "README.md"
@@ -21,10 +21,7 @@ _MARK = "<!-- Made by `bloblora card`, which replaces this file; take this line 
 _PEFT_MARK = "# Model Card for Model ID"
 _DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of which `models` has the Q4_1 weights
 _DECIDED = ("answered", "selective_risk", "set_coverage", "set_size", "false_alarm", "detection")
-_SETTINGS = (
-    *("limit", "max_steps", "per_device_train_batch_size", "learning_rate", "seed"),
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "top_blocks", "dtype"),
-)
+_NOT_SETTINGS = ("data", "output", "model", "trunk_cache", "start_from", "task", "method", "lora", "training")
 
 
 def write_card(directory: str | os.PathLike[str], repo_id: str | None = None, base_model: str | None = None) -> Path:
@@ -67,7 +64,7 @@ def model_card(
     description = open_run(folder)
     config, task = description.config, description.task
     base_model = base_model or public_base(config.model)
-    measured = {name: _numbers(file) for name, file in _named(folder, "metrics", ".json").items()}
+    measured = {name: read_numbers(file, RunError) for name, file in _named(folder, "metrics", ".json").items()}
     title = (repo_id or folder.resolve().name).rpartition("/")[2]
     return ModelCard.from_template(
         _metadata(description, title, base_model, measured),
@@ -112,12 +109,6 @@ def _named(folder: Path, kind: str, suffix: str) -> dict[str, Path]:
     return {file.stem.removeprefix(kind).removeprefix("-"): file for file in files}
 
 
-def _numbers(file: Path) -> dict[str, float]:
-    """The finite numbers of a metrics file."""
-    found = read_json(file, RunError).items()
-    return {name: value for name, value in found if isinstance(value, int | float) and math.isfinite(value)}
-
-
 def _metadata(
     description: RunDescription, title: str, base_model: str | None, measured: Mapping[str, Mapping[str, float]]
 ) -> ModelCardData:
@@ -140,20 +131,11 @@ def _metadata(
         base_model=base_model,
         library_name="transformers" if full else "peft",
         pipeline_tag=pipeline_tag,
-        tags=[
-            *dict.fromkeys(
-                ["bloblora", "uncertainty", "calibration", *([] if full else ["lora"]), description.method.name]
-            )
-        ],
-        datasets=_hub_datasets(config),
+        tags=sorted({"bloblora", "uncertainty", "calibration", description.method.name, *([] if full else ["lora"])}),
+        datasets=[source[0]] if (source := hub_source(config.data.partition(":")[0])) else None,
         model_name=title if results else None,
         eval_results=results or None,
     )
-
-
-def _hub_datasets(config: RunConfig) -> list[str] | None:
-    source = hub_source(config.data.partition(":")[0])
-    return [source[0]] if source else None
 
 
 def _data(description: RunDescription) -> dict[str, Any]:
@@ -165,8 +147,11 @@ def _data(description: RunDescription) -> dict[str, Any]:
 
 
 def _settings(description: RunDescription) -> dict[str, Any]:
+    """What was given, and defaults that readers look for: LoRA's, the length of the training, all of the method's."""
     config, seconds = description.config, description.training.get("seconds")
-    rows: dict[str, Any] = {name: config.value(name) for name in _SETTINGS}
+    usual = (*LORA, "max_steps", "per_device_train_batch_size", "learning_rate", "dtype", "seed")
+    given = {name: value for name, value in config.given().items() if name not in _NOT_SETTINGS}
+    rows = {name: config.value(name) for name in (*usual, *config.lora, *config.training)} | given
     return rows | description.method.described() | {"training time, seconds": seconds and round(seconds)}
 
 

@@ -32,6 +32,7 @@ class Ensemble(Method):
     name = "ensemble"
     paper = "1612.01474"
     starts_from_lora = False
+    files = (*Method.files, *(f"member_*/{pattern}" for pattern in Method.files))
 
     def __post_init__(self) -> None:
         if self.members < 2:

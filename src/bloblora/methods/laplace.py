@@ -75,6 +75,7 @@ class LaplaceLora(Method):
     paper = "2308.13111"
     post_hoc = True
     writes_text = False
+    files = (*Method.files, f"{_STATE}.json")
 
     def __post_init__(self) -> None:
         if self.prior_precision is not None and not (math.isfinite(self.prior_precision) and self.prior_precision > 0):

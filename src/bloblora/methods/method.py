@@ -80,6 +80,8 @@ class Method:
     """Whether it trains and predicts where FSDP splits the model: nothing looks at a part of a weight."""
     writes_text: ClassVar[bool] = True
     """Whether a draw is a model, which can write and score text; logits that are changed afterwards can't."""
+    files: ClassVar[tuple[str, ...]] = ("adapter_config.json", "blob_config.json", "*.safetensors")
+    """Patterns of the files that `save` writes, which `bloblora push` uploads."""
 
     def check_run(self, lora: Mapping[str, Any], training: Mapping[str, Any]) -> None:
         """Raise a ValueError where options of LoRA or of the Trainer don't fit this method."""

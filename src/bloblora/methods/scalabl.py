@@ -51,6 +51,7 @@ class Scalabl(ScaledMethod):
     name = "scalabl"
     paper = "2506.21408"
     starts_from_lora = False
+    files = (*ScaledMethod.files, f"{_STATE}.json")
 
     def __post_init__(self) -> None:
         for name in ("prior_std", "init_std"):

@@ -45,6 +45,7 @@ class TemperatureScaled(Method):
     def __post_init__(self) -> None:
         for attribute in _INNERS:
             setattr(self, attribute, getattr(self.inner, attribute))
+        self.files = (*self.inner.files, "temperature.json")  # type: ignore[misc]
 
     def check_run(self, lora: Mapping[str, Any], training: Mapping[str, Any]) -> None:
         """As the inner method does."""

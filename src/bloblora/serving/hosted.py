@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..decision import Decision
-from ..files import read_json
+from ..files import read_numbers
 from ..prediction import predict
 from ..runs import Approximation, PredictionOptions, Run, RunDescription, RunError, load_run, open_run
 from ..runs.decide import open_decision
@@ -86,15 +86,13 @@ class Hosted:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What ``metrics.json`` in its folder says, finite numbers alone; empty where there is none.
+        """The finite numbers in its folder's ``metrics.json``; none where there is no such file.
 
         Raises:
             RunError: the file is damaged.
         """
         file = self.folder / METRICS_FILE
-        found = read_json(file, RunError) if file.is_file() else {}
-        numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
-        return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
+        return read_numbers(file, RunError) if file.is_file() else {}
 
     def encode(self, record: dict[str, Any]) -> dict[str, Any]:
         """A record as its task encodes it.
@@ -198,14 +196,9 @@ def load_hosted(opened: dict[str, RunDescription], settings: Settings) -> dict[s
 
 
 def share_weights(model: nn.Module, pool: dict[str, list[nn.Parameter]]) -> int:
-    """Replace a model's parameters by equal ones of a pool, and put the others into it.
+    """Replace a model's parameters by equal ones of a pool, and put the others into it; how many entries are shared.
 
-    Args:
-        model: whose parameters nothing changes in place from now on.
-        pool: parameters by their place in the base model.
-
-    Returns:
-        How many entries are shared.
+    From then on nothing may change the parameters in place. The pool has them by their place in the base model.
     """
     replaced: dict[int, nn.Parameter] = {}  # by the old one: tied weights stay tied
     shared = 0
