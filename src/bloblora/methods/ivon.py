@@ -31,8 +31,7 @@ class Ivon(GaussianMethod):
     """A Gaussian over A and B; δ, the prior's precision over λ, is the Trainer's ``weight_decay``."""
 
     effective_sample_size: float = field(
-        default=1e6,
-        metadata={"help": "λ; a larger one makes the posterior narrower.", "search": (3e5, 3e6)},
+        default=1e6, metadata={"help": "λ; a larger one makes the posterior narrower.", "search": (3e5, 3e6)}
     )
     hess_init: float = field(
         default=1e-3, metadata={"help": "h at the start; with λ it decides the noise of the first steps."}

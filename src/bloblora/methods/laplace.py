@@ -63,7 +63,7 @@ class LaplaceLora(Method):
         default=None,
         metadata={
             "help": "δ; by default the one with the largest marginal likelihood. Where training has almost memorized "
-            "its data the Fisher vanishes, that δ is far too small and draws are noise: use `holdout`.",
+            "its data the Fisher vanishes, that δ is far too small and draws are noise: use `holdout`."
         },
     )
     holdout: float = field(  # type: ignore[misc]  # an option here

@@ -22,8 +22,7 @@ class Map(Method):
     """A point, held to 0 by the prior."""
 
     prior_std: float = field(
-        default=0.2,
-        metadata={"help": "σp of the prior N(0, σp²) on each entry of A and B.", "search": (0.03, 0.6)},
+        default=0.2, metadata={"help": "σp of the prior N(0, σp²) on each entry of A and B.", "search": (0.03, 0.6)}
     )
 
     name = "map"

@@ -50,8 +50,7 @@ class Objective:
         },
     )
     num_weight_draws: int = field(
-        default=1,
-        metadata={"help": "Weight draws averaged in a training step; cost and memory grow with it."},
+        default=1, metadata={"help": "Weight draws averaged in a training step; cost and memory grow with it."}
     )
 
     def check(self) -> None:
@@ -91,16 +90,14 @@ class BlobTrainingArguments(Objective, TrainingArguments):
         },
     )
     eval_num_samples: int = field(
-        default=0,
-        metadata={"help": "Weight draws averaged in the Trainer's evaluation; 0 is the posterior mean."},
+        default=0, metadata={"help": "Weight draws averaged in the Trainer's evaluation; 0 is the posterior mean."}
     )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "As in TrainingArguments; off, since a loss that is not finite stops the training anyway."},
     )
     remove_unused_columns: bool = field(
-        default=False,
-        metadata={"help": "As in TrainingArguments; off, since a task's columns are no model arguments."},
+        default=False, metadata={"help": "As in TrainingArguments; off, since a task's columns are no model arguments."}
     )
 
     def __post_init__(self) -> None:

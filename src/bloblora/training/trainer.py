@@ -122,11 +122,7 @@ class BlobTrainerMixin(_Host):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """NLL of the batch, in train mode averaged over the weight draws; `training_step` adds the KL's part."""
 
