@@ -121,12 +121,13 @@ class Method:
         Raises:
             ValueError: by `check_draws`, which needs no model: a function of this method is no LoRA.
         """
-        active = model.active_adapter
-        names = [f"draw_{number:02d}" for number in range(1 if self.deterministic and num_samples else num_samples)]
-        generator = torch.Generator().manual_seed(seed)
-        drawn = [{} if self.deterministic else self.draw_weights(model, sampler, generator) for _ in names]
+        active, generator = model.active_adapter, torch.Generator().manual_seed(seed)
+        if self.deterministic:
+            drawn: list[Weights] = [{}] * min(num_samples, 1)
+        else:
+            drawn = [self.draw_weights(model, sampler, generator) for _ in range(num_samples)]
         adapter.debayesianize(model)
-        return [Draw(MEAN, active), *(Draw(name, active, weights) for name, weights in zip(names, drawn, strict=True))]
+        return [Draw(MEAN, active), *(Draw(f"draw_{i:02d}", active, weights) for i, weights in enumerate(drawn))]
 
     def check_draws(self, num_samples: int) -> None:
         """Raise a ValueError where N functions of this method aren't LoRAs; N = 0 asks for the mean alone."""
@@ -158,7 +159,7 @@ class GaussianMethod(Method):
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The adapter with its posterior."""
-        model = adapter.load(base, folder, checked=True)
+        model, _ = super().load(base, folder)
         return model, posterior_draws(model)
 
     def weights_file(self, folder: Path) -> Path:
@@ -217,8 +218,8 @@ class Training:
             trainer: class of the Trainer.
             **changes: of the arguments.
         """
-        arguments = {**self.arguments, **changes}
-        arguments["output_dir"] = str(Path(arguments["output_dir"]) / part)
+        arguments = self.arguments | changes
+        arguments["output_dir"] = str(Path(arguments["output_dir"], part))
         loop = self._loop(model, trainer, arguments)
         for callback in self.callbacks:
             loop.add_callback(callback)
@@ -228,13 +229,8 @@ class Training:
         return loop
 
     def _loop(self, model: nn.Module, trainer: type[BlobTrainer], arguments: dict[str, Any]) -> BlobTrainer:
-        loop = trainer(
-            model,
-            BlobTrainingArguments(**arguments),
-            task=self.task,
-            train_dataset=self.examples,
-            data_collator=self.task.collate,
-        )
+        args, task = BlobTrainingArguments(**arguments), self.task
+        loop = trainer(model, args, task=task, train_dataset=self.examples, data_collator=task.collate)
         # The Trainer's own print each log on standard output, which belongs to results.
         loop.remove_callback(PrinterCallback)
         loop.remove_callback(ProgressCallback)

@@ -9,15 +9,13 @@ probabilities.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import LoraConfig
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..prediction import Prediction, Sampler, Tempered, predict
@@ -25,7 +23,10 @@ from .method import Method, Training, read_state, write_state
 
 _LOG_RANGE = math.log(20.0)
 _NUM_SAMPLES = 10
-_INNERS = ("name", "paper", "training_defaults", "lora_defaults", "starts_from_lora", "gaussian", "deterministic")
+_INNERS = (
+    *("name", "paper", "training_defaults", "lora_defaults", "starts_from_lora", "gaussian", "deterministic"),
+    *("check_run", "described", "prepare", "weights_file"),
+)
 
 
 @dataclass(kw_only=True)
@@ -46,24 +47,12 @@ class TemperatureScaled(Method):
         for attribute in _INNERS:
             setattr(self, attribute, getattr(self.inner, attribute))
 
-    def check_run(self, lora: Mapping[str, Any], training: Mapping[str, Any]) -> None:
-        """As the inner method does."""
-        self.inner.check_run(lora, training)
-
     def check_draws(self, num_samples: int) -> None:
         """Raises: a temperature divides logits."""
         raise ValueError(
             f"method {self.name!r} with temperature scaling: a temperature divides logits, which no weights of an "
             "adapter do; export a run that was trained without it"
         )
-
-    def described(self) -> dict[str, Any]:
-        """The inner method's options."""
-        return self.inner.described()
-
-    def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
-        """As the inner method does."""
-        return self.inner.prepare(base, lora)
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train on what isn't held out, then fit T."""
@@ -83,10 +72,6 @@ class TemperatureScaled(Method):
         model, sampler = self.inner.load(base, folder)
         return model, Tempered(sampler, read_state(folder, "temperature")[0]["temperature"])
 
-    def weights_file(self, folder: Path) -> Path:
-        """The inner method's."""
-        return self.inner.weights_file(folder)
-
 
 def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
     """T in [1/20, 20] with the lowest NLL of the averaged probabilities.
@@ -96,10 +81,9 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
         labels: (n,).
     """
     log_probs = log_probs.double()
-    rows = torch.arange(len(labels))
 
     def nll(log_temperature: float) -> float:
         scaled = (log_probs / math.exp(log_temperature)).log_softmax(-1)
-        return -Prediction(scaled, len(scaled)).log_probabilities[rows, labels].mean().item()
+        return F.nll_loss(Prediction(scaled, len(scaled)).log_probabilities, labels).item()
 
     return math.exp(minimize_scalar(nll, bounds=(-_LOG_RANGE, _LOG_RANGE), method="bounded").x)

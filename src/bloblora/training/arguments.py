@@ -12,11 +12,7 @@ OptimizerStyle = Literal["flow", "alternating", "joint"]
 
 @dataclass(kw_only=True)
 class Objective:
-    """How the negative evidence lower bound is minimized; fields of `BlobTrainingArguments` and options of methods.
-
-    Raises:
-        ValueError: by `check`, a field is out of its range.
-    """
+    """How the negative evidence lower bound is minimized; fields of `BlobTrainingArguments` and options of methods."""
 
     kl_weighting: KlWeighting = field(
         default="uniform",
@@ -58,13 +54,9 @@ class Objective:
         for name, choices in (("kl_weighting", KlWeighting), ("optimizer_style", OptimizerStyle)):
             if (value := getattr(self, name)) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
-        for name in ("kl_scale", "kl_learning_rate"):
-            value = getattr(self, name)
-            if not (_is_number(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        check_positive(self, "kl_scale", "kl_learning_rate", or_zero=True)
         check_count("num_weight_draws", self.num_weight_draws, 1)
-        if not (_is_number(self.gamma) and self.gamma > 0):
-            raise ValueError(f"gamma must be a finite number above 0, got {self.gamma!r}")
+        check_positive(self, "gamma")
 
 
 @dataclass
@@ -118,6 +110,14 @@ def check_style(optimizer_style: str, std_parameterization: str) -> None:
         raise ValueError("optimizer_style 'flow' needs std_parameterization 'square'; use 'joint' or 'alternating'")
 
 
+def check_positive(options: object, *names: str, or_zero: bool = False) -> None:
+    """Raise a ValueError unless the options of these names are finite numbers above 0, or of at least 0."""
+    for name in names:
+        value = getattr(options, name)
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
+            raise ValueError(f"{name} must be a finite number {'of at least' if or_zero else 'above'} 0, got {value!r}")
+
+
 def check_count(name: str, value: object, minimum: int) -> None:
     """Raise a ValueError unless the value is a whole number of at least ``minimum``."""
     if not (isinstance(value, int) and value >= minimum):
@@ -138,7 +138,3 @@ def kl_weight(position: int, num_batches: int, weighting: str) -> float:
 def rescaled_dataset_size(size: float, gamma: float = 8.0) -> float:
     r"""The paper's pseudo data size :math:`\hat D = 100\, D^{\pi/\gamma}` (arXiv 2406.11675, appendix)."""
     return 100 * size ** (math.pi / gamma)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
