@@ -70,11 +70,9 @@ class _SoftTargets:
         self.length = task.length
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The task's batch, with probabilities in place of labels."""
         batch = self._task.collate(examples)
         return batch | {"labels": tensor([example["probabilities"] for example in examples])}
 
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """The task's logits, finite and as wide as the probabilities."""
         logits = self._task.logits(model, batch).clamp_min(_LOWEST_LOGIT)
         return nn.functional.pad(logits, (0, batch["labels"].shape[1] - logits.shape[1]), value=_LOWEST_LOGIT)

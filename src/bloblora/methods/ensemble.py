@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class Ensemble(Method):
         if self.members < 2:
             raise ValueError(f"members must be at least 2, got {self.members}")
 
+    @torch.no_grad()
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """The base with M fresh LoRAs, each with a head of its own where the task has one."""
         names = _names(self.members)

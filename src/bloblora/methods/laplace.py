@@ -138,13 +138,10 @@ class LaplaceLora(Method):
 
 @dataclass(frozen=True)
 class LinearizedDraws(Sampler):
-    """Draws of a model that is linear in its Gaussian weights.
+    """Draws of a model that is linear in the Gaussian weights of its ``layers``.
 
-    Attributes:
-        layers: whose weights.
-        eigen: eigenvalues and eigenvectors of the factors, as they are saved.
-        prior_precision: δ.
-        log_marginal_likelihood: of the training data, in nats.
+    ``eigen`` has eigenvalues and eigenvectors of the factors, as they are saved; ``prior_precision`` is δ, and
+    ``log_marginal_likelihood`` that of the training data, in nats.
     """
 
     layers: Mapping[str, nn.Linear]
@@ -216,14 +213,10 @@ def fit_laplace(
     *,
     held_out: bool = False,
 ) -> LinearizedDraws:
-    """The Gaussian around the trained weights of a model in eval mode.
+    """The Gaussian around the trained weights of some layers of a model in eval mode.
 
-    Args:
-        model: trained.
-        layers: whose weights.
-        training: what they were trained with.
-        prior_precision: δ; None for the one with the largest marginal likelihood.
-        held_out: choose δ by the NLL of ``training.holdout`` instead.
+    Without ``prior_precision``, δ is the one with the largest marginal likelihood, or with ``held_out`` the one with
+    the lowest NLL of ``training.holdout``.
     """
     factors, log_likelihood = kronecker_factors(model, layers, training)
     spectra = {name: [torch.linalg.eigh(factor) for factor in pair] for name, pair in zip(layers, factors, strict=True)}

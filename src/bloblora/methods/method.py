@@ -210,13 +210,10 @@ class Training:
     def run(
         self, model: nn.Module, *, part: str = "", trainer: type[BlobTrainer] = BlobTrainer, **changes: Any
     ) -> BlobTrainer:
-        """Train a model on the examples, from its last checkpoint if there is one.
+        """Train what requires gradients of a model on the examples, from its last checkpoint if there is one.
 
-        Args:
-            model: what to train: its parameters that require gradients.
-            part: name of the part, for methods that train several times; each has its own checkpoints.
-            trainer: class of the Trainer.
-            **changes: of the arguments.
+        A method that trains several times names each ``part``, which then has its own checkpoints; ``changes`` are of
+        the arguments.
         """
         arguments = self.arguments | changes
         arguments["output_dir"] = str(Path(arguments["output_dir"], part))

@@ -112,11 +112,9 @@ class _ScaledVariant(LoraVariant):
         return h * scales
 
     def expand(self, module: Any, adapter_name: str, h: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """B h, of all outputs or of some rows."""
         return nn.functional.linear(h, module.lora_B[adapter_name].weight[rows])
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
-        """``result`` and the adapter's part; shapes as ``result``."""
         h = self.project(module, active_adapter, x.to(module.lora_A[active_adapter].weight.dtype))
         return result + (self.expand(module, active_adapter, h) * module.scaling[active_adapter]).to(result.dtype)
 

@@ -23,6 +23,7 @@ from .method import Method, Training, read_state, write_state
 
 _LOG_RANGE = math.log(20.0)
 _NUM_SAMPLES = 10
+# What is the inner method's: attributes, and functions.
 _INNERS = (
     *("name", "paper", "training_defaults", "lora_defaults", "starts_from_lora", "gaussian", "deterministic"),
     *("check_run", "described", "prepare", "weights_file"),
@@ -31,12 +32,7 @@ _INNERS = (
 
 @dataclass(kw_only=True)
 class TemperatureScaled(Method):
-    """Another method whose confidence is scaled: the run option ``temperature_scaling``.
-
-    Args:
-        inner: the method that is scaled.
-        holdout: share of the training records that T is fitted on, and nothing else is.
-    """
+    """Another method whose confidence is scaled, on a share ``holdout`` of the records: ``temperature_scaling``."""
 
     inner: Method
     holdout: float  # type: ignore[misc]  # an option here
@@ -76,9 +72,7 @@ class TemperatureScaled(Method):
 def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
     """T in [1/20, 20] with the lowest NLL of the averaged probabilities.
 
-    Args:
-        log_probs: (S, n, C) of each draw; -inf for a class that an input lacks.
-        labels: (n,).
+    ``log_probs`` is (S, n, C), -inf for a class that an input lacks; ``labels`` is (n,).
     """
     log_probs = log_probs.double()
 

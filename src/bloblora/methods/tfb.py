@@ -67,11 +67,7 @@ class Tfb(GaussianMethod):
 
 @torch.no_grad()
 def rotate(model: PeftModel) -> tuple[Posterior, dict[str, torch.Tensor]]:
-    """Rewrite B as U diag(d) and A as Vᵀ A, in place.
-
-    Returns:
-        The posterior, and d (r,) of each of its factors by name.
-    """
+    """Rewrite B as U diag(d) and A as Vᵀ A, in place; the posterior, and d (r,) of each of its factors by name."""
     posterior = bayesianize(model, BlobConfig())
     singular_values = {}
     for name, layer in posterior.named_layers().items():

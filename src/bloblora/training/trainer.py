@@ -133,7 +133,7 @@ class BlobTrainerMixin(_Host):
             nll = sum((loss() for _ in range(draws - 1)), nll) / draws
         if not self._finite(nll):
             raise self._diverged_nll(lambda: loss(module=self._module))
-        if self.is_deepspeed_enabled and (posterior := self._posterior("joint")):  # its gradients can't be added to
+        if self.is_deepspeed_enabled and (posterior := self._with_kl("joint")):  # which adds no gradients later
             kl = self.current_kl_weight() * posterior.kl()
             self._nll_sum -= kl.detach() / self.current_gradient_accumulation_steps
             nll = nll + kl
@@ -163,7 +163,7 @@ class BlobTrainerMixin(_Host):
             return loss
         self._nll_count += 1
         scaler = self.accelerator.scaler
-        if not self.is_deepspeed_enabled and (posterior := self._posterior("joint")):
+        if not self.is_deepspeed_enabled and (posterior := self._with_kl("joint")):
             parameters, gradients = self._kl_gradients(posterior)
             scale = self.current_kl_weight() * (1.0 if scaler is None else scaler.get_scale())
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -181,8 +181,7 @@ class BlobTrainerMixin(_Host):
 
         ``alternating`` is θ ← θ - η_KL ∇(λ_i KL); ``flow`` goes the same way in infinitely many small steps.
         """
-        posterior = self._posterior("flow", "alternating")
-        if posterior is None or self.accelerator.optimizer_step_was_skipped:
+        if (posterior := self._with_kl("flow", "alternating")) is None or self.accelerator.optimizer_step_was_skipped:
             return
         rate = self.args.kl_learning_rate
         rate *= self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 1.0
@@ -206,7 +205,7 @@ class BlobTrainerMixin(_Host):
                 summary = self.posterior.summary()
                 logs["kl"], logs["kl_weight"] = summary["kl"], sum(self._kl_weights) / len(self._kl_weights)
                 logs["elbo"] = -(logs["nll"] + logs["kl"] * logs["kl_weight"])
-                logs["median_std"], logs["share_at_prior"] = summary["median_std"], summary["share_at_prior"]
+                logs |= {name: summary[name] for name in ("median_std", "share_at_prior")}
             self._reset_logs()
         super().log(logs, *args, **kwargs)
 
@@ -281,7 +280,7 @@ class BlobTrainerMixin(_Host):
         self._nll_sum, self._nll_count = torch.zeros((), device=self.args.device), 0
         self._kl_weights: list[float] = []
 
-    def _posterior(self, *styles: str) -> Posterior | None:
+    def _with_kl(self, *styles: str) -> Posterior | None:
         """The posterior where it has a KL to minimize, in one of these styles."""
         return self.posterior if self.args.kl_scale > 0 and self.args.optimizer_style in styles else None
 
@@ -319,7 +318,6 @@ class BlobTrainerMixin(_Host):
         )
 
     def _check_weights(self) -> None:
-        """Stop where the last step has left weights that are not finite."""
         if (name := first_bad_weight(self._module)) is not None:
             raise self._diverged("a weight", f"first in {name}", self.state.global_step)
 
@@ -375,7 +373,6 @@ class _LengthGroupedSampler(LengthGroupedSampler):
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader at the start of each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
