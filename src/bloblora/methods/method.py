@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .. import adapter
-from ..adapter import AdapterFileError, check_folder, find_posterior
+from ..adapter import AdapterFileError, Posterior, check_folder, find_posterior
 from ..adapter.bayesianize import Weights
 from ..adapter.storage import BLOB_CONFIG
 from ..files import file_sha256, read_json, write_json, write_tensors
@@ -153,9 +153,7 @@ class GaussianMethod(Method):
 
     def draw_weights(self, model: PeftModel, sampler: Sampler, generator: torch.Generator) -> Weights:
         """Of the posterior."""
-        posterior = find_posterior(model)
-        assert posterior is not None
-        return posterior.sample(generator)
+        return Posterior(model, model.active_adapter).sample(generator)
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The adapter with its posterior."""
@@ -179,16 +177,13 @@ def posterior_draws(model: nn.Module) -> WeightDraws:
 
 @dataclass
 class Training:
-    """What a method trains with.
+    """What a method trains with: a task, encoded examples of it, and options and callbacks of the Trainer.
 
     Attributes:
-        task: how examples become logits.
-        examples: encoded, to train on.
-        holdout: encoded, kept from training (`Method.holdout`).
-        trained: the model comes trained; `train_lora` leaves it as it is.
         arguments: of `BlobTrainingArguments`; ``output_dir`` is where checkpoints go.
-        callbacks: of the Trainer.
+        holdout: examples that are kept from training (`Method.holdout`).
         logs: those of the last training that hold its losses.
+        trained: the model comes trained; `train_lora` leaves it as it is.
     """
 
     task: Task

@@ -55,8 +55,7 @@ class PosteriorHistograms(TensorBoardCallback):
         super().on_log(args, state, control, logs=logs, **kw)
         if self.tb_writer is None or "loss" not in (logs or {}):
             return
-        posterior = find_posterior(kw["model"])
-        if posterior is not None and self._logs % self._every == 0:
+        if self._logs % self._every == 0 and (posterior := find_posterior(kw["model"])):
             _write(self.tb_writer, posterior, state.global_step)
         self._logs += 1
 
