@@ -86,7 +86,8 @@ def test_it_is_compared_and_tuned(call, folder):
     assert "1 runs done, 0 failed" in done.stdout, done.stderr
     assert call("report", "results").returncode == 0
     assert "very noisy" in (folder / "results" / "report.md").read_text()
-    done = call("tune", "study.yaml", "--dataset", "desk", "--method", "very noisy", "--output", "search", "--trials", "1")
+    search = ("--dataset", "desk", "--method", "very noisy", "--output", "search", "--trials", "1")
+    done = call("tune", "study.yaml", *search)
     assert done.returncode == 0, done.stderr
     found = yaml.safe_load(done.stdout)
     assert found.keys() == {"noise_size", "learning_rate"}
