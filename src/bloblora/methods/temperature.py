@@ -25,7 +25,8 @@ _LOG_RANGE = math.log(20.0)
 _NUM_SAMPLES = 10
 # What is the inner method's: attributes, and functions.
 _INNERS = (
-    *("name", "paper", "training_defaults", "lora_defaults", "starts_from_lora", "gaussian", "deterministic"),
+    *("name", "paper", "training_defaults", "lora_defaults"),
+    *("starts_from_lora", "post_hoc", "whole_model", "gaussian", "deterministic"),
     *("check_run", "described", "prepare", "weights_file"),
 )
 
