@@ -123,7 +123,7 @@ class Failure(BaseModel):
     """Why there is no answer."""
 
     message: str
-    problems: list[Problem] = Field(default=[])
+    problems: list[Problem] = []
 
 
 _PATHS = ("/", "/v1/predict", "/v1/models", "/health", "/ready", "/metrics", "/openapi.json")
@@ -132,11 +132,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """The metrics of one server, in a registry of its own.
-
-    Args:
-        queue_length: how many inputs wait.
-    """
+    """The metrics of one server, in a registry of its own; ``queue_length`` says how many inputs wait."""
 
     def __init__(self, queue_length: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
