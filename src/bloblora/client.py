@@ -109,8 +109,8 @@ class DrawClient:
 
         examples = [self._task.continuations(example) for example in self._encode(records)]
         ask = self._echoed if self._top_logprobs is None else self._letters
-        rows = self._map(lambda name, example: ask(name, *example), examples)
-        flat = [torch.tensor(row) for draw in rows for row in draw]
+        draws = self._map(lambda name, example: ask(name, *example), examples)
+        flat = [torch.tensor(row) for rows in draws for row in rows]
         padded = pad_sequence(flat, batch_first=True, padding_value=-math.inf)
         log_probs = padded.unflatten(0, (len(self.names), len(examples))).log_softmax(-1)
         return Prediction(log_probs, self.manifest.num_samples)
@@ -213,7 +213,7 @@ class CompletionServer:
         except (KeyError, TypeError, ValueError) as error:
             raise ServerError(f"{self.base_url}, model {model!r}: not a completion: {response.text[:200]}") from error
         if logprobs and "content" in logprobs:
-            logprobs = _flat(logprobs["content"])
+            logprobs = _as_completion(logprobs["content"])
         if not (logprobs and logprobs.get("token_logprobs")):
             raise ServerError(
                 f"{self.base_url}, model {model!r}: the answer has no log-probabilities although 'logprobs' was asked "
@@ -243,7 +243,7 @@ class CompletionServer:
         raise ServerError(reason)
 
 
-def _flat(content: list[dict[str, Any]]) -> dict[str, Any]:
+def _as_completion(content: list[dict[str, Any]]) -> dict[str, Any]:
     """Log-probabilities in the form of chats, which llama.cpp gives here too, in the form of completions."""
     tops = [{f"token_id:{top['id']}": top["logprob"] for top in token["top_logprobs"]} for token in content]
     return {"token_logprobs": [token["logprob"] for token in content], "top_logprobs": tops}

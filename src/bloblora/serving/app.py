@@ -22,7 +22,7 @@ from .schema import EXAMPLES, Answer, Failure, Metrics, Model, Models, PredictRe
 from .server import Access, Batcher, QueueFullError
 
 _DESCRIPTION = "Answers of Bayesian LoRAs with their uncertainty: probabilities averaged over weight samples."
-_REFUSALS: dict[int | str, dict[str, Any]] = {
+_ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": Failure, "description": "no JSON"},
     401: {"model": Failure, "description": "no valid API key"},
     413: {"model": Failure, "description": "the body is too large"},
@@ -59,9 +59,9 @@ def create_app(hosted: Mapping[str, Hosted], settings: Settings, keys: Sequence[
     about: dict[str, Any] = {"title": "bloblora", "description": _DESCRIPTION, "version": version("bloblora")}
     app = FastAPI(**about, lifespan=lifespan, docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
     app.state.stopping, app.state.batcher = False, batcher
-    security = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the schema: `Access` decides
-    _add_predict(app, hosted, settings, security)
-    _add_models(app, hosted, settings, security)
+    guards = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the schema: `Access` decides
+    _add_predict(app, hosted, settings, guards)
+    _add_models(app, hosted, settings, guards)
     _add_status(app, metrics)
     _add_page(app)
     _add_errors(app)
@@ -70,13 +70,9 @@ def create_app(hosted: Mapping[str, Hosted], settings: Settings, keys: Sequence[
     return app
 
 
-def _add_predict(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, security: list[Any]) -> None:
+def _add_predict(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, guards: list[Any]) -> None:
     @app.post(
-        "/v1/predict",
-        responses=_REFUSALS,
-        operation_id="predict",
-        dependencies=security,
-        response_model_exclude_none=True,
+        "/v1/predict", responses=_ERRORS, operation_id="predict", dependencies=guards, response_model_exclude_none=True
     )
     async def predict(request: Annotated[PredictRequest, Body(openapi_examples=EXAMPLES)]) -> PredictResponse:
         """Answer inputs; those of requests that come together share forwards, which changes no answer."""
@@ -93,10 +89,10 @@ def _add_predict(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings,
         return PredictResponse(model=run.name, samples=num_samples, answers=[Answer(**answer) for answer in answers])
 
 
-def _add_models(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, security: list[Any]) -> None:
+def _add_models(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, guards: list[Any]) -> None:
     models = Models(models=[_model(run, settings) for run in hosted.values()])
 
-    @app.get("/v1/models", responses={401: _REFUSALS[401]}, operation_id="models", dependencies=security)
+    @app.get("/v1/models", responses={401: _ERRORS[401]}, operation_id="models", dependencies=guards)
     async def list_models() -> Models:
         """The runs that are served."""
         return models

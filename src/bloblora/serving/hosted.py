@@ -58,12 +58,9 @@ class Settings(PredictionOptions):
 
 @dataclass
 class Hosted:
-    """A run that is served.
+    """A run that is served, and what requests call it.
 
     Attributes:
-        name: what requests call it.
-        folder: of the run.
-        run: the loaded run.
         decision: its decisions, for the settings' N and seed; None where it was never calibrated.
         shared_parameters: entries of its weights that an earlier run holds too, and that are in memory once.
     """
@@ -89,11 +86,7 @@ class Hosted:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The finite numbers in its folder's ``metrics.json``; none where there is no such file.
-
-        Raises:
-            RunError: the file is damaged.
-        """
+        """The finite numbers in its folder's ``metrics.json``, if there is one; a RunError where it is damaged."""
         file = self.folder / "metrics.json"
         return read_numbers(file, RunError) if file.is_file() else {}
 

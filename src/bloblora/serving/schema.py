@@ -32,7 +32,9 @@ class ChoiceInput(_Strict):
 
 Input = Annotated[
     Annotated[TextInput, Tag("<text>")] | Annotated[ChoiceInput, Tag("<choice>")],
-    Discriminator(lambda value: "<text>" if "text" in _fields(value) else "<choice>"),
+    Discriminator(
+        lambda value: "<text>" if "text" in (value if isinstance(value, dict) else dir(value)) else "<choice>"
+    ),
 ]
 Inputs = Annotated[
     Annotated[Input, Tag("<one>")] | Annotated[list[Input], Field(min_length=1), Tag("<many>")],
@@ -175,7 +177,3 @@ class Metrics:
                 self._seconds.labels(path).observe(time.perf_counter() - start)
 
         return call
-
-
-def _fields(value: Any) -> Any:
-    return value if isinstance(value, dict) else dir(value)

@@ -1,6 +1,7 @@
 """What stands between a port and the models: uvicorn, API keys, and the queue that joins requests in one forward."""
 
 import hmac
+import math
 import re
 import signal
 import socket
@@ -9,7 +10,6 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from hashlib import sha256
-from math import ceil
 from pathlib import Path
 from threading import Condition, Thread
 from types import FrameType
@@ -39,8 +39,7 @@ class Server(uvicorn.Server):
         self, config: uvicorn.Config, drain_seconds: float = 0.0, started: Callable[[str], None] | None = None
     ) -> None:
         super().__init__(config)
-        self._drain_seconds, self._on_start = drain_seconds, started
-        self._stop_at: float | None = None
+        self._drain_seconds, self._on_start, self._stop_at = drain_seconds, started, math.inf
 
     @property
     def url(self) -> str:
@@ -56,7 +55,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop, or end at once where that was begun and Ctrl-C comes again."""
-        if self._stop_at is None:
+        if self._stop_at == math.inf:
             self._stop_at = time.monotonic() + self._drain_seconds
             self.config.app.state.stopping = True  # type: ignore[union-attr]
         elif sig == signal.SIGINT:
@@ -64,7 +63,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to end."""
-        if self._stop_at is not None and time.monotonic() >= self._stop_at:
+        if time.monotonic() >= self._stop_at:
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -196,7 +195,7 @@ class Batcher:
                 raise RuntimeError("the batcher is closed")
             if len(self._waiting) + len(added) > self._limit:
                 calls = len(self._waiting) / self._max_batch
-                raise QueueFullError(len(self._waiting), self._limit, max(1, ceil(calls * self._batch_seconds)))
+                raise QueueFullError(len(self._waiting), self._limit, max(1, math.ceil(calls * self._batch_seconds)))
             self._waiting.extend(added)
             self._changed.notify()
         return [input_.answer for input_ in added]
