@@ -19,6 +19,10 @@ from ..runs.decide import open_decision
 from ..runs.evaluate import lines_of
 
 
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings(PredictionOptions):
     """Limits and defaults of a server, whose ``samples`` are those of a request that asks for no number.
@@ -27,20 +31,13 @@ class Settings(PredictionOptions):
         RunError: fields are out of their range; the message lists all.
     """
 
-    batch_size: int = field(default=16, metadata={"help": "Inputs a forward pass; requests share it."})
-    max_samples: int = field(default=100, metadata={"help": "Largest N that a request may ask for."})
-    max_wait_ms: float = field(
-        default=5.0, metadata={"help": "How long an input waits for others to share its forward pass, milliseconds."}
-    )
-    queue: int = field(
-        default=256,
-        metadata={"help": "Largest number of waiting inputs; requests beyond it get status 429 and Retry-After."},
-    )
-    max_inputs: int = field(default=64, metadata={"help": "Largest number of inputs in a request."})
-    max_tokens: int = field(
-        default=1024, metadata={"help": "Largest number of tokens in an input, the choices of a question included."}
-    )
-    max_body_bytes: int = field(default=1_000_000, metadata={"help": "Largest body of a request, bytes."})
+    batch_size: int = _option(16, "Inputs a forward pass; requests share it.")
+    max_samples: int = _option(100, "Largest N that a request may ask for.")
+    max_wait_ms: float = _option(5.0, "How long an input waits for others to share its forward pass, milliseconds.")
+    queue: int = _option(256, "Largest number of waiting inputs; requests beyond it get status 429 and Retry-After.")
+    max_inputs: int = _option(64, "Largest number of inputs in a request.")
+    max_tokens: int = _option(1024, "Largest number of tokens in an input, the choices of a question included.")
+    max_body_bytes: int = _option(1_000_000, "Largest body of a request, bytes.")
 
     def problems(self) -> list[str]:
         """What is out of its range, and what would be right."""

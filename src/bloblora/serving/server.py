@@ -39,7 +39,8 @@ class Server(uvicorn.Server):
         self, config: uvicorn.Config, drain_seconds: float = 0.0, started: Callable[[str], None] | None = None
     ) -> None:
         super().__init__(config)
-        self._drain_seconds, self._on_start, self._stop_at = drain_seconds, started, math.inf
+        self._drain_seconds, self._on_start = drain_seconds, started
+        self._stop_at: float | None = None
 
     @property
     def url(self) -> str:
@@ -55,7 +56,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop, or end at once where that was begun and Ctrl-C comes again."""
-        if self._stop_at == math.inf:
+        if self._stop_at is None:
             self._stop_at = time.monotonic() + self._drain_seconds
             self.config.app.state.stopping = True  # type: ignore[union-attr]
         elif sig == signal.SIGINT:
@@ -63,7 +64,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to end."""
-        if time.monotonic() >= self._stop_at:
+        if self._stop_at is not None and time.monotonic() >= self._stop_at:
             self.should_exit = True
         return await super().on_tick(counter)
 
