@@ -16,7 +16,6 @@ from ..runs.config import LORA
 from ..runs.decide import DECISION_FILE, open_decision
 
 CARD_FILE = "README.md"
-_TEMPLATE = Path(__file__).with_name("card.md")
 _MARK = "<!-- Made by `bloblora card`, which replaces this file; take this line out to keep your own text. -->"
 _PEFT_MARK = "# Model Card for Model ID"
 _DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of which `models` has the Q4_1 weights
@@ -25,11 +24,7 @@ _NOT_SETTINGS = ("data", "output", "model", "trunk_cache", "start_from", "task",
 
 
 def write_card(directory: str | os.PathLike[str], repo_id: str | None = None, base_model: str | None = None) -> Path:
-    """Write the card as the README.md of a run's folder; arguments as of `model_card`.
-
-    Raises:
-        RunError: as `model_card`; or the folder has a README.md that someone has written.
-    """
+    """Write the `model_card` as the README.md of a run's folder; a RunError where someone has written that file."""
     file = Path(directory) / CARD_FILE
     card = model_card(directory, repo_id, base_model)
     if not is_generated(file):
@@ -65,22 +60,24 @@ def model_card(
     config, task = description.config, description.task
     base_model = base_model or public_base(config.model)
     measured = {name: read_numbers(file, RunError) for name, file in _named(folder, "metrics", ".json").items()}
+    data = {
+        "data": public_name(config.data),
+        "records trained on": description.training.get("num_examples"),
+        "SHA-256 of the records": description.records_sha256,
+    }
     title = (repo_id or folder.resolve().name).rpartition("/")[2]
     return ModelCard.from_template(
         _metadata(description, title, base_model, measured),
-        template_path=str(_TEMPLATE),
+        template_path=str(Path(__file__).with_name("card.md")),
         mark=_MARK,
         title=title,
         repo_id=repo_id,
         base=base_model,
         bundled=base_model == _DEFAULT_BASE,
         method=description.method,
-        deterministic=description.method.deterministic,
-        full=description.method.whole_model,
         task=task,
-        kind=task.kind,
         loader=f"AutoPeftModelFor{'SequenceClassification' if task.labels else 'CausalLM'}",
-        data=_table(_data(description)),
+        data=_table(data),
         settings=_table(_settings(description)),
         metrics=_metrics(measured),
         pictures=_named(folder, "reliability", ".png"),
@@ -112,8 +109,7 @@ def _named(folder: Path, kind: str, suffix: str) -> dict[str, Path]:
 def _metadata(
     description: RunDescription, title: str, base_model: str | None, measured: Mapping[str, Mapping[str, float]]
 ) -> ModelCardData:
-    config, full = description.config, description.method.whole_model
-    pipeline_tag = description.task.pipeline_tag
+    pipeline_tag, full = description.task.pipeline_tag, description.method.whole_model
     results = [
         EvalResult(
             task_type=pipeline_tag,
@@ -132,18 +128,10 @@ def _metadata(
         library_name="transformers" if full else "peft",
         pipeline_tag=pipeline_tag,
         tags=sorted({"bloblora", "uncertainty", "calibration", description.method.name, *([] if full else ["lora"])}),
-        datasets=[source[0]] if (source := hub_source(config.data.partition(":")[0])) else None,
+        datasets=[source[0]] if (source := hub_source(description.config.data.partition(":")[0])) else None,
         model_name=title if results else None,
         eval_results=results or None,
     )
-
-
-def _data(description: RunDescription) -> dict[str, Any]:
-    return {
-        "data": public_name(description.config.data),
-        "records trained on": description.training.get("num_examples"),
-        "SHA-256 of the records": description.records_sha256,
-    }
 
 
 def _settings(description: RunDescription) -> dict[str, Any]:
@@ -156,17 +144,15 @@ def _settings(description: RunDescription) -> dict[str, Any]:
 
 
 def _metrics(measured: Mapping[str, Mapping[str, float]]) -> str:
-    rows = {_label(name, values): values for name, values in measured.items()}
+    """A row for each data set: its name, how many records, with how many weight samples, and the metrics."""
+    rows = {}
+    for name, values in measured.items():
+        counts = (("n", "num_examples"), ("N", "num_samples"))
+        known = [f"{symbol} = {values[count]:g}" for symbol, count in counts if count in values]
+        rows[", ".join([name, *known] if name else known)] = values
     shown = [*metric_names("main"), "selective_accuracy_80", *_DECIDED]
-    known = [column for column in shown if any(column in values for values in measured.values())]
-    return markdown_table(rows, known) if rows else ""
-
-
-def _label(name: str, values: Mapping[str, float]) -> str:
-    """A row's name: on which data, how many of them, and with how many draws."""
-    counts = (("n", "num_examples"), ("N", "num_samples"))
-    known = [f"{symbol} = {values[count]:g}" for symbol, count in counts if count in values]
-    return ", ".join([name, *known] if name else known)
+    columns = [column for column in shown if any(column in values for values in measured.values())]
+    return markdown_table(rows, columns) if rows else ""
 
 
 def _decision(description: RunDescription) -> dict[str, Any] | None:
@@ -178,10 +164,9 @@ def _decision(description: RunDescription) -> dict[str, Any] | None:
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    lines = (f"| {name} | {_cell(value)} |\n" for name, value in rows.items() if value is not None)
-    return "| | |\n|---|---|\n" + "".join(lines)
-
-
-def _cell(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text.replace("|", r"\|")
+    table = "| | |\n|---|---|\n"
+    for name, value in rows.items():
+        if value is not None:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            table += f"| {name} | " + text.replace("|", r"\|") + " |\n"
+    return table

@@ -35,7 +35,8 @@ def push(
 
     What goes up is what a run needs, its metrics, decisions and card: no checkpoints and no training records, and of
     local files no more than their names. The README.md is made anew unless someone has written it. The copy that is
-    uploaded has been loaded before. The token is huggingface_hub's (``hf auth login``, or HF_TOKEN).
+    uploaded has been loaded before. The token is huggingface_hub's (``hf auth login``, or HF_TOKEN). Returns the
+    address of the commit.
 
     Args:
         directory: folder of the run.
@@ -44,9 +45,6 @@ def push(
         revision: branch to commit to, made where it is missing; default main.
         update: commit to a repository that exists already.
         base_model: hub id of the base model, needed where the run's own name for it is a folder or a file.
-
-    Returns:
-        The address of the commit.
 
     Raises:
         RunError: the run can't be loaded; its base model has no public name; there is no valid token, no network or no
