@@ -120,7 +120,9 @@ def kl_part(trainer: BlobTrainer) -> Step:
     """The KL's part of a step, alone."""
     if trainer.args.optimizer_style != "joint":
         return trainer.kl_step
-    return trainer._kl_gradients
+    posterior = trainer.posterior
+    assert posterior is not None
+    return lambda: trainer._kl_gradients(posterior)
 
 
 def published_step(folder: Path, base: PreTrainedModel, targets: str | list[str], batch: Batch) -> Step:

@@ -1,8 +1,7 @@
 """Bayesian low-rank adaptation for language models."""
 
-from typing import TYPE_CHECKING
-
-from .lazy import lazy_names
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapter import BlobConfig, Posterior, find_posterior, load, save
@@ -11,17 +10,27 @@ if TYPE_CHECKING:
     from .prediction import Prediction, predict
     from .runs.pipeline import pipeline
     from .training import BlobTrainer, BlobTrainerMixin, BlobTrainingArguments
-else:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "adapter": ("BlobConfig", "Posterior", "bayesianize", "find_posterior", "load", "save"),
-            "generation": ("Generation", "posterior_generate"),
-            "prediction": ("Prediction", "predict"),
-            "runs.pipeline": ("pipeline",),
-            "training": ("BlobTrainer", "BlobTrainerMixin", "BlobTrainingArguments"),
-        },
-    )
+
+_PLACES = {
+    "adapter": ("BlobConfig", "Posterior", "bayesianize", "find_posterior", "load", "save"),
+    "generation": ("Generation", "posterior_generate"),
+    "prediction": ("Prediction", "predict"),
+    "runs.pipeline": ("pipeline",),
+    "training": ("BlobTrainer", "BlobTrainerMixin", "BlobTrainingArguments"),
+}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is first used, and with it PyTorch and Transformers (PEP 562)."""
+        for module, names in _PLACES.items():
+            if name in names:
+                return globals().setdefault(name, getattr(import_module(f".{module}", __name__), name))
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __version__ = "0.2.0"
 

@@ -109,10 +109,9 @@ class DrawClient:
 
         examples = [self._task.continuations(example) for example in self._encode(records)]
         ask = self._echoed if self._top_logprobs is None else self._letters
-        rows = self._map(lambda name, example: ask(name, *example), examples)
-        padded = pad_sequence(
-            [torch.tensor(row) for draw in rows for row in draw], batch_first=True, padding_value=-math.inf
-        )
+        draws = self._map(lambda name, example: ask(name, *example), examples)
+        flat = [torch.tensor(row) for rows in draws for row in rows]
+        padded = pad_sequence(flat, batch_first=True, padding_value=-math.inf)
         log_probs = padded.unflatten(0, (len(self.names), len(examples))).log_softmax(-1)
         return Prediction(log_probs, self.manifest.num_samples)
 
@@ -126,21 +125,20 @@ class DrawClient:
         """
         if self._task.kind != "generation":
             raise ValueError(f"the run's task is {self._task.name}, which writes no text")
-        request = {"max_tokens": max_new_tokens, "temperature": 0.0, "logprobs": 1, **options}
-
-        def write(name: str, example: dict[str, Any]) -> tuple[str, list[float]]:
-            text, logprobs = self._servers[name].complete(name, example["prompt"], **request)
-            return text, logprobs["token_logprobs"]
-
-        draws = self._map(write, self._encode(records))
+        request = {"max_tokens": max_new_tokens, "logprobs": 1, **options}
+        draws = self._map(lambda name, example: self._ask(name, example["prompt"], **request), self._encode(records))
         by_record = [*zip(*draws, strict=True)]
-        return DrawTexts([[t for t, _ in row] for row in by_record], [[p for _, p in row] for row in by_record])
+        token_log_probs = [[logprobs["token_logprobs"] for _, logprobs in row] for row in by_record]
+        return DrawTexts([[text for text, _ in row] for row in by_record], token_log_probs)
 
     def _encode(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         from .data import unanswered
         from .tasks import encode_all
 
         return encode_all(self._task, [unanswered(record) for record in records], self._tokenizer)
+
+    def _ask(self, name: str, prompt: list[int], **options: Any) -> tuple[str, dict[str, Any]]:
+        return self._servers[name].complete(name, prompt, **{"max_tokens": 1, "temperature": 0.0, **options})
 
     def _map(self, ask: Callable[[str, Any], _T], examples: Sequence[Any]) -> list[list[_T]]:
         """What each draw says of each example, several at a time; the first error ends it."""
@@ -156,36 +154,30 @@ class DrawClient:
         scores = []
         for branch, count in zip(branches, scored, strict=True):
             ids = prefix + branch
-            request = {"max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
-            found = self._servers[name].complete(name, ids, **request)[1]["token_logprobs"]
+            found = self._ask(name, ids, echo=True, logprobs=1)[1]["token_logprobs"]
             if len(found) not in (len(ids), len(ids) + 1):
                 raise ServerError(
                     f"{self._servers[name].base_url}, model {name!r}: {len(found)} log-probabilities for a prompt of "
                     f"{len(ids)} tokens; the server must take token ids and 'echo' (vLLM does), or give top_logprobs"
                 )
-            total = sum(found[len(ids) - count : len(ids)])
-            scores.append(self._task.choice_logit(total, count))
+            scores.append(self._task.choice_logit(sum(found[len(ids) - count : len(ids)]), count))
         return scores
 
     def _letters(self, name: str, prefix: list[int], branches: list[list[int]], scored: list[int]) -> list[float]:
         """Log-probability of each branch's token as the next one, nats, (C,)."""
-        request = {
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "logprobs": self._top_logprobs,
-            "return_tokens_as_token_ids": True,
-        }
-        top = self._servers[name].complete(name, prefix, **request)[1]["top_logprobs"][0]
-        return [self._found(name, top, token) for (token,) in branches]
-
-    def _found(self, name: str, top: Mapping[str, float], token: int) -> float:
-        for key in (f"token_id:{token}", str(self._tokenizer.decode([token]))):
-            if key in top:
-                return top[key]
-        raise ServerError(
-            f"{self._servers[name].base_url}, model {name!r}: {self._tokenizer.decode([token])!r} isn't among the "
-            f"{len(top)} most probable tokens that the server gave; give more top_logprobs, or leave it out"
-        )
+        _, logprobs = self._ask(name, prefix, logprobs=self._top_logprobs, return_tokens_as_token_ids=True)
+        top = logprobs["top_logprobs"][0]
+        found = []
+        for (token,) in branches:
+            text = str(self._tokenizer.decode([token]))
+            score = top.get(f"token_id:{token}", top.get(text))
+            if score is None:
+                raise ServerError(
+                    f"{self._servers[name].base_url}, model {name!r}: {text!r} isn't among the {len(top)} most "
+                    "probable tokens that the server gave; give more top_logprobs, or leave it out"
+                )
+            found.append(score)
+        return found
 
 
 class ServerError(RuntimeError):
@@ -193,32 +185,19 @@ class ServerError(RuntimeError):
 
 
 class CompletionServer:
-    """A server's ``/completions``; threads may share it.
+    """A server's ``/completions``, by its URL up to and with ``/v1``; threads may share it.
 
-    Args:
-        base_url: up to and with ``/v1``.
-        api_key: sent as ``Authorization: Bearer KEY``.
-        timeout: seconds until an answer must be complete.
-        retries: how often a request is sent again after 429 or 503, when ``Retry-After`` says or after 1, 2, 4 … s.
+    After 429 or 503 a request is sent again, when ``Retry-After`` says or after 1, 2, 4 … s, up to ``retries`` times.
     """
 
-    def __init__(self, base_url: str, api_key: str | None = None, timeout: float = 120.0, retries: int = 5) -> None:
+    def __init__(self, base_url: str, api_key: str | None, timeout: float, retries: int) -> None:
         self.base_url, self.timeout, self.retries = base_url.rstrip("/"), timeout, retries
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None)  # how many at once is the client's to say
         self._client = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, limits=limits)
 
-    def close(self) -> None:
-        """Close its connections."""
-        self._client.close()
-
     def complete(self, model: str, prompt: list[int], **options: Any) -> tuple[str, dict[str, Any]]:
-        """One completion's text and log-probabilities.
-
-        Args:
-            model: name of the adapter.
-            prompt: token ids.
-            options: of the request; ``logprobs`` among them.
+        """A completion of token ids by the adapter ``model``; ``logprobs`` must be among the options.
 
         Returns:
             The text; and ``token_logprobs``, nats, with ``echo`` those of the prompt before the new ones, and
@@ -234,7 +213,7 @@ class CompletionServer:
         except (KeyError, TypeError, ValueError) as error:
             raise ServerError(f"{self.base_url}, model {model!r}: not a completion: {response.text[:200]}") from error
         if logprobs and "content" in logprobs:
-            logprobs = _flat(logprobs["content"])
+            logprobs = _as_completion(logprobs["content"])
         if not (logprobs and logprobs.get("token_logprobs")):
             raise ServerError(
                 f"{self.base_url}, model {model!r}: the answer has no log-probabilities although 'logprobs' was asked "
@@ -264,7 +243,7 @@ class CompletionServer:
         raise ServerError(reason)
 
 
-def _flat(content: list[dict[str, Any]]) -> dict[str, Any]:
+def _as_completion(content: list[dict[str, Any]]) -> dict[str, Any]:
     """Log-probabilities in the form of chats, which llama.cpp gives here too, in the form of completions."""
     tops = [{f"token_id:{top['id']}": top["logprob"] for top in token["top_logprobs"]} for token in content]
     return {"token_logprobs": [token["logprob"] for token in content], "top_logprobs": tops}

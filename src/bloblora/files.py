@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,6 +57,12 @@ def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise error_type(f"{file}: must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def read_numbers(file: Path, error_type: type[ValueError]) -> dict[str, float]:
+    """The finite numbers of the JSON object in a file; errors as of `read_json`."""
+    found = read_json(file, error_type).items()
+    return {name: value for name, value in found if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def read_tensors(file: Path, error_type: type[ValueError]) -> dict[str, Tensor]:

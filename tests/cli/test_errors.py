@@ -31,7 +31,7 @@ def train(call, files, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (("--nope", "3"), ["unrecognized arguments: --nope 3", "see bloblora train --help"]),
+        (("--nope", "3"), ["unknown option 'nope'", "see bloblora train --help"]),
         (("--steps", "many"), ["--max-steps: expected int. Got value: many"]),
         (("--learning-rate", "fast"), ["--learning-rate: expected float. Got value: fast"]),
         (("--method", "nope"), ["method 'nope' is not one of lora, map, "]),

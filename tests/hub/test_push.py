@@ -219,7 +219,7 @@ def test_what_goes_up_of_other_methods_is_enough(base, trained, tmp_path, method
         runs.RunConfig.of(data=str(trained.data), output=str(tmp_path / "run"), **settings), progress=False
     )
     (tmp_path / "staged").mkdir()
-    stage(tmp_path / "run", tmp_path / "staged")
+    stage(runs.open_run(tmp_path / "run"), tmp_path / "staged")
     shutil.rmtree(tmp_path / "run")
     loaded = runs.load_run(tmp_path / "staged")
     texts = [{"text": record["text"]} for record in queries()]

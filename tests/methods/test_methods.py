@@ -128,6 +128,15 @@ def test_a_temperature_on_top_of_another_method(method, config):
     assert torch.equal(loaded.predict(inputs, 3).log_probs, before.log_probs)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_temperature_leaves_what_a_method_declares(method, config):
+    scaled = config(method, queries()).with_options(method={"name": method}, temperature_scaling=0.5)
+    inner, outer = METHODS[method], scaled.build_method()
+    for name in ("name", "starts_from_lora", "post_hoc", "whole_model", "gaussian", "deterministic"):
+        assert getattr(outer, name) == getattr(inner, name)
+    assert not outer.writes_text
+
+
 @pytest.mark.parametrize("style", ["flow", "alternating", "joint"])
 @pytest.mark.parametrize("prior", PRIORS)
 def test_every_prior_in_a_training(prior, style, config):

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
+from itertools import pairwise
 from textwrap import dedent, fill
 from typing import Any, NoReturn, get_type_hints
 
@@ -15,9 +16,23 @@ import docstring_parser
 import jsonargparse
 import yaml
 from jsonargparse import DefaultHelpFormatter
+from peft import LoraConfig
 
+from .. import tasks
 from ..methods import METHODS
-from ..runs.config import LORA, SHORT, TRAINING, RunConfig, RunError, default_of, options_of, presets, read_preset
+from ..runs.config import (
+    LORA,
+    SHORT,
+    TRAINING,
+    RunConfig,
+    RunError,
+    default_of,
+    options_of,
+    presets,
+    read_preset,
+    unknown_option,
+)
+from ..training import BlobTrainingArguments
 from . import fail
 
 _POSITIONAL: dict[str, Any] = {"directory": {}, "directories": {"nargs": "+"}, "study": {}}
@@ -72,6 +87,7 @@ def parsed(command: str, function: Callable[..., None], arguments: Sequence[str]
     parser.add_argument("--config", action="config", help="YAML file with options; later options override it.")
     if any(hints[name] is RunConfig for name in sections):
         parser.add_argument("--help_all", action="help", help="show also the rarer options of LoRA and the Trainer")
+        _check_known(arguments, parser)
     shown = "--print_config" in arguments and any(hints[name] is RunConfig for name in sections)
     values = parser.parse_args([a for a in arguments if not (shown and a == "--print_config")]).as_dict()
     values.pop("config", None)
@@ -84,6 +100,17 @@ def parsed(command: str, function: Callable[..., None], arguments: Sequence[str]
             print(yaml.safe_dump(values[name].given(), sort_keys=False, allow_unicode=True), end="")
             parser.exit()
     return values
+
+
+def _check_known(arguments: Sequence[str], parser: Any) -> None:
+    """Raise a RunError for an option that a run doesn't have, which says more than the parser's own error."""
+    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    given = [a[2:].partition("=")[0] for a in arguments if a.startswith("--")]
+    files = [content for option, content in pairwise(arguments) if option == "--config"]
+    given += [name for content in files for name in json.loads(content)]
+    problems = [unknown_option(n, known, _chosen(arguments)[0]) for n in given if n.partition(".")[0] not in known]
+    if problems:
+        raise RunError("\n".join(problems) + f"; see {parser.prog} --help")
 
 
 def _add(parser: Any, name: str, kind: Any, default: Any, text: str, *, shown: str | None = None) -> None:
@@ -129,11 +156,6 @@ def _add_run(parser: Any, arguments: Sequence[str], everything: bool) -> list[st
 
 
 def _hints(place: str, method: str, task: str) -> dict[str, Any]:
-    from peft import LoraConfig
-
-    from .. import tasks
-    from ..training import BlobTrainingArguments
-
     if place == "task":
         kinds = [tasks.TASKS[task]] if task in tasks.TASKS else [*tasks.TASKS.values()]
         return {option.name: get_type_hints(kind)[option.name] for kind in kinds for option in fields(kind)}

@@ -110,13 +110,7 @@ def write_gguf(file: Path, model: PeftModel, adapter_name: str) -> None:
 
 
 def write_merged(run: Run, draw: Draw, folder: Path) -> None:
-    """Write model and tokenizer as ``from_pretrained`` takes them.
-
-    Args:
-        run: its model is changed for good.
-        draw: what to merge, where the model has adapters.
-        folder: where to.
-    """
+    """Write model and tokenizer as ``from_pretrained`` takes them; the run's model is changed for good."""
     model: Any = run.model
     if isinstance(model, PeftModel):
         with in_force(model, draw):

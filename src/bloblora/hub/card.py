@@ -1,6 +1,5 @@
 """The model card of a run, from what its folder says and nothing else."""
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,29 +9,22 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data import hub_source
 from ..evaluation import markdown_table, metric_names
-from ..files import read_json, write_text
+from ..files import read_json, read_numbers, write_text
 from ..models import DEFAULT_MODEL
-from ..runs import RunConfig, RunDescription, RunError, open_run
+from ..runs import RunDescription, RunError, open_run
+from ..runs.config import LORA
 from ..runs.decide import DECISION_FILE, open_decision
 
 CARD_FILE = "README.md"
-_TEMPLATE = Path(__file__).with_name("card.md")
 _MARK = "<!-- Made by `bloblora card`, which replaces this file; take this line out to keep your own text. -->"
 _PEFT_MARK = "# Model Card for Model ID"
 _DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of which `models` has the Q4_1 weights
 _DECIDED = ("answered", "selective_risk", "set_coverage", "set_size", "false_alarm", "detection")
-_SETTINGS = (
-    *("limit", "max_steps", "per_device_train_batch_size", "learning_rate", "seed"),
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "top_blocks", "dtype"),
-)
+_NOT_SETTINGS = ("data", "output", "model", "trunk_cache", "start_from", "task", "method", "lora", "training")
 
 
 def write_card(directory: str | os.PathLike[str], repo_id: str | None = None, base_model: str | None = None) -> Path:
-    """Write the card as the README.md of a run's folder; arguments as of `model_card`.
-
-    Raises:
-        RunError: as `model_card`; or the folder has a README.md that someone has written.
-    """
+    """Write the `model_card` as the README.md of a run's folder; a RunError where someone has written that file."""
     file = Path(directory) / CARD_FILE
     card = model_card(directory, repo_id, base_model)
     if not is_generated(file):
@@ -67,23 +59,25 @@ def model_card(
     description = open_run(folder)
     config, task = description.config, description.task
     base_model = base_model or public_base(config.model)
-    measured = {name: _numbers(file) for name, file in _named(folder, "metrics", ".json").items()}
+    measured = {name: read_numbers(file, RunError) for name, file in _named(folder, "metrics", ".json").items()}
+    data = {
+        "data": public_name(config.data),
+        "records trained on": description.training.get("num_examples"),
+        "SHA-256 of the records": description.records_sha256,
+    }
     title = (repo_id or folder.resolve().name).rpartition("/")[2]
     return ModelCard.from_template(
         _metadata(description, title, base_model, measured),
-        template_path=str(_TEMPLATE),
+        template_path=str(Path(__file__).with_name("card.md")),
         mark=_MARK,
         title=title,
         repo_id=repo_id,
         base=base_model,
         bundled=base_model == _DEFAULT_BASE,
         method=description.method,
-        deterministic=description.method.deterministic,
-        full=description.method.whole_model,
         task=task,
-        kind=task.kind,
         loader=f"AutoPeftModelFor{'SequenceClassification' if task.labels else 'CausalLM'}",
-        data=_table(_data(description)),
+        data=_table(data),
         settings=_table(_settings(description)),
         metrics=_metrics(measured),
         pictures=_named(folder, "reliability", ".png"),
@@ -112,17 +106,10 @@ def _named(folder: Path, kind: str, suffix: str) -> dict[str, Path]:
     return {file.stem.removeprefix(kind).removeprefix("-"): file for file in files}
 
 
-def _numbers(file: Path) -> dict[str, float]:
-    """The finite numbers of a metrics file."""
-    found = read_json(file, RunError).items()
-    return {name: value for name, value in found if isinstance(value, int | float) and math.isfinite(value)}
-
-
 def _metadata(
     description: RunDescription, title: str, base_model: str | None, measured: Mapping[str, Mapping[str, float]]
 ) -> ModelCardData:
-    config, full = description.config, description.method.whole_model
-    pipeline_tag = description.task.pipeline_tag
+    pipeline_tag, full = description.task.pipeline_tag, description.method.whole_model
     results = [
         EvalResult(
             task_type=pipeline_tag,
@@ -140,48 +127,32 @@ def _metadata(
         base_model=base_model,
         library_name="transformers" if full else "peft",
         pipeline_tag=pipeline_tag,
-        tags=[
-            *dict.fromkeys(
-                ["bloblora", "uncertainty", "calibration", *([] if full else ["lora"]), description.method.name]
-            )
-        ],
-        datasets=_hub_datasets(config),
+        tags=sorted({"bloblora", "uncertainty", "calibration", description.method.name, *([] if full else ["lora"])}),
+        datasets=[source[0]] if (source := hub_source(description.config.data.partition(":")[0])) else None,
         model_name=title if results else None,
         eval_results=results or None,
     )
 
 
-def _hub_datasets(config: RunConfig) -> list[str] | None:
-    source = hub_source(config.data.partition(":")[0])
-    return [source[0]] if source else None
-
-
-def _data(description: RunDescription) -> dict[str, Any]:
-    return {
-        "data": public_name(description.config.data),
-        "records trained on": description.training.get("num_examples"),
-        "SHA-256 of the records": description.records_sha256,
-    }
-
-
 def _settings(description: RunDescription) -> dict[str, Any]:
+    """What was given, and defaults that readers look for: LoRA's, the length of the training, all of the method's."""
     config, seconds = description.config, description.training.get("seconds")
-    rows: dict[str, Any] = {name: config.value(name) for name in _SETTINGS}
+    usual = (*LORA, "max_steps", "per_device_train_batch_size", "learning_rate", "dtype", "seed")
+    given = {name: value for name, value in config.given().items() if name not in _NOT_SETTINGS}
+    rows = {name: config.value(name) for name in (*usual, *config.lora, *config.training)} | given
     return rows | description.method.described() | {"training time, seconds": seconds and round(seconds)}
 
 
 def _metrics(measured: Mapping[str, Mapping[str, float]]) -> str:
-    rows = {_label(name, values): values for name, values in measured.items()}
+    """A row for each data set: its name, how many records, with how many weight samples, and the metrics."""
+    rows = {}
+    for name, values in measured.items():
+        counts = (("n", "num_examples"), ("N", "num_samples"))
+        known = [f"{symbol} = {values[count]:g}" for symbol, count in counts if count in values]
+        rows[", ".join([name, *known] if name else known)] = values
     shown = [*metric_names("main"), "selective_accuracy_80", *_DECIDED]
-    known = [column for column in shown if any(column in values for values in measured.values())]
-    return markdown_table(rows, known) if rows else ""
-
-
-def _label(name: str, values: Mapping[str, float]) -> str:
-    """A row's name: on which data, how many of them, and with how many draws."""
-    counts = (("n", "num_examples"), ("N", "num_samples"))
-    known = [f"{symbol} = {values[count]:g}" for symbol, count in counts if count in values]
-    return ", ".join([name, *known] if name else known)
+    columns = [column for column in shown if any(column in values for values in measured.values())]
+    return markdown_table(rows, columns) if rows else ""
 
 
 def _decision(description: RunDescription) -> dict[str, Any] | None:
@@ -193,10 +164,9 @@ def _decision(description: RunDescription) -> dict[str, Any] | None:
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    lines = (f"| {name} | {_cell(value)} |\n" for name, value in rows.items() if value is not None)
-    return "| | |\n|---|---|\n" + "".join(lines)
-
-
-def _cell(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text.replace("|", r"\|")
+    table = "| | |\n|---|---|\n"
+    for name, value in rows.items():
+        if value is not None:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            table += f"| {name} | " + text.replace("|", r"\|") + " |\n"
+    return table

@@ -14,15 +14,11 @@ from huggingface_hub.utils import validate_repo_id
 from ..adapter.storage import MEAN_CONFIG
 from ..files import read_json, write_json, write_text
 from ..models import DEFAULT_MODEL
-from ..runs import RunError, load_run, open_run
+from ..runs import RunDescription, RunError, load_run, open_run
 from ..runs.folder import RUN_FILE, is_remote, reason
 from .card import CARD_FILE, is_generated, model_card, public_base, public_name
 
-_PATTERNS = (
-    *("run.json", "task.json", "decision.json", "metrics.json", "metrics-*.json", "reliability*.png"),
-    *("adapter_config.json", "blob_config.json", "config.json", "generation_config.json"),
-    *("laplace.json", "scalabl.json", "temperature.json", "*.safetensors"),
-)
+_PATTERNS = ("run.json", "task.json", "decision.json", "metrics.json", "metrics-*.json", "reliability*.png")
 _PLACES = ("data", "output", "trunk_cache")
 
 
@@ -39,7 +35,8 @@ def push(
 
     What goes up is what a run needs, its metrics, decisions and card: no checkpoints and no training records, and of
     local files no more than their names. The README.md is made anew unless someone has written it. The copy that is
-    uploaded has been loaded before. The token is huggingface_hub's (``hf auth login``, or HF_TOKEN).
+    uploaded has been loaded before. The token is huggingface_hub's (``hf auth login``, or HF_TOKEN). Returns the
+    address of the commit.
 
     Args:
         directory: folder of the run.
@@ -48,9 +45,6 @@ def push(
         revision: branch to commit to, made where it is missing; default main.
         update: commit to a repository that exists already.
         base_model: hub id of the base model, needed where the run's own name for it is a folder or a file.
-
-    Returns:
-        The address of the commit.
 
     Raises:
         RunError: the run can't be loaded; its base model has no public name; there is no valid token, no network or no
@@ -71,7 +65,7 @@ def push(
             raise RunError(f"{repo_id!r} exists already; give another name, or `update` to commit to it")
     with tempfile.TemporaryDirectory() as scratch:
         staging = Path(scratch)
-        stage(Path(directory), staging)
+        stage(description, staging)
         load_run(staging)
         _make_public(staging, repo_id, base_model)
         with _explained(repo_id):
@@ -84,9 +78,10 @@ def push(
     return commit.commit_url
 
 
-def stage(folder: Path, staging: Path) -> None:
-    """Copy what is uploaded of a run: its own files and those of its members, and a card that someone has written."""
-    for pattern in (*_PATTERNS, *(f"member_*/{pattern}" for pattern in _PATTERNS)):
+def stage(description: RunDescription, staging: Path) -> None:
+    """Copy what is uploaded of a run: its own files, its method's, and a card that someone has written."""
+    folder = description.folder
+    for pattern in (*_PATTERNS, *description.method.files):
         for file in folder.glob(pattern):
             target = staging / file.relative_to(folder)
             target.parent.mkdir(exist_ok=True)

@@ -61,8 +61,10 @@ class BlobLM(HFLM):
             raise RunError(f"{run}: the run's task is {task.name}, whose head scores no text; use `bloblora evaluate`")
         if not description.method.writes_text:
             raise RunError(f"{run}: temperature scaling and Laplace draw no weights; take a run of another method")
+        device = device or "cuda"
+        usable = "cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device
         loaded = load_run(description)
-        super().__init__(pretrained=loaded.model.to(_usable(device)), tokenizer=loaded.tokenizer, **options)
+        super().__init__(pretrained=loaded.model.to(usable), tokenizer=loaded.tokenizer, **options)
         self._sampler, self._samples, self._seed = loaded.sampler, samples, seed
 
     def set_cache_hook(self, cache_hook: Any) -> None:
@@ -90,25 +92,12 @@ class BlobLM(HFLM):
         if not options.get("do_sample"):
             options.pop("temperature", None)
         pad = self.tokenizer.pad_token_id
-        answers = posterior_generate(
-            self.model,
-            {"input_ids": context, "attention_mask": options.pop("attention_mask")},
-            self._samples,
-            self._seed,
-            sampler=self._sampler,
-            batch_size=len(context),
-            max_new_tokens=max_length - context.shape[1],
-            stopping_criteria=StoppingCriteriaList([StopStringCriteria(self.tokenizer, stop)]),
-            pad_token_id=pad,
-            **options,
-        )
+        inputs = {"input_ids": context, "attention_mask": options.pop("attention_mask")}
+        how: dict[str, Any] = {"sampler": self._sampler, "batch_size": len(context), "pad_token_id": pad}
+        how["max_new_tokens"] = max_length - context.shape[1]
+        how["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(self.tokenizer, stop)])
+        answers = posterior_generate(self.model, inputs, self._samples, self._seed, **how, **options)
         return torch.cat([context.cpu(), answers.tokens.masked_fill(~answers.mask, pad)], dim=1)
-
-
-def _usable(device: str | None) -> str:
-    if torch.cuda.is_available():
-        return device or "cuda"
-    return "cpu" if device is None or device.startswith("cuda") else device
 
 
 def _log_mean(log_likelihoods: Tensor) -> Tensor:

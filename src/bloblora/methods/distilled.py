@@ -15,11 +15,9 @@ from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn, tensor
-from transformers import PreTrainedModel
 
-from .. import adapter
-from ..adapter import debayesianize, find_posterior
-from ..prediction import Point, Sampler, predict
+from ..adapter import debayesianize
+from ..prediction import Point, Sampler, WeightDraws, predict
 from ..tasks.task import Example
 from .blob import Blob
 from .method import Method, Training
@@ -39,6 +37,7 @@ class Distilled(Blob):
     deterministic = True
     gaussian = False
     sharded = False
+    load, weights_file = Method.load, Method.weights_file  # the student is a plain LoRA
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,30 +47,19 @@ class Distilled(Blob):
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train the teacher, then the student in its place."""
         assert isinstance(model, PeftModel)
-        teacher = replace(training, arguments=_below(training.arguments, "teacher"))
+        output, seed = training.arguments["output_dir"], training.arguments["seed"]
+        teacher = replace(training, arguments=training.arguments | {"output_dir": str(Path(output, "teacher"))})
         sampler = super().fit(model, teacher)
-        seed = training.arguments["seed"]
         prediction = predict(model, training.examples, _NUM_SAMPLES, seed, task=training.task, sampler=sampler)
-        examples = [
-            example | {"probabilities": row}
-            for example, row in zip(training.examples, prediction.probabilities.tolist(), strict=True)
-        ]
-        posterior = find_posterior(model)
-        assert posterior is not None
-        with posterior.mean():
+        targets = prediction.probabilities.tolist()
+        examples = [e | {"probabilities": row} for e, row in zip(training.examples, targets, strict=True)]
+        assert isinstance(sampler, WeightDraws)
+        with sampler.weights.mean():
             student = replace(training, task=_SoftTargets(training.task), examples=examples)  # type: ignore[arg-type]
             student.run(model, part="student", max_steps=self.distill_steps, kl_scale=0.0)
         debayesianize(model)
         training.logs = teacher.logs
         return Point()
-
-    def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
-        """The student."""
-        return adapter.load(base, folder, checked=True), Point()
-
-    def weights_file(self, folder: Path) -> Path:
-        """The student's file."""
-        return Method.weights_file(self, folder)
 
 
 class _SoftTargets:
@@ -82,15 +70,9 @@ class _SoftTargets:
         self.length = task.length
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The task's batch, with probabilities in place of labels."""
         batch = self._task.collate(examples)
         return batch | {"labels": tensor([example["probabilities"] for example in examples])}
 
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """The task's logits, finite and as wide as the probabilities."""
         logits = self._task.logits(model, batch).clamp_min(_LOWEST_LOGIT)
         return nn.functional.pad(logits, (0, batch["labels"].shape[1] - logits.shape[1]), value=_LOWEST_LOGIT)
-
-
-def _below(arguments: dict[str, Any], part: str) -> dict[str, Any]:
-    return arguments | {"output_dir": str(Path(arguments["output_dir"]) / part)}

@@ -8,7 +8,6 @@ paper.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,18 +31,22 @@ class Ensemble(Method):
     name = "ensemble"
     paper = "1612.01474"
     starts_from_lora = False
+    files = (*Method.files, *(f"member_*/{pattern}" for pattern in Method.files))
 
     def __post_init__(self) -> None:
         if self.members < 2:
             raise ValueError(f"members must be at least 2, got {self.members}")
 
+    @torch.no_grad()
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """The base with M fresh LoRAs, each with a head of its own where the task has one."""
         names = _names(self.members)
         model = get_peft_model(base, lora, adapter_name=names[0])
         for name in names[1:]:
             model.add_adapter(name, lora)
-            _renew_heads(model, name)
+            for module in model.modules():
+                if isinstance(module, ModulesToSaveWrapper):  # PEFT copies the first member's head: start afresh
+                    base._init_weights(module.modules_to_save[name])
         return model
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
@@ -82,32 +85,17 @@ class Members(Sampler):
 
     def __init__(self, model: PeftModel) -> None:
         self._model = model
-        self._names = list(model.peft_config)
 
     def logits(self, forward: Callable[[], Tensor], num_samples: int, seed: int) -> Iterator[Tensor]:
         """Logits of the first N members, or of the first one with N = 0; the seed has no part in it."""
-        for name in self._names[: max(num_samples, 1)]:
-            with self._active(name):
-                yield forward()
-
-    @contextmanager
-    def _active(self, name: str) -> Iterator[None]:
         before = self._model.active_adapter
-        self._model.set_adapter(name, inference_mode=True)
         try:
-            yield
+            for name in [*self._model.peft_config][: max(num_samples, 1)]:
+                self._model.set_adapter(name, inference_mode=True)
+                yield forward()
         finally:
             self._model.set_adapter(before, inference_mode=True)
 
 
 def _names(members: int) -> list[str]:
     return [f"member_{number}" for number in range(members)]
-
-
-@torch.no_grad()
-def _renew_heads(model: PeftModel, name: str) -> None:
-    """A fresh head as transformers starts it: PEFT copies the first member's."""
-    base = model.get_base_model()
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            base._init_weights(module.modules_to_save[name])  # type: ignore[operator]

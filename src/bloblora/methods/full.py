@@ -30,6 +30,7 @@ class Full(Method):
     training_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-5}
     deterministic = True
     whole_model = True
+    files = ("config.json", "generation_config.json", "*.safetensors")
 
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """The base model itself."""

@@ -10,7 +10,6 @@ OpenBookQA; with them h hardly moves in some hundred steps, so that the noise st
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from torch import nn
 
 from ..adapter import BlobConfig, bayesianize
 from ..prediction import Sampler, WeightDraws
-from ..training import BlobTrainer
+from ..training import BlobTrainer, check_positive
 from .method import GaussianMethod, Training
 
 
@@ -31,8 +30,7 @@ class Ivon(GaussianMethod):
     """A Gaussian over A and B; δ, the prior's precision over λ, is the Trainer's ``weight_decay``."""
 
     effective_sample_size: float = field(
-        default=1e6,
-        metadata={"help": "λ; a larger one makes the posterior narrower.", "search": (3e5, 3e6)},
+        default=1e6, metadata={"help": "λ; a larger one makes the posterior narrower.", "search": (3e5, 3e6)}
     )
     hess_init: float = field(
         default=1e-3, metadata={"help": "h at the start; with λ it decides the noise of the first steps."}
@@ -46,9 +44,7 @@ class Ivon(GaussianMethod):
     training_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.03}
 
     def __post_init__(self) -> None:
-        for name in ("effective_sample_size", "hess_init", "clip_radius"):
-            if not (math.isfinite(value := getattr(self, name)) and value > 0):
-                raise ValueError(f"{name} must be a finite number above 0, got {value}")
+        check_positive(self, "effective_sample_size", "hess_init", "clip_radius")
         try:
             import ivon  # noqa: F401
         except ImportError as error:
@@ -57,7 +53,11 @@ class Ivon(GaussianMethod):
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train with IVON, and keep its Gaussian."""
         assert isinstance(model, PeftModel)
-        loop = training.run(model, trainer=self._trainer(), max_grad_norm=0.0)
+
+        class Trainer(_Trainer):
+            options = self
+
+        loop = training.run(model, trainer=Trainer, max_grad_norm=0.0)
         assert isinstance(loop, _Trainer)
         stds = loop.stds()
         posterior = bayesianize(model, BlobConfig(factors="AB"))
@@ -66,14 +66,6 @@ class Ivon(GaussianMethod):
             for name, parameter in posterior.named_std_parameters().items():
                 parameter.copy_(stds[means[name]].sqrt())
         return WeightDraws(posterior)
-
-    def _trainer(self) -> type[BlobTrainer]:
-        method = self
-
-        class Trainer(_Trainer):
-            options = method
-
-        return Trainer
 
 
 class _Trainer(BlobTrainer):

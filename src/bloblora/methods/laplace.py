@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,10 +33,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from .. import adapter
 from ..adapter import AdapterFileError
 from ..prediction import Sampler, predict
 from ..prediction.sampler import Forward
+from ..training import check_positive
 from .method import Method, Training, read_state, write_state
 
 _LABEL_DRAWS = 8
@@ -63,7 +63,7 @@ class LaplaceLora(Method):
         default=None,
         metadata={
             "help": "δ; by default the one with the largest marginal likelihood. Where training has almost memorized "
-            "its data the Fisher vanishes, that δ is far too small and draws are noise: use `holdout`.",
+            "its data the Fisher vanishes, that δ is far too small and draws are noise: use `holdout`."
         },
     )
     holdout: float = field(  # type: ignore[misc]  # an option here
@@ -75,10 +75,11 @@ class LaplaceLora(Method):
     paper = "2308.13111"
     post_hoc = True
     writes_text = False
+    files = (*Method.files, f"{_STATE}.json")
 
     def __post_init__(self) -> None:
-        if self.prior_precision is not None and not (math.isfinite(self.prior_precision) and self.prior_precision > 0):
-            raise ValueError(f"prior_precision must be a finite number above 0, got {self.prior_precision}")
+        if self.prior_precision is not None:
+            check_positive(self, "prior_precision")
         if not 0 <= self.holdout < 1:
             raise ValueError(f"holdout must be in [0, 1), got {self.holdout}")
         if self.holdout and self.prior_precision is not None:
@@ -105,17 +106,12 @@ class LaplaceLora(Method):
             )
 
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
-        """The base with a fresh LoRA.
-
-        Raises:
-            ValueError: a layer is too wide for Kronecker factors.
-        """
+        """The base with a fresh LoRA; raises a ValueError where a layer is too wide for Kronecker factors."""
         model = super().prepare(base, lora)
         for name, layer in self.layers(model).items():
             if max(shape := tuple(layer.weight.shape)) > _LONGEST_SIDE:
-                raise ValueError(
-                    f"target_modules: {name} is {shape}; '{self.name}' takes at most {_LONGEST_SIDE} a side"
-                )
+                limit = f"{self.name!r} takes at most {_LONGEST_SIDE} a side"
+                raise ValueError(f"target_modules: {name} is {shape}; {limit}")
         return model
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
@@ -127,15 +123,12 @@ class LaplaceLora(Method):
         """Write the LoRA and the Gaussian."""
         assert isinstance(sampler, LinearizedDraws)
         super().save(model, sampler, folder)
-        values = {
-            "prior_precision": sampler.prior_precision,
-            "log_marginal_likelihood": sampler.log_marginal_likelihood,
-        }
+        values = {name: getattr(sampler, name) for name in ("prior_precision", "log_marginal_likelihood")}
         write_state(folder, _STATE, {"layers": list(sampler.layers), **values}, sampler.eigen)
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The LoRA and its Gaussian."""
-        model = adapter.load(base, folder, checked=True)
+        model, _ = super().load(base, folder)
         values, tensors = read_state(folder, _STATE)
         try:
             layers: dict[str, Any] = {name: model.get_submodule(name) for name in values.pop("layers")}
@@ -146,13 +139,10 @@ class LaplaceLora(Method):
 
 @dataclass(frozen=True)
 class LinearizedDraws(Sampler):
-    """Draws of a model that is linear in its Gaussian weights.
+    """Draws of a model that is linear in the Gaussian weights of its ``layers``.
 
-    Attributes:
-        layers: whose weights.
-        eigen: eigenvalues and eigenvectors of the factors, as they are saved.
-        prior_precision: δ.
-        log_marginal_likelihood: of the training data, in nats.
+    ``eigen`` has eigenvalues and eigenvectors of the factors, as they are saved; ``prior_precision`` is δ, and
+    ``log_marginal_likelihood`` that of the training data, in nats.
     """
 
     layers: Mapping[str, nn.Linear]
@@ -176,12 +166,12 @@ class LinearizedDraws(Sampler):
             yield from logits.detach() + _along(logits, [calls[name] for name in self.layers], draws)
             return
         del logits, calls
-        function = _Function(self.layers.values(), forward)
-        weights = {f"layers.{i}.weight": layer.weight.detach() for i, layer in enumerate(self.layers.values())}
+        layers = _Layers(self.layers.values())
+        weights = {f"{i}.weight": layer.weight.detach() for i, layer in enumerate(self.layers.values())}
         for _ in range(num_samples):
             changes = dict(zip(weights, self.draw(generator), strict=True))
             with sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode
-                result = jvp(lambda changed: functional_call(function, changed, ()), (weights,), (changes,))
+                result = jvp(lambda changed: functional_call(layers, changed, (forward,)), (weights,), (changes,))
             yield result[0] + result[1]
 
     def draw(self, generator: torch.Generator) -> list[Tensor]:
@@ -209,16 +199,11 @@ def _along(logits: Tensor, calls: list[tuple[Tensor, Tensor]], draws: list[list[
     return result
 
 
-class _Function(nn.Module):
-    """A forward as a module, so that `functional_call` can exchange its weights."""
+class _Layers(nn.ModuleList):
+    """Layers whose weights `functional_call` exchanges while a function runs that uses them."""
 
-    def __init__(self, layers: Iterable[nn.Linear], function: Forward) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.function = function
-
-    def forward(self) -> Tensor:
-        return self.function()
+    def forward(self, function: Forward) -> Tensor:
+        return function()
 
 
 def fit_laplace(
@@ -229,14 +214,10 @@ def fit_laplace(
     *,
     held_out: bool = False,
 ) -> LinearizedDraws:
-    """The Gaussian around the trained weights of a model in eval mode.
+    """The Gaussian around the trained weights of some layers of a model in eval mode.
 
-    Args:
-        model: trained.
-        layers: whose weights.
-        training: what they were trained with.
-        prior_precision: δ; None for the one with the largest marginal likelihood.
-        held_out: choose δ by the NLL of ``training.holdout`` instead.
+    Without ``prior_precision``, δ is the one with the largest marginal likelihood, or with ``held_out`` the one with
+    the lowest NLL of ``training.holdout``.
     """
     factors, log_likelihood = kronecker_factors(model, layers, training)
     spectra = {name: [torch.linalg.eigh(factor) for factor in pair] for name, pair in zip(layers, factors, strict=True)}
@@ -257,19 +238,17 @@ def fit_laplace(
     }
     if prior_precision is not None:
         return gaussian(prior_precision)
+
+    def held_out_nll(log_precision: float) -> float:
+        options: Any = {"task": training.task, "sampler": gaussian(math.exp(log_precision))}
+        prediction = predict(model, training.holdout, _HOLDOUT_SAMPLES, **options)
+        labels = torch.tensor([example["label"] for example in training.holdout])
+        return F.nll_loss(prediction.log_probabilities, labels).item()
+
     # The loss has one minimum: its derivative, (δ‖θ*‖² - γ(δ))/2 with γ the effective number of weights, only rises.
-    objective, error = (partial(_held_out_nll, model, training, gaussian), _HOLDOUT_ERROR) if held_out else (loss, 1e-5)
+    objective, error = (held_out_nll, _HOLDOUT_ERROR) if held_out else (loss, 1e-5)
     found = minimize_scalar(objective, bounds=_LOG_PRECISIONS, method="bounded", options={"xatol": error})
     return gaussian(math.exp(found.x))
-
-
-def _held_out_nll(
-    model: nn.Module, training: Training, gaussian: Callable[[float], LinearizedDraws], log_precision: float
-) -> float:
-    options: Any = {"task": training.task, "sampler": gaussian(math.exp(log_precision))}
-    prediction = predict(model, training.holdout, _HOLDOUT_SAMPLES, **options)
-    labels = torch.tensor([example["label"] for example in training.holdout])
-    return -prediction.log_probabilities.gather(1, labels[:, None]).mean().item()
 
 
 def kronecker_factors(model: Any, layers: Mapping[str, nn.Linear], training: Training) -> tuple[Any, float]:
@@ -302,16 +281,13 @@ def _recorded(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, tuple[Tenso
     """Input and output of each layer in the forward inside."""
     calls: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def record(name: str) -> Any:
-        # Where nothing is trained, gradients begin at the first of these layers.
-        return lambda _, x, y: calls.update({name: (x[0].detach(), y if y.requires_grad else y.requires_grad_())})
+    def record(name: str, _: nn.Module, x: tuple[Tensor], y: Tensor) -> None:
+        calls[name] = x[0].detach(), y if y.requires_grad else y.requires_grad_()  # gradients may begin here
 
-    hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
-    try:
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.enter_context(layer.register_forward_hook(partial(record, name)))
         yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _cotangents(logits: Tensor, generator: torch.Generator) -> Tensor:

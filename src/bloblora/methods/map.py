@@ -6,14 +6,13 @@ The penalty is part of the loss (L2), so that the optimum is the MAP estimate it
 not (Loshchilov & Hutter, arXiv 1711.05101). ``prior_std`` is BLoB's (arXiv 2406.11675, which has this baseline).
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..prediction import Point, Sampler
-from ..training import BlobTrainer
+from ..training import BlobTrainer, check_positive
 from .method import Method, Training
 
 
@@ -22,8 +21,7 @@ class Map(Method):
     """A point, held to 0 by the prior."""
 
     prior_std: float = field(
-        default=0.2,
-        metadata={"help": "σp of the prior N(0, σp²) on each entry of A and B.", "search": (0.03, 0.6)},
+        default=0.2, metadata={"help": "σp of the prior N(0, σp²) on each entry of A and B.", "search": (0.03, 0.6)}
     )
 
     name = "map"
@@ -31,8 +29,7 @@ class Map(Method):
     deterministic = True
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.prior_std) and self.prior_std > 0):
-            raise ValueError(f"prior_std must be a finite number above 0, got {self.prior_std}")
+        check_positive(self, "prior_std")
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train with the penalty."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import adapter
 from ..prediction import Sampler, WeightDraws
 from .method import Training
 from .scaled_a import ScaledA, ScaledMethod
@@ -39,7 +38,7 @@ class McDropout(ScaledMethod):
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The LoRA, and its masks' distribution."""
-        model = adapter.load(base, folder, checked=True)
+        model, _ = super().load(base, folder)
         return model, _draws(model)
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .. import adapter
-from ..adapter import AdapterFileError, check_folder, find_posterior
+from ..adapter import AdapterFileError, Posterior, check_folder, find_posterior
 from ..adapter.bayesianize import Weights
 from ..adapter.storage import BLOB_CONFIG
 from ..files import file_sha256, read_json, write_json, write_tensors
@@ -80,6 +80,8 @@ class Method:
     """Whether it trains and predicts where FSDP splits the model: nothing looks at a part of a weight."""
     writes_text: ClassVar[bool] = True
     """Whether a draw is a model, which can write and score text; logits that are changed afterwards can't."""
+    files: ClassVar[tuple[str, ...]] = ("adapter_config.json", "blob_config.json", "*.safetensors")
+    """Patterns of the files that `save` writes, which `bloblora push` uploads."""
 
     def check_run(self, lora: Mapping[str, Any], training: Mapping[str, Any]) -> None:
         """Raise a ValueError where options of LoRA or of the Trainer don't fit this method."""
@@ -121,12 +123,13 @@ class Method:
         Raises:
             ValueError: by `check_draws`, which needs no model: a function of this method is no LoRA.
         """
-        active = model.active_adapter
-        names = [f"draw_{number:02d}" for number in range(1 if self.deterministic and num_samples else num_samples)]
-        generator = torch.Generator().manual_seed(seed)
-        drawn = [{} if self.deterministic else self.draw_weights(model, sampler, generator) for _ in names]
+        active, generator = model.active_adapter, torch.Generator().manual_seed(seed)
+        if self.deterministic:
+            drawn: list[Weights] = [{}] * min(num_samples, 1)
+        else:
+            drawn = [self.draw_weights(model, sampler, generator) for _ in range(num_samples)]
         adapter.debayesianize(model)
-        return [Draw(MEAN, active), *(Draw(name, active, weights) for name, weights in zip(names, drawn, strict=True))]
+        return [Draw(MEAN, active), *(Draw(f"draw_{i:02d}", active, weights) for i, weights in enumerate(drawn))]
 
     def check_draws(self, num_samples: int) -> None:
         """Raise a ValueError where N functions of this method aren't LoRAs; N = 0 asks for the mean alone."""
@@ -152,13 +155,11 @@ class GaussianMethod(Method):
 
     def draw_weights(self, model: PeftModel, sampler: Sampler, generator: torch.Generator) -> Weights:
         """Of the posterior."""
-        posterior = find_posterior(model)
-        assert posterior is not None
-        return posterior.sample(generator)
+        return Posterior(model, model.active_adapter).sample(generator)
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The adapter with its posterior."""
-        model = adapter.load(base, folder, checked=True)
+        model, _ = super().load(base, folder)
         return model, posterior_draws(model)
 
     def weights_file(self, folder: Path) -> Path:
@@ -178,16 +179,13 @@ def posterior_draws(model: nn.Module) -> WeightDraws:
 
 @dataclass
 class Training:
-    """What a method trains with.
+    """What a method trains with: a task, encoded examples of it, and options and callbacks of the Trainer.
 
     Attributes:
-        task: how examples become logits.
-        examples: encoded, to train on.
-        holdout: encoded, kept from training (`Method.holdout`).
-        trained: the model comes trained; `train_lora` leaves it as it is.
         arguments: of `BlobTrainingArguments`; ``output_dir`` is where checkpoints go.
-        callbacks: of the Trainer.
+        holdout: examples that are kept from training (`Method.holdout`).
         logs: those of the last training that hold its losses.
+        trained: the model comes trained; `train_lora` leaves it as it is.
     """
 
     task: Task
@@ -209,16 +207,13 @@ class Training:
     def run(
         self, model: nn.Module, *, part: str = "", trainer: type[BlobTrainer] = BlobTrainer, **changes: Any
     ) -> BlobTrainer:
-        """Train a model on the examples, from its last checkpoint if there is one.
+        """Train what requires gradients of a model on the examples, from its last checkpoint if there is one.
 
-        Args:
-            model: what to train: its parameters that require gradients.
-            part: name of the part, for methods that train several times; each has its own checkpoints.
-            trainer: class of the Trainer.
-            **changes: of the arguments.
+        A method that trains several times names each ``part``, which then has its own checkpoints; ``changes`` are of
+        the arguments.
         """
-        arguments = {**self.arguments, **changes}
-        arguments["output_dir"] = str(Path(arguments["output_dir"]) / part)
+        arguments = self.arguments | changes
+        arguments["output_dir"] = str(Path(arguments["output_dir"], part))
         loop = self._loop(model, trainer, arguments)
         for callback in self.callbacks:
             loop.add_callback(callback)
@@ -228,13 +223,8 @@ class Training:
         return loop
 
     def _loop(self, model: nn.Module, trainer: type[BlobTrainer], arguments: dict[str, Any]) -> BlobTrainer:
-        loop = trainer(
-            model,
-            BlobTrainingArguments(**arguments),
-            task=self.task,
-            train_dataset=self.examples,
-            data_collator=self.task.collate,
-        )
+        args, task = BlobTrainingArguments(**arguments), self.task
+        loop = trainer(model, args, task=task, train_dataset=self.examples, data_collator=task.collate)
         # The Trainer's own print each log on standard output, which belongs to results.
         loop.remove_callback(PrinterCallback)
         loop.remove_callback(ProgressCallback)

@@ -9,13 +9,12 @@ the arguments swapped, KL(p‖q), ours is the bound's; and its draw is one a bat
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
@@ -24,11 +23,11 @@ from transformers import PreTrainedModel
 from .. import adapter
 from .. import posterior as q
 from ..prediction import Sampler, WeightDraws
-from ..training import BlobTrainer
+from ..training import BlobTrainer, check_positive
 from .method import Training, read_state, write_state
 from .scaled_a import ScaledA, ScaledMethod
 
-_MEAN, _STD_PARAMETER = "scalabl_mean", "scalabl_std_parameter"
+_PARAMETERS = ("scalabl_mean", "scalabl_std_parameter")
 _STATE = "scalabl"
 
 
@@ -51,13 +50,11 @@ class Scalabl(ScaledMethod):
     name = "scalabl"
     paper = "2506.21408"
     starts_from_lora = False
+    files = (*ScaledMethod.files, f"{_STATE}.json")
 
     def __post_init__(self) -> None:
-        for name in ("prior_std", "init_std"):
-            if not (math.isfinite(value := getattr(self, name)) and value > 0):
-                raise ValueError(f"{name} must be a finite number above 0, got {value}")
-        if not (math.isfinite(self.kl_learning_rate) and self.kl_learning_rate >= 0):
-            raise ValueError(f"kl_learning_rate must be a finite number of at least 0, got {self.kl_learning_rate}")
+        check_positive(self, "prior_std", "init_std")
+        check_positive(self, "kl_learning_rate", or_zero=True)
 
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """The base with a LoRA that has scales."""
@@ -73,7 +70,8 @@ class Scalabl(ScaledMethod):
         class Trainer(BlobTrainer):
             def kl_step(self) -> None:
                 rate = self.args.kl_learning_rate * self._get_learning_rate() / self.args.learning_rate
-                means, parameters = _scales(model)
+                layers: list[Any] = [*_layers(model).values()]
+                means, parameters = ([getattr(layer, name)["default"] for layer in layers] for name in _PARAMETERS)
                 q.kl_flow_(means, parameters, prior_std, rate * self.current_kl_weight())
 
         training.run(model, trainer=Trainer, kl_learning_rate=self.kl_learning_rate)
@@ -96,32 +94,28 @@ class _ScaledVariant(LoraVariant):
     """y = W₀x + s·B (z∘(A x)), z one draw an example in train mode, μ in eval mode; one layer's, one adapter's."""
 
     def __init__(self, module: Any, init_std: float) -> None:
-        for name in (_MEAN, _STD_PARAMETER):
-            setattr(module, name, nn.ParameterDict())
-        module.adapter_layer_names = (*module.adapter_layer_names, _MEAN, _STD_PARAMETER)
         a = module.lora_A["default"].weight
         _, singular_values, vt = torch.linalg.svd(a.detach(), full_matrices=False)
         with torch.no_grad():
             a.copy_(vt)
-        getattr(module, _MEAN)["default"] = nn.Parameter(singular_values)
-        parameter = q.init_std_parameter(singular_values, init_std)
-        getattr(module, _STD_PARAMETER)["default"] = nn.Parameter(parameter)
+        parameter = nn.Parameter(q.init_std_parameter(singular_values, init_std))
+        module.scalabl_mean = nn.ParameterDict({"default": nn.Parameter(singular_values)})
+        module.scalabl_std_parameter = nn.ParameterDict({"default": parameter})
+        module.adapter_layer_names = (*module.adapter_layer_names, *_PARAMETERS)
 
     def project(self, module: Any, adapter_name: str, x: Tensor) -> Tensor:
         """z∘(A x), (b, ..., r)."""
         h = module.lora_A[adapter_name](module.lora_dropout[adapter_name](x))
-        scales = getattr(module, _MEAN)[adapter_name]
+        scales = module.scalabl_mean[adapter_name]
         if module.training:
             noise = torch.randn(x.shape[0], *[1] * (x.ndim - 2), len(scales), dtype=scales.dtype, device=x.device)
-            scales = scales + noise * q.std(getattr(module, _STD_PARAMETER)[adapter_name])
+            scales = scales + noise * q.std(module.scalabl_std_parameter[adapter_name])
         return h * scales
 
     def expand(self, module: Any, adapter_name: str, h: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """B h, of all outputs or of some rows."""
         return nn.functional.linear(h, module.lora_B[adapter_name].weight[rows])
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
-        """``result`` and the adapter's part; shapes as ``result``."""
         h = self.project(module, active_adapter, x.to(module.lora_A[active_adapter].weight.dtype))
         return result + (self.expand(module, active_adapter, h) * module.scaling[active_adapter]).to(result.dtype)
 
@@ -143,26 +137,15 @@ def _layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _scales(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """μ and the parameter of σ of each layer."""
-    layers: list[Any] = [*_layers(model).values()]
-    names = (_MEAN, _STD_PARAMETER)
-    means, parameters = ([getattr(layer, name)["default"] for layer in layers] for name in names)
-    return means, parameters
-
-
 @torch.no_grad()
 def _fold(model: nn.Module) -> dict[str, Tensor]:
     """Make it a stock LoRA of the mean, and return σ/μ of each layer by its name, (r,)."""
-    assert isinstance(model, PeftModel)
     ratios = {}
     layer: Any
     for name, layer in _layers(model).items():
-        mean, std = getattr(layer, _MEAN)["default"], q.std(getattr(layer, _STD_PARAMETER)["default"])
+        mean, std = layer.scalabl_mean["default"], q.std(layer.scalabl_std_parameter["default"])
         layer.lora_A["default"].weight.mul_(mean[:, None])
         ratios[name] = std / mean
-        del layer.lora_variant["default"]
-        for attribute in (_MEAN, _STD_PARAMETER):
-            delattr(layer, attribute)
-        layer.adapter_layer_names = tuple(n for n in layer.adapter_layer_names if n not in (_MEAN, _STD_PARAMETER))
+        del layer.lora_variant["default"], layer.scalabl_mean, layer.scalabl_std_parameter
+        layer.adapter_layer_names = tuple(n for n in layer.adapter_layer_names if n not in _PARAMETERS)
     return ratios

@@ -9,15 +9,13 @@ probabilities.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import LoraConfig
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..prediction import Prediction, Sampler, Tempered, predict
@@ -25,17 +23,17 @@ from .method import Method, Training, read_state, write_state
 
 _LOG_RANGE = math.log(20.0)
 _NUM_SAMPLES = 10
-_INNERS = ("name", "paper", "training_defaults", "lora_defaults", "starts_from_lora", "gaussian", "deterministic")
+# What is the inner method's: attributes, and functions.
+_INNERS = (
+    *("name", "paper", "training_defaults", "lora_defaults"),
+    *("starts_from_lora", "post_hoc", "whole_model", "gaussian", "deterministic"),
+    *("check_run", "described", "prepare", "weights_file"),
+)
 
 
 @dataclass(kw_only=True)
 class TemperatureScaled(Method):
-    """Another method whose confidence is scaled: the run option ``temperature_scaling``.
-
-    Args:
-        inner: the method that is scaled.
-        holdout: share of the training records that T is fitted on, and nothing else is.
-    """
+    """Another method whose confidence is scaled, on a share ``holdout`` of the records: ``temperature_scaling``."""
 
     inner: Method
     holdout: float  # type: ignore[misc]  # an option here
@@ -45,10 +43,7 @@ class TemperatureScaled(Method):
     def __post_init__(self) -> None:
         for attribute in _INNERS:
             setattr(self, attribute, getattr(self.inner, attribute))
-
-    def check_run(self, lora: Mapping[str, Any], training: Mapping[str, Any]) -> None:
-        """As the inner method does."""
-        self.inner.check_run(lora, training)
+        self.files = (*self.inner.files, "temperature.json")  # type: ignore[misc]
 
     def check_draws(self, num_samples: int) -> None:
         """Raises: a temperature divides logits."""
@@ -56,14 +51,6 @@ class TemperatureScaled(Method):
             f"method {self.name!r} with temperature scaling: a temperature divides logits, which no weights of an "
             "adapter do; export a run that was trained without it"
         )
-
-    def described(self) -> dict[str, Any]:
-        """The inner method's options."""
-        return self.inner.described()
-
-    def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
-        """As the inner method does."""
-        return self.inner.prepare(base, lora)
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train on what isn't held out, then fit T."""
@@ -83,23 +70,16 @@ class TemperatureScaled(Method):
         model, sampler = self.inner.load(base, folder)
         return model, Tempered(sampler, read_state(folder, "temperature")[0]["temperature"])
 
-    def weights_file(self, folder: Path) -> Path:
-        """The inner method's."""
-        return self.inner.weights_file(folder)
-
 
 def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
     """T in [1/20, 20] with the lowest NLL of the averaged probabilities.
 
-    Args:
-        log_probs: (S, n, C) of each draw; -inf for a class that an input lacks.
-        labels: (n,).
+    ``log_probs`` is (S, n, C), -inf for a class that an input lacks; ``labels`` is (n,).
     """
     log_probs = log_probs.double()
-    rows = torch.arange(len(labels))
 
     def nll(log_temperature: float) -> float:
         scaled = (log_probs / math.exp(log_temperature)).log_softmax(-1)
-        return -Prediction(scaled, len(scaled)).log_probabilities[rows, labels].mean().item()
+        return F.nll_loss(Prediction(scaled, len(scaled)).log_probabilities, labels).item()
 
     return math.exp(minimize_scalar(nll, bounds=(-_LOG_RANGE, _LOG_RANGE), method="bounded").x)

@@ -9,7 +9,6 @@ over draws, rises by no more than a share ``tolerance``. The default is the publ
 examples. Their other criterion, a share of answers that change, is too lax for a LoRA that knows its data by heart.
 """
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 
 from ..adapter import BlobConfig, Posterior, bayesianize
 from ..prediction import Point, Prediction, Sampler, WeightDraws, predict
+from ..training import check_positive
 from .method import GaussianMethod, Training
 
 _RANGE = (0.001, 0.2)
@@ -40,8 +40,7 @@ class Tfb(GaussianMethod):
     post_hoc = True
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.tolerance) and self.tolerance > 0):
-            raise ValueError(f"tolerance must be a finite number above 0, got {self.tolerance}")
+        check_positive(self, "tolerance")
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train a plain LoRA unless it is trained, then find σq."""
@@ -53,7 +52,7 @@ class Tfb(GaussianMethod):
         search = WeightDraws(posterior, mirrored=True)
 
         def nll(prediction: Prediction) -> float:
-            return -prediction.log_probabilities.gather(1, before.labels[:, None]).mean().item()
+            return nn.functional.nll_loss(prediction.log_probabilities, before.labels).item()
 
         allowed = nll(before) + self.tolerance * max(nll(before), _LEAST_NLL)
         low, high = _RANGE
@@ -68,11 +67,7 @@ class Tfb(GaussianMethod):
 
 @torch.no_grad()
 def rotate(model: PeftModel) -> tuple[Posterior, dict[str, torch.Tensor]]:
-    """Rewrite B as U diag(d) and A as Vᵀ A, in place.
-
-    Returns:
-        The posterior, and d (r,) of each of its factors by name.
-    """
+    """Rewrite B as U diag(d) and A as Vᵀ A, in place; the posterior, and d (r,) of each of its factors by name."""
     posterior = bayesianize(model, BlobConfig())
     singular_values = {}
     for name, layer in posterior.named_layers().items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -147,7 +147,7 @@ class RunConfig:
             name = SHORT.get(name, name)
             place = places.get(name, "")
             if not place:
-                problems.append(_unknown(name, {*places, *SHORT}, nested["method"]["name"]))
+                problems.append(unknown_option(name, {*places, *SHORT}, nested["method"]["name"]))
             elif place == "run":
                 nested[name] = value
             else:
@@ -220,7 +220,7 @@ class RunConfig:
             for name in getattr(self, place):
                 if name != "name" and places.get(name) != place:
                     known = {known for known, where in places.items() if where == place}
-                    yield _unknown(name, known, self.method["name"], f"{place}: ")
+                    yield unknown_option(name, known, self.method["name"], f"{place}: ")
 
     def _wrong_values(self) -> Iterator[str]:
         given = {
@@ -328,7 +328,8 @@ def _places(method: str, task: str) -> dict[str, str]:
     return places
 
 
-def _unknown(name: str, known: set[str], method: str, where: str = "") -> str:
+def unknown_option(name: str, known: Collection[str], method: str, where: str = "") -> str:
+    """What to say of an option that a run with this method doesn't have: which one is meant, or whose it is."""
     close = difflib.get_close_matches(name, known, 1)
     owners = [other for other, kind in METHODS.items() if name in kind.options()]
     if close:

@@ -17,12 +17,18 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from ..tasks import TaskError
-from .hosted import DIAGRAM_FILE, Hosted, Settings
+from .hosted import Hosted, Settings
 from .schema import EXAMPLES, Answer, Failure, Metrics, Model, Models, PredictRequest, PredictResponse, Problem, Status
 from .server import Access, Batcher, QueueFullError
 
 _DESCRIPTION = "Answers of Bayesian LoRAs with their uncertainty: probabilities averaged over weight samples."
-_PAGE = Path(__file__).with_name("page.html")
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Failure, "description": "no JSON"},
+    401: {"model": Failure, "description": "no valid API key"},
+    413: {"model": Failure, "description": "the body is too large"},
+    422: {"model": Failure, "description": "fields that can't be used"},
+    429: {"model": Failure, "description": "the queue is full; Retry-After says when to come again"},
+}
 
 
 class InputsError(HTTPException):
@@ -35,13 +41,7 @@ class InputsError(HTTPException):
 
 
 def create_app(hosted: Mapping[str, Hosted], settings: Settings, keys: Sequence[str] = ()) -> FastAPI:
-    """The application; it ends its model thread when the server stops.
-
-    Args:
-        hosted: the runs by name.
-        settings: limits and defaults.
-        keys: of which a request must bring one; empty: no key is needed.
-    """
+    """The application, which ends its model thread when the server stops; with ``keys`` a request must bring one."""
 
     def answer(key: tuple[str, int], inputs: list[Any]) -> list[dict[str, Any]]:
         name, num_samples = key
@@ -49,70 +49,63 @@ def create_app(hosted: Mapping[str, Hosted], settings: Settings, keys: Sequence[
         metrics.batch(name, len(answers), sum(answer["num_draws"] for answer in answers))
         return answers
 
-    batcher = Batcher(answer, settings.batch_size, settings.max_wait_ms, settings.queue)
-
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await to_thread.run_sync(batcher.close)
 
-    app = FastAPI(
-        title="bloblora",
-        description=_DESCRIPTION,
-        version=version("bloblora"),
-        lifespan=lifespan,
-        docs_url=None,  # their pages load scripts from elsewhere
-        redoc_url=None,
-    )
-    security = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the schema: `Access` decides
+    batcher = Batcher(answer, settings.batch_size, settings.max_wait_ms, settings.queue)
+    metrics = Metrics(batcher.__len__)
+    about: dict[str, Any] = {"title": "bloblora", "description": _DESCRIPTION, "version": version("bloblora")}
+    app = FastAPI(**about, lifespan=lifespan, docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
     app.state.stopping, app.state.batcher = False, batcher
-    _add_predict(app, hosted, settings, batcher, security)
-    _add_status(app)
-    _add_models(app, hosted, settings, security)
+    guards = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the schema: `Access` decides
+    _add_predict(app, hosted, settings, guards)
+    _add_models(app, hosted, settings, guards)
+    _add_status(app, metrics)
     _add_page(app)
     _add_errors(app)
-    metrics = Metrics(batcher.__len__)
-
-    @app.get("/metrics", response_class=Response, include_in_schema=False)
-    async def read_metrics() -> Response:
-        """Prometheus' text format."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
-
     app.add_middleware(Access, keys=keys, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(metrics.counted)
     return app
 
 
-def _add_predict(
-    app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, batcher: Batcher, security: list[Any]
-) -> None:
-    refusals: dict[int | str, dict[str, Any]] = {
-        400: {"model": Failure, "description": "no JSON"},
-        401: {"model": Failure, "description": "no valid API key"},
-        413: {"model": Failure, "description": "the body is too large"},
-        422: {"model": Failure, "description": "fields that can't be used"},
-        429: {"model": Failure, "description": "the queue is full; Retry-After says when to come again"},
-    }
-
+def _add_predict(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, guards: list[Any]) -> None:
     @app.post(
-        "/v1/predict",
-        responses=refusals,
-        operation_id="predict",
-        dependencies=security,
-        response_model_exclude_none=True,
+        "/v1/predict", responses=_ERRORS, operation_id="predict", dependencies=guards, response_model_exclude_none=True
     )
     async def predict(request: Annotated[PredictRequest, Body(openapi_examples=EXAMPLES)]) -> PredictResponse:
         """Answer inputs; those of requests that come together share forwards, which changes no answer."""
-        run = _chosen(request.model, hosted)
-        num_samples = _num_samples(request.samples, settings)
+        name = next(iter(hosted)) if request.model is None and len(hosted) == 1 else request.model
+        if (run := hosted.get(name or "")) is None:
+            raise InputsError(_problem("model", name, f"must be one of {', '.join(hosted)}"))
+        num_samples = settings.samples if request.samples is None else request.samples
+        if num_samples > settings.max_samples:
+            raise InputsError(_problem("samples", num_samples, f"must be at most {settings.max_samples}"))
         records = [r.model_dump() for r in (request.inputs if isinstance(request.inputs, list) else [request.inputs])]
         inputs = await to_thread.run_sync(_encoded, run, records, settings)
-        futures = batcher.submit((run.name, num_samples), inputs)
+        futures = app.state.batcher.submit((run.name, num_samples), inputs)
         answers = await asyncio.gather(*map(asyncio.wrap_future, futures))
         return PredictResponse(model=run.name, samples=num_samples, answers=[Answer(**answer) for answer in answers])
 
 
-def _add_status(app: FastAPI) -> None:
+def _add_models(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, guards: list[Any]) -> None:
+    models = Models(models=[_model(run, settings) for run in hosted.values()])
+
+    @app.get("/v1/models", responses={401: _ERRORS[401]}, operation_id="models", dependencies=guards)
+    async def list_models() -> Models:
+        """The runs that are served."""
+        return models
+
+    @app.get("/v1/models/{name}/reliability.png", include_in_schema=False)
+    async def diagram(name: str) -> FileResponse:
+        """A run's reliability diagram, as `bloblora evaluate --diagram` made it."""
+        if name not in hosted or not hosted[name].diagram.is_file():
+            raise HTTPException(404, f"there is no diagram of a run {name!r}")
+        return FileResponse(hosted[name].diagram, media_type="image/png")
+
+
+def _add_status(app: FastAPI, metrics: Metrics) -> None:
     @app.get("/health", operation_id="health")
     async def health() -> Status:
         """The process lives."""
@@ -121,31 +114,16 @@ def _add_status(app: FastAPI) -> None:
     @app.get("/ready", operation_id="ready", responses={503: {"model": Status, "description": "it is stopping"}})
     async def ready(response: Response) -> Status:
         """Whether requests are taken: until the server is told to stop."""
-        if app.state.stopping:
-            response.status_code = 503
-            return Status(status="stopping")
-        return Status(status="ready")
+        response.status_code = 503 if app.state.stopping else 200
+        return Status(status="stopping" if app.state.stopping else "ready")
 
-
-def _add_models(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, security: list[Any]) -> None:
-    refusal: dict[int | str, dict[str, Any]] = {401: {"model": Failure, "description": "no valid API key"}}
-    models = Models(models=[_model(run, settings) for run in hosted.values()])
-
-    @app.get("/v1/models", responses=refusal, operation_id="models", dependencies=security)
-    async def list_models() -> Models:
-        """The runs that are served."""
-        return models
-
-    @app.get("/v1/models/{name}/reliability.png", include_in_schema=False)
-    async def diagram(name: str) -> FileResponse:
-        """A run's reliability diagram, as `bloblora evaluate --diagram` made it."""
-        if name not in hosted or not (file := hosted[name].folder / DIAGRAM_FILE).is_file():
-            raise HTTPException(404, f"there is no diagram of a run {name!r}")
-        return FileResponse(file, media_type="image/png")
+    @app.get("/metrics", response_class=Response, include_in_schema=False)
+    async def read_metrics() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 def _add_page(app: FastAPI) -> None:
-    page = _PAGE.read_text(encoding="utf-8")
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     script = page.partition("<script>")[2].partition("</script>")[0]
     digest = b64encode(sha256(script.encode()).digest()).decode()
     policy = (
@@ -156,7 +134,6 @@ def _add_page(app: FastAPI) -> None:
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def read_page() -> HTMLResponse:
-        """The page."""
         return HTMLResponse(page, headers=headers)
 
 
@@ -183,28 +160,8 @@ def _add_errors(app: FastAPI) -> None:
         return failed(500, f"{type(error).__name__} on the server, whose log says more", {"Connection": "close"})
 
 
-def _chosen(name: str | None, hosted: Mapping[str, Hosted]) -> Hosted:
-    if name is None and len(hosted) == 1:
-        return next(iter(hosted.values()))
-    if name is None or name not in hosted:
-        raise InputsError(_problem("model", name, f"must be one of {', '.join(hosted)}"))
-    return hosted[name]
-
-
-def _num_samples(samples: int | None, settings: Settings) -> int:
-    if samples is None:
-        return settings.samples
-    if samples > settings.max_samples:
-        raise InputsError(_problem("samples", samples, f"must be at most {settings.max_samples}"))
-    return samples
-
-
 def _encoded(run: Hosted, records: Sequence[dict[str, Any]], settings: Settings) -> list[tuple[Any, Any]]:
-    """Each record with its encoding.
-
-    Raises:
-        InputsError: there are too many, or some are of the other kind, blank or too long.
-    """
+    """Each record with its encoding; an InputsError where there are too many, or some can't be used or are too long."""
     if len(records) > settings.max_inputs:
         raise InputsError(_problem("inputs", f"{len(records)} of them", f"must be at most {settings.max_inputs}"))
     problems, encoded = [], []
@@ -240,7 +197,7 @@ def _model(hosted: Hosted, settings: Settings) -> Model:
         samples=settings.samples,
         promises=hosted.decision.promises if hosted.decision else None,
         metrics=hosted.metrics,
-        diagram=(hosted.folder / DIAGRAM_FILE).is_file(),
+        diagram=hosted.diagram.is_file(),
         adapter_sha256=run.adapter_sha256,
         shared_parameters=hosted.shared_parameters,
     )

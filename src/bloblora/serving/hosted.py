@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from ..decision import Decision
-from ..files import read_json
+from ..files import read_numbers
 from ..prediction import predict
 from ..runs import Approximation, PredictionOptions, Run, RunDescription, RunError, load_run, open_run
 from ..runs.decide import open_decision
 from ..runs.evaluate import lines_of
 
-METRICS_FILE, DIAGRAM_FILE = "metrics.json", "reliability.png"
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +31,13 @@ class Settings(PredictionOptions):
         RunError: fields are out of their range; the message lists all.
     """
 
-    batch_size: int = field(default=16, metadata={"help": "Inputs a forward pass; requests share it."})
-    max_samples: int = field(default=100, metadata={"help": "Largest N that a request may ask for."})
-    max_wait_ms: float = field(
-        default=5.0, metadata={"help": "How long an input waits for others to share its forward pass, milliseconds."}
-    )
-    queue: int = field(
-        default=256,
-        metadata={"help": "Largest number of waiting inputs; requests beyond it get status 429 and Retry-After."},
-    )
-    max_inputs: int = field(default=64, metadata={"help": "Largest number of inputs in a request."})
-    max_tokens: int = field(
-        default=1024, metadata={"help": "Largest number of tokens in an input, the choices of a question included."}
-    )
-    max_body_bytes: int = field(default=1_000_000, metadata={"help": "Largest body of a request, bytes."})
+    batch_size: int = _option(16, "Inputs a forward pass; requests share it.")
+    max_samples: int = _option(100, "Largest N that a request may ask for.")
+    max_wait_ms: float = _option(5.0, "How long an input waits for others to share its forward pass, milliseconds.")
+    queue: int = _option(256, "Largest number of waiting inputs; requests beyond it get status 429 and Retry-After.")
+    max_inputs: int = _option(64, "Largest number of inputs in a request.")
+    max_tokens: int = _option(1024, "Largest number of tokens in an input, the choices of a question included.")
+    max_body_bytes: int = _option(1_000_000, "Largest body of a request, bytes.")
 
     def problems(self) -> list[str]:
         """What is out of its range, and what would be right."""
@@ -60,12 +55,9 @@ class Settings(PredictionOptions):
 
 @dataclass
 class Hosted:
-    """A run that is served.
+    """A run that is served, and what requests call it.
 
     Attributes:
-        name: what requests call it.
-        folder: of the run.
-        run: the loaded run.
         decision: its decisions, for the settings' N and seed; None where it was never calibrated.
         shared_parameters: entries of its weights that an earlier run holds too, and that are in memory once.
     """
@@ -85,71 +77,50 @@ class Hosted:
         return "choice" if self.run.task.labels is None else "text"
 
     @property
-    def metrics(self) -> dict[str, float]:
-        """What ``metrics.json`` in its folder says, finite numbers alone; empty where there is none.
+    def diagram(self) -> Path:
+        """Where its reliability diagram is, if it has one."""
+        return self.folder / "reliability.png"
 
-        Raises:
-            RunError: the file is damaged.
-        """
-        file = self.folder / METRICS_FILE
-        found = read_json(file, RunError) if file.is_file() else {}
-        numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
-        return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The finite numbers in its folder's ``metrics.json``, if there is one; a RunError where it is damaged."""
+        file = self.folder / "metrics.json"
+        return read_numbers(file, RunError) if file.is_file() else {}
 
     def encode(self, record: dict[str, Any]) -> dict[str, Any]:
-        """A record as its task encodes it.
-
-        Raises:
-            TaskError: it can't be this task's.
-        """
+        """A record as its task encodes it; a TaskError where it can't be the task's."""
         with self._tokenizing:
             return self.run.task.encode(record, self.run.tokenizer)
 
     def answer(
         self, inputs: Sequence[tuple[dict[str, Any], dict[str, Any]]], num_samples: int, settings: Settings
     ) -> list[dict[str, Any]]:
-        """What `bloblora.runs.describe` says of each input, and the spread over draws.
+        """What `bloblora.runs.describe` says of each record, with its encoding, and the spread over draws.
 
-        Args:
-            inputs: records and what `encode` made of them.
-            num_samples: N; decisions are for the settings' N alone.
-            settings: the server's.
+        Decisions are for the settings' N alone.
         """
-        run = self.run
-        prediction = predict(
-            run.model,
-            [example for _, example in inputs],
-            num_samples,
-            settings.seed,
-            task=run.task,
-            sampler=run.sampler,
-            stop=run.stop,
-            batch_size=settings.batch_size,
-        )
+        run, (records, examples) = self.run, zip(*inputs, strict=True)
+        how: dict[str, Any] = {"task": run.task, "sampler": run.sampler, "stop": run.stop}
+        prediction = predict(run.model, examples, num_samples, settings.seed, batch_size=settings.batch_size, **how)
         if not prediction.probabilities.isfinite().all():
             raise FloatingPointError(f"run {self.name!r}: a probability is not a number; try dtype float32")
-        decision = self.decision if num_samples == settings.samples else None
-        lines = lines_of(run.task, [record for record, _ in inputs], prediction, decision)
-        spread = prediction.std.tolist()
+        lines = lines_of(run.task, records, prediction, self.decision if num_samples == settings.samples else None)
+        rows = zip(lines, prediction.std.tolist(), prediction.num_draws.tolist(), examples, strict=True)
         return [
             line
-            # a row is as wide as the batch's longest
-            | {"std": dict(zip(line["probabilities"], row, strict=False))}
-            | {"num_draws": count, "truncated_tokens": encoded["truncated"]}
-            for line, row, count, (_, encoded) in zip(lines, spread, prediction.num_draws.tolist(), inputs, strict=True)
+            | {"std": dict(zip(line["probabilities"], std, strict=False))}  # a row is as wide as the batch's longest
+            | {"num_draws": num_draws, "truncated_tokens": example["truncated"]}
+            for line, std, num_draws, example in rows
         ]
 
 
 def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, RunDescription]:
-    """Check runs before any model is loaded.
+    """Check runs before any model is loaded; what their folders say, by name.
 
     Args:
         directories: folders of runs, or ``hub:user/name``, each alone or as ``NAME=FOLDER``; the folder's or the
             repository's own name is the default.
-        settings: the server's.
-
-    Returns:
-        What the folders say, by name.
+        settings: of the server.
 
     Raises:
         RunError: a folder is no finished run, two have one name, a run writes text, its method can't be approximated
@@ -198,21 +169,17 @@ def load_hosted(opened: dict[str, RunDescription], settings: Settings) -> dict[s
 
 
 def share_weights(model: nn.Module, pool: dict[str, list[nn.Parameter]]) -> int:
-    """Replace a model's parameters by equal ones of a pool, and put the others into it.
+    """Replace a model's parameters by equal ones of a pool, and put the others into it; how many entries are shared.
 
-    Args:
-        model: whose parameters nothing changes in place from now on.
-        pool: parameters by their place in the base model.
-
-    Returns:
-        How many entries are shared.
+    From then on nothing may change the parameters in place. The pool has them by their place in the base model.
     """
     replaced: dict[int, nn.Parameter] = {}  # by the old one: tied weights stay tied
     shared = 0
     for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) not in replaced:
-                alike = pool.setdefault(_place(f"{prefix}.{name}"), [])
+                place = re.sub(r"^base_model\.model\.|\.base_layer", "", f"{prefix}.{name}")  # without PEFT's parts
+                alike = pool.setdefault(place, [])
                 found = next((other for other in alike if _equal(parameter, other)), None)
                 if found is None:
                     alike.append(parameter)
@@ -221,11 +188,6 @@ def share_weights(model: nn.Module, pool: dict[str, list[nn.Parameter]]) -> int:
                 replaced[id(parameter)] = parameter if found is None else found
             setattr(module, name, replaced[id(parameter)])
     return shared
-
-
-def _place(name: str) -> str:
-    """A parameter's name without what PEFT puts into it."""
-    return re.sub(r"^base_model\.model\.|\.base_layer", "", name)
 
 
 def _equal(a: nn.Parameter, b: nn.Parameter) -> bool:

@@ -32,7 +32,9 @@ class ChoiceInput(_Strict):
 
 Input = Annotated[
     Annotated[TextInput, Tag("<text>")] | Annotated[ChoiceInput, Tag("<choice>")],
-    Discriminator(lambda value: "<text>" if "text" in _fields(value) else "<choice>"),
+    Discriminator(
+        lambda value: "<text>" if "text" in (value if isinstance(value, dict) else dir(value)) else "<choice>"
+    ),
 ]
 Inputs = Annotated[
     Annotated[Input, Tag("<one>")] | Annotated[list[Input], Field(min_length=1), Tag("<many>")],
@@ -123,7 +125,7 @@ class Failure(BaseModel):
     """Why there is no answer."""
 
     message: str
-    problems: list[Problem] = Field(default=[])
+    problems: list[Problem] = []
 
 
 _PATHS = ("/", "/v1/predict", "/v1/models", "/health", "/ready", "/metrics", "/openapi.json")
@@ -132,11 +134,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """The metrics of one server, in a registry of its own.
-
-    Args:
-        queue_length: how many inputs wait.
-    """
+    """The metrics of one server, in a registry of its own; ``queue_length`` says how many inputs wait."""
 
     def __init__(self, queue_length: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
@@ -179,7 +177,3 @@ class Metrics:
                 self._seconds.labels(path).observe(time.perf_counter() - start)
 
         return call
-
-
-def _fields(value: Any) -> Any:
-    return value if isinstance(value, dict) else dir(value)

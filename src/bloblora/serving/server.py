@@ -1,15 +1,15 @@
 """What stands between a port and the models: uvicorn, API keys, and the queue that joins requests in one forward."""
 
 import hmac
+import math
+import re
 import signal
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from hashlib import sha256
-from math import ceil
 from pathlib import Path
 from threading import Condition, Thread
 from types import FrameType
@@ -31,12 +31,8 @@ class Server(uvicorn.Server):
     """Stops in two steps: ``/ready`` says so first, and what is held is finished.
 
     Until ``drain_seconds`` have passed new requests are still taken, because a load balancer needs that long to see
-    it. Then no connection is accepted, and those that wait get their answers. A second Ctrl-C ends it at once.
-
-    Args:
-        config: uvicorn's, of an app that `create_app` made.
-        drain_seconds: between the signal and the end of new connections.
-        started: called with the URL once requests are taken.
+    it. Then no connection is accepted, and those that wait get their answers. A second Ctrl-C ends it at once. The
+    configuration is of an app that `create_app` made; ``started`` is called with the URL once requests are taken.
     """
 
     def __init__(
@@ -74,11 +70,7 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A port, taken before models are loaded; nothing can connect until the server runs.
-
-    Raises:
-        RunError: the address or the port isn't available.
-    """
+    """A port, taken before models are loaded, or a RunError; nothing can connect until the server runs."""
     taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -111,18 +103,15 @@ def read_keys(file: str | Path) -> tuple[str, ...]:
     if not keys:
         raise RunError(f"api_key_file {str(file)!r}: there is no key in it; write one a line")
     for number, key in enumerate(keys, start=1):
-        if not (key.isascii() and key.isprintable() and " " not in key):
+        if not re.fullmatch("[!-~]+", key):
             raise RunError(f"api_key_file {str(file)!r}: key {number} has characters other than visible ASCII")
     return keys
 
 
 class Access:
-    """ASGI middleware: 401 without a key, 413 for a body that is too large.
+    """ASGI middleware: 401 without one of the keys, if there are any, and 413 for a body that is too large.
 
-    Args:
-        app: what is guarded; its page, its health and its schema stay open.
-        keys: of which a request must bring one, ``Authorization: Bearer KEY``; empty: no key is needed.
-        max_body_bytes: the largest body.
+    The page, the health and the schema need no key.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int) -> None:
@@ -134,17 +123,14 @@ class Access:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        headers, app = Headers(scope=scope), self._app
         length = headers.get("content-length", "0")
         if self._digests and scope["path"] not in _OPEN and not self._known(headers.get("authorization", "")):
             message = "no valid API key: send the header 'Authorization: Bearer KEY'"
-            refusal = JSONResponse({"message": message, "problems": []}, 401, {"WWW-Authenticate": "Bearer"})
-            await refusal(scope, receive, send)
+            app = JSONResponse({"message": message, "problems": []}, 401, {"WWW-Authenticate": "Bearer"})
         elif length.isdecimal() and int(length) > self._max_body_bytes:
-            refusal = JSONResponse({"message": self._too_large(length), "problems": []}, 413, {"Connection": "close"})
-            await refusal(scope, receive, send)
-        else:
-            await self._app(scope, self._counted(receive), send)
+            app = JSONResponse({"message": self._too_large(length), "problems": []}, 413, {"Connection": "close"})
+        await app(scope, self._counted(receive), send)
 
     def _known(self, authorization: str) -> bool:
         """In a time that doesn't depend on how much of a key is right, or which one it is."""
@@ -172,11 +158,7 @@ class Access:
 
 
 class QueueFullError(RuntimeError):
-    """No room for a request's inputs.
-
-    Attributes:
-        retry_after: seconds until there should be, at least 1.
-    """
+    """No room for a request's inputs; there should be in ``retry_after`` seconds, at least 1."""
 
     def __init__(self, waiting: int, limit: int, retry_after: int) -> None:
         self.retry_after = retry_after
@@ -187,20 +169,15 @@ class Batcher:
     """Calls a function on what waits, in one thread, until it is closed.
 
     A batch is of the oldest input and those of the same key, in their order. It is taken when there are ``max_batch``
-    of them, or when the oldest has waited ``max_wait_ms``.
-
-    Args:
-        answer: takes a key and some inputs, and returns as many answers; an error is every one's answer.
-        max_batch: most inputs a call.
-        max_wait_ms: how long an input waits for others, milliseconds.
-        limit: most inputs that wait.
+    of them, or when the oldest has waited ``max_wait_ms`` milliseconds. At most ``limit`` inputs wait. ``answer`` takes
+    a key and the inputs and returns as many answers; an error is every one's answer.
     """
 
     def __init__(
         self, answer: Callable[[Any, list[Any]], Sequence[Any]], max_batch: int, max_wait_ms: float, limit: int
     ) -> None:
         self._answer, self._max_batch, self._max_wait, self._limit = answer, max_batch, max_wait_ms / 1000, limit
-        self._waiting: deque[_Input] = deque()
+        self._waiting: list[_Input] = []
         self._changed = Condition()
         self._closed = False
         self._batch_seconds = 0.0
@@ -212,19 +189,14 @@ class Batcher:
         return len(self._waiting)
 
     def submit(self, key: Hashable, inputs: Sequence[Any]) -> list[Future[Any]]:
-        """Put inputs in the queue: all of them or none.
-
-        Raises:
-            QueueFullError: there is no room.
-            RuntimeError: the batcher is closed.
-        """
+        """Put inputs in the queue: all or none, with a QueueFullError; a RuntimeError once the batcher is closed."""
         added = [_Input(key, value) for value in inputs]
         with self._changed:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
             if len(self._waiting) + len(added) > self._limit:
                 calls = len(self._waiting) / self._max_batch
-                raise QueueFullError(len(self._waiting), self._limit, max(1, ceil(calls * self._batch_seconds)))
+                raise QueueFullError(len(self._waiting), self._limit, max(1, math.ceil(calls * self._batch_seconds)))
             self._waiting.extend(added)
             self._changed.notify()
         return [input_.answer for input_ in added]
@@ -237,7 +209,10 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
-        while batch := self._next():
+        while taken := self._take():
+            batch = [input_ for input_ in taken if input_.answer.set_running_or_notify_cancel()]
+            if not batch:  # whoever asked has gone
+                continue
             start = time.monotonic()
             try:
                 answers = self._answer(batch[0].key, [input_.value for input_ in batch])
@@ -249,32 +224,23 @@ class Batcher:
                         input_.answer.set_exception(error)
             self._batch_seconds = time.monotonic() - start
 
-    def _next(self) -> list["_Input"]:
-        """The next batch; empty when the batcher is closed and nothing waits."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting:
-                    return []
-                taken = self._take(self._waiting[0])
-            # whoever asked may have gone
-            if batch := [input_ for input_ in taken if input_.answer.set_running_or_notify_cancel()]:
-                return batch
+    def _take(self) -> list["_Input"]:
+        """Take the oldest input and others like it out of the queue; empty when closed and nothing waits."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if not self._waiting:
+                return []
+            left = self._waiting[0].since + self._max_wait - time.monotonic()
+            self._changed.wait_for(lambda: self._closed or len(self._alike()) == self._max_batch, left)
+            batch = self._alike()
+            self._waiting = [input_ for input_ in self._waiting if input_ not in batch]
+            return batch
 
-    def _take(self, first: "_Input") -> list["_Input"]:
-        """Wait for others like the first, and take them out of the queue."""
-        left = first.since + self._max_wait - time.monotonic()
-        self._changed.wait_for(lambda: self._closed or len(self._alike(first)) == self._max_batch, left)
-        batch = self._alike(first)
-        taken = {id(input_) for input_ in batch}
-        self._waiting = deque(input_ for input_ in self._waiting if id(input_) not in taken)
-        return batch
-
-    def _alike(self, first: "_Input") -> list["_Input"]:
-        return [input_ for input_ in self._waiting if input_.key == first.key][: self._max_batch]
+    def _alike(self) -> list["_Input"]:
+        return [input_ for input_ in self._waiting if input_.key == self._waiting[0].key][: self._max_batch]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Input:
     key: Hashable
     value: Any

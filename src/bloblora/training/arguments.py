@@ -12,11 +12,7 @@ OptimizerStyle = Literal["flow", "alternating", "joint"]
 
 @dataclass(kw_only=True)
 class Objective:
-    """How the negative evidence lower bound is minimized; fields of `BlobTrainingArguments` and options of methods.
-
-    Raises:
-        ValueError: by `check`, a field is out of its range.
-    """
+    """How the negative evidence lower bound is minimized; fields of `BlobTrainingArguments` and options of methods."""
 
     kl_weighting: KlWeighting = field(
         default="uniform",
@@ -50,8 +46,7 @@ class Objective:
         },
     )
     num_weight_draws: int = field(
-        default=1,
-        metadata={"help": "Weight draws averaged in a training step; cost and memory grow with it."},
+        default=1, metadata={"help": "Weight draws averaged in a training step; cost and memory grow with it."}
     )
 
     def check(self) -> None:
@@ -59,13 +54,9 @@ class Objective:
         for name, choices in (("kl_weighting", KlWeighting), ("optimizer_style", OptimizerStyle)):
             if (value := getattr(self, name)) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
-        for name in ("kl_scale", "kl_learning_rate"):
-            value = getattr(self, name)
-            if not (_is_number(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        check_positive(self, "kl_scale", "kl_learning_rate", or_zero=True)
         check_count("num_weight_draws", self.num_weight_draws, 1)
-        if not (_is_number(self.gamma) and self.gamma > 0):
-            raise ValueError(f"gamma must be a finite number above 0, got {self.gamma!r}")
+        check_positive(self, "gamma")
 
 
 @dataclass
@@ -91,16 +82,14 @@ class BlobTrainingArguments(Objective, TrainingArguments):
         },
     )
     eval_num_samples: int = field(
-        default=0,
-        metadata={"help": "Weight draws averaged in the Trainer's evaluation; 0 is the posterior mean."},
+        default=0, metadata={"help": "Weight draws averaged in the Trainer's evaluation; 0 is the posterior mean."}
     )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "As in TrainingArguments; off, since a loss that is not finite stops the training anyway."},
     )
     remove_unused_columns: bool = field(
-        default=False,
-        metadata={"help": "As in TrainingArguments; off, since a task's columns are no model arguments."},
+        default=False, metadata={"help": "As in TrainingArguments; off, since a task's columns are no model arguments."}
     )
 
     def __post_init__(self) -> None:
@@ -119,6 +108,14 @@ def check_style(optimizer_style: str, std_parameterization: str) -> None:
     """Raise a ValueError where a posterior of this parameterization can't be trained in this style."""
     if optimizer_style == "flow" and std_parameterization != "square":
         raise ValueError("optimizer_style 'flow' needs std_parameterization 'square'; use 'joint' or 'alternating'")
+
+
+def check_positive(options: object, *names: str, or_zero: bool = False) -> None:
+    """Raise a ValueError unless the options of these names are finite numbers above 0, or of at least 0."""
+    for name in names:
+        value = getattr(options, name)
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
+            raise ValueError(f"{name} must be a finite number {'of at least' if or_zero else 'above'} 0, got {value!r}")
 
 
 def check_count(name: str, value: object, minimum: int) -> None:
@@ -141,7 +138,3 @@ def kl_weight(position: int, num_batches: int, weighting: str) -> float:
 def rescaled_dataset_size(size: float, gamma: float = 8.0) -> float:
     r"""The paper's pseudo data size :math:`\hat D = 100\, D^{\pi/\gamma}` (arXiv 2406.11675, appendix)."""
     return 100 * size ** (math.pi / gamma)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

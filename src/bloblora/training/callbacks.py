@@ -31,7 +31,7 @@ class PosteriorHistograms(TensorBoardCallback):
 
     Raises:
         RuntimeError: tensorboard isn't installed.
-        ValueError: ``every`` is below 1.
+        ValueError: ``every`` is below 1; when training starts, FSDP has split the model over the processes.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, every: int = 1) -> None:
@@ -42,31 +42,20 @@ class PosteriorHistograms(TensorBoardCallback):
         self._trainings = self._logs = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        """Open the event file of one training.
-
-        Raises:
-            ValueError: FSDP has split the model over the processes.
-        """
+        """Open the event file of one training."""
         if is_sharded(kw["model"]):
-            raise ValueError(
-                "model: each process holds a part of it (FSDP); histograms are of a whole one: leave them out"
-            )
-        self._trainings += 1
-        self._logs = 0
+            raise ValueError("model: FSDP holds it in parts, and histograms are of a whole one: leave them out")
+        self._trainings, self._logs = self._trainings + 1, 0
         if self._folder is not None:
-            later = str(self._trainings) if self._trainings > 1 else ""
-            self.logging_dir = str(Path(self._folder) / later)
+            self.logging_dir = str(Path(self._folder, str(self._trainings) if self._trainings > 1 else ""))
         super().on_train_begin(args, state, control, **kw)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kw: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kw: Any) -> None:
         """Write the losses, and the posterior when it is due."""
         super().on_log(args, state, control, logs=logs, **kw)
         if self.tb_writer is None or "loss" not in (logs or {}):
             return
-        posterior = find_posterior(kw["model"])
-        if posterior is not None and self._logs % self._every == 0:
+        if self._logs % self._every == 0 and (posterior := find_posterior(kw["model"])):
             _write(self.tb_writer, posterior, state.global_step)
         self._logs += 1
 
@@ -81,9 +70,7 @@ class ElboCallback(TrainerCallback):
         """Give each process its own noise; a resumed run then loads the generator that the checkpoint holds."""
         torch.manual_seed(args.seed + _RANK_STRIDE * args.process_index)
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Tell the sampler the epoch; the Trainer's own attempt misses it where it skips batches in many processes."""
         if hasattr(loader := kwargs["train_dataloader"], "set_epoch"):
             loader.set_epoch(int(state.epoch or 0))
@@ -94,13 +81,13 @@ class ElboCallback(TrainerCallback):
         if self.trainer.posterior is not None:
             self.trainer._kl_weights.append(self.trainer.current_kl_weight())
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Look at the last step's weights, and at the posterior."""
         self.trainer._check_weights()
         if (posterior := self.trainer.posterior) is not None:
             summary = posterior.summary()  # by all processes: each may hold a part of it
-            if state.is_world_process_zero:
-                _warn_of_degenerate(posterior, summary)
+            if state.is_world_process_zero and (problem := _degenerate(posterior.config.init_std, summary)):
+                warnings.warn(problem, stacklevel=1)
 
 
 @torch.no_grad()
@@ -116,25 +103,24 @@ def _write(writer: Any, posterior: Posterior, step: int) -> None:
     writer.flush()
 
 
-def _warn_of_degenerate(posterior: Posterior, summary: dict[str, float]) -> None:
-    """Warn of a posterior that says nothing."""
-    median, count = summary["median_std"], summary["num_parameters"]
-    start = (posterior.config.init_std * (1 + math.sqrt(0.5)) / 2) ** 2
+def _degenerate(init_std: float, summary: dict[str, float]) -> str | None:
+    """What is wrong with a posterior that says nothing."""
+    median = summary["median_std"]
+    start = (init_std * (1 + math.sqrt(0.5)) / 2) ** 2
     if median < 0.01 * start:
-        warnings.warn(
+        return (
             f"the posterior has collapsed: median Ω is {median:.1e}, so all draws are the mean. Raise kl_scale or "
-            "prior_std, or lower learning_rate.",
-            stacklevel=2,
+            "prior_std, or lower learning_rate."
         )
-    elif summary["share_at_prior"] > 0.9:
-        warnings.warn(
+    if summary["share_at_prior"] > 0.9:
+        return (
             f"the posterior is the prior: {summary['share_at_prior']:.0%} of Ω are within 5 % of prior_std. Lower "
-            "kl_learning_rate, kl_scale or the number of steps, or train on more data.",
-            stacklevel=2,
+            "kl_learning_rate, kl_scale or the number of steps, or train on more data."
         )
-    elif abs(median / start - 1) < 0.02 + 1 / math.sqrt(count):  # 1/√n: three standard errors of a fresh median
-        warnings.warn(
+    # 1/√n: three standard errors of a fresh median
+    if abs(median / start - 1) < 0.02 + 1 / math.sqrt(summary["num_parameters"]):
+        return (
             f"the posterior has not left its start: median Ω is {median:.2e}, the start {start:.2e}. Raise kl_scale, "
-            "the number of steps, or init_std.",
-            stacklevel=2,
+            "the number of steps, or init_std."
         )
+    return None

@@ -26,10 +26,7 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint holds, uncut, all that a training needs to go on exactly where it was.
-
-    False as well where a running training deletes the folder meanwhile.
-    """
+    """Whether a checkpoint holds, uncut, all that a training needs to go on; not one that is deleted meanwhile."""
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         for adapter in _adapters(folder):

@@ -1,13 +1,15 @@
 """Where a training that has diverged did so."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import Optimizer
 
 from ..adapter import Posterior
+from ..adapter.sharding import reshard
 from ..posterior import kl_gradients
 
 
@@ -20,11 +22,16 @@ def all_finite(tensors: list[Tensor]) -> bool:
 
     The 2-norm is several times faster than the largest magnitude, but overflows for weights that are large and finite.
     """
-    return any(_finite(torch._foreach_norm(tensors, order)) for order in (2, torch.inf))
+    for order in (2, torch.inf):
+        norms = torch._foreach_norm(tensors, order)
+        if torch.isfinite(torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms])).all():
+            return True
+    return False
 
 
 def first_bad_weight(model: nn.Module) -> str | None:
-    """Name of the first trainable weight that is not finite."""
+    """Name of the first trainable weight that is not finite; of a sharded model its shards are looked at."""
+    reshard(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable or all_finite([p for _, p in trainable]):
         return None
@@ -56,27 +63,16 @@ def first_bad_kl(posterior: Posterior) -> str | None:
 
 def first_bad_activation(model: nn.Module, forward: Callable[[], object]) -> str | None:
     """Name of the first module whose output is not finite when ``forward`` runs again; None if all are."""
+    names = {module: name for name, module in model.named_modules() if name}
     found: list[str] = []
 
-    def watch(name: str, module: nn.Module) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if not found and not all(torch.isfinite(tensor).all() for tensor in _tensors(output)):
-                found.append(name)
+    def look(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if not found and module in names and not all(torch.isfinite(tensor).all() for tensor in _tensors(output)):
+            found.append(names[module])
 
-        return module.register_forward_hook(hook)
-
-    handles = [watch(name, module) for name, module in model.named_modules() if name]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), register_module_forward_hook(look):
+        forward()
     return found[0] if found else None
-
-
-def _finite(norms: Sequence[Tensor]) -> bool:
-    return bool(torch.isfinite(torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms])).all())
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..adapter import Posterior, find_posterior, load_posterior
-from ..adapter.sharding import reshard, trained_state
+from ..adapter.sharding import trained_state
 from ..adapter.storage import adapter_folder
 from ..adapter.variant import STD_PARAMETER
 from ..posterior import separate_noise
@@ -44,11 +44,9 @@ class TrainingTask(Protocol):
 
     def length(self, example: Any) -> int:
         """Tokens that an encoded example takes in a batch."""
-        ...
 
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Logits (b, C) of a batch."""
-        ...
 
 
 class BlobTrainerMixin(_Host):
@@ -110,23 +108,18 @@ class BlobTrainerMixin(_Host):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in the Trainer; ``resume_from_checkpoint=True`` takes the newest *complete* checkpoint."""
         if resume_from_checkpoint is True:
-            found = last_checkpoint(str(self.args.output_dir))
-            if found is None:
+            if (found := last_checkpoint(self.args.output_dir)) is None:
                 raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(found)
         if self.posterior is not None:
             self._dataset_size()
         if resume_from_checkpoint and self.args.save_total_limit is not None and self.args.should_save:
-            remove_torn(str(self.args.output_dir), resume_from_checkpoint)
+            remove_torn(self.args.output_dir, resume_from_checkpoint)
         self._reset_logs()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """NLL of the batch, in train mode averaged over the weight draws; `training_step` adds the KL's part."""
 
@@ -140,9 +133,8 @@ class BlobTrainerMixin(_Host):
             nll = sum((loss() for _ in range(draws - 1)), nll) / draws
         if not self._finite(nll):
             raise self._diverged_nll(lambda: loss(module=self._module))
-        if self._has_kl("joint") and self.is_deepspeed_enabled:  # its gradients can't be added to afterwards
-            assert self.posterior is not None
-            kl = self.current_kl_weight() * self.posterior.kl()
+        if self.is_deepspeed_enabled and (posterior := self._with_kl("joint")):  # which adds no gradients later
+            kl = self.current_kl_weight() * posterior.kl()
             self._nll_sum -= kl.detach() / self.current_gradient_accumulation_steps
             nll = nll + kl
         return (nll, *outputs) if return_outputs else nll
@@ -171,8 +163,8 @@ class BlobTrainerMixin(_Host):
             return loss
         self._nll_count += 1
         scaler = self.accelerator.scaler
-        if self._has_kl("joint") and not self.is_deepspeed_enabled:
-            parameters, gradients = self._kl_gradients()
+        if not self.is_deepspeed_enabled and (posterior := self._with_kl("joint")):
+            parameters, gradients = self._kl_gradients(posterior)
             scale = self.current_kl_weight() * (1.0 if scaler is None else scaler.get_scale())
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 old = parameter.grad
@@ -189,17 +181,15 @@ class BlobTrainerMixin(_Host):
 
         ``alternating`` is θ ← θ - η_KL ∇(λ_i KL); ``flow`` goes the same way in infinitely many small steps.
         """
-        style = self.args.optimizer_style
-        if style == "joint" or not self._has_kl(style) or self.accelerator.optimizer_step_was_skipped:
+        if (posterior := self._with_kl("flow", "alternating")) is None or self.accelerator.optimizer_step_was_skipped:
             return
-        assert self.posterior is not None
         rate = self.args.kl_learning_rate
         rate *= self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 1.0
-        if style == "flow":
+        if self.args.optimizer_style == "flow":
             with self._common_noise():
-                self.posterior.flow_(rate * self.current_kl_weight())
+                posterior.flow_(rate * self.current_kl_weight())
             return
-        tensors, gradients = self._kl_gradients()
+        tensors, gradients = self._kl_gradients(posterior)
         with torch.no_grad():
             torch._foreach_add_(tensors, gradients, alpha=-rate * self.current_kl_weight())
 
@@ -215,7 +205,7 @@ class BlobTrainerMixin(_Host):
                 summary = self.posterior.summary()
                 logs["kl"], logs["kl_weight"] = summary["kl"], sum(self._kl_weights) / len(self._kl_weights)
                 logs["elbo"] = -(logs["nll"] + logs["kl"] * logs["kl_weight"])
-                logs["median_std"], logs["share_at_prior"] = summary["median_std"], summary["share_at_prior"]
+                logs |= {name: summary[name] for name in ("median_std", "share_at_prior")}
             self._reset_logs()
         super().log(logs, *args, **kwargs)
 
@@ -243,21 +233,15 @@ class BlobTrainerMixin(_Host):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            log_probs = average_draws(
-                lambda: task.logits(model, inputs),
-                self.posterior,
-                getattr(self.args, "eval_num_samples", 0),
-                self.args.seed,
-            )
+            draws = getattr(self.args, "eval_num_samples", 0)
+            log_probs = average_draws(lambda: task.logits(model, inputs), self.posterior, draws, self.args.seed)
         labels = inputs.get("labels")
         loss = None if labels is None else F.nll_loss(log_probs, labels)
         return (loss, None, None) if prediction_loss_only else (loss, log_probs, labels)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or dataset is None:
-            return super()._get_train_sampler(train_dataset)
-        if self.task is not None:
+        if self.task is not None and self.args.train_sampling_strategy == "group_by_length" and dataset is not None:
             lengths = [self.task.length(example) for example in dataset]
         elif isinstance(sampler := super()._get_train_sampler(train_dataset), LengthGroupedSampler):
             lengths = sampler.lengths
@@ -296,29 +280,27 @@ class BlobTrainerMixin(_Host):
         self._nll_sum, self._nll_count = torch.zeros((), device=self.args.device), 0
         self._kl_weights: list[float] = []
 
-    def _has_kl(self, style: str) -> bool:
-        return self.posterior is not None and self.args.kl_scale > 0 and self.args.optimizer_style == style
+    def _with_kl(self, *styles: str) -> Posterior | None:
+        """The posterior where it has a KL to minimize, in one of these styles."""
+        return self.posterior if self.args.kl_scale > 0 and self.args.optimizer_style in styles else None
 
-    def _kl_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _kl_gradients(self, posterior: Posterior) -> tuple[list[Tensor], list[Tensor]]:
         """The means and Ω parameters, and the KL's gradients with respect to them."""
-        assert self.posterior is not None
-        means, std_parameters = self.posterior.parameters()
+        means, std_parameters = posterior.parameters()
         with self._common_noise():
-            gradients = self.posterior.kl_gradients()
+            gradients = posterior.kl_gradients()
         if not all_finite(gradients):
-            where = f"in the KL of {first_bad_kl(self.posterior)}: an entry of Ω is 0, or one of M or Ω is huge"
+            where = f"in the KL of {first_bad_kl(posterior)}: an entry of Ω is 0, or one of M or Ω is huge"
             raise self._diverged("the loss", where)
         return [*means, *std_parameters], gradients
 
-    @contextmanager
-    def _common_noise(self) -> Iterator[None]:
+    def _common_noise(self) -> AbstractContextManager[None]:
         """One noise for all processes, for a KL that is estimated: their posteriors must stay equal."""
-        with separate_noise(self.args.device, self.args.seed + self.state.global_step):
-            yield
+        return separate_noise(self.args.device, self.args.seed + self.state.global_step)
 
     def _diverged_nll(self, forward: Callable[[], object]) -> DivergedError:
         """The error for an NLL that is not finite: in a weight, or in what ``forward`` computes."""
-        if (name := self._first_bad_weight()) is not None:
+        if (name := first_bad_weight(self._module)) is not None:
             return self._diverged("the loss", f"first in the weight {name}")
         if (name := first_bad_activation(self._module, forward)) is not None:
             return self._diverged("the loss", f"first in the output of {name}")
@@ -335,13 +317,8 @@ class BlobTrainerMixin(_Host):
             f"high; halve it and resume from the last checkpoint in {self.args.output_dir}."
         )
 
-    def _first_bad_weight(self) -> str | None:
-        reshard(self._module)
-        return first_bad_weight(self._module)
-
     def _check_weights(self) -> None:
-        """Stop where the last step has left weights that are not finite."""
-        if (name := self._first_bad_weight()) is not None:
+        if (name := first_bad_weight(self._module)) is not None:
             raise self._diverged("a weight", f"first in {name}", self.state.global_step)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -396,7 +373,6 @@ class _LengthGroupedSampler(LengthGroupedSampler):
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader at the start of each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
