@@ -231,6 +231,12 @@ def test_a_damaged_run(config, method, damage, message):
         runs.load_run(config.output)
 
 
+@pytest.mark.parametrize("options", [{"temperature_scaling": 0.1}, {"method": "laplace-lora", "holdout": 0.1}])
+def test_a_share_that_holds_nothing_out(config, options):
+    with pytest.raises(runs.RunError, match=r"0\.1 of 4 records holds none out; give a larger share"):
+        runs.train(config.with_options(**options), progress=False)
+
+
 def test_limit_takes_so_many_of_each_label():
     records = [{"text": f"{label}{i}", "label": label} for label in "abc" for i in range(9)]
     chosen = runs.select(records, 4, seed=1)

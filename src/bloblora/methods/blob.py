@@ -3,9 +3,9 @@ r"""BLoB (Wang et al., arXiv 2406.11675): a Gaussian over A, B a point, trained 
 .. math:: \min_{B, M, \Omega}\ \mathbb E_{A \sim \mathcal N(M, \Omega^2)}[\mathrm{NLL}] + \lambda\,\mathrm{KL}(q\|p)
 
 The options are those of the posterior, `bloblora.adapter.BlobConfig`, and of the objective,
-`bloblora.training.Objective`; docs/method.md says where the defaults differ from the paper's, which are ``--preset
-paper``. Three more presets are comparisons of the paper, section 3.1: ``blob-b`` and ``blob-symmetric`` are this recipe
-with the Gaussian over B, or over both, and ``bbb`` is Bayes by Backprop (Blundell et al., arXiv 1505.05424).
+`bloblora.training.Objective`; docs/methods/blob.md says where the defaults differ from the paper's, which are
+``--preset paper``. Three more presets are comparisons of the paper, section 3.1: ``blob-b`` and ``blob-symmetric`` are
+this recipe with the Gaussian over B, or over both, and ``bbb`` is Bayes by Backprop (arXiv 1505.05424).
 """
 
 from dataclasses import dataclass, fields

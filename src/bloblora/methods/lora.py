@@ -1,4 +1,4 @@
-r"""Maximum likelihood: plain LoRA (Hu et al., arXiv 2106.09685), the method to be better than.
+r"""Maximum likelihood: plain LoRA (Hu et al., arXiv 2106.09685), the baseline of all others.
 
 .. math:: \min_{A, B}\ \frac1D \sum_k -\log p(y_k \mid x_k, W_0 + s B A)
 

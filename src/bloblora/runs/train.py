@@ -83,6 +83,9 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
         lora_of(config)
         check_start(config, task)
         kept, held_out = split(records, method.holdout, config.limit_seed)
+        if method.holdout and not len(held_out):
+            name = "temperature_scaling" if config.temperature_scaling else "holdout"
+            raise RunError(f"{name} {method.holdout} of {len(records)} records holds none out; give a larger share")
         encode = partial(tasks.encode_each, task, tokenizer=tokenizer, progress=progress)
         examples = _mapped(scratch / "examples.arrow", partial(encode, kept))
         holdout = _mapped(scratch / "holdout.arrow", partial(encode, held_out)) if len(held_out) else []
