@@ -107,11 +107,12 @@ def test_a_run_without_a_new_option_has_its_default(trained, tmp_path):
     assert runs.train(config.with_options(output=str(folder)), progress=False).training["num_examples"] == 4
 
 
-@pytest.mark.parametrize("section", ["method", "lora", "training", None])
+@pytest.mark.parametrize("section", ["method", "lora", "training", None, "options"])
 def test_an_unknown_option_says_who_wrote_it(trained, tmp_path, section):
     def later(stored):
         stored["libraries"]["bloblora"] = "9.9"
-        (stored["config"][section] if section else stored["config"])["jitter"] = 1
+        config = stored["config"]
+        {None: config, "options": stored["options"]}.get(section, config.get(section))["jitter"] = 1
 
     with pytest.raises(runs.RunError, match=r"written by bloblora 9\.9, this is .*jitter"):
         runs.open_run(rewritten(trained, tmp_path, later))

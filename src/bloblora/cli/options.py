@@ -85,10 +85,10 @@ def parsed(command: str, function: Callable[..., None], arguments: Sequence[str]
         else:
             _add(parser, name, kind, parameter.default, helps[name])
     parser.add_argument("--config", action="config", help="YAML file with options; later options override it.")
-    if any(hints[name] is RunConfig for name in sections):
+    if of_run := RunConfig in hints.values():
         parser.add_argument("--help_all", action="help", help="show also the rarer options of LoRA and the Trainer")
         _check_known(arguments, parser)
-    shown = "--print_config" in arguments and any(hints[name] is RunConfig for name in sections)
+    shown = of_run and "--print_config" in arguments
     values = parser.parse_args([a for a in arguments if not (shown and a == "--print_config")]).as_dict()
     values.pop("config", None)
     values.pop("help_all", None)

@@ -322,8 +322,7 @@ def generate(directory: str, input: str, options: GenerationOptions, output: str
 def _opened(directory: str, options: PredictionOptions) -> RunDescription:
     """A run's description, whose method allows the approximation."""
     description = open_run(directory)
-    if options.approximate is not None:
-        runs.Approximation.parse(options.approximate).check(description.method)
+    options.check(description.method)
     return description
 
 

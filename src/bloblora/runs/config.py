@@ -32,7 +32,7 @@ TRAINING: Mapping[str, Any] = {
     "logging_steps": 20,
     "report_to": [],
 }
-"""Defaults of the Trainer's options in a run; where epochs are given, they say how long it is."""
+"""Defaults of the Trainer's options in a run."""
 
 LORA: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": None}
 """Defaults of LoRA's options in a run: the BLoB paper's r and α; PEFT chooses the layers by the model's type."""
@@ -193,14 +193,11 @@ class RunConfig:
 
     def build_lora(self, **options: Any) -> LoraConfig:
         """LoRA's configuration: the method's defaults, what was given, and what the run adds."""
-        return LoraConfig(**{**LORA, **METHODS[self.method["name"]].lora_defaults, **self.lora, **options})
+        return LoraConfig(**{**_lora_defaults(self.method["name"]), **self.lora, **options})
 
     def training_options(self) -> dict[str, Any]:
         """Options of `TrainingArguments`: the defaults of a run and of its method, and what was given."""
-        defaults = {**TRAINING, **METHODS[self.method["name"]].training_defaults}
-        if "num_train_epochs" in self.training:
-            defaults["max_steps"] = -1
-        return {**defaults, **self.training}
+        return {**_training_defaults(self.method["name"], self.training), **self.training}
 
     def search_space(self) -> dict[str, tuple[float, float]]:
         """Where `bloblora tune` looks: as the method's options declare, and half a decade around its learning rate."""
@@ -275,13 +272,22 @@ def options_of(method: str, task: str = "auto") -> dict[str, dict[str, Field[Any
 
 def default_of(option: Field[Any], method: str) -> Any:
     """The default of one of `options_of`, in a run with this method."""
-    kind = METHODS[method]
-    for defaults in (kind.training_defaults, kind.lora_defaults, TRAINING, LORA):
-        if option.name in defaults and option.name not in kind.options():
-            return defaults[option.name]
+    defaults = {**_lora_defaults(method), **_training_defaults(method)}
+    if option.name in defaults and option.name not in METHODS[method].options():
+        return defaults[option.name]
     if option.default is not MISSING:
         return option.default
     return None if option.default_factory is MISSING else option.default_factory()
+
+
+def _lora_defaults(method: str) -> dict[str, Any]:
+    return {**LORA, **METHODS[method].lora_defaults}
+
+
+def _training_defaults(method: str, given: Collection[str] = ()) -> dict[str, Any]:
+    """Where epochs are given, they say how long a run is."""
+    epochs = {"max_steps": -1} if "num_train_epochs" in given else {}
+    return {**TRAINING, **METHODS[method].training_defaults, **epochs}
 
 
 def different(old: Mapping[str, Any], new: Mapping[str, Any], *, besides: tuple[str, ...] = ("output",)) -> list[str]:
@@ -353,8 +359,8 @@ def _effective(given: Mapping[str, Any], name: str) -> Any:
     if name in flat:
         return list(value) if isinstance(value := flat[name], tuple) else value
     method = flat.get("method", "blob")
-    if name == "max_steps" and "num_train_epochs" in flat:
-        return -1
+    if name in (defaults := _training_defaults(method, flat)):
+        return defaults[name]
     for options in options_of(method, flat.get("task", "auto")).values():
         if name in options:
             return default_of(options[name], method)

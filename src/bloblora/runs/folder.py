@@ -66,11 +66,10 @@ def open_run(directory: str | os.PathLike[str] | RunDescription) -> RunDescripti
     if not (folder / RUN_FILE).is_file():
         raise RunError(f"{folder}: no {RUN_FILE} in it; give a folder that `bloblora train` wrote")
     stored = read_json(folder / RUN_FILE, RunError)
-    config = _read_config(folder / RUN_FILE, stored)
+    config, method = _read_config(folder / RUN_FILE, stored)
     if not stored.get("training"):
         raise RunError(f"{folder}: its training isn't finished; run the same `bloblora train` again to continue")
     try:
-        method = config.with_options(method={"name": config.method["name"], **stored.get("options", {})}).build_method()
         task = tasks.task_from_dict(read_json(folder / TASK_FILE, RunError))
     except (KeyError, TypeError) as error:
         raise RunError(f"{folder}: can't be read: {error}") from error
@@ -98,14 +97,17 @@ def read_description(output: Path, config: RunConfig) -> dict[str, Any]:
     if not (output / RUN_FILE).is_file():
         return {}
     stored = read_json(output / RUN_FILE, RunError)
-    if found := different(_read_config(output / RUN_FILE, stored).given(), config.given()):
+    if found := different(_read_config(output / RUN_FILE, stored)[0].given(), config.given()):
         raise RunError(f"{output} holds a run of another configuration ({'; '.join(found)}); choose another output")
     return stored
 
 
-def _read_config(file: Path, stored: dict[str, Any]) -> RunConfig:
+def _read_config(file: Path, stored: dict[str, Any]) -> tuple[RunConfig, Method]:
+    """What was given, and the method with the defaults of the version that wrote the file."""
     try:
-        return RunConfig(**stored["config"])
+        config = RunConfig(**stored["config"])
+        method = {"name": config.method["name"], **stored.get("options", {})}
+        return config, config.with_options(method=method).build_method()
     except (KeyError, TypeError, AttributeError, RunError) as error:
         here, there = library_versions()["bloblora"], stored.get("libraries", {}).get("bloblora", "0.1")
         raise RunError(f"{file}: written by bloblora {there}, this is {here}: {error}") from error

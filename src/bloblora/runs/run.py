@@ -45,8 +45,17 @@ class PredictionOptions:
     def __post_init__(self) -> None:
         if problems := self.problems():
             raise RunError("\n".join(problems))
-        if self.approximate is not None:
-            Approximation.parse(self.approximate)
+        self.approximation  # noqa: B018  # raises for a name that is none
+
+    @property
+    def approximation(self) -> Approximation | None:
+        """What ``approximate`` names."""
+        return None if self.approximate is None else Approximation.parse(self.approximate)
+
+    def check(self, method: Method) -> None:
+        """Raise a RunError where a method can't predict like this: known before a model is loaded."""
+        if self.approximation:
+            self.approximation.check(method)
 
     def problems(self) -> list[str]:
         """What is out of its range, and what would be right."""

@@ -14,7 +14,7 @@ from torch import nn
 from ..decision import Decision
 from ..files import read_numbers
 from ..prediction import predict
-from ..runs import Approximation, PredictionOptions, Run, RunDescription, RunError, load_run, open_run
+from ..runs import PredictionOptions, Run, RunDescription, RunError, load_run, open_run
 from ..runs.decide import open_decision
 from ..runs.evaluate import lines_of
 
@@ -143,8 +143,7 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Run
             )
         if description.task.kind == "generation":
             raise RunError(f"{place}: the run's task is generation, which isn't served; use `bloblora generate`")
-        if settings.approximate is not None:
-            Approximation.parse(settings.approximate).check(description.method)
+        settings.check(description.method)
         open_decision(description, settings)
         opened[name] = description
     if not opened:
