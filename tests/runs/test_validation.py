@@ -172,6 +172,27 @@ def test_a_share_is_held_out_per_label(config):
     assert runs.load_run(c.output).config.validation == 0.5
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({"eval_steps": 0.5}, [3, 6]), ({"eval_steps": 4}, [4, 6]), ({"eval_strategy": "epoch", "epochs": 3}, [2, 4, 6])],
+    ids=str,
+)
+def test_how_often(options, steps, config):
+    options = {"steps": None, **options} if "epochs" in options else options
+    c = config(RIGHT, method="blob", **options)
+    runs.train(c, progress=False)
+    (one,) = validated(c.output)["trainings"]
+    assert [row["step"] for row in one["curve"]] == steps
+
+
+def test_a_share_on_the_command_line(config):
+    c = config(None, eval_steps=None)
+    places = ["--data", c.data, "--model", c.model, "--output", c.output]
+    main(["train", *places, "--validation", "0.5", "--steps", "2", "--batch-size", "2", "--method", "lora", "--r", "2"])
+    assert validated(c.output)["num_examples"] == 2
+    assert runs.open_run(c.output).config.validation == 0.5
+
+
 def test_the_default_is_some_fifteen_evaluations(config):
     options = config(eval_steps=None)
     assert options.validation_options(500)["eval_steps"] == options.validation_options(500)["save_steps"] == 34
@@ -241,6 +262,9 @@ def test_the_command_line_says_which_checkpoint(config, capsys):
         ("", {}, "validation must be a name that isn't empty"),
         (0.1, {"patience": 0}, "patience must be at least 1, got 0"),
         (0.1, {"save_steps": 2}, "save_steps: with validation a checkpoint is written at each evaluation"),
+        (0.1, {"eval_delay": 2}, "eval_delay isn't offered with validation"),
+        (0.1, {"metric_for_best_model": "f1"}, "metric_for_best_model isn't offered with validation"),
+        (0.1, {"method": "tfb", "start_from": "a"}, "validation: nothing is trained with start_from and method 'tfb'"),
         (0.1, {"eval_strategy": "no"}, "eval_strategy must be 'steps' or 'epoch' with validation"),
         (None, {"eval_steps": 2}, "eval_steps is for validation records, and there are none: give validation"),
         (None, {"eval_steps": None, "eval_strategy": "steps"}, "eval_strategy is for validation records"),
@@ -276,7 +300,7 @@ def test_wrong_records_are_known_before_the_model_is_loaded(validation, error, m
 
 def test_records_that_do_not_fit_the_task(config):
     blank = [{**q, "question": "a _ b", "choices": ["x", "y"], "answer": 0} for q in QUESTIONS]
-    with pytest.raises(TaskError, match="validation .*record 1: "):
+    with pytest.raises(TaskError, match=r"validation .*record 1: "):
         runs.train(config(QUESTIONS, blank), progress=False)
 
 
@@ -310,5 +334,5 @@ class Break(TrainerCallback):
 
 
 def test_a_validation_loss_that_is_nan_stops_the_training(config):
-    with pytest.raises(DivergedError, match="eval_loss is not finite at step 2, first in the weight .*lora_B"):
+    with pytest.raises(DivergedError, match=r"eval_loss is not finite at step 2, first in the weight .*lora_B"):
         runs.train(config(RIGHT), progress=False, callbacks=[Break()])

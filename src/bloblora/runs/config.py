@@ -39,6 +39,7 @@ LORA: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "targe
 
 _VALIDATION = ("eval_strategy", "eval_steps", "eval_num_samples", "load_best_model_at_end", "metric_for_best_model")
 _SAVING = ("save_steps", "save_strategy", "load_best_model_at_end")  # which validation decides
+_UNFIT = ("eval_delay", "eval_on_start", "batch_eval_metrics", "metric_for_best_model", "greater_is_better")
 _EVALUATIONS = 15
 """About how often a training is evaluated where nothing else is said."""
 
@@ -308,6 +309,9 @@ class RunConfig:
         for name in _SAVING:
             if name in self.training:
                 yield f"{name}: with validation a checkpoint is written at each evaluation; give eval_steps instead"
+        for name in _UNFIT:
+            if self.training.get(name):
+                yield f"{name} isn't offered with validation, whose evaluations all count, by their NLL; leave it out"
         if method.post_hoc and self.start_from is not None:
             yield f"validation: nothing is trained with start_from and method {method.name!r}; leave it out"
 
