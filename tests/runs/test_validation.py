@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from bloblora import data, runs
 from bloblora.cli import main
+from bloblora.hub import model_card
 from bloblora.tasks import TaskError
 from bloblora.training import DivergedError
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
@@ -250,6 +251,9 @@ def test_the_command_line_says_which_checkpoint(config, capsys):
     )
     assert found, line
     assert float(found[1]) == pytest.approx(one["nll"], abs=1e-4)
+    card = str(model_card(c.output))
+    assert "](validation.png)" in card
+    assert "| validation | validation.jsonl |" in card
     assert (Path(c.output) / "validation.png").read_bytes().startswith(b"\x89PNG")
 
 

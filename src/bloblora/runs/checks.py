@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,9 @@ def check_validation(
     if unknown := sorted({str(record["label"]) for record in validation if record.get("label") not in known}):
         names = ", ".join(map(repr, unknown[:10])) + (", …" if len(unknown) > 10 else "")
         raise RunError(f"{source}: field 'label': {names} not among the training records' labels; add such records")
-    seen = {json.dumps(record, sort_keys=True) for record in training}
-    if copies := sum(json.dumps(record, sort_keys=True) in seen for record in validation):
+    counts = Counter(json.dumps(record, sort_keys=True) for record in validation)
+    seen = {text for record in training if (text := json.dumps(record, sort_keys=True)) in counts}
+    if copies := sum(counts[text] for text in seen):
         warnings.warn(
             f"{source}: {copies} of {len(validation)} records are training records too, on which a model that learns "
             "them by heart looks best: take them out of one of the two",
