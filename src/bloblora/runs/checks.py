@@ -55,8 +55,9 @@ def check_validation(
     """
     source = f"validation {config.validation!r}"
     if not len(training) or not len(validation):
-        side = "training" if len(validation) else "validation"
-        raise RunError(f"{source} of {len(training) + len(validation)} records leaves no {side} record")
+        side, other = ("training", "smaller") if len(validation) else ("validation", "larger")
+        count = len(training) + len(validation)
+        raise RunError(f"{source} of {count} records leaves no {side} record; give a {other} share")
     here, there = kind_of(validation), kind_of(training)
     if here != there:
         raise RunError(f"{source}: must have records with {KINDS[there]}, as the training data, not {KINDS[here]}")
