@@ -24,6 +24,7 @@ def folder(tmp_path_factory, one_thread):
     save_base(folder / "base")
     write_jsonl(folder / "texts.jsonl", queries() * 4)
     write_jsonl(folder / "long.jsonl", LONG)
+    write_jsonl(folder / "validation.jsonl", [{**r, "text": r["text"] + " again"} for r in queries()[::-1] * 2])
     data = ("--data", f"{folder}/texts.jsonl", "--model", f"{folder}/base")
     main(["train", *data, *settings(), "--output", f"{folder}/trained"])
     launch(CONFIG, "tests.runs.launched", str(folder), "two")
@@ -51,6 +52,21 @@ def test_one_process_writes_and_the_run_is_whole(folder, method):
     assert [step for step, _ in training[0]["curve"]] == [step for step, _ in training[1]["curve"]]
     assert training[1]["final"]["nll"] == pytest.approx(training[0]["final"]["nll"], rel=1e-4)
     assert runs.load_run(two).training["num_examples"] == 16
+
+
+def test_validation_is_that_of_one_process(folder):
+    """The eight records are gathered as four batches of two processes' pairs: no part batch, so the NLL is exact."""
+    one, two = (
+        json.loads((folder / f"validated-{suffix}" / "run.json").read_text())["training"]["validation"]
+        for suffix in ("one", "two")
+    )
+    (one,), (two,) = one["trainings"], two["trainings"]
+    assert (two["best_step"], two["stopped_early"]) == (one["best_step"], one["stopped_early"])
+    for there, here in zip(one["curve"], two["curve"], strict=True):
+        assert here == pytest.approx(there, rel=1e-4)
+    load = [load_file(folder / f"validated-{suffix}" / "adapter_model.safetensors") for suffix in ("one", "two")]
+    for key in load[0]:
+        torch.testing.assert_close(load[1][key], load[0][key], rtol=1e-4, atol=1e-5)
 
 
 def test_shared_predictions_are_those_of_one_process(folder):

@@ -73,6 +73,22 @@ def test_a_study_from_file_to_page(done):
         studies.report(folder, baseline="map")
 
 
+@pytest.mark.filterwarnings("ignore:validation:UserWarning")
+def test_methods_that_are_stopped_in_time_have_a_table_and_a_figure(content, write, tmp_path):
+    """Only those that have validation data, which stand beside the study as all data do."""
+    content |= {"seeds": [0], "samples": [0], "methods": {"lora": {}, "in time": {"method": "lora"}}}
+    content["methods"]["in time"] |= {"validation": "validation.jsonl", "eval_steps": 1}
+    study = studies.read_study(write(content))
+    assert [outcome.error for outcome in compare(study, tmp_path)] == [None, None]
+    page = studies.report(tmp_path / "results").read_text()
+    text = (tmp_path / "results" / "report.md").read_text()
+    table = text.partition("The checkpoint with the lowest validation NLL, which was kept.")[2].partition("\n\n|")[2]
+    assert re.search(r"^\| in time \| (1|2)(\.\d+)? \|", table, re.MULTILINE)
+    assert "validation NLL against step" in page
+    config = studies.read_result(tmp_path / "results", "desk--in_time--seed0").config
+    assert config["validation"] == "validation.jsonl"
+
+
 def test_models_and_budgets_are_compared_each_by_itself(content, base, write, tmp_path):
     shutil.copytree(base, tmp_path / "other")
     content |= {"models": [str(base), str(tmp_path / "other")], "seeds": [0], "samples": [0], "budgets": [1, 2]}

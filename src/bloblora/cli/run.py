@@ -71,6 +71,8 @@ def train(config: RunConfig, json: bool = False, tensorboard: str | None = None)
     print(f"trained {config.method['name']} in {run.training['seconds']:.0f} s: training NLL {final['nll']:.4f}")
     if summary:
         print(f"posterior: median Ω {summary['median_std']:.4f}, KL {summary['kl']:.0f} nats")
+    if validation := run.training.get("validation"):
+        print(_validated(validation))
     following, option = ("generate", "input") if run.task.kind == "generation" else ("evaluate", "data")
     print(f"saved to {config.output}; next: bloblora {following} {config.output} --{option} FILE")
 
@@ -317,6 +319,17 @@ def generate(directory: str, input: str, options: GenerationOptions, output: str
             run = run or runs.load_run(description)
             settings = {"batch_size": options.batch_size, **options.of_transformers()}
             _write_lines(handle, run.describe_texts(records, options.samples, options.seed, **settings))
+
+
+def _validated(validation: dict[str, Any]) -> str:
+    """Which checkpoints were kept, and what finding them cost."""
+    parts = []
+    for one in validation["trainings"]:
+        name, last = (f"{one['part']} " if one["part"] else ""), one["curve"][-1]["step"]
+        accuracy = "" if one["accuracy"] is None else f", accuracy {one['accuracy']:.3f}"
+        stopped = "stopped at" if one["stopped_early"] else "of"
+        parts.append(f"{name}best at step {one['best_step']} ({stopped} {last}), NLL {one['nll']:.4f}{accuracy}")
+    return f"validation: {'; '.join(parts)}; {validation['share_of_time']:.0%} of the time"
 
 
 def _opened(directory: str, options: PredictionOptions) -> RunDescription:

@@ -14,13 +14,15 @@ from ..models import DEFAULT_MODEL
 from ..runs import RunDescription, RunError, open_run
 from ..runs.config import LORA
 from ..runs.decide import DECISION_FILE, open_decision
+from ..runs.folder import VALIDATION_FIGURE
 
 CARD_FILE = "README.md"
 _MARK = "<!-- Made by `bloblora card`, which replaces this file; take this line out to keep your own text. -->"
 _PEFT_MARK = "# Model Card for Model ID"
 _DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of which `models` has the Q4_1 weights
 _DECIDED = ("answered", "selective_risk", "set_coverage", "set_size", "false_alarm", "detection")
-_NOT_SETTINGS = ("data", "output", "model", "trunk_cache", "start_from", "task", "method", "lora", "training")
+_PLACES = ("data", "output", "model", "validation", "trunk_cache", "start_from")
+_NOT_SETTINGS = (*_PLACES, "task", "method", "lora", "training")
 
 
 def write_card(directory: str | os.PathLike[str], repo_id: str | None = None, base_model: str | None = None) -> Path:
@@ -64,6 +66,7 @@ def model_card(
         "data": public_name(config.data),
         "records trained on": description.training.get("num_examples"),
         "SHA-256 of the records": description.records_sha256,
+        "validation": public_name(source) if isinstance(source := config.validation, str) else source,
     }
     title = (repo_id or folder.resolve().name).rpartition("/")[2]
     return ModelCard.from_template(
@@ -81,6 +84,7 @@ def model_card(
         settings=_table(_settings(description)),
         metrics=_metrics(measured),
         pictures=_named(folder, "reliability", ".png"),
+        validation_figure=VALIDATION_FIGURE if (folder / VALIDATION_FIGURE).is_file() else None,
         decision=_decision(description),
         measured_on=[name for name in measured if name],
     )

@@ -18,8 +18,9 @@ from ..runs import RunDescription, RunError, load_run, open_run
 from ..runs.folder import RUN_FILE, is_remote, reason
 from .card import CARD_FILE, is_generated, model_card, public_base, public_name
 
-_PATTERNS = ("run.json", "task.json", "decision.json", "metrics.json", "metrics-*.json", "reliability*.png")
-_PLACES = ("data", "output", "trunk_cache")
+_PICTURES = ("reliability*.png", "validation.png")
+_PATTERNS = ("run.json", "task.json", "decision.json", "metrics.json", "metrics-*.json", *_PICTURES)
+_PLACES = ("data", "validation", "output", "trunk_cache")
 
 
 def push(
@@ -95,7 +96,7 @@ def _make_public(staging: Path, repo_id: str, base_model: str | None) -> None:
     card = str(model_card(staging, repo_id, base_model))
     run = read_json(staging / RUN_FILE, RunError)
     config = run["config"]
-    config |= {name: public_name(config[name]) for name in _PLACES if config.get(name)}
+    config |= {name: public_name(config[name]) for name in _PLACES if isinstance(config.get(name), str)}
     hub_id = base_model or public_base(config.get("model", DEFAULT_MODEL))
     if base_model is not None:
         config["model"] = base_model

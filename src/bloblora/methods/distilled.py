@@ -45,7 +45,7 @@ class Distilled(Blob):
             raise ValueError(f"distill_steps must be at least 1, got {self.distill_steps}")
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
-        """Train the teacher, then the student in its place."""
+        """Train the teacher, which validation can stop in time, then the student in its place."""
         assert isinstance(model, PeftModel)
         output, seed = training.arguments["output_dir"], training.arguments["seed"]
         teacher = replace(training, arguments=training.arguments | {"output_dir": str(Path(output, "teacher"))})
@@ -55,7 +55,8 @@ class Distilled(Blob):
         examples = [e | {"probabilities": row} for e, row in zip(training.examples, targets, strict=True)]
         assert isinstance(sampler, WeightDraws)
         with sampler.weights.mean():
-            student = replace(training, task=_SoftTargets(training.task), examples=examples)  # type: ignore[arg-type]
+            soft: Any = _SoftTargets(training.task)
+            student = replace(training, task=soft, examples=examples, validation=())
             student.run(model, part="student", max_steps=self.distill_steps, kl_scale=0.0)
         debayesianize(model)
         training.logs = teacher.logs

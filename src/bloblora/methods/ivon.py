@@ -97,6 +97,10 @@ class _Trainer(BlobTrainer):
                 stack.enter_context(ivon.sampled_params(train=True))
             return super().training_step(model, inputs, *args, **kwargs)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_optimizer_and_scheduler(self.state.best_model_checkpoint)  # h is its state
+
     def stds(self) -> dict[torch.Tensor, torch.Tensor]:
         """1/√(λ(h + δ)) of each parameter."""
         (group,) = self._ivon().param_groups

@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .. import adapter
@@ -184,6 +184,9 @@ class Training:
     Attributes:
         arguments: of `BlobTrainingArguments`; ``output_dir`` is where checkpoints go.
         holdout: examples that are kept from training (`Method.holdout`).
+        validation: examples on which a training is evaluated as ``arguments`` say; its best checkpoint is kept.
+        patience: evaluations without improvement after which a training stops; None: it runs to its end.
+        validated: what each training with ``validation`` found, see `Validated`.
         logs: those of the last training that hold its losses.
         trained: the model comes trained; `train_lora` leaves it as it is.
     """
@@ -192,6 +195,9 @@ class Training:
     examples: Sequence[Example]
     arguments: dict[str, Any]
     holdout: Sequence[Example] = ()
+    validation: Sequence[Example] = ()
+    patience: int | None = None
+    validated: list[Validated] = field(default_factory=list)
     callbacks: Sequence[TrainerCallback] = ()
     logs: list[dict[str, Any]] = field(default_factory=list)
     trained: bool = False
@@ -201,7 +207,7 @@ class Training:
         if not self.trained:
             self.run(model)
             return
-        nll = self._loop(model, BlobTrainer, self.arguments).evaluate(self.examples)["eval_loss"]  # type: ignore[arg-type]
+        nll = self._loop(model, BlobTrainer, self.arguments).evaluate(self.examples)["eval_loss"]
         self.logs = [{"step": 0, "nll": nll}]
 
     def run(
@@ -215,20 +221,84 @@ class Training:
         arguments = self.arguments | changes
         arguments["output_dir"] = str(Path(arguments["output_dir"], part))
         loop = self._loop(model, trainer, arguments)
-        for callback in self.callbacks:
+        for callback in (*self.callbacks, *([_LogAtEvaluations()] if self.validation else [])):
             loop.add_callback(callback)
+        if self.validation and self.patience is not None:
+            loop.add_callback(EarlyStoppingCallback(self.patience))
         checkpoint = last_checkpoint(arguments["output_dir"])
         loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.logs = [log for log in loop.state.log_history if "nll" in log]
+        if self.validation:
+            self.validated.append(Validated.of(part, loop))
         return loop
 
     def _loop(self, model: nn.Module, trainer: type[BlobTrainer], arguments: dict[str, Any]) -> BlobTrainer:
-        args, task = BlobTrainingArguments(**arguments), self.task
-        loop = trainer(model, args, task=task, train_dataset=self.examples, data_collator=task.collate)
+        task: Any = self.task
+        if not self.validation:
+            arguments = arguments | {"eval_strategy": "no", "load_best_model_at_end": False}
+        classes = getattr(task, "task", task).kind != "generation" if self.validation else False
+        loop = trainer(
+            model,
+            BlobTrainingArguments(**arguments),
+            task=task,
+            train_dataset=self.examples,
+            eval_dataset=self.validation or None,
+            data_collator=task.collate,
+            compute_metrics=_accuracy if classes else None,
+        )
         # The Trainer's own print each log on standard output, which belongs to results.
         loop.remove_callback(PrinterCallback)
         loop.remove_callback(ProgressCallback)
         return loop
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What the evaluations of one training found.
+
+    Attributes:
+        part: of the method's trainings, "" where there is one.
+        best_step: of the checkpoint that was kept.
+        nll: its NLL, nats an example.
+        accuracy: its accuracy; None for written text.
+        stopped_early: whether patience ended the training.
+        seconds: of all evaluations.
+        curve: ``step``, ``nll`` and ``accuracy`` of each evaluation.
+    """
+
+    part: str
+    best_step: int
+    nll: float
+    accuracy: float | None
+    stopped_early: bool
+    seconds: float
+    curve: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, part: str, loop: BlobTrainer) -> Validated:
+        """Of a training that is done."""
+        logs = [log for log in loop.state.log_history if "eval_loss" in log]
+        names = {"step": "step", "nll": "eval_loss", "accuracy": "eval_accuracy"}
+        curve: list[dict[str, Any]] = [{n: log[key] for n, key in names.items() if key in log} for log in logs]
+        best = next(row for row in curve if row["step"] == loop.state.best_global_step)
+        stopped_early = loop.state.global_step < loop.state.max_steps
+        seconds = sum(log["eval_runtime"] for log in logs)
+        return cls(part, best["step"], best["nll"], best.get("accuracy"), stopped_early, seconds, curve)
+
+
+class _LogAtEvaluations(TrainerCallback):
+    """Logs the training's losses at each evaluation: a training that stops early has some, beside the evaluation's."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log |= control.should_evaluate
+
+    on_epoch_end = on_step_end
+
+
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of the examples whose most probable column is right."""
+    log_probs: Any = prediction.predictions
+    return {"accuracy": float((log_probs.argmax(-1) == prediction.label_ids).mean())}
 
 
 def write_state(folder: Path, name: str, values: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:

@@ -70,10 +70,10 @@ class CachedTrunk:
 
 
 class IndexedExamples(Sequence[Any]):
-    """Examples that know their place in the cache."""
+    """Examples that know their place in the cache, where the first of them is at ``start``."""
 
-    def __init__(self, examples: Sequence[Any]) -> None:
-        self._examples = examples
+    def __init__(self, examples: Sequence[Any], start: int = 0) -> None:
+        self._examples, self._start = examples, start
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -82,7 +82,7 @@ class IndexedExamples(Sequence[Any]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        return {**self._examples[index], _ROW: index}
+        return {**self._examples[index], _ROW: self._start + index}
 
 
 def cache_trunk(

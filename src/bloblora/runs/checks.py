@@ -1,5 +1,8 @@
 """Whether data and options fit a run, as far as that is known before a model is loaded; and the LoRA it starts from."""
 
+import json
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ from ..files import read_json
 from ..methods import METHODS, Method
 from .config import RunConfig, RunError
 from .folder import RUN_FILE, TASK_FILE
+
+_FEW = 50  # a standard error of the accuracy of 0.07
 
 
 def check_task(config: RunConfig, records: Sequence[dict[str, Any]]) -> None:
@@ -39,6 +44,41 @@ def check_targets(config: RunConfig, task: tasks.Task) -> None:
     if unknown:
         last = sorted({layer.rpartition(".")[2] for layer in layers if not layer.rpartition(".")[2].isdigit()} - {""})
         raise RunError(f"target_modules: the model has no layer {', '.join(unknown)}; its layers: {', '.join(last)}")
+
+
+def check_validation(
+    config: RunConfig, training: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]
+) -> None:
+    """Raise a RunError where validation records can't be used beside the training records; needs no tokenizer.
+
+    Warns where some are training records too, and where they are too few.
+    """
+    source = f"validation {config.validation!r}"
+    if not len(training) or not len(validation):
+        side, other = ("training", "smaller") if len(validation) else ("validation", "larger")
+        count = len(training) + len(validation)
+        raise RunError(f"{source} of {count} records leaves no {side} record; give a {other} share")
+    here, there = kind_of(validation), kind_of(training)
+    if here != there:
+        raise RunError(f"{source}: must have records with {KINDS[there]}, as the training data, not {KINDS[here]}")
+    known = {record.get("label") for record in training}.union(config.task.get("labels") or ())
+    if unknown := sorted({str(record["label"]) for record in validation if record.get("label") not in known}):
+        names = ", ".join(map(repr, unknown[:10])) + (", …" if len(unknown) > 10 else "")
+        raise RunError(f"{source}: field 'label': {names} not among the training records' labels; add such records")
+    counts = Counter(json.dumps(record, sort_keys=True) for record in validation)
+    seen = {text for record in training if (text := json.dumps(record, sort_keys=True)) in counts}
+    if copies := sum(counts[text] for text in seen):
+        warnings.warn(
+            f"{source}: {copies} of {len(validation)} records are training records too, on which a model that learns "
+            "them by heart looks best: take them out of one of the two",
+            stacklevel=2,
+        )
+    if len(validation) < _FEW:
+        warnings.warn(
+            f"{source}: {len(validation)} records are too few to tell checkpoints apart (standard error of the "
+            f"accuracy: up to {0.5 / len(validation) ** 0.5:.2f}); at least {_FEW} are better",
+            stacklevel=2,
+        )
 
 
 def check_kind(task: tasks.Task, records: Sequence[dict[str, Any]]) -> None:

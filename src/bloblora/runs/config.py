@@ -37,6 +37,12 @@ TRAINING: Mapping[str, Any] = {
 LORA: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": None}
 """Defaults of LoRA's options in a run: the BLoB paper's r and α; PEFT chooses the layers by the model's type."""
 
+_VALIDATION = ("eval_strategy", "eval_steps", "eval_num_samples", "load_best_model_at_end", "metric_for_best_model")
+_SAVING = ("save_steps", "save_strategy", "load_best_model_at_end")  # which validation decides
+_UNFIT = ("eval_delay", "eval_on_start", "batch_eval_metrics", "metric_for_best_model", "greater_is_better")
+_EVALUATIONS = 15
+"""About how often a training is evaluated where nothing else is said."""
+
 _OWNED = {"output_dir", "seed", "use_cpu", "disable_tqdm", "dataset_size", "resume_from_checkpoint", *OBJECTIVE}
 _PEFT = {option.name for option in fields(PeftConfig)}  # what every kind of adapter has, set by PEFT or the run
 _SECTIONS = ("task", "lora", "method", "training")
@@ -96,11 +102,26 @@ class RunConfig:
             "then computed once and not at every step. Needs `top_blocks`; several runs can share it."
         },
     )
+    validation: float | str | None = field(
+        default=None,
+        metadata={
+            "help": "Records on which the training is evaluated every `eval_steps` (default: about 15 times) and whose "
+            "NLL chooses the checkpoint that is kept: a file, a name such as `support_desk:validation`, or a share "
+            "such as 0.1 of the training records, which is held out, per label, by `limit_seed`."
+        },
+    )
+    patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluations without a lower validation NLL after which the training stops; default: it runs to "
+            "its end, and the best checkpoint is kept."
+        },
+    )
     temperature_scaling: float = field(
         default=0.0,
         metadata={
             "help": "Share of the training records that is held out to fit a temperature (arXiv 1706.04599), on top of "
-            "any method; 0 for none."
+            "any method; 0 for none. With `validation` its records are used instead, and none are held out."
         },
     )
     keep_checkpoints: bool = field(
@@ -199,6 +220,24 @@ class RunConfig:
         """Options of `TrainingArguments`: the defaults of a run and of its method, and what was given."""
         return {**_training_defaults(self.method["name"], self.training), **self.training}
 
+    def validation_options(self, num_steps: int) -> dict[str, Any]:
+        """Of them those of a training of so many steps that is evaluated; none without ``validation``.
+
+        A checkpoint is written at each evaluation, so that the best one can be kept.
+        """
+        if self.validation is None:
+            return {}
+        strategy = self.training.get("eval_strategy", "steps")
+        every = self.training.get("eval_steps", max(1, math.ceil(num_steps / _EVALUATIONS)))
+        return {
+            "eval_strategy": strategy,
+            "save_strategy": strategy,
+            "eval_steps": every,
+            "save_steps": every,
+            "load_best_model_at_end": True,
+            "restore_callback_states_from_checkpoint": True,  # how long patience has lasted
+        }
+
     def search_space(self) -> dict[str, tuple[float, float]]:
         """Where `bloblora tune` looks: as the method's options declare, and half a decade around its learning rate."""
         rate = self.value("learning_rate")
@@ -231,6 +270,10 @@ class RunConfig:
         for name in ("data", "output", "model"):
             if not isinstance(value := getattr(self, name), str) or not value:
                 yield f"{name} must be a name that isn't empty, got {value!r}"
+        if isinstance(share := self.validation, (int, float)) and (isinstance(share, bool) or not 0 < share < 1):
+            yield f"validation must be a file, NAME:split, or a share in (0, 1), got {share!r}"
+        if share == "":
+            yield "validation must be a name that isn't empty, got ''"
         if self.lora.get("target_modules") == []:
             yield "target_modules must name at least one layer, or be left out"
         if self.dtype not in (known := get_args(get_type_hints(RunConfig)["dtype"])):
@@ -246,12 +289,31 @@ class RunConfig:
             return
         if self.temperature_scaling and method.inner.holdout:  # type: ignore[attr-defined]
             yield "temperature_scaling and holdout both hold records out; leave one of them out"
-        if self.trunk_cache is not None and (self.top_blocks is None or method.holdout):
+        if self.trunk_cache is not None and (self.top_blocks is None or (method.holdout and self.validation is None)):
             yield "trunk_cache needs top_blocks, and a method that trains on all records"
+        yield from self._wrong_validation(method)
         if self.start_from is not None and not method.starts_from_lora:
             yield f"start_from isn't for method {method.name!r}"
         if self.top_blocks is not None and "layers_to_transform" in self.lora:
             yield "top_blocks and layers_to_transform both say which blocks are adapted; leave one of them out"
+
+    def _wrong_validation(self, method: Method) -> Iterator[str]:
+        if self.validation is None:
+            given = [name for name in _VALIDATION if self.training.get(name, "no") not in ("no", False)]
+            given += ["save_strategy"] if self.training.get("save_strategy") == "best" else []
+            for name in [*(["patience"] if self.patience is not None else []), *given]:
+                yield f"{name} is for validation records, and there are none: give validation, or leave it out"
+            return
+        if self.training.get("eval_strategy", "steps") == "no":
+            yield "eval_strategy must be 'steps' or 'epoch' with validation, got 'no'"
+        for name in _SAVING:
+            if name in self.training:
+                yield f"{name}: with validation a checkpoint is written at each evaluation; give eval_steps instead"
+        for name in _UNFIT:
+            if self.training.get(name):
+                yield f"{name} isn't offered with validation, whose evaluations all count, by their NLL; leave it out"
+        if method.post_hoc and self.start_from is not None:
+            yield f"validation: nothing is trained with start_from and method {method.name!r}; leave it out"
 
 
 def options_of(method: str, task: str = "auto") -> dict[str, dict[str, Field[Any]]]:
@@ -380,8 +442,8 @@ def _ranges() -> dict[str, tuple[Callable[[Any], bool], str]]:
     not_negative = number(lambda v: v >= 0), "a finite number of at least 0"
     seed = number(lambda v: 0 <= v < 2**32, int), "in 0..2^32 - 1"
     return {
-        **dict.fromkeys(("max_steps", "per_device_train_batch_size", "r", "limit", "top_blocks"), count),
-        **dict.fromkeys(("lora_alpha", "learning_rate", "num_train_epochs", "save_steps"), positive),
+        **dict.fromkeys(("max_steps", "per_device_train_batch_size", "r", "limit", "top_blocks", "patience"), count),
+        **dict.fromkeys(("lora_alpha", "learning_rate", "num_train_epochs", "save_steps", "eval_steps"), positive),
         **dict.fromkeys(("max_grad_norm", "warmup_steps", "weight_decay"), not_negative),
         **dict.fromkeys(("lora_dropout", "temperature_scaling"), share),
         **dict.fromkeys(("seed", "limit_seed"), seed),

@@ -20,9 +20,10 @@ from ..methods import Method
 from .config import RunConfig, RunError, different
 
 TASK_FILE, RUN_FILE, CONFIG_FILE, CHECKPOINTS = "task.json", "run.json", "config.yaml", "checkpoints"
+VALIDATION_FIGURE = "validation.png"
 HUB = "hub:"
 _FIELDS = ("text", "label", "question", "choices", "answer", "prompt", "response", "messages")
-_HUB_FILES = ["*.json", "*.safetensors", "reliability*.png"]  # nothing that could be run
+_HUB_FILES = ["*.json", "*.safetensors", "*.png"]  # nothing that could be run
 
 
 @dataclass(frozen=True)

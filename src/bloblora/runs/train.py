@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ import torch
 import yaml
 from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig
+from torch.utils.data import ConcatDataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -24,16 +25,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .. import data as datasets_
 from .. import methods, models, tasks
 from ..adapter.sharding import gather_
+from ..evaluation import lines_figure, save_figure
 from ..files import file_sha256, read_json, write_json, write_text
-from ..prediction.trunk_cache import cache_trunk
+from ..prediction.trunk_cache import IndexedExamples, cache_trunk
 from ..training import BlobTrainingArguments, last_checkpoint
-from .checks import check_sharded, check_start, check_targets, check_task, load_start, lora_of
+from .checks import check_sharded, check_start, check_targets, check_task, check_validation, load_start, lora_of
 from .config import RunConfig, RunError
 from .folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     RUN_FILE,
     TASK_FILE,
+    VALIDATION_FIGURE,
     check_writable,
     described,
     read_description,
@@ -71,7 +74,10 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
         records = select(everything, config.limit, config.limit_seed)
         check_task(config, records)
         description: dict[str, Any] = {**described(config), "records_sha256": records_sha256(records)}
-        _check_same_records(output, stored, description["records_sha256"])
+        kept, validation = _validation(config, records, scratch)
+        if len(validation):
+            description["validation_sha256"] = records_sha256(validation)
+        _check_same_records(output, stored, description)
         if stored.get("training"):
             processes().wait_for_everyone()  # until nobody needs the folder
             return load_run(output)
@@ -82,14 +88,20 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
         check_targets(config, task)
         lora_of(config)
         check_start(config, task)
-        kept, held_out = split(records, method.holdout, config.limit_seed)
-        if method.holdout and not len(held_out):
+        kept, held_out = split(kept, 0 if len(validation) else method.holdout, config.limit_seed)
+        if method.holdout and not len(held_out) and not len(validation):
             name = "temperature_scaling" if config.temperature_scaling else "holdout"
             raise RunError(f"{name} {method.holdout} of {len(records)} records holds none out; give a larger share")
         encode = partial(tasks.encode_each, task, tokenizer=tokenizer, progress=progress)
         examples = _mapped(scratch / "examples.arrow", partial(encode, kept))
         holdout = _mapped(scratch / "holdout.arrow", partial(encode, held_out)) if len(held_out) else []
-        training = methods.Training(task, examples, _arguments(config, len(examples), progress), holdout)
+        arguments = _arguments(config, len(examples), progress)
+        training = methods.Training(task, examples, arguments, holdout, patience=config.patience)
+        if len(validation):
+            with _named(f"validation {config.validation!r}"):
+                encoded = _mapped(scratch / "validation.arrow", partial(encode, validation))
+            training.validation = _longest_first(task, encoded)
+            training.holdout = training.validation if method.holdout else holdout
         if main:
             write_json(output / RUN_FILE, description)
             write_text(output / CONFIG_FILE, yaml.safe_dump(config.given(), sort_keys=False, allow_unicode=True))
@@ -160,14 +172,23 @@ def _fit(
         bar.close()  # before what is said of an interrupt or an error
     model.eval()
     gather_(model)
-    result = {
-        "seconds": clock.seconds(),
+    seconds = clock.seconds()
+    result: dict[str, Any] = {
+        "seconds": seconds,
         "resumed_from": clock.resumed_from,
         "num_examples": len(training.examples),
         "peak_memory_bytes": peak_memory(),
         "final": training.logs[-1],
         "curve": [[log["step"], log["nll"]] for log in training.logs],
     }
+    if training.validated:
+        evaluating = sum(validated.seconds for validated in training.validated)
+        result["validation"] = {
+            "num_examples": len(training.validation),
+            "seconds": evaluating,
+            "share_of_time": min(1.0, evaluating / seconds),
+            "trainings": [asdict(validated) for validated in training.validated],
+        }
     return Run(model, tokenizer, task, sampler, config, method, result)
 
 
@@ -177,9 +198,50 @@ def _save(run: Run, method: methods.Method, output: Path, description: dict[str,
     write_json(output / TASK_FILE, run.task.to_dict())
     # The adapter's own hashes are the posterior's; this one is there for a plain LoRA too.
     description["adapter_sha256"] = run.adapter_sha256 = file_sha256(method.weights_file(output))
+    if "validation" in run.training:
+        save_figure(lines_figure(_curves(run.training), "step", "NLL"), output / VALIDATION_FIGURE)
     write_json(output / RUN_FILE, description | {"training": run.training})
     if not run.config.keep_checkpoints:
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+
+
+def _curves(training: dict[str, Any]) -> dict[str, dict[float, float]]:
+    """NLL by step: of the training, under its noise, and of validation, of each training of a method with several."""
+    curves = {"training": dict(training["curve"])}
+    for one in training["validation"]["trainings"]:
+        name = f"validation {one['part']}, best at step {one['best_step']}".replace(" ,", ",")
+        curves[name] = {row["step"]: row["nll"] for row in one["curve"]}
+    return curves
+
+
+def _validation(config: RunConfig, records: Any, scratch: Path) -> tuple[Any, Any]:
+    """Records to train on, and those of validation: a share of them, or of another source."""
+    if config.validation is None:
+        return records, []
+    if isinstance(config.validation, str):
+        with _named(f"validation {config.validation!r}"):
+            kept, validation = records, _mapped(scratch / "validation_records.arrow", partial(_read, config.validation))
+    else:
+        kept, validation = split(records, config.validation, config.limit_seed)
+    check_validation(config, kept, validation)
+    return kept, validation
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Say of which records an error is."""
+    try:
+        yield
+    except datasets_.DataError as error:
+        raise datasets_.DataError([f"{source}: {problem}" for problem in error.problems]) from error
+    except tasks.TaskError as error:
+        raise tasks.TaskError(*(f"{source}: {problem}" for problem in error.problems)) from error
+
+
+def _longest_first(task: tasks.Task, examples: datasets_.MappedRows) -> datasets_.MappedRows:
+    """Examples in the order of their length, so that their batches hold little padding."""
+    lengths = [task.length(example) for example in examples]
+    return examples.select(sorted(range(len(lengths)), key=lambda i: -lengths[i]))
 
 
 @contextmanager
@@ -229,13 +291,23 @@ def _check_sharded(config: RunConfig) -> None:
     check_sharded(config.build_method())
     if config.trunk_cache is not None:
         raise RunError(f"trunk_cache {config.trunk_cache!r} isn't offered under FSDP; leave it out, or use DDP")
+    if config.validation is not None:
+        raise RunError(f"validation {config.validation!r} isn't offered under FSDP; leave it out, or use DDP")
 
 
 def _above_trunk(model: Any, training: methods.Training, folder: Path, progress: bool) -> methods.Training:
     """The same training, of which the blocks below the adapted ones are computed once."""
     with processes().main_process_first():
-        task, examples = cache_trunk(model, training.task, training.examples, folder, progress=progress)
-    return replace(training, task=task, examples=examples)  # type: ignore[arg-type]  # it is as a task to the trainer
+        every: Any = ConcatDataset([training.examples, training.validation])  # type: ignore[list-item]
+        task, _ = cache_trunk(model, training.task, every, folder, progress=progress)
+    validation = IndexedExamples(training.validation, len(training.examples))
+    return replace(
+        training,
+        task=task,  # type: ignore[arg-type]  # it is as a task to the trainer
+        examples=IndexedExamples(training.examples),
+        validation=validation,
+        holdout=validation if training.holdout else (),
+    )
 
 
 def _lora(config: RunConfig, task: tasks.Task, base: Any) -> LoraConfig:
@@ -256,6 +328,7 @@ def _arguments(config: RunConfig, num_examples: int, progress: bool) -> dict[str
     if steps < 0:
         batch = options["per_device_train_batch_size"] * processes().num_processes
         steps = math.ceil(num_examples / batch) * options["num_train_epochs"]
+    options |= config.validation_options(steps)
     options["logging_steps"] = max(1, min(options["logging_steps"], steps))
     options |= {
         "output_dir": str(Path(config.output) / CHECKPOINTS),
@@ -308,9 +381,10 @@ class _Clock(TrainerCallback):
         write_json(folder / self.FILE, {"seconds": self.seconds()})
 
 
-def _check_same_records(output: Path, stored: dict[str, Any], sha256: str) -> None:
-    if stored.get("records_sha256", sha256) != sha256:
-        raise RunError(
-            f"{output} holds a run whose training records were others: the data changed since; choose another output, "
-            "or restore the data"
-        )
+def _check_same_records(output: Path, stored: dict[str, Any], description: dict[str, Any]) -> None:
+    for key, which in (("records_sha256", "training"), ("validation_sha256", "validation")):
+        if key in stored and stored[key] != description.get(key):
+            raise RunError(
+                f"{output} holds a run whose {which} records were others: the data changed since; choose another "
+                "output, or restore the data"
+            )

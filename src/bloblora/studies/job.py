@@ -45,7 +45,7 @@ class Result:
         config: the training's options, as given; data files without their folders.
         options: the method's options, with their defaults.
         training: ``seconds``, ``peak_memory_bytes``, ``num_examples``, ``final`` (the last log), ``curve`` (step and
-            training NLL, mean since the log before).
+            training NLL, mean since the log before), ``validation`` (of the best checkpoint, and a curve).
         machine: see `machine`.
         sets: ``data`` and ``limit`` of each set.
         metrics: by set, then N: see `bloblora.evaluation.summary`; of each set but ``test`` also how well uncertainty
@@ -212,6 +212,8 @@ def check_data(job: Job) -> None:
     """
     if kind_of(read_records(job.config.data)) == "generation":
         raise runs.RunError(f"{job.config.data}: a study compares labels and choices, and these are prompts to answer")
+    if isinstance(job.config.validation, str):
+        read_records(job.config.validation)
     for chosen in job.sets.values():
         read_records(chosen.data, require_labels=chosen.labelled)
 
@@ -275,7 +277,9 @@ def _records(chosen: EvalSet, config: runs.RunConfig) -> list[dict[str, Any]]:
 def _described(job: Job) -> dict[str, Any]:
     """The configuration without what a machine decides: where data lie and output goes."""
     given = {name: value for name, value in job.config.given().items() if name != "output"}
-    return given | {"data": Path(job.config.data).name}
+    validation = given.get("validation")
+    named = {"validation": Path(validation).name} if isinstance(validation, str) else {}
+    return given | {"data": Path(job.config.data).name} | named
 
 
 def _set(chosen: EvalSet) -> dict[str, Any]:

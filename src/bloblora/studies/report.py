@@ -129,6 +129,7 @@ def _sections(dataset: str, results: Sequence[Result], baseline: str) -> Iterato
     yield _table("More of calibration and selective prediction.", test, evaluation.metric_names("more", outside=False))
     yield from _differences(rows, baseline, "test")
     yield from _learning(dataset, most_draws)
+    yield from _validation(dataset, most_draws)
     yield from _pictures(dataset, rows, most_draws)
     for key in labelled:
         shifted = {row.label: row.values(key) for row in rows}
@@ -197,6 +198,27 @@ def _learning(dataset: str, most_draws: Mapping[str, Row]) -> Iterator[str | Pic
     yield _table(text, rows, [f"step {step:g}" for step in dict.fromkeys(shown)])
     figure = evaluation.lines_figure(curves, "step", "training NLL")
     yield Picture.of(dataset, "training NLL against step, under the noise of training", figure, "learning", True)
+
+
+def _validation(dataset: str, most_draws: Mapping[str, Row]) -> Iterator[str | Picture]:
+    """Which checkpoint each method kept, and its validation NLL while it was trained."""
+    curves: dict[str, dict[float, list[float]]] = {}
+    rows: dict[str, dict[str, list[float]]] = {}
+    for method, row in most_draws.items():
+        found = [result.training["validation"] for result in row.results if "validation" in result.training]
+        for one in (training for validation in found for training in validation["trainings"]):
+            for key, name in (("best_step", "best step"), ("nll", "validation NLL"), ("accuracy", "accuracy")):
+                if one[key] is not None:
+                    rows.setdefault(method, {}).setdefault(name, []).append(one[key])
+            for point in one["curve"]:
+                curves.setdefault(method, {}).setdefault(point["step"], []).append(point["nll"])
+        if found:
+            rows[method]["share of the time"] = [validation["share_of_time"] for validation in found]
+    if rows:
+        columns = ["best step", "validation NLL", "accuracy", "share of the time"]
+        yield _table("The checkpoint with the lowest validation NLL, which was kept.", rows, columns)
+        figure = evaluation.lines_figure(curves, "step", "validation NLL")
+        yield Picture.of(dataset, "validation NLL against step", figure, "validation", True)
 
 
 def _pictures(dataset: str, rows: Sequence[Row], most_draws: Mapping[str, Row]) -> Iterator[Picture]:

@@ -151,6 +151,8 @@ class Study:
         name = "--".join(file_name(part) for part in (*place, label, f"seed{seed}"))
         options |= {"model": model, "seed": seed, "output": str(runs / name)}
         options["data"] = _locate(own := options["data"], data)
+        if isinstance(validation := options.get("validation"), str):
+            options["validation"] = _locate(validation, data)
         try:
             config = RunConfig.of(**options)
         except (TypeError, ValueError) as error:

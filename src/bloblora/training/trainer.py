@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import Sampler
-from transformers import Trainer
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import EarlyStoppingCallback, Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -65,10 +67,11 @@ class BlobTrainerMixin(_Host):
 
     Raises:
         TypeError: ``args`` lacks fields of `Objective`; or, when a class is made, the mixin stands after a Trainer.
-        ValueError: a field is out of its range; ``eval_num_samples`` without a task: draws are averaged over a task's
-            probabilities; or version 1 of FSDP. By ``train``: a Bayesian adapter and neither a length of the data nor
+        ValueError: a field is out of its range; ``eval_num_samples`` without a task, and the model doesn't classify
+            sequences; or version 1 of FSDP. By ``train``: a Bayesian adapter and neither a length of the data nor
             ``dataset_size``.
-        DivergedError: by ``train``, when a loss, gradient or weight is not finite. Checkpoints stay as they are.
+        DivergedError: by ``train``, when a loss, a validation metric, a gradient or a weight is not finite. Checkpoints
+            stay as they are.
     """
 
     args: Any
@@ -87,8 +90,11 @@ class BlobTrainerMixin(_Host):
                 "Objective from bloblora.training"
             )
         Objective.check(args)
-        if task is None and (draws := getattr(args, "eval_num_samples", 0)) > 0:
-            raise ValueError(f"eval_num_samples is {draws}; without a task it must be 0 (the mean)")
+        if task is None and (draws := getattr(args, "eval_num_samples", 0)) > 0 and not _classifies(model):
+            raise ValueError(
+                f"eval_num_samples is {draws}; without a task it must be 0 (the mean), but for a model that classifies "
+                "sequences: draws are averaged over the probabilities of classes"
+            )
         # Otherwise the data's order hangs on whichever seed torch was given last, and that differs between processes.
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         super().__init__(model=model, args=args, **kwargs)
@@ -222,20 +228,36 @@ class BlobTrainerMixin(_Host):
         """Weight decay leaves Ω alone: its prior is the KL's."""
         return [name for name in super().get_decay_parameter_names(model) if STD_PARAMETER not in name]
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in the Trainer; the noise of a training is the same with evaluations and without."""
+        with separate_noise(self.args.device):
+            metrics = super().evaluate(*args, **kwargs)
+        chosen = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        bad = [n for n, v in metrics.items() if n.endswith(("_loss", f"_{chosen}")) and not math.isfinite(v)]
+        if self.is_in_train and bad:
+            where = f"first in the weight {name}" if (name := first_bad_weight(self._module)) else "on validation data"
+            raise self._diverged(bad[0], where, self.state.global_step)
+        return metrics
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Evaluation on the posterior mean, or on the average over ``eval_num_samples`` draws."""
         from ..prediction import average_draws
 
-        task = self.task
-        if task is None:
+        task, draws = self.task, getattr(self.args, "eval_num_samples", 0)
+        if task is None and not draws:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            draws = getattr(self.args, "eval_num_samples", 0)
-            log_probs = average_draws(lambda: task.logits(model, inputs), self.posterior, draws, self.args.seed)
         labels = inputs.get("labels")
+
+        def forward() -> Tensor:
+            if task is not None:
+                return task.logits(model, inputs)
+            return model(**{name: tensor for name, tensor in inputs.items() if name != "labels"}).logits
+
+        with torch.no_grad(), self.compute_loss_context_manager():
+            log_probs = average_draws(forward, self.posterior, draws, self.args.seed)
         loss = None if labels is None else F.nll_loss(log_probs, labels)
         return (loss, None, None) if prediction_loss_only else (loss, log_probs, labels)
 
@@ -249,6 +271,10 @@ class BlobTrainerMixin(_Host):
             return sampler
         batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return _LengthGroupedSampler(batch, lengths, self.args.data_seed or 0)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        """In the given order: the Trainer groups by ``input_ids``, which not every task's examples have."""
+        return super()._get_eval_sampler(eval_dataset) if self.task is None else SequentialSampler(eval_dataset)
 
     def _loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any) -> Any:
         """One forward: the task's mean NLL, or the loss of the Trainer below; as `compute_loss` returns it."""
@@ -323,7 +349,7 @@ class BlobTrainerMixin(_Host):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The Trainer asks whether it is done only after a step: resumed at its end, it would make one more.
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self._out_of_patience():
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -346,8 +372,17 @@ class BlobTrainerMixin(_Host):
         self._load_posterior(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        if isinstance(self.model, PeftModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self._load_from_checkpoint(best)  # which finds an adapter also in a folder of its name
+            return
         super()._load_best_model()
-        self._load_posterior(str(self.state.best_model_checkpoint))
+        self._load_posterior(best)
+
+    def _out_of_patience(self) -> bool:
+        """Whether the checkpoint that a training goes on from is the one at which it was stopped early."""
+        stoppers = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        return any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in stoppers)
 
     def _load_posterior(self, checkpoint: str) -> None:
         if self.posterior is not None:
@@ -363,6 +398,14 @@ class BlobTrainer(BlobTrainerMixin, Trainer):
     """
 
     args: BlobTrainingArguments
+
+
+def _classifies(model: Any) -> bool:
+    """Whether a model's logits are those of classes that exclude each other, (b, C)."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if type(base).__name__ not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        return False
+    return base.config.num_labels > 1 and base.config.problem_type in (None, "single_label_classification")
 
 
 class _LengthGroupedSampler(LengthGroupedSampler):
