@@ -213,11 +213,11 @@ def predict(directory: str, input: str, options: PredictionOptions, output: str 
     """Write a JSON line for each input: label, probabilities, confidence and uncertainty.
 
     A line has, in the inputs' order: `label`, `probabilities` (by label, or by choice), `confidence` (of that label),
-    `predictive_entropy` (all uncertainty, nats) and of it `mutual_information` (what the model doesn't know, 0 for a
-    plain LoRA) and `expected_entropy` (what the input leaves open). Of a run that `bloblora calibrate` was given also
-    `decision` (`answer` or `abstain`), `label_set` (the most probable first) and `out_of_scope`. Memory holds 256
-    inputs at a time. Where `accelerate launch` or `torchrun` started several processes, they share the inputs;
-    under FSDP each holds a part of the model, and they answer together.
+    `predictive_entropy` (all uncertainty, nats) and of it `mutual_information` (what the model doesn't know; 0 for a
+    plain LoRA, and for a single weight sample, which can't tell) and `expected_entropy` (what the input leaves open).
+    Of a run that `bloblora calibrate` was given also `decision` (`answer` or `abstain`), `label_set` (the most probable
+    first) and `out_of_scope`. Memory holds 256 inputs at a time. Where `accelerate launch` or `torchrun` started
+    several processes, they share the inputs; under FSDP each holds a part of the model, and they answer together.
 
     Examples:
       bloblora predict runs/desk --input queries.jsonl --output answers.jsonl
