@@ -41,3 +41,17 @@ def test_columns_are_chosen_and_ordered():
 def test_odd_values():
     cells = {"accuracy": [], "ece": np.float32(0.5), "nll": [1.0, math.inf], "brier": np.array([0.1, 0.3])}
     assert markdown_table({"a": cells}).splitlines()[2] == "| a | – | 0.500 | inf | 0.200 ± 0.141 |"
+
+
+def test_an_ece_at_its_floor_says_so_and_no_ece_is_marked_as_best():
+    noise = {"ece_floor": 0.05, "ece_floor_std": 0.01}
+    rows = {
+        "poor": {"accuracy": 0.09, "ece": 0.01, "nll": 3.0} | noise,
+        "good": {"accuracy": 0.8, "ece": [0.06, 0.078], "nll": 1.0} | noise,
+        "sharp": {"accuracy": 0.7, "ece": 0.0701, "nll": 2.0} | noise,
+    }
+    assert markdown_table(rows, ["accuracy", "ece", "nll"], mark_best=True).splitlines()[2:] == [
+        "| poor | 0.090 | 0.010, at floor | 3.000 |",
+        "| good | **0.800** | 0.069 ± 0.013, at floor | **1.000** |",
+        "| sharp | 0.700 | 0.070 | 2.000 |",
+    ]

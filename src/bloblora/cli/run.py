@@ -154,12 +154,14 @@ def evaluate(
 ) -> None:
     """Measure accuracy and calibration of a run on labelled data.
 
-    Prints a table of accuracy, ECE, NLL (nats) and Brier score, and writes them to --output as JSON, with
-    num_examples and num_samples. With --ood also the AUROC, how well confidence, predictive entropy and mutual
-    information tell the two data sets apart: 1 is perfect, 0.5 is chance. Of a calibrated run also the share answered,
-    the selective risk (errors among the answers), the coverage and mean size of the label sets, and the rates of false
-    alarms and, with --ood, of detection. With --predictions a stop loses little: the same command continues from what
-    is in that file.
+    Prints a table of accuracy, ECE (mean distance of confidence and accuracy), ECE floor (the ECE that a perfectly
+    calibrated model would have on the same records; "at floor" where yours is no more than two standard deviations
+    above it), CE² (squared calibration error without the bias of few records; around 0, also below it, for a calibrated
+    model), NLL (nats) and Brier score, and writes them to --output as JSON, with num_examples and num_samples. With
+    --ood also the AUROC, how well confidence, predictive entropy and mutual information tell the two data sets apart: 1
+    is perfect, 0.5 is chance. Of a calibrated run also the share answered, the selective risk (errors among the
+    answers), the coverage and mean size of the label sets, and the rates of false alarms and, with --ood, of detection.
+    With --predictions a stop loses little: the same command continues from what is in that file.
 
     Examples:
       bloblora evaluate runs/desk --data held_out.jsonl --output metrics.json
