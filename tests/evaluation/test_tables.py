@@ -6,7 +6,7 @@ import math
 import numpy as np
 from rich.console import Console
 
-from bloblora.evaluation import markdown_table, rich_table
+from bloblora.evaluation import METRICS, markdown_table, rich_table
 
 ROWS = {
     "LoRA [r=8]": {"accuracy": [0.8, 0.9, 1.0], "ece": 0.25},
@@ -29,6 +29,14 @@ def test_rich_shows_the_same_and_keeps_square_brackets():
     text = console.export_text()
     for part in ("runs[1]", "LoRA [r=8]", "0.900 ± 0.100", "0.250", "–", "accuracy ↑"):
         assert part in text
+
+
+def test_many_metrics_of_few_methods_fit_a_narrow_terminal():
+    console = Console(width=40, record=True, file=io.StringIO())
+    console.print(rich_table({"blob": {name: 0.125 for name in METRICS}}))
+    lines = console.export_text().splitlines()
+    assert any("ECE floor" in line and "0.125" in line for line in lines)
+    assert "…" not in "".join(lines)
 
 
 def test_columns_are_chosen_and_ordered():

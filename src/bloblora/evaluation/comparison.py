@@ -111,7 +111,9 @@ def _counts(n: int, num_resamples: int, seed: int) -> Iterator[Tensor]:
 
 
 def rich_table(rows: Mapping[str, Values], title: str | None = None, columns: Sequence[str] | None = None) -> Table:
-    """A terminal table, a row a method; a sequence of values, one a seed, is shown as mean ± sd (n - 1).
+    """A terminal table; a sequence of values, one a seed, is shown as mean ± sd (n - 1).
+
+    A row is a method; without ``columns`` a metric, where these are more, so that it fits.
 
     Args:
         rows: metrics by method; a metric that a method lacks, or has no value of, is shown as –.
@@ -121,12 +123,14 @@ def rich_table(rows: Mapping[str, Values], title: str | None = None, columns: Se
     """
     # Text, because a plain string would lose what stands in square brackets
     table = Table(title=Text(title) if title else None)
-    (_, *header), *lines = table_cells(rows, columns)
+    cells = table_cells(rows, columns)
+    if columns is None and len(cells) <= len(cells[0]):
+        cells = [list(column) for column in zip(*cells, strict=True)]
     table.add_column("", no_wrap=True)
-    for column in header:
+    for column in cells[0][1:]:
         table.add_column(Text(column), justify="right")
-    for name, *cells in lines:
-        table.add_row(Text(name), *cells)
+    for name, *values in cells[1:]:
+        table.add_row(Text(name), *values)
     return table
 
 
