@@ -156,7 +156,7 @@ def tables(results: list[dict[str, Any]]) -> str:
         if name not in (REFERENCE, EXACT):
             differences[name] = {
                 f"Δ {key}": evaluation.paired_bootstrap(scores(name), scores(REFERENCE), key)  # type: ignore[arg-type]
-                for key in ("accuracy", "ece", "nll")
+                for key in ("accuracy", "squared_calibration_error", "nll")
             }
     first = next(iter(rows.values()))
     return (

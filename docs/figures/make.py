@@ -122,7 +122,7 @@ def uncertainty_figure(draws: Tensor) -> Figure:
         left.plot([i] * DRAWS, prediction.draw_probabilities[:, i, 1].tolist(), ".", color=BLUE, markersize=8)
     left.plot([], [], ".", color=BLUE, markersize=8, label="each sample")
     left.set(ylabel="probability of class 1", ylim=(0, 1.25), title=f"{DRAWS} weight samples")
-    aleatoric, epistemic = prediction.expected_entropy, prediction.mutual_information
+    aleatoric, epistemic = prediction.expected_entropy, prediction.predictive_entropy - prediction.expected_entropy
     right.bar(place, aleatoric.tolist(), 0.5, color=YELLOW, label="aleatoric: mean of H[pₛ]")
     right.bar(place, epistemic.tolist(), 0.5, bottom=aleatoric.tolist(), color=RED, label="epistemic: the rest")
     right.set(ylabel="nats", ylim=(0, 0.95), title="entropy of p̄, and its parts")

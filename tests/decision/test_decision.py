@@ -75,7 +75,7 @@ def test_nothing_is_answered_where_nothing_is_sure():
 def test_mutual_information_needs_draws():
     inside, targets = prediction()
     point = Prediction(inside.log_probs[:1], 0)
-    with pytest.raises(ValueError, match="mutual_information is 0 where there is one draw; take predictive_entropy"):
+    with pytest.raises(ValueError, match="mutual_information is not defined for a single draw; take"):
         fit_decision(point, targets, **OPTIONS, score="mutual_information")
 
 

@@ -1,6 +1,7 @@
 """Intervals against SciPy's bootstrap, and how often they cover the truth."""
 
 import math
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -9,11 +10,11 @@ from scipy.stats import bootstrap
 
 from bloblora.evaluation import Interval, example_scores, metrics, paired_bootstrap
 
-METRICS = ("accuracy", "nll", "brier", "ece")
+METRICS = ("accuracy", "nll", "brier")
 
 
 def population(n):
-    """Targets, and two seeds of an overconfident method and of one that is nearly calibrated."""
+    """Targets, two seeds of an overconfident method and of one that is nearly calibrated, and the truth."""
     generator = torch.Generator().manual_seed(0)
 
     def noise():
@@ -23,11 +24,11 @@ def population(n):
     targets = logits.softmax(-1).multinomial(1, generator=generator)[:, 0]
     over = [(2.5 * (logits + 0.8 * noise())).log_softmax(-1) for _ in range(2)]
     good = [(logits + 0.5 * noise()).log_softmax(-1) for _ in range(2)]
-    return targets, over, good
+    return targets, over, good, logits.log_softmax(-1)
 
 
 def difference(over, good, targets, metric):
-    return sum(metrics(a, targets)[metric] - metrics(b, targets)[metric] for a, b in zip(over, good, strict=True)) / 2
+    return mean(metrics(x, targets)[metric] for x in over) - mean(metrics(x, targets)[metric] for x in good)
 
 
 def compare(first, second, targets, *arguments, **options):
@@ -37,7 +38,7 @@ def compare(first, second, targets, *arguments, **options):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_equals_scipy(metric):
-    targets, over, good = population(150)
+    targets, over, good, _ = population(150)
     found = compare(over, good, targets, metric)
     assert found.estimate == pytest.approx(difference(over, good, targets, metric))
     expected = bootstrap(
@@ -45,7 +46,7 @@ def test_equals_scipy(metric):
         lambda rows: difference([x[rows] for x in over], [x[rows] for x in good], targets[rows], metric),
         vectorized=False,
         n_resamples=400,
-        method="basic" if metric == "ece" else "percentile",
+        method="percentile",
         random_state=0,
     )
     low, high = expected.confidence_interval
@@ -53,21 +54,40 @@ def test_equals_scipy(metric):
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.2 * (high - low))
 
 
+def coverage(first, second, targets, metric, size):
+    """How often the interval of a sample covers the population's difference, and the intervals' mean width."""
+    truth = difference(first, second, targets, metric)
+    hits, width = 0, 0.0
+    for seed in range(200):
+        rows = torch.randint(20_000, (size,), generator=torch.Generator().manual_seed(1000 + seed))
+        samples = ([x[rows] for x in first], [x[rows] for x in second], targets[rows])
+        interval = compare(*samples, metric, num_resamples=300, seed=seed)
+        hits += interval.low <= truth <= interval.high
+        width += (interval.high - interval.low) / 200
+    return hits / 200, width
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_covers_the_truth_as_often_as_it_says(metric):
-    targets, over, good = population(20_000)
-    truth = difference(over, good, targets, metric)
-    hits = 0
-    for seed in range(200):
-        rows = torch.randint(20_000, (300,), generator=torch.Generator().manual_seed(1000 + seed))
-        samples = ([x[rows] for x in over], [x[rows] for x in good], targets[rows])
-        interval = compare(*samples, metric, num_resamples=300, seed=seed, num_bins=5)
-        hits += interval.low <= truth <= interval.high
-    assert hits / 200 == pytest.approx(0.95, abs=3 * math.sqrt(0.95 * 0.05 / 200))
+    targets, over, good, _ = population(20_000)
+    found, _ = coverage(over, good, targets, metric, 300)
+    assert found == pytest.approx(0.95, abs=3 * math.sqrt(0.95 * 0.05 / 200))
+
+
+@pytest.mark.parametrize("size", [150, 450])
+@pytest.mark.parametrize(("pair", "widest"), [("over good", 0.08), ("over truth", 0.09), ("good truth", 0.04)])
+def test_covers_the_calibration_error_with_few_examples_a_bin(pair, widest, size):
+    """At least as often as stated; more often of two methods that are nearly calibrated, whose intervals are narrow."""
+    targets, over, good, truth = population(20_000)
+    sides = {"over": over, "good": good, "truth": [truth]}
+    first, second = (sides[name] for name in pair.split())
+    found, width = coverage(first, second, targets, "squared_calibration_error", size)
+    assert found > 0.95 - 3 * math.sqrt(0.95 * 0.05 / 200)
+    assert width < widest * math.sqrt(150 / size)
 
 
 def test_pairs_examples_and_is_seeded():
-    targets, over, good = population(100)
+    targets, over, good, _ = population(100)
     same = compare(over, over[::-1], targets, "nll")
     assert (same.estimate, same.low, same.high) == pytest.approx((0, 0, 0), abs=1e-12)
     wide, narrow = (compare(over, good, targets, "brier", level=level) for level in (0.95, 0.5))
@@ -77,14 +97,14 @@ def test_pairs_examples_and_is_seeded():
 
 
 def test_many_examples_are_drawn_in_chunks():
-    targets, over, good = population(3000)
+    targets, over, good, _ = population(3000)
     few, many = (compare(over, good, targets, num_resamples=n) for n in (1000, 2000))
     assert few.estimate == many.estimate
     assert (few.low, few.high) == pytest.approx((many.low, many.high), abs=0.3 * (many.high - many.low))
 
 
 def test_the_number_of_seeds_may_differ():
-    targets, over, good = population(50)
+    targets, over, good, _ = population(50)
     found = compare(over, good[:1], targets, "brier").estimate
     scores = [metrics(x, targets)["brier"] for x in (*over, good[0])]
     assert found == pytest.approx((scores[0] + scores[1]) / 2 - scores[2])
@@ -94,7 +114,7 @@ def test_one_example_and_an_infinite_nll():
     right, wrong = torch.tensor([[0.0, -math.inf]]), torch.tensor([[-math.inf, 0.0]])
     zero = torch.tensor([0])
     assert compare([right], [wrong], zero) == Interval(1, 1, 1)
-    assert compare([right], [wrong], zero, "ece") == Interval(-1, -1, -1)
+    assert compare([right], [wrong], zero, "squared_calibration_error") == Interval(0, 0, 0)  # no bin holds two
     result = compare([wrong], [right], zero, "nll")
     assert result.estimate == math.inf
     assert math.isnan(result.low)
@@ -103,7 +123,7 @@ def test_one_example_and_an_infinite_nll():
 
 def test_errors_name_what_is_wrong():
     half, zero = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0])
-    with pytest.raises(ValueError, match="metric must be one of accuracy, ece, nll, brier, got 'f1'"):
+    with pytest.raises(ValueError, match="one of accuracy, squared_calibration_error, nll, brier, got 'f1'"):
         compare([half], [half], zero, "f1")
     with pytest.raises(ValueError, match=r"level must be in \(0, 1\), got 95"):
         compare([half], [half], zero, level=95)

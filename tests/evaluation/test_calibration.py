@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 from torchmetrics.functional.classification import binary_calibration_error
 
-from bloblora.evaluation import brier_parts, classwise_ece, equal_mass_ece, metrics
+from bloblora.evaluation import BinGaps, brier_parts, classwise_ece, ece_floor, equal_mass_ece, metrics
 
 INF = math.inf
 
@@ -142,3 +142,63 @@ def test_errors_name_what_is_wrong(function):
         function(binary(0.5), torch.tensor([0]), num_bins=0)
     with pytest.raises(ValueError, match=r"exp\(log_probabilities\): row 0 sums to 0\.75, must be 1"):
         function(torch.tensor([[0.5, 0.25]]).log(), torch.tensor([0]))
+
+
+def four_classes(n, seed):
+    """Log-probabilities of a model, and many label vectors of which they are the truth, (400, n)."""
+    generator = torch.Generator().manual_seed(seed)
+    log_probs = (1.5 * torch.randn(n, 4, generator=generator, dtype=torch.float64)).log_softmax(-1)
+    return log_probs, log_probs.exp().multinomial(400, replacement=True, generator=generator).T
+
+
+@pytest.mark.parametrize("n", [60, 500])
+def test_the_floor_is_the_ece_of_labels_drawn_from_the_probabilities(n):
+    log_probs, labels = four_classes(n, seed=n)
+    eces = torch.tensor([metrics(log_probs, row)["ece"] for row in labels], dtype=torch.float64)
+    floor = ece_floor(log_probs, labels[0])
+    assert floor["mean"] == pytest.approx(eces.mean().item(), abs=4 * eces.std().item() * (1 / 400 + 1 / 1000) ** 0.5)
+    # of a standard deviation from m draws the error is 1/√(2m) of it, 3.5 % and 2.2 %
+    assert floor["std"] == pytest.approx(eces.std().item(), rel=0.17)
+    assert floor == ece_floor(log_probs, labels[1])  # the labels at hand have no effect
+    assert metrics(log_probs, labels[0])["ece_floor"] == floor["mean"]
+
+
+def test_the_floor_of_one_record_is_known_and_of_certain_ones_is_0():
+    log_probs, zero = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([0])
+    floor = ece_floor(log_probs, zero)  # the ECE is 0.1 with probability 0.9, else 0.9: mean 0.18, deviation 0.24
+    assert (floor["mean"], floor["std"]) == pytest.approx((0.18, 0.24), abs=0.04)
+    certain = torch.tensor([[0.0, -math.inf]] * 3)
+    assert ece_floor(certain, torch.zeros(3, dtype=torch.long)) == {"mean": 0, "std": 0}
+
+
+@pytest.mark.parametrize("n", [20, 150])
+def test_the_squared_calibration_error_has_no_bias_where_the_model_is_calibrated(n):
+    """And the spread of its mean over 400 draws of the labels is the test's tolerance: 4 standard errors."""
+    log_probs, labels = four_classes(n, seed=n)
+    found = torch.tensor([metrics(log_probs, row)["squared_calibration_error"] for row in labels])
+    assert abs(found.mean()) < 4 * found.std() / 400**0.5
+    assert (found < 0).double().mean() > 0.3
+    squares = torch.tensor([metrics(log_probs, row)["ece"] ** 2 for row in labels])
+    assert squares.mean() > 8 * found.std() / 400**0.5  # an ECE's square is far from 0
+
+
+def test_the_squared_calibration_error_has_no_bias_where_the_error_is_known():
+    """Confidences in (0.6, 0.65) and (0.87, 0.92), of mean 0.625 and 0.895; right 0.5 and 0.8 of the time."""
+    generator = torch.Generator().manual_seed(0)
+    low = torch.rand(2000, 40, generator=generator, dtype=torch.float64) < 0.4
+    inner = 0.05 * torch.rand(2000, 40, generator=generator, dtype=torch.float64)
+    confidence = inner + torch.where(low, 0.6, 0.87)
+    right = torch.rand(2000, 40, generator=generator, dtype=torch.float64) < torch.where(low, 0.5, 0.8)
+    found = torch.tensor(
+        [BinGaps.of({"confidence": c, "accuracy": r}).squared_error() for c, r in zip(confidence, right, strict=True)]
+    )
+    truth = 0.4 * 0.125**2 + 0.6 * 0.095**2
+    assert found.mean().item() == pytest.approx(truth, abs=4 * found.std().item() / 2000**0.5)
+
+
+def test_the_squared_calibration_error_by_hand():
+    # gaps -0.1 and 0.9 in one bin: mean 0.4, s² 0.5, so 0.16 - 0.25 (which is -0.1 · 0.9); one example has no share
+    gaps = BinGaps.of({"confidence": torch.tensor([0.9, 0.9, 0.6]), "accuracy": torch.tensor([1.0, 0.0, 1.0])})
+    assert gaps.squared_error() == pytest.approx(-0.09)
+    alone = BinGaps.of({"confidence": torch.tensor([0.9]), "accuracy": torch.tensor([0.0])})
+    assert alone.squared_error() == 0

@@ -90,7 +90,7 @@ def test_a_metric_of_another_package(tmp_path):
     here, there = (-x[rows, targets] / x.square().sum(-1).sqrt() for x in (p, q))
     assert result["scores"] == pytest.approx(here.tolist(), abs=1e-6)
     values = result["summary"]
-    assert list(values)[4:6] == ["spherical", "macro_f1"]  # beside our own of the main table
+    assert list(values)[7:9] == ["spherical", "macro_f1"]  # beside our own of the main table
     assert values["spherical"] == pytest.approx(here.mean().item(), abs=1e-6)
     assert values["macro_f1"] == pytest.approx(f1_score(targets, p.argmax(-1), average="macro"))
     assert values["far_zero"] == pytest.approx((q.argmax(-1) == 0).double().mean().item())
@@ -111,7 +111,9 @@ def test_a_metric_of_another_package(tmp_path):
 def test_a_name_stands_once_and_titles_differ():
     assert all(metric.name == name for name, metric in METRICS.items())
     assert len({metric.title for metric in METRICS.values()}) == len(METRICS)
-    assert metric_names("main", outside=False) == ["accuracy", "ece", "nll", "brier"]
+    assert metric_names("main", outside=False) == [
+        *("accuracy", "ece", "ece_floor", "squared_calibration_error", "nll", "brier"),
+    ]
 
 
 @given(st.integers(1, 30), st.integers(1, 5), st.floats(0, 20), st.integers(0, 2**31))

@@ -13,7 +13,8 @@ from bloblora.evaluation import brier_parts, classwise_ece, equal_mass_ece, metr
 from bloblora.prediction import Prediction
 
 INSIDE = [
-    *("accuracy", "ece", "nll", "brier", "num_examples", "num_samples", "num_draws", "ece_equal_mass", "ece_classwise"),
+    *("accuracy", "ece", "ece_floor", "ece_floor_std", "squared_calibration_error", "nll", "brier", "num_examples"),
+    *("num_samples", "num_draws", "ece_equal_mass", "ece_classwise"),
     *("brier_uncertainty", "brier_resolution", "brier_reliability"),
     *("brier_within_bin_variance", "brier_within_bin_covariance", "aurc"),
     *("selective_accuracy_50", "selective_accuracy_80", "selective_accuracy_90", "selective_accuracy_95"),

@@ -6,7 +6,7 @@ import math
 import numpy as np
 from rich.console import Console
 
-from bloblora.evaluation import markdown_table, rich_table
+from bloblora.evaluation import METRICS, markdown_table, rich_table
 
 ROWS = {
     "LoRA [r=8]": {"accuracy": [0.8, 0.9, 1.0], "ece": 0.25},
@@ -31,6 +31,14 @@ def test_rich_shows_the_same_and_keeps_square_brackets():
         assert part in text
 
 
+def test_many_metrics_of_few_methods_fit_a_narrow_terminal():
+    console = Console(width=40, record=True, file=io.StringIO())
+    console.print(rich_table({"blob": {name: 0.125 for name in METRICS}}))
+    lines = console.export_text().splitlines()
+    assert any("ECE floor" in line and "0.125" in line for line in lines)
+    assert "…" not in "".join(lines)
+
+
 def test_columns_are_chosen_and_ordered():
     header = markdown_table(ROWS, columns=["num_examples", "ece", "seconds"]).splitlines()[0]
     assert header == "|  | num_examples | ECE ↓ | seconds |"
@@ -41,3 +49,17 @@ def test_columns_are_chosen_and_ordered():
 def test_odd_values():
     cells = {"accuracy": [], "ece": np.float32(0.5), "nll": [1.0, math.inf], "brier": np.array([0.1, 0.3])}
     assert markdown_table({"a": cells}).splitlines()[2] == "| a | – | 0.500 | inf | 0.200 ± 0.141 |"
+
+
+def test_an_ece_at_its_floor_says_so_and_no_ece_is_marked_as_best():
+    noise = {"ece_floor": 0.05, "ece_floor_std": 0.01}
+    rows = {
+        "poor": {"accuracy": 0.09, "ece": 0.01, "nll": 3.0} | noise,
+        "good": {"accuracy": 0.8, "ece": [0.06, 0.078], "nll": 1.0} | noise,
+        "sharp": {"accuracy": 0.7, "ece": 0.0701, "nll": 2.0} | noise,
+    }
+    assert markdown_table(rows, ["accuracy", "ece", "nll"], mark_best=True).splitlines()[2:] == [
+        "| poor | 0.090 | 0.010, at floor | 3.000 |",
+        "| good | **0.800** | 0.069 ± 0.013, at floor | **1.000** |",
+        "| sharp | 0.700 | 0.070 | 2.000 |",
+    ]

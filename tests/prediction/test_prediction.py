@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
@@ -23,7 +24,7 @@ def prediction(*draws) -> Prediction:
     [
         ([[[1.0, 0.0]], [[0.0, 1.0]]], LN2, 0.0, LN2),  # sure draws that contradict each other
         ([[[0.5, 0.5]], [[0.5, 0.5]]], LN2, LN2, 0.0),  # draws that agree on not knowing
-        ([[[1.0, 0.0]], [[0.5, 0.5]]], 2 * LN2 - 0.75 * math.log(3), LN2 / 2, 1.5 * LN2 - 0.75 * math.log(3)),
+        ([[[1.0, 0.0]], [[0.5, 0.5]]], 2 * LN2 - 0.75 * math.log(3), LN2 / 2, 3 * LN2 - 1.5 * math.log(3)),
         ([[[0.25, 0.25, 0.25, 0.25]]], 2 * LN2, 2 * LN2, 0.0),
     ],
 )
@@ -48,8 +49,8 @@ def test_against_libraries():
     torch.testing.assert_close(found.predictive_entropy.double(), total, rtol=1e-5, atol=1e-6)
     aleatoric = Categorical(logits=logits).entropy().mean(0)
     torch.testing.assert_close(found.expected_entropy, aleatoric, rtol=1e-5, atol=1e-6)
-    # The mutual information is the mean KL of a draw from the mean.
-    epistemic = torch.tensor(scipy.stats.entropy(probabilities, mean.numpy()[None], axis=-1).mean(0))
+    # The mutual information of 7 draws is the mean KL of a draw from the mean, and 1/7 of it is missing.
+    epistemic = torch.tensor(scipy.stats.entropy(probabilities, mean.numpy()[None], axis=-1).mean(0)) * 7 / 6
     torch.testing.assert_close(found.mutual_information.double(), epistemic, rtol=1e-4, atol=1e-6)
 
 
@@ -60,6 +61,35 @@ def test_mutual_information_is_never_negative():
     assert (found.predictive_entropy - found.expected_entropy).min() < 0
     assert found.mutual_information.min() == 0
     assert found.mutual_information.max() < 1e-5
+
+
+@pytest.mark.parametrize(("draws", "tolerance"), [(2, 0.04), (3, 0.03), (5, 0.02), (10, 0.01)])
+def test_mutual_information_against_the_closed_form_of_a_dirichlet(draws, tolerance):
+    """Of p ~ Dirichlet(a): H[a/A] - (digamma(A + 1) - sum of a_c/A digamma(a_c + 1)), within 4 standard errors too."""
+    a = np.array([6.0, 3.0, 1.0]) * 2
+    share, total = a / a.sum(), a.sum()
+    aleatoric = scipy.special.digamma(total + 1) - share @ scipy.special.digamma(a + 1)
+    truth = scipy.stats.entropy(share) - aleatoric
+    probabilities = np.random.default_rng(draws).dirichlet(a, (draws, 20_000))
+    found = Prediction(torch.tensor(probabilities).log(), draws)
+    error = 4 * found.mutual_information.std().item() / 20_000**0.5
+    assert found.mutual_information.mean().item() == pytest.approx(truth, abs=tolerance * truth + error)
+    plug_in = (found.predictive_entropy - found.expected_entropy).mean().item()
+    assert plug_in == pytest.approx((1 - 1 / draws) * truth, abs=tolerance * truth + error)
+
+
+def test_mutual_information_of_rows_with_different_numbers_of_draws():
+    """Each has its own factor, so a row of 2 draws is no less uncertain on average than one of 10; one draw gives 0."""
+    probabilities = np.random.default_rng(0).dirichlet([12, 6, 2], (10, 6000))
+    log_probs = torch.tensor(probabilities).log()
+    log_probs[2:, :3000] = log_probs[1:, 3000:3001] = -math.inf
+    found = Prediction(log_probs, 10)
+    few, many = found.mutual_information[:3000], found.mutual_information[3001:]
+    error = (few.var() / 3000 + many.var() / 2999).sqrt().item()
+    assert few.mean().item() == pytest.approx(many.mean().item(), abs=4 * error)
+    plug_in = found.predictive_entropy - found.expected_entropy
+    assert plug_in[:3000].mean() < 0.6 * plug_in[3001:].mean()
+    assert found.mutual_information[3000] == 0
 
 
 def test_tiny_probabilities_are_averaged_in_log_space():

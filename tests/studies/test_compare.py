@@ -64,6 +64,14 @@ def test_a_study_from_file_to_page(done):
     assert re.search(r"^\| wide blob, N = 4 \|", text, re.MULTILINE)
     assert len(re.findall(r"^\| lora \|", text, re.MULTILINE)) == 4  # one row a table: its draws are all the same
     assert "shift to other" in text
+    assert "Δ CE² | Δ NLL" in text
+    header, _, *rows = re.search(r"^\|  \| accuracy.*?\n\n", text, re.MULTILINE | re.DOTALL)[0].strip().splitlines()
+    columns = [cell.strip() for cell in header.split("|")]
+    cells = [dict(zip(columns, map(str.strip, row.split("|")), strict=True)) for row in rows]
+    nlls = [float(row["NLL ↓"].strip("*").split()[0]) for row in cells]
+    assert len(rows) == 4
+    assert nlls == sorted(nlls)
+    assert all("*" not in row["ECE ↓"] and row["ECE floor"] != "–" for row in cells)
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
     assert len(pictures) == 3  # the page alone has reliability, risk-coverage and learning
     assert all((folder / picture).is_file() for picture in pictures)

@@ -156,12 +156,14 @@ def evaluate(
 ) -> None:
     """Measure accuracy and calibration of a run on labelled data.
 
-    Prints a table of accuracy, ECE, NLL (nats) and Brier score, and writes them to --output as JSON, with
-    num_examples and num_samples. With --ood also the AUROC, how well confidence, predictive entropy and mutual
-    information tell the two data sets apart: 1 is perfect, 0.5 is chance. Of a calibrated run also the share answered,
-    the selective risk (errors among the answers), the coverage and mean size of the label sets, and the rates of false
-    alarms and, with --ood, of detection. With --predictions a stop loses little: the same command continues from what
-    is in that file.
+    Prints a table of accuracy, ECE (mean distance of confidence and accuracy), ECE floor (the ECE that a perfectly
+    calibrated model would have on the same records; "at floor" where yours is no more than two standard deviations
+    above it), CE² (squared calibration error without the bias of few records; around 0, also below it, for a calibrated
+    model), NLL (nats) and Brier score, and writes them to --output as JSON, with num_examples and num_samples. With
+    --ood also the AUROC, how well confidence, predictive entropy and mutual information tell the two data sets apart: 1
+    is perfect, 0.5 is chance. Of a calibrated run also the share answered, the selective risk (errors among the
+    answers), the coverage and mean size of the label sets, and the rates of false alarms and, with --ood, of detection.
+    With --predictions a stop loses little: the same command continues from what is in that file.
 
     Examples:
       bloblora evaluate runs/desk --data held_out.jsonl --output metrics.json
@@ -215,11 +217,11 @@ def predict(directory: str, input: str, options: PredictionOptions, output: str 
     """Write a JSON line for each input: label, probabilities, confidence and uncertainty.
 
     A line has, in the inputs' order: `label`, `probabilities` (by label, or by choice), `confidence` (of that label),
-    `predictive_entropy` (all uncertainty, nats) and of it `mutual_information` (what the model doesn't know, 0 for a
-    plain LoRA) and `expected_entropy` (what the input leaves open). Of a run that `bloblora calibrate` was given also
-    `decision` (`answer` or `abstain`), `label_set` (the most probable first) and `out_of_scope`. Memory holds 256
-    inputs at a time. Where `accelerate launch` or `torchrun` started several processes, they share the inputs;
-    under FSDP each holds a part of the model, and they answer together.
+    `predictive_entropy` (all uncertainty, nats) and of it `mutual_information` (what the model doesn't know; 0 for a
+    plain LoRA, and for a single weight sample, which can't tell) and `expected_entropy` (what the input leaves open).
+    Of a run that `bloblora calibrate` was given also `decision` (`answer` or `abstain`), `label_set` (the most probable
+    first) and `out_of_scope`. Memory holds 256 inputs at a time. Where `accelerate launch` or `torchrun` started
+    several processes, they share the inputs; under FSDP each holds a part of the model, and they answer together.
 
     Examples:
       bloblora predict runs/desk --input queries.jsonl --output answers.jsonl

@@ -1,18 +1,29 @@
 r"""Answer or abstain: few errors among the answers, with a stated probability (selective risk control).
 
 The rule answers where the confidence is above a threshold. The candidates are the thresholds that answer the m most
-confident of n calibration records. They are tested from few answers to many, and the last before a test fails is taken;
-the first is the smallest m at which one error may pass. This is fixed-sequence testing (Angelopoulos et al. 2021, Learn
-then Test, arXiv 2110.01052), so the search costs nothing: each test has the whole error probability 1 - level. A test
-with e errors among m answers is exact, :math:`P[\mathrm{Bin}(m, \mathrm{risk}) \le e] \le 1 - \mathrm{level}`, which
-is that the upper Clopper-Pearson bound is at most the risk (as in Geifman & El-Yaniv 2017, arXiv 1705.08500).
+confident of n calibration records, tested from few answers to many. A test of m answers with e errors is exact:
+:math:`P[\mathrm{Bin}(m, \mathrm{risk}) \le e]` must be at most the error probability that the test has, which says that
+the upper Clopper-Pearson bound is at most the risk (as in Geifman & El-Yaniv 2017, arXiv 1705.08500).
 
-Why candidates may come from the same records: let t* be the highest threshold whose true risk is above the stated one.
-A rule that ends at t* or below has passed the test of the A records above t*; t* doesn't depend on the records, so
-their errors are binomial given A. Where the first candidate is at t* or below, the records above it are, given it,
-independent draws from all that is above it, and their errors are binomial too. So the promise fails with a probability
-of 1 - level at most, as long as the true risk, once above the stated one, stays there as the threshold falls. Each time
-that it comes down again near the first candidate may add as much once more.
+The error probability α = 1 - level is shared equally by several starts: the smallest m at which one error may pass, and
+those of 0.1n, 0.25n and 0.5n that are at least twice as large (few records have the first alone). A start adds its
+share to the test of its m; what a test has, the next one gets where it passes and loses where it fails; the last
+candidate that passes is taken. From a single start this is fixed-sequence testing (Angelopoulos et al. 2021, Learn then
+Test, arXiv 2110.01052), which a few errors among the first records end for good, at any n. From several it is the
+fallback procedure (Wiens 2003, Pharmaceutical Statistics 2, 211-215), a graphical one of Bretz et al. 2009 (Statistics
+in Medicine 28, 586-604): it passes whatever the starts would pass each by itself with its share (Bonferroni), and more
+where several are still under way.
+
+Why the promise holds: let t* be the highest threshold whose true risk is above the stated one, and A the number of
+records above it. t* doesn't depend on the records, so given A the errors among these A are binomial with a rate that is
+above the risk; each record below is wrong with the stated risk or more, where more confident answers are more often
+right. So given A a test of m ≥ A answers passes with at most the error probability that it has. A rule that ends at t*
+or below has a first test of m ≥ A that passes. If that is the one of m = A, it has at most the shares of all starts up
+to A. If not, the test before it failed and left nothing, so that it is at a start after A and has the share of that
+start alone. Summed over these tests that is at most α.
+
+Where the error rate comes down again after t*, each time that it does so near a start may add as much as that start's
+share once more.
 """
 
 from dataclasses import dataclass
@@ -104,23 +115,42 @@ def check_answering(n: int, risk: float, level: float) -> None:
 
 
 def _last_passed(counts: np.ndarray, errors: np.ndarray, risk: float, error_probability: float) -> int | None:
-    """Index of the last candidate before a test fails; None where the first does, or there is none."""
-    start = np.searchsorted(counts, _first(risk, error_probability))
-    failed = np.flatnonzero(binom.cdf(errors[start:], counts[start:], risk) > error_probability)
-    end = start + failed[0] if len(failed) else len(counts)
-    return int(end) - 1 if end > start else None
+    """Index of the last candidate that passes its test; None where none does."""
+    starts, share = _starts(counts[-1], risk, error_probability)
+    added = np.bincount(np.searchsorted(counts, starts), minlength=len(counts) + 1) * share
+    available, last = 0.0, None
+    for i, probability in enumerate(binom.cdf(errors, counts, risk)):
+        available += added[i]
+        if probability <= available:
+            last = i
+        else:
+            available = 0.0
+    return last
 
 
-def _first(risk: Any, error_probability: float) -> Any:
+def _starts(n: int, risk: Any, error_probability: float) -> tuple[np.ndarray, np.ndarray]:
+    """How many records the first test of each start answers, (…, 4), infinite for none; the share of each, (…, 1)."""
+    risk, later = np.asarray(risk)[..., None], _LATER_STARTS * n
+    used = later >= 2 * _first(risk, error_probability)
+    share = error_probability / (1 + used.sum(-1, keepdims=True))
+    return np.concatenate([_first(risk, share), np.where(used, later, np.inf)], -1), share
+
+
+def _first(risk: Any, error_probability: Any) -> Any:
     """The smallest m of which a test passes with one error: P[Bin(m, risk) ≤ 1] is at most the error probability."""
     return nbinom.isf(error_probability, 2, risk) + 2
 
 
 def _no_threshold(counts: np.ndarray, errors: np.ndarray, risk: float, level: float) -> str:
-    """What can't be promised, and what could: the least risk, to three digits, whose first test passes."""
+    """What can't be promised, and what could: the least risk, to three digits, at which a start's first test passes."""
     message = f"no threshold on these {counts[-1]} records promises a risk of {risk:.6g} with probability {level:.6g}"
     risks = np.arange(1, 1000) / 1000
-    risks = risks[(risks > risk) & (_first(risks, 1 - level) <= counts[-1])]
-    first = np.searchsorted(counts, _first(risks, 1 - level))
-    passed = risks[binom.cdf(errors[first], counts[first], risks) <= 1 - level]
-    return message + (f"; the least that can be promised with them is {passed[0]:.3f}" if len(passed) else "")
+    risks = risks[risks > risk]
+    starts, share = _starts(counts[-1], risks, 1 - level)
+    first = np.searchsorted(counts, starts).clip(max=len(counts) - 1)
+    passed = (starts <= counts[-1]) & (binom.cdf(errors[first], counts[first], risks[:, None]) <= share)
+    least = risks[passed.any(-1)]
+    return message + (f"; the least that can be promised with them is {least[0]:.3f}" if len(least) else "")
+
+
+_LATER_STARTS = np.array([0.1, 0.25, 0.5])  # shares of the n records

@@ -112,7 +112,7 @@ def fit_decision(
         ValueError: a promise can't be made on these data, or an argument is out of its range.
     """
     if score == "mutual_information" and len(prediction.log_probs) == 1:
-        raise ValueError("score mutual_information is 0 where there is one draw; take predictive_entropy")
+        raise ValueError("score mutual_information is not defined for a single draw; take predictive_entropy")
     probabilities = prediction.probabilities
     return Decision(
         fit_answering(probabilities, targets, risk, level),

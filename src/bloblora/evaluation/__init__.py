@@ -1,6 +1,15 @@
 """Do the probabilities mean what they say? Metrics, comparisons of methods, tables, pictures."""
 
-from .calibration import ReliabilityBins, brier_parts, classwise_ece, confidence_bins, equal_mass_ece, reliability
+from .calibration import (
+    BinGaps,
+    ReliabilityBins,
+    brier_parts,
+    classwise_ece,
+    confidence_bins,
+    ece_floor,
+    equal_mass_ece,
+    reliability,
+)
 from .comparison import Interval, markdown_table, paired_bootstrap, rich_table, table_cells
 from .metrics import METRICS, UNCERTAINTIES, Metric, example_scores, metric_names, metrics, summary, uncertainty
 from .plots import (
@@ -18,6 +27,7 @@ from .ranking import RiskCoverage, ood_metrics, risk_coverage
 __all__ = [
     "METRICS",
     "UNCERTAINTIES",
+    "BinGaps",
     "Interval",
     "Metric",
     "ReliabilityBins",
@@ -25,6 +35,7 @@ __all__ = [
     "brier_parts",
     "classwise_ece",
     "confidence_bins",
+    "ece_floor",
     "equal_mass_ece",
     "example_scores",
     "lines_figure",

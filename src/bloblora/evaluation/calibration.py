@@ -1,6 +1,10 @@
 """Calibration: reliability by bins of confidence, calibration errors, and the parts of the Brier score."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,6 +61,88 @@ def confidence_bins(confidence: Tensor, right: Tensor, num_bins: int = 15) -> Re
     index = equal_width(confidence, num_bins)
     count, sure, correct = (index.bincount(w, num_bins) for w in (torch.ones_like(confidence), confidence, right))
     return ReliabilityBins(count, sure / count, correct / count)
+
+
+def ece_floor(
+    predicted: Tensor | Prediction, targets: Tensor, num_bins: int = 15, *, num_resamples: int = 1000, seed: int = 0
+) -> dict[str, float]:
+    """ECE that the same predictions would have if they were perfectly calibrated: ``mean`` and ``std``.
+
+    Labels are resampled from the predicted probabilities, so that an answer is right with the probability that its
+    confidence says (consistency resampling; Bröcker & Smith 2007, Weather and Forecasting 22, 651-661). An ECE near the
+    mean shows no miscalibration. Arguments and errors are those of `metrics`.
+    """
+    confidence = checked(predicted, targets)[0].exp().amax(-1).sort().values  # so that the order has no effect
+    inside = one_hot(equal_width(confidence, num_bins), num_bins).double()
+    generator, found = torch.Generator().manual_seed(seed), []
+    for chunk in torch.arange(num_resamples).split(max(1, 2**22 // len(confidence))):
+        right = torch.rand(len(chunk), len(confidence), generator=generator, dtype=torch.float64) < confidence
+        found.append(((confidence - right.double()) @ inside).abs().sum(-1) / len(confidence))
+    values = torch.cat(found)
+    return {"mean": values.mean().item(), "std": values.std(correction=0).item()}
+
+
+@dataclass(frozen=True)
+class BinGaps:
+    r"""Confidence less accuracy in the bins that hold two examples or more, and their squared error without bias.
+
+    The squared calibration error is the mean square of the bins' gaps, weighted by their numbers of examples n_b. The
+    square of an observed gap is too large by the variance of the gap, of which s²/n_b is an unbiased estimate:
+
+    .. math:: \mathrm{CE}^2 = \sum_b \frac{n_b}{\sum_b n_b} \Big(\bar d_b^2 - \frac{s_b^2}{n_b}\Big)
+
+    with d an example's confidence less 1 if it is right. For a calibrated model this is 0 on average, so it is below 0
+    half of the time (Bröcker 2012, Climate Dynamics 39, 655-667; Kumar, Liang & Ma 2019, arXiv 1909.10155, who take
+    forecasts to be equal within a bin; with s² from the differences d as here, Sun et al. 2024, arXiv 2408.08998).
+
+    Attributes:
+        gap: d, (n,).
+        inside: 1 where an example is in a bin, else 0, (n, k) for k bins.
+    """
+
+    gap: Tensor
+    inside: Tensor
+
+    @classmethod
+    def of(cls, scores: Mapping[str, Tensor], num_bins: int = 15) -> BinGaps:
+        """Of `example_scores`, in equal-width bins."""
+        confidence = scores["confidence"].double()
+        inside = one_hot(equal_width(confidence, num_bins), num_bins).double()
+        return cls(confidence - scores["accuracy"].double(), inside[:, inside.sum(0) > 1])
+
+    @cached_property
+    def count(self) -> Tensor:
+        """n_b, (k,)."""
+        return self.inside.sum(0)
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean of d in each bin, (k,)."""
+        return self.gap @ self.inside / self.count
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """s²/n_b of each bin, (k,)."""
+        squares = ((self.gap[:, None] - self.mean).square() * self.inside).sum(0)
+        return squares / (self.count - 1) / self.count
+
+    def squared_error(self) -> float:
+        """CE², in [-1, 1]; 0 where no bin holds two examples."""
+        return self._weighted(self.mean.square() - self.noise).item()
+
+    def deviations(self, counts: Tensor) -> Tensor:
+        """By how much CE² of resampled examples misses its own truth, (r,), for how often each is drawn, (r, n).
+
+        Examples are drawn about bins whose squared gaps are the unbiased ones (0 where these are negative), because the
+        observed gaps are too far apart to draw from. With the factor the variance of a drawn gap is ``noise``.
+        """
+        truth = (self.mean.square() - self.noise).clamp_min(0)
+        moved = (counts @ (self.inside * self.gap[:, None]) - (counts @ self.inside) * self.mean) / self.count
+        drawn = self.mean.sign() * truth.sqrt() + moved * (self.count / (self.count - 1)).sqrt()
+        return self._weighted(drawn.square() - self.noise - truth)
+
+    def _weighted(self, squares: Tensor) -> Tensor:
+        return (squares * self.count / self.count.sum()).sum(-1)
 
 
 def equal_mass_ece(predicted: Tensor | Prediction, targets: Tensor, num_bins: int = 15) -> float:

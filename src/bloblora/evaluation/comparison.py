@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from .calibration import BinGaps
 from .metrics import METRICS, metric_names
 
 
@@ -25,6 +26,8 @@ class Interval:
 
 Value = float | Sequence[float]
 Values = Mapping[str, Value | Interval]
+
+_CALIBRATION = "squared_calibration_error"
 
 
 def paired_bootstrap(
@@ -41,61 +44,61 @@ def paired_bootstrap(
 
     Examples are drawn with replacement, the same ones for every seed of both methods; the bounds are percentiles of
     the drawn differences (Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13). So the interval is
-    about other test examples, not about other seeds. Few examples a bin raise an ECE, most that of the better
-    calibrated method, and resampling raises it again; so the percentiles of the ECE are reflected at the estimate
-    (Davison & Hinkley 1997, Bootstrap Methods and their Application, section 2.4). Even then a stated 95 % was 87 %
-    with ten examples a bin and 92 % with thirty, in a simulation.
+    about other test examples, not about other seeds.
+
+    Calibration is compared by ``squared_calibration_error``, without bias, and its interval is the estimate less the
+    percentiles of `BinGaps.deviations` (basic; Davison & Hinkley 1997, Bootstrap Methods and their Application, section
+    2.4): in simulations with 10 to 60 examples a bin a stated 95 % covered 94 to 100 %, of calibrated models too. There
+    is no interval of an ECE: few examples raise it, most where it is small, and resampling raises it again. Of the
+    difference from a calibrated model percentiles covered 13 to 61 %, reflected at the estimate 73 to 92 %.
 
     Of one example the interval has no width; where an NLL is infinite the bounds are NaN.
 
     Args:
         first: `example_scores` of each seed.
         second: the same of the other method, of the same examples; the number of seeds may differ.
-        metric: one of `METRICS` that is a mean over examples, or has ``parts`` as the ECE does.
+        metric: one of `METRICS` that is a mean over examples, or ``squared_calibration_error``.
         num_resamples: how often examples are drawn.
         level: of confidence, in (0, 1).
         seed: of the drawing.
-        num_bins: bins of the ECE.
+        num_bins: bins of the squared calibration error.
 
     Raises:
         ValueError: a method has no seed or a seed no such scores, an argument is out of its range, or numbers of
             examples differ.
     """
-    known = [name for name, of in METRICS.items() if of.per_example or of.parts]
+    known = [name for name, of in METRICS.items() if of.per_example or name == _CALIBRATION]
     if metric not in known:
         raise ValueError(f"metric must be one of {', '.join(known)}, got {metric!r}")
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}")
     if num_resamples < 1:
         raise ValueError(f"num_resamples must be 1 or more, got {num_resamples}")
-    a, b = (_columns(name, seeds, metric, num_bins) for name, seeds in (("first", first), ("second", second)))
-    n, parts = len(a), METRICS[metric].parts
-    if len(b) != n:
-        raise ValueError(f"second has {len(b)} examples, first {n}; they must be the same ones")
-
-    def difference(counts: Tensor) -> Tensor:
-        of_first, of_second = counts @ a, counts @ b
-        if parts:
-            of_first, of_second = of_first.abs(), of_second.abs()
-        return (of_first.sum(-1) / len(first) - of_second.sum(-1) / len(second)) / n
-
-    estimate = difference(torch.ones(n, dtype=torch.float64)).item()
-    drawn = torch.cat([difference(counts) for counts in _counts(n, num_resamples, seed)])
-    low, high = drawn.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    if parts:
-        low, high = 2 * estimate - high, 2 * estimate - low
+    for name, seeds in (("first", first), ("second", second)):
+        if not len(seeds):
+            raise ValueError(f"{name}: there is no seed")
+        needed = ("confidence", "accuracy") if metric == _CALIBRATION else (metric,)
+        if missing := [score for score in needed if not all(score in scores for scores in seeds)]:
+            raise ValueError(f"{name}: its scores have no {missing[0]}; they have {', '.join(seeds[0])}")
+    n, of_second = (len(next(iter(side[0].values()))) for side in (first, second))
+    if of_second != n:
+        raise ValueError(f"second has {of_second} examples, first {n}; they must be the same ones")
+    bounds = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    if metric == _CALIBRATION:
+        a, b = ([BinGaps.of(scores, num_bins) for scores in side] for side in (first, second))
+        estimate = mean(gaps.squared_error() for gaps in a) - mean(gaps.squared_error() for gaps in b)
+        errors = [
+            torch.stack([gaps.deviations(counts) for gaps in a]).mean(0)
+            - torch.stack([gaps.deviations(counts) for gaps in b]).mean(0)
+            for counts in _counts(n, num_resamples, seed)
+        ]
+        high, low = (estimate - torch.cat(errors).quantile(bounds)).tolist()
+    else:
+        one, two = (torch.stack([scores[metric].double() for scores in side]).mean(0) for side in (first, second))
+        estimate = (one.mean() - two.mean()).item()
+        drawn = [(counts @ one - counts @ two) / n for counts in _counts(n, num_resamples, seed)]
+        low, high = torch.cat(drawn).quantile(bounds).tolist()
     return Interval(estimate, low, high)
-
-
-def _columns(name: str, seeds: Sequence[Mapping[str, Tensor]], metric: str, num_bins: int) -> Tensor:
-    """What the metric is made of, of all seeds of a method: (n, seeds * k)."""
-    if not len(seeds):
-        raise ValueError(f"{name}: there is no seed")
-    if parts := METRICS[metric].parts:
-        return torch.cat([parts(scores, num_bins) for scores in seeds], 1)
-    if not all(metric in scores for scores in seeds):
-        raise ValueError(f"{name}: its scores have no {metric}; they have {', '.join(seeds[0])}")
-    return torch.stack([scores[metric].double() for scores in seeds], 1)
 
 
 def _counts(n: int, num_resamples: int, seed: int) -> Iterator[Tensor]:
@@ -108,7 +111,9 @@ def _counts(n: int, num_resamples: int, seed: int) -> Iterator[Tensor]:
 
 
 def rich_table(rows: Mapping[str, Values], title: str | None = None, columns: Sequence[str] | None = None) -> Table:
-    """A terminal table, a row a method; a sequence of values, one a seed, is shown as mean ± sd (n - 1).
+    """A terminal table; a sequence of values, one a seed, is shown as mean ± sd (n - 1).
+
+    A row is a method; without ``columns`` a metric, where these are more, so that it fits.
 
     Args:
         rows: metrics by method; a metric that a method lacks, or has no value of, is shown as –.
@@ -118,12 +123,14 @@ def rich_table(rows: Mapping[str, Values], title: str | None = None, columns: Se
     """
     # Text, because a plain string would lose what stands in square brackets
     table = Table(title=Text(title) if title else None)
-    (_, *header), *lines = table_cells(rows, columns)
+    cells = table_cells(rows, columns)
+    if columns is None and len(cells) <= len(cells[0]):
+        cells = [list(column) for column in zip(*cells, strict=True)]
     table.add_column("", no_wrap=True)
-    for column in header:
+    for column in cells[0][1:]:
         table.add_column(Text(column), justify="right")
-    for name, *cells in lines:
-        table.add_row(Text(name), *cells)
+    for name, *values in cells[1:]:
+        table.add_row(Text(name), *values)
     return table
 
 
@@ -139,8 +146,9 @@ def table_cells(
 ) -> list[list[str]]:
     """Header and rows of a table, as text; an `Interval` is shown with its bounds.
 
-    With ``mark_best`` the best of a column is between ``**`` where the metric says whether higher is better, and what
-    is no more than one standard deviation of the best from it has a ``*``.
+    With ``mark_best`` the best of a column is between ``**`` where the metric is ``marked`` and says whether higher is
+    better, and what is no more than one standard deviation of the best from it has a ``*``. An ECE that is no more than
+    two standard deviations above its floor says "at floor": a perfectly calibrated model may well have it.
     """
     found = {column: None for values in rows.values() for column in values}
     columns = columns or [name for name in metric_names("main") if name in found] or list(found)
@@ -148,7 +156,7 @@ def table_cells(
     return [
         ["", *map(_header, columns)],
         *(
-            [name, *(marks[column].get(name, "{}").format(_cell(values.get(column))) for column in columns)]
+            [name, *(marks[column].get(name, "{}").format(_cell(values, column)) for column in columns)]
             for name, values in rows.items()
         ),
     ]
@@ -163,7 +171,7 @@ def _header(column: str) -> str:
 
 def _marks(rows: Mapping[str, Values], column: str) -> dict[str, str]:
     """A format for the cells of a column that are the best or as good."""
-    higher = METRICS[column].higher_is_better if column in METRICS else None
+    higher = METRICS[column].higher_is_better if column in METRICS and METRICS[column].marked else None
     found = {name: values[column] for name, values in rows.items() if column in values}
     numbers = {name: mean_and_spread(value) for name, value in found.items() if not isinstance(value, Interval)}
     numbers = {name: pair for name, pair in numbers.items() if isfinite(pair[0])}
@@ -183,10 +191,21 @@ def mean_and_spread(value: Value) -> tuple[float, float]:
     return mean(values) if values else nan, spread
 
 
-def _cell(value: Value | Interval | None) -> str:
+def at_floor(values: Values) -> bool:
+    """Whether an ECE is no more than two standard deviations above that of a calibrated model on the same records."""
+    known = [value for name in ("ece", "ece_floor", "ece_floor_std") if (value := values.get(name)) is not None]
+    if len(known) < 3 or any(isinstance(value, Interval) for value in known):
+        return False
+    ece, floor, std = (mean_and_spread(value)[0] for value in known)  # type: ignore[arg-type]
+    return ece <= floor + 2 * std
+
+
+def _cell(values: Values, column: str) -> str:
+    value = values.get(column)
     if isinstance(value, Interval):
         return f"{value.estimate:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
     average, spread = (nan, nan) if value is None else mean_and_spread(value)
     if isnan(average):
         return "–"
-    return f"{average:.3f}" if isnan(spread) else f"{average:.3f} ± {spread:.3f}"
+    text = f"{average:.3f}" if isnan(spread) else f"{average:.3f} ± {spread:.3f}"
+    return f"{text}, at floor" if column == "ece" and at_floor(values) else text

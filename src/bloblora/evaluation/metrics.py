@@ -1,7 +1,7 @@
 """Everything that is measured of a prediction: each metric by name, with its title, direction and range."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -12,8 +12,8 @@ from torch.nn.functional import one_hot
 
 from ..prediction import Prediction
 from ..registry import Registry
-from .calibration import brier_parts, classwise_ece, equal_mass_ece, reliability
-from .inputs import as_prediction, checked, equal_width
+from .calibration import BinGaps, brier_parts, classwise_ece, ece_floor, equal_mass_ece, reliability
+from .inputs import as_prediction, checked
 from .ranking import ood_metrics, risk_coverage
 
 Table = Literal["main", "more", "asked"]
@@ -41,8 +41,8 @@ class Metric:
         per_example: the metric is the mean of what the function gives.
         takes: keyword arguments of the function: ``num_bins``, and ``outside``, the `Prediction` of inputs out of
             scope; a metric that takes it is left out where there is none.
-        parts: of a metric that is no such mean but can be computed from `example_scores`: gets these and ``num_bins``
-            and gives columns (n, k); the metric is the sum of the absolute values of their means.
+        marked: whether tables mark the best; not of a calibration error, which is least for a model that knows no more
+            than its own accuracy.
         table: ``main`` is in every table and in `metrics`, ``more`` in a report's second table, ``asked`` where it is
             asked for.
     """
@@ -55,7 +55,7 @@ class Metric:
     key: str | None = None
     per_example: bool = False
     takes: tuple[str, ...] = ()
-    parts: Callable[[Mapping[str, Tensor], int], Tensor] | None = None
+    marked: bool = True
     table: Table = "main"
 
     def examples(self, prediction: Prediction, targets: Tensor) -> Tensor:
@@ -85,6 +85,9 @@ def metrics(predicted: Tensor | Prediction, targets: Tensor, num_bins: int = 15)
 
     - ``ece``: :math:`\sum_b \frac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b|` over equal-width bins of
       the top probability (Guo et al., arXiv 1706.04599); of one example, how far that is from 1 (right) or 0;
+    - ``ece_floor``, ``ece_floor_std``: mean and standard deviation of the ECE that a perfectly calibrated model would
+      have on the same records (`ece_floor`);
+    - ``squared_calibration_error``: without the bias that few records give an ECE (`BinGaps`), in [-1, 1];
     - ``nll``: mean of -log p(target), nats; infinite where a target has probability 0;
     - ``brier``: mean over examples of :math:`\sum_c (p_c - 1[c = y])^2`, in [0, 2].
 
@@ -94,12 +97,12 @@ def metrics(predicted: Tensor | Prediction, targets: Tensor, num_bins: int = 15)
         num_bins: equal-width bins on [0, 1].
 
     Returns:
-        ``accuracy``, ``ece``, ``nll``, ``brier``, and other packages' metrics of the main table; ``num_examples``.
+        These by name, ``accuracy``, other packages' metrics of the main table, and ``num_examples``.
 
     Raises:
         ValueError: there is no example, or shapes, ranges or normalization are wrong.
     """
-    names = metric_names("main", outside=False)
+    names = [name for name in METRICS if name in metric_names("main", outside=False) or name == "ece_floor_std"]
     return _values(names, as_prediction(predicted), targets, num_bins=num_bins) | {"num_examples": len(targets)}
 
 
@@ -169,11 +172,8 @@ def _ece(prediction: Prediction, targets: Tensor, num_bins: int) -> float:
     return reliability(checked(prediction, targets)[0].exp(), targets, num_bins).ece
 
 
-def _ece_parts(scores: Mapping[str, Tensor], num_bins: int) -> Tensor:
-    """Confidence less accuracy, in the column of the example's bin."""
-    confidence = scores["confidence"].double()
-    gap = confidence - scores["accuracy"].double()
-    return one_hot(equal_width(confidence, num_bins), num_bins) * gap[:, None]
+def _squared_calibration_error(prediction: Prediction, targets: Tensor, num_bins: int) -> float:
+    return BinGaps.of(example_scores(prediction, targets), num_bins).squared_error()
 
 
 def _nll(prediction: Prediction, targets: Tensor) -> Tensor:
@@ -198,16 +198,21 @@ def _ood(prediction: Prediction, _: Tensor, outside: Prediction) -> dict[str, fl
 def _own() -> Iterator[Metric]:
     share, bins = (0.0, 1.0), ("num_bins",)
     yield Metric("accuracy", "accuracy", _accuracy, True, share, per_example=True)
-    yield Metric("ece", "ECE", _ece, False, share, takes=bins, parts=_ece_parts)
+    error: dict[str, Any] = {"higher_is_better": False, "takes": bins, "marked": False}
+    yield Metric("ece", "ECE", _ece, range=share, **error)
+    yield Metric("ece_floor", "ECE floor", ece_floor, None, share, "mean", takes=bins)
+    yield Metric("ece_floor_std", "ECE floor, sd", ece_floor, None, share, "std", takes=bins, table="asked")
+    yield Metric("squared_calibration_error", "CE²", _squared_calibration_error, range=(-1, 1), **error)
     yield Metric("nll", "NLL", _nll, False, (0, math.inf), per_example=True)
     yield Metric("brier", "Brier", _brier, False, (0, 2), per_example=True)
-    yield Metric("ece_equal_mass", "ECE, equal mass", equal_mass_ece, False, share, takes=bins, table="more")
-    yield Metric("ece_classwise", "ECE, classwise", classwise_ece, False, share, takes=bins, table="more")
+    yield Metric("ece_equal_mass", "ECE, equal mass", equal_mass_ece, range=share, table="more", **error)
+    yield Metric("ece_classwise", "ECE, classwise", classwise_ece, range=share, table="more", **error)
     better = {"uncertainty": None, "resolution": True, "reliability": False}
     for part, higher in (better | {"within_bin_variance": None, "within_bin_covariance": None}).items():
         title, bounds = f"Brier {part.replace('_', ' ')}", (-2 if part.endswith("covariance") else 0, 2)
         table: Table = "asked" if higher is None else "more"
-        yield Metric(f"brier_{part}", title, brier_parts, higher, bounds, part, takes=bins, table=table)
+        marked = part != "reliability"
+        yield Metric(f"brier_{part}", title, brier_parts, higher, bounds, part, takes=bins, table=table, marked=marked)
     yield Metric("aurc", "AURC", _selective, False, share, "aurc", table="more")
     for coverage in COVERAGES:
         name, title = f"selective_accuracy_{coverage * 100:.0f}", f"accuracy at {coverage * 100:.0f} %"

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from ..prediction import Sampler, WeightDraws
-from ..prediction.prediction import check_num_samples, eval_mode, sampler_of
+from ..prediction.prediction import check_num_samples, eval_mode, mutual_information, sampler_of
 from ..prediction.sampler import StackedWeights
 from .decoding import Answers, Decoding, KeptDraws
 
@@ -124,8 +124,9 @@ class Generation:
 
     @property
     def mutual_information(self) -> Tensor:
-        """Mean over tokens of H[p̄_t] less the draws' mean entropy, (n,), nats: epistemic uncertainty."""
-        return self._token_mean((self.entropies - self.expected_entropies).clamp_min(0))
+        """Mean over tokens of the epistemic uncertainty, (n,), nats: 0 for a single draw, which doesn't define it."""
+        draws = len(self.draw_log_probs)
+        return self._token_mean(mutual_information(self.entropies, self.expected_entropies, draws))
 
     @property
     def log_probability_variance(self) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data import hub_source
-from ..evaluation import markdown_table, metric_names
+from ..evaluation import METRICS, markdown_table, metric_names
 from ..files import read_json, read_numbers, write_text
 from ..models import DEFAULT_MODEL
 from ..runs import RunDescription, RunError, open_run
@@ -125,7 +125,7 @@ def _metadata(
         )
         for name, values in measured.items()
         for metric in metric_names("main", outside=False)
-        if metric in values
+        if metric in values and METRICS[metric].higher_is_better is not None
     ]
     return ModelCardData(
         base_model=base_model,

@@ -84,8 +84,27 @@ class Prediction:
 
     @property
     def mutual_information(self) -> Tensor:
-        """Epistemic uncertainty in nats, (n,): 0 where all draws agree."""
-        return (self.predictive_entropy - self.expected_entropy).clamp_min(0)
+        """Epistemic uncertainty in nats, (n,): 0 where draws agree, and for a single one, which doesn't define it."""
+        return mutual_information(self.predictive_entropy, self.expected_entropy, self.num_draws)
+
+
+def mutual_information(total: Tensor, aleatoric: Tensor, num_draws: Tensor | int) -> Tensor:
+    r"""Mutual information of answer and weights, in nats, without the bias of a finite number of draws.
+
+    .. math:: \frac{S}{S-1} \Big(H[\bar p] - \frac1S \sum_s H[p_s]\Big) \le H[\bar p]
+
+    To second order the bracket is the draws' mean of :math:`\sum_c (p_{sc} - \bar p_c)^2 / 2 \bar p_c`, and the mean
+    square of S independent deviations from their own mean is on average 1 - 1/S of the variance. So values from
+    different S can be compared. Mirrored and linearized draws, which have no such bias, get the factor as well.
+
+    Args:
+        total: H[p̄], any shape.
+        aleatoric: mean of H[p_s].
+        num_draws: S, of each value or of all; the result is 0 for 1, of which it is not defined.
+    """
+    draws = torch.as_tensor(num_draws, device=total.device)
+    estimate = (total - aleatoric).clamp_min(0) * draws / (draws - 1).clamp_min(1)
+    return torch.minimum(estimate, total).where(draws > 1, 0)
 
 
 @torch.no_grad()

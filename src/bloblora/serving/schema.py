@@ -67,7 +67,7 @@ class Answer(BaseModel):
     std: dict[str, float] = Field(description="standard deviation of each probability over the weight samples")
     confidence: float = Field(description="probability of the label")
     predictive_entropy: float = Field(description="all uncertainty")
-    mutual_information: float = Field(description="of it epistemic: what the model doesn't know")
+    mutual_information: float = Field(description="of it epistemic: what the model doesn't know; 0 for one draw")
     expected_entropy: float = Field(description="of it aleatoric: what the input leaves open")
     num_draws: int = Field(description="weight samples that were used; 1 where there is a single function")
     truncated_tokens: int = Field(description="tokens cut off because the model reads no more")

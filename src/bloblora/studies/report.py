@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from statistics import mean
 from string import Template
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COST = ("training minutes", "peak GiB", "predicting seconds")
-_LEGEND = "Mean ± standard deviation; **best**, and * within one standard deviation."
+_LEGEND = "Rows by NLL, the lowest first. Mean ± standard deviation; **best**, and * within one standard deviation."
+_CALIBRATION = (
+    "ECE floor: the ECE that a perfectly calibrated model would have on the same records. At floor: an ECE no more "
+    "than two standard deviations above it, which shows no miscalibration. CE²: squared calibration error without the "
+    "bias of few records, around 0 for a calibrated model. No best of these is marked: a model that knows little may "
+    "be calibrated."
+)
 
 
 @dataclass
@@ -163,24 +171,26 @@ def _rows(results: Sequence[Result]) -> list[Row]:
 
 
 def _table(caption: str, rows: Mapping[str, Mapping[str, Sequence[float]]], columns: Sequence[str]) -> str:
-    return f"\n{caption}\n\n{evaluation.markdown_table(rows, columns, mark_best=True)}"
+    ranked = dict(sorted(rows.items(), key=lambda row: mean(row[1].get("nll", [math.inf]))))
+    return f"\n{caption}\n\n{evaluation.markdown_table(ranked, columns, mark_best=True)}"
 
 
 def _differences(rows: Sequence[Row], baseline: str, key: str) -> Iterator[str]:
     """How far each method is from the baseline on the same examples of one set."""
     reference = next((row.scores(key) for row in reversed(rows) if row.method == baseline), None)
-    stored = set(reference[0]) if reference else set()
-    main = evaluation.metric_names("main", outside=False)
-    compared = [name for name in main if name in stored or evaluation.METRICS[name].parts]
+    stored = {*reference[0], "squared_calibration_error"} if reference else set()
+    compared = [name for name in evaluation.metric_names("main", outside=False) if name in stored]
+    titles = {name: f"Δ {evaluation.METRICS[name].title}" for name in compared}
     found = {}
     for row in rows:
         scores = row.scores(key)
         if row.method != baseline and reference and scores:
-            intervals = {name: evaluation.paired_bootstrap(scores, reference, name) for name in compared}
-            found[row.label] = {f"Δ {name}": interval for name, interval in intervals.items()}
+            found[row.label] = {
+                title: evaluation.paired_bootstrap(scores, reference, name) for name, title in titles.items()
+            }
     if found:
-        text = f"Difference from {baseline} with a 95 % interval: paired bootstrap over examples, mean over seeds."
-        yield _table(text, found, [f"Δ {name}" for name in compared])  # type: ignore[arg-type]
+        text = f"Difference from {baseline} with a 95 % interval: bootstrap over the same examples, mean over seeds."
+        yield _table(text, found, list(titles.values()))  # type: ignore[arg-type]
 
 
 def _learning(dataset: str, most_draws: Mapping[str, Row]) -> Iterator[str | Picture]:
@@ -292,6 +302,7 @@ def _setting(results: Sequence[Result]) -> Iterator[str]:
         for m in (result.machine for result in results)
     )
     yield f"\n## Setting\n\n- {len(results)} runs on {'; '.join(machines)}; all numbers are in {METRICS_FILE}."
+    yield f"- {_CALIBRATION}"
     if not all(result.scores for result in results):
         yield (
             f"- Of some runs only {METRICS_FILE} is there. Intervals and reliability need their scores per example, "
