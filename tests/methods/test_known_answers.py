@@ -226,6 +226,27 @@ def test_ivon_keeps_the_optimizers_gaussian(tmp_path):
     assert accuracy > 0.6
 
 
+def test_ivon_sees_one_mean_gradient_however_the_batch_is_split(tmp_path):
+    """Means and Ω after three steps of one batch of 8, and of four of 2 that are accumulated, under the same noise."""
+    task, method = Rows(), Ivon(effective_sample_size=50.0, hess_init=1.0, clip_radius=10.0)
+
+    def trained(size, steps):
+        torch.manual_seed(1)
+        model = method.prepare(Net(), LORA)
+        nn.init.normal_(model.base_model.model.linear.lora_B["default"].weight)
+        split = dict(per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+        options = dict(learning_rate=0.1, max_steps=3, lr_scheduler_type="constant", **split)
+        sampler = method.fit(model, training(task, tmp_path / f"{size}", **options))
+        return delta(model), torch.cat([std.detach().flatten() for std in sampler.weights.named_stds().values()])
+
+    (whole, whole_std), (split, split_std) = trained(8, 1), trained(2, 4)
+    torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-5)
+    # h moves by 1 − β₂ = 1e-5 of its estimate: compare how far Ω has gone
+    start = torch.tensor(50.0).rsqrt()
+    torch.testing.assert_close(split_std - start, whole_std - start, rtol=0.02, atol=2e-7)
+    assert (whole_std - start).abs().max() > 1e-6
+
+
 def test_scalabl_folds_its_means_and_draws_its_variance(tokens):
     torch.manual_seed(0)
     method = Scalabl(init_std=0.7)

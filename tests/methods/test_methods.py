@@ -101,6 +101,7 @@ def test_an_option_of_another_method_is_named(config):
     [
         ("map", "prior_std", 0.0, "prior_std must be a finite number above 0, got 0.0"),
         ("mc-dropout", "lora_dropout", 0.0, r"lora_dropout must be in \(0, 1\) for method 'mc-dropout', got 0.0"),
+        ("ivon", "fp16", True, "fp16 must be false for method 'ivon'"),
         ("ensemble", "members", 1, "members must be at least 2, got 1"),
         ("lora", "temperature_scaling", 1.0, r"temperature_scaling must be in \[0, 1\), got 1.0"),
         ("blob", "prior_std", -1.0, "prior_std must be a finite number above 0, got -1.0"),
