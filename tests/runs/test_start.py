@@ -49,17 +49,17 @@ def test_a_post_hoc_method_leaves_the_lora_as_it_is(folder, base, method):
         assert all(torch.equal(found[key], given[key]) for key in given)
 
 
-@pytest.mark.parametrize("method", ["lora", "blob", "map", "mc-dropout", "ivon"])
+@pytest.mark.parametrize("method", ["lora", "blob", "map", "mc-dropout", "ivon", "swag"])
 def test_others_go_on_from_it(folder, base, method):
-    """A step that is next to nothing shows where the training began."""
+    """Steps that are next to nothing show where the training began."""
     options = {"method": method, "start_from": str(folder / "lora")}
-    still = {"steps": 1, "learning_rate": 1e-12, **({"kl_scale": 0.0} if method == "blob" else {})}
+    still = {"steps": 2, "learning_rate": 1e-12, **({"kl_scale": 0.0} if method == "blob" else {})}
     run = train(folder, base, f"on-{method}", **options, **still)
     moved = train(folder, base, f"far-{method}", **options)
     found, far, given = (load_file(folder / name / WEIGHTS) for name in (f"on-{method}", f"far-{method}", "lora"))
     for key in given:
         torch.testing.assert_close(found[key], given[key], atol=1e-5, rtol=0)
-    assert (find_posterior(run.model) is not None) == (method in ("blob", "ivon"))
+    assert (find_posterior(run.model) is not None) == (method in ("blob", "ivon", "swag"))
     assert (far[key] - given[key]).abs().max() > 2e-5
     assert moved.training["num_examples"] == 16
 
