@@ -49,6 +49,19 @@ def test_a_post_hoc_method_leaves_the_lora_as_it_is(folder, base, method):
         assert all(torch.equal(found[key], given[key]) for key in given)
 
 
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_tfb_around_the_mean_of_a_bayesian_run(folder, base, subset):
+    blob = train(folder, base, f"blob-{subset}", method="blob", init_std=0.5)
+    options = {"method": "tfb", "subset_of_weights": subset, "tolerance": 0.5}
+    run = train(folder, base, f"tfb-of-{subset}", start_from=blob.config.output, **options)
+    torch.testing.assert_close(
+        run.predict(queries(), 0).log_probs, blob.predict(queries(), 0).log_probs, atol=1e-5, rtol=0
+    )
+    assert run.predict(queries(), 3).log_probs.std(0).max() > 1e-4
+    again = runs.load_run(run.config.output).predict(queries(), 3)
+    assert torch.equal(again.log_probs, run.predict(queries(), 3).log_probs)
+
+
 @pytest.mark.parametrize("method", ["lora", "blob", "map", "mc-dropout", "ivon", "swag"])
 def test_others_go_on_from_it(folder, base, method):
     """Steps that are next to nothing show where the training began."""
