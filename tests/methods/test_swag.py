@@ -142,3 +142,22 @@ def test_too_few_steps_are_an_error_before_the_first(tmp_path):
     with pytest.raises(ValueError, match="max_steps is 1; method 'swag' needs at least 2"):
         method.fit(model, setup)
     assert not seen.weights
+
+
+def test_a_training_that_is_ended_early_is_one_function(tmp_path):
+    class End(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step == 3
+
+    method, model = prepared()
+    setup, seen = training(Rows(), tmp_path, max_steps=20), Recorded()
+    setup.callbacks = [seen, End()]
+    with pytest.warns(UserWarning, match="ended with 0 iterates"):
+        sampler = method.fit(model, setup)
+    means = sampler.weights.posterior.named_means()
+    drawn = sampler.weights.sample(torch.Generator().manual_seed(0))
+    for name, mean in means.items():
+        layer, _, factor = name.rpartition(".lora_")
+        torch.testing.assert_close(drawn[layer][factor], mean.detach(), rtol=0, atol=1e-12)
+    found = torch.cat([mean.detach().flatten() for mean in means.values()]).double().numpy()
+    np.testing.assert_array_equal(found, seen.weights[-1])

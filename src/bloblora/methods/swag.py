@@ -16,6 +16,7 @@ learning rate, an iterate an epoch, K = 5. There K − 1 is the option's also wh
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -145,13 +146,24 @@ class Swag(GaussianMethod):
         return min(math.floor(self.burn_in * steps), steps - 2)
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
-        """Train a LoRA, and put the mean of its iterates in its place."""
+        """Train a LoRA, and put the mean of its iterates in its place.
+
+        Warns where a callback ended the training before there were two; then there is one function.
+        """
         iterates = Iterates(model)
 
         class Trainer(_Trainer):
             method, collector = self, iterates
 
         training.run(model, trainer=Trainer)
+        if iterates.count < 2:
+            warnings.warn(
+                f"the training ended with {iterates.count} iterates, so that all samples are the last weights; SWAG "
+                "collects them late: let it run for max_steps, or lower burn_in",
+                stacklevel=1,
+            )
+            iterates = Iterates(model)
+            iterates.collect(0)
         posterior = bayesianize(model, BlobConfig(factors="AB"))  # type: ignore[arg-type]
         parameters = dict(model.named_parameters())
         with torch.no_grad():
@@ -162,7 +174,7 @@ class Swag(GaussianMethod):
                 variance = iterates.variance(of_factor[name]).clamp_min(_LEAST_VARIANCE)
                 parameter.copy_((self.covariance_scale * variance).pow(0.25))  # Ω = G∘G
         columns = {}
-        if rank := min(self.covariance_rank, iterates.count):
+        if (rank := min(self.covariance_rank, iterates.count)) > 1:
             size = math.sqrt(self.covariance_scale / (rank - 1))
             columns = {name: size * iterates.columns(of_factor[name], rank) for name in of_factor}
         return WeightDraws(LowRank(posterior, columns))
