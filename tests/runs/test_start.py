@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from bloblora import find_posterior, models, runs
 from bloblora.cli import main
+from bloblora.runs.approximation import Approximation
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,6 +60,9 @@ def test_tfb_around_the_mean_of_a_bayesian_run(folder, base, subset):
         run.predict(queries(), 0).log_probs, blob.predict(queries(), 0).log_probs, atol=1e-5, rtol=0
     )
     assert run.predict(queries(), 3).log_probs.std(0).max() > 1e-4
+    if subset == "last_layer":
+        top = replace(run, sampler=Approximation.parse("top-blocks:1").apply(run.sampler)).predict(queries(), 3)
+        torch.testing.assert_close(top.log_probs, run.predict(queries(), 3).log_probs, atol=1e-5, rtol=0)
     again = runs.load_run(run.config.output).predict(queries(), 3)
     assert torch.equal(again.log_probs, run.predict(queries(), 3).log_probs)
 

@@ -22,7 +22,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..adapter import BlobConfig, Posterior, bayesianize
-from ..prediction import Point, Prediction, Sampler, WeightDraws, predict
+from ..prediction import Point, Prediction, Sampler, TopBlocks, WeightDraws, predict
 from ..prediction.forward import block_of
 from ..training import check_positive
 from ..training.arguments import check_count
@@ -84,6 +84,9 @@ class Tfb(GaussianMethod):
         posterior, singular_values = rotate(model)
         layers = posterior.layer_names() if self.subset_of_weights == "all" else last_layers(posterior)
         search = WeightDraws(posterior, mirrored=True)
+        if layers != posterior.layer_names() and (place := block_of(model, layers[0])):  # the blocks below, once
+            blocks = [*model.get_submodule(place[0]).children()]
+            search = WeightDraws(TopBlocks(posterior, len(blocks) - place[1]), mirrored=True)
 
         def nll(prediction: Prediction) -> float:
             return nn.functional.nll_loss(prediction.log_probabilities, before.labels).item()
