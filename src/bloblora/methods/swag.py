@@ -86,7 +86,7 @@ class Swag(GaussianMethod):
         default=0.5,
         metadata={
             "help": "c, which multiplies the covariance; with D, 0.5 is SWAG's. 1 for a diagonal covariance.",
-            "search": (0.1, 5.0),
+            "search": (0.1, 1000.0),
         },
     )
 
