@@ -14,10 +14,10 @@ T = TypeVar("T")
 class Registry(Mapping[str, T]):
     """Things of one kind by name, each imported when it is first used.
 
-    Another package adds one with an entry point in its ``pyproject.toml``, here a method called ``swag``::
+    Another package adds one with an entry point in its ``pyproject.toml``, here a method called ``noisy``::
 
         [project.entry-points."bloblora.methods"]
-        swag = "my_package.swag:Swag"
+        noisy = "my_package.noisy:Noisy"
 
     An entry that can't be imported or used is named in a warning and skipped.
 

@@ -34,7 +34,7 @@ def stock(folder, name, num_labels=None):
     return PeftModel.from_pretrained(base, folder / name)
 
 
-@pytest.mark.parametrize("method", [*ADAPTERS, "ivon", "distilled"])
+@pytest.mark.parametrize("method", [*ADAPTERS, "swag", "ivon", "distilled"])
 def test_stock_peft_gives_the_draws(method, run_of, tmp_path):
     if method == "ivon":
         pytest.importorskip("ivon")

@@ -19,7 +19,7 @@ from bloblora.methods.map import Map, squared_norm
 from bloblora.methods.mc_dropout import DroppedColumns, McDropout
 from bloblora.methods.scalabl import Scalabl, ScaledRows, _fold, _layers
 from bloblora.methods.temperature import fit_temperature
-from bloblora.methods.tfb import _NUM_SAMPLES, Tfb, _set_noise, rotate
+from bloblora.methods.tfb import _NUM_SAMPLES, Tfb, last_layers, rotate, set_noise
 from bloblora.prediction import WeightDraws, predict
 from tests.conftest import tiny_llama, with_lora
 
@@ -162,7 +162,7 @@ def test_tfb_rewrites_the_adapter_without_changing_it_and_its_noise_is_isotropic
     posterior, singular_values = rotate(model)
     with posterior.mean():
         torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-5)
-    _set_noise(posterior, singular_values, 0.1)
+    set_noise(posterior, singular_values, 0.1, posterior.layer_names())
     name, layer = next(iter(posterior.named_layers().items()))
     b, std = layer.lora_B["default"].weight, posterior.named_stds()[f"{name}.lora_A"]
     # in the space of ΔW = B A a column's covariance is B diag(Ω²) Bᵀ = σ² U Uᵀ: a projection
@@ -171,28 +171,71 @@ def test_tfb_rewrites_the_adapter_without_changing_it_and_its_noise_is_isotropic
     torch.testing.assert_close(eigenvalues, torch.full((4,), 0.01), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("tolerance", [0.01, 0.02])
-def test_tfb_finds_the_largest_noise_within_the_tolerance(tolerance, tmp_path):
-    task, method = Rows(), Tfb(tolerance=tolerance)
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({}, 1.003),
+        ({"tolerance": 0.02}, 1.02),
+        ({"tolerance": 0.0004, "divide_by_anchors": True}, 1.016),
+        ({"tolerance": 0.001, "divide_by_anchors": True, "num_anchors": 20}, 1.02),
+    ],
+)
+def test_tfb_finds_the_largest_noise_within_the_tolerance(options, allowed, tmp_path):
+    task, method = Rows(), Tfb(**options)
     torch.manual_seed(1)
     model = method.prepare(Net(), LORA)
     sampler = method.fit(model, training(task, tmp_path, max_steps=60))
-    posterior = sampler.weights
-    b = model.base_model.model.linear.lora_B["default"].weight
-    size = (next(iter(posterior.named_stds().values()))[:, 0] * b.norm(dim=0)).mean().item()
-    examples, d = task.examples(), {name: b.norm(dim=0).detach() for name in posterior.named_stds()}
+    size, d, posterior = noise_of(model, sampler)
+    examples = task.examples()[:: 2 if "num_anchors" in options else 1]
     answers = predict(model, examples, 0, task=task).labels
 
     def nll(noise):
-        _set_noise(posterior, d, noise)
+        set_noise(posterior, d, noise, posterior.layer_names())
         search = WeightDraws(posterior, mirrored=True)
         prediction = predict(model, examples, _NUM_SAMPLES if noise else 0, task=task, sampler=search)
-        return -prediction.log_probabilities[torch.arange(40), answers].mean().item()
+        return -prediction.log_probabilities[torch.arange(len(examples)), answers].mean().item()
 
-    allowed = nll(0) * (1 + tolerance)
-    step = (0.2 - 0.001) / 64  # of six bisections
-    assert 0.001 < size < 0.2 - step
-    assert nll(size) <= allowed < nll(size + 1.01 * step)
+    step = (0.2 / 1e-4) ** (1 / 64)  # of six bisections
+    assert 1e-4 < size < 0.2 / step
+    assert nll(size) <= nll(0) * allowed < nll(size * step * 1.001)
+
+
+def noise_of(model, sampler):
+    """σq, d and the posterior of a fitted `Net`."""
+    b = model.base_model.model.linear.lora_B["default"].weight
+    posterior = sampler.weights
+    size = (next(iter(posterior.named_stds().values()))[:, 0] * b.norm(dim=0)).mean().item()
+    return size, {name: b.norm(dim=0).detach() for name in posterior.layer_names()}, posterior
+
+
+def test_tfb_ends_at_its_ceiling_and_says_where_its_floor_fails(tmp_path):
+    torch.manual_seed(1)
+    task, lax, strict = (
+        Rows(),
+        Tfb(max_std=0.015, divide_by_anchors=True, tolerance=0.1),
+        Tfb(min_std=0.1, tolerance=1e-5),
+    )
+    model = lax.prepare(Net(), LORA)
+    setup = training(task, tmp_path, max_steps=60)
+    assert noise_of(model, lax.fit(model, setup))[0] == pytest.approx(0.015)
+    model = strict.prepare(Net(), LORA)
+    with pytest.warns(UserWarning, match="min_std 0.1 already changes the NLL"):
+        sampler = strict.fit(model, training(task, tmp_path / "strict", max_steps=60))
+    assert noise_of(model, sampler)[0] == pytest.approx(0.1)
+
+
+def test_tfb_in_the_last_block_leaves_the_others_as_they_are(tokens):
+    model = with_lora(tiny_llama()).eval()
+    posterior, singular_values = rotate(model)
+    layers = last_layers(posterior)
+    assert layers == [name for name in posterior.layer_names() if ".layers.1." in name]
+    set_noise(posterior, singular_values, 0.1, layers)
+    means, weights = posterior.named_means(), posterior.sample(torch.Generator().manual_seed(0))
+    for layer, of_layer in weights.items():
+        moved = (of_layer["A"] - means[f"{layer}.lora_A"]).abs().max()
+        assert moved > 1e-3 if layer in layers else moved < 1e-10
+    head = with_lora(tiny_llama(), ("q_proj", "lm_head"))
+    assert [name.rpartition(".")[2] for name in last_layers(bayesianize(head))] == ["lm_head"]
 
 
 def test_ivon_finds_the_gaussian_of_a_quadratic():
@@ -224,6 +267,27 @@ def test_ivon_keeps_the_optimizers_gaussian(tmp_path):
     torch.testing.assert_close(stds, torch.full_like(stds, 1 / math.sqrt(400 * 0.1)), rtol=0.02, atol=0)
     accuracy = (task.logits(model, {"x": task.x}).argmax(-1) == task.y).float().mean()
     assert accuracy > 0.6
+
+
+def test_ivon_sees_one_mean_gradient_however_the_batch_is_split(tmp_path):
+    """Means and Ω after three steps of one batch of 8, and of four of 2 that are accumulated, under the same noise."""
+    task, method = Rows(), Ivon(effective_sample_size=50.0, hess_init=1.0, clip_radius=10.0)
+
+    def trained(size, steps):
+        torch.manual_seed(1)
+        model = method.prepare(Net(), LORA)
+        nn.init.normal_(model.base_model.model.linear.lora_B["default"].weight)
+        split = dict(per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+        options = dict(learning_rate=0.1, max_steps=3, lr_scheduler_type="constant", **split)
+        sampler = method.fit(model, training(task, tmp_path / f"{size}", **options))
+        return delta(model), torch.cat([std.detach().flatten() for std in sampler.weights.named_stds().values()])
+
+    (whole, whole_std), (split, split_std) = trained(8, 1), trained(2, 4)
+    torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-5)
+    # h moves by 1 − β₂ = 1e-5 of its estimate: compare how far Ω has gone
+    start = torch.tensor(50.0).rsqrt()
+    torch.testing.assert_close(split_std - start, whole_std - start, rtol=0.02, atol=2e-7)
+    assert (whole_std - start).abs().max() > 1e-6
 
 
 def test_scalabl_folds_its_means_and_draws_its_variance(tokens):
@@ -259,26 +323,38 @@ def test_scalabl_folds_its_means_and_draws_its_variance(tokens):
     assert len(_layers(model)) == 4
 
 
-def test_scalabl_without_evidence_goes_to_its_prior(tmp_path):
+@pytest.mark.parametrize(
+    ("weighting", "size", "accumulated", "steps", "weight"),
+    # M = ⌊100·40^(π/8)/b⌋ = ⌊425.7/b⌋
+    [
+        ("reweighted", 40, 1, 20, 2.0),  # M = 10
+        ("reweighted", 40, 1, 19, 1 + (2**10 - 2) / (2**11 - 1)),  # the published 2^i/(2^(M+1) - 1), i = 1..9
+        ("uniform", 40, 1, 13, 1.3),
+        ("uniform", 10, 2, 13, 13 / 21),  # b = 20
+    ],
+)
+def test_scalabl_without_evidence_goes_to_its_prior(weighting, size, accumulated, steps, weight, tmp_path):
     """With B at 0 the NLL knows nothing of the scales: q follows the KL's flow, whose solution `kl_flow_` has."""
-    task, method = Rows(), Scalabl(init_std=0.7, prior_std=1.3, kl_learning_rate=2.0)
+    task = Rows()
+    method = Scalabl(init_std=0.7, prior_std=1.3, kl_learning_rate=0.2, kl_weighting=weighting)
     torch.manual_seed(1)
     model = method.prepare(Net(), LORA)
     layer = model.base_model.model.linear
     for factor in (layer.lora_A, layer.lora_B):
         factor["default"].weight.requires_grad_(False)
     start, std = layer.scalabl_mean["default"].detach().clone(), layer.scalabl_std_parameter["default"].detach() ** 2
-    constant = dict(lr_scheduler_type="constant", warmup_steps=0, max_steps=20)
+    constant = dict(lr_scheduler_type="constant", warmup_steps=0, max_steps=steps)
+    constant |= dict(per_device_train_batch_size=size, gradient_accumulation_steps=accumulated)
     sampler = method.fit(model, training(task, tmp_path, **constant))
-    time = 20 * 2.0 / len(task.x)  # steps, times learning rate, times weight 1/D
+    time = 0.2 * weight
     slope = math.tanh(4 * time / 1.3)
     mean = start * math.exp(-time / 1.3**2)
-    torch.testing.assert_close(layer.lora_A["default"].weight.detach().norm(dim=1), mean, rtol=1e-4, atol=0)
+    torch.testing.assert_close(layer.lora_A["default"].weight.detach().norm(dim=1), mean, rtol=1e-3, atol=0)
     (ratio,) = sampler.weights.ratios.values()
     torch.testing.assert_close(
-        ratio.detach() * mean, 1.3 * (std + 1.3 * slope) / (1.3 + std * slope), rtol=1e-4, atol=0
+        ratio.detach() * mean, 1.3 * (std + 1.3 * slope) / (1.3 + std * slope), rtol=1e-3, atol=0
     )
-    assert (mean / start < 0.9).all()
+    assert (mean / start < 0.95).all()
 
 
 def test_full_trains_every_weight_as_the_trainer_does(tmp_path):

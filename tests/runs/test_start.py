@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from bloblora import find_posterior, models, runs
 from bloblora.cli import main
+from bloblora.runs.approximation import Approximation
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,17 +51,33 @@ def test_a_post_hoc_method_leaves_the_lora_as_it_is(folder, base, method):
         assert all(torch.equal(found[key], given[key]) for key in given)
 
 
-@pytest.mark.parametrize("method", ["lora", "blob", "map", "mc-dropout", "ivon"])
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_tfb_around_the_mean_of_a_bayesian_run(folder, base, subset):
+    blob = train(folder, base, f"blob-{subset}", method="blob", init_std=0.5)
+    options = {"method": "tfb", "subset_of_weights": subset, "tolerance": 0.5}
+    run = train(folder, base, f"tfb-of-{subset}", start_from=blob.config.output, **options)
+    torch.testing.assert_close(
+        run.predict(queries(), 0).log_probs, blob.predict(queries(), 0).log_probs, atol=1e-5, rtol=0
+    )
+    assert run.predict(queries(), 3).log_probs.std(0).max() > 1e-4
+    if subset == "last_layer":
+        top = replace(run, sampler=Approximation.parse("top-blocks:1").apply(run.sampler)).predict(queries(), 3)
+        torch.testing.assert_close(top.log_probs, run.predict(queries(), 3).log_probs, atol=1e-5, rtol=0)
+    again = runs.load_run(run.config.output).predict(queries(), 3)
+    assert torch.equal(again.log_probs, run.predict(queries(), 3).log_probs)
+
+
+@pytest.mark.parametrize("method", ["lora", "blob", "map", "mc-dropout", "ivon", "swag"])
 def test_others_go_on_from_it(folder, base, method):
-    """A step that is next to nothing shows where the training began."""
+    """Steps that are next to nothing show where the training began."""
     options = {"method": method, "start_from": str(folder / "lora")}
-    still = {"steps": 1, "learning_rate": 1e-12, **({"kl_scale": 0.0} if method == "blob" else {})}
+    still = {"steps": 2, "learning_rate": 1e-12, **({"kl_scale": 0.0} if method == "blob" else {})}
     run = train(folder, base, f"on-{method}", **options, **still)
     moved = train(folder, base, f"far-{method}", **options)
     found, far, given = (load_file(folder / name / WEIGHTS) for name in (f"on-{method}", f"far-{method}", "lora"))
     for key in given:
         torch.testing.assert_close(found[key], given[key], atol=1e-5, rtol=0)
-    assert (find_posterior(run.model) is not None) == (method in ("blob", "ivon"))
+    assert (find_posterior(run.model) is not None) == (method in ("blob", "ivon", "swag"))
     assert (far[key] - given[key]).abs().max() > 2e-5
     assert moved.training["num_examples"] == 16
 

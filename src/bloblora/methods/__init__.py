@@ -34,6 +34,7 @@ METHODS: Registry[type[Method]] = Registry(
         "blob": f"{__name__}.blob:Blob",
         "laplace-lora": f"{__name__}.laplace:LaplaceLora",
         "tfb": f"{__name__}.tfb:Tfb",
+        "swag": f"{__name__}.swag:Swag",
         "ivon": f"{__name__}.ivon:Ivon",
         "scalabl": f"{__name__}.scalabl:Scalabl",
         "distilled": f"{__name__}.distilled:Distilled",

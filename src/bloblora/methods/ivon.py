@@ -6,6 +6,10 @@ m and the Hessian's estimate h are the optimizer's own state; λ is the effectiv
 ivon-opt package does the optimization; afterwards its Gaussian is kept as any other here. A classification head is
 trained by it as well, and predicts with its mean. Defaults are those of the authors' LoRA scripts for ARC and
 OpenBookQA; with them h hardly moves in some hundred steps, so that the noise stays about 1/√(λ h₀) = 0.03.
+
+The gradient g and the estimate of h, λ(h + δ)·ε∘g with the noise ε, are those of a step's mean loss. One ε serves all
+micro-batches of a step, and ivon-opt is given their accumulated gradient once, at the last: it would otherwise average
+the partial sums that it finds in ``grad`` after each.
 """
 
 from __future__ import annotations
@@ -50,6 +54,11 @@ class Ivon(GaussianMethod):
         except ImportError as error:
             raise ValueError("method 'ivon' needs ivon-opt: pip install 'bloblora[methods]'") from error
 
+    def check_run(self, lora: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+        """Raises: gradients would be scaled, of which h knows nothing."""
+        if training.get("fp16"):
+            raise ValueError("fp16 must be false for method 'ivon', whose h would see scaled gradients; use bf16")
+
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train with IVON, and keep its Gaussian."""
         assert isinstance(model, PeftModel)
@@ -93,8 +102,8 @@ class _Trainer(BlobTrainer):
         ivon = self._ivon()
         ivon.current_step = self.state.global_step  # which its state_dict lacks
         with ExitStack() as stack:
-            with self._common_noise():  # DistributedDataParallel averages gradients: the noise must be theirs
-                stack.enter_context(ivon.sampled_params(train=True))
+            with self._common_noise():  # of all micro-batches and processes, whose gradients are averaged
+                stack.enter_context(ivon.sampled_params(train=self.accelerator.sync_gradients))
             return super().training_step(model, inputs, *args, **kwargs)
 
     def _load_best_model(self) -> None:

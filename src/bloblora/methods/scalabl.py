@@ -2,16 +2,23 @@ r"""ScalaBL (Samplawski et al., arXiv 2506.21408): a Gaussian over r scales betw
 
 .. math:: \Delta W = s\,B\,\mathrm{diag}(z)\,A, \qquad z \sim \mathcal N(\mu, \sigma^2), \qquad p(z) = \mathcal N(0, 1)
 
-A starts as the right singular vectors of LoRA's start and μ as its singular values; A and B stay points. The KL goes
-by its gradient flow, as BLoB does here, with their learning rate of 0.2. Two differences from their code: its KL has
-the arguments swapped, KL(p‖q), ours is the bound's; and its draw is one a batch, ours one an example.
+A starts as the right singular vectors of LoRA's start and μ as its singular values; A and B stay points. The weight of
+the KL against a batch's mean NLL is the published code's (SRI-CSL/BayesAdapt, as BLoB's): of each M steps the i-th has
+
+.. math:: \lambda_i = \frac{2^i}{2^{M+1} - 2}, \qquad M = \lfloor 100\, D^{\pi/8} / b \rfloor,
+
+1 for M steps together, nearly all of it in the last few, at a learning rate of 0.2 that follows the schedule. D are the
+examples, b those of a step. So the KL weighs 1/M a step in the mean, where the bound on all D examples has 1/D.
+
+The KL goes by its gradient flow, as BLoB does here. Two differences from that code: its KL has the arguments swapped,
+KL(p‖q), ours is the bound's; and its draw is one a batch, ours one an example.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import LoraConfig
@@ -24,6 +31,7 @@ from .. import adapter
 from .. import posterior as q
 from ..prediction import Sampler, WeightDraws
 from ..training import BlobTrainer, check_positive
+from ..training.arguments import KlWeighting, kl_weight, rescaled_dataset_size
 from .method import Training, read_state, write_state
 from .scaled_a import ScaledA, ScaledMethod
 
@@ -46,6 +54,13 @@ class Scalabl(ScaledMethod):
         },
     )
     kl_learning_rate: float = field(default=0.2, metadata={"help": "Learning rate on the KL.", "search": (0.063, 0.63)})
+    kl_weighting: KlWeighting = field(
+        default="reweighted",
+        metadata={
+            "help": "How the KL is spread over M = 100·D^(π/8)/b steps: `reweighted` (the authors': on the last, so "
+            "that a training of fewer steps hardly has a KL), or `uniform`."
+        },
+    )
 
     name = "scalabl"
     paper = "2506.21408"
@@ -55,6 +70,8 @@ class Scalabl(ScaledMethod):
     def __post_init__(self) -> None:
         check_positive(self, "prior_std", "init_std")
         check_positive(self, "kl_learning_rate", or_zero=True)
+        if self.kl_weighting not in (known := get_args(KlWeighting)):
+            raise ValueError(f"kl_weighting must be one of {', '.join(known)}, got {self.kl_weighting!r}")
 
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """The base with a LoRA that has scales."""
@@ -65,9 +82,14 @@ class Scalabl(ScaledMethod):
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train on the evidence lower bound; then the means become part of A."""
-        prior_std = self.prior_std
+        prior_std, weighting = self.prior_std, self.kl_weighting
 
         class Trainer(BlobTrainer):
+            def current_kl_weight(self) -> float:
+                batch = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+                period = max(1, int(rescaled_dataset_size(len(training.examples)) / batch))
+                return kl_weight(self.state.global_step % period + 1, period, weighting)
+
             def kl_step(self) -> None:
                 rate = self.args.kl_learning_rate * self._get_learning_rate() / self.args.learning_rate
                 layers: list[Any] = [*_layers(model).values()]
