@@ -146,6 +146,7 @@ SCALED = {"temperature_scaling": 0.5}
         ("lora", SCALED, {}, "method 'lora' with temperature scaling: .* export a run that was trained without it"),
         ("blob", SCALED, {}, "method 'blob' with temperature scaling"),
         ("laplace-lora", {}, {}, "method 'laplace-lora': a draw of a linearized model is no adapter; export its mean"),
+        ("c-lora", {}, {"num_samples": 0}, "method 'c-lora': its ΔW depends on the input, .* export a run of another"),
         ("full", {}, {}, "method 'full' changes all weights and has no adapter; use --format merged"),
         ("lora", {}, {"format": "merged", "draw": 1}, "draw must be below 1, .* got 1"),
         ("full", {}, {"format": "merged", "draw": 1}, "draw must be below 1, .* got 1"),

@@ -36,6 +36,7 @@ METHODS: Registry[type[Method]] = Registry(
         "tfb": f"{__name__}.tfb:Tfb",
         "ivon": f"{__name__}.ivon:Ivon",
         "scalabl": f"{__name__}.scalabl:Scalabl",
+        "c-lora": f"{__name__}.c_lora:CLora",
         "distilled": f"{__name__}.distilled:Distilled",
     },
     _problem,
