@@ -2,6 +2,7 @@
 
 from .calibration import ReliabilityBins, brier_parts, classwise_ece, confidence_bins, equal_mass_ece, reliability
 from .comparison import Interval, markdown_table, paired_bootstrap, rich_table, table_cells
+from .distance import DISTANCES, Distance
 from .metrics import METRICS, UNCERTAINTIES, Metric, example_scores, metric_names, metrics, summary, uncertainty
 from .plots import (
     lines_figure,
@@ -16,8 +17,10 @@ from .plots import (
 from .ranking import RiskCoverage, ood_metrics, risk_coverage
 
 __all__ = [
+    "DISTANCES",
     "METRICS",
     "UNCERTAINTIES",
+    "Distance",
     "Interval",
     "Metric",
     "ReliabilityBins",

@@ -18,7 +18,10 @@ from ..runs import RunDescription, RunError, load_run, open_run
 from ..runs.folder import RUN_FILE, is_remote, reason
 from .card import CARD_FILE, is_generated, model_card, public_base, public_name
 
-_PATTERNS = ("run.json", "task.json", "decision.json", "metrics.json", "metrics-*.json", "reliability*.png")
+_PATTERNS = (
+    *("run.json", "task.json", "decision.json", "distance.*"),
+    *("metrics.json", "metrics-*.json", "reliability*.png"),
+)
 _PLACES = ("data", "output", "trunk_cache")
 
 
