@@ -1,7 +1,8 @@
 """The last hidden state of each input, as the model's output head reads it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,17 +45,28 @@ def hidden_states(
         raise ValueError(f"model: {type(model).__name__} has no output head called {', '.join(HEADS)}")
     with eval_mode(model):
         for forward in forwards(model, inputs, task, order, batch_size, progress):
-            with _differentiable_from(head) as read:
-                (logits,) = sampler.logits(forward, 0, 0)
-                slopes = torch.autograd.grad(logits, read, torch.ones_like(logits))
-            rows.append(mean_where_read(read[0], slopes[0]).detach().float().cpu())
+            states = with_states(head, partial(_mean_logits, sampler, forward))[1]
+            rows.append(states.float().cpu())
     return torch.cat(rows)[torch.tensor(order).argsort()]
+
+
+def with_states(head: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits (b, C) of a forward, and what a head read of each input, (b, d), the mean where it read several states."""
+    with _differentiable_from(head) as read:
+        logits = forward()
+        slopes = torch.autograd.grad(logits, read, torch.ones_like(logits))
+    return logits.detach(), mean_where_read(read[0], slopes[0]).detach()
 
 
 def mean_where_read(x: Tensor, slope: Tensor) -> Tensor:
     """Mean of inputs x (b, ..., n) over the positions at which the logits have a slope, (b, n)."""
     read = (slope != 0).any(-1, keepdim=True)
     return (x * read).reshape(len(x), -1, x.shape[-1]).sum(1) / read.flatten(1).sum(1, keepdim=True).clamp(min=1)
+
+
+def _mean_logits(sampler: Sampler, forward: Callable[[], Tensor]) -> Tensor:
+    (logits,) = sampler.logits(forward, 0, 0)
+    return logits
 
 
 @contextmanager
