@@ -165,6 +165,16 @@ def test_the_training_log_has_the_nll_without_the_kl(tmp_path):
     assert setup.logs[0]["loss"] > math.log(3) + 1e-3
 
 
+def test_a_cached_trunk_changes_nothing(base, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", queries() * 2)
+    given = {"data": str(data), "model": str(base), "method": "c-lora", "steps": 3, "batch_size": 3, "top_blocks": 1}
+    plain = runs.train(runs.RunConfig.of(output=str(tmp_path / "plain"), **given), progress=False)
+    options = {"output": str(tmp_path / "cached"), "trunk_cache": str(tmp_path / "cache")}
+    cached = runs.train(runs.RunConfig.of(**options, **given), progress=False)
+    for name in ("nll", "loss", "grad_norm"):
+        assert cached.training["final"][name] == pytest.approx(plain.training["final"][name], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [

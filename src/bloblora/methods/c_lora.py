@@ -91,14 +91,15 @@ class CLora(Method):
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train on the NLL and the weighted KL."""
-        variants, pad = _variants(model), getattr(training.task, "pad_token_id", None)
-        prior_std, weight = self.prior_std, self.kl_scale / len(training.examples)
+        variants, task = _variants(model), getattr(training.task, "task", training.task)  # that of a cached trunk
+        pad, prior_std = getattr(task, "pad_token_id", None), self.prior_std
+        weight = self.kl_scale / len(training.examples)
 
         class Trainer(BlobTrainer):
             def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
                 if not model.training:
                     return super().compute_loss(model, inputs, *args, **kwargs)
-                collected = _Kl(prior_std, inputs["input_ids"] != pad if "input_ids" in inputs else None)
+                collected = _Kl(prior_std, None if pad is None else inputs["input_ids"] != pad)
                 for variant in variants.values():
                     variant.kl = collected
                 nll = super().compute_loss(model, inputs, *args, **kwargs)
