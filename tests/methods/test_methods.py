@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from bloblora import runs, tasks
 from bloblora.methods import METHODS
 from bloblora.posterior import PRIORS
-from bloblora.prediction import predict
+from bloblora.prediction import StoppingRule, predict
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
 # What makes a method's draws few or its training longer than here.
@@ -93,6 +93,20 @@ def test_a_stopped_training_ends_with_the_same_bits(method, config, tmp_path):
     found = runs.train(stopped, progress=False)
     inputs = unlabelled(queries())
     assert torch.equal(found.predict(inputs, 3).log_probs, expected.predict(inputs, 3).log_probs)
+
+
+@pytest.mark.parametrize("method", ["vbll", "laplace-lora"])
+def test_draws_of_one_forward_stop_where_an_answer_is_settled(method, config):
+    options = {"laplace-lora": {"prior_precision": 30.0, "holdout": 0.0}}.get(method, {})
+    run = runs.train(config(method, queries()).with_options(learning_rate=1e-3, **options), progress=False)
+    if method == "vbll":
+        run.sampler.layer.head.vbll_log_std.data.fill_(-1.0)
+    examples, given = tasks.encode_all(run.task, queries(), run.tokenizer), {"task": run.task, "sampler": run.sampler}
+    whole = predict(run.model, examples, 40, **given).log_probs
+    stopped = predict(run.model, examples, 40, stop=StoppingRule(0.2, 0.1), **given)
+    assert len(stopped.num_draws.unique()) > 1
+    made = (stopped.log_probs > -torch.inf).all(-1)
+    assert torch.equal(stopped.log_probs[made], whole[: len(made)][made])
 
 
 def test_an_option_of_another_method_is_named(config):

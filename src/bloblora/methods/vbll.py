@@ -31,7 +31,6 @@ from transformers import PreTrainedModel
 from ..adapter import AdapterFileError
 from ..files import read_tensors
 from ..prediction import Sampler
-from ..prediction.forward import BatchForward
 from ..prediction.hidden import mean_where_read, with_states
 from ..prediction.sampler import Forward
 from ..training import BlobTrainer, check_positive
@@ -223,11 +222,8 @@ class LastLayerDraws(Sampler):
             yield forward()
             return
         generator = torch.Generator().manual_seed(seed)
-        found: tuple[Tensor, Tensor] | None = None
+        logits, states = with_states(self.layer.head, forward)
         for _ in range(num_samples):
-            if found is None or (isinstance(forward, BatchForward) and forward.rows != len(found[0])):
-                found = with_states(self.layer.head, forward)
-            logits, states = found
             yield logits + states @ self.change(generator).to(states).T
 
     @torch.no_grad()

@@ -197,6 +197,8 @@ def _stopped_log_probs(
     with closing(sampler.logits(forward, num_samples, seed)) as draws:  # type: ignore[type-var]  # a generator
         for logits in draws:
             log_probs = logits.float().log_softmax(-1).cpu()
+            if len(log_probs) > len(rows):  # draws of the whole batch that share one forward
+                log_probs = log_probs[rows]
             made.append(torch.full((total, log_probs.shape[-1]), -math.inf).index_copy(0, rows, log_probs))
             if len(made) != looks[0]:
                 continue
