@@ -182,18 +182,26 @@ class LastLayer:
 
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
-        """What the head reads in each forward inside; gradients can be taken with respect to it."""
+        """What the head reads in each forward inside; gradients can be taken with respect to it.
+
+        The head's output is made to depend on S, by 0: DistributedDataParallel takes no gradient of what a forward
+        doesn't use.
+        """
         inputs: list[Tensor] = []
 
         def record(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
             inputs.append(args[0] if args[0].requires_grad else args[0].detach().requires_grad_())
             return (inputs[-1],)
 
-        hook = self.head.register_forward_pre_hook(record)
+        def use(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            return output + 0 * sum(parameter.sum() for parameter in self.covariance())
+
+        hooks = self.head.register_forward_pre_hook(record), self.head.register_forward_hook(use)
         try:
             yield inputs
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     def excess(self, logits: Tensor, read: Tensor) -> Tensor:
         """By how much the bound lies above the NLL of the mean logits (b, C), mean over the batch, of what was read."""
