@@ -4,12 +4,12 @@ With z an input's last hidden state, and means :math:`\mu_c` and one covariance 
 
 .. math:: \mathrm{mahalanobis}(z) = \min_c\ (z - \mu_c)^\top \Sigma^{-1} (z - \mu_c)
 
-(Lee et al., arXiv 1807.03888, section 2.1, for the last layer), and with the mean :math:`\mu_0` and covariance
+(Lee et al., arXiv 1807.03888, for the last layer), and with the mean :math:`\mu_0` and covariance
 :math:`\Sigma_0` of all training data, whatever their class,
 
 .. math:: \mathrm{relative\_mahalanobis}(z) = \mathrm{mahalanobis}(z) - (z - \mu_0)^\top \Sigma_0^{-1} (z - \mu_0)
 
-(Ren et al., arXiv 2106.09022, section 3). Data without classes are one class, and have no relative distance: that of
+(Ren et al., arXiv 2106.09022). Data without classes are one class, and have no relative distance: that of
 language models (Ren et al., arXiv 2209.15558) is relative to a corpus of other text. The papers take the empirical
 covariance; ours is shrunk towards a multiple of the identity (Ledoit & Wolf, J. Multivariate Analysis 2004), since few
 records span few of the dimensions, and what is out of scope leaves the rest.

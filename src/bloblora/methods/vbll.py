@@ -7,7 +7,7 @@ A Gaussian over the head's weights, one for each class c; φ is what the head re
 .. math:: \mathbb E_q[\log p(y \mid \phi, W)] \ge \bar w_y^\top \phi
           - \log \sum_c \exp\big(\bar w_c^\top \phi + \tfrac12 \phi^\top S_c\, \phi\big)
 
-which is Jensen's inequality for the logarithm of the sum (their discriminative classification, section 3.2). Head and
+which is Jensen's inequality for the logarithm of the sum (their "discriminative classification"). Head and
 LoRA are trained together on this bound and λ KL(q‖p)/D, without samples. Prior and start of S are those of the authors'
 package, vbll. Two things differ from it. Logits have no noise of their own: it belongs to no function, and the bound is
 largest without it. And S has a learning rate of its own, since at a LoRA's it would take thousands of steps to arrive.
