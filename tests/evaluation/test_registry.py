@@ -15,7 +15,7 @@ from scipy.stats import bootstrap
 from sklearn.metrics import f1_score
 
 import bloblora
-from bloblora.evaluation import METRICS, Metric, markdown_table, metric_names, pareto_front, summary
+from bloblora.evaluation import DISTANCES, METRICS, Metric, markdown_table, metric_names, pareto_front, summary
 from bloblora.prediction import Prediction
 
 # the spherical score is a mean over examples that lies below 0; macro F1 is no mean over examples
@@ -121,7 +121,8 @@ def test_every_value_is_in_its_range(n, c, sharpness, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = sharpness * torch.randn(3, 2 * n, c, generator=generator)
     inside, outside = (Prediction(part, 3) for part in logits.log_softmax(-1).split(n, 1))
-    found = summary(inside, torch.randint(c, (n,), generator=generator), outside)
+    distances = tuple({name: torch.randn(n, generator=generator) for name in DISTANCES} for _ in range(2))
+    found = summary(inside, torch.randint(c, (n,), generator=generator), outside, distances=distances)
     for name, metric in METRICS.items():
         low, high = metric.range
         assert low - 1e-6 <= found[name] <= high + 1e-6, name

@@ -86,6 +86,7 @@ def test_a_classification_head_is_exported_for_peft(run_of, tmp_path):
         ("mc-dropout", "questions", 0, {}),
         ("full", "texts", None, {}),
         ("laplace-lora", "questions", None, {}),
+        ("vbll", "texts", None, {"covariance": "dense"}),
     ],
 )
 def test_a_merged_model_needs_no_adapter(method, kind, draw, options, run_of, tmp_path):
@@ -146,6 +147,13 @@ SCALED = {"temperature_scaling": 0.5}
         ("lora", SCALED, {}, "method 'lora' with temperature scaling: .* export a run that was trained without it"),
         ("blob", SCALED, {}, "method 'blob' with temperature scaling"),
         ("laplace-lora", {}, {}, "method 'laplace-lora': a draw of a linearized model is no adapter; export its mean"),
+        ("c-lora", {}, {"num_samples": 0}, "method 'c-lora': its ΔW depends on the input, .* export a run of another"),
+        (
+            "vbll",
+            {"kind": "texts"},
+            {},
+            "method 'vbll': its draws differ in the classification head, .* export its mean",
+        ),
         ("full", {}, {}, "method 'full' changes all weights and has no adapter; use --format merged"),
         ("lora", {}, {"format": "merged", "draw": 1}, "draw must be below 1, .* got 1"),
         ("full", {}, {"format": "merged", "draw": 1}, "draw must be below 1, .* got 1"),

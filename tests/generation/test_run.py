@@ -46,7 +46,7 @@ def test_a_loaded_run_writes_the_same(trained):
     assert found.draw_texts == expected.draw_texts
 
 
-@pytest.mark.parametrize("method", ["lora", "mc-dropout", "ensemble", "blob", "tfb", "swag", "scalabl"])
+@pytest.mark.parametrize("method", ["lora", "mc-dropout", "ensemble", "blob", "tfb", "swag", "scalabl", "c-lora"])
 def test_every_method_of_weight_draws_writes(method, base, tmp_path):
     data = write_jsonl(tmp_path / "train.jsonl", RECORDS)
     options = {"members": 2} if method == "ensemble" else {}

@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from bloblora import runs, tasks
 from bloblora.methods import METHODS
 from bloblora.posterior import PRIORS
-from bloblora.prediction import predict
+from bloblora.prediction import StoppingRule, predict
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
 # What makes a method's draws few or its training longer than here.
@@ -49,6 +49,10 @@ def unlabelled(records):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("records", [queries() * 2, QUESTIONS * 2], ids=["texts", "questions"])
 def test_a_run_comes_back_and_its_draws_are_functions(method, records, config):
+    if METHODS[method].needs_head and "label" not in records[0]:
+        with pytest.raises(runs.RunError, match=rf"method '{method}' is for texts with labels"):
+            runs.train(config(method, records), progress=False)
+        return
     run = runs.train(config(method, records), progress=False)
     inputs = unlabelled(records[: len(records) // 2])
     before = run.predict(inputs, 3, seed=5)
@@ -89,6 +93,20 @@ def test_a_stopped_training_ends_with_the_same_bits(method, config, tmp_path):
     found = runs.train(stopped, progress=False)
     inputs = unlabelled(queries())
     assert torch.equal(found.predict(inputs, 3).log_probs, expected.predict(inputs, 3).log_probs)
+
+
+@pytest.mark.parametrize("method", ["vbll", "laplace-lora"])
+def test_draws_of_one_forward_stop_where_an_answer_is_settled(method, config):
+    options = {"laplace-lora": {"prior_precision": 30.0, "holdout": 0.0}}.get(method, {})
+    run = runs.train(config(method, queries()).with_options(learning_rate=1e-3, **options), progress=False)
+    if method == "vbll":
+        run.sampler.layer.head.vbll_log_std.data.fill_(-1.0)
+    examples, given = tasks.encode_all(run.task, queries(), run.tokenizer), {"task": run.task, "sampler": run.sampler}
+    whole = predict(run.model, examples, 40, **given).log_probs
+    stopped = predict(run.model, examples, 40, stop=StoppingRule(0.2, 0.1), **given)
+    assert len(stopped.num_draws.unique()) > 1
+    made = (stopped.log_probs > -torch.inf).all(-1)
+    assert torch.equal(stopped.log_probs[made], whole[: len(made)][made])
 
 
 def test_an_option_of_another_method_is_named(config):
@@ -141,7 +159,7 @@ def test_a_temperature_on_top_of_another_method(method, config):
 def test_a_temperature_leaves_what_a_method_declares(method, config):
     scaled = config(method, queries()).with_options(method={"name": method}, temperature_scaling=0.5)
     inner, outer = METHODS[method], scaled.build_method()
-    for name in ("name", "starts_from_lora", "post_hoc", "whole_model", "gaussian", "deterministic"):
+    for name in ("name", "starts_from_lora", "post_hoc", "whole_model", "gaussian", "deterministic", "needs_head"):
         assert getattr(outer, name) == getattr(inner, name)
     assert not outer.writes_text
 

@@ -51,12 +51,12 @@ def everything(folder: Path, suffix: str) -> None:
     data = ["--data", texts, "--model", base, "--method", "lora"]
     main(["train", *data, "--output", f"{folder}/lora-{suffix}", *settings()])
     batch = BATCH // processes().num_processes
-    config = dict(
-        data=texts, model=base, steps=6, batch_size=batch, r=2, learning_rate=0.01, save_steps=3, init_std=0.5
-    )
-    runs.train(runs.RunConfig.of(**config, output=f"{folder}/blob-{suffix}"), progress=False, callbacks=[Quiet()])
-    validated = {name: value for name, value in config.items() if name not in ("save_steps", "init_std")}
-    validated |= dict(method="lora", validation=f"{folder}/validation.jsonl", eval_steps=2, patience=2)
+    config = dict(data=texts, model=base, steps=6, batch_size=batch, r=2, learning_rate=0.01)
+    saved = dict(config, save_steps=3)
+    blob = runs.RunConfig.of(**saved, output=f"{folder}/blob-{suffix}", init_std=0.5)
+    runs.train(blob, progress=False, callbacks=[Quiet()])
+    runs.train(runs.RunConfig.of(**saved, output=f"{folder}/vbll-{suffix}", method="vbll"), progress=False)
+    validated = dict(config, method="lora", validation=f"{folder}/validation.jsonl", eval_steps=2, patience=2)
     runs.train(runs.RunConfig.of(**validated, output=f"{folder}/validated-{suffix}"), progress=False)
     # everybody of the same run, of which one process has made several chunks
     main(["predict", f"{folder}/trained", "--input", long, "--samples", "2", "--output", f"{folder}/{suffix}.jsonl"])

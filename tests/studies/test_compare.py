@@ -260,6 +260,26 @@ def test_models_are_deleted_where_the_study_says_so(content, write, tmp_path):
     assert json.loads((tmp_path / "results" / "runs" / "desk--lora--seed0.json").read_text())["metrics"]["test"]["0"]
 
 
+def test_distances_are_added_where_the_study_says_so(content, write, tmp_path):
+    content |= {"seeds": [0], "samples": [0, 2]}
+    compare(studies.read_study(write(content)), tmp_path)
+    study = studies.read_study(write(content | {"distances": True}))
+    outcomes = compare(study, tmp_path)
+    assert [outcome.error for outcome in outcomes] == [None] * 2
+    assert compare(study, tmp_path) == []
+    for job in study.jobs(tmp_path / "runs", tmp_path):
+        result = studies.read_result(tmp_path / "results", job.name)
+        distance = runs.open_distance(runs.open_run(job.config.output))
+        outside = [{"text": "a song"}, {"text": "the weather"}]
+        expected = distance.scores(runs.load_run(job.config.output).hidden_states(outside))["mahalanobis"]
+        scores = [result.scores[f"{key}/2/mahalanobis"] for key in ("test", "out_of_scope")]
+        torch.testing.assert_close(scores[1], expected.float(), rtol=1e-4, atol=1e-4)
+        auroc = roc_auc_score([0] * len(scores[0]) + [1] * len(scores[1]), torch.cat(scores))
+        assert result.metrics["out_of_scope"]["2"]["auroc_mahalanobis"] == pytest.approx(auroc)
+    report = studies.report(tmp_path / "results").with_suffix(".md").read_text()
+    assert "| AUROC dist. ↑ | FPR95 dist. ↓ | AUROC relative dist. ↑ |" in report
+
+
 def test_an_empty_folder_has_no_report(tmp_path):
     with pytest.raises(RunError, match="no results in it"):
         studies.report(tmp_path)

@@ -45,6 +45,7 @@ def test_jobs_are_seed_by_seed_and_a_methods_options_win(content, write, tmp_pat
         ),
         (lambda c: c["datasets"]["desk"].update(shifted={"test": "a"}), "shifted: 'test' is the name of another set"),
         (lambda c: c.update(batch_size=0), "batch_size: 0; it must be a number of inputs, at least 1"),
+        (lambda c: c.update(distances="no"), "distances: 'no'; it must be true or false"),
         (lambda c: c.update(keep_runs="no"), "keep_runs: 'no'; it must be true or false"),
         (lambda c: c.update(budgets=["a"]), r"budgets: \['a'\]; it must be a list of int"),
     ],

@@ -52,7 +52,7 @@ def test_an_accuracy_that_no_trial_reaches(content, write, tmp_path, capsys):
     assert told.out == ""
 
 
-@pytest.mark.parametrize("method", ["blob", "mc-dropout", "tfb", "swag", "ivon", "scalabl", "full"])
+@pytest.mark.parametrize("method", ["blob", "mc-dropout", "tfb", "swag", "ivon", "scalabl", "c-lora", "full"])
 def test_the_default_ranges_hold_the_methods_defaults(method, content, write, tmp_path):
     content["methods"][method] = {}
     content["datasets"]["desk"]["train"].pop("learning_rate")

@@ -218,7 +218,7 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     from .storage import save_pretrained
 
     adapter_name = adapter_name or model.active_adapter
-    layers = _check(model, adapter_name)
+    layers = check_layers(model, adapter_name)
     config = config or BlobConfig()
     embedding = _embedding_weight(model.get_base_model())
     for layer in layers.values():
@@ -275,8 +275,8 @@ def _bayesian_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str,
             yield name, module
 
 
-def _check(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
-    """The adapter's layers, all of which can be Bayesian."""
+def check_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+    """The adapter's layers by name; a ValueError where one can't be Bayesian."""
     if adapter_name not in model.peft_config:
         raise ValueError(f"adapter_name: no adapter {adapter_name!r}; the model has {', '.join(model.peft_config)}")
     if (kind := model.peft_config[adapter_name].peft_type) != "LORA":

@@ -152,6 +152,7 @@ def evaluate(
     output: str | None = None,
     predictions: str | None = None,
     diagram: str | None = None,
+    distances: bool = False,
     json: bool = False,
 ) -> None:
     """Measure accuracy and calibration of a run on labelled data.
@@ -161,9 +162,10 @@ def evaluate(
     above it), CE² (squared calibration error without the bias of few records; around 0, also below it, for a calibrated
     model), NLL (nats) and Brier score, and writes them to --output as JSON, with num_examples and num_samples. With
     --ood also the AUROC, how well confidence, predictive entropy and mutual information tell the two data sets apart: 1
-    is perfect, 0.5 is chance. Of a calibrated run also the share answered, the selective risk (errors among the
-    answers), the coverage and mean size of the label sets, and the rates of false alarms and, with --ood, of detection.
-    With --predictions a stop loses little: the same command continues from what is in that file.
+    is perfect, 0.5 is chance; with --distances also how well the Mahalanobis distance of the last hidden state from
+    those of the training records does. Of a calibrated run also the share answered, the selective risk (errors among
+    the answers), the coverage and mean size of the label sets, and the rates of false alarms and, with --ood, of
+    detection. With --predictions a stop loses little: the same command continues from what is in that file.
 
     Examples:
       bloblora evaluate runs/desk --data held_out.jsonl --output metrics.json
@@ -178,29 +180,39 @@ def evaluate(
         predictions: write what `predict` says of each record to this file, 256 at a time; FILE.meta.json beside it says
             of which run, records, samples and seed.
         diagram: write a reliability diagram (accuracy against confidence) to this PNG.
+        distances: with --ood, also the distances of hidden states; the first time they are fitted on the run's training
+            data, and saved in its folder.
         json: print JSON instead of a table.
     """
     logging.disable_progress_bar()
     # All that can be wrong is looked at before the base model is loaded.
     runs.check_alone("evaluate")
+    if distances and ood is None:
+        raise RunError("distances tell inputs in scope from others; give some of the others with --ood")
     for file in (output, predictions, diagram):
         if file is not None:
             runs.check_writable(file)
     description = _opened(directory, options)
     records, outside = _read(description, data, ood)
     decision = open_decision(description, options)
+    distance = runs.open_distance(description) if distances else None
+    training = runs.training_records(description) if distances and distance is None else None
     run = runs.load_run(description, options.approximate)
     if _is_training_data(description, data):
         print(f"data {data!r}: the run was trained on these; its metrics say little of others", file=sys.stderr)
+    bars = sys.stdout.isatty() and not json  # the bar goes to standard output
+    if training is not None:
+        distance = runs.fit_distance(run, description, training, batch_size=options.batch_size, progress=bars)
     result = runs.evaluate(
         run,
         records,
         outside,
         options,
-        progress=sys.stdout.isatty() and not json,  # the bar goes to standard output
+        progress=bars,
         diagram=Path(diagram) if diagram else None,
         decision=decision,
         predictions=Path(predictions) if predictions else None,
+        distance=distance,
     )
     if output:
         runs.write_json(Path(output), result)

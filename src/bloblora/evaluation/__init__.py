@@ -11,6 +11,7 @@ from .calibration import (
     reliability,
 )
 from .comparison import Interval, markdown_table, paired_bootstrap, rich_table, table_cells
+from .distance import DISTANCES, Distance
 from .metrics import METRICS, UNCERTAINTIES, Metric, example_scores, metric_names, metrics, summary, uncertainty
 from .plots import (
     lines_figure,
@@ -25,9 +26,11 @@ from .plots import (
 from .ranking import RiskCoverage, ood_metrics, risk_coverage
 
 __all__ = [
+    "DISTANCES",
     "METRICS",
     "UNCERTAINTIES",
     "BinGaps",
+    "Distance",
     "Interval",
     "Metric",
     "ReliabilityBins",

@@ -1,7 +1,7 @@
 """Everything that is measured of a prediction: each metric by name, with its title, direction and range."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from torch.nn.functional import one_hot
 from ..prediction import Prediction
 from ..registry import Registry
 from .calibration import BinGaps, brier_parts, classwise_ece, ece_floor, equal_mass_ece, reliability
+from .distance import DISTANCES
 from .inputs import as_prediction, checked
 from .ranking import ood_metrics, risk_coverage
 
@@ -39,8 +40,9 @@ class Metric:
         range: least and greatest value.
         key: where the function gives several metrics by name, the name of this one; it is called once for all of them.
         per_example: the metric is the mean of what the function gives.
-        takes: keyword arguments of the function: ``num_bins``, and ``outside``, the `Prediction` of inputs out of
-            scope; a metric that takes it is left out where there is none.
+        takes: keyword arguments of the function: ``num_bins``; ``outside``, the `Prediction` of inputs out of scope;
+            and ``distances``, scores by name of inputs in scope and out of it. A metric is left out where what it takes
+            isn't there.
         marked: whether tables mark the best; not of a calibration error, which is least for a model that knows no more
             than its own accuracy.
         table: ``main`` is in every table and in `metrics`, ``more`` in a report's second table, ``asked`` where it is
@@ -117,7 +119,11 @@ def example_scores(predicted: Tensor | Prediction, targets: Tensor) -> dict[str,
 
 
 def summary(
-    inside: Prediction, targets: Tensor, outside: Prediction | None = None, num_bins: int = 15
+    inside: Prediction,
+    targets: Tensor,
+    outside: Prediction | None = None,
+    num_bins: int = 15,
+    distances: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
 ) -> dict[str, float | int]:
     """All metrics of a prediction of n inputs, and with ``outside`` how well it tells inputs out of scope.
 
@@ -128,6 +134,7 @@ def summary(
         targets: (n,), class indices.
         outside: of inputs out of scope.
         num_bins: bins of calibration errors and of the Brier score's parts.
+        distances: `Distance.scores` of the inputs in scope and of those out of it.
 
     Returns:
         The values of `METRICS` by name; ``num_examples``, ``num_samples``, and ``num_draws``, which is 1 where all
@@ -137,9 +144,11 @@ def summary(
         ValueError: there is no input, or targets are none of the prediction's columns.
     """
     first = metrics(inside, targets, num_bins)
-    rest = [name for name in metric_names(outside=False if outside is None else None) if name not in first]
+    given = {"num_bins": num_bins, "outside": outside, "distances": distances}
+    there = {name for name, value in given.items() if value is not None}
+    rest = [name for name, metric in METRICS.items() if name not in first and there.issuperset(metric.takes)]
     counts = {"num_samples": inside.num_samples, "num_draws": len(inside.log_probs)}
-    return first | counts | _values(rest, inside, targets, num_bins=num_bins, outside=outside)
+    return first | counts | _values(rest, inside, targets, **given)
 
 
 def uncertainty(prediction: Prediction) -> dict[str, Tensor]:
@@ -159,7 +168,8 @@ def _values(names: list[str], prediction: Prediction, targets: Tensor, **options
             taken = {name: options[name] for name in metric.takes}
             given[metric.function] = metric.function(prediction, targets, **taken)
         value = given[metric.function]
-        found[metric.name] = float(value if metric.key is None else value[metric.key])
+        if metric.key is None or metric.key in value:
+            found[metric.name] = float(value if metric.key is None else value[metric.key])
     return found
 
 
@@ -195,6 +205,12 @@ def _ood(prediction: Prediction, _: Tensor, outside: Prediction) -> dict[str, fl
     return ood_metrics(uncertainty(prediction), uncertainty(outside))
 
 
+def _distances(
+    _: Prediction, __: Tensor, outside: Prediction, distances: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+) -> dict[str, float]:
+    return ood_metrics(*distances)
+
+
 def _own() -> Iterator[Metric]:
     share, bins = (0.0, 1.0), ("num_bins",)
     yield Metric("accuracy", "accuracy", _accuracy, True, share, per_example=True)
@@ -219,10 +235,15 @@ def _own() -> Iterator[Metric]:
         yield Metric(
             name, title, _selective, True, share, f"{coverage:.0%}", table="more" if coverage == 0.8 else "asked"
         )
-    for score, short in UNCERTAINTIES.items():
-        auroc, fpr95 = f"auroc_{score}", f"fpr95_{score}"
-        yield Metric(auroc, f"AUROC {short}", _ood, True, share, auroc, takes=("outside",))
-        yield Metric(fpr95, f"FPR95 {short}", _ood, False, share, fpr95, takes=("outside",), table="more")
+    detection: list[tuple[dict[str, str], Callable[..., Any], tuple[str, ...]]] = [
+        (UNCERTAINTIES, _ood, ("outside",)),
+        (DISTANCES, _distances, ("outside", "distances")),
+    ]
+    for scores, function, takes in detection:
+        for score, short in scores.items():
+            auroc, fpr95 = f"auroc_{score}", f"fpr95_{score}"
+            yield Metric(auroc, f"AUROC {short}", function, True, share, auroc, takes=takes)
+            yield Metric(fpr95, f"FPR95 {short}", function, False, share, fpr95, takes=takes, table="more")
 
 
 _OWN = SimpleNamespace(**{metric.name: metric for metric in _own()})

@@ -19,7 +19,7 @@ from ..runs.folder import RUN_FILE, is_remote, reason
 from .card import CARD_FILE, is_generated, model_card, public_base, public_name
 
 _PICTURES = ("reliability*.png", "validation.png")
-_PATTERNS = ("run.json", "task.json", "decision.json", "metrics.json", "metrics-*.json", *_PICTURES)
+_PATTERNS = ("run.json", "task.json", "decision.json", "distance.*", "metrics.json", "metrics-*.json", *_PICTURES)
 _PLACES = ("data", "validation", "output", "trunk_cache")
 
 

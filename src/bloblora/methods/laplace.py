@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 from ..adapter import AdapterFileError
 from ..prediction import Sampler, predict
+from ..prediction.hidden import mean_where_read
 from ..prediction.sampler import Forward
 from ..training import check_positive
 from .method import Method, Training, read_state, write_state
@@ -266,7 +267,7 @@ def kronecker_factors(model: Any, layers: Mapping[str, nn.Linear], training: Tra
         inputs, outputs = zip(*(calls[name] for name in layers), strict=True)
         slopes = torch.autograd.grad(logits, outputs, torch.ones_like(logits), retain_graph=True)
         for (_, a_factor), x, slope in zip(factors, inputs, slopes, strict=True):
-            x = _mean_where_read(x, slope)
+            x = mean_where_read(x, slope)
             a_factor += (x.T @ x).to(a_factor) / len(examples)
         for cotangent in _cotangents(logits.detach(), generator):
             gradients = torch.autograd.grad(logits, outputs, cotangent, retain_graph=True)
@@ -303,9 +304,3 @@ def _cotangents(logits: Tensor, generator: torch.Generator) -> Tensor:
         weights = torch.full(labels.shape, 1 / _LABEL_DRAWS)
     residuals = F.one_hot(labels, p.shape[1]) - p.unsqueeze(1)
     return (weights.sqrt().unsqueeze(-1) * residuals).transpose(0, 1).to(logits)
-
-
-def _mean_where_read(x: Tensor, slope: Tensor) -> Tensor:
-    """Mean of inputs x (b, ..., n) over the positions at which the logits have a slope, (b, n)."""
-    read = (slope != 0).any(-1, keepdim=True)
-    return (x * read).reshape(len(x), -1, x.shape[-1]).sum(1) / read.flatten(1).sum(1, keepdim=True).clamp(min=1)

@@ -80,6 +80,8 @@ class Method:
     """Whether it trains and predicts where FSDP splits the model: nothing looks at a part of a weight."""
     writes_text: ClassVar[bool] = True
     """Whether a draw is a model, which can write and score text; logits that are changed afterwards can't."""
+    needs_head: ClassVar[bool] = False
+    """Whether it is for tasks whose model has a classification head."""
     files: ClassVar[tuple[str, ...]] = ("adapter_config.json", "blob_config.json", "*.safetensors")
     """Patterns of the files that `save` writes, which `bloblora push` uploads."""
 

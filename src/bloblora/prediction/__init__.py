@@ -1,6 +1,7 @@
 """From draws of the weights to probabilities and their uncertainty."""
 
 from .approximations import Linearized, StoppingRule, TopBlocks
+from .hidden import hidden_states
 from .prediction import Prediction, average_draws, predict
 from .sampler import Point, Sampler, Tempered, WeightDraws
 
@@ -14,5 +15,6 @@ __all__ = [
     "TopBlocks",
     "WeightDraws",
     "average_draws",
+    "hidden_states",
     "predict",
 ]

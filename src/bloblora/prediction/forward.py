@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..adapter.sharding import is_split
 
 Output = Tensor | tuple[Any, ...]
-_HEADS = ("lm_head", "score", "classifier")
+HEADS = ("lm_head", "score", "classifier")
 _TOKENS = {"cpu": 512}
 _MANY_TOKENS = 8192
 """Tokens from which on a larger forward is no faster a token: measured on a CPU (benchmarks/prediction.py); on other
@@ -149,7 +149,7 @@ def trunk_below(model: nn.Module, layers: Iterable[str]) -> Trunk | None:
     found = {name: block_of(model, name) for name in layers}
     places = [place for place in found.values() if place]
     others = [name for name, place in found.items() if place is None]
-    if len({blocks for blocks, _ in places}) != 1 or any(name.split(".")[-1] not in _HEADS for name in others):
+    if len({blocks for blocks, _ in places}) != 1 or any(name.split(".")[-1] not in HEADS for name in others):
         return None
     blocks = list(model.get_submodule(places[0][0]).children())
     first = min(index for _, index in places)

@@ -152,14 +152,9 @@ def predict(
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     sampler = sampler or sampler_of(model)
-    device, order = next(model.parameters()).device, _order(inputs, task)
-    starts = range(0, len(order), batch_size)
-    rows = []
+    order, rows = order_of(inputs, task), []
     with eval_mode(model):
-        for start in track(starts, "predicting", disable=not progress, console=Console(stderr=True)):
-            batch = _batch(inputs, task, order[start : start + batch_size])
-            moved = {name: tensor.to(device) for name, tensor in batch.items()}
-            forward = BatchForward(model, moved, task)
+        for forward in forwards(model, inputs, task, order, batch_size, progress):
             if stop is None or num_samples == 0:
                 rows.append(_draw_log_probs(forward, sampler, num_samples, seed).cpu())
             else:
@@ -221,6 +216,8 @@ def _stopped_log_probs(
     with closing(sampler.logits(forward, num_samples, seed)) as draws:  # type: ignore[type-var]  # a generator
         for logits in draws:
             log_probs = logits.float().log_softmax(-1).cpu()
+            if len(log_probs) > len(rows):  # draws of the whole batch that share one forward
+                log_probs = log_probs[rows]
             made.append(torch.full((total, log_probs.shape[-1]), -math.inf).index_copy(0, rows, log_probs))
             if len(made) != looks[0]:
                 continue
@@ -248,7 +245,22 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _order(inputs: Sequence[Any] | Mapping[str, Tensor], task: PredictionTask | None) -> list[int]:
+def forwards(
+    model: nn.Module,
+    inputs: Sequence[Any] | Mapping[str, Tensor],
+    task: PredictionTask | None,
+    order: list[int],
+    batch_size: int,
+    progress: bool,
+) -> Iterator[BatchForward]:
+    """The model on each batch of inputs, which are taken in an order."""
+    device, starts = next(model.parameters()).device, range(0, len(order), batch_size)
+    for start in track(starts, "predicting", disable=not progress, console=Console(stderr=True)):
+        batch = _batch(inputs, task, order[start : start + batch_size])
+        yield BatchForward(model, {name: tensor.to(device) for name, tensor in batch.items()}, task)
+
+
+def order_of(inputs: Sequence[Any] | Mapping[str, Tensor], task: PredictionTask | None) -> list[int]:
     """Order in which inputs are batched: a task's longest first, so that little is padded and memory peaks early."""
     if task is None and not isinstance(inputs, Mapping):
         raise ValueError(f"inputs: without a task, pass what the tokenizer returned, got {type(inputs).__name__}")

@@ -8,6 +8,7 @@ from ..files import write_json
 from .approximation import Approximation
 from .checks import check_kind
 from .config import RunConfig, RunError, different
+from .distance import fit_distance, open_distance, training_records
 from .evaluate import describe, evaluate, targets_of
 from .folder import RunDescription, check_writable, open_run
 from .processes import CHUNK, check_alone, join_parts, part_of, processes, share_of
@@ -28,8 +29,10 @@ __all__ = [
     "describe",
     "different",
     "evaluate",
+    "fit_distance",
     "join_parts",
     "load_run",
+    "open_distance",
     "open_run",
     "part_of",
     "peak_memory",
@@ -38,6 +41,7 @@ __all__ = [
     "share_of",
     "targets_of",
     "train",
+    "training_records",
     "unused",
     "write_json",
 ]

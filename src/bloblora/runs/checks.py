@@ -23,8 +23,13 @@ _FEW = 50  # a standard error of the accuracy of 0.07
 
 def check_task(config: RunConfig, records: Sequence[dict[str, Any]]) -> None:
     """Raise a RunError when the records can't be this task's; needs no tokenizer."""
-    kind, task = kind_of(records), tasks.TASKS[task_name(config, records)]
-    if kind == task.kind == "generation" and not (method := config.build_method()).writes_text:
+    kind, task, method = kind_of(records), tasks.TASKS[task_name(config, records)], config.build_method()
+    if method.needs_head and task.task_type != "SEQ_CLS":
+        raise RunError(
+            f"method {method.name!r} is for texts with labels, whose model has a classification head; train task "
+            f"{task.name!r} with another method"
+        )
+    if kind == task.kind == "generation" and not method.writes_text:
         option = "temperature_scaling" if config.temperature_scaling else f"method {method.name!r}"
         raise RunError(f"{option} is for labels and choices; train task 'generation' with another method")
     try:
@@ -170,10 +175,10 @@ def load_start(model: Any, folder: str) -> None:
         RunError: they aren't those of this model.
     """
     assert isinstance(model, PeftModel)
-    weights = load_peft_weights(folder, device="cpu")
-    missing = [name for name in get_peft_model_state_dict(model) if name not in weights and ".lora_" in name]
+    weights, fresh = load_peft_weights(folder, device="cpu"), get_peft_model_state_dict(model)
+    missing = [name for name in fresh if name not in weights and ".lora_" in name]
     try:
-        result: Any = set_peft_model_state_dict(model, weights)
+        result: Any = set_peft_model_state_dict(model, fresh | weights)  # a head may have what a plain one lacks
     except RuntimeError as error:  # of another size
         raise RunError(f"start_from {folder!r}: doesn't fit the model: {error}") from error
     if missing or result.unexpected_keys:

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import tasks
 from ..decision import Decided, Decision
-from ..evaluation import reliability, reliability_diagram, summary, uncertainty
+from ..evaluation import Distance, reliability, reliability_diagram, summary, uncertainty
 from ..prediction import Prediction
 from .checks import check_kind
 from .config import RunError
@@ -33,12 +33,14 @@ def evaluate(
     diagram: Path | None = None,
     decision: Decision | None = None,
     predictions: Path | None = None,
+    distance: Distance | None = None,
 ) -> dict[str, Any]:
     """Metrics of a run on labelled records; ``outside`` are records out of its scope.
 
     With ``diagram`` a reliability diagram is written to that PNG; with ``decision`` also what became of its promises.
     With ``predictions`` the lines of `describe` are written to that file as they are made, those of ``outside`` last,
     with ``log_probabilities`` and ``num_draws``; what a call that was stopped has written isn't predicted again.
+    With ``outside`` and a ``distance`` also how well the distance of hidden states tells the two apart.
 
     Raises:
         RunError: records of the other kind, a label that the run doesn't know, or ``predictions`` of something else.
@@ -47,8 +49,8 @@ def evaluate(
     targets = targets_of(run.task, records)
     if outside is not None:
         check_kind(run.task, outside)
+    settings: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
     if predictions is None:
-        settings: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
         inside = run.predict(records, options.samples, options.seed, **settings)
         far = None if outside is None else run.predict(outside, options.samples, options.seed, **settings)
     else:
@@ -60,8 +62,12 @@ def evaluate(
     if diagram is not None:
         name = f"{run.config.method['name']}, N = {inside.num_samples}"
         reliability_diagram({name: reliability(inside.probabilities, targets)}, diagram)
-    draws = {"num_draws": int(inside.num_draws.max())}
-    return summary(inside, targets, far) | draws | (decision.realized(inside, targets, far) if decision else {})
+    distances = None
+    if distance is not None and outside is not None:
+        states = run.hidden_states([*records, *outside], **settings)
+        distances = distance.scores(states[: len(records)]), distance.scores(states[len(records) :])
+    result = summary(inside, targets, far, distances=distances) | {"num_draws": int(inside.num_draws.max())}
+    return result | (decision.realized(inside, targets, far) if decision else {})
 
 
 def describe(

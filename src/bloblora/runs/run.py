@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import models, tasks
 from ..data import unanswered
 from ..generation import Generation, posterior_generate
 from ..methods import Method
-from ..prediction import Prediction, Sampler, StoppingRule, predict
+from ..prediction import Prediction, Sampler, StoppingRule, hidden_states, predict
 from .approximation import Approximation
 from .checks import check_sharded, num_labels
 from .config import RunConfig, RunError
@@ -117,6 +117,14 @@ class Run:
             batch_size=batch_size,
             progress=progress,
         )
+
+    def hidden_states(
+        self, records: Sequence[dict[str, Any]], *, batch_size: int = 32, progress: bool = False
+    ) -> Tensor:
+        """The last hidden states of raw records under the mean weights, (n, d); see `prediction.hidden_states`."""
+        examples = tasks.encode_all(self.task, [unanswered(record) for record in records], self.tokenizer)
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+        return hidden_states(self.model, examples, task=self.task, sampler=self.sampler, **options)
 
     def generate(
         self, records: Sequence[dict[str, Any]], num_samples: int = 10, seed: int = 0, **options: Any

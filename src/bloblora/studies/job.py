@@ -66,18 +66,23 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
 
-    def lacks(self, sets: Mapping[str, Any], samples: tuple[int, ...]) -> bool:
-        """Whether the scores of a set or of a number of weight samples are missing."""
-        return any(f"{key}/{n}/confidence" not in self.scores for key in sets for n in samples)
+    def lacks(self, job: Job, *sets: str) -> bool:
+        """Whether scores are missing of some of the job's sets, by default of any, or of a number of weight samples."""
+        names = ["confidence", *(["mahalanobis"] if job.distances else [])]
+        keys = (f"{key}/{n}/{name}" for key in sets or job.sets for n in job.samples for name in names)
+        return any(key not in self.scores for key in keys)
 
-    def add(self, key: str, prediction: Prediction, targets: Tensor | None) -> None:
+    def add(
+        self, key: str, prediction: Prediction, targets: Tensor | None, distances: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Add the scores and metrics of one set under one N; ``test`` must be there before the sets told from it."""
         n = prediction.num_samples
-        scores = evaluation.uncertainty(prediction)
+        scores = evaluation.uncertainty(prediction) | dict(distances or {})
         found = {} if targets is None else evaluation.summary(prediction, targets)
         if key != "test" and (test := self.scores_of("test", n)):
             # the mutual information of a single weight sample is 0 for every input
-            names = [name for name in scores if name != "mutual_information" or len(prediction.log_probs) > 1]
+            shared = [name for name in scores if name in test]
+            names = [name for name in shared if name != "mutual_information" or len(prediction.log_probs) > 1]
             found |= evaluation.ood_metrics(*({name: side[name].float() for name in names} for side in (test, scores)))
         if targets is not None:
             scores |= evaluation.example_scores(prediction, targets)
@@ -200,7 +205,7 @@ def is_done(job: Job, results: Path) -> bool:
             f"{results / job.name} is the result of another configuration ({'; '.join(different)}), written by "
             f"bloblora {result.machine.get('bloblora')}; rename the method, or choose another folder"
         )
-    return not result.lacks(job.sets, job.samples)
+    return not result.lacks(job)
 
 
 def check_data(job: Job) -> None:
@@ -234,7 +239,7 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
         result = Result(job.name, job.dataset, job.label, config, method, trained.training, machine())
     most = max(job.samples)
     for key, chosen in job.sets.items():
-        if not result.lacks({key: chosen}, job.samples):
+        if not result.lacks(job, key):
             continue
         records = _records(chosen, job.config)
         start = time.perf_counter()
@@ -245,8 +250,9 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
         if 0 in job.samples and most > 0:
             predictions.append(trained.predict(records, 0, batch_size=job.batch_size))
         targets = runs.targets_of(trained.task, records) if chosen.labelled else None
+        distances = _distances(trained, job, records) if job.distances else None
         for prediction in predictions:
-            result.add(key, prediction, targets)
+            result.add(key, prediction, targets, distances)
         write_result(result, results)
     if not keep:
         shutil.rmtree(job.config.output, ignore_errors=True)
@@ -265,6 +271,16 @@ def machine() -> dict[str, Any]:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         **library_versions(),
     }
+
+
+def _distances(trained: runs.Run, job: Job, records: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Distances of the records' hidden states from those of the run's training records, by name."""
+    description = runs.open_run(job.config.output)
+    distance = runs.open_distance(description)
+    if distance is None:
+        training = runs.training_records(description)
+        distance = runs.fit_distance(trained, description, training, batch_size=job.batch_size)
+    return distance.scores(trained.hidden_states(records, batch_size=job.batch_size))
 
 
 def _records(chosen: EvalSet, config: runs.RunConfig) -> list[dict[str, Any]]:

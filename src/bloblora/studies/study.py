@@ -69,6 +69,7 @@ class Job:
         sets: what to evaluate on, by name.
         samples: numbers of draws N to report.
         batch_size: inputs a forward in evaluation.
+        distances: whether sets are also told from ``test`` by the distance of hidden states.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Job:
     sets: Mapping[str, EvalSet]
     samples: tuple[int, ...]
     batch_size: int
+    distances: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Study:
         train: options of every training; a data set's go before them, a method's before both.
         baseline: label that the others are compared to.
         batch_size: inputs a forward in evaluation.
+        distances: also tell sets from ``test`` by the distance of hidden states from those of the training data.
         keep_runs: leave trained models on disk; without, a run that is evaluated is deleted.
     """
 
@@ -108,6 +111,7 @@ class Study:
     train: Mapping[str, Any] = field(default_factory=dict)
     baseline: str = "lora"
     batch_size: int = 32
+    distances: bool = False
     keep_runs: bool = True
 
     def jobs(self, runs: str | os.PathLike[str], data: str | os.PathLike[str] = ".") -> list[Job]:
@@ -163,7 +167,7 @@ class Study:
                 raise RunError(
                     f"datasets: {dataset}: {key}: 'unused' is for the training file, {own}, and a 'limit' of it"
                 )
-        return Job(name, ", ".join(place), label, config, sets, self.samples, self.batch_size)
+        return Job(name, ", ".join(place), label, config, sets, self.samples, self.batch_size, self.distances)
 
 
 def located(chosen: EvalSet, folder: Path) -> EvalSet:
@@ -216,8 +220,9 @@ def _study(content: Mapping[str, Any], stem: str) -> Study:
         raise RunError(f"samples: {study.samples[0]} is negative; N is 0 (the mean) or more")
     if type(study.batch_size) is not int or study.batch_size < 1:
         raise RunError(f"batch_size: {study.batch_size!r}; it must be a number of inputs, at least 1")
-    if type(study.keep_runs) is not bool:
-        raise RunError(f"keep_runs: {study.keep_runs!r}; it must be true or false")
+    for name in ("distances", "keep_runs"):
+        if type(value := getattr(study, name)) is not bool:
+            raise RunError(f"{name}: {value!r}; it must be true or false")
     return study
 
 

@@ -1,0 +1,87 @@
+"""The last hidden state of each input, as the model's output head reads it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .forward import HEADS, PredictionTask
+from .prediction import eval_mode, forwards, order_of, sampler_of
+from .sampler import Sampler
+
+
+@torch.no_grad()
+def hidden_states(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    *,
+    task: PredictionTask,
+    sampler: Sampler | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Tensor:
+    """What the output head reads of each input under the mean weights (N = 0), (n, d) float32 on the CPU.
+
+    A head reads one position of a text that it classifies; where choices are scored by their tokens, the state is the
+    mean over the positions that the scores depend on.
+
+    Args:
+        model: as for `predict`; its head is a module called ``lm_head``, ``score`` or ``classifier``.
+        inputs: encoded examples of ``task``.
+        task: collates examples and reads the logits.
+        sampler: whose mean is meant; default that of the model's posterior.
+        batch_size: inputs a forward.
+        progress: show a bar.
+
+    Raises:
+        ValueError: the model has no such head, or there is no input.
+    """
+    sampler, order, rows = sampler or sampler_of(model), order_of(inputs, task), []
+    head = next((module for name, module in model.named_modules() if name.split(".")[-1] in HEADS), None)
+    if head is None:
+        raise ValueError(f"model: {type(model).__name__} has no output head called {', '.join(HEADS)}")
+    with eval_mode(model):
+        for forward in forwards(model, inputs, task, order, batch_size, progress):
+            states = with_states(head, partial(_mean_logits, sampler, forward))[1]
+            rows.append(states.float().cpu())
+    return torch.cat(rows)[torch.tensor(order).argsort()]
+
+
+def with_states(head: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits (b, C) of a forward, and what a head read of each input, (b, d), the mean where it read several states."""
+    with _differentiable_from(head) as read:
+        logits = forward()
+        slopes = torch.autograd.grad(logits, read, torch.ones_like(logits))
+    return logits.detach(), mean_where_read(read[0], slopes[0]).detach()
+
+
+def mean_where_read(x: Tensor, slope: Tensor) -> Tensor:
+    """Mean of inputs x (b, ..., n) over the positions at which the logits have a slope, (b, n)."""
+    read = (slope != 0).any(-1, keepdim=True)
+    return (x * read).reshape(len(x), -1, x.shape[-1]).sum(1) / read.flatten(1).sum(1, keepdim=True).clamp(min=1)
+
+
+def _mean_logits(sampler: Sampler, forward: Callable[[], Tensor]) -> Tensor:
+    (logits,) = sampler.logits(forward, 0, 0)
+    return logits
+
+
+@contextmanager
+def _differentiable_from(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Gradients are recorded from the input of a module on, and of nothing before it; that input."""
+    inputs: list[Tensor] = []
+
+    def begin(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        torch.set_grad_enabled(True)
+        inputs.append(args[0].detach().requires_grad_())
+        return inputs[-1], *args[1:]
+
+    hook = module.register_forward_pre_hook(begin)
+    try:
+        with torch.no_grad():  # and as it was afterwards
+            yield inputs
+    finally:
+        hook.remove()

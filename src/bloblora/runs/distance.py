@@ -1,0 +1,70 @@
+"""The distance of hidden states of a run: fitted on its training records, and kept in its folder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .. import data
+from ..adapter import AdapterFileError
+from ..evaluation import Distance
+from ..methods.method import read_state, write_state
+from .config import RunError
+from .evaluate import targets_of
+from .folder import RunDescription, read_fields, records_sha256
+from .run import Run
+from .train import select, split
+
+_STATE = "distance"
+
+
+def open_distance(description: RunDescription) -> Distance | None:
+    """The distance in a finished run's folder, or None where none was fitted for its adapter; no model is loaded.
+
+    Raises:
+        AdapterFileError: its files are damaged.
+    """
+    if not (description.folder / f"{_STATE}.json").is_file():
+        return None
+    values, tensors = read_state(description.folder, _STATE)
+    if values.get("adapter_sha256") != description.adapter_sha256:
+        return None
+    try:
+        return Distance.from_tensors(tensors)
+    except TypeError as error:
+        raise AdapterFileError(f"{description.folder / _STATE}.safetensors: {error}") from error
+
+
+def training_records(description: RunDescription) -> list[dict[str, Any]]:
+    """The records that a run was trained on, read again.
+
+    Raises:
+        DataError: they can't be read.
+        RunError: they are others by now.
+    """
+    config = description.config
+    records = select([*map(read_fields, data.read_each(config.data))], config.limit, config.limit_seed)
+    if description.records_sha256 not in (None, records_sha256(records)):
+        raise RunError(f"{config.data}: changed since the run was trained on it; distances need the training records")
+    return split(records, description.method.holdout, config.limit_seed)[0]
+
+
+def fit_distance(
+    run: Run,
+    description: RunDescription,
+    records: Sequence[dict[str, Any]],
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Distance:
+    """Fit the distance on training records, and save it in the run's folder unless that is a copy of the hub's.
+
+    Texts have the classes of their labels; questions are one class.
+
+    Raises:
+        ValueError: there are too few records, or their hidden states are all equal.
+    """
+    states = run.hidden_states(records, batch_size=batch_size, progress=progress)
+    classes = None if run.task.labels is None else targets_of(run.task, records)
+    distance = Distance.fit(states, classes)
+    if not description.remote:
+        write_state(description.folder, _STATE, {"adapter_sha256": description.adapter_sha256}, distance.tensors())
+    return distance

@@ -1,0 +1,77 @@
+"""`bloblora evaluate --distances`: fitted once, saved, and the AUROC that scikit-learn computes of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from bloblora import runs
+from bloblora.hub.push import stage
+from tests.tiny_base import QUESTIONS, queries, write_jsonl
+
+
+@pytest.fixture
+def trained(base, tmp_path):
+    def build(records, method="lora", **options):
+        data = str(write_jsonl(tmp_path / "train.jsonl", records))
+        given = {"data": data, "output": str(tmp_path / "run"), "model": str(base), "method": method, "steps": 2}
+        config = runs.RunConfig.of(**given, **options)
+        runs.train(config, progress=False)
+        return config
+
+    return build
+
+
+def test_they_are_fitted_once_on_what_was_trained_on(trained, call, files, tmp_path):
+    config = trained(queries() * 3, limit=5, temperature_scaling=0.5)
+    arguments = ["evaluate", config.output, "--data", files.texts, "--ood", files.outside, "--distances", "--json"]
+    status, out, err = call(*arguments)
+    assert status == 0, err
+    result, description = json.loads(out), runs.open_run(config.output)
+    kept = runs.training_records(description)
+    assert len(kept) == description.training["num_examples"] == 6
+    distance, run = runs.open_distance(description), runs.load_run(description)
+    outside = [json.loads(line) for line in Path(files.outside).read_text(encoding="utf-8").splitlines()]
+    sides = [distance.scores(run.hidden_states(side)) for side in (queries(), outside)]
+    for name in ("mahalanobis", "relative_mahalanobis"):
+        scores = [side[name].tolist() for side in sides]
+        expected = roc_auc_score([0] * len(scores[0]) + [1] * len(scores[1]), scores[0] + scores[1])
+        assert result[f"auroc_{name}"] == pytest.approx(expected)
+    # from then on the training data isn't needed, here or where the run is pushed to
+    Path(config.data).unlink()
+    assert json.loads(call(*arguments)[1]) == result
+    stage(description, tmp_path / "staged")
+    staged = runs.open_distance(runs.open_run(tmp_path / "staged"))
+    assert torch.equal(staged.whitening, distance.whitening)
+
+
+def test_questions_are_one_class(trained, call, files, tmp_path):
+    config = trained(QUESTIONS * 2, "blob")
+    far = write_jsonl(tmp_path / "far.jsonl", [{"question": "Where?", "choices": ["here", "there"]}])
+    options = ("--ood", far, "--distances", "--approximate", "linearized")
+    status, out, err = call("evaluate", config.output, "--data", files.questions, *options, "--json")
+    assert status == 0, err
+    assert "auroc_mahalanobis" in (result := json.loads(out))
+    assert "auroc_relative_mahalanobis" not in result
+
+
+def test_what_is_wrong_is_said_before_the_model_loads(trained, call, files, monkeypatch):
+    config = trained(queries())
+    arguments = ("evaluate", config.output, "--data", files.texts, "--distances")
+    monkeypatch.setattr(runs, "load_run", lambda *_: pytest.fail("the model was loaded"))
+    assert "give some of the others with --ood" in call(*arguments)[2]
+    write_jsonl(Path(config.data), queries()[:3])
+    status, _, err = call(*arguments, "--ood", files.outside)
+    assert status != 0
+    assert "train.jsonl: changed since the run was trained on it; distances need the training records" in err
+
+
+def test_a_damaged_file(trained, call, files):
+    config = trained(queries())
+    arguments = ("evaluate", config.output, "--data", files.texts, "--ood", files.outside, "--distances")
+    assert call(*arguments)[0] == 0
+    file = Path(config.output) / "distance.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    assert "distance.safetensors: its SHA-256 isn't the one in distance.json" in call(*arguments)[2]
