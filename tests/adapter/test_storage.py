@@ -71,7 +71,7 @@ def flip(file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("parameterization", ["square", "softplus"])
+@pytest.mark.parametrize("parameterization", ["square", "softplus", "log"])
 def test_round_trip(parameterization, tokens, tmp_path):
     config = BlobConfig(prior_std=0.3, init_std=0.5, std_parameterization=parameterization, estimator="flipout")
     model = bayesian(config)

@@ -9,7 +9,7 @@ from torch.distributions import kl_divergence as reference_kl
 
 from bloblora import posterior as q
 
-PARAMETERIZATIONS = ["square", "softplus"]
+PARAMETERIZATIONS = ["square", "softplus", "log"]
 
 
 def make(shape=(3, 5), dtype=torch.float64, parameterization="square"):

@@ -94,10 +94,11 @@ def test_sampled_kl_equals_quadrature_within_five_standard_errors(name, num_pair
     assert abs(kls.mean() - quadrature_kl(name, m, omega)) < 5 * kls.std() / math.sqrt(200)
 
 
-@pytest.mark.parametrize("parameterization", ["square", "softplus"])
+@pytest.mark.parametrize("parameterization", ["square", "softplus", "log"])
 def test_kl_of_several_layers_equals_torch_distributions(parameterization):
     means, parameters = layers()
-    stds = [p.square() if parameterization == "square" else p.exp().log1p() for p in parameters]
+    std = {"square": torch.square, "softplus": lambda p: p.exp().log1p(), "log": torch.exp}[parameterization]
+    stds = [std(p) for p in parameters]
     for name, reference in (("normal", Normal), ("laplace", Laplace)):
         scale = SIGMA if name == "normal" else SIGMA / math.sqrt(2)
         expected = sum(

@@ -43,7 +43,7 @@ def train(folder, x, y, rank, fixed=None, **config):
     return posterior
 
 
-@pytest.mark.parametrize("parameterization", ["square", "softplus"])
+@pytest.mark.parametrize("parameterization", ["square", "softplus", "log"])
 @pytest.mark.parametrize(("factor", "fixed"), [("A", "B"), ("B", "A")])
 def test_the_exact_mean_field_posterior(tmp_path, factor, fixed, parameterization):
     """Its mean is the exact posterior's, and its variances are one over the exact precision's diagonal."""

@@ -183,3 +183,22 @@ def test_weight_decay_spares_the_std(tmp_path):
     decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
     assert {decay[id(p)] for p in trainer.posterior.named_std_parameters().values()} == {0.0}
     assert {decay[id(p)] for n, p in trainer.model.named_parameters() if "lora_" in n} == {0.5}
+
+
+def test_std_has_a_learning_rate_of_its_own(tmp_path):
+    """AdamW's first step is the learning rate's size; a resumed training ends where an uninterrupted one does."""
+    options = dict(std_learning_rate=0.02, learning_rate=0.005, max_steps=2, save_strategy="steps", save_steps=1)
+    ends = []
+    for folder in ("whole", "resumed"):
+        model = classifier(std_parameterization="log")
+        start = torch.cat([p.detach().flatten() for p in find_posterior(model).parameters()[1]])
+        trainer = make_trainer(tmp_path / folder, model, lr_scheduler_type="constant", **options)
+        if folder == "resumed":
+            trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+        else:
+            trainer.train()
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.005, 0.005, 0.02]
+        ends.append(trainable(model))
+        moved = torch.cat([p.detach().flatten() for p in find_posterior(model).parameters()[1]]) - start
+        assert 0.005 < moved.abs().median() <= 0.0401
+    assert_close(ends[1], ends[0], rtol=0, atol=0)

@@ -33,9 +33,12 @@ class BlobConfig:
             "search": (0.016, 0.16),
         },
     )
-    std_parameterization: Literal["square", "softplus"] = field(
+    std_parameterization: Literal["square", "softplus", "log"] = field(
         default="square",
-        metadata={"help": "How Ω is kept positive: `square` is Ω = G∘G (the paper's), `softplus` Ω = log(1 + exp ρ)."},
+        metadata={
+            "help": "How Ω is kept positive: `square` is Ω = G∘G (the paper's), `softplus` Ω = log(1 + exp ρ), `log` "
+            "Ω = exp ρ, of which a step of std_learning_rate is a share of Ω, whatever its size."
+        },
     )
     estimator: Literal["independent", "flipout", "shared", "local"] = field(
         default="independent",

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STD_PARAMETERIZATIONS = ("square", "softplus")
-"""``square``: Ω = G∘G (the paper's). ``softplus``: Ω = log(1 + exp ρ)."""
+STD_PARAMETERIZATIONS = ("square", "softplus", "log")
+"""``square``: Ω = G∘G (the paper's). ``softplus``: Ω = log(1 + exp ρ). ``log``: Ω = exp ρ."""
 
 _LOT = 32  # layers
 
@@ -29,11 +29,15 @@ def std(parameter: Tensor, parameterization: str = "square") -> Tensor:
     Returns:
         Ω > 0, the shape of ``parameter``.
     """
+    if parameterization == "log":
+        return parameter.exp()
     return parameter.square() if parameterization == "square" else F.softplus(parameter)
 
 
 def log_std(parameter: Tensor, parameterization: str = "square") -> Tensor:
     """Logarithm of Ω without forming Ω where that would underflow; shape of ``parameter``."""
+    if parameterization == "log":
+        return parameter
     if parameterization == "square":
         return 2 * parameter.abs().log()
     return torch.where(parameter < -15, parameter, F.softplus(parameter).log())
@@ -44,13 +48,15 @@ def init_std_parameter(mean: Tensor, init_std: float, parameterization: str = "s
     """Fresh unconstrained parameter for a posterior around ``mean``.
 
     ``square`` draws G uniformly in [ε/√2, ε], so Ω starts in [ε²/2, ε²] (the paper's start, ε = ``init_std``);
-    ``softplus`` chooses ρ so that Ω starts in the same range.
+    the others choose ρ so that Ω starts in the same range.
 
     Returns:
         A float32 (or wider) tensor of the shape and on the device of ``mean``.
     """
     dtype = torch.promote_types(mean.dtype, torch.float32)
     g = torch.empty_like(mean, dtype=dtype).uniform_(init_std / math.sqrt(2), init_std)
+    if parameterization == "log":
+        return 2 * g.log()
     return g if parameterization == "square" else torch.log(torch.expm1(g.square()))
 
 
@@ -106,6 +112,10 @@ def kl_gradients(
         torch._foreach_mul_(slopes, std_parameters)
         torch._foreach_mul_(slopes, 2 * precision)
         torch._foreach_add_(slopes, torch._foreach_reciprocal(std_parameters), alpha=-2)
+    elif parameterization == "log":  # ∂KL/∂ρ = Ω²/σp² - 1
+        slopes = [*torch._foreach_exp(torch._foreach_mul(std_parameters, 2))]
+        torch._foreach_mul_(slopes, precision)
+        torch._foreach_sub_(slopes, 1)
     else:
         stds = [F.softplus(parameter) for parameter in std_parameters]
         slopes = [(s * precision - 1 / s) * p.sigmoid() for s, p in zip(stds, std_parameters, strict=True)]

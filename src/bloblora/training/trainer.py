@@ -224,6 +224,18 @@ class BlobTrainerMixin(_Host):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As in the Trainer; with ``std_learning_rate`` Ω's parameters are a group of their own."""
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if new and self.posterior is not None and self.args.std_learning_rate is not None:
+            moved = set(self.posterior.parameters()[1])
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if parameter not in moved]
+            own = dict(params=self.posterior.parameters()[1], lr=self.args.std_learning_rate, weight_decay=0.0)
+            optimizer.add_param_group(own)
+        return optimizer
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay leaves Ω alone: its prior is the KL's."""
         return [name for name in super().get_decay_parameter_names(model) if STD_PARAMETER not in name]

@@ -1,0 +1,93 @@
+"""Training against the exact optimum of the bound: logistic regression through a LoRA whose B is fixed.
+
+With A (1, n), a mean-field q and B = 1 the logit of an input x is N(M x, Ω² x²). So the bound per example is a function
+of M and Ω with one integral an example, which quadrature gives, and L-BFGS finds its optimum.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from scipy.optimize import minimize
+from torch import nn
+
+from bloblora import BlobConfig, BlobTrainer, bayesianize
+
+from .conftest import arguments
+
+FEATURES, PRIOR_STD = 40, 0.2
+_NODES, _WEIGHTS = (torch.tensor(values) for values in np.polynomial.hermite_e.hermegauss(32))
+
+
+class Logistic(nn.Module):
+    """p(y | x) = σ(W x): W starts at 0, and LoRA is all there is of it; the loss is the mean NLL."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(FEATURES, 1, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, x, y):
+        logits = self.linear(x).squeeze(-1)
+        return {"loss": F.binary_cross_entropy_with_logits(logits, y), "logits": logits}
+
+
+def problem(size):
+    """Inputs (D, n), of which the first features say much and the last ones little, and labels (D,)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, FEATURES, generator=generator) * 4 * torch.logspace(0, -1.5, FEATURES)
+    weight = PRIOR_STD * torch.randn(FEATURES, generator=generator)
+    return x, (torch.rand(size, generator=generator) < torch.sigmoid(x @ weight)).float()
+
+
+def bound(x, y, mean, std, kl_scale):
+    """E[NLL] + kl_scale · KL / D, in nats an example."""
+    x, y = x.double(), y.double()
+    logits = (x @ mean)[:, None] + (x.square() @ std.square()).sqrt()[:, None] * _NODES
+    nll = (F.softplus(logits) - y[:, None] * logits) @ (_WEIGHTS / _WEIGHTS.sum())
+    kl = ((PRIOR_STD / std).log() + (std.square() + mean.square()) / (2 * PRIOR_STD**2) - 0.5).sum()
+    return nll.mean() + kl_scale * kl / len(x)
+
+
+def optimum(x, y, kl_scale):
+    """Ω* and the least bound."""
+
+    def value(parameters):
+        leaf = torch.tensor(parameters, requires_grad=True)
+        result = bound(x, y, leaf[:FEATURES], leaf[FEATURES:].exp(), kl_scale)
+        result.backward()
+        return result.item(), leaf.grad.numpy()
+
+    start = np.r_[np.zeros(FEATURES), np.full(FEATURES, math.log(PRIOR_STD / 2))]
+    found = minimize(value, start, jac=True, method="L-BFGS-B", options=dict(maxiter=2000, ftol=1e-13, gtol=1e-9))
+    return torch.tensor(found.x[FEATURES:]).exp(), found.fun
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "learning_rate", "kl_scale", "steps"),
+    [(size, batch, rate, 1.0, 2000) for size in (100, 500) for batch in (8, 32) for rate in (2e-3, 4e-3)]
+    + [(500, 32, 2e-3, 0.3, 3000)],
+)
+def test_joint_training_reaches_the_bounds_optimum(tmp_path, size, batch, learning_rate, kl_scale, steps):
+    """At any learning rate and batch size; kl_scale is the temperature of the bound that is minimized."""
+    x, y = problem(size)
+    torch.manual_seed(0)
+    model = get_peft_model(Logistic(), LoraConfig(r=1, lora_alpha=1, target_modules=["linear"]))
+    posterior = bayesianize(model, BlobConfig(prior_std=PRIOR_STD, init_std=0.32, std_parameterization="log"))
+    with torch.no_grad():
+        model.base_model.model.linear.lora_B["default"].weight.requires_grad_(False).fill_(1)
+    options = dict(optimizer_style="joint", std_learning_rate=0.02, kl_scale=kl_scale, max_grad_norm=0.0)
+    options |= dict(learning_rate=learning_rate, lr_scheduler_type="linear", logging_steps=steps)
+    options |= dict(max_steps=steps, per_device_train_batch_size=batch)
+    data = [{"x": row, "y": target} for row, target in zip(x, y, strict=True)]
+    BlobTrainer(model, arguments(tmp_path, **options), train_dataset=data).train()
+
+    best_std, best = optimum(x, y, kl_scale)
+    (mean,), (std,) = posterior.named_means().values(), posterior.named_stds().values()
+    mean, std = mean.detach()[0].double(), std.detach()[0].double()
+    assert bound(x, y, mean, std, kl_scale) <= 1.02 * best
+    assert (std / best_std).log().square().mean().sqrt() <= 0.1
+    assert best_std.max() / best_std.min() > 2.5  # the data do say different things about different weights
