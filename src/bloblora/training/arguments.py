@@ -49,8 +49,7 @@ class Objective:
         default=None,
         metadata={
             "help": "Learning rate of Ω's parameter in AdamW; follows the same schedule. None: learning_rate. With "
-            "`joint` and the parameterization `log`, 0.02 brings Ω to the bound's optimum within some hundred steps.",
-            "search": (0.005, 0.05),
+            "`joint` and the parameterization `log`, 0.02 brings Ω to the bound's optimum within some hundred steps."
         },
     )
     num_weight_draws: int = field(
