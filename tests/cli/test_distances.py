@@ -47,6 +47,16 @@ def test_they_are_fitted_once_on_what_was_trained_on(trained, call, files, tmp_p
     assert torch.equal(staged.whitening, distance.whitening)
 
 
+@pytest.mark.parametrize(("validation", "count"), [(0.2, 8), ("file", 10)])
+def test_records_that_validation_leaves_to_the_training(trained, files, validation, count):
+    given = files.texts if validation == "file" else validation
+    with pytest.warns(UserWarning, match="records are too few"):
+        config = trained(queries() * 3, limit=5, temperature_scaling=0.5, validation=given)
+    description = runs.open_run(config.output)
+    kept = runs.training_records(description)
+    assert len(kept) == description.training["num_examples"] == count
+
+
 def test_questions_are_one_class(trained, call, files, tmp_path):
     config = trained(QUESTIONS * 2, "blob")
     far = write_jsonl(tmp_path / "far.jsonl", [{"question": "Where?", "choices": ["here", "there"]}])

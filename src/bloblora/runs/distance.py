@@ -11,7 +11,7 @@ from .config import RunError
 from .evaluate import targets_of
 from .folder import RunDescription, read_fields, records_sha256
 from .run import Run
-from .train import select, split
+from .train import hold_out, select
 
 _STATE = "distance"
 
@@ -44,7 +44,7 @@ def training_records(description: RunDescription) -> list[dict[str, Any]]:
     records = select([*map(read_fields, data.read_each(config.data))], config.limit, config.limit_seed)
     if description.records_sha256 not in (None, records_sha256(records)):
         raise RunError(f"{config.data}: changed since the run was trained on it; distances need the training records")
-    return split(records, description.method.holdout, config.limit_seed)[0]
+    return hold_out(config, description.method, records)[0]
 
 
 def fit_distance(

@@ -74,34 +74,35 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
         records = select(everything, config.limit, config.limit_seed)
         check_task(config, records)
         description: dict[str, Any] = {**described(config), "records_sha256": records_sha256(records)}
-        kept, validation = _validation(config, records, scratch)
+        method = config.build_method()
+        kept, held_out = hold_out(config, method, records)
+        validation = _validation(config, kept, held_out, scratch)
         if len(validation):
             description["validation_sha256"] = records_sha256(validation)
         _check_same_records(output, stored, description)
         if stored.get("training"):
             processes().wait_for_everyone()  # until nobody needs the folder
             return load_run(output)
-        method = config.build_method()
         tokenizer = models.load_tokenizer(config.model)
         task_options = {name: value for name, value in config.task.items() if name != "name"}
         task = tasks.build_task(config.task["name"], records, tokenizer, **task_options)
         check_targets(config, task)
         lora_of(config)
         check_start(config, task)
-        kept, held_out = split(kept, 0 if len(validation) else method.holdout, config.limit_seed)
         if method.holdout and not len(held_out) and not len(validation):
             name = "temperature_scaling" if config.temperature_scaling else "holdout"
             raise RunError(f"{name} {method.holdout} of {len(records)} records holds none out; give a larger share")
         encode = partial(tasks.encode_each, task, tokenizer=tokenizer, progress=progress)
         examples = _mapped(scratch / "examples.arrow", partial(encode, kept))
-        holdout = _mapped(scratch / "holdout.arrow", partial(encode, held_out)) if len(held_out) else []
         arguments = _arguments(config, len(examples), progress)
-        training = methods.Training(task, examples, arguments, holdout, patience=config.patience)
+        training = methods.Training(task, examples, arguments, patience=config.patience)
         if len(validation):
             with _named(f"validation {config.validation!r}"):
                 encoded = _mapped(scratch / "validation.arrow", partial(encode, validation))
             training.validation = _longest_first(task, encoded)
-            training.holdout = training.validation if method.holdout else holdout
+            training.holdout = training.validation if method.holdout else ()
+        elif len(held_out):
+            training.holdout = _mapped(scratch / "holdout.arrow", partial(encode, held_out))
         if main:
             write_json(output / RUN_FILE, description)
             write_text(output / CONFIG_FILE, yaml.safe_dump(config.given(), sort_keys=False, allow_unicode=True))
@@ -117,6 +118,14 @@ def split(records: Records, share: float, seed: int = 0) -> tuple[Records, Recor
     generator = random.Random(seed)
     out = {i for group in _by_label(records) for i in generator.sample(group, round(share * len(group)))}
     return _at(records, [i for i in range(len(records)) if i not in out]), _at(records, sorted(out))
+
+
+def hold_out(config: RunConfig, method: methods.Method, records: Records) -> tuple[Records, Records]:
+    """Records to train on, and those held out: for validation, or, where there is none, what the method asks for."""
+    if isinstance(config.validation, str):
+        return split(records, 0, config.limit_seed)
+    share = method.holdout if config.validation is None else config.validation
+    return split(records, share, config.limit_seed)
 
 
 def select(records: Records, limit: int | None, seed: int = 0) -> Records:
@@ -214,17 +223,16 @@ def _curves(training: dict[str, Any]) -> dict[str, dict[float, float]]:
     return curves
 
 
-def _validation(config: RunConfig, records: Any, scratch: Path) -> tuple[Any, Any]:
-    """Records to train on, and those of validation: a share of them, or of another source."""
+def _validation(config: RunConfig, kept: Any, held_out: Any, scratch: Path) -> Any:
+    """Records of validation: those held out, or of another source; none without ``validation``."""
     if config.validation is None:
-        return records, []
+        return []
+    validation = held_out
     if isinstance(config.validation, str):
         with _named(f"validation {config.validation!r}"):
-            kept, validation = records, _mapped(scratch / "validation_records.arrow", partial(_read, config.validation))
-    else:
-        kept, validation = split(records, config.validation, config.limit_seed)
+            validation = _mapped(scratch / "validation_records.arrow", partial(_read, config.validation))
     check_validation(config, kept, validation)
-    return kept, validation
+    return validation
 
 
 @contextmanager

@@ -237,7 +237,7 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
     if result is None or not result.scores:
         config, method = _described(job), job.config.build_method().described()
         result = Result(job.name, job.dataset, job.label, config, method, trained.training, machine())
-    most = max(job.samples)
+    most, distance = max(job.samples), _distance(trained, job) if job.distances else None
     for key, chosen in job.sets.items():
         if not result.lacks(job, key):
             continue
@@ -250,7 +250,7 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
         if 0 in job.samples and most > 0:
             predictions.append(trained.predict(records, 0, batch_size=job.batch_size))
         targets = runs.targets_of(trained.task, records) if chosen.labelled else None
-        distances = _distances(trained, job, records) if job.distances else None
+        distances = distance.scores(trained.hidden_states(records, batch_size=job.batch_size)) if distance else None
         for prediction in predictions:
             result.add(key, prediction, targets, distances)
         write_result(result, results)
@@ -273,14 +273,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _distances(trained: runs.Run, job: Job, records: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Distances of the records' hidden states from those of the run's training records, by name."""
+def _distance(trained: runs.Run, job: Job) -> evaluation.Distance:
+    """From the hidden states of the run's training records; that of its folder, or fitted now."""
     description = runs.open_run(job.config.output)
-    distance = runs.open_distance(description)
-    if distance is None:
-        training = runs.training_records(description)
-        distance = runs.fit_distance(trained, description, training, batch_size=job.batch_size)
-    return distance.scores(trained.hidden_states(records, batch_size=job.batch_size))
+    if (found := runs.open_distance(description)) is not None:
+        return found
+    return runs.fit_distance(trained, description, runs.training_records(description), batch_size=job.batch_size)
 
 
 def _records(chosen: EvalSet, config: runs.RunConfig) -> list[dict[str, Any]]:
