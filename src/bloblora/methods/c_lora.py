@@ -103,9 +103,7 @@ class CLora(Method):
                 for variant in variants.values():
                     variant.kl = collected
                 nll = super().compute_loss(model, inputs, *args, **kwargs)
-                kl = weight * collected.total.to(nll) / self.args.num_weight_draws
-                self._nll_sum -= kl.detach() / self.current_gradient_accumulation_steps
-                return nll + kl
+                return self.with_kl(nll, weight * collected.total.to(nll) / self.args.num_weight_draws)
 
         training.run(model, trainer=Trainer)
         for variant in variants.values():

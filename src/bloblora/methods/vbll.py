@@ -88,28 +88,20 @@ class Vbll(Method):
         """Train on the bound and the weighted KL."""
         layer = LastLayer(head_of(model))
         prior_variance = self.prior_scale * 2 / layer.head.in_features
-        weight, rate = self.kl_scale / len(training.examples), self.std_learning_rate
+        weight = self.kl_scale / len(training.examples)
 
         class Trainer(BlobTrainer):
-            def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-                if self.optimizer is not None:
-                    return self.optimizer
-                optimizer, own = super().create_optimizer(*args, **kwargs), layer.covariance()
-                for group in optimizer.param_groups:
-                    group["params"] = [p for p in group["params"] if all(p is not q for q in own)]
-                optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
-                return optimizer
+            def std_parameters(self) -> list[Tensor]:
+                return [*layer.covariance()]
 
             def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
                 if not model.training:
                     return super().compute_loss(model, inputs, *args, **kwargs)
                 with layer.recorded() as read:
                     nll, outputs = super().compute_loss(model, inputs, True)
-                kl = weight * layer.kl(prior_variance)
-                self._nll_sum -= kl.detach() / self.current_gradient_accumulation_steps
-                return nll + layer.excess(outputs["logits"], read[0]) + kl
+                return self.with_kl(nll + layer.excess(outputs["logits"], read[0]), weight * layer.kl(prior_variance))
 
-        training.run(model, trainer=Trainer)
+        training.run(model, trainer=Trainer, std_learning_rate=self.std_learning_rate)
         return LastLayerDraws(layer)
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
@@ -117,11 +109,8 @@ class Vbll(Method):
         model, _ = super().load(base, folder)
         self._add_covariance(model)
         file = self.weights_file(folder)
-        saved, wanted = (
-            read_tensors(file, AdapterFileError),
-            [_LOG_STD, *[_OFF_DIAGONAL] * (self.covariance == "dense")],
-        )
-        for name in wanted:
+        saved = read_tensors(file, AdapterFileError)
+        for name in (_LOG_STD, _OFF_DIAGONAL) if self.covariance == "dense" else (_LOG_STD,):
             if not any(key.endswith(name) for key in saved):
                 raise AdapterFileError(f"{file}: the head's {name} is missing")
         set_peft_model_state_dict(model, saved)

@@ -140,9 +140,7 @@ class BlobTrainerMixin(_Host):
         if not self._finite(nll):
             raise self._diverged_nll(lambda: loss(module=self._module))
         if self.is_deepspeed_enabled and (posterior := self._with_kl("joint")):  # which adds no gradients later
-            kl = self.current_kl_weight() * posterior.kl()
-            self._nll_sum -= kl.detach() / self.current_gradient_accumulation_steps
-            nll = nll + kl
+            nll = self.with_kl(nll, self.current_kl_weight() * posterior.kl())
         return (nll, *outputs) if return_outputs else nll
 
     def current_kl_weight(self) -> float:
@@ -228,13 +226,21 @@ class BlobTrainerMixin(_Host):
         """As in the Trainer; with ``std_learning_rate`` Ω's parameters are a group of their own."""
         new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if new and self.posterior is not None and self.args.std_learning_rate is not None:
-            moved = set(self.posterior.parameters()[1])
+        if new and (rate := self.args.std_learning_rate) is not None and (own := self.std_parameters()):
+            moved = set(own)
             for group in optimizer.param_groups:
                 group["params"] = [parameter for parameter in group["params"] if parameter not in moved]
-            own = dict(params=self.posterior.parameters()[1], lr=self.args.std_learning_rate, weight_decay=0.0)
-            optimizer.add_param_group(own)
+            optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
         return optimizer
+
+    def std_parameters(self) -> list[Tensor]:
+        """The parameters whose learning rate is ``std_learning_rate``: those of Ω."""
+        return [] if self.posterior is None else self.posterior.parameters()[1]
+
+    def with_kl(self, loss: Tensor, kl: Tensor) -> Tensor:
+        """A micro-batch's loss with a weighted KL, which the log's NLL doesn't count."""
+        self._nll_sum -= kl.detach() / self.current_gradient_accumulation_steps
+        return loss + kl
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay leaves Ω alone: its prior is the KL's."""
