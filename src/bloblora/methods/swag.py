@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,16 +28,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..adapter import AdapterFileError, BlobConfig, Posterior, bayesianize, find_posterior
+from ..adapter import AdapterFileError, BlobConfig, bayesianize, find_posterior
 from ..files import read_tensors, write_tensors
 from ..prediction import Sampler, WeightDraws
+from ..prediction.approximations import OfPosterior
 from ..training import BlobTrainer, check_positive
 from ..training.arguments import check_count
 from .method import GaussianMethod, Training, read_state, write_state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from peft import PeftModel
 
     from ..adapter.bayesianize import Weights
@@ -169,7 +167,8 @@ class Swag(GaussianMethod):
         with torch.no_grad():
             for name, mean in iterates.means.items():
                 parameters[name].copy_(mean)
-            of_factor = {name: _name_of(model, factor) for name, factor in posterior.named_means().items()}
+            names = {parameter: name for name, parameter in parameters.items()}
+            of_factor = {name: names[factor] for name, factor in posterior.named_means().items()}
             for name, parameter in posterior.named_std_parameters().items():
                 variance = iterates.variance(of_factor[name]).clamp_min(_LEAST_VARIANCE)
                 parameter.copy_((self.covariance_scale * variance).pow(0.25))  # Ω = G∘G
@@ -304,7 +303,7 @@ class _Trainer(BlobTrainer):
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(OfPosterior):
     """A posterior with independent noise, and noise along common directions of all layers.
 
     Attributes:
@@ -313,12 +312,7 @@ class LowRank:
             together is diag(Ω²) + C Cᵀ; empty for none.
     """
 
-    posterior: Posterior
     columns: dict[str, Tensor]
-
-    def layer_names(self) -> list[str]:
-        """The posterior's."""
-        return self.posterior.layer_names()
 
     def sample(self, generator: torch.Generator) -> Weights:
         """The weights of the next draw."""
@@ -331,25 +325,3 @@ class LowRank:
                 weight = weights[layer][factor]
                 weights[layer][factor] = weight + torch.tensordot(noise, columns.to(noise), 1).to(weight)
         return weights
-
-    def fixed(self, weights: Weights) -> AbstractContextManager[None]:
-        """As the posterior's."""
-        return self.posterior.fixed(weights)
-
-    def stacked(self, samples: Sequence[Weights], rows: int) -> AbstractContextManager[None]:
-        """As the posterior's."""
-        return self.posterior.stacked(samples, rows)
-
-    @contextmanager
-    def draw(self, seed: torch.Generator) -> Iterator[None]:
-        """The next draw is in force inside."""
-        with self.posterior.fixed(self.sample(seed)):
-            yield
-
-    def mean(self) -> AbstractContextManager[None]:
-        """The posterior's mean."""
-        return self.posterior.mean()
-
-
-def _name_of(model: nn.Module, parameter: Tensor) -> str:
-    return next(name for name, other in model.named_parameters() if other is parameter)

@@ -1,6 +1,7 @@
 """Fewer forwards at some loss: draws in the top blocks alone, a linearized predictive, an early stop."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -81,7 +82,44 @@ class StoppingRule:
 
 
 @dataclass(frozen=True)
-class TopBlocks:
+class OfPosterior(ABC):
+    """A distribution over the weights of a posterior's layers, which differs from it in what is drawn.
+
+    Attributes:
+        posterior: whose mean it has.
+    """
+
+    posterior: Posterior
+
+    def layer_names(self) -> list[str]:
+        """The layers that draws change: the posterior's."""
+        return self.posterior.layer_names()
+
+    @abstractmethod
+    def sample(self, generator: torch.Generator) -> Weights:
+        """The weights of the next draw."""
+
+    def fixed(self, weights: Weights) -> AbstractContextManager[None]:
+        """As the posterior's."""
+        return self.posterior.fixed(weights)
+
+    def stacked(self, samples: Sequence[Weights], rows: int) -> AbstractContextManager[None]:
+        """As the posterior's."""
+        return self.posterior.stacked(samples, rows)
+
+    @contextmanager
+    def draw(self, seed: torch.Generator) -> Iterator[None]:
+        """The next draw is in force inside."""
+        with self.posterior.fixed(self.sample(seed)):
+            yield
+
+    def mean(self) -> AbstractContextManager[None]:
+        """The posterior's mean."""
+        return self.posterior.mean()
+
+
+@dataclass(frozen=True)
+class TopBlocks(OfPosterior):
     """A posterior of which only the layers in the last blocks are drawn; the others have their mean.
 
     ``predict(model, inputs, sampler=WeightDraws(TopBlocks(posterior, 8)))`` computes the blocks below once. A draw of a
@@ -95,7 +133,6 @@ class TopBlocks:
         ValueError: ``number`` is below 1, or no Bayesian layer stands in a block.
     """
 
-    posterior: Posterior
     number: int
 
     def __post_init__(self) -> None:
@@ -121,24 +158,6 @@ class TopBlocks:
     def mirror(self, weights: Weights) -> Weights:
         """As the posterior's."""
         return self.posterior.mirror(weights)
-
-    def fixed(self, weights: Weights) -> AbstractContextManager[None]:
-        """As the posterior's."""
-        return self.posterior.fixed(weights)
-
-    def stacked(self, samples: Sequence[Weights], rows: int) -> AbstractContextManager[None]:
-        """As the posterior's."""
-        return self.posterior.stacked(samples, rows)
-
-    @contextmanager
-    def draw(self, seed: torch.Generator) -> Iterator[None]:
-        """The next draw is in force inside."""
-        with self.posterior.fixed(self.sample(seed)):
-            yield
-
-    def mean(self) -> AbstractContextManager[None]:
-        """The posterior's mean."""
-        return self.posterior.mean()
 
 
 @dataclass(frozen=True)
