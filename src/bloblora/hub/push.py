@@ -15,10 +15,10 @@ from ..adapter.storage import MEAN_CONFIG
 from ..files import read_json, write_json, write_text
 from ..models import DEFAULT_MODEL
 from ..runs import RunDescription, RunError, load_run, open_run
-from ..runs.folder import RUN_FILE, is_remote, reason
+from ..runs.folder import RUN_FILE, VALIDATION_FIGURE, is_remote, reason
 from .card import CARD_FILE, is_generated, model_card, public_base, public_name
 
-_PICTURES = ("reliability*.png", "validation.png")
+_PICTURES = ("reliability*.png", VALIDATION_FIGURE)
 _PATTERNS = ("run.json", "task.json", "decision.json", "distance.*", "metrics.json", "metrics-*.json", *_PICTURES)
 _PLACES = ("data", "validation", "output", "trunk_cache")
 
