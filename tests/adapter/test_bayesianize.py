@@ -21,7 +21,7 @@ from transformers import (
 from bloblora import BlobConfig, bayesianize, find_posterior
 from tests.conftest import tiny_llama, with_lora
 
-CONFIG = BlobConfig(init_std=0.5)
+CONFIG = BlobConfig(init_std=0.25)
 SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 
 
@@ -184,7 +184,7 @@ def test_bfloat16_base_keeps_a_float32_posterior(tokens):
 @pytest.mark.parametrize("estimator", ["independent", "flipout", "shared", "local"])
 def test_compile_has_no_graph_break_in_training(estimator, tokens):
     model = with_lora(tiny_llama(num_hidden_layers=1), ("v_proj",))
-    posterior = bayesianize(model, BlobConfig(init_std=0.5, estimator=estimator))
+    posterior = bayesianize(model, BlobConfig(init_std=0.25, estimator=estimator))
     compiled = torch.compile(model.train(), fullgraph=True, backend="eager")
     torch.manual_seed(7)
     logits = compiled(tokens).logits

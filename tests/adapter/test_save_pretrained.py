@@ -28,7 +28,7 @@ def several() -> PeftModel:
     model = bayesian()
     for name, rank in (("plain", 3), ("second", 2)):
         model.add_adapter(name, LoraConfig(r=rank, target_modules=["q_proj"], init_lora_weights=False))
-    bayesianize(model, BlobConfig(prior_std=0.9, init_std=0.5), "second")
+    bayesianize(model, BlobConfig(prior_std=0.9, init_std=0.25), "second")
     return model
 
 

@@ -20,7 +20,7 @@ from bloblora import BlobConfig, bayesianize, find_posterior, load, save
 from bloblora.adapter import AdapterFileError, load_posterior
 from tests.conftest import tiny_llama, with_lora
 
-CONFIG = BlobConfig(prior_std=0.3, init_std=0.5)
+CONFIG = BlobConfig(prior_std=0.3, init_std=0.25)
 FILES = ("adapter_config.json", "adapter_model.safetensors", "blob_config.json", "posterior.safetensors")
 
 
@@ -73,7 +73,7 @@ def flip(file: Path) -> None:
 
 @pytest.mark.parametrize("parameterization", ["square", "softplus", "log"])
 def test_round_trip(parameterization, tokens, tmp_path):
-    config = BlobConfig(prior_std=0.3, init_std=0.5, std_parameterization=parameterization, estimator="flipout")
+    config = BlobConfig(prior_std=0.3, init_std=0.25, std_parameterization=parameterization, estimator="flipout")
     model = bayesian(config)
     save(model, tmp_path)
     loaded = load(tiny_llama(), tmp_path)
@@ -288,7 +288,7 @@ def test_base_model_without_the_layers(folder):
 
 
 def test_loading_into_a_posterior_that_is_there(folder, tokens):
-    model = bayesian(BlobConfig(prior_std=0.7, init_std=0.1, estimator="local"))
+    model = bayesian(BlobConfig(prior_std=0.7, init_std=0.01, estimator="local"))
     load_posterior(model, folder)
     torch.testing.assert_close(drawn(model, tokens), drawn(bayesian(), tokens), rtol=0, atol=0)
     assert find_posterior(model).config.prior_std == 0.7

@@ -37,7 +37,7 @@ class Case:
         return sequences[:, 1 if self.is_encoder_decoder else self.inputs["input_ids"].shape[1] :]
 
 
-def make_case(family: str, init_std: float = 0.5) -> Case:
+def make_case(family: str, init_std: float = 0.25) -> Case:
     torch.manual_seed(1)
     tokens = dict(pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
     if family == "t5":

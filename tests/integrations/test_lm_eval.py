@@ -37,7 +37,7 @@ def train(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(train):
-    return train(QUESTIONS, init_std=0.7)
+    return train(QUESTIONS, init_std=0.49)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_a_long_text_sees_one_draw_in_all_its_windows(run):
 
 
 def test_generation_is_the_posterior_s(train):
-    folder = train([{"prompt": "Which gas?", "response": "carbon dioxide"}] * 4, init_std=0.5)
+    folder = train([{"prompt": "Which gas?", "response": "carbon dioxide"}] * 4, init_std=0.25)
     model = BlobLM(folder, samples=2, batch_size=2)
     prompts = [
         ("Which gas?", {"until": ["zzz"], "max_gen_toks": 5}),

@@ -292,7 +292,7 @@ def test_ivon_sees_one_mean_gradient_however_the_batch_is_split(tmp_path):
 
 def test_scalabl_folds_its_means_and_draws_its_variance(tokens):
     torch.manual_seed(0)
-    method = Scalabl(init_std=0.7)
+    method = Scalabl(init_std=0.49)
     model = method.prepare(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -336,7 +336,7 @@ def test_scalabl_folds_its_means_and_draws_its_variance(tokens):
 def test_scalabl_without_evidence_goes_to_its_prior(weighting, size, accumulated, steps, weight, tmp_path):
     """With B at 0 the NLL knows nothing of the scales: q follows the KL's flow, whose solution `kl_flow_` has."""
     task = Rows()
-    method = Scalabl(init_std=0.7, prior_std=1.3, kl_learning_rate=0.2, kl_weighting=weighting)
+    method = Scalabl(init_std=0.49, prior_std=1.3, kl_learning_rate=0.2, kl_weighting=weighting)
     torch.manual_seed(1)
     model = method.prepare(Net(), LORA)
     layer = model.base_model.model.linear
@@ -378,7 +378,7 @@ def test_full_trains_every_weight_as_the_trainer_does(tmp_path):
 def test_which_factors_are_gaussian(factors, tokens):
     """Mean and variance of ΔW = s B A over draws against the closed form of a product of independent Gaussians."""
     model = with_lora(tiny_llama(), ("v_proj",)).eval()
-    posterior = bayesianize(model, BlobConfig(init_std=0.5, factors=factors))
+    posterior = bayesianize(model, BlobConfig(init_std=0.25, factors=factors))
     layer = next(iter(posterior.named_layers().values()))
     a, b = (getattr(layer, f"lora_{f}")["default"].weight.detach() for f in "AB")
     variant = layer.lora_variant["default"]
@@ -400,7 +400,7 @@ def test_which_factors_are_gaussian(factors, tokens):
 def test_what_a_training_forward_adds_where_b_is_gaussian(tokens):
     """The output's variance over draws against the closed form, for one example of several tokens."""
     model = with_lora(tiny_llama(), ("v_proj",))
-    posterior = bayesianize(model, BlobConfig(init_std=0.5, factors="B"))
+    posterior = bayesianize(model, BlobConfig(init_std=0.25, factors="B"))
     layer = next(iter(posterior.named_layers().values())).train()
     x = torch.randn(1, 3, 32)
     h = x @ layer.lora_A["default"].weight.T
@@ -421,7 +421,7 @@ def test_a_dropout_of_its_own(tmp_path):
 def test_a_distilled_point_is_the_best_fit_to_the_average_of_draws(tmp_path):
     """Of a linear model: a convex problem in W, which scipy solves."""
     task = Rows()
-    options = dict(init_std=0.7, kl_learning_rate=0.2)
+    options = dict(init_std=0.49, kl_learning_rate=0.2)
     torch.manual_seed(1)
     blob = METHODS["blob"](**options)
     teacher = blob.prepare(Net(), LORA)

@@ -164,7 +164,7 @@ def test_a_temperature_leaves_what_a_method_declares(method, config):
     assert not outer.writes_text
 
 
-@pytest.mark.parametrize("style", ["flow", "alternating", "joint"])
+@pytest.mark.parametrize("style", ["paper_flow", "paper", "joint"])
 @pytest.mark.parametrize("prior", PRIORS)
 def test_every_prior_in_a_training(prior, style, config):
     start = config("blob", queries() * 2)

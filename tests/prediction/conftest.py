@@ -40,7 +40,7 @@ def make_case(name: str, tokenizer, questions, blanks, estimator: str = "indepen
         task = {"choice_text": ChoiceText, "choice_letter": ChoiceLetter, "blank": Blank}[name](pad_token_id=0)
         records = blanks if name == "blank" else questions
         model = with_lora(tiny_causal(), "q_proj", "v_proj", "lm_head")
-    bayesianize(model, BlobConfig(init_std=0.4, estimator=estimator))
+    bayesianize(model, BlobConfig(init_std=0.16, estimator=estimator))
     return Case(model.eval(), task, encode_all(task, records, tokenizer))
 
 

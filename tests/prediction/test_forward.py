@@ -67,7 +67,7 @@ def test_draws_together_are_the_draws_one_by_one(name, number, case_of, threads)
 def test_other_factors(factors):
     lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
     model = get_peft_model(tiny_classifier(), lora)
-    bayesianize(model, BlobConfig(init_std=0.4, factors=factors))
+    bayesianize(model, BlobConfig(init_std=0.16, factors=factors))
     assert_same_draws(model.eval(), IDS)
 
 
@@ -114,7 +114,7 @@ class Routed(nn.Module):
 def test_layers_that_see_no_rows_get_their_draws_one_by_one():
     torch.manual_seed(0)
     model = get_peft_model(Routed(), LoraConfig(r=4, target_modules=["expert"], init_lora_weights=False))
-    bayesianize(model, BlobConfig(init_std=0.6))
+    bayesianize(model, BlobConfig(init_std=0.36))
     assert_same_draws(model.eval(), IDS)
 
 
@@ -238,7 +238,7 @@ def test_mirrored_draws_are_pairs_about_the_mean(number, threads):
     torch.manual_seed(0)
     lora = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
     model = get_peft_model(nn.Sequential(nn.Linear(6, 3)), lora)
-    posterior = bayesianize(model, BlobConfig(init_std=0.4))
+    posterior = bayesianize(model, BlobConfig(init_std=0.16))
     x = torch.randn(5, 6)
     sampler = WeightDraws(posterior, mirrored=True)
     first = torch.stack([*WeightDraws(posterior).logits(lambda: model(x), 3, 7)])

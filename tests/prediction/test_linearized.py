@@ -18,7 +18,7 @@ from tests.prediction.conftest import TASKS
 def narrow(case, factors="A"):
     """The case with a posterior so narrow that its model is linear within it."""
     debayesianize(case.model)
-    bayesianize(case.model, BlobConfig(init_std=0.05, factors=factors))
+    bayesianize(case.model, BlobConfig(init_std=0.0025, factors=factors))
     return case, find_posterior(case.model.eval())
 
 

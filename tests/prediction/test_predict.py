@@ -77,7 +77,7 @@ def test_zero_samples_is_the_mean(case_of):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_inputs_of_a_tokenizer_under_any_padding(side, tokenizer):
     model = with_lora(tiny_classifier(), "q_proj", "v_proj")
-    bayesianize(model, BlobConfig(init_std=0.4))
+    bayesianize(model, BlobConfig(init_std=0.16))
     tokenizer.padding_side = side
     texts = ["What?", "My card was charged twice, please refund it.", "Which gas?"]
     found = predict(model, tokenizer(texts, padding=True, return_tensors="pt"), 3)
@@ -158,7 +158,7 @@ def test_only_the_letters_logits_are_computed(targets, num_samples, tokenizer, q
     threads(1)  # the recorder sees its own thread
     vocabulary = 400
     model = with_lora(tiny_causal(), *targets)
-    bayesianize(model, BlobConfig(init_std=0.4))
+    bayesianize(model, BlobConfig(init_std=0.16))
     task = ChoiceLetter(pad_token_id=0)
     examples = encode_all(task, questions, tokenizer)
     with Shapes() as shapes:
@@ -187,7 +187,7 @@ def one_layer(classes):
     model = get_peft_model(
         OneLayer(classes), LoraConfig(r=3, lora_alpha=6, target_modules=["head"], init_lora_weights=False)
     )
-    posterior = bayesianize(model, BlobConfig(init_std=0.9))
+    posterior = bayesianize(model, BlobConfig(init_std=0.81))
     layer = model.base_model.model.head
     with torch.no_grad():
         base, b = layer.base_layer.weight.double(), layer.lora_B["default"].weight.double()

@@ -32,7 +32,7 @@ def case(name, tokenizer, questions, blanks, dtype=torch.float32):
     else:
         lora.target_modules = ["layers.1.self_attn.q_proj", "lm_head"]
     model = get_peft_model(base.to(dtype), lora)
-    bayesianize(model, BlobConfig(init_std=0.4))
+    bayesianize(model, BlobConfig(init_std=0.16))
     return model.eval(), task, encode_all(task, records, tokenizer)
 
 

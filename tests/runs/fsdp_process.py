@@ -30,18 +30,18 @@ from ..training.scenarios import LOGGED, noisy, resumed
 from .launched import BATCH, Quiet, settings
 
 TRAININGS = [
-    ("flow", "normal"),
+    ("paper_flow", "normal"),
     ("joint", "normal"),
-    ("alternating", "normal"),
-    ("flow", "learned_normal"),
-    ("flow", "student_t"),
+    ("paper", "normal"),
+    ("paper_flow", "learned_normal"),
+    ("paper_flow", "student_t"),
 ]
 SAVED = "saved"
 
 
 def quiet(folder, style, prior, batch):
     """Without noise, plain SGD: the weights after two passes over 24 examples, the logs, and what draws predict."""
-    model = classifier(init_std=0.5, prior=prior)
+    model = classifier(init_std=0.25, prior=prior)
     trainer = make_trainer(
         folder, model, 24, per_device_train_batch_size=batch, max_steps=6, optim="sgd", learning_rate=0.05,
         optimizer_style=style,
@@ -113,7 +113,7 @@ def predict_of(folder: Path):
 
 def everything(folder: Path):
     results = {which: quiet(folder / "-".join(which), *which, batch=4) for which in TRAININGS}
-    found = noisy(folder / "noisy", "flow", "random")
+    found = noisy(folder / "noisy", "paper_flow", "random")
     results["noisy"] = {"weights": all_of(found["weights"]), "seen": found["seen"]}
     for kind in ("SHARDED_STATE_DICT", os.environ["FSDP_STATE_DICT_TYPE"]):  # the file's is the last
         os.environ["FSDP_STATE_DICT_TYPE"] = kind

@@ -14,7 +14,7 @@ from bloblora.runs.evaluate import lines_of
 from tests.tiny_base import queries, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-OPTIONS = {"steps": 2, "batch_size": 2, "r": 2, "init_std": 0.5}
+OPTIONS = {"steps": 2, "batch_size": 2, "r": 2, "init_std": 0.25}
 
 
 @pytest.fixture(scope="module")

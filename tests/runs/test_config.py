@@ -138,7 +138,7 @@ def test_sections_and_names_alone_are_the_same():
 
 
 def test_a_preset_gives_way_to_what_is_given():
-    config = runs.RunConfig.of(**GIVEN, preset="paper", r=4, init_std=0.1)
+    config = runs.RunConfig.of(**GIVEN, preset="paper", r=4, init_std=0.01)
     assert config.lora == {
         "r": 4,
         "lora_alpha": 16,

@@ -54,7 +54,7 @@ def test_draws_of_a_sharded_model_are_those_of_the_saved_one(folder, ranks):
     for samples in (0, 5):
         expected = predict(model, examples(8), samples, 3, task=TASK, sampler=sampler).log_probs
         for rank in ranks:
-            torch.testing.assert_close(rank["flow", "normal"]["log_probs"][samples], expected)
+            torch.testing.assert_close(rank["paper_flow", "normal"]["log_probs"][samples], expected)
 
 
 def test_each_process_has_its_own_noise(ranks):

@@ -64,15 +64,15 @@ def test_memory_of_a_long_prediction_is_that_of_a_short_one(base, tmp_path):
     runs.train(config, progress=False)
     running = []
     for size in (2000, 20_000):
-        records = [{"id": i, "text": f"where is {'my ' * (i % 9)}parcel", "note": f"{i:02000}"} for i in range(size)]
+        records = [{"id": i, "text": f"where is {'my ' * (i % 9)}parcel", "note": f"{i:05000}"} for i in range(size)]
         file = write_jsonl(tmp_path / f"{size}.jsonl", records)
         command = ["predict", config.output, "--input", file, "--samples", "0", "--batch-size", "256"]
         running.append(_start(*command, "--output", tmp_path / f"{size}.out"))
     small, large = (int(process.communicate(timeout=600)[0]) / 1024 for process in running)
     with Path(tmp_path / "20000.out").open(encoding="utf-8") as lines:
         assert json.loads([*lines][-1])["id"] == 19_999
-    # The notes alone of 18,000 records are 36 MB.
-    assert large - small < 15, f"{small} MB for 2,000 records, {large} MB for 20,000"
+    # The notes alone of 18,000 records are 90 MB; what libraries hold differs by some 20 MB from process to process.
+    assert large - small < 45, f"{small} MB for 2,000 records, {large} MB for 20,000"
 
 
 def _start(*arguments):

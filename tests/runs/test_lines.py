@@ -60,7 +60,7 @@ def test_an_evaluation_from_its_file_is_that_of_the_draws(base, tmp_path, data, 
     records, outside = DATA[data]
     file = write_jsonl(tmp_path / "data.jsonl", records)
     config = runs.RunConfig.of(data=str(file), output=str(tmp_path / "run"), model=str(base), steps=2, batch_size=2)
-    run = runs.train(config.with_options(learning_rate=0.01, init_std=0.5, r=2), progress=False)
+    run = runs.train(config.with_options(learning_rate=0.01, init_std=0.25, r=2), progress=False)
     expected = runs.evaluate(run, records, outside, THREE)
     predictions = tmp_path / "predictions.jsonl"
     run = runs.load_run(config.output)

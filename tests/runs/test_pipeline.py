@@ -19,7 +19,7 @@ def train(base, tmp_path_factory):
     def train(records, **options):
         folder = tmp_path_factory.mktemp("run")
         data = str(write_jsonl(folder / "data.jsonl", records))
-        settings = dict(model=str(base), steps=4, batch_size=2, r=2, learning_rate=0.01, init_std=0.5)
+        settings = dict(model=str(base), steps=4, batch_size=2, r=2, learning_rate=0.01, init_std=0.25)
         config = runs.RunConfig.of(data=data, output=str(folder / "run"), **{**settings, **options})
         runs.train(config, progress=False)
         return config.output

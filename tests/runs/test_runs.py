@@ -363,7 +363,7 @@ def test_the_public_api(base, tmp_path):
         return model
 
     model = with_lora(fresh(), "q_proj", "v_proj", task_type="SEQ_CLS")
-    bayesianize(model, BlobConfig(prior_std=0.2, init_std=0.05))
+    bayesianize(model, BlobConfig(prior_std=0.2, init_std=0.0025))
     rows = [
         {**tokenizer(text, padding="max_length", max_length=16), "labels": y}
         for text, y in zip(texts, labels, strict=True)

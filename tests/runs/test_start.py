@@ -53,7 +53,7 @@ def test_a_post_hoc_method_leaves_the_lora_as_it_is(folder, base, method):
 
 @pytest.mark.parametrize("subset", ["all", "last_layer"])
 def test_tfb_around_the_mean_of_a_bayesian_run(folder, base, subset):
-    blob = train(folder, base, f"blob-{subset}", method="blob", init_std=0.5)
+    blob = train(folder, base, f"blob-{subset}", method="blob", init_std=0.25)
     options = {"method": "tfb", "subset_of_weights": subset, "tolerance": 0.5}
     run = train(folder, base, f"tfb-of-{subset}", start_from=blob.config.output, **options)
     torch.testing.assert_close(

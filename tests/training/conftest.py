@@ -34,7 +34,7 @@ def classifier(bayesian: bool = True, seed: int = 7, **config):
     model = with_lora(base, modules_to_save=["score"])
     torch.manual_seed(seed)
     if bayesian:
-        bayesianize(model, BlobConfig(**config))
+        bayesianize(model, BlobConfig(**{"init_std": 0.0025, "std_parameterization": "square", **config}))
     return model
 
 
@@ -53,6 +53,7 @@ def arguments(folder: Path, **overrides) -> BlobTrainingArguments:
         max_steps=3,
         learning_rate=0.01,
         optimizer_style="joint",
+        std_learning_rate=None,
         kl_learning_rate=0.01,
         logging_steps=1,
         save_strategy="no",

@@ -11,14 +11,14 @@ from transformers import TrainerCallback
 
 from .conftest import classifier, examples, logs, make_trainer, trainable
 
-STYLES, SAMPLING = ("joint", "alternating"), ("sequential", "random", "group_by_length")
+STYLES, SAMPLING = ("joint", "paper"), ("sequential", "random", "group_by_length")
 QUIET = [(style, sampling) for style in STYLES for sampling in SAMPLING]
 LOGGED = ("loss", "nll", "kl", "kl_weight", "elbo")
 
 
 def quiet(folder, style, sampling, batch, **options):
     """Without noise, plain SGD: the weights after two passes over 24 examples, and the logs."""
-    model = classifier(init_std=0.5)
+    model = classifier(init_std=0.25)
     trainer = make_trainer(
         folder, model, 24, per_device_train_batch_size=batch, max_steps=6, optim="sgd", learning_rate=0.05,
         optimizer_style=style, train_sampling_strategy=sampling, kl_weighting="reweighted", **options,
@@ -44,7 +44,7 @@ def noisy(folder, style, sampling, prior="normal", **options):
         per_device_train_batch_size=4, max_steps=5, save_strategy="steps", save_steps=1, num_weight_draws=2,
         optimizer_style=style, train_sampling_strategy=sampling, **options,
     )  # fmt: skip
-    model = classifier(init_std=0.5, prior=prior)
+    model = classifier(init_std=0.25, prior=prior)
     noise = Noise(model)
     make_trainer(folder, model, data, **options).train()
     return {"weights": trainable(model), "seen": noise.seen}
@@ -53,7 +53,7 @@ def noisy(folder, style, sampling, prior="normal", **options):
 def resumed(folder, sampling):
     """Uninterrupted, and once more from the middle of the second pass."""
     options = dict(max_steps=5, save_strategy="steps", save_steps=1, train_sampling_strategy=sampling)
-    model, again = classifier(init_std=0.5), classifier(init_std=0.5, seed=8)
+    model, again = classifier(init_std=0.25), classifier(init_std=0.25, seed=8)
     make_trainer(folder, model, 24, **options).train()
     torch.manual_seed(123)
     make_trainer(folder, again, 24, **options).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
@@ -65,7 +65,7 @@ def main(folder: Path) -> None:
     results = {("quiet", *which): quiet(folder / "quiet", *which, batch=4, **options) for which in QUIET}
     for style in STYLES:
         results["noisy", style] = noisy(folder / style, style, "random", **options)
-    for style in ("joint", "flow"):
+    for style in ("joint", "paper_flow"):
         results["estimated KL", style] = noisy(folder / f"estimated-{style}", style, "random", "student_t", **options)
     for sampling in ("random", "group_by_length"):
         results["resumed", sampling] = resumed(folder / sampling, sampling)

@@ -32,7 +32,7 @@ def train(folder, x, y, rank, fixed=None, **config):
     torch.manual_seed(0)
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=["linear"])
     model = get_peft_model(Regression(x.shape[1], y.shape[1]), lora)
-    posterior = bayesianize(model, BlobConfig(prior_std=PRIOR_STD, init_std=0.5, **config))
+    posterior = bayesianize(model, BlobConfig(prior_std=PRIOR_STD, init_std=0.25, **config))
     if fixed is not None:
         weight = getattr(model.base_model.model.linear, f"lora_{fixed}")["default"].weight
         weight.requires_grad_(False).copy_(torch.eye(*weight.shape))

@@ -34,7 +34,7 @@ def diverge(trainer, step: int) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("style", ["joint", "alternating"])
+@pytest.mark.parametrize("style", ["joint", "paper"])
 def test_a_learning_rate_beyond_reason(tmp_path, style):
     """The first step leaves weights of 1e30: products overflow in the second, but before that Ω in the KL step."""
     trainer = make_trainer(tmp_path, learning_rate=1e30, max_grad_norm=0, optimizer_style=style)
@@ -42,18 +42,14 @@ def test_a_learning_rate_beyond_reason(tmp_path, style):
     assert message.startswith("the loss is not finite")
     assert "learning_rate 1e+30" in message
     assert "init_std 0.05" in message
-    assert ("kl_learning_rate 0.01" in message) == (style == "alternating")
+    assert ("kl_learning_rate 0.01" in message) == (style == "paper")
     assert f"resume from the last checkpoint in {tmp_path}" in message
     layer = "base_model.model.model.layers.0.self_attn.q_proj"
-    place = (
-        f"in the KL of {layer}.lora_A: "
-        if style == "alternating"
-        else f"first in the output of {layer}.lora_B.default."
-    )
+    place = f"in the KL of {layer}.lora_A: " if style == "paper" else f"first in the output of {layer}.lora_B.default."
     assert place in message
 
 
-@pytest.mark.parametrize("style", ["joint", "alternating"])
+@pytest.mark.parametrize("style", ["joint", "paper"])
 @pytest.mark.parametrize("weight", [f"{LAYER}.lora_A.default.weight", f"{LAYER}.blob_std_parameter_A.default"])
 def test_a_poisoned_weight_is_named_and_the_last_checkpoint_stays(tmp_path, style, weight):
     poison = Poison("on_step_begin", 3, weight)
@@ -78,7 +74,7 @@ def test_the_last_step_is_looked_at_too(tmp_path):
     assert diverge(make_trainer(tmp_path, callbacks=[poison]), step=3).startswith("a weight is not finite")
 
 
-@pytest.mark.parametrize(("style", "event"), [("joint", "on_step_begin"), ("alternating", "on_optimizer_step")])
+@pytest.mark.parametrize(("style", "event"), [("joint", "on_step_begin"), ("paper", "on_optimizer_step")])
 def test_a_std_of_zero_is_found_in_the_kl(tmp_path, style, event):
     poison = Poison(event, 1, f"{LAYER}.blob_std_parameter_A.default", 0.0)
     message = diverge(make_trainer(tmp_path, callbacks=[poison], optimizer_style=style), step=2)
@@ -144,7 +140,7 @@ def test_the_trainer_can_train_after_a_divergence(tmp_path):
         (1, dict(learning_rate=1e-7), "the posterior has not left its start: median Ω is "),
         (
             1,
-            dict(learning_rate=1e-5, optimizer_style="flow", kl_learning_rate=1e3),
+            dict(learning_rate=1e-5, optimizer_style="paper_flow", kl_learning_rate=1e3),
             "the posterior is the prior: 100% of Ω are within 5 % of prior_std",
         ),
         (1, dict(), None),

@@ -33,7 +33,7 @@ def loss_by_hand(model, data, num_samples, seed):
 @pytest.mark.parametrize("num_samples", [0, 3])
 def test_evaluation_while_training(tmp_path, num_samples):
     data = examples(10)  # the last batch has two
-    model = classifier(init_std=0.6)
+    model = classifier(init_std=0.36)
     trainer = make_trainer(tmp_path, model, eval_dataset=data, eval_num_samples=num_samples, seed=5, **EVERY_STEP)
     trainer.compute_metrics = lambda p: {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean()}
     trainer.train()
@@ -102,7 +102,7 @@ def trainer_of(folder, with_task, callbacks=(), **overrides):
         callbacks=[*callbacks],
         compute_metrics=accuracy,
     )
-    return BlobTrainer(classifier(init_std=0.3), arguments(folder, **{**EVERY_STEP, **options, **overrides}), **kwargs)
+    return BlobTrainer(classifier(init_std=0.09), arguments(folder, **{**EVERY_STEP, **options, **overrides}), **kwargs)
 
 
 @pytest.mark.parametrize("num_samples", [0, 3])

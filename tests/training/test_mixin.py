@@ -43,7 +43,7 @@ class BayesianWeighted(BlobTrainerMixin, Weighted):
 @pytest.mark.parametrize("draws", [1, 2])
 def test_a_trainer_with_a_loss_of_its_own_keeps_it(tmp_path, draws):
     """Against a loop by hand, with the closed-form KL of torch.distributions."""
-    model, expected = classifier(init_std=0.5), classifier(init_std=0.5)
+    model, expected = classifier(init_std=0.25), classifier(init_std=0.25)
     options = dict(optimizer_style="joint", num_weight_draws=draws, save_strategy="no")
     BayesianWeighted(
         model,
@@ -88,12 +88,12 @@ def test_a_plain_lora_trains_as_without_the_mixin(tmp_path):
 
 def test_its_checkpoints_hold_the_posterior_and_training_goes_on(tmp_path):
     def trainer_of(model):
-        options = OPTIONS | dict(max_steps=4, save_strategy="steps", save_steps=1, optimizer_style="flow")
+        options = OPTIONS | dict(max_steps=4, save_strategy="steps", save_steps=1, optimizer_style="paper_flow")
         return BayesianWeighted(
             model, Arguments(str(tmp_path), **options), train_dataset=examples(12), data_collator=TASK.collate
         )
 
-    model, resumed = classifier(init_std=0.5), classifier(init_std=0.5, seed=8)
+    model, resumed = classifier(init_std=0.25), classifier(init_std=0.25, seed=8)
     trainer_of(model).train()
     base = _base()
     base.load_state_dict(_base_state())
@@ -141,7 +141,7 @@ def test_the_mixin_stands_first():
             pass
 
 
-@pytest.mark.parametrize("style", ["joint", "flow"])
+@pytest.mark.parametrize("style", ["joint", "paper_flow"])
 def test_the_loop_of_the_docs_is_what_the_trainer_does(tmp_path, monkeypatch, style):
     """Bit for bit, but for the order of the data and the schedule of the learning rate, which the docs' loop lacks."""
     monkeypatch.chdir(tmp_path)
@@ -150,7 +150,7 @@ def test_the_loop_of_the_docs_is_what_the_trainer_does(tmp_path, monkeypatch, st
     assert len([line for line in first.splitlines() if line and "import" not in line]) == 10
     data, model, expected = texts(24), language_model(True), language_model(True)
     names = {"model": model, "posterior": find_posterior(model), "dataset": data}
-    if style == "flow":
+    if style == "paper_flow":
         exec(first.partition("for batch")[0], names)
         torch.manual_seed(42)
         exec(flow, names)

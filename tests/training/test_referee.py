@@ -15,8 +15,9 @@ from scipy.optimize import minimize
 from torch import nn
 
 from bloblora import BlobConfig, BlobTrainer, bayesianize
+from bloblora.training import BlobTrainingArguments
 
-from .conftest import arguments
+from .conftest import logs
 
 FEATURES, PRIOR_STD = 40, 0.2
 _NODES, _WEIGHTS = (torch.tensor(values) for values in np.polynomial.hermite_e.hermegauss(32))
@@ -71,23 +72,26 @@ def optimum(x, y, kl_scale):
     [(size, batch, rate, 1.0, 2000) for size in (100, 500) for batch in (8, 32) for rate in (2e-3, 4e-3)]
     + [(500, 32, 2e-3, 0.3, 3000)],
 )
-def test_joint_training_reaches_the_bounds_optimum(tmp_path, size, batch, learning_rate, kl_scale, steps):
+def test_default_training_reaches_the_bounds_optimum(tmp_path, size, batch, learning_rate, kl_scale, steps):
     """At any learning rate and batch size; kl_scale is the temperature of the bound that is minimized."""
     x, y = problem(size)
     torch.manual_seed(0)
     model = get_peft_model(Logistic(), LoraConfig(r=1, lora_alpha=1, target_modules=["linear"]))
-    posterior = bayesianize(model, BlobConfig(prior_std=PRIOR_STD, init_std=0.32, std_parameterization="log"))
+    posterior = bayesianize(model, BlobConfig(prior_std=PRIOR_STD))
     with torch.no_grad():
         model.base_model.model.linear.lora_B["default"].weight.requires_grad_(False).fill_(1)
-    options = dict(optimizer_style="joint", std_learning_rate=0.02, kl_scale=kl_scale, max_grad_norm=0.0)
-    options |= dict(learning_rate=learning_rate, lr_scheduler_type="linear", logging_steps=steps)
-    options |= dict(max_steps=steps, per_device_train_batch_size=batch)
+    options = dict(learning_rate=learning_rate, kl_scale=kl_scale, max_steps=steps, per_device_train_batch_size=batch)
+    options |= dict(logging_steps=20, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True)
     data = [{"x": row, "y": target} for row, target in zip(x, y, strict=True)]
-    BlobTrainer(model, arguments(tmp_path, **options), train_dataset=data).train()
+    trainer = BlobTrainer(model, BlobTrainingArguments(output_dir=str(tmp_path), **options), train_dataset=data)
+    trainer.train()
 
     best_std, best = optimum(x, y, kl_scale)
     (mean,), (std,) = posterior.named_means().values(), posterior.named_stds().values()
     mean, std = mean.detach()[0].double(), std.detach()[0].double()
     assert bound(x, y, mean, std, kl_scale) <= 1.02 * best
     assert (std / best_std).log().square().mean().sqrt() <= 0.1
+    assert logs(trainer, "drift_std")[0] > 1.8
+    for name in ("drift_mean", "drift_std"):
+        assert 0.5 < np.mean(logs(trainer, name)[-20:]) < 1.3, name
     assert best_std.max() / best_std.min() > 2.5  # the data do say different things about different weights

@@ -29,7 +29,7 @@ OPTIONS = dict(
     save_steps=1,
     kl_weighting="reweighted",
 )
-STYLES = ("joint", "alternating")
+STYLES = ("joint", "paper")
 SAMPLING = ("random", "group_by_length")
 
 

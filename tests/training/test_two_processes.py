@@ -57,7 +57,7 @@ def test_each_process_has_its_own_noise_and_all_have_the_same_weights(ranks, sty
     assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1]) < 4 / math.sqrt(len(x))
 
 
-@pytest.mark.parametrize("style", ["joint", "flow"])
+@pytest.mark.parametrize("style", ["joint", "paper_flow"])
 def test_all_have_the_same_weights_where_the_kl_is_an_estimate(ranks, style):
     a, b = (rank["estimated KL", style] for rank in ranks)
     assert_equal(a["weights"], b["weights"])

@@ -25,19 +25,18 @@ class BlobConfig:
             "search": (0.03, 0.6),
         },
     )
-    init_std: float = field(
-        default=0.05,
+    init_std: float | None = field(
+        default=None,
         metadata={
-            "help": "ε: Ω starts between ε²/2 and ε². Raise it when the posterior does not leave its start within the "
-            "steps that you can afford; lower it when the first steps diverge.",
-            "search": (0.016, 0.16),
+            "help": "Ω starts between half of it and it; None: half of prior_std. Where training converges it doesn't "
+            "matter; lower it when the first steps diverge."
         },
     )
-    std_parameterization: Literal["square", "softplus", "log"] = field(
-        default="square",
+    std_parameterization: Literal["log", "softplus", "square"] = field(
+        default="log",
         metadata={
-            "help": "How Ω is kept positive: `square` is Ω = G∘G (the paper's), `softplus` Ω = log(1 + exp ρ), `log` "
-            "Ω = exp ρ, of which a step of std_learning_rate is a share of Ω, whatever its size."
+            "help": "How Ω is kept positive: `log` is Ω = exp ρ, of which a step of std_learning_rate is a share of Ω, "
+            "whatever its size; `softplus` Ω = log(1 + exp ρ), `square` Ω = G∘G (the paper's)."
         },
     )
     estimator: Literal["independent", "flipout", "shared", "local"] = field(
@@ -74,6 +73,8 @@ class BlobConfig:
     def __post_init__(self) -> None:
         for name in ("prior_std", "init_std"):
             value = getattr(self, name)
+            if value is None and name == "init_std":
+                continue
             if not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
                 raise ValueError(f"BlobConfig.{name} must be a finite number above 0, got {value!r}")
         self.build_prior()
@@ -81,6 +82,11 @@ class BlobConfig:
         for name in ("std_parameterization", "estimator", "factors"):
             if (value := getattr(self, name)) not in (choices := get_args(hints[name])):
                 raise ValueError(f"BlobConfig.{name} must be one of {', '.join(choices)}, got {value!r}")
+
+    @property
+    def start_std(self) -> float:
+        """The largest Ω at the start."""
+        return self.prior_std / 2 if self.init_std is None else self.init_std
 
     def build_prior(self) -> Prior:
         """The prior of one entry."""

@@ -79,7 +79,7 @@ class BlobVariant(LoraVariant):
                 setattr(module, name, nn.ParameterDict())
                 module.adapter_layer_names = (*module.adapter_layer_names, name)
             mean = mean_of(module, adapter_name, factor)
-            parameter = q.init_std_parameter(mean, self.config.init_std, self.config.std_parameterization)
+            parameter = q.init_std_parameter(mean, self.config.start_std, self.config.std_parameterization)
             getattr(module, name)[adapter_name] = nn.Parameter(parameter, requires_grad=mean.requires_grad)
 
     def std_parameter(self, module: Any, adapter_name: str, factor: str) -> nn.Parameter:

@@ -43,7 +43,7 @@ from ..files import read_tensors
 from ..prediction import Sampler, WeightDraws
 from ..training import BlobTrainer, check_positive
 from ..training.arguments import check_count
-from .method import Method, Training
+from .method import PRIOR_IN_LOSS, Method, Training
 
 _NETWORK = "c_lora_network"
 
@@ -63,6 +63,7 @@ class CLora(Method):
 
     name = "c-lora"
     paper = "2505.17773"
+    training_defaults = PRIOR_IN_LOSS
     starts_from_lora = False
 
     def __post_init__(self) -> None:
@@ -142,7 +143,7 @@ class _Kl:
         """Add a layer's, of μ and G, (b, ..., r, r)."""
         if self.valid is not None and mean.shape[:-2] == self.valid.shape:  # a head may see a part of the tokens
             mean, root = mean[self.valid], root[self.valid]
-        kl = q.kl_divergence([mean], [root], self.prior_std) / mean.shape[:-2].numel()
+        kl = q.kl_divergence([mean], [root], self.prior_std, "square") / mean.shape[:-2].numel()
         self.total = self.total.to(kl) + kl
 
 
@@ -180,7 +181,7 @@ class _ContextualVariant(LoraVariant):
             noise = torch.randn(len(h), *[1] * (h.ndim - 2), *mean.shape[-2:], dtype=h.dtype, device=h.device)
             if self.kl is not None:
                 self.kl.add(mean, root)
-        e = mean if noise is None else mean + q.std(root) * noise.to(mean)
+        e = mean if noise is None else mean + q.std(root, "square") * noise.to(mean)
         return result + (b((e @ h[..., None])[..., 0]) * module.scaling[active_adapter]).to(result.dtype)
 
 

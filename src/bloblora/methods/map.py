@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..prediction import Point, Sampler
 from ..training import BlobTrainer, check_positive
-from .method import Method, Training
+from .method import PRIOR_IN_LOSS, Method, Training
 
 
 @dataclass(kw_only=True)
@@ -26,6 +26,7 @@ class Map(Method):
 
     name = "map"
     paper = "2406.11675"
+    training_defaults = PRIOR_IN_LOSS
     deterministic = True
 
     def __post_init__(self) -> None:

@@ -27,6 +27,8 @@ from ..tasks.task import Example
 from ..training import BlobTrainer, BlobTrainingArguments, last_checkpoint
 
 MEAN = "mean"
+PRIOR_IN_LOSS: Mapping[str, Any] = {"learning_rate": 5e-4, "max_grad_norm": 0.0}
+"""`Method.training_defaults` where the loss has a prior's part: clipping would move the point where both balance."""
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,10 @@ class Scalabl(ScaledMethod):
         default=1.0, metadata={"help": "σp of the prior N(0, σp²) on each scale.", "search": (0.3, 3.0)}
     )
     init_std: float = field(
-        default=0.2,
+        default=0.04,
         metadata={
-            "help": "ε: σ starts in [ε²/2, ε²]; with 0.2 in [0.02, 0.04], about where the authors' settings start it.",
-            "search": (0.06, 0.6),
+            "help": "σ starts between half of it and it; 0.04 is about where the authors' settings start it.",
+            "search": (0.004, 0.4),
         },
     )
     kl_learning_rate: float = field(default=0.2, metadata={"help": "Learning rate on the KL.", "search": (0.063, 0.63)})
@@ -120,7 +120,7 @@ class _ScaledVariant(LoraVariant):
         _, singular_values, vt = torch.linalg.svd(a.detach(), full_matrices=False)
         with torch.no_grad():
             a.copy_(vt)
-        parameter = nn.Parameter(q.init_std_parameter(singular_values, init_std))
+        parameter = nn.Parameter(q.init_std_parameter(singular_values, init_std, "square"))
         module.scalabl_mean = nn.ParameterDict({"default": nn.Parameter(singular_values)})
         module.scalabl_std_parameter = nn.ParameterDict({"default": parameter})
         module.adapter_layer_names = (*module.adapter_layer_names, *_PARAMETERS)
@@ -131,7 +131,7 @@ class _ScaledVariant(LoraVariant):
         scales = module.scalabl_mean[adapter_name]
         if module.training:
             noise = torch.randn(x.shape[0], *[1] * (x.ndim - 2), len(scales), dtype=scales.dtype, device=x.device)
-            scales = scales + noise * q.std(module.scalabl_std_parameter[adapter_name])
+            scales = scales + noise * q.std(module.scalabl_std_parameter[adapter_name], "square")
         return h * scales
 
     def expand(self, module: Any, adapter_name: str, h: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
@@ -165,7 +165,7 @@ def _fold(model: nn.Module) -> dict[str, Tensor]:
     ratios = {}
     layer: Any
     for name, layer in _layers(model).items():
-        mean, std = layer.scalabl_mean["default"], q.std(layer.scalabl_std_parameter["default"])
+        mean, std = layer.scalabl_mean["default"], q.std(layer.scalabl_std_parameter["default"], "square")
         layer.lora_A["default"].weight.mul_(mean[:, None])
         ratios[name] = std / mean
         del layer.lora_variant["default"], layer.scalabl_mean, layer.scalabl_std_parameter

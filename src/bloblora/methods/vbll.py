@@ -34,7 +34,7 @@ from ..prediction import Sampler
 from ..prediction.hidden import mean_where_read, with_states
 from ..prediction.sampler import Forward
 from ..training import BlobTrainer, check_positive
-from .method import Draw, Method, Training
+from .method import PRIOR_IN_LOSS, Draw, Method, Training
 
 _LOG_STD, _OFF_DIAGONAL = "vbll_log_std", "vbll_off_diagonal"
 
@@ -61,6 +61,7 @@ class Vbll(Method):
 
     name = "vbll"
     paper = "2404.11599"
+    training_defaults = PRIOR_IN_LOSS
     writes_text = False
     needs_head = True
 

@@ -9,6 +9,7 @@ from .gaussian import (
     kl_gradients,
     log_std,
     sample,
+    stack,
     std,
 )
 from .priors import (
@@ -41,5 +42,6 @@ __all__ = [
     "project",
     "sample",
     "separate_noise",
+    "stack",
     "std",
 ]

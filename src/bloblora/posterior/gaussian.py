@@ -3,7 +3,7 @@ r"""The mean-field Gaussian over LoRA's A.
 .. math:: q(A_{ij}) = \mathcal N(M_{ij}, \Omega_{ij}^2), \qquad p(A_{ij}) = \mathcal N(0, \sigma_p^2)
 
 BLoB, arXiv 2406.11675, sections 3.1 and 3.2. M is LoRA's own ``lora_A``; the standard deviation Ω is a
-function of an unconstrained tensor of the same shape (G in the paper).
+function of an unconstrained tensor of the same shape (ρ, or G in the paper).
 """
 
 import math
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STD_PARAMETERIZATIONS = ("square", "softplus", "log")
-"""``square``: Ω = G∘G (the paper's). ``softplus``: Ω = log(1 + exp ρ). ``log``: Ω = exp ρ."""
+STD_PARAMETERIZATIONS = ("log", "softplus", "square")
+"""``log``: Ω = exp ρ. ``softplus``: Ω = log(1 + exp ρ). ``square``: Ω = G∘G (the paper's)."""
 
 _LOT = 32  # layers
 
@@ -47,14 +47,14 @@ def log_std(parameter: Tensor, parameterization: str = "square") -> Tensor:
 def init_std_parameter(mean: Tensor, init_std: float, parameterization: str = "square") -> Tensor:
     """Fresh unconstrained parameter for a posterior around ``mean``.
 
-    ``square`` draws G uniformly in [ε/√2, ε], so Ω starts in [ε²/2, ε²] (the paper's start, ε = ``init_std``);
-    the others choose ρ so that Ω starts in the same range.
+    Ω starts in [``init_std``/2, ``init_std``], where √Ω is uniform: G in [ε/√2, ε] with ε² = ``init_std`` is the
+    paper's start.
 
     Returns:
         A float32 (or wider) tensor of the shape and on the device of ``mean``.
     """
     dtype = torch.promote_types(mean.dtype, torch.float32)
-    g = torch.empty_like(mean, dtype=dtype).uniform_(init_std / math.sqrt(2), init_std)
+    g = torch.empty_like(mean, dtype=dtype).uniform_(math.sqrt(init_std / 2), math.sqrt(init_std))
     if parameterization == "log":
         return 2 * g.log()
     return g if parameterization == "square" else torch.log(torch.expm1(g.square()))

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from transformers import TrainingArguments
 
 KlWeighting = Literal["uniform", "reweighted"]
-OptimizerStyle = Literal["flow", "alternating", "joint"]
+OptimizerStyle = Literal["joint", "paper", "paper_flow"]
 
 
 @dataclass(kw_only=True)
@@ -16,12 +16,16 @@ class Objective:
 
     kl_weighting: KlWeighting = field(
         default="uniform",
-        metadata={"help": "How the KL is spread over a pass: `uniform`, or `reweighted` (the paper's: late batches)."},
+        metadata={
+            "help": "What the KL weighs in a step: `uniform` is the ELBO's 1/D; `reweighted` (the paper's) adds a KL to "
+            "the mean NLL of each batch, most of it late in a pass, and so weighs it as often as a batch has examples."
+        },
     )
     kl_scale: float = field(
         default=1.0,
         metadata={
-            "help": "Multiplies the KL. 1 is the ELBO; lower trusts the data more (a cold posterior).",
+            "help": "Multiplies the KL, the temperature of the posterior: 1 is the ELBO; lower trusts the data more. The "
+            "knob between accuracy and calibration.",
             "search": (0.1, 10.0),
         },
     )
@@ -31,25 +35,26 @@ class Objective:
     )
     gamma: float = field(default=8.0, metadata={"help": "γ of the data set rescaling; larger makes the KL weigh more."})
     optimizer_style: OptimizerStyle = field(
-        default="flow",
+        default="joint",
         metadata={
-            "help": "`flow`: AdamW on the NLL, then the exact gradient flow of the weighted KL, which can't overshoot. "
-            "`alternating` (the paper's): the same with one SGD step on the KL. `joint`: one AdamW step on the sum."
+            "help": "`joint`: one AdamW step on NLL and KL together, which converges to the ELBO's optimum. `paper`: AdamW "
+            "on the NLL, then one SGD step on the KL; `paper_flow`: the same with the KL's exact gradient flow, which "
+            "can't overshoot. Where these two end depends on the learning rates and on the number of steps."
         },
     )
     kl_learning_rate: float = field(
         default=0.2,
         metadata={
-            "help": "Learning rate on the KL (`flow`, `alternating`); follows the same schedule. The knob between "
-            "accuracy and calibration: higher makes Ω larger and M smaller.",
+            "help": "Learning rate on the KL (`paper`, `paper_flow`); follows the same schedule. Higher makes Ω larger and "
+            "M smaller.",
             "search": (0.063, 0.63),
         },
     )
     std_learning_rate: float | None = field(
-        default=None,
+        default=0.02,
         metadata={
-            "help": "Learning rate of Ω's parameter in AdamW; follows the same schedule. None: learning_rate. With "
-            "`joint` and the parameterization `log`, 0.02 brings Ω to the bound's optimum within some hundred steps."
+            "help": "Learning rate of Ω's parameter (`joint`); follows the same schedule. None: learning_rate. Of Ω = exp ρ it "
+            "is a share: 0.02 brings Ω to the ELBO's optimum within some hundred steps, from wherever it starts."
         },
     )
     num_weight_draws: int = field(
@@ -74,10 +79,13 @@ class BlobTrainingArguments(Objective, TrainingArguments):
 
     One step minimizes, per example,
 
-    .. math:: \frac{1}{b}\sum_{k=1}^{b} \mathrm{NLL}_k + s\,\lambda_i \frac{K}{D}\,\mathrm{KL}(q\|p)
+    .. math:: \frac{1}{b}\sum_{k=1}^{b} \mathrm{NLL}_k + \frac sD\,\mathrm{KL}(q\|p)
 
-    with b the examples of an optimizer step over all processes, D those of a pass and K its steps, λ_i from
-    `kl_weight`, s = ``kl_scale``. With ``uniform`` and s = 1 the weight is 1/D: the ELBO itself.
+    with b the examples of an optimizer step over all processes, D those of a pass and s = ``kl_scale``. With s = 1 that is
+    the negative ELBO. The weight 1/D is λ_i of `kl_weight` instead where ``kl_weighting`` is ``reweighted``.
+
+    ``max_grad_norm`` is 0: clipping shrinks the noisy NLL's gradient and with it that of the KL, step by step by another
+    factor, and so moves the point at which both are in balance.
 
     Raises:
         ValueError: a field is out of its range.
@@ -92,6 +100,9 @@ class BlobTrainingArguments(Objective, TrainingArguments):
     )
     eval_num_samples: int = field(
         default=0, metadata={"help": "Weight draws averaged in the Trainer's evaluation; 0 is the posterior mean."}
+    )
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "As in TrainingArguments; 0, for clipping moves the ELBO's optimum."}
     )
     logging_nan_inf_filter: bool = field(
         default=False,
@@ -115,8 +126,8 @@ OBJECTIVE = tuple(option.name for option in fields(Objective))
 
 def check_style(optimizer_style: str, std_parameterization: str) -> None:
     """Raise a ValueError where a posterior of this parameterization can't be trained in this style."""
-    if optimizer_style == "flow" and std_parameterization != "square":
-        raise ValueError("optimizer_style 'flow' needs std_parameterization 'square'; use 'joint' or 'alternating'")
+    if optimizer_style == "paper_flow" and std_parameterization != "square":
+        raise ValueError("optimizer_style 'paper_flow' needs std_parameterization 'square'; use 'joint' or 'paper'")
 
 
 def check_positive(options: object, *names: str, or_zero: bool = False) -> None:

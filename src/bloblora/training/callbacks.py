@@ -86,7 +86,7 @@ class ElboCallback(TrainerCallback):
         self.trainer._check_weights()
         if (posterior := self.trainer.posterior) is not None:
             summary = posterior.summary()  # by all processes: each may hold a part of it
-            if state.is_world_process_zero and (problem := _degenerate(posterior.config.init_std, summary)):
+            if state.is_world_process_zero and (problem := _degenerate(posterior.config.start_std, summary)):
                 warnings.warn(problem, stacklevel=1)
 
 
@@ -106,16 +106,16 @@ def _write(writer: Any, posterior: Posterior, step: int) -> None:
 def _degenerate(init_std: float, summary: dict[str, float]) -> str | None:
     """What is wrong with a posterior that says nothing."""
     median = summary["median_std"]
-    start = (init_std * (1 + math.sqrt(0.5)) / 2) ** 2
+    start = init_std * ((1 + math.sqrt(0.5)) / 2) ** 2
     if median < 0.01 * start:
         return (
             f"the posterior has collapsed: median Ω is {median:.1e}, so all draws are the mean. Raise kl_scale or "
             "prior_std, or lower learning_rate."
         )
-    if summary["share_at_prior"] > 0.9:
+    if summary["kl"] < 1:
         return (
-            f"the posterior is the prior: {summary['share_at_prior']:.0%} of Ω are within 5 % of prior_std. Lower "
-            "kl_learning_rate, kl_scale or the number of steps, or train on more data."
+            f"the posterior is the prior: its KL is {summary['kl']:.2f} nats, so it has learned nothing. Lower kl_scale "
+            "or prior_std, raise the number of steps, or train on more data."
         )
     # 1/√n: three standard errors of a fresh median
     if abs(median / start - 1) < 0.02 + 1 / math.sqrt(summary["num_parameters"]):

@@ -22,7 +22,7 @@ from ..adapter import Posterior, find_posterior, load_posterior
 from ..adapter.sharding import trained_state
 from ..adapter.storage import adapter_folder
 from ..adapter.variant import STD_PARAMETER
-from ..posterior import separate_noise
+from ..posterior import separate_noise, stack
 from .arguments import OBJECTIVE, BlobTrainingArguments, Objective, check_style, kl_weight, rescaled_dataset_size
 from .callbacks import ElboCallback
 from .checkpoints import last_checkpoint, remove_torn
@@ -144,15 +144,17 @@ class BlobTrainerMixin(_Host):
         return (nll, *outputs) if return_outputs else nll
 
     def current_kl_weight(self) -> float:
-        """Factor of the KL in this step's loss: s·λ_i·K / D."""
+        """Factor of the KL in this step's loss: s/D, or s·λ_i."""
         size = float(self._dataset_size())
         if self.args.dataset_rescaling:
             size = rescaled_dataset_size(size, self.args.gamma)
+        if self.args.kl_weighting == "uniform":
+            return self.args.kl_scale / size
         whole = math.floor if self.args.dataloader_drop_last else math.ceil
         micro_batches = whole(size / (self._train_batch_size * self.args.world_size))
         num_batches = max(1, math.ceil(micro_batches / self.args.gradient_accumulation_steps))
         position = self.state.global_step % num_batches + 1
-        return self.args.kl_scale * kl_weight(position, num_batches, self.args.kl_weighting) * num_batches / size
+        return self.args.kl_scale * kl_weight(position, num_batches, self.args.kl_weighting)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in the Trainer; before an optimizer step the KL joins, and nothing that isn't finite passes.
@@ -181,15 +183,15 @@ class BlobTrainerMixin(_Host):
         return loss
 
     def kl_step(self) -> None:
-        """The second half of a ``flow`` or ``alternating`` step: the weighted KL, on the mean and Ω alone.
+        """The second half of the paper's step: the weighted KL, on the mean and Ω alone.
 
-        ``alternating`` is θ ← θ - η_KL ∇(λ_i KL); ``flow`` goes the same way in infinitely many small steps.
+        ``paper`` is θ ← θ - η_KL ∇(λ_i KL); ``paper_flow`` goes the same way in infinitely many small steps.
         """
-        if (posterior := self._with_kl("flow", "alternating")) is None or self.accelerator.optimizer_step_was_skipped:
+        if (posterior := self._with_kl("paper", "paper_flow")) is None or self.accelerator.optimizer_step_was_skipped:
             return
         rate = self.args.kl_learning_rate
         rate *= self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 1.0
-        if self.args.optimizer_style == "flow":
+        if self.args.optimizer_style == "paper_flow":
             with self._common_noise():
                 posterior.flow_(rate * self.current_kl_weight())
             return
@@ -210,6 +212,7 @@ class BlobTrainerMixin(_Host):
                 logs["kl"], logs["kl_weight"] = summary["kl"], sum(self._kl_weights) / len(self._kl_weights)
                 logs["elbo"] = -(logs["nll"] + logs["kl"] * logs["kl_weight"])
                 logs |= {name: summary[name] for name in ("median_std", "share_at_prior")}
+                logs |= {f"drift_{name}": value for name, value in self.drift().items()}
             self._reset_logs()
         super().log(logs, *args, **kwargs)
 
@@ -223,10 +226,11 @@ class BlobTrainerMixin(_Host):
             self.push_to_hub(commit_message="Model save")
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As in the Trainer; with ``std_learning_rate`` Ω's parameters are a group of their own."""
+        """As in the Trainer; in ``joint`` Ω's parameters are a group of their own, at ``std_learning_rate``."""
         new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if new and (rate := self.args.std_learning_rate) is not None and (own := self.std_parameters()):
+        rate = self.args.std_learning_rate if self.args.optimizer_style == "joint" else None
+        if new and rate is not None and (own := self.std_parameters()):
             moved = set(own)
             for group in optimizer.param_groups:
                 group["params"] = [parameter for parameter in group["params"] if parameter not in moved]
@@ -236,6 +240,31 @@ class BlobTrainerMixin(_Host):
     def std_parameters(self) -> list[Tensor]:
         """The parameters whose learning rate is ``std_learning_rate``: those of Ω."""
         return [] if self.posterior is None else self.posterior.parameters()[1]
+
+    @torch.no_grad()
+    def drift(self) -> dict[str, float]:
+        r"""How far ``mean`` and ``std``, M and Ω's parameter, are from standing still, by Adam's averages.
+
+        .. math:: \sqrt{\frac{1 + \beta_1}{1 - \beta_1}\, \overline{\hat m^2 / \hat v}}
+
+        About 1 where gradients are noise around 0, and √19 ≈ 4.4 (β₁ = 0.9) where each points the same way every time.
+
+        Returns:
+            Both by their names; nothing for a plain model, a sharded one, or another optimizer.
+        """
+        if self.posterior is None or self.optimizer is None or self.is_fsdp_enabled:
+            return {}
+        first, second = self.optimizer.param_groups[0].get("betas", (0.0, 0.0))
+        found = {}
+        for name, tensors in zip(("mean", "std"), self.posterior.parameters(), strict=True):
+            states = [self.optimizer.state.get(tensor, {}) for tensor in tensors]
+            if not all("exp_avg_sq" in state for state in states):
+                return {}
+            ratios = [s["exp_avg"].square() / s["exp_avg_sq"].clamp_min(1e-30) for s in states]
+            steps = float(states[0]["step"])
+            unbiased = (1 - second**steps) / (1 - first**steps) ** 2
+            found[name] = math.sqrt((1 + first) / (1 - first) * unbiased * stack(ratios).mean().item())
+        return found
 
     def with_kl(self, loss: Tensor, kl: Tensor) -> Tensor:
         """A micro-batch's loss with a weighted KL, which the log's NLL doesn't count."""
@@ -353,9 +382,8 @@ class BlobTrainerMixin(_Host):
     def _diverged(self, what: str, where: str, step: int | None = None) -> DivergedError:
         rates = f"learning_rate {self.args.learning_rate}"
         if self.posterior is not None:
-            if self.args.optimizer_style != "joint":
-                rates += f" or kl_learning_rate {self.args.kl_learning_rate}"
-            rates += f" is too high, or init_std {self.posterior.config.init_std}"
+            name = "std_learning_rate" if self.args.optimizer_style == "joint" else "kl_learning_rate"
+            rates += f" or {name} {getattr(self.args, name)} is too high, or init_std {self.posterior.config.start_std}"
         return DivergedError(
             f"{what} is not finite at step {step or self.state.global_step + 1}, {where}. Likely cause: {rates} is too "
             f"high; halve it and resume from the last checkpoint in {self.args.output_dir}."
