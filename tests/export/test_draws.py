@@ -13,7 +13,19 @@ from tests.tiny_base import QUESTIONS, queries
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RECORDS = {"questions": QUESTIONS, "texts": queries()}
-ADAPTERS = ("lora", "map", "mc-dropout", "ensemble", "bbb", "blob", "blob-symmetric", "blob-b", "tfb", "scalabl")
+ADAPTERS = (
+    "lora",
+    "map",
+    "mc-dropout",
+    "ensemble",
+    "mixture",
+    "bbb",
+    "blob",
+    "blob-symmetric",
+    "blob-b",
+    "tfb",
+    "scalabl",
+)
 POINTS = ("lora", "map", "distilled")
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # PEFT scales B(A x), `BlobVariant` A x: sums are rounded elsewhere
 

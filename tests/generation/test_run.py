@@ -46,10 +46,12 @@ def test_a_loaded_run_writes_the_same(trained):
     assert found.draw_texts == expected.draw_texts
 
 
-@pytest.mark.parametrize("method", ["lora", "mc-dropout", "ensemble", "blob", "tfb", "swag", "scalabl", "c-lora"])
+@pytest.mark.parametrize(
+    "method", ["lora", "mc-dropout", "ensemble", "mixture", "blob", "tfb", "swag", "scalabl", "c-lora"]
+)
 def test_every_method_of_weight_draws_writes(method, base, tmp_path):
     data = write_jsonl(tmp_path / "train.jsonl", RECORDS)
-    options = {"members": 2} if method == "ensemble" else {}
+    options = {"members": 2} if method in ("ensemble", "mixture") else {}
     config = runs.RunConfig.of(
         data=str(data),
         model=str(base),

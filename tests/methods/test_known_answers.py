@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from scipy.optimize import minimize
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from bloblora.adapter import BlobConfig, bayesianize, find_posterior
+from bloblora.adapter import BlobConfig, Posterior, bayesianize, find_posterior
 from bloblora.methods import METHODS, Training
 from bloblora.methods.ensemble import Ensemble
+from bloblora.methods.mixture import Components, Mixture
 from bloblora.methods.ivon import Ivon
 from bloblora.methods.map import Map, squared_norm
 from bloblora.methods.mc_dropout import DroppedColumns, McDropout
@@ -142,6 +144,45 @@ def test_members_of_an_ensemble_are_plain_loras_of_their_seeds(tmp_path):
         layer = model.base_model.model.linear
         member = layer.lora_B[f"member_{i}"].weight @ layer.lora_A[f"member_{i}"].weight
         torch.testing.assert_close(member.detach(), delta(alone), rtol=1e-4, atol=1e-6)
+
+
+def test_components_of_a_mixture_are_blobs_of_their_seeds_and_take_turns(tmp_path):
+    task, method = Rows(), Mixture(members=2, init_std=0.3)
+    model = method.prepare(Net(), LORA)
+    starts = [
+        {
+            n.replace(f"member_{i}", "default"): p.detach().clone()
+            for n, p in model.named_parameters()
+            if f"member_{i}" in n
+        }
+        for i in range(2)
+    ]
+    sampler = method.fit(model, training(task, tmp_path, max_steps=5))
+    assert isinstance(sampler, Components)
+    alone = []
+    for i in range(2):
+        blob = METHODS["blob"](init_std=0.3).prepare(Net(), LORA)
+        with torch.no_grad():
+            for name, start in starts[i].items():
+                blob.get_parameter(name).copy_(start)
+        METHODS["blob"]().fit(blob, training(task, tmp_path / f"alone{i}", max_steps=5, seed=i))
+        alone.append(find_posterior(blob))
+        component = Posterior(model, f"member_{i}")
+        for name, mean in alone[i].named_means().items():
+            torch.testing.assert_close(component.named_means()[name], mean, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(component.named_stds()[name], alone[i].named_stds()[name], rtol=1e-4, atol=1e-6)
+
+    x = torch.randn(5, 6)
+    found = [*sampler.logits(lambda: model(x), 5, seed=3)]
+    assert len(found) == 5
+    for logits, (posterior, weights) in zip(found, sampler.draws(3), strict=False):
+        twin = alone[int(posterior.adapter_name[-1])]
+        with twin.fixed(weights):
+            torch.testing.assert_close(logits, twin.model(x), rtol=1e-4, atol=1e-5)
+    assert [posterior.adapter_name[-1] for posterior, _ in islice(sampler.draws(3), 5)] == [*"01010"]
+    (mean,) = sampler.logits(lambda: model(x), 0, seed=3)
+    with alone[0].mean():
+        torch.testing.assert_close(mean, alone[0].model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_temperature_brings_back_the_scale_of_logits():

@@ -13,11 +13,12 @@ from tests.tiny_base import QUESTIONS, queries, write_jsonl
 # What makes a method's draws few or its training longer than here.
 OPTIONS = {
     "ensemble": {"members": 2},
+    "mixture": {"members": 2},
     "laplace-lora": {"holdout": 0.5},
     "distilled": {"distill_steps": 4},
 }
 POINTS = {name for name, method in METHODS.items() if method.deterministic}
-TWO_PARTS = {"ensemble", "distilled"}
+TWO_PARTS = {"ensemble", "mixture", "distilled"}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,7 +111,7 @@ def test_draws_of_one_forward_stop_where_an_answer_is_settled(method, config):
 
 
 def test_an_option_of_another_method_is_named(config):
-    with pytest.raises(runs.RunError, match=r"method 'lora' has no option 'members'; it is of ensemble"):
+    with pytest.raises(runs.RunError, match=r"method 'lora' has no option 'members'; it is of ensemble, mixture"):
         config("lora", queries()).with_options(members=3)
 
 

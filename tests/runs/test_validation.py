@@ -32,6 +32,7 @@ METHODS = {
     "full": {"learning_rate": 0.01},
     "mc-dropout": {},
     "ensemble": {"members": 2},
+    "mixture": {"members": 2},
     "blob": {},
     "ivon": {"learning_rate": 0.3},
     "scalabl": {},
@@ -71,7 +72,9 @@ def test_every_method_keeps_its_best_checkpoint(method, config):
     found = validated(c.output)
     assert found["num_examples"] == len(WRONG)
     assert 0 < found["share_of_time"] < 1
-    assert [one["part"] for one in found["trainings"]] == (["member_0", "member_1"] if method == "ensemble" else [""])
+    assert [one["part"] for one in found["trainings"]] == (
+        ["member_0", "member_1"] if method in ("ensemble", "mixture") else [""]
+    )
     for one in found["trainings"]:
         assert [row["step"] for row in one["curve"]] == [2, 4, 6]
         best = min(one["curve"], key=lambda row: row["nll"])

@@ -153,10 +153,28 @@ def load(
             f"{folder}: this adapter doesn't fit {type(base_model).__name__}; load it onto the model that it was "
             f"trained on: {error}"
         ) from error
+    _restore_posterior(model, folder, adapter_name)
+    return model.eval()
+
+
+def load_beside(model: PeftModel, directory: str | os.PathLike[str], adapter_name: str) -> None:
+    """Load one more adapter that `save` wrote into a model that has others; the posterior with it.
+
+    Raises:
+        AdapterFileError: as for `load`.
+    """
+    folder = check_folder(directory)
+    try:
+        model.load_adapter(str(folder), adapter_name)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise AdapterFileError(f"{folder}: this adapter doesn't fit beside the others of the model: {error}") from error
+    _restore_posterior(model, folder, adapter_name)
+
+
+def _restore_posterior(model: PeftModel, folder: Path, adapter_name: str) -> None:
     if (folder / BLOB_CONFIG).exists():
         posterior = bayesianize(model, _read_description(folder / BLOB_CONFIG)[1], adapter_name)
         _copy_std_parameters(folder / POSTERIOR_FILE, posterior)
-    return model.eval()
 
 
 def load_posterior(model: PeftModel, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Posterior:

@@ -32,6 +32,7 @@ METHODS: Registry[type[Method]] = Registry(
         "mc-dropout": f"{__name__}.mc_dropout:McDropout",
         "ensemble": f"{__name__}.ensemble:Ensemble",
         "blob": f"{__name__}.blob:Blob",
+        "mixture": f"{__name__}.mixture:Mixture",
         "laplace-lora": f"{__name__}.laplace:LaplaceLora",
         "tfb": f"{__name__}.tfb:Tfb",
         "swag": f"{__name__}.swag:Swag",

@@ -8,8 +8,10 @@ paper.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -40,7 +42,7 @@ class Ensemble(Method):
     @torch.no_grad()
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """The base with M fresh LoRAs, each with a head of its own where the task has one."""
-        names = _names(self.members)
+        names = member_names(self.members)
         model = get_peft_model(base, lora, adapter_name=names[0])
         for name in names[1:]:
             model.add_adapter(name, lora)
@@ -53,31 +55,39 @@ class Ensemble(Method):
         """Train one member after the other."""
         assert isinstance(model, PeftModel)
         seed = training.arguments["seed"]
-        for number, name in enumerate(_names(self.members)):
+        for number, name in enumerate(member_names(self.members)):
             model.set_adapter(name)
             set_seed(seed + number)
-            training.run(model, part=name, seed=seed + number)
+            training.run(model, part=name, seed=seed + number, **self.objective())
+        return self.sampler(model)
+
+    def objective(self) -> dict[str, Any]:
+        """Options of `bloblora.training.Objective` that a member is trained with."""
+        return {}
+
+    def sampler(self, model: PeftModel) -> Sampler:
+        """What draws the members."""
         return Members(model)
 
     def draws(self, model: PeftModel, sampler: Sampler, num_samples: int, seed: int) -> list[Draw]:
         """The first member for the mean, and the members in their order."""
-        members = _names(self.members)
+        members = member_names(self.members)
         numbered = [Draw(f"draw_{number:02d}", member) for number, member in enumerate(members[:num_samples])]
         return [Draw(MEAN, members[0]), *numbered]
 
     def save(self, model: nn.Module, sampler: Sampler, folder: Path) -> None:
         """Write each member as a LoRA: the first in ``folder`` itself, the others in folders of their names."""
         assert isinstance(model, PeftModel)
-        for number, name in enumerate(_names(self.members)):
+        for number, name in enumerate(member_names(self.members)):
             adapter.save(model, folder / name if number else folder, name)
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The members on one base."""
-        first, *others = _names(self.members)
+        first, *others = member_names(self.members)
         model = adapter.load(base, folder, first, checked=True)
         for name in others:
-            model.load_adapter(str(adapter.check_folder(folder / name)), name)
-        return model.eval(), Members(model)
+            adapter.load_beside(model, folder / name, name)
+        return model.eval(), self.sampler(model)
 
 
 class Members(Sampler):
@@ -88,14 +98,22 @@ class Members(Sampler):
 
     def logits(self, forward: Callable[[], Tensor], num_samples: int, seed: int) -> Iterator[Tensor]:
         """Logits of the first N members, or of the first one with N = 0; the seed has no part in it."""
-        before = self._model.active_adapter
-        try:
-            for name in [*self._model.peft_config][: max(num_samples, 1)]:
-                self._model.set_adapter(name, inference_mode=True)
+        for name in [*self._model.peft_config][: max(num_samples, 1)]:
+            with active(self._model, name):
                 yield forward()
-        finally:
-            self._model.set_adapter(before, inference_mode=True)
 
 
-def _names(members: int) -> list[str]:
+@contextmanager
+def active(model: PeftModel, adapter_name: str) -> Iterator[None]:
+    """Another adapter is in force inside."""
+    before = model.active_adapter
+    model.set_adapter(adapter_name, inference_mode=True)
+    try:
+        yield
+    finally:
+        model.set_adapter(before, inference_mode=True)
+
+
+def member_names(members: int) -> list[str]:
+    """The adapters of an ensemble."""
     return [f"member_{number}" for number in range(members)]

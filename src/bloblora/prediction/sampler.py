@@ -165,10 +165,8 @@ def _together(
 ) -> Iterator[Tensor]:
     """Logits of each draw, several draws a forward and several forwards at a time."""
 
-    @torch.no_grad()  # which a thread doesn't inherit
     def run(samples: Sequence[Any]) -> Tensor:
-        with weights.stacked(samples, len(samples) * forward.rows):
-            return forward(len(samples)).unflatten(0, (len(samples), -1))
+        return _stacked(weights, forward, samples)
 
     left, even = num_samples, True
     while left:
@@ -182,6 +180,27 @@ def _together(
             results = _side_by_side(run, [[sample] for group in samples for sample in group])
         for logits in results:
             yield from logits
+
+
+def draw_together(weights: MirroredWeights, forward: Forward, samples: Sequence[Any]) -> Sequence[Tensor]:
+    """Logits of each of some draws, in one forward where that is possible."""
+    if isinstance(forward, BatchForward):
+        try:
+            return [*_stacked(weights, forward, samples)]
+        except UnevenPartsError:
+            pass
+    logits = []
+    for sample in samples:
+        with weights.fixed(sample):
+            logits.append(forward())
+    return logits
+
+
+@torch.no_grad()  # which a thread doesn't inherit
+def _stacked(weights: StackedWeights, forward: BatchForward, samples: Sequence[Any]) -> Tensor:
+    """Logits (S, b, C) of S draws in one forward."""
+    with weights.stacked(samples, len(samples) * forward.rows):
+        return forward(len(samples)).unflatten(0, (len(samples), -1))
 
 
 def _side_by_side(run: Callable[[Any], Tensor], groups: Sequence[Any]) -> list[Tensor]:
