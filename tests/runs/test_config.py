@@ -145,7 +145,7 @@ def test_a_preset_gives_way_to_what_is_given():
         "lora_dropout": 0.0,
         "target_modules": ["q_proj", "v_proj", "lm_head"],
     }
-    assert config.build_method().init_std == 0.1
+    assert config.build_method().init_std == 0.01
     assert config.build_method().estimator == "flipout"
     lora = runs.RunConfig.of(**GIVEN, preset="paper", method="lora")  # the paper's settings, without its method
     assert lora.method == {"name": "lora"}

@@ -383,7 +383,9 @@ class BlobTrainerMixin(_Host):
         rates = f"learning_rate {self.args.learning_rate}"
         if self.posterior is not None:
             name = "std_learning_rate" if self.args.optimizer_style == "joint" else "kl_learning_rate"
-            rates += f" or {name} {getattr(self.args, name)} is too high, or init_std {self.posterior.config.start_std}"
+            if (rate := getattr(self.args, name)) is not None:
+                rates += f" or {name} {rate}"
+            rates += f" is too high, or init_std {self.posterior.config.start_std}"
         return DivergedError(
             f"{what} is not finite at step {step or self.state.global_step + 1}, {where}. Likely cause: {rates} is too "
             f"high; halve it and resume from the last checkpoint in {self.args.output_dir}."
