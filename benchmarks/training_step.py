@@ -87,7 +87,12 @@ def trainer_of(name: str, base: PreTrainedModel, targets: str | list[str]) -> Tr
     monteclora = {"monteclora_config": MontecloraConfig()} if name == MONTECLORA else {}
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type=TaskType.SEQ_CLS, **monteclora)
     model = get_peft_model(base, lora)
-    common: dict[str, Any] = {"output_dir": tempfile.gettempdir(), "report_to": [], "use_cpu": True, "max_grad_norm": 1.0}
+    common: dict[str, Any] = {
+        "output_dir": tempfile.gettempdir(),
+        "report_to": [],
+        "use_cpu": True,
+        "max_grad_norm": 1.0,
+    }
     if name not in BLOB:
         kind = MontecloraTrainer if name == MONTECLORA else Trainer
         return kind(model=model, args=TrainingArguments(**common))
