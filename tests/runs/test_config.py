@@ -154,6 +154,14 @@ def test_a_preset_gives_way_to_what_is_given():
         assert runs.RunConfig.of(**GIVEN, preset=name).build_method().factors == factors
 
 
+@pytest.mark.parametrize(
+    ("method", "norm"), [("blob", 0), ("distilled", 0), ("map", 0), ("c-lora", 0), ("vbll", 0), ("lora", 1)]
+)
+def test_gradients_are_clipped_only_where_no_prior_is_in_the_loss(method, norm):
+    assert runs.RunConfig.of(**GIVEN, method=method).training_options()["max_grad_norm"] == norm
+    assert runs.RunConfig.of(**GIVEN, method=method, max_grad_norm=0.5).training_options()["max_grad_norm"] == 0.5
+
+
 def test_another_method_leaves_the_options_of_the_old_one():
     config = runs.RunConfig.of(**GIVEN, prior_std=0.1, r=4).with_options(method="map", prior_std=0.3)
     assert (config.method, config.lora) == ({"name": "map", "prior_std": 0.3}, {"r": 4})

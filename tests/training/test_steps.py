@@ -215,12 +215,14 @@ def test_drift_is_that_of_the_gradients(tmp_path, std_learning_rate):
         assert logs(trainer, name)[0] == pytest.approx(math.sqrt(19), rel=1e-4)
 
 
-def test_drift_needs_adams_averages_and_a_posterior(tmp_path):
-    for model, optim in ((classifier(), "sgd"), (classifier(bayesian=False), "adamw_torch")):
-        trainer = make_trainer(tmp_path, model, optim=optim)
-        trainer.train()
-        assert trainer.drift() == {}
-        assert logs(trainer, "drift_mean") == logs(trainer, "drift_std") == []
+@pytest.mark.parametrize(
+    ("bayesian", "options"), [(True, dict(optim="sgd")), (True, dict(optimizer_style="paper")), (False, dict())]
+)
+def test_drift_needs_adams_averages_of_the_whole_gradient(tmp_path, bayesian, options):
+    trainer = make_trainer(tmp_path, classifier(bayesian), **options)
+    trainer.train()
+    assert trainer.drift() == {}
+    assert logs(trainer, "drift_mean") == logs(trainer, "drift_std") == []
 
 
 @pytest.mark.parametrize("style", ["paper", "paper_flow"])

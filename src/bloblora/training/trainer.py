@@ -250,10 +250,11 @@ class BlobTrainerMixin(_Host):
         About 1 where gradients are noise around 0, and √19 ≈ 4.4 (β₁ = 0.9) where each points the same way every time.
 
         Returns:
-            Both by their names; nothing for a plain model, a sharded one, or another optimizer.
+            Both by their names; nothing for a plain model or a sharded one, nor where Adam doesn't see the KL.
         """
-        if self.posterior is None or self.optimizer is None or self.is_fsdp_enabled:
+        if self.posterior is None or self.args.optimizer_style != "joint" or self.is_fsdp_enabled:
             return {}
+        assert self.optimizer is not None
         first, second = self.optimizer.param_groups[0].get("betas", (0.0, 0.0))
         found = {}
         for name, tensors in zip(("mean", "std"), self.posterior.parameters(), strict=True):
