@@ -56,7 +56,7 @@ class BlobTrainerMixin(_Host):
 
     ``class BlobSFTTrainer(BlobTrainerMixin, SFTTrainer): ...`` keeps what that Trainer does with data, loss, logs and
     files. A Bayesian LoRA is trained on the ELBO, a plain one on the NLL. Each optimizer step's log has ``nll``,
-    ``kl``, ``kl_weight``, ``elbo`` (nats an example), ``median_std`` and ``share_at_prior``.
+    ``kl``, ``kl_weight``, ``elbo`` (nats an example), ``median_std``, ``share_at_prior``, and those of `drift`.
 
     Args:
         model: a PEFT model, Bayesian after `bayesianize`.
