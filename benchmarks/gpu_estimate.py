@@ -132,7 +132,7 @@ def training(
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     cost.operations.append(Operation(0, 7 * 4 * trained, 4))  # AdamW, fused: it reads four numbers and writes three
     if (posterior := find_posterior(model)) is not None:
-        cost.operations += count_call(lambda: posterior.flow_(1e-3)).operations
+        cost.operations += count_call(posterior.kl_gradients).operations
     kept = kept_by_checkpoints(shape, method, batch, **adapter) if checkpointing else cost.saved
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     return cost, {"weights": weights / 1e9, "trained": 16 * trained / 1e9, "activations": kept / 1e9}

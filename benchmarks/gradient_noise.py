@@ -15,6 +15,7 @@ Writes results/gradient_noise/results.json as it goes, goes on from there, and R
 """
 
 import copy
+import math
 import random
 import statistics
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def variant_of(trained: PeftModel, config: BlobConfig, std: float) -> PeftModel:
     posterior = bayesianize(model, config)
     with torch.no_grad():
         for parameter in posterior.named_std_parameters().values():
-            parameter.fill_(std**0.5)
+            parameter.fill_(math.log(std))
     return model.train()
 
 

@@ -14,6 +14,7 @@ On one base model and random tokens, for each batch size × tokens, with adapter
 Writes results/prediction/results.json and README.md.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ def bayesian(base: PreTrainedModel, layers: list[int] | None) -> PeftModel:
     )
     model = get_peft_model(base, lora)
     for parameter in bayesianize(model, BlobConfig()).named_std_parameters().values():
-        torch.nn.init.constant_(parameter, 0.05**0.5)
+        torch.nn.init.constant_(parameter, math.log(0.05))
     return model.eval()
 
 

@@ -7,8 +7,7 @@ BLoB learns the form of an answer from a few capitals; the capitals themselves t
 then asked about countries that it was not trained on, and about countries that do not exist. Every weight sample writes
 an answer of its own. If too few pairs of samples agree, the question is refused.
 
-With the default learning rate of the KL and so few records, the posterior becomes as wide as the prior: hardly any two
-samples agree, and everything is refused. A tenth of it was chosen on these questions, so the counts only illustrate.
+The counts only illustrate.
 """
 
 import argparse
@@ -49,7 +48,6 @@ def main(arguments: list[str] | None = None) -> None:
             model=options.model,
             steps=options.steps,
             batch_size=8,
-            kl_learning_rate=0.02,
         )
         run = runs.train(config)
     truth = pairs(KNOWN) | dict.fromkeys(INVENTED, "")

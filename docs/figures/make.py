@@ -27,11 +27,11 @@ INPUTS = {"typical": (1.8, 0.2), "between": (0.05, 0.1), "unlike all": (0.3, 4.0
 def main() -> None:
     """Draw all of them."""
     points, labels = data()
-    mean, g = train(points, labels)
+    mean, log_std = train(points, labels)
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([q.sample(mean, g, "square", generator) for _ in range(DRAWS)])
+    draws = torch.stack([q.sample(mean, log_std, "log", generator) for _ in range(DRAWS)])
     for name, figure in (
-        ("draw", draw_figure(points, labels, mean, q.std(g), draws)),
+        ("draw", draw_figure(points, labels, mean, log_std.exp(), draws)),
         ("uncertainty", uncertainty_figure(draws)),
     ):
         save_figure(figure, FOLDER / f"{name}.svg")
@@ -73,17 +73,21 @@ def logits(points: Tensor, a: Tensor) -> Tensor:
 
 
 def train(points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """M and G of A (2,): SGD on the NLL, then the flow of the KL, as `BlobTrainer` does."""
+    """M and log Ω of A (2,): AdamW on the NLL and the KL together, as `BlobTrainer` does."""
     torch.manual_seed(0)
     mean = torch.zeros(2, requires_grad=True)
-    g = q.init_std_parameter(mean, 0.5).requires_grad_()
+    log_std = q.init_std_parameter(mean, PRIOR_STD / 2, "log").requires_grad_()
+    optimizer = torch.optim.AdamW([mean, log_std], RATE, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, STEPS)
     for _ in range(STEPS):
-        a = mean + torch.randn(2) * q.std(g)
-        gradients = torch.autograd.grad(F.cross_entropy(logits(points, a), labels), [mean, g])
-        with torch.no_grad():
-            torch._foreach_add_([mean, g], gradients, alpha=-RATE)
-        q.kl_flow_([mean], [g], PRIOR_STD, RATE / len(points))
-    return mean.detach(), g.detach()
+        a = mean + torch.randn(2) * log_std.exp()
+        kl = q.kl_divergence([mean], [log_std], PRIOR_STD, "log")
+        loss = F.cross_entropy(logits(points, a), labels) + kl / len(points)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return mean.detach(), log_std.detach()
 
 
 def draw_figure(points: Tensor, labels: Tensor, mean: Tensor, std: Tensor, draws: Tensor) -> Figure:

@@ -1,6 +1,7 @@
 """BLoB inside PEFT models of many kinds: what a forward is in each mode, and what PEFT does around it."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -381,12 +382,20 @@ def test_clear_errors_of_arguments():
         BlobConfig(estimator="x")
 
 
+@pytest.mark.parametrize(("init_std", "start"), [(None, 0.15), (0.01, 0.01)])
+def test_where_the_std_starts(init_std, start):
+    posterior = bayesianize(with_lora(tiny_llama()), BlobConfig(prior_std=0.3, init_std=init_std))
+    stds = torch.cat([std.flatten() for std in posterior.named_stds().values()])
+    assert start / 2 <= stds.min() < 0.55 * start
+    assert 0.95 * start < stds.max() <= start * (1 + 1e-6)
+
+
 def test_summary_at_the_prior():
     model = with_lora(tiny_llama())
     posterior = bayesianize(model, BlobConfig(prior_std=0.2))
     with torch.no_grad():
         for parameter in posterior.named_std_parameters().values():
-            parameter.fill_(0.2**0.5)
+            parameter.fill_(math.log(0.2))
         for mean in posterior.named_means().values():
             mean.zero_()
     summary = posterior.summary()

@@ -292,9 +292,7 @@ def test_loading_into_a_posterior_that_is_there(folder, tokens):
     load_posterior(model, folder)
     torch.testing.assert_close(drawn(model, tokens), drawn(bayesian(), tokens), rtol=0, atol=0)
     assert find_posterior(model).config.prior_std == 0.7
-    with pytest.raises(
-        AdapterFileError, match="std_parameterization is 'square', the model's posterior has 'softplus'"
-    ):
+    with pytest.raises(AdapterFileError, match="std_parameterization is 'log', the model's posterior has 'softplus'"):
         load_posterior(bayesian(BlobConfig(std_parameterization="softplus")), folder)
     with pytest.raises(AdapterFileError, match="the model's adapter isn't Bayesian"):
         load_posterior(with_lora(tiny_llama()), folder)

@@ -171,7 +171,7 @@ def test_sampled_tokens_follow_the_tempered_mean(case_of):
 
 
 def test_draws_of_a_narrow_posterior_are_the_mean():
-    case = make_case("llama", 1e-4)
+    case = make_case("llama", 1e-8)
     found = run(case)
     assert found.draw_texts == [[text] * 3 for text in found.texts]
     assert found.texts == run(case, 0).texts

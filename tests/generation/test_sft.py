@@ -54,9 +54,9 @@ def trainer_of(model, tokenizer, folder, trainer=BlobSFTTrainer, config=BlobSFTC
     return trainer(model, arguments, train_dataset=Dataset.from_list(RECORDS), processing_class=tokenizer)
 
 
-def bayesian_model():
+def bayesian_model(**config):
     model = with_lora(tiny_causal(), "q_proj", "v_proj", task_type="CAUSAL_LM")
-    return model, bayesianize(model, BlobConfig(init_std=0.09))
+    return model, bayesianize(model, BlobConfig(init_std=0.09, **config))
 
 
 def answer_tokens(tokenizer):
@@ -94,7 +94,8 @@ def state(model):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_steps_equal_those_of_the_trainer_without_trl(tokenizer, tmp_path, style, accumulation):
     """On the same batches; SFTTrainer has a head of its own, which leaves out the logits without a label."""
-    models = [bayesian_model()[0] for _ in range(3)]
+    parameterization = "log" if style == "joint" else "square"
+    models = [bayesian_model(std_parameterization=parameterization)[0] for _ in range(3)]
     options = dict(max_steps=3, dataset_size=answer_tokens(tokenizer), optimizer_style=style, kl_learning_rate=0.01)
     options |= dict(per_device_train_batch_size=2 // accumulation, gradient_accumulation_steps=accumulation)
     options |= dict(train_sampling_strategy="sequential", max_grad_norm=0.0)
@@ -139,7 +140,7 @@ def test_what_it_saves(tokenizer, tmp_path):
 def test_the_kl_alone_moves_the_posterior_to_its_prior(tokenizer, tmp_path):
     model, posterior = bayesian_model()
     before = posterior.kl().item()
-    trainer = trainer_of(model, tokenizer, tmp_path, max_steps=5, dataset_size=1, kl_learning_rate=0.5)
+    trainer = trainer_of(model, tokenizer, tmp_path, max_steps=5, dataset_size=1, std_learning_rate=0.5)
     trainer.train()
     assert posterior.kl().item() < 0.5 * before
 

@@ -170,6 +170,7 @@ def test_a_temperature_leaves_what_a_method_declares(method, config):
 def test_every_prior_in_a_training(prior, style, config):
     start = config("blob", queries() * 2)
     options = {"prior": prior, "optimizer_style": style, "kl_learning_rate": 0.01}
+    options |= {"std_parameterization": "square"} if style == "paper_flow" else {}
     run = runs.train(start.with_options(**options), progress=False)
     posterior = runs.load_run(start.output).sampler.weights
     assert (posterior.config.prior, type(posterior.prior)) == (prior, PRIORS[prior])

@@ -74,7 +74,7 @@ def test_draws_have_the_stated_covariance():
     generator = torch.Generator().manual_seed(0)
     columns = {n: torch.randn(3, *m.shape, generator=generator) for n, m in posterior.named_means().items()}
     for parameter in posterior.named_std_parameters().values():
-        nn.init.uniform_(parameter, 0.3, 1.2)
+        nn.init.uniform_(parameter, math.log(0.09), math.log(1.44))
 
     def flat(of_factor):
         return torch.cat([of_factor[name].detach().flatten(-2) for name in columns], -1).double()

@@ -67,11 +67,11 @@ def test_closed_form_gradients_are_autograds(parameterization):
 
 
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
-def test_std_starts_between_half_epsilon_squared_and_epsilon_squared(parameterization):
-    std = q.std(q.init_std_parameter(torch.zeros(200, 200), 0.05, parameterization), parameterization)
+def test_std_starts_between_half_of_init_std_and_all_of_it(parameterization):
+    std = q.std(q.init_std_parameter(torch.zeros(200, 200), 0.05**2, parameterization), parameterization)
     assert std.min() >= 0.05**2 / 2 * 0.999
     assert std.max() <= 0.05**2 * 1.001
-    # sqrt(Ω) is uniform: its mean is ε (1 + 1/√2) / 2, its standard error ε (1 - 1/√2) / √12 / 200
+    # G = √Ω is uniform with ε = 0.05: its mean is ε (1 + 1/√2) / 2, its standard error ε (1 - 1/√2) / √12 / 200
     roots = std.sqrt()
     assert abs(roots.mean() - 0.05 * (1 + math.sqrt(0.5)) / 2) < 4 * 0.05 * (1 - math.sqrt(0.5)) / math.sqrt(12) / 200
 

@@ -192,7 +192,7 @@ def one_layer(classes):
     with torch.no_grad():
         base, b = layer.base_layer.weight.double(), layer.lora_B["default"].weight.double()
         m = layer.lora_A["default"].weight.double()
-        variance = next(iter(posterior.named_std_parameters().values())).double() ** 4  # Ω², Ω = G²
+        variance = next(iter(posterior.named_std_parameters().values())).double().mul(2).exp()  # Ω², Ω = exp ρ
         x = torch.randn(3, 6)
         mean = x.double() @ (base + 2 * b @ m).T  # s = α/r = 2
         # Cov[B A x] = B diag(Ω² x²) Bᵀ

@@ -44,7 +44,7 @@ def quiet(folder, style, prior, batch):
     model = classifier(init_std=0.25, prior=prior)
     trainer = make_trainer(
         folder, model, 24, per_device_train_batch_size=batch, max_steps=6, optim="sgd", learning_rate=0.05,
-        optimizer_style=style,
+        optimizer_style=style, std_learning_rate=0.02,
     )  # fmt: skip
     with trainer.posterior.mean():
         trainer.train()

@@ -145,13 +145,21 @@ def test_a_preset_gives_way_to_what_is_given():
         "lora_dropout": 0.0,
         "target_modules": ["q_proj", "v_proj", "lm_head"],
     }
-    assert config.build_method().init_std == 0.1
+    assert config.build_method().init_std == 0.01
     assert config.build_method().estimator == "flipout"
     lora = runs.RunConfig.of(**GIVEN, preset="paper", method="lora")  # the paper's settings, without its method
     assert lora.method == {"name": "lora"}
     assert lora.training == config.training
     for name, factors in (("bbb", "AB"), ("blob-symmetric", "AB"), ("blob-b", "B")):
         assert runs.RunConfig.of(**GIVEN, preset=name).build_method().factors == factors
+
+
+@pytest.mark.parametrize(
+    ("method", "norm"), [("blob", 0), ("distilled", 0), ("map", 0), ("c-lora", 0), ("vbll", 0), ("lora", 1)]
+)
+def test_gradients_are_clipped_only_where_no_prior_is_in_the_loss(method, norm):
+    assert runs.RunConfig.of(**GIVEN, method=method).training_options()["max_grad_norm"] == norm
+    assert runs.RunConfig.of(**GIVEN, method=method, max_grad_norm=0.5).training_options()["max_grad_norm"] == 0.5
 
 
 def test_another_method_leaves_the_options_of_the_old_one():

@@ -49,7 +49,7 @@ def test_the_posterior_is_that_of_one_process(tmp_path, ranks, which):
 def test_draws_of_a_sharded_model_are_those_of_the_saved_one(folder, ranks):
     base = _base()
     base.load_state_dict(_base_state())
-    model = bloblora.load(base, folder / "flow-normal" / SAVED)
+    model = bloblora.load(base, folder / "paper_flow-normal" / SAVED)
     sampler = WeightDraws(bloblora.find_posterior(model))
     for samples in (0, 5):
         expected = predict(model, examples(8), samples, 3, task=TASK, sampler=sampler).log_probs

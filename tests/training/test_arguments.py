@@ -12,6 +12,7 @@ from .conftest import arguments
         ("kl_scale", float("nan")),
         ("kl_scale", "much"),
         ("kl_learning_rate", float("inf")),
+        ("std_learning_rate", 0),
         ("num_weight_draws", 0),
         ("num_weight_draws", 1.5),
         ("eval_num_samples", -1),

@@ -37,12 +37,13 @@ def diverge(trainer, step: int) -> str:
 @pytest.mark.parametrize("style", ["joint", "paper"])
 def test_a_learning_rate_beyond_reason(tmp_path, style):
     """The first step leaves weights of 1e30: products overflow in the second, but before that Ω in the KL step."""
-    trainer = make_trainer(tmp_path, learning_rate=1e30, max_grad_norm=0, optimizer_style=style)
+    trainer = make_trainer(tmp_path, learning_rate=1e30, std_learning_rate=0.02, optimizer_style=style)
     message = diverge(trainer, step=2 if style == "joint" else 1)
     assert message.startswith("the loss is not finite")
     assert "learning_rate 1e+30" in message
-    assert "init_std 0.05" in message
+    assert "init_std 0.0025 is too high; halve it" in message
     assert ("kl_learning_rate 0.01" in message) == (style == "paper")
+    assert ("std_learning_rate 0.02" in message) == (style == "joint")
     assert f"resume from the last checkpoint in {tmp_path}" in message
     layer = "base_model.model.model.layers.0.self_attn.q_proj"
     place = f"in the KL of {layer}.lora_A: " if style == "paper" else f"first in the output of {layer}.lora_B.default."
@@ -132,6 +133,10 @@ def test_the_trainer_can_train_after_a_divergence(tmp_path):
     assert all(log["nll"] < 10 for log in trainer.state.log_history if "nll" in log)
 
 
+def about_posterior(caught):
+    return [str(w.message) for w in caught if "the posterior " in str(w.message)]
+
+
 @pytest.mark.parametrize(
     ("factor", "options", "warning"),
     [
@@ -141,7 +146,7 @@ def test_the_trainer_can_train_after_a_divergence(tmp_path):
         (
             1,
             dict(learning_rate=1e-5, optimizer_style="paper_flow", kl_learning_rate=1e3),
-            "the posterior is the prior: 100% of Ω are within 5 % of prior_std",
+            "the posterior is the prior: its KL is 0.00 nats",
         ),
         (1, dict(), None),
     ],
@@ -155,6 +160,20 @@ def test_a_posterior_that_says_nothing_is_warned_of(tmp_path, factor, options, w
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make_trainer(tmp_path, model, **options).train()
-    found = [str(w.message) for w in caught if "the posterior " in str(w.message)]
-    assert len(found) == (warning is not None)
-    assert all(message.startswith(warning) for message in found), found
+    assert [w[: len(warning or "")] for w in about_posterior(caught)] == [warning] * (warning is not None)
+
+
+def test_a_posterior_as_wide_as_the_prior_has_learned_if_its_mean_has(tmp_path):
+    model = classifier()
+    posterior = find_posterior(model)
+    with torch.no_grad():
+        for parameter in posterior.named_std_parameters().values():
+            parameter.fill_(0.2**0.5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, model, learning_rate=1e-7).train()
+    summary, means = posterior.summary(), torch.cat([m.detach().flatten() for m in posterior.named_means().values()])
+    assert summary["share_at_prior"] == 1
+    assert summary["kl"] == pytest.approx(means.square().sum().item() / (2 * 0.2**2), rel=1e-3)
+    assert summary["kl"] > 1
+    assert about_posterior(caught) == []

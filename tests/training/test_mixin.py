@@ -44,7 +44,7 @@ class BayesianWeighted(BlobTrainerMixin, Weighted):
 def test_a_trainer_with_a_loss_of_its_own_keeps_it(tmp_path, draws):
     """Against a loop by hand, with the closed-form KL of torch.distributions."""
     model, expected = classifier(init_std=0.25), classifier(init_std=0.25)
-    options = dict(optimizer_style="joint", num_weight_draws=draws, save_strategy="no")
+    options = dict(num_weight_draws=draws, std_learning_rate=None, save_strategy="no")
     BayesianWeighted(
         model,
         Arguments(str(tmp_path), **OPTIONS, **options),
@@ -141,29 +141,21 @@ def test_the_mixin_stands_first():
             pass
 
 
-@pytest.mark.parametrize("style", ["joint", "paper_flow"])
-def test_the_loop_of_the_docs_is_what_the_trainer_does(tmp_path, monkeypatch, style):
+def test_the_loop_of_the_docs_is_what_the_trainer_does(tmp_path, monkeypatch):
     """Bit for bit, but for the order of the data and the schedule of the learning rate, which the docs' loop lacks."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.utils.data.dataloader.RandomSampler", lambda data, **_: SequentialSampler(data))
-    first, flow, *_ = (block.code for block in blocks_of("docs/training_loop.md") if block.language == "python")
-    assert len([line for line in first.splitlines() if line and "import" not in line]) == 10
+    code = next(block.code for block in blocks_of("docs/training_loop.md") if block.language == "python")
+    assert len([line for line in code.splitlines() if line and "import" not in line]) == 13
     data, model, expected = texts(24), language_model(True), language_model(True)
     names = {"model": model, "posterior": find_posterior(model), "dataset": data}
-    if style == "paper_flow":
-        exec(first.partition("for batch")[0], names)
-        torch.manual_seed(42)
-        exec(flow, names)
-        model.eval()
-    else:
-        exec(first.replace("for batch", "torch.manual_seed(42)\nfor batch"), names)
+    exec(code.replace("for batch", "torch.manual_seed(42)\nfor batch"), names)
     options = dict(
-        optimizer_style=style, learning_rate=1e-3, lr_scheduler_type="constant", kl_learning_rate=0.2, max_grad_norm=0,
+        learning_rate=1e-3, std_learning_rate=0.02, lr_scheduler_type="constant",
         train_sampling_strategy="sequential", per_device_train_batch_size=8,
     )  # fmt: skip
     BlobTrainer(expected, arguments(tmp_path / "trainer", **options), train_dataset=data).train()
     assert_close(trainable(model), trainable(expected), rtol=1e-5, atol=1e-7)
-    if style == "joint":
-        saved = find_posterior(load(language_model(False).unload(), tmp_path / "adapter"))
-        assert_equal(saved.named_std_parameters(), find_posterior(model).named_std_parameters())
+    saved = find_posterior(load(language_model(False).unload(), tmp_path / "adapter"))
+    assert_equal(saved.named_std_parameters(), find_posterior(model).named_std_parameters())
     assert isinstance(names["loader"], DataLoader)

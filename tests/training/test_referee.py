@@ -91,7 +91,7 @@ def test_default_training_reaches_the_bounds_optimum(tmp_path, size, batch, lear
     mean, std = mean.detach()[0].double(), std.detach()[0].double()
     assert bound(x, y, mean, std, kl_scale) <= 1.02 * best
     assert (std / best_std).log().square().mean().sqrt() <= 0.1
-    assert logs(trainer, "drift_std")[0] > 1.8
+    assert logs(trainer, "drift_std")[0] > 1.4
     for name in ("drift_mean", "drift_std"):
         assert 0.5 < np.mean(logs(trainer, name)[-20:]) < 1.3, name
     assert best_std.max() / best_std.min() > 2.5  # the data do say different things about different weights

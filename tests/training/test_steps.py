@@ -1,5 +1,6 @@
 """What a training step does to the weights, against a loop written by hand with torch.optim and torch.distributions."""
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as torch_kl
+from transformers import TrainerCallback
 
 from bloblora import find_posterior
 from bloblora.posterior import ESTIMATORS
@@ -44,6 +46,8 @@ def by_hand(model, batches, kl_weights, *, style="joint", lr=0.01, kl_lr=0.01, d
             with torch.no_grad():
                 for parameter, gradient in zip(gaussians, gradients, strict=True):
                     parameter -= kl_lr * schedule * gradient
+        elif style == "paper_flow":
+            posterior.flow_(weight * kl_lr * schedule)
         stds = torch.cat([g.detach().flatten() ** 2 for g in posterior.named_std_parameters().values()])
         kl = closed_form_kl(posterior).item()
         logged.append(
@@ -64,18 +68,17 @@ def batches(count, size=4):
     return [TASK.collate(data[i : i + size]) for i in range(0, count, size)]
 
 
-@pytest.mark.parametrize("style", ["joint", "paper"])
+@pytest.mark.parametrize("style", ["joint", "paper", "paper_flow"])
 @pytest.mark.parametrize("weighting", ["uniform", "reweighted"])
 @pytest.mark.parametrize(("estimator", "draws"), [*((e, 1) for e in ESTIMATORS), ("independent", 3)])
 def test_steps_and_logs_equal_a_loop_by_hand(tmp_path, style, weighting, estimator, draws):
     """Ten examples in batches of four: the last batch of the pass has two."""
     # Ω of 0.19 to 0.38, so that the noise matters and some entries are at the prior.
     model, expected = (classifier(estimator=estimator, init_std=0.3844) for _ in range(2))
-    shares = [Fraction(1, 3)] * 3 if weighting == "uniform" else [Fraction(i, 7) for i in (1, 2, 4)]
-    options = dict(optimizer_style=style, kl_weighting=weighting, num_weight_draws=draws, max_grad_norm=0)
+    weights = [1 / 10] * 3 if weighting == "uniform" else [1 / 7, 2 / 7, 4 / 7]
+    options = dict(optimizer_style=style, kl_weighting=weighting, num_weight_draws=draws)
     trainer = make_trainer(tmp_path, model, 10, train_sampling_strategy="sequential", **options)
     trainer.train()
-    weights = [float(share * 3 / 10) for share in shares]
     logged = by_hand(expected, batches(10), weights, style=style, draws=draws)
     assert_close(trainable(model), trainable(expected), rtol=1e-4, atol=1e-6)
     for key in logged[0]:
@@ -98,13 +101,12 @@ def test_the_kl_step_moves_the_mean_and_the_std_alone(tmp_path):
     [
         (dict(), [Fraction(1, 10)] * 3),
         (dict(kl_scale=0.5), [Fraction(1, 20)] * 3),
-        (dict(kl_weighting="reweighted"), [Fraction(i, 7) * Fraction(3, 10) for i in (1, 2, 4)]),
+        # The paper's λ_i, which over a pass sum to 1.
+        (dict(kl_weighting="reweighted"), [Fraction(i, 7) for i in (1, 2, 4)]),
+        (dict(kl_weighting="reweighted", kl_scale=0.5), [Fraction(i, 14) for i in (1, 2, 4)]),
         # Without the last part batch a pass has two steps, and the third step begins the next pass.
-        (
-            dict(kl_weighting="reweighted", dataloader_drop_last=True),
-            [Fraction(i, 3) * Fraction(2, 10) for i in (1, 2, 1)],
-        ),
-        (dict(kl_weighting="reweighted", gradient_accumulation_steps=3), [Fraction(1, 10)] * 3),
+        (dict(kl_weighting="reweighted", dataloader_drop_last=True), [Fraction(i, 3) for i in (1, 2, 1)]),
+        (dict(kl_weighting="reweighted", gradient_accumulation_steps=3), [1] * 3),
         (dict(dataset_size=1000), [Fraction(1, 1000)] * 3),
         # 100·10^(π/4) = 610.1 (to ten digits 610.0966339), the pseudo size.
         (dict(dataset_rescaling=True, gamma=4.0), [1 / 610.0966339] * 3),
@@ -183,6 +185,56 @@ def test_weight_decay_spares_the_std(tmp_path):
     decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
     assert {decay[id(p)] for p in trainer.posterior.named_std_parameters().values()} == {0.0}
     assert {decay[id(p)] for n, p in trainer.model.named_parameters() if "lora_" in n} == {0.5}
+
+
+class Gradients(TrainerCallback):
+    """Those of M and of Ω's parameter, flat, of each step."""
+
+    def __init__(self, posterior):
+        self.posterior, self.seen = posterior, []
+
+    def on_pre_optimizer_step(self, *_, **__):
+        self.seen.append([torch.cat([p.grad.double().flatten() for p in side]) for side in self.posterior.parameters()])
+
+
+@pytest.mark.parametrize("std_learning_rate", [None, 0.02])
+def test_drift_is_that_of_the_gradients(tmp_path, std_learning_rate):
+    """Against Adam's averages of the recorded gradients; the first step has only one direction."""
+    model = classifier(init_std=0.3)
+    gradients = Gradients(find_posterior(model))
+    trainer = make_trainer(tmp_path, model, callbacks=[gradients], max_steps=6, std_learning_rate=std_learning_rate)
+    trainer.train()
+    for side, name in enumerate(("drift_mean", "drift_std")):
+        first = second = 0.0
+        for step, drift in enumerate(logs(trainer, name), start=1):
+            gradient = gradients.seen[step - 1][side]
+            first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient.square()
+            ratio = (first / (1 - 0.9**step)).square() / (second / (1 - 0.999**step))
+            assert drift == pytest.approx(math.sqrt(19 * ratio.mean()), rel=1e-4)
+        assert step == 6
+        assert logs(trainer, name)[0] == pytest.approx(math.sqrt(19), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("bayesian", "options"), [(True, dict(optim="sgd")), (True, dict(optimizer_style="paper")), (False, dict())]
+)
+def test_drift_needs_adams_averages_of_the_whole_gradient(tmp_path, bayesian, options):
+    trainer = make_trainer(tmp_path, classifier(bayesian), **options)
+    trainer.train()
+    assert trainer.drift() == {}
+    assert logs(trainer, "drift_mean") == logs(trainer, "drift_std") == []
+
+
+@pytest.mark.parametrize("style", ["paper", "paper_flow"])
+def test_a_learning_rate_of_the_std_is_for_joint_only(tmp_path, style):
+    ends = []
+    for rate in (None, 0.5):
+        model = classifier()
+        trainer = make_trainer(tmp_path, model, optimizer_style=style, std_learning_rate=rate)
+        trainer.train()
+        assert len(trainer.optimizer.param_groups) == 2
+        ends.append(trainable(model))
+    assert_close(ends[1], ends[0], rtol=0, atol=0)
 
 
 def test_std_has_a_learning_rate_of_its_own(tmp_path):

@@ -73,7 +73,7 @@ class Ivon(GaussianMethod):
         means = posterior.named_means()
         with torch.no_grad():
             for name, parameter in posterior.named_std_parameters().items():
-                parameter.copy_(stds[means[name]].sqrt())
+                parameter.copy_(stds[means[name]].log())  # Ω = exp ρ
         return WeightDraws(posterior)
 
 

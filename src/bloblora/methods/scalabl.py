@@ -10,8 +10,8 @@ the KL against a batch's mean NLL is the published code's (SRI-CSL/BayesAdapt, a
 1 for M steps together, nearly all of it in the last few, at a learning rate of 0.2 that follows the schedule. D are the
 examples, b those of a step. So the KL weighs 1/M a step in the mean, where the bound on all D examples has 1/D.
 
-The KL goes by its gradient flow, as BLoB does here. Two differences from that code: its KL has the arguments swapped,
-KL(p‖q), ours is the bound's; and its draw is one a batch, ours one an example.
+The KL goes by its gradient flow, as BLoB's does with `paper_flow`. Two differences from that code: its KL has the
+arguments swapped, KL(p‖q), ours is the bound's; and its draw is one a batch, ours one an example.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ class Swag(GaussianMethod):
             of_factor = {name: names[factor] for name, factor in posterior.named_means().items()}
             for name, parameter in posterior.named_std_parameters().items():
                 variance = iterates.variance(of_factor[name]).clamp_min(_LEAST_VARIANCE)
-                parameter.copy_((self.covariance_scale * variance).pow(0.25))  # Ω = G∘G
+                parameter.copy_((self.covariance_scale * variance).log() / 2)  # Ω = exp ρ
         columns = {}
         if (rank := min(self.covariance_rank, iterates.count)) > 1:
             size = math.sqrt(self.covariance_scale / (rank - 1))

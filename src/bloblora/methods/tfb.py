@@ -151,4 +151,4 @@ def set_noise(
         d = singular_values[name]
         std = size / d.clamp_min(1e-6 * d.max()).clamp_min(1e-12)  # a row that B drops may have any noise
         std = std if name in layers else torch.full_like(d, _NO_NOISE)
-        parameter.copy_(std.sqrt()[:, None].expand_as(parameter))
+        parameter.copy_(std.log()[:, None].expand_as(parameter))  # Ω = exp ρ

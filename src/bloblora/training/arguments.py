@@ -17,15 +17,15 @@ class Objective:
     kl_weighting: KlWeighting = field(
         default="uniform",
         metadata={
-            "help": "What the KL weighs in a step: `uniform` is the ELBO's 1/D; `reweighted` (the paper's) adds a KL to "
-            "the mean NLL of each batch, most of it late in a pass, and so weighs it as often as a batch has examples."
+            "help": "Weight of the KL in a step: `uniform` is the ELBO's, 1/D. `reweighted` is the paper's: most of it "
+            "late in a pass, whose weights sum to 1, so that the KL counts as often as a batch has examples."
         },
     )
     kl_scale: float = field(
         default=1.0,
         metadata={
-            "help": "Multiplies the KL, the temperature of the posterior: 1 is the ELBO; lower trusts the data more. The "
-            "knob between accuracy and calibration.",
+            "help": "Multiplies the KL: the temperature of the posterior, and the knob between accuracy and "
+            "calibration. 1 is the ELBO; lower trusts the data more.",
             "search": (0.1, 10.0),
         },
     )
@@ -37,24 +37,25 @@ class Objective:
     optimizer_style: OptimizerStyle = field(
         default="joint",
         metadata={
-            "help": "`joint`: one AdamW step on NLL and KL together, which converges to the ELBO's optimum. `paper`: AdamW "
-            "on the NLL, then one SGD step on the KL; `paper_flow`: the same with the KL's exact gradient flow, which "
-            "can't overshoot. Where these two end depends on the learning rates and on the number of steps."
+            "help": "`joint`: one AdamW step on NLL and KL together, which converges to the ELBO's optimum. `paper`: "
+            "AdamW on the NLL, then one SGD step on the KL; `paper_flow`: the same with the KL's exact gradient flow, "
+            "which can't overshoot. Where these two end depends on the learning rates and on the number of steps."
         },
     )
     kl_learning_rate: float = field(
         default=0.2,
         metadata={
-            "help": "Learning rate on the KL (`paper`, `paper_flow`); follows the same schedule. Higher makes Ω larger and "
-            "M smaller.",
+            "help": "Learning rate on the KL (`paper`, `paper_flow`); follows the same schedule. Higher makes Ω larger "
+            "and M smaller.",
             "search": (0.063, 0.63),
         },
     )
     std_learning_rate: float | None = field(
         default=0.02,
         metadata={
-            "help": "Learning rate of Ω's parameter (`joint`); follows the same schedule. None: learning_rate. Of Ω = exp ρ it "
-            "is a share: 0.02 brings Ω to the ELBO's optimum within some hundred steps, from wherever it starts."
+            "help": "Learning rate of Ω's parameter (`joint`); follows the same schedule. None: learning_rate. Of "
+            "Ω = exp ρ it is a share: 0.02 brings Ω to the ELBO's optimum within some hundred steps, from wherever it "
+            "starts."
         },
     )
     num_weight_draws: int = field(
@@ -81,11 +82,11 @@ class BlobTrainingArguments(Objective, TrainingArguments):
 
     .. math:: \frac{1}{b}\sum_{k=1}^{b} \mathrm{NLL}_k + \frac sD\,\mathrm{KL}(q\|p)
 
-    with b the examples of an optimizer step over all processes, D those of a pass and s = ``kl_scale``. With s = 1 that is
-    the negative ELBO. The weight 1/D is λ_i of `kl_weight` instead where ``kl_weighting`` is ``reweighted``.
+    with b the examples of an optimizer step over all processes, D those of a pass and s = ``kl_scale``. With s = 1 that
+    is the negative ELBO. Where ``kl_weighting`` is ``reweighted``, λ_i of `kl_weight` stands for 1/D.
 
-    ``max_grad_norm`` is 0: clipping shrinks the noisy NLL's gradient and with it that of the KL, step by step by another
-    factor, and so moves the point at which both are in balance.
+    ``max_grad_norm`` is 0: clipping shrinks the noisy NLL's gradient and with it that of the KL, in each step by
+    another factor, and so moves the point at which both are in balance.
 
     Raises:
         ValueError: a field is out of its range.

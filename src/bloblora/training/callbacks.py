@@ -114,13 +114,13 @@ def _degenerate(init_std: float, summary: dict[str, float]) -> str | None:
         )
     if summary["kl"] < 1:
         return (
-            f"the posterior is the prior: its KL is {summary['kl']:.2f} nats, so it has learned nothing. Lower kl_scale "
-            "or prior_std, raise the number of steps, or train on more data."
+            f"the posterior is the prior: its KL is {summary['kl']:.2f} nats, so it has learned nothing. Lower "
+            "kl_scale or prior_std, raise the number of steps, or train on more data."
         )
     # 1/√n: three standard errors of a fresh median
     if abs(median / start - 1) < 0.02 + 1 / math.sqrt(summary["num_parameters"]):
         return (
-            f"the posterior has not left its start: median Ω is {median:.2e}, the start {start:.2e}. Raise kl_scale, "
-            "the number of steps, or init_std."
+            f"the posterior has not left its start: median Ω is {median:.2e}, the start {start:.2e}. Raise the "
+            "number of steps, or std_learning_rate."
         )
     return None

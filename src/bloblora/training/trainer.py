@@ -56,7 +56,7 @@ class BlobTrainerMixin(_Host):
 
     ``class BlobSFTTrainer(BlobTrainerMixin, SFTTrainer): ...`` keeps what that Trainer does with data, loss, logs and
     files. A Bayesian LoRA is trained on the ELBO, a plain one on the NLL. Each optimizer step's log has ``nll``,
-    ``kl``, ``kl_weight``, ``elbo`` (nats an example), ``median_std`` and ``share_at_prior``.
+    ``kl``, ``kl_weight``, ``elbo`` (nats an example), ``median_std``, ``share_at_prior``, and those of `drift`.
 
     Args:
         model: a PEFT model, Bayesian after `bayesianize`.
@@ -250,10 +250,11 @@ class BlobTrainerMixin(_Host):
         About 1 where gradients are noise around 0, and √19 ≈ 4.4 (β₁ = 0.9) where each points the same way every time.
 
         Returns:
-            Both by their names; nothing for a plain model, a sharded one, or another optimizer.
+            Both by their names; nothing for a plain model or a sharded one, nor where Adam doesn't see the KL.
         """
-        if self.posterior is None or self.optimizer is None or self.is_fsdp_enabled:
+        if self.posterior is None or self.args.optimizer_style != "joint" or self.is_fsdp_enabled:
             return {}
+        assert self.optimizer is not None
         first, second = self.optimizer.param_groups[0].get("betas", (0.0, 0.0))
         found = {}
         for name, tensors in zip(("mean", "std"), self.posterior.parameters(), strict=True):
@@ -383,7 +384,9 @@ class BlobTrainerMixin(_Host):
         rates = f"learning_rate {self.args.learning_rate}"
         if self.posterior is not None:
             name = "std_learning_rate" if self.args.optimizer_style == "joint" else "kl_learning_rate"
-            rates += f" or {name} {getattr(self.args, name)} is too high, or init_std {self.posterior.config.start_std}"
+            if (rate := getattr(self.args, name)) is not None:
+                rates += f" or {name} {rate}"
+            rates += f" is too high, or init_std {self.posterior.config.start_std}"
         return DivergedError(
             f"{what} is not finite at step {step or self.state.global_step + 1}, {where}. Likely cause: {rates} is too "
             f"high; halve it and resume from the last checkpoint in {self.args.output_dir}."
