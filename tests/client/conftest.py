@@ -41,7 +41,7 @@ def exported(tmp_path_factory):
         run, out = folder / task, folder / f"{task}-export"
         if not out.is_dir():
             data = str(write_jsonl(folder / f"{task}.jsonl", RECORDS[task] * 2))
-            options = {"steps": 10, "batch_size": 2, "r": 8, "learning_rate": 0.02, "init_std": 0.04}
+            options = {"steps": 10, "batch_size": 2, "r": 8, "learning_rate": 0.02, "init_std": 0.2}
             config = runs.RunConfig.of(data=data, output=str(run), model=str(folder / "base"), task=task, **options)
             runs.train(config, progress=False)
             export(run, out, num_samples=SAMPLES, seed=SEED)
