@@ -134,16 +134,16 @@ def test_hand_computed_case():
 
 
 def test_hand_computed_case_of_two_starts():
-    # of 20 at level 0.8 the starts are 7 (0.5^7 · 8 = 0.0625; of 6 it is 0.109) and 0.5n = 10, with 0.1 each
-    confidence = np.linspace(0.95, 0.55, 20)
+    # of 30 at level 0.8 the starts are 6 with 0.16 (0.5^6 · 7 = 0.109; of 5 it is 0.187) and 0.5n = 15 with 0.04
+    confidence = np.linspace(0.95, 0.55, 30)
 
     def answered(*wrong):
-        return fitted(confidence, np.isin(np.arange(1, 21), wrong), risk=0.5, level=0.8).num_answered
+        return fitted(confidence, np.isin(np.arange(1, 31), wrong), risk=0.5, level=0.8).num_answered
 
-    # 2 of 7 fail (0.227); 2 of 10 pass with the second start's share (0.055), 3 of 12 (0.073), 4 of 13 don't (0.133)
-    assert answered(1, 2, 12, 13, *range(15, 21)) == 12
-    # 1 of 7 pass and 2 of 9 (0.090), so from 10 on there is 0.2: 5 of 15 pass (0.151), 6 of 16 don't (0.227)
-    assert answered(6, 9, 12, 13, *range(15, 21)) == 15
+    # 2 of 6 fail (0.344); 3 of 15 pass with the second start's share (0.018), 4 of 16 (0.038), 5 of 17 don't (0.072)
+    assert answered(1, 2, 12, *range(16, 31)) == 16
+    # 1 of 6 pass and 4 of 13 (0.133), so from 15 on there is 0.2: 6 of 17 pass (0.166), 7 of 18 don't (0.240)
+    assert answered(6, 9, 12, 13, *range(16, 31)) == 17
 
 
 def test_equal_confidences_are_answered_together():

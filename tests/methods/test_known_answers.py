@@ -15,10 +15,10 @@ from transformers import Trainer, TrainingArguments
 from bloblora.adapter import BlobConfig, Posterior, bayesianize, find_posterior
 from bloblora.methods import METHODS, Training
 from bloblora.methods.ensemble import Ensemble
-from bloblora.methods.mixture import Components, Mixture
 from bloblora.methods.ivon import Ivon
 from bloblora.methods.map import Map, squared_norm
 from bloblora.methods.mc_dropout import DroppedColumns, McDropout
+from bloblora.methods.mixture import Components, Mixture
 from bloblora.methods.scalabl import Scalabl, ScaledRows, _fold, _layers
 from bloblora.methods.temperature import fit_temperature
 from bloblora.methods.tfb import _NUM_SAMPLES, Tfb, last_layers, rotate, set_noise

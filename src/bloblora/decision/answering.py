@@ -5,9 +5,10 @@ confident of n calibration records, tested from few answers to many. A test of m
 :math:`P[\mathrm{Bin}(m, \mathrm{risk}) \le e]` must be at most the error probability that the test has, which says that
 the upper Clopper-Pearson bound is at most the risk (as in Geifman & El-Yaniv 2017, arXiv 1705.08500).
 
-The error probability α = 1 - level is shared equally by several starts: the smallest m at which one error may pass, and
-those of 0.1n, 0.25n and 0.5n that are at least twice as large (few records have the first alone). A start adds its
-share to the test of its m; what a test has, the next one gets where it passes and loses where it fails; the last
+The error probability α = 1 - level is shared by several starts: the smallest m at which one error may pass has 0.8 of
+it, and those of 0.1n, 0.25n and 0.5n that are at least twice as large have the rest in equal parts (few records have
+the first alone). With so much for the first, hardly anything is lost where only the first records can be answered. A
+start adds its share to the test of its m; what a test has, the next one gets where it passes and loses where it fails; the last
 candidate that passes is taken. From a single start this is fixed-sequence testing (Angelopoulos et al. 2021, Learn then
 Test, arXiv 2110.01052), which a few errors among the first records end for good, at any n. From several it is the
 fallback procedure (Wiens 2003, Pharmaceutical Statistics 2, 211-215), a graphical one of Bretz et al. 2009 (Statistics
@@ -116,8 +117,8 @@ def check_answering(n: int, risk: float, level: float) -> None:
 
 def _last_passed(counts: np.ndarray, errors: np.ndarray, risk: float, error_probability: float) -> int | None:
     """Index of the last candidate that passes its test; None where none does."""
-    starts, share = _starts(counts[-1], risk, error_probability)
-    added = np.bincount(np.searchsorted(counts, starts), minlength=len(counts) + 1) * share
+    starts, shares = _starts(counts[-1], risk, error_probability)
+    added = np.bincount(np.searchsorted(counts, starts), weights=shares, minlength=len(counts) + 1)
     available, last = 0.0, None
     for i, probability in enumerate(binom.cdf(errors, counts, risk)):
         available += added[i]
@@ -129,11 +130,13 @@ def _last_passed(counts: np.ndarray, errors: np.ndarray, risk: float, error_prob
 
 
 def _starts(n: int, risk: Any, error_probability: float) -> tuple[np.ndarray, np.ndarray]:
-    """How many records the first test of each start answers, (…, 4), infinite for none; the share of each, (…, 1)."""
+    """How many records the first test of each start answers, infinite for none, and the share of each; both (…, 4)."""
     risk, later = np.asarray(risk)[..., None], _LATER_STARTS * n
     used = later >= 2 * _first(risk, error_probability)
-    share = error_probability / (1 + used.sum(-1, keepdims=True))
-    return np.concatenate([_first(risk, share), np.where(used, later, np.inf)], -1), share
+    count = used.sum(-1, keepdims=True)
+    first = error_probability * np.where(count, _FIRST_SHARE, 1.0)
+    rest = np.broadcast_to((error_probability - first) / count.clip(min=1), used.shape)
+    return np.concatenate([_first(risk, first), np.where(used, later, np.inf)], -1), np.concatenate([first, rest], -1)
 
 
 def _first(risk: Any, error_probability: Any) -> Any:
@@ -146,11 +149,12 @@ def _no_threshold(counts: np.ndarray, errors: np.ndarray, risk: float, level: fl
     message = f"no threshold on these {counts[-1]} records promises a risk of {risk:.6g} with probability {level:.6g}"
     risks = np.arange(1, 1000) / 1000
     risks = risks[risks > risk]
-    starts, share = _starts(counts[-1], risks, 1 - level)
+    starts, shares = _starts(counts[-1], risks, 1 - level)
     first = np.searchsorted(counts, starts).clip(max=len(counts) - 1)
-    passed = (starts <= counts[-1]) & (binom.cdf(errors[first], counts[first], risks[:, None]) <= share)
+    passed = (starts <= counts[-1]) & (binom.cdf(errors[first], counts[first], risks[:, None]) <= shares)
     least = risks[passed.any(-1)]
     return message + (f"; the least that can be promised with them is {least[0]:.3f}" if len(least) else "")
 
 
+_FIRST_SHARE = 0.8  # of the error probability
 _LATER_STARTS = np.array([0.1, 0.25, 0.5])  # shares of the n records
