@@ -8,12 +8,12 @@ the upper Clopper-Pearson bound is at most the risk (as in Geifman & El-Yaniv 20
 The error probability α = 1 - level is shared by several starts: the smallest m at which one error may pass has 0.8 of
 it, and those of 0.1n, 0.25n and 0.5n that are at least twice as large have the rest in equal parts (few records have
 the first alone). With so much for the first, hardly anything is lost where only the first records can be answered. A
-start adds its share to the test of its m; what a test has, the next one gets where it passes and loses where it fails; the last
-candidate that passes is taken. From a single start this is fixed-sequence testing (Angelopoulos et al. 2021, Learn then
-Test, arXiv 2110.01052), which a few errors among the first records end for good, at any n. From several it is the
-fallback procedure (Wiens 2003, Pharmaceutical Statistics 2, 211-215), a graphical one of Bretz et al. 2009 (Statistics
-in Medicine 28, 586-604): it passes whatever the starts would pass each by itself with its share (Bonferroni), and more
-where several are still under way.
+start adds its share to the test of its m; what a test has, the next one gets where it passes and loses where it fails;
+the last candidate that passes is taken. From a single start this is fixed-sequence testing (Angelopoulos et al. 2021,
+Learn then Test, arXiv 2110.01052), which a few errors among the first records end for good, at any n. From several it
+is the fallback procedure (Wiens 2003, Pharmaceutical Statistics 2, 211-215), a graphical one of Bretz et al. 2009
+(Statistics in Medicine 28, 586-604): it passes whatever the starts would pass each by itself with its share
+(Bonferroni), and more where several are still under way.
 
 Why the promise holds: let t* be the highest threshold whose true risk is above the stated one, and A the number of
 records above it. t* doesn't depend on the records, so given A the errors among these A are binomial with a rate that is
