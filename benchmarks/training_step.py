@@ -110,7 +110,7 @@ def step_of(trainer: Trainer, batch: Batch) -> Step:
 
     def step() -> Tensor:
         loss = trainer.training_step(model, batch)
-        trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+        trainer._clip_grad_norm(model)
         optimizer.step()
         if isinstance(trainer, BlobTrainer):
             trainer.kl_step()

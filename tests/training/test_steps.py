@@ -131,6 +131,21 @@ def test_a_kl_scale_of_zero_leaves_the_nll(tmp_path):
         assert [n for n in before if "std" not in n and torch.equal(before[n], after[n])] == []
 
 
+def test_only_gradients_without_a_kl_are_clipped(tmp_path):
+    moved = []
+    for norm in (0.0, 1e-3):
+        model = classifier(init_std=0.25)
+        before = trainable(model)
+        options = dict(optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_steps=1, max_grad_norm=norm)
+        make_trainer(tmp_path, model, train_sampling_strategy="sequential", **options).train()
+        moved.append({name: after - before[name] for name, after in trainable(model).items()})
+    free, clipped = moved
+    own = {name for name in free if "lora_A" in name or "std" in name}
+    assert_close({n: clipped[n] for n in own}, {n: free[n] for n in own}, rtol=1e-5, atol=1e-7)
+    others = torch.cat([clipped[n].flatten() for n in free.keys() - own])
+    assert others.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
 @pytest.mark.parametrize("style", ["joint", "paper"])
 def test_accumulated_gradients_equal_one_big_batch(tmp_path, style):
     """Without noise; plain SGD, which unlike AdamW would show a KL that is counted once a micro-batch."""

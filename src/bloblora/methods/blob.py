@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..adapter import BlobConfig, bayesianize
 from ..prediction import Sampler
 from ..training import OBJECTIVE, Objective, check_style
-from .method import PRIOR_IN_LOSS, GaussianMethod, Training, posterior_draws
+from .method import GaussianMethod, Training, posterior_draws
 
 
 @dataclass(kw_only=True)
@@ -26,7 +26,6 @@ class Blob(BlobConfig, Objective, GaussianMethod):
 
     name = "blob"
     paper = "2406.11675"
-    training_defaults = PRIOR_IN_LOSS
     sharded = True
 
     def __post_init__(self) -> None:

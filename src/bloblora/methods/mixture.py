@@ -30,7 +30,7 @@ from ..prediction.forward import BatchForward
 from ..prediction.sampler import Forward, draw_together
 from ..training import OBJECTIVE, Objective, check_style
 from .ensemble import Ensemble, active, member_names
-from .method import MEAN, PRIOR_IN_LOSS, Draw
+from .method import MEAN, Draw
 
 
 @dataclass(kw_only=True)
@@ -43,7 +43,6 @@ class Mixture(BlobConfig, Objective, Ensemble):
 
     name = "mixture"
     paper = "2002.08791"
-    training_defaults = PRIOR_IN_LOSS
 
     def __post_init__(self) -> None:
         BlobConfig.__post_init__(self)

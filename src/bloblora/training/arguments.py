@@ -85,8 +85,8 @@ class BlobTrainingArguments(Objective, TrainingArguments):
     with b the examples of an optimizer step over all processes, D those of a pass and s = ``kl_scale``. With s = 1 that
     is the negative ELBO. Where ``kl_weighting`` is ``reweighted``, λ_i of `kl_weight` stands for 1/D.
 
-    ``max_grad_norm`` is 0: clipping shrinks the noisy NLL's gradient and with it that of the KL, in each step by
-    another factor, and so moves the point at which both are in balance.
+    ``max_grad_norm`` is of the gradients that the KL has no part in, those of B and of a head: clipping would shrink the
+    noisy NLL's gradient beside the KL's, and so move the point at which both are in balance.
 
     Raises:
         ValueError: a field is out of its range.
@@ -101,9 +101,6 @@ class BlobTrainingArguments(Objective, TrainingArguments):
     )
     eval_num_samples: int = field(
         default=0, metadata={"help": "Weight draws averaged in the Trainer's evaluation; 0 is the posterior mean."}
-    )
-    max_grad_norm: float = field(
-        default=0.0, metadata={"help": "As in TrainingArguments; 0, for clipping moves the ELBO's optimum."}
     )
     logging_nan_inf_filter: bool = field(
         default=False,

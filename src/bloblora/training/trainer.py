@@ -237,6 +237,15 @@ class BlobTrainerMixin(_Host):
             optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip the gradients that the KL has no part in; see `BlobTrainingArguments`."""
+        if (posterior := self._with_kl("joint")) is None or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        own = {parameter for tensors in posterior.parameters() for parameter in tensors}
+        assert self.optimizer is not None
+        others = [p for group in self.optimizer.param_groups for p in group["params"] if p not in own]
+        return self.accelerator.clip_grad_norm_(others, self.args.max_grad_norm)
+
     def std_parameters(self) -> list[Tensor]:
         """The parameters whose learning rate is ``std_learning_rate``: those of Ω."""
         return [] if self.posterior is None else self.posterior.parameters()[1]
