@@ -85,8 +85,8 @@ class BlobTrainingArguments(Objective, TrainingArguments):
     with b the examples of an optimizer step over all processes, D those of a pass and s = ``kl_scale``. With s = 1 that
     is the negative ELBO. Where ``kl_weighting`` is ``reweighted``, λ_i of `kl_weight` stands for 1/D.
 
-    ``max_grad_norm`` is of the gradients that the KL has no part in, those of B and of a head: clipping would shrink the
-    noisy NLL's gradient beside the KL's, and so move the point at which both are in balance.
+    ``max_grad_norm`` clips the gradients that the KL has no part in, those of B and of a head: in the others it would
+    shrink the noisy NLL's part and the KL's together, and so move the point at which both are in balance.
 
     Raises:
         ValueError: a field is out of its range.
