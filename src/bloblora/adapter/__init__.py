@@ -5,9 +5,11 @@ from .config import BlobConfig
 from .storage import (
     AdapterFileError,
     check_folder,
+    continue_from,
     library_versions,
     load,
     load_posterior,
+    posterior_config,
     save,
     save_posterior,
 )
@@ -20,11 +22,13 @@ __all__ = [
     "UnevenPartsError",
     "bayesianize",
     "check_folder",
+    "continue_from",
     "debayesianize",
     "find_posterior",
     "library_versions",
     "load",
     "load_posterior",
+    "posterior_config",
     "save",
     "save_posterior",
 ]
