@@ -84,7 +84,7 @@ class BlobConfig:
             if (name, value) in (("init_std", None), ("prior_std", "auto")):
                 continue
             if not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-                word = "; 'auto' is the only word that it may be" if isinstance(value, str) else ""
+                word = "; 'auto' is the only word that it may be" if name == "prior_std" else ""
                 raise ValueError(f"BlobConfig.{name} must be a finite number above 0, got {value!r}{word}")
         self.build_prior()
         hints = get_type_hints(type(self))

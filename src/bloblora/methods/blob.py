@@ -27,6 +27,7 @@ class Blob(BlobConfig, Objective, GaussianMethod):
     name = "blob"
     paper = "2406.11675"
     training_defaults = PRIOR_IN_LOSS
+    takes_prior = True
     sharded = True
 
     def __post_init__(self) -> None:
