@@ -79,7 +79,7 @@ def test_the_prior_of_a_run_that_starts_from_a_lora(folder, base):
     ("options", "message"),
     [
         ({"prior_from": "nowhere"}, "prior_from 'nowhere': there is no such folder; give a run's"),
-        ({"prior_from": "{folder}"}, "prior_from"),
+        ({"prior_from": "{folder}"}, "prior_from: .*: no run.json in it; give a folder that `bloblora train` wrote"),
         ({"start_from": "a"}, "start_from and prior_from both say where the training starts"),
         ({"method": "lora"}, "prior_from isn't for method 'lora'; it is for blob"),
         ({"prior": "laplace"}, "prior must be 'normal' with prior_from, whose posterior is Gaussian, got 'laplace'"),

@@ -139,13 +139,14 @@ def lora_of(config: RunConfig) -> LoraConfig | None:
     if not folder.is_dir():
         kind = "a run's" if name == "prior_from" else "a run's, or one that PEFT saved"
         raise RunError(f"{name} {given!r}: there is no such folder; give {kind}")
+    posterior = _posterior_of(folder) if name == "prior_from" else None
     lora = PeftConfig.from_pretrained(str(check_folder(folder)))
     if not isinstance(lora, LoraConfig):
         raise RunError(f"{name} {given!r}: is of type {lora.peft_type}; it must be LORA")
     fresh = config.build_lora()
     pairs: dict[str, tuple[Any, Any]] = {"r": (lora.r, fresh.r), "lora_alpha": (lora.lora_alpha, fresh.lora_alpha)}
-    if name == "prior_from":
-        pairs["factors"] = (_posterior_of(folder).factors, config.build_method().described()["factors"])
+    if posterior is not None:
+        pairs["factors"] = (posterior.factors, config.build_method().described()["factors"])
     if (folder / RUN_FILE).is_file():
         stored = read_json(folder / RUN_FILE, RunError).get("config", {})
         pairs["model"] = (stored.get("model", models.DEFAULT_MODEL), config.model)

@@ -317,7 +317,8 @@ class RunConfig:
         if (family := self.method.get("prior", "normal")) != "normal":
             yield f"prior must be 'normal' with prior_from, whose posterior is Gaussian, got {family!r}"
         for name in ("prior_mean", "prior_std", "init_std"):
-            if name in self.method:
+            default = METHODS[self.method["name"]].options()[name].default
+            if self.method.get(name, default) != default:
                 yield f"{name}: prior_from says the prior's mean and width, and where Ω starts; leave it out"
 
     def _wrong_validation(self, method: Method) -> Iterator[str]:
