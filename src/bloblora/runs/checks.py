@@ -178,7 +178,8 @@ def load_start(model: Any, config: RunConfig) -> None:
         RunError: they aren't those of this model.
     """
     assert isinstance(model, PeftModel)
-    assert (start := _start(config)) is not None
+    start = _start(config)
+    assert start is not None
     name, folder = start
     weights, fresh = load_peft_weights(folder, device="cpu"), get_peft_model_state_dict(model)
     missing = [key for key in fresh if key not in weights and ".lora_" in key]
