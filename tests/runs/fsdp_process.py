@@ -32,6 +32,7 @@ from .launched import BATCH, Quiet, settings
 TRAININGS = [
     ("paper_flow", "normal"),
     ("joint", "normal"),
+    ("joint", "normal", "auto"),
     ("paper", "normal"),
     ("paper_flow", "learned_normal"),
     ("paper_flow", "student_t"),
@@ -39,9 +40,10 @@ TRAININGS = [
 SAVED = "saved"
 
 
-def quiet(folder, style, prior, batch):
+def quiet(folder, style, prior, prior_std=0.2, *, batch):
     """Without noise, plain SGD: the weights after two passes over 24 examples, the logs, and what draws predict."""
-    model = classifier(init_std=0.25, prior=prior)
+    prior_mean = "zero" if prior_std == 0.2 else "start"
+    model = classifier(init_std=0.25, prior=prior, prior_std=prior_std, prior_mean=prior_mean)
     trainer = make_trainer(
         folder, model, 24, per_device_train_batch_size=batch, max_steps=6, optim="sgd", learning_rate=0.05,
         optimizer_style=style, std_learning_rate=0.02,

@@ -29,6 +29,13 @@ class Regression(nn.Module):
 
 def train(folder, x, y, rank, fixed=None, **config):
     """The posterior after joint training on the ELBO; a factor that is ``fixed`` is the identity and stays it."""
+    posterior = start(x, y, rank, fixed, **config)
+    go_on(folder, posterior, x, y)
+    return posterior
+
+
+def start(x, y, rank, fixed, **config):
+    """The posterior before training."""
     torch.manual_seed(0)
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=["linear"])
     model = get_peft_model(Regression(x.shape[1], y.shape[1]), lora)
@@ -36,11 +43,15 @@ def train(folder, x, y, rank, fixed=None, **config):
     if fixed is not None:
         weight = getattr(model.base_model.model.linear, f"lora_{fixed}")["default"].weight
         weight.requires_grad_(False).copy_(torch.eye(*weight.shape))
+    return posterior
+
+
+def go_on(folder, posterior, x, y):
+    """Train a posterior where it is."""
     options = dict(optimizer_style="joint", num_weight_draws=8, learning_rate=0.05, max_grad_norm=0.0)
     options |= dict(max_steps=600, per_device_train_batch_size=len(x), lr_scheduler_type="linear", logging_steps=600)
     data = [{"x": row, "y": target} for row, target in zip(x, y, strict=True)]
-    BlobTrainer(model, arguments(folder, **options), train_dataset=data).train()
-    return posterior
+    BlobTrainer(posterior.model, arguments(folder, **options), train_dataset=data).train()
 
 
 @pytest.mark.parametrize("parameterization", ["square", "softplus", "log"])
@@ -55,6 +66,28 @@ def test_the_exact_mean_field_posterior(tmp_path, factor, fixed, parameterizatio
     (mean,), (std,) = posterior.named_means().values(), posterior.named_stds().values()
     expected = torch.linalg.solve(precision, x.T @ y / NOISE**2).T
     torch.testing.assert_close(mean.detach(), expected, rtol=0.03, atol=0.02)
+    torch.testing.assert_close(std.detach(), precision.diag().rsqrt().expand(3, 3), rtol=0.08, atol=0)
+
+
+@pytest.mark.parametrize("parameterization", ["softplus", "log"])
+def test_yesterdays_posterior_as_todays_prior(tmp_path, parameterization):
+    """Two halves of the data, one after the other, give the exact posterior of all of them.
+
+    The first half's inputs are orthogonal, so that its exact posterior is a mean-field one and nothing of it is lost.
+    """
+    generator = torch.Generator().manual_seed(3)
+    orthogonal = torch.linalg.qr(torch.randn(24, 3, generator=generator))[0] * torch.tensor([6.0, 4.0, 2.0])
+    mixing = torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.9, 0.4], [0.0, 0.0, 0.8]])
+    halves = [orthogonal, torch.randn(24, 3, generator=generator) @ mixing]
+    weight = torch.randn(3, 3, generator=generator)
+    targets = [x @ weight + NOISE * torch.randn(24, 3, generator=generator) for x in halves]
+    posterior = train(tmp_path / "first", halves[0], targets[0], 3, "B", std_parameterization=parameterization)
+    posterior.update_prior()
+    go_on(tmp_path / "second", posterior, halves[1], targets[1])
+    x, y = torch.cat(halves), torch.cat(targets)
+    precision = x.T @ x / NOISE**2 + torch.eye(3) / PRIOR_STD**2
+    (mean,), (std,) = posterior.named_means().values(), posterior.named_stds().values()
+    torch.testing.assert_close(mean.detach(), torch.linalg.solve(precision, x.T @ y / NOISE**2).T, rtol=0.03, atol=0.02)
     torch.testing.assert_close(std.detach(), precision.diag().rsqrt().expand(3, 3), rtol=0.08, atol=0)
 
 

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback, default_data_collator
 
-from bloblora import BlobTrainer, bayesianize
+from bloblora import BlobTrainer, bayesianize, find_posterior
 from bloblora.training import last_checkpoint
 
 from ..conftest import tiny_llama
@@ -61,6 +61,22 @@ def test_a_resumed_training_is_bit_identical(tmp_path, uninterrupted, style, sam
     assert trainer.state.global_step == 8
     assert_equal(trainable(model), weights)
     assert logs(trainer, "elbo") == elbos
+
+
+def test_a_resumed_training_has_the_prior_of_its_start(tmp_path):
+    config = dict(prior_mean="start", prior_std="auto", std_parameterization="log", init_std=None)
+    model, again = classifier(**config), classifier(seed=8, **config)
+    trainer = make_trainer(tmp_path, model, 10, **OPTIONS)
+    trainer.train()
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    with torch.no_grad():  # so that a prior that is not loaded shows
+        for mean, std in find_posterior(again).named_priors().values():
+            mean.zero_()
+            std.fill_(1.0)
+    resumed = make_trainer(tmp_path, again, 10, **OPTIONS)
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal(trainable(again), trainable(model))
+    assert logs(resumed, "elbo") == logs(trainer, "elbo")
 
 
 @pytest.mark.parametrize("sampling", SAMPLING)

@@ -5,10 +5,12 @@ from .config import BlobConfig
 from .storage import (
     AdapterFileError,
     check_folder,
+    continue_from,
     library_versions,
     load,
     load_beside,
     load_posterior,
+    posterior_config,
     save,
     save_posterior,
 )
@@ -21,12 +23,14 @@ __all__ = [
     "UnevenPartsError",
     "bayesianize",
     "check_folder",
+    "continue_from",
     "debayesianize",
     "find_posterior",
     "library_versions",
     "load",
     "load_beside",
     "load_posterior",
+    "posterior_config",
     "save",
     "save_posterior",
 ]

@@ -1,6 +1,6 @@
 """Turning a LoRA into a distribution over LoRAs, in place."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import posterior as q
 from .config import BlobConfig
 from .sharding import changing, is_sharded, whole
-from .variant import STD_PARAMETER, BlobVariant, mean_of
+from .variant import BlobVariant, mean_of
 
 # PEFT's layer classes that ask `lora_variant` in their forward: the others would ignore the posterior in silence.
 _SUPPORTED_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"}
@@ -30,7 +30,7 @@ class Posterior:
         model: the PEFT model.
         adapter_name: the Bayesian adapter.
         config: its configuration.
-        prior: p, the same for all its entries.
+        prior: p, the same for all its entries, unless `named_priors` moves and scales it.
     """
 
     def __init__(self, model: PeftModel, adapter_name: str) -> None:
@@ -63,6 +63,45 @@ class Posterior:
         """Ω of each, by the same names and of the same shapes."""
         return {n: q.std(p, self.config.std_parameterization) for n, p in self.named_std_parameters().items()}
 
+    def named_priors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The prior's mean μ and standard deviation s of each, by the same names and of the same shapes.
+
+        Empty where all entries have the prior N(0, σp²), or ``prior``.
+        """
+        priors = {
+            key: _variant(layer, self.adapter_name).prior_of(layer, self.adapter_name, factor)
+            for key, layer, factor in self._factors()
+        }
+        return {key: prior for key, prior in priors.items() if prior is not None}
+
+    def set_priors(self, priors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Copy a prior's mean and standard deviation for each entry, by name; numbers stand for all of a factor's."""
+        for key, layer, factor in self._factors():
+            _variant(layer, self.adapter_name).set_prior(layer, self.adapter_name, factor, *priors[key])
+
+    def update_prior(self) -> None:
+        """Make the posterior as it is the prior of what follows, entry by entry: μ = M and s = Ω.
+
+        For new records, when those that it was trained on are gone.
+
+        Raises:
+            ValueError: the family of the prior isn't ``normal``, as a posterior is.
+        """
+        if self.config.prior != "normal":
+            raise ValueError(f"BlobConfig.prior must be 'normal', as the posterior is, got {self.config.prior!r}")
+        means, stds = self.named_means(), self.named_stds()
+        self.set_priors({key: (whole(mean.detach()), whole(stds[key].detach())) for key, mean in means.items()})
+
+    def restart(self) -> None:
+        """Start Ω anew, and the prior as configured, around other means than those that became Bayesian."""
+        for layer in self._layers.values():
+            _variant(layer, self.adapter_name).init(layer, self.adapter_name)
+
+    def start_std(self) -> float:
+        """The largest Ω at the start; where priors differ, that of the median entry."""
+        priors = [std.flatten() for _, std in self.named_priors().values()]
+        return self.config.start_std(torch.cat(priors).median().item() if priors else self.prior.prior_std)
+
     def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         """The means, and in the same order the unconstrained parameters of Ω."""
         return [*self.named_means().values()], [*self.named_std_parameters().values()]
@@ -73,20 +112,33 @@ class Posterior:
         Where the prior has no closed form it is an estimate, with noise from torch's global generator.
         """
         means, parameters = self.parameters()
-        return self.prior.kl([*map(whole, means)], [*map(whole, parameters)], self.config.std_parameterization)
+        prior = self._prior([*self.named_priors().values()])
+        return prior.kl([*map(whole, means)], [*map(whole, parameters)], self.config.std_parameterization)
+
+    def named_kls(self) -> dict[str, Tensor]:
+        """The KL of each Gaussian factor by its name, in nats."""
+        parameters, priors = self.named_std_parameters(), self.named_priors()
+        return {
+            key: self._prior([priors[key]] if priors else []).kl(
+                [whole(mean)], [whole(parameters[key])], self.config.std_parameterization
+            )
+            for key, mean in self.named_means().items()
+        }
 
     def kl_gradients(self) -> list[Tensor]:
         """Gradients of `kl` with respect to the tensors of `parameters`, the means before those of Ω."""
         means, parameters = self.parameters()
         if is_sharded(self.model):
             return [*torch.autograd.grad(self.kl(), [*means, *parameters])]
-        return self.prior.kl_gradients(means, parameters, self.config.std_parameterization)
+        prior = self._prior([*self.named_priors().values()])
+        return prior.kl_gradients(means, parameters, self.config.std_parameterization)
 
     def flow_(self, time: float) -> None:
         """Move the posterior, whose Ω must be G∘G, down the gradient flow of its KL; see `bloblora.posterior`."""
         means, parameters = self.parameters()
+        prior = self._prior([*self.named_priors().values()])
         with changing([*means, *parameters]) as wholes:
-            self.prior.flow_(wholes[: len(means)], wholes[len(means) :], time)
+            prior.flow_(wholes[: len(means)], wholes[len(means) :], time)
 
     @contextmanager
     def draw(self, seed: int | torch.Generator) -> Iterator[None]:
@@ -159,11 +211,12 @@ class Posterior:
             ``kl`` (nats), ``num_parameters`` (Gaussian entries), ``median_std``, ``mean_abs_mean`` (average of the
             absolute M), ``share_at_prior``: the share of entries whose Ω is within 5 % of the prior's.
         """
-        stds = torch.cat([whole(std).flatten() for std in self.named_stds().values()])
+        stds, priors = torch.cat([whole(std).flatten() for std in self.named_stds().values()]), self.named_priors()
         means = torch.cat([whole(mean).flatten() for mean in self.named_means().values()])
         with q.separate_noise(stds.device):  # looking must not change the noise of what follows
             kl = self.kl().item()
-        at_prior = (stds / self.config.prior_std - 1).abs() < _AT_PRIOR_TOLERANCE
+        widths = torch.cat([std.flatten() for _, std in priors.values()]) if priors else self.prior.prior_std
+        at_prior = (stds / widths - 1).abs() < _AT_PRIOR_TOLERANCE
         return {
             "kl": kl,
             "num_parameters": float(stds.numel()),
@@ -176,6 +229,13 @@ class Posterior:
         for name, layer in self._layers.items():
             for factor in self.config.factors:
                 yield f"{name}.lora_{factor}", layer, factor
+
+    def _prior(self, priors: Sequence[tuple[Tensor, Tensor]]) -> q.Prior | q.LocatedPrior:
+        """The prior of some factors, given μ and s of each where they have them."""
+        if not priors:
+            return self.prior
+        means, stds = zip(*priors, strict=True)
+        return q.LocatedPrior(self.prior, [*means], [*stds])
 
     @contextmanager
     def _set(self, weights: list[dict[str, Tensor]]) -> Iterator[None]:
@@ -242,9 +302,7 @@ def debayesianize(model: PeftModel, adapter_name: str | None = None) -> None:
     """
     adapter_name = adapter_name or model.active_adapter
     for _, layer in _bayesian_layers(model, adapter_name):
-        for factor in _variant(layer, adapter_name).config.factors:
-            del getattr(layer, STD_PARAMETER + factor)[adapter_name]
-        del layer.lora_variant[adapter_name]
+        _variant(layer, adapter_name).remove(layer, adapter_name)
     if not any(find_posterior(model, name) for name in model.peft_config):
         vars(model).pop("save_pretrained", None)
 

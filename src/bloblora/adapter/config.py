@@ -15,21 +15,29 @@ class BlobConfig:
         ValueError: a field is out of its range; the message names the field, its value and the range.
     """
 
-    prior_std: float = field(
+    prior_std: float | Literal["auto"] = field(
         default=0.2,
         metadata={
             "help": "Standard deviation σp of the prior, whatever its family (`learned_normal` has its own). Larger "
             "allows more uncertainty and pulls the mean less; smaller keeps the posterior closer to a point, and the "
             "adapter to the base model. Try 0.05 where the base model can answer, 0.4 below a new head "
-            "(docs/choosing.md).",
+            "(docs/choosing.md). `auto`: for each layer the root mean square of A at the start, with PEFT's default "
+            "start 1/√(3n) for n inputs, so that wider models have narrower priors; for B 1/√(3r).",
             "search": (0.03, 0.6),
+        },
+    )
+    prior_mean: Literal["zero", "start"] = field(
+        default="zero",
+        metadata={
+            "help": "Mean of the prior: `zero`, or `start`: the adapter's own weights when it became Bayesian, so that "
+            "the KL doesn't charge the random start of A."
         },
     )
     init_std: float | None = field(
         default=None,
         metadata={
-            "help": "Ω starts between half of it and it; None: half of prior_std. Where training converges it doesn't "
-            "matter; lower it when the first steps diverge."
+            "help": "Ω starts between half of it and it; None: half of the prior's width. Where training converges it "
+            "doesn't matter; lower it when the first steps diverge."
         },
     )
     std_parameterization: Literal["log", "softplus", "square"] = field(
@@ -73,24 +81,25 @@ class BlobConfig:
     def __post_init__(self) -> None:
         for name in ("prior_std", "init_std"):
             value = getattr(self, name)
-            if value is None and name == "init_std":
+            if (name, value) in (("init_std", None), ("prior_std", "auto")):
                 continue
             if not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-                raise ValueError(f"BlobConfig.{name} must be a finite number above 0, got {value!r}")
+                word = "; 'auto' is the only word that it may be" if name == "prior_std" else ""
+                raise ValueError(f"BlobConfig.{name} must be a finite number above 0, got {value!r}{word}")
         self.build_prior()
         hints = get_type_hints(type(self))
-        for name in ("std_parameterization", "estimator", "factors"):
+        for name in ("prior_mean", "std_parameterization", "estimator", "factors"):
             if (value := getattr(self, name)) not in (choices := get_args(hints[name])):
                 raise ValueError(f"BlobConfig.{name} must be one of {', '.join(choices)}, got {value!r}")
 
-    @property
-    def start_std(self) -> float:
-        """The largest Ω at the start."""
-        return self.prior_std / 2 if self.init_std is None else self.init_std
+    def start_std(self, width: float) -> float:
+        """The largest Ω at the start, under a prior of this standard deviation."""
+        return width / 2 if self.init_std is None else self.init_std
 
     def build_prior(self) -> Prior:
-        """The prior of one entry."""
-        return build_prior(self.prior, self.prior_std, self.prior_kwargs)
+        """The prior of one entry; with ``auto`` its family, to be scaled to each layer's width."""
+        std = Prior.prior_std if isinstance(self.prior_std, str) else self.prior_std
+        return build_prior(self.prior, std, self.prior_kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON takes them."""

@@ -1,8 +1,9 @@
 """A Bayesian adapter on disk: a stock LoRA of the mean, and the posterior beside it.
 
 ``adapter_config.json`` and ``adapter_model.safetensors`` are what PEFT writes for the mean: any LoRA server loads them
-(N = 0). ``posterior.safetensors`` holds the unconstrained Ω of each layer, ``blob_config.json`` what they mean and the
-hashes, its own among them, by which a torn, mixed or altered folder is recognized. A field of `BlobConfig` that is
+(N = 0). ``posterior.safetensors`` holds the unconstrained Ω of each layer, ``prior.safetensors``, where a prior has a
+mean and a width of its own for each entry or layer, both of these; ``blob_config.json`` what they mean and the hashes,
+its own among them, by which a torn, mixed or altered folder is recognized. A field of `BlobConfig` that is
 missing in it has its default; an unknown one is an error that names the version of bloblora that wrote it.
 
 Several files can't be replaced at once, so a save goes through two hidden folders inside the directory::
@@ -15,7 +16,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.metadata import version
@@ -28,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .. import posterior as q
 from ..files import json_sha256, read_json, read_tensors, tensors_sha256
 from .bayesianize import Posterior, bayesianize, find_posterior
 from .config import BlobConfig
@@ -36,12 +38,14 @@ from .variant import STD_PARAMETER
 
 FORMAT_VERSION = 2
 MEAN_CONFIG, MEAN_FILE = "adapter_config.json", "adapter_model.safetensors"
-BLOB_CONFIG, POSTERIOR_FILE = "blob_config.json", "posterior.safetensors"
+BLOB_CONFIG, POSTERIOR_FILE, PRIOR_FILE = "blob_config.json", "posterior.safetensors", "prior.safetensors"
+_PARTS = ("mean", "std")
 _README = "README.md"
 _SAVING, _SAVED = ".saving", ".saved"
 _LIBRARIES = ("bloblora", "torch", "transformers", "peft")
 _HASHED = {"mean_config_sha256": MEAN_CONFIG, "mean_sha256": MEAN_FILE, "posterior_sha256": POSTERIOR_FILE}
 _DESCRIPTION = ("format_version", "prior", "config", "libraries", *_HASHED, "sha256")
+_PRIOR = "prior_sha256"  # of the description, where there is such a file
 _SETS = ("target_modules", "exclude_modules")
 _OF_PEFT = inspect.signature(PeftModel.save_pretrained)
 
@@ -173,14 +177,16 @@ def load_beside(model: PeftModel, directory: str | os.PathLike[str], adapter_nam
 
 def _restore_posterior(model: PeftModel, folder: Path, adapter_name: str) -> None:
     if (folder / BLOB_CONFIG).exists():
-        posterior = bayesianize(model, _read_description(folder / BLOB_CONFIG)[1], adapter_name)
-        _copy_std_parameters(folder / POSTERIOR_FILE, posterior)
+        description, config = _read_description(folder / BLOB_CONFIG)
+        posterior = bayesianize(model, config, adapter_name)
+        _copy_std_parameters(folder / POSTERIOR_FILE, posterior, config)
+        _copy_prior(folder, description, posterior)
 
 
 def load_posterior(model: PeftModel, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Posterior:
-    """Copy a saved Ω into the posterior that ``model`` has already.
+    """Copy a saved Ω into the posterior that ``model`` has already, and the prior of its entries, where one was saved.
 
-    The posterior keeps its own prior and estimator; its ``std_parameterization`` must be the saved one.
+    The posterior keeps its own configuration; its ``std_parameterization`` must be the saved one.
 
     Raises:
         AdapterFileError: as for `load`, or layers, shapes or parameterization differ from the model's.
@@ -191,14 +197,36 @@ def load_posterior(model: PeftModel, directory: str | os.PathLike[str], adapter_
         raise AdapterFileError(f"{folder}: the model's adapter isn't Bayesian, so {POSTERIOR_FILE} has no place in it")
     if not (folder / BLOB_CONFIG).exists():
         raise AdapterFileError(f"{folder}: {BLOB_CONFIG} is missing: this is a plain LoRA, which has no posterior")
-    saved = _read_description(folder / BLOB_CONFIG)[1].std_parameterization
-    if saved != (wanted := posterior.config.std_parameterization):
+    description, config = _read_description(folder / BLOB_CONFIG)
+    if (saved := config.std_parameterization) != (wanted := posterior.config.std_parameterization):
         raise AdapterFileError(
             f"{folder / BLOB_CONFIG}: std_parameterization is {saved!r}, the model's posterior has {wanted!r}; "
             f"bayesianize the model with BlobConfig(std_parameterization={saved!r})"
         )
-    _copy_std_parameters(folder / POSTERIOR_FILE, posterior)
+    _copy_std_parameters(folder / POSTERIOR_FILE, posterior, config)
+    _copy_prior(folder, description, posterior)
     return posterior
+
+
+def continue_from(posterior: Posterior, directory: str | os.PathLike[str]) -> None:
+    """Make a saved posterior the prior of this one, and its Ω the start; its means have been loaded already.
+
+    Raises:
+        AdapterFileError: as for `load`, or its layers or shapes differ from the model's.
+        ValueError: by `Posterior.update_prior`.
+    """
+    folder = check_folder(directory)
+    _copy_std_parameters(folder / POSTERIOR_FILE, posterior, posterior_config(folder))
+    posterior.update_prior()
+
+
+def posterior_config(directory: str | os.PathLike[str]) -> BlobConfig:
+    """The configuration of a saved posterior.
+
+    Raises:
+        AdapterFileError: there is none, or it can't be read.
+    """
+    return _read_description(_current(directory) / BLOB_CONFIG)[1]
 
 
 def check_folder(directory: str | os.PathLike[str]) -> Path:
@@ -236,7 +264,15 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
         "mean_sha256": tensors_sha256(mean),
         "posterior_sha256": tensors_sha256(read_tensors(folder / POSTERIOR_FILE, AdapterFileError)),
     }
-    for key, name in _HASHED.items():
+    files = dict(_HASHED)
+    if _PRIOR in description:
+        files[_PRIOR] = PRIOR_FILE
+        if not (folder / PRIOR_FILE).is_file():
+            raise AdapterFileError(
+                f"{folder}: {PRIOR_FILE} is missing although {BLOB_CONFIG} names it; restore it or save again"
+            )
+        hashes[_PRIOR] = tensors_sha256(read_tensors(folder / PRIOR_FILE, AdapterFileError))
+    for key, name in files.items():
         if description[key] != hashes[key]:
             raise AdapterFileError(
                 f"{folder / name}: its SHA-256 is {hashes[key]}, but {BLOB_CONFIG} ({key}) says {description[key]!r}: "
@@ -268,15 +304,21 @@ def save_posterior(posterior: Posterior, directory: str | os.PathLike[str]) -> N
     _sort_sets(directory / MEAN_CONFIG)
     save_file(mean, directory / MEAN_FILE, metadata={"format": "pt"})
     save_file(std_parameters, directory / POSTERIOR_FILE, metadata={"format": "pt"})
+    prior = _of_priors(posterior)
     description = {
         "format_version": FORMAT_VERSION,
-        "prior": {"family": posterior.config.prior, "std": posterior.config.prior_std},
+        "prior": {"family": posterior.config.prior, "std": PRIOR_FILE if prior else posterior.config.prior_std},
         "config": posterior.config.to_dict(),
         "libraries": library_versions(),
         "mean_config_sha256": _mean_config_hash(directory / MEAN_CONFIG),
         "mean_sha256": tensors_sha256(mean),
         "posterior_sha256": tensors_sha256(std_parameters),
     }
+    if prior:
+        save_file(prior, directory / PRIOR_FILE, metadata={"format": "pt"})
+        description[_PRIOR] = tensors_sha256(prior)
+    else:
+        (directory / PRIOR_FILE).unlink(missing_ok=True)
     description["sha256"] = json_sha256(description)
     (directory / BLOB_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
@@ -327,7 +369,7 @@ def _read_description(file: Path) -> tuple[dict[str, Any], BlobConfig]:
                 f"{file}: {place}unknown fields {unknown}; {versions}: load it with a version that has them"
             )
 
-    check_known(description.keys(), set(_DESCRIPTION), "")
+    check_known(description.keys(), {*_DESCRIPTION, _PRIOR}, "")
     if missing := sorted(set(_DESCRIPTION) - description.keys()):
         raise AdapterFileError(f"{file}: missing fields {missing}; restore it or save again")
     if not isinstance(description["config"], dict):
@@ -347,22 +389,50 @@ def _read_description(file: Path) -> tuple[dict[str, Any], BlobConfig]:
 
 
 @torch.no_grad()
-def _copy_std_parameters(file: Path, posterior: Posterior) -> None:
-    """Copy the saved Ω of every layer into a posterior of the same layers."""
-    saved, wanted = read_tensors(file, AdapterFileError), posterior.named_std_parameters()
-    if saved.keys() != wanted.keys():
-        missing, extra = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+def _copy_std_parameters(file: Path, posterior: Posterior, config: BlobConfig) -> None:
+    """Copy the saved Ω of every layer, of a posterior with ``config``, into a posterior of the same layers."""
+    wanted = posterior.named_std_parameters()
+    saved = _read_layers(file, {name: parameter.shape for name, parameter in wanted.items()})
+    there, here = config.std_parameterization, posterior.config.std_parameterization
+    for name, parameter in wanted.items():
+        put_(parameter, saved[name] if there == here else q.std_parameter(q.std(saved[name], there), here))
+
+
+def _copy_prior(folder: Path, description: dict[str, Any], posterior: Posterior) -> None:
+    """Copy the saved prior of every entry, where there is one, into a posterior of the same layers."""
+    if _PRIOR not in description:
+        return
+    shapes = {f"{name}.{part}": mean.shape for name, mean in posterior.named_means().items() for part in _PARTS}
+    saved = _read_layers(folder / PRIOR_FILE, shapes, numbers=True)
+    mean, std = _PARTS
+    posterior.set_priors({name: (saved[f"{name}.{mean}"], saved[f"{name}.{std}"]) for name in posterior.named_means()})
+
+
+def _of_priors(posterior: Posterior) -> dict[str, Tensor]:
+    """What ``prior.safetensors`` holds: a number where all entries of a factor are equal."""
+    return {
+        f"{name}.{part}": (tensor.flatten()[0] if (tensor == tensor.flatten()[0]).all() else tensor).cpu().clone()
+        for name, prior in posterior.named_priors().items()
+        for part, tensor in zip(_PARTS, prior, strict=True)
+    }
+
+
+def _read_layers(file: Path, shapes: Mapping[str, torch.Size], *, numbers: bool = False) -> dict[str, Tensor]:
+    """The tensors of a file, which must have these names and shapes; with ``numbers`` one may stand for all entries."""
+    saved = read_tensors(file, AdapterFileError)
+    if saved.keys() != shapes.keys():
+        missing, extra = sorted(shapes.keys() - saved.keys()), sorted(saved.keys() - shapes.keys())
         raise AdapterFileError(
             f"{file}: its layers aren't the model's; missing {missing[:3]}, unknown {extra[:3]}; "
             "load it onto the model that it was trained on"
         )
-    for name, parameter in wanted.items():
-        if saved[name].shape != parameter.shape:
+    for name, shape in shapes.items():
+        if saved[name].shape != shape and not (numbers and saved[name].ndim == 0):
             raise AdapterFileError(
-                f"{file}: {name} has shape {tuple(saved[name].shape)}, the model's has {tuple(parameter.shape)}; "
+                f"{file}: {name} has shape {tuple(saved[name].shape)}, the model's has {tuple(shape)}; "
                 "load it onto the model that it was trained on"
             )
-        put_(parameter, saved[name])
+    return saved
 
 
 def _mean_config_hash(file: Path) -> str:
@@ -409,7 +479,7 @@ def _move_in(directory: Path) -> None:
         shutil.copyfile(saved / name, directory / f".{name}")
         _flush(directory / f".{name}")
         os.replace(directory / f".{name}", directory / name)
-    for name in {BLOB_CONFIG, POSTERIOR_FILE} - names:
+    for name in {BLOB_CONFIG, POSTERIOR_FILE, PRIOR_FILE} - names:
         (directory / name).unlink(missing_ok=True)
     saved.rename(saving)  # removed under another name: half of it must not pass for a complete save
     _remove(saving)

@@ -5,6 +5,7 @@ r"""BLoB as a LoRA variant: what PEFT calls in place of the adapter's own part o
 One forward serves every Linear kind of PEFT that asks its variants (plain, Conv1D, 8-bit, 4-bit, GPTQ, HQQ).
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import get_ident
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.layer import LoraVariant
 from peft.utils.other import transpose
 from torch import Tensor, nn
@@ -23,6 +25,11 @@ from .config import BlobConfig
 STD_PARAMETER = "blob_std_parameter_"
 """Layer attributes that hold the unconstrained Ω of each adapter, by adapter name: this and the factor's letter.
 ``adapter_model.safetensors``, a stock LoRA of the mean, is kept free of them."""
+
+
+PRIOR_MEAN, PRIOR_STD = "blob_prior_mean_", "blob_prior_std_"
+"""Likewise, where a prior has them for each entry: its mean μ and its standard deviation s. They are buffers and in no
+``state_dict``."""
 
 
 class UnevenPartsError(RuntimeError):
@@ -50,6 +57,7 @@ class BlobVariant(LoraVariant):
         self._of_threads: dict[int, tuple[Mapping[str, Tensor], int]] = {}
         self.sampling = True
         self.tied_config: PretrainedConfig | None = None
+        self._located = False  # faster than to look for buffers that aren't there
         self._merged: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,19 +80,49 @@ class BlobVariant(LoraVariant):
             del self._of_threads[get_ident()]
 
     def init(self, module: Any, adapter_name: str, **_: Any) -> None:  # type: ignore[override]
-        """Give the layer a fresh Ω parameter for each Gaussian factor, of the factor's shape."""
+        """Give the layer a fresh Ω parameter for each Gaussian factor, of the factor's shape, and its prior."""
         for factor in self.config.factors:
             name = STD_PARAMETER + factor
             if not hasattr(module, name):
                 setattr(module, name, nn.ParameterDict())
                 module.adapter_layer_names = (*module.adapter_layer_names, name)
             mean = mean_of(module, adapter_name, factor)
-            parameter = q.init_std_parameter(mean, self.config.start_std, self.config.std_parameterization)
+            given, start = self.config.prior_std, self.config.prior_mean == "start"
+            width = _auto_std(mean, factor) if isinstance(given, str) else given
+            if start or width != given:
+                prior_mean = mean if start else torch.zeros(())
+                self.set_prior(module, adapter_name, factor, prior_mean, torch.tensor(width))
+            parameter = q.init_std_parameter(mean, self.config.start_std(width), self.config.std_parameterization)
             getattr(module, name)[adapter_name] = nn.Parameter(parameter, requires_grad=mean.requires_grad)
 
     def std_parameter(self, module: Any, adapter_name: str, factor: str) -> nn.Parameter:
         """The unconstrained parameter of Ω, of the factor's shape."""
         return getattr(module, STD_PARAMETER + factor)[adapter_name]
+
+    def prior_of(self, module: Any, adapter_name: str, factor: str) -> tuple[Tensor, Tensor] | None:
+        """μ and s of the prior, of the factor's shape; None where all entries of the model have one prior."""
+        if not self._located:
+            return None
+        return getattr(module, PRIOR_MEAN + factor)[adapter_name], getattr(module, PRIOR_STD + factor)[adapter_name]
+
+    @torch.no_grad()
+    def set_prior(self, module: Any, adapter_name: str, factor: str, mean: Tensor, std: Tensor) -> None:
+        """Keep copies of μ and s, of the factor's shape or one number for all of it."""
+        like, self._located = mean_of(module, adapter_name, factor), True
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        for name, values in ((PRIOR_MEAN + factor, mean), (PRIOR_STD + factor, std)):
+            if not hasattr(module, name):
+                setattr(module, name, BufferDict(persistent=False))
+                module.other_param_names = (*module.other_param_names, name)
+            getattr(module, name)[adapter_name] = torch.empty(like.shape, dtype=dtype, device=like.device).copy_(values)
+
+    def remove(self, module: Any, adapter_name: str) -> None:
+        """Take what `init` gave the layer away again."""
+        for factor in self.config.factors:
+            for name in (STD_PARAMETER, PRIOR_MEAN, PRIOR_STD):
+                if adapter_name in (tensors := getattr(module, name + factor, {})):
+                    del tensors[adapter_name]
+        del module.lora_variant[adapter_name]
 
     def project(self, module: Any, adapter_name: str, x: Tensor) -> Tensor:
         """A x in the current mode: the fixed draw, fresh noise (train mode), or the mean; (..., n) → (..., r)."""
@@ -152,6 +190,12 @@ class BlobVariant(LoraVariant):
         delta = b.float() @ a.float() * module.scaling[adapter_name]
         delta = transpose(delta, getattr(module, "fan_in_fan_out", False))
         return delta.to(device=like.device, dtype=like.dtype)
+
+
+def _auto_std(mean: Tensor, factor: str) -> float:
+    """Width of a prior as wide as LoRA's start of A; of B, which starts at 0, as that of an A with its r inputs."""
+    default = 1 / math.sqrt(3 * mean.shape[1])  # Kaiming uniform's with a = √5, PEFT's
+    return default if factor == "B" else mean.detach().float().square().mean().sqrt().item() or default
 
 
 def _linear_of_parts(x: Tensor, weights: Tensor, rows: int) -> Tensor:

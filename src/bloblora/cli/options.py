@@ -223,9 +223,12 @@ def _read_options(file: str) -> dict[str, Any]:
 def _plain(message: str) -> str:
     """The parser's message in the words of the command line, on one line."""
     message = re.sub(r'Parser key "([^"]+)":', lambda match: f"--{match[1]}:", message.strip())
+    union = r"Does not validate against any of the Union subtypes.*?Errors:\s*- "
     # of an option that may be left out, only the kind that it may be given as
-    kind = r"Does not validate against any of the Union subtypes.*?Errors:\s*- (.*?)\s*- Expected a <class 'NoneType'>"
-    message = re.sub(kind + r".*?Given value:", r"\1. Got value:", message, flags=re.DOTALL)
+    optional = union + r"(.*?)\s*- Expected a <class 'NoneType'>.*?Given value:"
+    message = re.sub(optional, r"\1. Got value:", message, flags=re.DOTALL)
+    number_or_word = union + r"(Expected a <class '\w+'>)\s*- Expected a typing\.Literal\[(.*?)\].*?Given value:"
+    message = re.sub(number_or_word, r"\1 or \2. Got value:", message, flags=re.DOTALL)
     message = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", message)
     message = re.sub(r"Expected a typing\.Literal\[([^]]*)\]", r"expected one of \1", message)
     return re.sub(r"\s+", " ", _dashed(message)).rstrip(".")

@@ -26,6 +26,7 @@ class Blob(BlobConfig, Objective, GaussianMethod):
 
     name = "blob"
     paper = "2406.11675"
+    takes_prior = True
     sharded = True
 
     def __post_init__(self) -> None:

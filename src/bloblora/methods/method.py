@@ -78,6 +78,8 @@ class Method:
     """Whether there is one function, on which all draws agree."""
     gaussian: ClassVar[bool] = False
     """Whether draws come from a `bloblora.adapter.Posterior`, so that they can be mirrored or linearized."""
+    takes_prior: ClassVar[bool] = False
+    """Whether another run's posterior can be its prior: it has the options of `bloblora.adapter.BlobConfig`."""
     sharded: ClassVar[bool] = False
     """Whether it trains and predicts where FSDP splits the model: nothing looks at a part of a weight."""
     writes_text: ClassVar[bool] = True

@@ -26,7 +26,7 @@ _NUM_SAMPLES = 10
 # What is the inner method's: attributes, and functions.
 _INNERS = (
     *("name", "paper", "training_defaults", "lora_defaults"),
-    *("starts_from_lora", "post_hoc", "whole_model", "gaussian", "deterministic", "needs_head"),
+    *("starts_from_lora", "post_hoc", "whole_model", "gaussian", "takes_prior", "deterministic", "needs_head"),
     *("check_run", "described", "prepare", "weights_file"),
 )
 

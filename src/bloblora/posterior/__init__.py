@@ -11,7 +11,9 @@ from .gaussian import (
     sample,
     stack,
     std,
+    std_parameter,
 )
+from .located import LocatedPrior
 from .priors import (
     PRIORS,
     LaplacePrior,
@@ -29,6 +31,7 @@ __all__ = [
     "STD_PARAMETERIZATIONS",
     "LaplacePrior",
     "LearnedNormalPrior",
+    "LocatedPrior",
     "NormalPrior",
     "Prior",
     "ScaleMixturePrior",
@@ -44,4 +47,5 @@ __all__ = [
     "separate_noise",
     "stack",
     "std",
+    "std_parameter",
 ]

@@ -43,6 +43,13 @@ def log_std(parameter: Tensor, parameterization: str = "square") -> Tensor:
     return torch.where(parameter < -15, parameter, F.softplus(parameter).log())
 
 
+def std_parameter(std: Tensor, parameterization: str = "square") -> Tensor:
+    """The unconstrained parameter of a given Ω > 0: the inverse of `std`; its shape."""
+    if parameterization == "log":
+        return std.log()
+    return std.sqrt() if parameterization == "square" else std + torch.log(-torch.expm1(-std))
+
+
 @torch.no_grad()
 def init_std_parameter(mean: Tensor, init_std: float, parameterization: str = "square") -> Tensor:
     """Fresh unconstrained parameter for a posterior around ``mean``.
@@ -55,9 +62,7 @@ def init_std_parameter(mean: Tensor, init_std: float, parameterization: str = "s
     """
     dtype = torch.promote_types(mean.dtype, torch.float32)
     g = torch.empty_like(mean, dtype=dtype).uniform_(math.sqrt(init_std / 2), math.sqrt(init_std))
-    if parameterization == "log":
-        return 2 * g.log()
-    return g if parameterization == "square" else torch.log(torch.expm1(g.square()))
+    return std_parameter(g.square(), parameterization)
 
 
 def sample(mean: Tensor, std_parameter: Tensor, parameterization: str, generator: torch.Generator) -> Tensor:

@@ -11,12 +11,12 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
 from .. import models, tasks
-from ..adapter import check_folder
+from ..adapter import BlobConfig, check_folder, continue_from, find_posterior, posterior_config
 from ..data import KINDS, kind_of
 from ..files import read_json
 from ..methods import METHODS, Method
 from .config import RunConfig, RunError
-from .folder import RUN_FILE, TASK_FILE
+from .folder import RUN_FILE, TASK_FILE, open_run
 
 _FEW = 50  # a standard error of the accuracy of 0.07
 
@@ -125,62 +125,97 @@ def num_labels(task: tasks.Task) -> int | None:
 
 
 def lora_of(config: RunConfig) -> LoraConfig | None:
-    """The LoRA configuration of ``start_from``, trainable; None where a training starts afresh. No model is loaded.
+    """The LoRA configuration of what a training starts from, trainable; None: it starts afresh. No model is loaded.
 
     Raises:
-        RunError: it isn't one of the same base model, r and lora_alpha, or other options say which layers are adapted.
+        RunError: it isn't one of the same base model, r and lora_alpha, or other options say which layers are adapted;
+            ``prior_from`` has no posterior that can be this run's prior.
         AdapterFileError: its files are damaged.
     """
-    if config.start_from is None:
+    if (start := _start(config)) is None:
         return None
-    folder = Path(config.start_from)
+    name, given = start
+    folder = Path(given)
     if not folder.is_dir():
-        raise RunError(
-            f"start_from {config.start_from!r}: there is no such folder; give a run's, or one that PEFT saved"
-        )
+        kind = "a run's" if name == "prior_from" else "a run's, or one that PEFT saved"
+        raise RunError(f"{name} {given!r}: there is no such folder; give {kind}")
+    posterior = _posterior_of(folder) if name == "prior_from" else None
     lora = PeftConfig.from_pretrained(str(check_folder(folder)))
     if not isinstance(lora, LoraConfig):
-        raise RunError(f"start_from {config.start_from!r}: is of type {lora.peft_type}; it must be LORA")
+        raise RunError(f"{name} {given!r}: is of type {lora.peft_type}; it must be LORA")
     fresh = config.build_lora()
     pairs: dict[str, tuple[Any, Any]] = {"r": (lora.r, fresh.r), "lora_alpha": (lora.lora_alpha, fresh.lora_alpha)}
+    if posterior is not None:
+        pairs["factors"] = (posterior.factors, config.build_method().described()["factors"])
     if (folder / RUN_FILE).is_file():
         stored = read_json(folder / RUN_FILE, RunError).get("config", {})
         pairs["model"] = (stored.get("model", models.DEFAULT_MODEL), config.model)
-    if wrong := [f"{name} {there}, not {here}" for name, (there, here) in pairs.items() if there != here]:
-        raise RunError(f"start_from {config.start_from!r}: it has {', '.join(wrong)}; give the same")
-    given = [*(["top_blocks"] if config.top_blocks is not None else []), *config.lora]
-    if ours := [name for name in given if name not in ("r", "lora_alpha", "lora_dropout")]:
-        raise RunError(f"{ours[0]}: start_from says which layers are adapted, and how; leave it out")
+    if wrong := [f"{option} {there}, not {here}" for option, (there, here) in pairs.items() if there != here]:
+        raise RunError(f"{name} {given!r}: it has {', '.join(wrong)}; give the same")
+    options = [*(["top_blocks"] if config.top_blocks is not None else []), *config.lora]
+    if ours := [option for option in options if option not in ("r", "lora_alpha", "lora_dropout")]:
+        raise RunError(f"{ours[0]}: {name} says which layers are adapted, and how; leave it out")
     lora.inference_mode, lora.lora_dropout = False, fresh.lora_dropout
     return lora
 
 
 def check_start(config: RunConfig, task: tasks.Task) -> None:
-    """Raise a RunError where ``start_from`` is a run with other labels: its head would answer with the wrong ones."""
-    file = Path(config.start_from or "") / TASK_FILE
-    if config.start_from is None or not file.is_file():
+    """Raise a RunError where a training starts from a run with other labels: its head would answer with wrong ones."""
+    if (start := _start(config)) is None or not (file := Path(start[1]) / TASK_FILE).is_file():
         return
     labels = tasks.task_from_dict(read_json(file, RunError)).labels
     if labels != task.labels:
         there, here = (", ".join(names) if names else "none" for names in (labels, task.labels))
-        raise RunError(
-            f"start_from {config.start_from!r}: its labels are {there}, the data's {here}; `labels` takes its own"
-        )
+        raise RunError(f"{start[0]} {start[1]!r}: its labels are {there}, the data's {here}; `labels` takes its own")
 
 
-def load_start(model: Any, folder: str) -> None:
-    """Put a LoRA's weights, and its head's, into a fresh one's place.
+def load_start(model: Any, config: RunConfig) -> None:
+    """Put the weights that a training starts from, and those of a head, into a fresh LoRA's place.
+
+    Of ``prior_from`` its posterior is then the prior, and the start of Ω.
 
     Raises:
         RunError: they aren't those of this model.
     """
     assert isinstance(model, PeftModel)
+    start = _start(config)
+    assert start is not None
+    name, folder = start
     weights, fresh = load_peft_weights(folder, device="cpu"), get_peft_model_state_dict(model)
-    missing = [name for name in fresh if name not in weights and ".lora_" in name]
+    missing = [key for key in fresh if key not in weights and ".lora_" in key]
     try:
         result: Any = set_peft_model_state_dict(model, fresh | weights)  # a head may have what a plain one lacks
     except RuntimeError as error:  # of another size
-        raise RunError(f"start_from {folder!r}: doesn't fit the model: {error}") from error
+        raise RunError(f"{name} {folder!r}: doesn't fit the model: {error}") from error
     if missing or result.unexpected_keys:
         names = ", ".join([*missing, *result.unexpected_keys][:3])
-        raise RunError(f"start_from {folder!r}: doesn't fit the model: {names} are in one of them only")
+        raise RunError(f"{name} {folder!r}: doesn't fit the model: {names} are in one of them only")
+    if (posterior := find_posterior(model)) is None:
+        return
+    if name == "prior_from":
+        continue_from(posterior, folder)
+    else:
+        posterior.restart()
+
+
+def _start(config: RunConfig) -> tuple[str, str] | None:
+    """The option that says where a training starts, and its folder; a configuration has one of them at most."""
+    for name in ("start_from", "prior_from"):
+        if (folder := getattr(config, name)) is not None:
+            return name, folder
+    return None
+
+
+def _posterior_of(folder: Path) -> BlobConfig:
+    """The configuration of a finished run's Gaussian posterior; a RunError where there is none."""
+    try:
+        method = open_run(folder).method
+    except RunError as error:
+        raise RunError(f"prior_from: {error}") from error
+    if not method.gaussian:
+        known = ", ".join(name for name, kind in METHODS.items() if kind.gaussian)
+        raise RunError(
+            f"prior_from {str(folder)!r}: method {method.name!r} has no posterior of independent Gaussian entries; "
+            f"give a run of {known}"
+        )
+    return posterior_config(folder)

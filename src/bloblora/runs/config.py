@@ -92,6 +92,14 @@ class RunConfig:
             "lora_alpha. Post-hoc methods (tfb, laplace-lora) leave it as it is; other methods train it further."
         },
     )
+    prior_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a run whose posterior becomes this run's prior, mean and Ω of each entry, and its "
+            "start, with the same base model, r, lora_alpha and factors: for new records, when those of that run are "
+            "gone."
+        },
+    )
     top_blocks: int | None = field(
         default=None, metadata={"help": "Adapt layers in the last so many transformer blocks only; default: in all."}
     )
@@ -294,8 +302,24 @@ class RunConfig:
         yield from self._wrong_validation(method)
         if self.start_from is not None and not method.starts_from_lora:
             yield f"start_from isn't for method {method.name!r}"
+        if self.prior_from is not None:
+            yield from self._wrong_prior(method)
         if self.top_blocks is not None and "layers_to_transform" in self.lora:
             yield "top_blocks and layers_to_transform both say which blocks are adapted; leave one of them out"
+
+    def _wrong_prior(self, method: Method) -> Iterator[str]:
+        if self.start_from is not None:
+            yield "start_from and prior_from both say where the training starts; leave one of them out"
+        if not method.takes_prior:
+            known = ", ".join(name for name, kind in METHODS.items() if kind.takes_prior)
+            yield f"prior_from isn't for method {method.name!r}; it is for {known}"
+            return
+        if (family := self.method.get("prior", "normal")) != "normal":
+            yield f"prior must be 'normal' with prior_from, whose posterior is Gaussian, got {family!r}"
+        for name in ("prior_mean", "prior_std", "init_std"):
+            default = METHODS[self.method["name"]].options()[name].default
+            if self.method.get(name, default) != default:
+                yield f"{name}: prior_from says the prior's mean and width, and where Ω starts; leave it out"
 
     def _wrong_validation(self, method: Method) -> Iterator[str]:
         if self.validation is None:

@@ -168,8 +168,8 @@ def _fit(
     start = lora_of(config)
     base = base_model(config, task)
     model = method.prepare(base, start or _lora(config, task, base))
-    if config.start_from is not None:
-        load_start(model, config.start_from)
+    if start is not None:
+        load_start(model, config)
         training.trained = method.post_hoc
     if config.trunk_cache is not None:
         training = _above_trunk(model, training, Path(config.trunk_cache), progress)

@@ -86,20 +86,20 @@ class ElboCallback(TrainerCallback):
         self.trainer._check_weights()
         if (posterior := self.trainer.posterior) is not None:
             summary = posterior.summary()  # by all processes: each may hold a part of it
-            if state.is_world_process_zero and (problem := _degenerate(posterior.config.start_std, summary)):
+            if state.is_world_process_zero and (problem := _degenerate(posterior.start_std(), summary)):
                 warnings.warn(problem, stacklevel=1)
 
 
 @torch.no_grad()
 def _write(writer: Any, posterior: Posterior, step: int) -> None:
-    stds, parameters = posterior.named_stds(), posterior.named_std_parameters()
+    stds = posterior.named_stds()
     for name, mean in posterior.named_means().items():
         values = {"std": stds[name], "mean": mean, "signal_to_noise": mean.abs() / stds[name]}
         for kind, tensor in values.items():
             writer.add_histogram(f"{kind}/{name}", tensor.float(), step)
-        with separate_noise(mean.device):  # looking must not change the noise of what follows
-            kl = posterior.prior.kl([mean], [parameters[name]], posterior.config.std_parameterization)
-        writer.add_scalar(f"kl/{name}", kl.item(), step)
+    with separate_noise(mean.device):  # looking must not change the noise of what follows
+        for name, kl in posterior.named_kls().items():
+            writer.add_scalar(f"kl/{name}", kl.item(), step)
     writer.flush()
 
 
@@ -117,8 +117,8 @@ def _degenerate(init_std: float, summary: dict[str, float]) -> str | None:
             f"the posterior is the prior: its KL is {summary['kl']:.2f} nats, so it has learned nothing. Lower "
             "kl_scale or prior_std, raise the number of steps, or train on more data."
         )
-    # 1/√n: three standard errors of a fresh median
-    if abs(median / start - 1) < 0.02 + 1 / math.sqrt(summary["num_parameters"]):
+    # 1/√n: three standard errors of a fresh median. A median at the prior is no start, but of another run's posterior.
+    if summary["share_at_prior"] < 0.5 and abs(median / start - 1) < 0.02 + 1 / math.sqrt(summary["num_parameters"]):
         return (
             f"the posterior has not left its start: median Ω is {median:.2e}, the start {start:.2e}. Raise the "
             "number of steps, or std_learning_rate."

@@ -1,6 +1,6 @@
 """Where a training that has diverged did so."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 
 from ..adapter import Posterior
 from ..adapter.sharding import reshard
-from ..posterior import kl_gradients
 
 
 class DivergedError(FloatingPointError):
@@ -50,15 +49,14 @@ def last_bad_gradient(model: nn.Module, optimizer: Optimizer) -> str | None:
     return next((name for name, gradient in reversed(gradients) if not torch.isfinite(gradient).all()), None)
 
 
-@torch.no_grad()
-def first_bad_kl(posterior: Posterior) -> str | None:
-    """Name of the first layer whose KL has a gradient that is not finite: an Ω of 0, or one whose power overflows."""
-    parameters, config = posterior.named_std_parameters(), posterior.config
-    for name, mean in posterior.named_means().items():
-        gradients = kl_gradients([mean], [parameters[name]], config.prior_std, config.std_parameterization)
-        if not all_finite(gradients):
-            return name
-    return None
+def first_bad_kl(posterior: Posterior, gradients: Sequence[Tensor]) -> str | None:
+    """Name of the first factor whose KL has a gradient that is not finite: an Ω of 0, or one whose power overflows.
+
+    ``gradients`` are those of `Posterior.kl_gradients`.
+    """
+    names = [*posterior.named_means()]
+    pairs = zip(names, gradients[: len(names)], gradients[len(names) :], strict=True)
+    return next((name for name, *of_name in pairs if not all_finite(of_name)), None)
 
 
 def first_bad_activation(model: nn.Module, forward: Callable[[], object]) -> str | None:

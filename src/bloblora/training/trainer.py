@@ -373,7 +373,7 @@ class BlobTrainerMixin(_Host):
         with self._common_noise():
             gradients = posterior.kl_gradients()
         if not all_finite(gradients):
-            where = f"in the KL of {first_bad_kl(posterior)}: an entry of Ω is 0, or one of M or Ω is huge"
+            where = f"in the KL of {first_bad_kl(posterior, gradients)}: an entry of Ω is 0, or one of M or Ω is huge"
             raise self._diverged("the loss", where)
         return [*means, *std_parameters], gradients
 
@@ -395,7 +395,7 @@ class BlobTrainerMixin(_Host):
             name = "std_learning_rate" if self.args.optimizer_style == "joint" else "kl_learning_rate"
             if (rate := getattr(self.args, name)) is not None:
                 rates += f" or {name} {rate}"
-            rates += f" is too high, or init_std {self.posterior.config.start_std}"
+            rates += f" is too high, or init_std {self.posterior.start_std():.3g}"
         return DivergedError(
             f"{what} is not finite at step {step or self.state.global_step + 1}, {where}. Likely cause: {rates} is too "
             f"high; halve it and resume from the last checkpoint in {self.args.output_dir}."

@@ -1,0 +1,170 @@
+"""Priors with a mean and a width of their own for each entry or layer, inside a model and on disk."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributions import Normal, kl_divergence
+
+from bloblora import BlobConfig, bayesianize, find_posterior, load, save
+from bloblora.adapter import AdapterFileError, check_folder, debayesianize, load_posterior
+from tests.conftest import tiny_llama, with_lora
+
+CONFIG = BlobConfig(prior_mean="start", prior_std="auto")
+INPUTS, RANK = 32, 4
+
+
+def moved(config=CONFIG):
+    """A Bayesian model whose means have left their start."""
+    model = with_lora(tiny_llama())
+    posterior = bayesianize(model, config)
+    with torch.no_grad():
+        for mean in posterior.named_means().values():
+            mean += 0.3 * torch.randn_like(mean)
+    return model.eval()
+
+
+def kl(posterior, prior_means, prior_stds):
+    """By torch."""
+    means, stds = posterior.named_means(), posterior.named_stds()
+    return sum(
+        kl_divergence(Normal(means[name], stds[name]), Normal(prior_means[name], prior_stds[name])).sum()
+        for name in means
+    )
+
+
+def test_the_start_is_the_mean_of_the_prior():
+    model = with_lora(tiny_llama())
+    start = {
+        name.removesuffix(".default.weight"): parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if "lora_A" in name
+    }
+    posterior = bayesianize(model, BlobConfig(prior_mean="start", prior_std=0.3))
+    widths = dict.fromkeys(start, torch.tensor(0.3))
+    torch.testing.assert_close(posterior.kl(), kl(posterior, start, widths))
+    with torch.no_grad():
+        for mean in posterior.named_means().values():
+            mean.mul_(2)
+    torch.testing.assert_close(posterior.kl(), kl(posterior, start, widths))
+    torch.testing.assert_close(sum(posterior.named_kls().values()), posterior.kl())
+
+
+@pytest.mark.parametrize("factors", ["A", "B", "AB"])
+def test_auto_is_as_wide_as_the_start_of_lora(factors):
+    model = with_lora(tiny_llama(), trained=False)
+    posterior = bayesianize(model, BlobConfig(prior_std="auto", factors=factors))
+    priors, zero = posterior.named_priors(), torch.zeros(())
+    for name, mean in posterior.named_means().items():
+        if name.endswith("A"):
+            assert priors[name][1].unique().item() == pytest.approx(mean.detach().std(correction=0).item(), rel=0.02)
+            assert priors[name][1][0, 0].item() == pytest.approx(1 / math.sqrt(3 * INPUTS), rel=0.15)
+        else:
+            torch.testing.assert_close(priors[name][1], torch.full_like(mean, 1 / math.sqrt(3 * RANK)))
+        assert posterior.named_stds()[name].max() <= priors[name][1][0, 0] / 2 * (1 + 1e-6)
+    widths = {name: std for name, (_, std) in priors.items()}
+    torch.testing.assert_close(posterior.kl(), kl(posterior, dict.fromkeys(widths, zero), widths))
+
+
+def test_auto_is_that_of_a_trained_adapter():
+    model = with_lora(tiny_llama())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.fill_(0.05)
+    posterior = bayesianize(model, BlobConfig(prior_std="auto"))
+    assert all(std.unique().item() == pytest.approx(0.05) for _, std in posterior.named_priors().values())
+    with torch.no_grad():
+        for mean in posterior.named_means().values():
+            mean.fill_(0.4)
+    posterior.restart()
+    assert all(std.unique().item() == pytest.approx(0.4) for _, std in posterior.named_priors().values())
+    assert posterior.start_std() == pytest.approx(0.2)
+
+
+def test_a_posterior_becomes_the_prior():
+    posterior = find_posterior(moved(BlobConfig(std_parameterization="softplus")))
+    posterior.update_prior()
+    assert posterior.kl().item() == pytest.approx(0, abs=1e-3)
+    assert posterior.summary()["share_at_prior"] == 1
+    means, stds = (
+        {name: x.detach().clone() for name, x in of.items()} for of in (posterior.named_means(), posterior.named_stds())
+    )
+    with torch.no_grad():
+        for tensor in itertools.chain(*posterior.parameters()):
+            tensor += 0.1
+    torch.testing.assert_close(posterior.kl(), kl(posterior, means, stds))
+    student = find_posterior(moved(BlobConfig(prior="student_t")))
+    with pytest.raises(ValueError, match=r"BlobConfig.prior must be 'normal', as the posterior is, got 'student_t'"):
+        student.update_prior()
+
+
+def test_copies_and_what_is_left_without_it():
+    model = moved()
+    clone = copy.deepcopy(model)
+    assert torch.equal(find_posterior(clone).kl(), find_posterior(model).kl())
+    debayesianize(clone)
+    assert not [name for name, _ in clone.named_buffers() if "blob" in name]
+    assert bayesianize(clone).named_priors() == {}
+    assert not [name for name in model.state_dict() if "prior" in name]
+    model.delete_adapter("default")
+    assert not [name for name, _ in model.named_buffers() if "blob" in name]
+
+
+@pytest.mark.parametrize("saved_by", [save, lambda model, folder: model.save_pretrained(folder)], ids=["save", "peft"])
+@pytest.mark.parametrize("updated", [False, True])
+def test_it_comes_back_from_disk(tmp_path, saved_by, updated):
+    model = moved()
+    posterior = find_posterior(model)
+    if updated:
+        posterior.update_prior()
+    saved_by(model, tmp_path)
+    assert not [name for name in load_file(tmp_path / "adapter_model.safetensors") if "blob" in name]
+    file = load_file(tmp_path / "prior.safetensors")
+    assert {tensor.ndim for name, tensor in file.items() if name.endswith("std")} == {2 if updated else 0}
+    again = find_posterior(load(tiny_llama(), tmp_path))
+    assert again.config == posterior.config
+    assert torch.equal(again.kl(), posterior.kl())
+    other = moved(BlobConfig())
+    load_posterior(other, tmp_path)
+    for name, prior in find_posterior(other).named_priors().items():
+        assert all(map(torch.equal, prior, posterior.named_priors()[name]))
+    saved_by(moved(BlobConfig()), tmp_path)
+    assert not (tmp_path / "prior.safetensors").exists()
+    assert find_posterior(load(tiny_llama(), tmp_path)).named_priors() == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file.unlink(), "prior.safetensors is missing although blob_config.json names it"),
+        (lambda file: file.write_bytes(file.read_bytes()[:100]), "not readable as safetensors"),
+        (
+            lambda file: save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file),
+            r"its SHA-256 is .* but blob_config.json \(prior_sha256\) says",
+        ),
+    ],
+    ids=["gone", "cut", "altered"],
+)
+def test_damage_is_noticed(tmp_path, change, message):
+    save(moved(), tmp_path)
+    assert check_folder(tmp_path) == tmp_path
+    change(tmp_path / "prior.safetensors")
+    with pytest.raises(AdapterFileError, match=message):
+        load(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prior_std": "wide"}, r"prior_std must be a finite number above 0, got 'wide'; 'auto' is the only word"),
+        ({"init_std": "auto"}, r"init_std must be a finite number above 0, got 'auto'"),
+        ({"prior_mean": "zeros"}, r"prior_mean must be one of zero, start, got 'zeros'"),
+    ],
+)
+def test_values_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        BlobConfig(**options)
