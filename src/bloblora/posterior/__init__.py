@@ -9,6 +9,7 @@ from .gaussian import (
     kl_gradients,
     log_std,
     sample,
+    scaled,
     stack,
     std,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "log_std",
     "project",
     "sample",
+    "scaled",
     "separate_noise",
     "stack",
     "std",

@@ -43,6 +43,16 @@ def log_std(parameter: Tensor, parameterization: str = "square") -> Tensor:
     return torch.where(parameter < -15, parameter, F.softplus(parameter).log())
 
 
+def scaled(parameter: Tensor, factor: float, parameterization: str = "square") -> Tensor:
+    """The unconstrained parameter of ``factor``·Ω, for a factor above 0; shape of ``parameter``."""
+    if parameterization == "log":
+        return parameter + math.log(factor)
+    if parameterization == "square":
+        return parameter * math.sqrt(factor)
+    wide = factor * F.softplus(parameter)
+    return wide + (-torch.expm1(-wide)).log()
+
+
 @torch.no_grad()
 def init_std_parameter(mean: Tensor, init_std: float, parameterization: str = "square") -> Tensor:
     """Fresh unconstrained parameter for a posterior around ``mean``.
