@@ -92,13 +92,13 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
         if stored.get("training"):
             processes().wait_for_everyone()  # until nobody needs the folder
             return load_run(output)
+        check_rescaling(config, kept, validation if len(validation) else held_out)
         tokenizer = models.load_tokenizer(config.model)
         task_options = {name: value for name, value in config.task.items() if name != "name"}
         task = tasks.build_task(config.task["name"], records, tokenizer, **task_options)
         check_targets(config, task)
         lora_of(config)
         check_start(config, task)
-        check_rescaling(config, kept, validation if len(validation) else held_out)
         if method.holdout and not len(held_out) and not len(validation):
             name = "temperature_scaling" if config.temperature_scaling else "holdout"
             raise RunError(f"{name} {method.holdout} of {len(records)} records holds none out; give a larger share")
