@@ -13,14 +13,17 @@ from transformers import TrainerCallback
 from bloblora import posterior as q
 from bloblora import runs
 from bloblora.adapter import BlobConfig, bayesianize
+from bloblora.hub import model_card
 from bloblora.methods import Method, Rescaled, Training, rescaled
 from bloblora.methods.rescaled import _HeldOut, fit_scales, folds
 from bloblora.methods.scalabl import ScaledRows
 from bloblora.methods.swag import LowRank
 from bloblora.methods.vbll import LastLayer, LastLayerDraws
 from bloblora.prediction import Point, WeightDraws
+from bloblora.serving import Settings, load_hosted, open_hosted
 from tests.conftest import tiny_llama, with_lora
 from tests.methods.test_known_answers import Net
+from tests.serving.conftest import serving
 from tests.tiny_base import queries, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -215,6 +218,18 @@ def test_a_scaled_posterior_comes_back(method, config):
     assert torch.equal(loaded.predict(queries(), 3).log_probs, run.predict(queries(), 3).log_probs)
     metrics = runs.evaluate(loaded, queries() * 5, options=runs.PredictionOptions(samples=10))
     assert (metrics["temperature"], metrics["width"]) == (fitted["temperature"], fitted["width"])
+    card = str(model_card(run.config.output))
+    assert f"| temperature T of the logits | {fitted['temperature']:.4g}" in card
+    assert f"| scale τ of the width | {fitted['width']:.4g}" in card
+    settings = Settings(samples=3)
+    with serving(load_hosted(open_hosted([run.config.output], settings), settings), settings) as client:
+        (model,) = client.get("/v1/models").json()["models"]
+        answers = client.post("/v1/predict", json={"inputs": [{"text": r["text"]} for r in queries()]}).json()[
+            "answers"
+        ]
+    assert (model["temperature"], model["width"]) == (fitted["temperature"], fitted["width"])
+    served = torch.tensor([[answer["probabilities"][label] for label in run.task.labels] for answer in answers])
+    torch.testing.assert_close(served, run.predict(queries(), 3).probabilities, rtol=1e-4, atol=1e-6)
 
 
 class Stop(Exception):
@@ -247,6 +262,25 @@ def test_a_run_with_folds_is_the_run_without_and_goes_on_where_it_was(config, tm
     found = runs.train(stopped, progress=False)
     assert found.training["rescaling"] == expected.training["rescaling"]
     assert torch.equal(found.predict(queries(), 3).log_probs, expected.predict(queries(), 3).log_probs)
+
+
+@few
+def test_folds_over_a_cached_trunk(config, tmp_path):
+    """A fold's model has the trunk of the run's."""
+    plain = config(temperature_folds=2, top_blocks=1)
+    cached = plain.with_options(output=str(tmp_path / "cached"), trunk_cache=str(tmp_path / "cache"))
+    expected, found = (runs.train(c, progress=False).training["rescaling"] for c in (plain, cached))
+    assert found["nll_before"] == pytest.approx(expected["nll_before"], rel=1e-4)
+
+
+@few
+@pytest.mark.parametrize("method", ["ensemble", "swag", "scalabl", "c-lora", "laplace-lora", "mc-dropout", "full"])
+def test_folds_of_other_methods(method, config):
+    options = {"ensemble": {"members": 2}, "laplace-lora": {"prior_precision": 30.0}}.get(method, {})
+    run = runs.train(config(temperature_folds=2, method=method, **options), progress=False)
+    assert ("width" in run.training["rescaling"]) == (method in ("swag", "scalabl"))
+    loaded = runs.load_run(run.config.output)
+    assert torch.equal(loaded.predict(queries(), 3).log_probs, run.predict(queries(), 3).log_probs)
 
 
 @pytest.mark.parametrize(
