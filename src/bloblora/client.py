@@ -112,7 +112,8 @@ class DrawClient:
         draws = self._map(lambda name, example: ask(name, *example), examples)
         flat = [torch.tensor(row) for rows in draws for row in rows]
         padded = pad_sequence(flat, batch_first=True, padding_value=-math.inf)
-        log_probs = padded.unflatten(0, (len(self.names), len(examples))).log_softmax(-1)
+        logits = padded.unflatten(0, (len(self.names), len(examples)))
+        log_probs = (logits / self.manifest.temperature).log_softmax(-1)
         return Prediction(log_probs, self.manifest.num_samples)
 
     def generate(self, records: Sequence[dict[str, Any]], max_new_tokens: int = 64, **options: Any) -> DrawTexts:

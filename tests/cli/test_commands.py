@@ -103,6 +103,14 @@ def test_train_for_people(call, files, tmp_path):
     assert "{'" not in out  # the Trainer's logs
 
 
+@pytest.mark.filterwarnings("ignore:temperature_folds:UserWarning")
+def test_train_says_what_was_fitted(call, files, tmp_path):
+    options = ("--method", "blob", "--temperature-folds", "2", *SETTINGS)
+    status, out, _ = call("train", "--data", files.texts, "--model", files.base, *options, "--output", tmp_path / "run")
+    assert status == 0
+    assert re.search(r"temperature [\d.]+, scale of the width [\d.]+: NLL [\d.]+ to [\d.]+ on 4 records", out)
+
+
 def test_evaluate_agrees_with_scikit_learn_on_what_predict_says(call, run, files, tmp_path):
     metrics, diagram = tmp_path / "new" / "metrics.json", tmp_path / "new" / "diagram.png"
     arguments = ("--ood", files.outside, "--samples", "4", "--output", metrics, "--diagram", diagram)

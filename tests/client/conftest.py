@@ -37,11 +37,12 @@ def exported(tmp_path_factory):
     tiny_causal(hidden_size=128).save_pretrained(folder / "base")
     train_tokenizer().save_pretrained(folder / "base")
 
-    def exported(task):
-        run, out = folder / task, folder / f"{task}-export"
+    def exported(task, **changes):
+        name = "-".join([task, *changes])
+        run, out = folder / name, folder / f"{name}-export"
         if not out.is_dir():
             data = str(write_jsonl(folder / f"{task}.jsonl", RECORDS[task] * 2))
-            options = {"steps": 10, "batch_size": 2, "r": 8, "learning_rate": 0.02, "init_std": 0.2}
+            options = {"steps": 10, "batch_size": 2, "r": 8, "learning_rate": 0.02, "init_std": 0.2} | changes
             config = runs.RunConfig.of(data=data, output=str(run), model=str(folder / "base"), task=task, **options)
             runs.train(config, progress=False)
             export(run, out, num_samples=SAMPLES, seed=SEED)
@@ -81,13 +82,15 @@ def peft_url(exported):
     """Of a server of a task's export, by stock PEFT; started once a task."""
     started, urls = [], {}
 
-    def peft_url(task):
-        if task not in urls:
+    def peft_url(task, **changes):
+        key = (task, *changes)
+        if key not in urls:
             program, port = Path(__file__).with_name("peft_server.py"), free_port()
-            server = serving([sys.executable, str(program), str(exported(task).folder), str(port)], port, 120)
-            urls[task] = server.__enter__()
+            command = [sys.executable, str(program), str(exported(task, **changes).folder), str(port)]
+            server = serving(command, port, 120)
+            urls[key] = server.__enter__()
             started.append(server)
-        return urls[task]
+        return urls[key]
 
     yield peft_url
     for server in started:

@@ -7,11 +7,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
+import torch
 
 from bloblora.client import DrawClient, ServerError
 from bloblora.export import export
 from bloblora.runs import RunError
 from tests.client.checks import check_choices, check_texts
+from tests.client.conftest import SAMPLES, SEED
 from tests.tiny_base import QUESTIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,6 +37,17 @@ def test_a_server_a_draw(exported, peft_url):
     check_choices(case, {name: url for name in ("draw_00", "draw_01", "draw_02")})
     with pytest.raises(ValueError, match="base_url: no URL for draw_01, draw_02; give one for each of draw_00"):
         DrawClient(case.folder, {"draw_00": url})
+
+
+@pytest.mark.filterwarnings("ignore:temperature_scaling:UserWarning")
+def test_the_manifests_temperature_divides(exported, peft_url):
+    case = exported("choice_text", temperature_scaling=0.5)
+    assert case.run.sampler.temperature != 1
+    url = peft_url("choice_text", temperature_scaling=0.5)
+    expected = case.run.predict(case.records, SAMPLES, SEED)
+    found = DrawClient(case.folder, url).predict(case.records)
+    tolerance = 2e-5 * max(1, 1 / case.run.sampler.temperature)
+    torch.testing.assert_close(found.draw_probabilities, expected.draw_probabilities, rtol=0, atol=tolerance)
 
 
 def test_texts_are_those_of_generate(exported, peft_url):

@@ -150,14 +150,9 @@ def test_half_precision_rounds_the_tensors(run_of, tmp_path):
     stock(half, "draw_00")
 
 
-SCALED = {"temperature_scaling": 0.5}
-
-
 @pytest.mark.parametrize(
     ("method", "options", "arguments", "message"),
     [
-        ("lora", SCALED, {}, "method 'lora' with temperature scaling: .* export a run that was trained without it"),
-        ("blob", SCALED, {}, "method 'blob' with temperature scaling"),
         ("laplace-lora", {}, {}, "method 'laplace-lora': a draw of a linearized model is no adapter; export its mean"),
         ("c-lora", {}, {"num_samples": 0}, "method 'c-lora': its ΔW depends on the input, .* export a run of another"),
         (
@@ -181,6 +176,20 @@ def test_what_cannot_be_exported(method, options, arguments, message, run_of, tm
     with pytest.raises(ValueError, match=message):
         export(run_of(method, **options), tmp_path / "out", **arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["lora", "merged", "gguf"])
+@pytest.mark.filterwarnings("ignore:temperature_scaling:UserWarning")
+def test_a_temperature_is_in_the_manifest(format, run_of, tmp_path):
+    directory = run_of("blob", temperature_scaling=0.5)
+    export(directory, tmp_path / "out", format, num_samples=2)
+    manifest, run = read_manifest(tmp_path / "out"), runs.load_run(directory)
+    assert manifest.temperature == run.sampler.temperature != 1
+    assert f"temperature {manifest.temperature:.4g} divides the logits" in manifest.warnings[-1]
+    if format == "lora":  # the draws' logits over T are those of `predict`
+        for name, row in zip(manifest.draws, run.predict(QUESTIONS, 2).log_probs, strict=True):
+            found = log_probs(stock(tmp_path / "out", name), run.task, QUESTIONS, run.tokenizer)
+            torch.testing.assert_close((found / manifest.temperature).log_softmax(-1), row, rtol=1e-3, atol=1e-3)
 
 
 def test_laplace_has_a_mean(run_of, tmp_path):

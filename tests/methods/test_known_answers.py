@@ -19,8 +19,8 @@ from bloblora.methods.ivon import Ivon
 from bloblora.methods.map import Map, squared_norm
 from bloblora.methods.mc_dropout import DroppedColumns, McDropout
 from bloblora.methods.mixture import Components, Mixture
+from bloblora.methods.rescaled import fit_temperature
 from bloblora.methods.scalabl import Scalabl, ScaledRows, _fold, _layers
-from bloblora.methods.temperature import fit_temperature
 from bloblora.methods.tfb import _NUM_SAMPLES, Tfb, last_layers, rotate, set_noise
 from bloblora.prediction import WeightDraws, predict
 from tests.conftest import tiny_llama, with_lora
@@ -190,7 +190,7 @@ def test_temperature_brings_back_the_scale_of_logits():
     logits = 2 * torch.randn(20_000, 5, generator=generator)
     labels = logits.softmax(-1).multinomial(1, generator=generator)[:, 0]
     for scale in (0.4, 1.0, 3.0):
-        found = fit_temperature((scale * logits).log_softmax(-1)[None], labels)
+        found = fit_temperature([(scale * logits).log_softmax(-1)[None]], [labels])
         # the Fisher information of log T is the mean variance of the logits under the model, times n
         p = logits.softmax(-1)
         information = ((p * logits**2).sum(-1) - (p * logits).sum(-1) ** 2).sum()

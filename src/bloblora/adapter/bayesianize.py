@@ -140,6 +140,17 @@ class Posterior:
         with changing([*means, *parameters]) as wholes:
             prior.flow_(wholes[: len(means)], wholes[len(means) :], time)
 
+    def spread(self) -> list[Tensor]:
+        """The unconstrained parameters of Ω."""
+        return self.parameters()[1]
+
+    def scale_(self, factor: float) -> None:
+        """Multiply Ω by a factor above 0, in place."""
+        with changing(self.spread()) as parameters:
+            for parameter in parameters:
+                std = factor * q.std(parameter, self.config.std_parameterization)
+                parameter.copy_(q.std_parameter(std, self.config.std_parameterization))
+
     @contextmanager
     def draw(self, seed: int | torch.Generator) -> Iterator[None]:
         """Fix one draw of all weights: every forward inside is one function, in train and in eval mode.

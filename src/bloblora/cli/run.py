@@ -71,6 +71,8 @@ def train(config: RunConfig, json: bool = False, tensorboard: str | None = None)
     print(f"trained {config.method['name']} in {run.training['seconds']:.0f} s: training NLL {final['nll']:.4f}")
     if summary:
         print(f"posterior: median Ω {summary['median_std']:.4f}, KL {summary['kl']:.0f} nats")
+    if rescaling := run.training.get("rescaling"):
+        print(_rescaled(rescaling))
     if validation := run.training.get("validation"):
         print(_validated(validation))
     following, option = ("generate", "input") if run.task.kind == "generation" else ("evaluate", "data")
@@ -333,6 +335,13 @@ def generate(directory: str, input: str, options: GenerationOptions, output: str
             run = run or runs.load_run(description)
             settings = {"batch_size": options.batch_size, **options.of_transformers()}
             _write_lines(handle, run.describe_texts(records, options.samples, options.seed, **settings))
+
+
+def _rescaled(rescaling: dict[str, Any]) -> str:
+    """T and τ, and what they changed on the records that they were fitted on."""
+    width = f", scale of the width {rescaling['width']:.3g}" if "width" in rescaling else ""
+    nll = f"NLL {rescaling['nll_before']:.4f} to {rescaling['nll']:.4f} on {rescaling['num_records']} records"
+    return f"temperature {rescaling['temperature']:.3g}{width}: {nll}"
 
 
 def _validated(validation: dict[str, Any]) -> str:

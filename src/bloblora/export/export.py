@@ -29,6 +29,10 @@ _HEAD = (
     "the adapters carry a classification head (modules_to_save): PEFT loads it, but servers of text completions have "
     "no place for it; use --format merged, or `bloblora serve`"
 )
+_TEMPERATURE = (
+    "the run's temperature {:.4g} divides the logits of labels or choices, which no weights of these files do: "
+    "bloblora.client divides, other programs' probabilities lack it"
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Manifest:
         seed: of the draws.
         mean: the mean's name, or None where it isn't there.
         draws: names of the draws in order; a server must serve them by these. A file or folder has the same name.
+        temperature: T, by which a task's logits are divided; no weights hold it, and `bloblora.client` does it.
         task: how records become prompts and answers, for `bloblora.tasks.task_from_dict`.
         commands: what to run in the export's folder, by program.
         warnings: what the files can't do.
@@ -60,6 +65,7 @@ class Manifest:
     mean: str | None
     draws: list[str]
     task: dict[str, Any]
+    temperature: float = 1.0
     commands: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     libraries: dict[str, str] = field(default_factory=dict)
@@ -122,6 +128,9 @@ def export(
             written = _write_merged(run, folder, draw, seed)
         else:
             written = _write_adapters(run, folder, format, num_samples, seed, DTYPES[dtype], base)
+        temperature = run.scales.get("temperature", 1.0)
+        if temperature != 1:
+            written["warnings"] = [*written.get("warnings", []), _TEMPERATURE.format(temperature)]
         manifest = Manifest(
             format=format,
             base_model=base,
@@ -130,6 +139,7 @@ def export(
             num_samples=num_samples,
             seed=seed,
             task=run.task.to_dict(),
+            temperature=temperature,
             libraries=library_versions(),
             **written,
         )

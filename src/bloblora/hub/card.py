@@ -144,7 +144,11 @@ def _settings(description: RunDescription) -> dict[str, Any]:
     usual = (*LORA, "max_steps", "per_device_train_batch_size", "learning_rate", "dtype", "seed")
     given = {name: value for name, value in config.given().items() if name not in _NOT_SETTINGS}
     rows = {name: config.value(name) for name in (*usual, *config.lora, *config.training)} | given
-    return rows | description.method.described() | {"training time, seconds": seconds and round(seconds)}
+    fitted = description.training.get("rescaling", {})
+    rescaled = {"temperature T of the logits": fitted.get("temperature"), "scale τ of the width": fitted.get("width")}
+    rescaled = {name: value and float(f"{value:.4g}") for name, value in rescaled.items()}
+    rows |= description.method.described() | rescaled
+    return rows | {"training time, seconds": seconds and round(seconds)}
 
 
 def _metrics(measured: Mapping[str, Mapping[str, float]]) -> str:

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from ..registry import Registry
 from .method import Draw, GaussianMethod, Method, Training
-from .temperature import TemperatureScaled
+from .rescaled import Rescaled
 
 
 def _problem(name: str, kind: Any) -> str | None:
@@ -46,4 +46,4 @@ METHODS: Registry[type[Method]] = Registry(
 )
 """The methods by name."""
 
-__all__ = ["METHODS", "Draw", "GaussianMethod", "Method", "TemperatureScaled", "Training"]
+__all__ = ["METHODS", "Draw", "GaussianMethod", "Method", "Rescaled", "Training"]

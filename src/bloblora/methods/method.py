@@ -194,6 +194,7 @@ class Training:
         patience: evaluations without improvement after which a training stops; None: it runs to its end.
         validated: what each training with ``validation`` found, see `Validated`.
         logs: those of the last training that hold its losses.
+        found: what a method says in ``run.json`` of what it chose, by name.
         trained: the model comes trained; `train_lora` leaves it as it is.
     """
 
@@ -206,6 +207,7 @@ class Training:
     validated: list[Validated] = field(default_factory=list)
     callbacks: Sequence[TrainerCallback] = ()
     logs: list[dict[str, Any]] = field(default_factory=list)
+    found: dict[str, Any] = field(default_factory=dict)
     trained: bool = False
 
     def train_lora(self, model: nn.Module) -> None:

@@ -86,6 +86,20 @@ class Components(Sampler):
         self._model = model
         self._posteriors = [Posterior(model, name) for name in model.peft_config]
 
+    @property
+    def scalable(self) -> Components:
+        """Itself: the spread around each mean, not that of the means."""
+        return self
+
+    def spread(self) -> list[Tensor]:
+        """The unconstrained parameters of Ω of all components."""
+        return [parameter for posterior in self._posteriors for parameter in posterior.spread()]
+
+    def scale_(self, factor: float) -> None:
+        """Multiply Ω of all components by a factor above 0, in place."""
+        for posterior in self._posteriors:
+            posterior.scale_(factor)
+
     def draws(self, seed: int) -> Iterator[tuple[Posterior, Weights]]:
         """One draw after the other, and whose it is."""
         seeds = torch.Generator().manual_seed(seed)

@@ -149,6 +149,16 @@ class ScaledRows(ScaledA):
         super().__init__(model)
         self.ratios = ratios
 
+    def spread(self) -> list[Tensor]:
+        """σ/μ of each layer."""
+        return [*self.ratios.values()]
+
+    @torch.no_grad()
+    def scale_(self, factor: float) -> None:
+        """Multiply σ by a factor above 0, in place."""
+        for ratio in self.ratios.values():
+            ratio.mul_(factor)
+
     def scale(self, layer: str, weight: Tensor, generator: torch.Generator) -> Tensor:
         """1 + (σ/μ) ε, (r, 1)."""
         noise = torch.randn(weight.shape[0], generator=generator, device=generator.device).to(weight)

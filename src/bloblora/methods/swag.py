@@ -314,6 +314,16 @@ class LowRank(OfPosterior):
 
     columns: dict[str, Tensor]
 
+    def spread(self) -> list[Tensor]:
+        """The parameters of Ω, and C."""
+        return [*self.posterior.spread(), *self.columns.values()]
+
+    def scale_(self, factor: float) -> None:
+        """Multiply Ω and C by a factor above 0, in place."""
+        self.posterior.scale_(factor)
+        for columns in self.columns.values():
+            columns.mul_(factor)
+
     def sample(self, generator: torch.Generator) -> Weights:
         """The weights of the next draw."""
         weights = self.posterior.sample(generator)

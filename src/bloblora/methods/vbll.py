@@ -156,6 +156,18 @@ class LastLayer:
         """The parameters of S."""
         return [getattr(self.head, name) for name in (_LOG_STD, _OFF_DIAGONAL) if hasattr(self.head, name)]
 
+    def spread(self) -> list[Tensor]:
+        """The parameters of S."""
+        return [*self.covariance()]
+
+    @torch.no_grad()
+    def scale_(self, factor: float) -> None:
+        """Multiply L by a factor above 0, in place."""
+        log_std, *off = self.covariance()
+        log_std.add_(math.log(factor))
+        for part in off:
+            part.mul_(factor)
+
     def factor_times(self, x: Tensor) -> Tensor:
         """L x of each class, for x (..., C, d)."""
         log_std, *off = self.covariance()
@@ -223,6 +235,11 @@ class LastLayerDraws(Sampler):
         logits, states = with_states(self.layer.head, forward)
         for _ in range(num_samples):
             yield logits + states @ self.change(generator).to(states).T
+
+    @property
+    def scalable(self) -> LastLayer:
+        """S."""
+        return self.layer
 
     @torch.no_grad()
     def change(self, generator: torch.Generator) -> Tensor:

@@ -3,13 +3,14 @@
 from .approximations import Linearized, StoppingRule, TopBlocks
 from .hidden import hidden_states
 from .prediction import Prediction, average_draws, predict
-from .sampler import Point, Sampler, Tempered, WeightDraws
+from .sampler import Point, Sampler, ScalableWeights, Tempered, WeightDraws
 
 __all__ = [
     "Linearized",
     "Point",
     "Prediction",
     "Sampler",
+    "ScalableWeights",
     "StoppingRule",
     "Tempered",
     "TopBlocks",

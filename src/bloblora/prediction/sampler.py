@@ -36,6 +36,11 @@ class Sampler(ABC):
         """The same, but that its draws of the weights are changed; itself where it draws no weights."""
         return self
 
+    @property
+    def scalable(self) -> ScalableWeights | None:
+        """What of it decides how far draws spread, where that can be scaled."""
+        return None
+
 
 class WeightDistribution(Protocol):
     """A distribution over weights, such as `bloblora.adapter.Posterior`."""
@@ -76,6 +81,19 @@ class MirroredWeights(StackedWeights, Protocol):
 
     def fixed(self, weights: Any) -> AbstractContextManager[None]:
         """These weights are in force inside."""
+        ...
+
+
+@runtime_checkable
+class ScalableWeights(Protocol):
+    """A distribution over weights whose draws can spread less or more, such as `bloblora.adapter.Posterior`."""
+
+    def spread(self) -> list[Tensor]:
+        """The tensors that `scale_` changes."""
+        ...
+
+    def scale_(self, factor: float) -> None:
+        """Multiply how far each draw is from the mean by a factor above 0, in place."""
         ...
 
 
@@ -132,6 +150,11 @@ class WeightDraws(Sampler):
         """What ``change`` makes of it."""
         return change(self)
 
+    @property
+    def scalable(self) -> ScalableWeights | None:
+        """The weights."""
+        return self.weights if isinstance(self.weights, ScalableWeights) else None
+
     def _samples(self, generator: torch.Generator) -> Iterator[Any]:
         """The weights of one draw after the other."""
         assert isinstance(self.weights, StackedWeights)
@@ -158,6 +181,11 @@ class Tempered(Sampler):
     def approximated(self, change: Callable[[WeightDraws], Sampler]) -> Sampler:
         """The other sampler's, under the same temperature."""
         return replace(self, sampler=self.sampler.approximated(change))
+
+    @property
+    def scalable(self) -> ScalableWeights | None:
+        """The other sampler's."""
+        return self.sampler.scalable
 
 
 def _together(

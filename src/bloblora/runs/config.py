@@ -14,7 +14,7 @@ import yaml
 from peft import LoraConfig, PeftConfig
 
 from .. import models, tasks
-from ..methods import METHODS, Method, TemperatureScaled
+from ..methods import METHODS, Method, Rescaled
 from ..training import OBJECTIVE, BlobTrainingArguments
 
 SHORT = {"steps": "max_steps", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
@@ -128,8 +128,16 @@ class RunConfig:
     temperature_scaling: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the training records that is held out to fit a temperature (arXiv 1706.04599), on top of "
-            "any method; 0 for none. With `validation` its records are used instead, and none are held out."
+            "help": "Share of the training records that is held out to fit a temperature (arXiv 1706.04599), and where "
+            "draws have a width that can be scaled, a scale of it, on top of any method; 0 for none. With `validation` "
+            "its records are used instead, and none are held out."
+        },
+    )
+    temperature_folds: int | None = field(
+        default=None,
+        metadata={
+            "help": "Fit them by cross-validation instead, where records are few: all records are trained on, and so "
+            "many trainings more, each without one part of the records, predict that part. Costs K + 1 trainings."
         },
     )
     keep_checkpoints: bool = field(
@@ -218,7 +226,10 @@ class RunConfig:
         """
         options = {name: value for name, value in self.method.items() if name != "name"}
         method = METHODS[self.method["name"]](**options)
-        return TemperatureScaled(inner=method, holdout=self.temperature_scaling) if self.temperature_scaling else method
+        if not self.temperature_scaling and self.temperature_folds is None:
+            return method
+        share, folds = self.temperature_scaling, self.temperature_folds
+        return Rescaled(inner=method, holdout=share, folds=folds, seed=self.limit_seed)
 
     def build_lora(self, **options: Any) -> LoraConfig:
         """LoRA's configuration: the method's defaults, what was given, and what the run adds."""
@@ -297,6 +308,7 @@ class RunConfig:
             return
         if self.temperature_scaling and method.inner.holdout:  # type: ignore[attr-defined]
             yield "temperature_scaling and holdout both hold records out; leave one of them out"
+        yield from self._wrong_folds(method)
         if self.trunk_cache is not None and (self.top_blocks is None or (method.holdout and self.validation is None)):
             yield "trunk_cache needs top_blocks, and a method that trains on all records"
         yield from self._wrong_validation(method)
@@ -320,6 +332,17 @@ class RunConfig:
             default = METHODS[self.method["name"]].options()[name].default
             if self.method.get(name, default) != default:
                 yield f"{name}: prior_from says the prior's mean and width, and where Ω starts; leave it out"
+
+    def _wrong_folds(self, method: Method) -> Iterator[str]:
+        if self.temperature_folds is None:
+            return
+        if self.temperature_scaling:
+            yield "temperature_scaling and temperature_folds both fit a temperature; leave one of them out"
+        if self.start_from is not None and method.post_hoc:
+            yield (
+                f"temperature_folds: nothing is trained with start_from and method {method.name!r}, so that no record "
+                "is out of a fold; give temperature_scaling, with records that the LoRA hasn't seen"
+            )
 
     def _wrong_validation(self, method: Method) -> Iterator[str]:
         if self.validation is None:
@@ -461,6 +484,7 @@ def _ranges() -> dict[str, tuple[Callable[[Any], bool], str]]:
         return lambda v: isinstance(v, kinds) and not isinstance(v, bool) and math.isfinite(v) and right(v)
 
     count = number(lambda v: v >= 1, int), "at least 1"
+    folds = number(lambda v: v >= 2, int), "at least 2"
     share = number(lambda v: 0 <= v < 1), "in [0, 1)"
     positive = number(lambda v: v > 0), "a finite number above 0"
     not_negative = number(lambda v: v >= 0), "a finite number of at least 0"
@@ -471,4 +495,5 @@ def _ranges() -> dict[str, tuple[Callable[[Any], bool], str]]:
         **dict.fromkeys(("max_grad_norm", "warmup_steps", "weight_decay"), not_negative),
         **dict.fromkeys(("lora_dropout", "temperature_scaling"), share),
         **dict.fromkeys(("seed", "limit_seed"), seed),
+        "temperature_folds": folds,
     }

@@ -67,6 +67,7 @@ def evaluate(
         states = run.hidden_states([*records, *outside], **settings)
         distances = distance.scores(states[: len(records)]), distance.scores(states[len(records) :])
     result = summary(inside, targets, far, distances=distances) | {"num_draws": int(inside.num_draws.max())}
+    result |= run.scales
     return result | (decision.realized(inside, targets, far) if decision else {})
 
 
@@ -149,6 +150,7 @@ def _append_predictions(
 
     identity = {
         "adapter_sha256": run.adapter_sha256,
+        **run.scales,
         "records_sha256": records_sha256(records),
         "num_samples": options.samples,
         "seed": options.seed,

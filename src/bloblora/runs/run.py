@@ -13,7 +13,7 @@ from .. import models, tasks
 from ..data import unanswered
 from ..generation import Generation, posterior_generate
 from ..methods import Method
-from ..prediction import Prediction, Sampler, StoppingRule, hidden_states, predict
+from ..prediction import Prediction, Sampler, StoppingRule, Tempered, hidden_states, predict
 from .approximation import Approximation
 from .checks import check_sharded, num_labels
 from .config import RunConfig, RunError
@@ -90,6 +90,14 @@ class Run:
     training: dict[str, Any] = field(default_factory=dict)
     adapter_sha256: str | None = None
     approximation: Approximation | None = None
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """``temperature`` T and ``width`` τ of its predictions, where they were fitted; no τ where draws have none."""
+        if not isinstance(self.sampler, Tempered):
+            return {}
+        width = self.training["rescaling"].get("width")
+        return {"temperature": self.sampler.temperature, **({} if width is None else {"width": width})}
 
     @property
     def stop(self) -> StoppingRule | None:

@@ -29,7 +29,16 @@ from ..evaluation import lines_figure, save_figure
 from ..files import file_sha256, read_json, write_json, write_text
 from ..prediction.trunk_cache import IndexedExamples, cache_trunk
 from ..training import BlobTrainingArguments, last_checkpoint
-from .checks import check_sharded, check_start, check_targets, check_task, check_validation, load_start, lora_of
+from .checks import (
+    check_rescaling,
+    check_sharded,
+    check_start,
+    check_targets,
+    check_task,
+    check_validation,
+    load_start,
+    lora_of,
+)
 from .config import RunConfig, RunError
 from .folder import (
     CHECKPOINTS,
@@ -83,6 +92,7 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
         if stored.get("training"):
             processes().wait_for_everyone()  # until nobody needs the folder
             return load_run(output)
+        check_rescaling(config, kept, validation if len(validation) else held_out)
         tokenizer = models.load_tokenizer(config.model)
         task_options = {name: value for name, value in config.task.items() if name != "name"}
         task = tasks.build_task(config.task["name"], records, tokenizer, **task_options)
@@ -173,7 +183,8 @@ def _fit(
         training.trained = method.post_hoc
     if config.trunk_cache is not None:
         training = _above_trunk(model, training, Path(config.trunk_cache), progress)
-    bar, clock = _ProgressBar(), _Clock(Path(config.output) / CHECKPOINTS)
+    checkpoints = Path(config.output) / CHECKPOINTS
+    bar, clock = _ProgressBar(checkpoints), _Clock(checkpoints)
     training.callbacks = [*callbacks, clock, *([bar] if progress else [])]
     try:
         sampler = method.fit(model, training)
@@ -189,6 +200,7 @@ def _fit(
         "peak_memory_bytes": peak_memory(),
         "final": training.logs[-1],
         "curve": [[log["step"], log["nll"]] for log in training.logs],
+        **training.found,
     }
     if training.validated:
         evaluating = sum(validated.seconds for validated in training.validated)
@@ -353,7 +365,17 @@ def _arguments(config: RunConfig, num_examples: int, progress: bool) -> dict[str
 
 
 class _ProgressBar(ProgressCallback):
-    """A bar on standard error that shows the last losses."""
+    """A bar on standard error that shows the last losses, and which part of several trainings this is."""
+
+    def __init__(self, checkpoints: Path) -> None:
+        super().__init__()
+        self._checkpoints = checkpoints
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        super().on_train_begin(args, state, control, **options)
+        if self.training_bar is not None:
+            parts = Path(args.output_dir).relative_to(self._checkpoints).parts
+            self.training_bar.set_description(", ".join(parts).replace("_", " "))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self.training_bar is not None:
@@ -371,13 +393,13 @@ class _Clock(TrainerCallback):
     FILE = "seconds.json"
 
     def __init__(self, checkpoints: Path) -> None:
-        found = [folder for part in (checkpoints, *checkpoints.glob("*/")) if (folder := last_checkpoint(part))]
-        times = [
-            read_json(folder / self.FILE, RunError)["seconds"] for folder in found if (folder / self.FILE).is_file()
-        ]
-        self._before = max(times, default=0.0)
+        parts = [checkpoints, *sorted(checkpoints.glob("**/"))]
+        files = [folder / self.FILE for part in parts if (folder := last_checkpoint(part))]
+        seconds = {file: read_json(file, RunError)["seconds"] if file.is_file() else 0.0 for file in files}
+        latest = max(seconds, key=seconds.__getitem__, default=None)
+        self._before = seconds[latest] if latest else 0.0
         self._start = time.perf_counter()
-        self.resumed_from = found[-1].name if found else None
+        self.resumed_from = latest.parent.name if latest else None
 
     def seconds(self) -> float:
         return self._before + time.perf_counter() - self._start

@@ -195,6 +195,8 @@ def _model(hosted: Hosted, settings: Settings) -> Model:
         kind=hosted.kind,  # type: ignore[arg-type]
         labels=list(run.task.labels) if run.task.labels else None,
         samples=settings.samples,
+        temperature=run.scales.get("temperature"),
+        width=run.scales.get("width"),
         promises=hosted.decision.promises if hosted.decision else None,
         metrics=hosted.metrics,
         diagram=hosted.diagram.is_file(),

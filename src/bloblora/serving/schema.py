@@ -94,6 +94,8 @@ class Model(BaseModel):
     kind: Literal["text", "choice"] = Field(description="which inputs it takes")
     labels: list[str] | None = Field(description="None: each question has its own choices")
     samples: int = Field(description="N of a request that names none")
+    temperature: float | None = Field(description="T that divides its logits; None where none was fitted")
+    width: float | None = Field(description="τ by which its posterior's width was scaled; None where none was fitted")
     promises: dict[str, str] | None = Field(description="of its decisions")
     metrics: dict[str, float] = Field(description="what metrics.json in its folder says")
     diagram: bool = Field(description="whether its folder has a reliability.png")

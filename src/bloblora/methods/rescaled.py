@@ -1,0 +1,238 @@
+r"""One scale τ of the posterior's width and one temperature T, fitted together on records that training hasn't seen.
+
+.. math:: \bar p(y \mid x) = \frac1N \sum_s \mathrm{softmax}\big(f(x;\, M + \tau\,\Omega \circ E_s)/T\big)_y, \qquad
+          (\tau, T) = \arg\min \sum_{k \in \text{held out}} -\log \bar p(y_k \mid x_k)
+
+It goes on top of any method. T alone is temperature scaling (Guo et al., arXiv 1706.04599); τ is searched where the
+spread of a method's draws can be scaled (`bloblora.prediction.ScalableWeights`). The noise E is the same for every τ,
+so that the objective is smooth: on a grid with τ = 0, the mean alone, and τ = 1, and then about the best of the grid.
+
+Few records overfit two numbers. τ stays 1 unless another one's NLL is lower by more than a standard error of the paired
+difference: of models that the data can't tell apart, the simplest is taken (the one-standard-error rule of Breiman,
+Friedman, Olshen & Stone, Classification and Regression Trees, 1984).
+
+The records are a share that is held out, or all of them by cross-validation (Stone 1974): each is predicted by a model
+that was trained without it, and the run's own training has them all.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..prediction import Prediction, Sampler, ScalableWeights, Tempered, predict
+from ..tasks.task import Example
+from .method import Draw, Method, Training, read_state, write_state
+
+_LOG_RANGE = math.log(20.0)
+_NUM_SAMPLES = 10
+_STEP = math.sqrt(10.0)
+_WIDTHS = (0.0, _STEP**-2, _STEP**-1, 1.0, _STEP)
+_WIDTH_ERROR = 0.1  # of log τ, as far as a few hundred records tell
+_NO_WIDTH = 1e-6  # what is saved for τ = 0: no draw shows it in float32, and the KL is finite
+# What is the inner method's: attributes, and functions.
+_INNERS = (
+    *("name", "paper", "training_defaults", "lora_defaults"),
+    *("starts_from_lora", "post_hoc", "whole_model", "gaussian", "takes_prior", "deterministic", "needs_head"),
+    *("check_run", "check_draws", "described", "prepare", "weights_file"),
+)
+
+
+@dataclass(kw_only=True)
+class Rescaled(Method):
+    """Another method with τ and T.
+
+    Attributes:
+        inner: the other method.
+        holdout: share of the records that is held out for them; with ``folds`` the inner method's own.
+        folds: K of a cross-validation, in place of the share.
+        seed: of the folds.
+    """
+
+    inner: Method
+    holdout: float = 0.0  # type: ignore[misc]
+    folds: int | None = None
+    seed: int = 0
+
+    writes_text = False
+
+    def __post_init__(self) -> None:
+        for attribute in _INNERS:
+            setattr(self, attribute, getattr(self.inner, attribute))
+        self.files = (*self.inner.files, "temperature.json")  # type: ignore[misc]
+        if self.folds:
+            self.holdout = self.inner.holdout
+
+    def fit(self, model: nn.Module, training: Training) -> Sampler:
+        """Train on what isn't held out, or K times without a fold and then on all; then fit τ and T."""
+        parts = [*self._out_of_fold(model, training)] if self.folds else []
+        sampler = self.inner.fit(model, training)
+        scales, report = fit_scales(parts or [_HeldOut(model, sampler, training.holdout, training.task)])
+        if scales.width != 1:
+            assert sampler.scalable is not None
+            sampler.scalable.scale_(scales.width or _NO_WIDTH)
+        training.found["rescaling"] = report | ({"folds": self.folds} if self.folds else {})
+        return Tempered(sampler, scales.temperature)
+
+    def save(self, model: nn.Module, sampler: Sampler, folder: Path) -> None:
+        """Write the inner method's files, in which τ is a part of the posterior, and T."""
+        assert isinstance(sampler, Tempered)
+        self.inner.save(model, sampler.sampler, folder)
+        write_state(folder, "temperature", {"temperature": sampler.temperature})
+
+    def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
+        """The inner method's model and sampler, and T."""
+        model, sampler = self.inner.load(base, folder)
+        return model, Tempered(sampler, read_state(folder, "temperature")[0]["temperature"])
+
+    def draws(self, model: PeftModel, sampler: Sampler, num_samples: int, seed: int) -> list[Draw]:
+        """The inner method's: what has them divides their logits by T."""
+        assert isinstance(sampler, Tempered)
+        return self.inner.draws(model, sampler.sampler, num_samples, seed)
+
+    def _out_of_fold(self, model: nn.Module, training: Training) -> Iterator[_HeldOut]:
+        """Each fold with a model that was trained on the others."""
+        assert self.folds is not None
+        examples, output = training.examples, training.arguments["output_dir"]
+        for number, fold in enumerate(folds([e["label"] for e in examples], self.folds, self.seed), start=1):
+            left_out = {*fold}
+            part = replace(
+                training,
+                examples=[example for i, example in enumerate(examples) if i not in left_out],
+                arguments=training.arguments | {"output_dir": str(Path(output, f"fold_{number}_of_{self.folds}"))},
+                validated=[],
+                found={},
+            )
+            trained = _copy(model)
+            sampler = self.inner.fit(trained, part)
+            yield _HeldOut(trained, sampler, [examples[i] for i in fold], training.task)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """τ and T, and the NLL of each held-out record, nats, (n,): under both, and under τ alone."""
+
+    width: float
+    temperature: float
+    nll: Tensor
+    nll_of_width: Tensor
+
+
+class _HeldOut:
+    """Records that a model hasn't seen, and what it says of them."""
+
+    def __init__(self, model: nn.Module, sampler: Sampler, examples: Sequence[Example], task: Any) -> None:
+        self.labels = torch.tensor([example["label"] for example in examples])
+        self.weights = sampler.scalable
+        self._inputs: Any = {"model": model, "inputs": examples, "task": task, "sampler": sampler}
+        if self.weights is None:  # the model isn't needed any more
+            self._log_probs, self._inputs = predict(**self._inputs, num_samples=_NUM_SAMPLES).log_probs, None
+
+    def log_probs(self, width: float) -> Tensor:
+        """Of each draw under a τ, (S, n, C)."""
+        if self.weights is None:
+            return self._log_probs
+        with _scaled(self.weights, width or 1.0):
+            return predict(**self._inputs, num_samples=_NUM_SAMPLES if width else 0).log_probs
+
+
+def fit_scales(parts: Sequence[_HeldOut]) -> tuple[Scales, dict[str, Any]]:
+    """τ and T with the lowest NLL of the parts' records together, and what ``run.json`` says of them."""
+    labels = [part.labels for part in parts]
+    tried: dict[float, Scales] = {}
+
+    def at(width: float) -> float:
+        log_probs = [part.log_probs(width) for part in parts]
+        temperature = fit_temperature(log_probs, labels)
+        nll, nll_of_width = (_nll(log_probs, labels, value) for value in (temperature, 1.0))
+        tried[width] = Scales(width, temperature, nll, nll_of_width)
+        return tried[width].nll.mean().item()
+
+    if parts[0].weights is None:
+        at(1.0)
+    elif (best := min(_WIDTHS, key=at)) > 0:
+        bounds = (math.log(best / _STEP), math.log(best * _STEP))
+        minimize_scalar(lambda x: at(math.exp(x)), bounds=bounds, method="bounded", options={"xatol": _WIDTH_ERROR})
+    one, best_tried = tried[1.0], min(tried.values(), key=lambda scales: scales.nll.mean())
+    gain = one.nll - best_tried.nll
+    error = gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
+    scales = best_tried if gain.mean() > error else one
+    report = {
+        "num_records": len(gain),
+        "temperature": scales.temperature,
+        "nll_before": one.nll_of_width.mean().item(),
+        "nll_of_temperature_alone": one.nll.mean().item(),
+        "nll": scales.nll.mean().item(),
+    }
+    if parts[0].weights is not None:
+        report |= {
+            "width": scales.width,
+            "best_width": best_tried.width,
+            "gain": gain.mean().item(),
+            "gain_standard_error": error,
+        }
+    return scales, report
+
+
+def fit_temperature(log_probs: Sequence[Tensor], labels: Sequence[Tensor]) -> float:
+    """T in [1/20, 20] with the lowest NLL of the averaged probabilities.
+
+    ``log_probs`` of each part is (S, n, C), -inf for a class that an input lacks; ``labels`` is (n,).
+    """
+
+    def nll(log_temperature: float) -> float:
+        return _nll(log_probs, labels, math.exp(log_temperature)).mean().item()
+
+    return math.exp(minimize_scalar(nll, bounds=(-_LOG_RANGE, _LOG_RANGE), method="bounded").x)
+
+
+def folds(labels: Sequence[int], count: int, seed: int = 0) -> list[list[int]]:
+    """Positions in each of K folds of nearly equal sizes, with nearly equal counts of each label; rising."""
+    generator = random.Random(seed)
+    groups: dict[int, list[int]] = {}
+    for position, label in enumerate(labels):
+        groups.setdefault(label, []).append(position)
+    dealt = [position for _, group in sorted(groups.items()) for position in generator.sample(group, len(group))]
+    return [sorted(dealt[start::count]) for start in range(count)]
+
+
+def _nll(log_probs: Sequence[Tensor], labels: Sequence[Tensor], temperature: float) -> Tensor:
+    """Of each record of all parts, nats, (n,) float64."""
+    losses = []
+    for rows, right in zip(log_probs, labels, strict=True):
+        scaled = (rows.double() / temperature).log_softmax(-1)
+        losses.append(F.nll_loss(Prediction(scaled, len(scaled)).log_probabilities, right, reduction="none"))
+    return torch.cat(losses)
+
+
+@contextmanager
+def _scaled(weights: ScalableWeights, factor: float) -> Iterator[None]:
+    """Draws spread by another factor inside; then they are as they were, to the bit."""
+    before = [tensor.detach().clone() for tensor in weights.spread()]
+    try:
+        weights.scale_(factor)
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, values in zip(weights.spread(), before, strict=True):
+                tensor.copy_(values)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy of a model in which modules without a trained weight are the same ones."""
+    frozen = [m for m in model.modules() if not any(parameter.requires_grad for parameter in m.parameters())]
+    shared = [*frozen, *(parameter for parameter in model.parameters() if not parameter.requires_grad)]
+    return copy.deepcopy(model, {id(part): part for part in shared})
