@@ -36,8 +36,8 @@ class BlobConfig:
     init_std: float | None = field(
         default=None,
         metadata={
-            "help": "Ω starts between half of it and it; None: half of the prior's width. Where training converges it "
-            "doesn't matter; lower it when the first steps diverge."
+            "help": "Ω starts between half of it and it; None: a fortieth of the prior's width, so that the first steps are "
+            "a plain LoRA's. Where training converges it doesn't matter."
         },
     )
     std_parameterization: Literal["log", "softplus", "square"] = field(
@@ -94,7 +94,7 @@ class BlobConfig:
 
     def start_std(self, width: float) -> float:
         """The largest Ω at the start, under a prior of this standard deviation."""
-        return width / 2 if self.init_std is None else self.init_std
+        return width / 40 if self.init_std is None else self.init_std
 
     def build_prior(self) -> Prior:
         """The prior of one entry; with ``auto`` its family, to be scaled to each layer's width."""

@@ -22,11 +22,12 @@ class Objective:
         },
     )
     kl_scale: float = field(
-        default=1.0,
+        default=0.01,
         metadata={
             "help": "Multiplies the KL: the temperature of the posterior, and the knob between accuracy and "
-            "calibration. 1 is the ELBO; lower trusts the data more.",
-            "search": (0.1, 10.0),
+            "calibration. 1 is the ELBO, which underfits where many labels have few records each; lower trusts the "
+            "data more.",
+            "search": (0.001, 1.0),
         },
     )
     dataset_rescaling: bool = field(
