@@ -1,12 +1,16 @@
 """Training and prediction from cached hidden states are those of the whole model."""
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from bloblora import BlobConfig, BlobTrainer, BlobTrainingArguments, bayesianize, find_posterior, predict
+from bloblora.prediction import trunk_cache
 from bloblora.prediction.trunk_cache import cache_trunk
 from bloblora.tasks import Blank, ChoiceLetter, ChoiceText, Classification, encode_all
 from tests.tasks.conftest import tiny_causal
@@ -90,6 +94,23 @@ def test_the_cache_is_found_again_and_never_for_something_else(tokenizer, questi
     cache_trunk(model, task, examples, tmp_path)
     assert len([*tmp_path.glob("*.npy")]) == 3
     assert not [*tmp_path.glob("*.partial")]
+
+
+def test_two_runs_that_start_together_compute_it_once(tokenizer, questions, blanks, tmp_path, monkeypatch):
+    cases = [case("classification", tokenizer, questions, blanks) for _ in range(2)]
+    cases[1][0].load_state_dict(cases[0][0].state_dict())
+    forwards, compute = [], trunk_cache._compute
+
+    def counted(*args):
+        forwards.append(1)
+        time.sleep(0.1)
+        return compute(*args)
+
+    monkeypatch.setattr(trunk_cache, "_compute", counted)
+    with ThreadPoolExecutor(2) as pool:
+        found = [*pool.map(lambda of: cache_trunk(*of, tmp_path, batch_size=2), cases)]
+    assert len(forwards) == -(-len(cases[0][2]) // 2)
+    assert np.array_equal(found[0][0].hidden, found[1][0].hidden)
 
 
 def test_a_model_without_a_trunk(tokenizer, tmp_path):

@@ -36,8 +36,8 @@ class BlobConfig:
     init_std: float | None = field(
         default=None,
         metadata={
-            "help": "Ω starts between half of it and it; None: a fortieth of the prior's width, so that the first steps are "
-            "a plain LoRA's. Where training converges it doesn't matter."
+            "help": "Ω starts between half of it and it; None: a fortieth of the prior's width, so that the first steps "
+            "are a plain LoRA's. Where training converges it doesn't matter."
         },
     )
     std_parameterization: Literal["log", "softplus", "square"] = field(

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from rich.progress import track
@@ -125,22 +126,23 @@ def cache_trunk(
     lengths = [task.collate([example])["input_ids"].shape[1] for example in examples]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     key = _key(model, trunk, task, examples)
-    if not (files := [*folder.glob(f"{key}.*.npy")]):
-        order = sorted(range(len(examples)), key=lambda i: -lengths[i])
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        partial, array, dtype = folder / f"{key}.partial", None, torch.float32
-        for rows in track(batches, "trunk", disable=not progress, console=Console(stderr=True)):
-            hidden = _compute(model, trunk, task, [examples[i] for i in rows])
-            if array is None:
-                dtype = hidden.dtype
-                kind = hidden.view(_integer(dtype)).numpy().dtype
-                array = np.lib.format.open_memmap(partial, "w+", kind, (int(starts[-1]), hidden.shape[-1]))
-            for i, own in zip(rows, hidden, strict=True):
-                place = _place(lengths[i], len(own), padded_left)
-                array[starts[i] : starts[i + 1]] = own[place].view(_integer(dtype)).numpy()
-        assert array is not None
-        array.flush()
-        files = [partial.replace(folder / f"{key}.{str(dtype).removeprefix('torch.')}.npy")]
+    with FileLock(folder / f".{key}.lock"):  # another run may be computing the same
+        if not (files := [*folder.glob(f"{key}.*.npy")]):
+            order = sorted(range(len(examples)), key=lambda i: -lengths[i])
+            batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+            partial, array, dtype = folder / f"{key}.partial", None, torch.float32
+            for rows in track(batches, "trunk", disable=not progress, console=Console(stderr=True)):
+                hidden = _compute(model, trunk, task, [examples[i] for i in rows])
+                if array is None:
+                    dtype = hidden.dtype
+                    kind = hidden.view(_integer(dtype)).numpy().dtype
+                    array = np.lib.format.open_memmap(partial, "w+", kind, (int(starts[-1]), hidden.shape[-1]))
+                for i, own in zip(rows, hidden, strict=True):
+                    place = _place(lengths[i], len(own), padded_left)
+                    array[starts[i] : starts[i + 1]] = own[place].view(_integer(dtype)).numpy()
+            assert array is not None
+            array.flush()
+            files = [partial.replace(folder / f"{key}.{str(dtype).removeprefix('torch.')}.npy")]
     hidden = np.load(files[0], mmap_mode="r", allow_pickle=False)
     dtype = getattr(torch, files[0].suffixes[-2][1:])
     return CachedTrunk(task, trunk, hidden, starts, dtype, padded_left), IndexedExamples(examples)
