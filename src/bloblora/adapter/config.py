@@ -20,9 +20,8 @@ class BlobConfig:
         metadata={
             "help": "Standard deviation σp of the prior, whatever its family (`learned_normal` has its own). Larger "
             "allows more uncertainty and pulls the mean less; smaller keeps the posterior closer to a point, and the "
-            "adapter to the base model. Try 0.05 where the base model can answer, 0.4 below a new head "
-            "(docs/choosing.md). `auto`: for each layer the root mean square of A at the start, with PEFT's default "
-            "start 1/√(3n) for n inputs, so that wider models have narrower priors; for B 1/√(3r).",
+            "adapter to the base model. `auto`: for each layer the root mean square of A at the start, with PEFT's "
+            "default start 1/√(3n) for n inputs, so that wider models have narrower priors; for B 1/√(3r).",
             "search": (0.03, 0.6),
         },
     )
@@ -36,8 +35,8 @@ class BlobConfig:
     init_std: float | None = field(
         default=None,
         metadata={
-            "help": "Ω starts between half of it and it; None: a fortieth of the prior's width, so that the first steps "
-            "are a plain LoRA's. Where training converges it doesn't matter."
+            "help": "Ω starts between half of it and it; None: a fortieth of the prior's width, so that the first "
+            "steps are a plain LoRA's. Where training converges it doesn't matter."
         },
     )
     std_parameterization: Literal["log", "softplus", "square"] = field(
