@@ -382,7 +382,7 @@ def test_clear_errors_of_arguments():
         BlobConfig(estimator="x")
 
 
-@pytest.mark.parametrize(("init_std", "start"), [(None, 0.15), (0.01, 0.01)])
+@pytest.mark.parametrize(("init_std", "start"), [(None, 0.0075), (0.01, 0.01)])
 def test_where_the_std_starts(init_std, start):
     posterior = bayesianize(with_lora(tiny_llama()), BlobConfig(prior_std=0.3, init_std=init_std))
     stds = torch.cat([std.flatten() for std in posterior.named_stds().values()])

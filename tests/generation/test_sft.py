@@ -140,7 +140,7 @@ def test_what_it_saves(tokenizer, tmp_path):
 def test_the_kl_alone_moves_the_posterior_to_its_prior(tokenizer, tmp_path):
     model, posterior = bayesian_model()
     before = posterior.kl().item()
-    trainer = trainer_of(model, tokenizer, tmp_path, max_steps=5, dataset_size=1, std_learning_rate=0.5)
+    trainer = trainer_of(model, tokenizer, tmp_path, max_steps=5, dataset_size=1, kl_scale=1.0, std_learning_rate=0.5)
     trainer.train()
     assert posterior.kl().item() < 0.5 * before
 

@@ -55,6 +55,7 @@ def arguments(folder: Path, **overrides) -> BlobTrainingArguments:
         optimizer_style="joint",
         std_learning_rate=None,
         max_grad_norm=0.0,
+        kl_scale=1.0,
         kl_learning_rate=0.01,
         logging_steps=1,
         save_strategy="no",

@@ -17,7 +17,7 @@ from .test_plain import language_model, texts
 from .test_steps import batches, closed_form_kl
 
 OPTIONS = dict(learning_rate=0.01, max_steps=3, per_device_train_batch_size=4, report_to=[], disable_tqdm=True)
-OPTIONS |= dict(use_cpu=True, max_grad_norm=0.0, logging_steps=1, train_sampling_strategy="sequential")
+OPTIONS |= dict(use_cpu=True, kl_scale=1.0, max_grad_norm=0.0, logging_steps=1, train_sampling_strategy="sequential")
 
 
 @dataclass
