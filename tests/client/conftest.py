@@ -42,8 +42,9 @@ def exported(tmp_path_factory):
         run, out = folder / name, folder / f"{name}-export"
         if not out.is_dir():
             data = str(write_jsonl(folder / f"{task}.jsonl", RECORDS[task] * 2))
-            options = {"steps": 10, "batch_size": 2, "r": 8, "learning_rate": 0.02, "init_std": 0.2} | changes
-            config = runs.RunConfig.of(data=data, output=str(run), model=str(folder / "base"), task=task, **options)
+            options = {"steps": 10, "batch_size": 2, "r": 8, "learning_rate": 0.02, "init_std": 0.2, "kl_scale": 1.0}
+            options |= {"data": data, "output": str(run), "model": str(folder / "base"), "task": task} | changes
+            config = runs.RunConfig.of(**options)
             runs.train(config, progress=False)
             export(run, out, num_samples=SAMPLES, seed=SEED)
         return SimpleNamespace(run=runs.load_run(run), records=RECORDS[task], folder=out, base=folder / "base")

@@ -66,7 +66,7 @@ def answer_tokens(tokenizer):
 def test_noise_kl_and_completion_loss(tokenizer, tmp_path):
     model, posterior = bayesian_model()
     size = answer_tokens(tokenizer)
-    trainer = trainer_of(model, tokenizer, tmp_path, max_steps=3, dataset_size=size)
+    trainer = trainer_of(model, tokenizer, tmp_path, max_steps=3, dataset_size=size, kl_scale=1.0)
     batch = next(iter(trainer.get_train_dataloader()))
     assert int((batch["labels"] != -100).sum()) == size
     model.train()

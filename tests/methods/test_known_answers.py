@@ -462,7 +462,7 @@ def test_a_dropout_of_its_own(tmp_path):
 def test_a_distilled_point_is_the_best_fit_to_the_average_of_draws(tmp_path):
     """Of a linear model: a convex problem in W, which scipy solves."""
     task = Rows()
-    options = dict(init_std=0.49, kl_learning_rate=0.2)
+    options = dict(init_std=0.49, kl_scale=1.0)
     torch.manual_seed(1)
     blob = METHODS["blob"](**options)
     teacher = blob.prepare(Net(), LORA)
