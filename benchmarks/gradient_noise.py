@@ -15,7 +15,6 @@ Writes results/gradient_noise/results.json as it goes, goes on from there, and R
 """
 
 import copy
-import math
 import random
 import statistics
 from collections.abc import Callable
@@ -47,10 +46,7 @@ LORA = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_
 def variant_of(trained: PeftModel, config: BlobConfig, std: float) -> PeftModel:
     """The trained LoRA with a posterior around it in which every Ω is ``std``."""
     model = copy.deepcopy(trained)
-    posterior = bayesianize(model, config)
-    with torch.no_grad():
-        for parameter in posterior.named_std_parameters().values():
-            parameter.fill_(math.log(std))
+    bayesianize(model, config).set_stds(std)
     return model.train()
 
 

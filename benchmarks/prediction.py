@@ -14,7 +14,6 @@ On one base model and random tokens, for each batch size × tokens, with adapter
 Writes results/prediction/results.json and README.md.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,8 +59,7 @@ def bayesian(base: PreTrainedModel, layers: list[int] | None) -> PeftModel:
         init_lora_weights=False,
     )
     model = get_peft_model(base, lora)
-    for parameter in bayesianize(model, BlobConfig()).named_std_parameters().values():
-        torch.nn.init.constant_(parameter, math.log(0.05))
+    bayesianize(model, BlobConfig()).set_stds(0.05)
     return model.eval()
 
 

@@ -402,3 +402,14 @@ def test_summary_at_the_prior():
     assert summary["share_at_prior"] == 1
     assert summary["kl"] == pytest.approx(0, abs=1e-3)
     assert summary["median_std"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("parameterization", ["log", "softplus", "square"])
+def test_stds_are_set_by_name_or_all_alike(parameterization):
+    posterior = bayesianize(with_lora(tiny_llama()), BlobConfig(std_parameterization=parameterization))
+    rows = {name: torch.rand(len(mean), 1) + 0.01 for name, mean in posterior.named_means().items()}
+    posterior.set_stds(rows)
+    for name, std in posterior.named_stds().items():
+        torch.testing.assert_close(std, rows[name].expand_as(std))
+    posterior.set_stds(0.05)
+    assert all(torch.allclose(std, torch.tensor(0.05)) for std in posterior.named_stds().values())

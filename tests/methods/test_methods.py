@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from bloblora import runs, tasks
 from bloblora.methods import METHODS
 from bloblora.posterior import PRIORS
 from bloblora.prediction import StoppingRule, predict
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
+
+from .interrupt import Interrupt, Stop
 
 # What makes a method's draws few or its training longer than here.
 OPTIONS = {
@@ -71,18 +72,6 @@ def test_a_run_comes_back_and_its_draws_are_functions(method, records, config):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stopped_training_ends_with_the_same_bits(method, config, tmp_path):
-    class Stop(Exception):
-        pass
-
-    class Interrupt(TrainerCallback):
-        def __init__(self, after):
-            self.left = after
-
-        def on_step_end(self, *_, **__):
-            self.left -= 1
-            if self.left == 0:
-                raise Stop
-
     whole = config(method, queries() * 2)
     expected = runs.train(whole, progress=False)
     stopped = whole.with_options(output=str(tmp_path / "stopped"))

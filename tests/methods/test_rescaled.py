@@ -8,7 +8,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import TrainerCallback
 
 from bloblora import posterior as q
 from bloblora import runs
@@ -22,6 +21,7 @@ from bloblora.methods.vbll import LastLayer, LastLayerDraws
 from bloblora.prediction import Point, WeightDraws
 from bloblora.serving import Settings, load_hosted, open_hosted
 from tests.conftest import tiny_llama, with_lora
+from tests.methods.interrupt import Interrupt, Stop
 from tests.methods.test_known_answers import Net
 from tests.serving.conftest import serving
 from tests.tiny_base import queries, write_jsonl
@@ -230,20 +230,6 @@ def test_a_scaled_posterior_comes_back(method, config):
     assert (model["temperature"], model["width"]) == (fitted["temperature"], fitted["width"])
     served = torch.tensor([[answer["probabilities"][label] for label in run.task.labels] for answer in answers])
     torch.testing.assert_close(served, run.predict(queries(), 3).probabilities, rtol=1e-4, atol=1e-6)
-
-
-class Stop(Exception):
-    pass
-
-
-class Interrupt(TrainerCallback):
-    def __init__(self, after):
-        self.left = after
-
-    def on_step_end(self, *_, **__):
-        self.left -= 1
-        if self.left == 0:
-            raise Stop
 
 
 @few

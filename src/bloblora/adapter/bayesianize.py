@@ -140,6 +140,13 @@ class Posterior:
         with changing([*means, *parameters]) as wholes:
             prior.flow_(wholes[: len(means)], wholes[len(means) :], time)
 
+    @torch.no_grad()
+    def set_stds(self, stds: Mapping[str, Tensor] | float) -> None:
+        """Copy Ω > 0 of each Gaussian factor, by name, in a shape that broadcasts to the factor's; or one for all."""
+        for key, parameter in self.named_std_parameters().items():
+            std = stds[key] if isinstance(stds, Mapping) else torch.tensor(stds)
+            parameter.copy_(q.std_parameter(std, self.config.std_parameterization))
+
     def spread(self) -> list[Tensor]:
         """The unconstrained parameters of Ω."""
         return self.parameters()[1]

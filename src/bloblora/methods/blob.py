@@ -9,6 +9,7 @@ this recipe with the Gaussian over B, or over both, and ``bbb`` is Bayes by Back
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from peft import LoraConfig
 from torch import nn
@@ -21,7 +22,25 @@ from .method import GaussianMethod, Training, posterior_draws
 
 
 @dataclass(kw_only=True)
-class Blob(BlobConfig, Objective, GaussianMethod):
+class BlobOptions(BlobConfig, Objective):
+    """The options of a posterior and of its training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check()
+        check_style(self.optimizer_style, self.std_parameterization)
+
+    def posterior_config(self) -> BlobConfig:
+        """Those of the posterior."""
+        return BlobConfig(**{option.name: getattr(self, option.name) for option in fields(BlobConfig)})
+
+    def objective(self) -> dict[str, Any]:
+        """Those of the training, by name."""
+        return {name: getattr(self, name) for name in OBJECTIVE}
+
+
+@dataclass(kw_only=True)
+class Blob(BlobOptions, GaussianMethod):
     """A Gaussian over A, over B, or over both."""
 
     name = "blob"
@@ -29,19 +48,13 @@ class Blob(BlobConfig, Objective, GaussianMethod):
     takes_prior = True
     sharded = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check()
-        check_style(self.optimizer_style, self.std_parameterization)
-
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """The base with a LoRA of which the factors are Gaussian."""
         model = super().prepare(base, lora)
-        config = BlobConfig(**{option.name: getattr(self, option.name) for option in fields(BlobConfig)})
-        bayesianize(model, config)  # type: ignore[arg-type]
+        bayesianize(model, self.posterior_config())  # type: ignore[arg-type]
         return model
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train on the evidence lower bound."""
-        training.run(model, **{name: getattr(self, name) for name in OBJECTIVE})
+        training.run(model, **self.objective())
         return posterior_draws(model)

@@ -70,10 +70,7 @@ class Ivon(GaussianMethod):
         assert isinstance(loop, _Trainer)
         stds = loop.stds()
         posterior = bayesianize(model, BlobConfig(factors="AB"))
-        means = posterior.named_means()
-        with torch.no_grad():
-            for name, parameter in posterior.named_std_parameters().items():
-                parameter.copy_(stds[means[name]].log())  # Ω = exp ρ
+        posterior.set_stds({name: stds[mean] for name, mean in posterior.named_means().items()})
         return WeightDraws(posterior)
 
 

@@ -14,27 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import cycle, islice
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..adapter import BlobConfig, Posterior, bayesianize, debayesianize
+from ..adapter import Posterior, bayesianize, debayesianize
 from ..adapter.bayesianize import Weights
 from ..prediction import Sampler
 from ..prediction.forward import BatchForward
 from ..prediction.sampler import Forward, draw_together
-from ..training import OBJECTIVE, Objective, check_style
+from .blob import BlobOptions
 from .ensemble import Ensemble, active, member_names
 from .method import MEAN, Draw
 
 
 @dataclass(kw_only=True)
-class Mixture(BlobConfig, Objective, Ensemble):
+class Mixture(BlobOptions, Ensemble):
     """Several Gaussians over A."""
 
     members: int = field(
@@ -45,22 +44,15 @@ class Mixture(BlobConfig, Objective, Ensemble):
     paper = "2002.08791"
 
     def __post_init__(self) -> None:
-        BlobConfig.__post_init__(self)
+        BlobOptions.__post_init__(self)
         Ensemble.__post_init__(self)
-        self.check()
-        check_style(self.optimizer_style, self.std_parameterization)
 
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """The base with K fresh LoRAs of which the factors are Gaussian."""
         model = super().prepare(base, lora)
-        config = BlobConfig(**{option.name: getattr(self, option.name) for option in fields(BlobConfig)})
         for name in member_names(self.members):
-            bayesianize(model, config, name)  # type: ignore[arg-type]
+            bayesianize(model, self.posterior_config(), name)  # type: ignore[arg-type]
         return model
-
-    def objective(self) -> dict[str, Any]:
-        """BLoB's."""
-        return {name: getattr(self, name) for name in OBJECTIVE}
 
     def sampler(self, model: PeftModel) -> Sampler:
         """Draws of all components."""

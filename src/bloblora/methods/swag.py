@@ -167,11 +167,10 @@ class Swag(GaussianMethod):
         with torch.no_grad():
             for name, mean in iterates.means.items():
                 parameters[name].copy_(mean)
-            names = {parameter: name for name, parameter in parameters.items()}
-            of_factor = {name: names[factor] for name, factor in posterior.named_means().items()}
-            for name, parameter in posterior.named_std_parameters().items():
-                variance = iterates.variance(of_factor[name]).clamp_min(_LEAST_VARIANCE)
-                parameter.copy_((self.covariance_scale * variance).log() / 2)  # Ω = exp ρ
+        names = {parameter: name for name, parameter in parameters.items()}
+        of_factor = {name: names[factor] for name, factor in posterior.named_means().items()}
+        variances = {name: iterates.variance(own).clamp_min(_LEAST_VARIANCE) for name, own in of_factor.items()}
+        posterior.set_stds({name: (self.covariance_scale * variance).sqrt() for name, variance in variances.items()})
         columns = {}
         if (rank := min(self.covariance_rank, iterates.count)) > 1:
             size = math.sqrt(self.covariance_scale / (rank - 1))

@@ -141,14 +141,12 @@ def rotate(model: PeftModel) -> tuple[Posterior, dict[str, torch.Tensor]]:
     return posterior, singular_values
 
 
-@torch.no_grad()
 def set_noise(
     posterior: Posterior, singular_values: dict[str, torch.Tensor], size: float, layers: Collection[str]
 ) -> None:
     """Give the named layers noise of size σq, and the others none."""
-    for key, parameter in posterior.named_std_parameters().items():
-        name = key.removesuffix(".lora_A")
-        d = singular_values[name]
+    stds = {}
+    for name, d in singular_values.items():
         std = size / d.clamp_min(1e-6 * d.max()).clamp_min(1e-12)  # a row that B drops may have any noise
-        std = std if name in layers else torch.full_like(d, _NO_NOISE)
-        parameter.copy_(std.log()[:, None].expand_as(parameter))  # Ω = exp ρ
+        stds[f"{name}.lora_A"] = (std if name in layers else torch.full_like(d, _NO_NOISE))[:, None]
+    posterior.set_stds(stds)
