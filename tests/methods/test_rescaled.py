@@ -92,7 +92,7 @@ def test_a_right_posterior_stays(gaussian, monkeypatch):
     build, examples = gaussian
     model, posterior = build(1.0)
     scales, report = fit_scales([_HeldOut(model, WeightDraws(posterior), examples[:300], Rows())])
-    assert scales.width == 1 != report["best_width"]
+    assert scales.width == 1
     assert 0 <= report["gain"] <= report["gain_standard_error"]
 
 
@@ -208,7 +208,7 @@ few = pytest.mark.filterwarnings("ignore:temperature_.* records are too few:User
 @pytest.mark.filterwarnings("ignore:min_std:UserWarning")
 def test_a_scaled_posterior_comes_back(method, config):
     """Saved with the run, in which the posterior's own draws are the scaled ones."""
-    unfit = {"tfb": {"min_std": 5.0, "max_std": 6.0}, "vbll": {"prior_scale": 300.0, "std_learning_rate": 3.0}}[method]
+    unfit = {"tfb": {"min_std": 5.0, "max_std": 6.0}, "vbll": {"prior_scale": 3000.0, "std_learning_rate": 4.0}}[method]
     options = {"method": method, "steps": 12, "temperature_scaling": 0.5, **unfit}
     run = runs.train(config(queries() * 10, **options), progress=False)
     fitted = run.training["rescaling"]

@@ -5,11 +5,11 @@ r"""One scale τ of the posterior's width and one temperature T, fitted together
 
 It goes on top of any method. T alone is temperature scaling (Guo et al., arXiv 1706.04599); τ is searched where the
 spread of a method's draws can be scaled (`bloblora.prediction.ScalableWeights`). The noise E is the same for every τ,
-so that the objective is smooth: on a grid with τ = 0, the mean alone, and τ = 1, and then about the best of the grid.
+so that the objective is smooth: on a grid with τ = 0, the mean alone, and τ = 1.
 
 Few records overfit two numbers. τ stays 1 unless another one's NLL is lower by more than a standard error of the paired
 difference: of models that the data can't tell apart, the simplest is taken (the one-standard-error rule of Breiman,
-Friedman, Olshen & Stone, Classification and Regression Trees, 1984).
+Friedman, Olshen & Stone, Classification and Regression Trees, 1984). Only then is τ searched about the best of the grid.
 
 The records are a share that is held out, or all of them by cross-validation (Stone 1974): each is predicted by a model
 that was trained without it, and the run's own training has them all.
@@ -161,17 +161,24 @@ def fit_scales(parts: Sequence[_HeldOut]) -> tuple[Scales, dict[str, Any]]:
         tried[width] = Scales(width, temperature, nll, nll_of_width)
         return tried[width].nll.mean().item()
 
-    if parts[0].weights is None:
-        at(1.0)
-    elif (best := min(_WIDTHS, key=at)) > 0:
-        bounds = (math.log(best / _STEP), math.log(best * _STEP))
+    def gain() -> tuple[Scales, Tensor, float]:
+        """The best tried, how much better it is than τ = 1 on each record, and the mean's standard error."""
+        best = min(tried.values(), key=lambda scales: scales.nll.mean())
+        differences = tried[1.0].nll - best.nll
+        count = len(differences)
+        return best, differences, differences.std().item() / math.sqrt(count) if count > 1 else math.inf
+
+    for width in _WIDTHS if parts[0].weights is not None else (1.0,):
+        at(width)
+    best, differences, error = gain()
+    if best.width > 0 and differences.mean() > error:
+        bounds = (math.log(best.width / _STEP), math.log(best.width * _STEP))
         minimize_scalar(lambda x: at(math.exp(x)), bounds=bounds, method="bounded", options={"xatol": _WIDTH_ERROR})
-    one, best_tried = tried[1.0], min(tried.values(), key=lambda scales: scales.nll.mean())
-    gain = one.nll - best_tried.nll
-    error = gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
-    scales = best_tried if gain.mean() > error else one
+        best, differences, error = gain()
+    one = tried[1.0]
+    scales = best if differences.mean() > error else one
     report = {
-        "num_records": len(gain),
+        "num_records": len(differences),
         "temperature": scales.temperature,
         "nll_before": one.nll_of_width.mean().item(),
         "nll_of_temperature_alone": one.nll.mean().item(),
@@ -180,8 +187,8 @@ def fit_scales(parts: Sequence[_HeldOut]) -> tuple[Scales, dict[str, Any]]:
     if parts[0].weights is not None:
         report |= {
             "width": scales.width,
-            "best_width": best_tried.width,
-            "gain": gain.mean().item(),
+            "best_width": best.width,
+            "gain": differences.mean().item(),
             "gain_standard_error": error,
         }
     return scales, report
