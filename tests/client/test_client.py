@@ -41,9 +41,9 @@ def test_a_server_a_draw(exported, peft_url):
 
 @pytest.mark.filterwarnings("ignore:temperature_scaling:UserWarning")
 def test_the_manifests_temperature_divides(exported, peft_url):
-    case = exported("choice_text", temperature_scaling=0.5)
+    case = exported("choice_text", temperature_scaling=True, validation=0.5)
     assert case.run.sampler.temperature != 1
-    url = peft_url("choice_text", temperature_scaling=0.5)
+    url = peft_url("choice_text", temperature_scaling=True, validation=0.5)
     expected = case.run.predict(case.records, SAMPLES, SEED)
     found = DrawClient(case.folder, url).predict(case.records)
     tolerance = 2e-5 * max(1, 1 / case.run.sampler.temperature)

@@ -181,7 +181,7 @@ def test_what_cannot_be_exported(method, options, arguments, message, run_of, tm
 @pytest.mark.parametrize("format", ["lora", "merged", "gguf"])
 @pytest.mark.filterwarnings("ignore:temperature_scaling:UserWarning")
 def test_a_temperature_is_in_the_manifest(format, run_of, tmp_path):
-    directory = run_of("blob", temperature_scaling=0.5)
+    directory = run_of("blob", temperature_scaling=True, validation=0.5)
     export(directory, tmp_path / "out", format, num_samples=2)
     manifest, run = read_manifest(tmp_path / "out"), runs.load_run(directory)
     assert manifest.temperature == run.sampler.temperature != 1

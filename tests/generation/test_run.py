@@ -116,7 +116,7 @@ def test_runs_that_do_not_fit(trained, base, tmp_path):
     for options, message in (
         ({"task": "choice_text"}, "task 'choice_text' needs records with 'question' and 'choices'"),
         ({"method": "laplace-lora"}, "method 'laplace-lora' is for labels and choices"),
-        ({"temperature_scaling": 0.5}, "temperature_scaling is for labels and choices"),
+        ({"temperature_scaling": True, "validation": 0.5}, "temperature_scaling is for labels and choices"),
         ({"normalization": "sum"}, "generation has no option 'normalization'"),
     ):
         with pytest.raises(ValueError, match=message):

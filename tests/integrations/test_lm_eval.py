@@ -159,7 +159,7 @@ def test_what_cannot_be_evaluated(train, run, tmp_path):
         ({"run": run, "samples": -1}, "samples must be 0 .* got -1"),
         ({"run": run, "sample": 3}, "model_args: there is no sample; there are run, samples, seed, device, batch_size"),
         ({"run": train(queries())}, "the run's task is classification, whose head scores no text"),
-        ({"run": train(QUESTIONS, temperature_scaling=0.5)}, "temperature scaling and Laplace"),
+        ({"run": train(QUESTIONS, temperature_scaling=True, validation=0.5)}, "temperature scaling and Laplace"),
     ):
         with pytest.raises(runs.RunError, match=message):
             BlobLM(**options)

@@ -193,7 +193,7 @@ def test_a_copy_shares_what_is_frozen():
 @pytest.fixture
 def config(base, tmp_path):
     def build(records=None, **options):
-        settings = {"method": "blob", "steps": 4, "batch_size": 2, "save_steps": 2, "r": 2, "learning_rate": 0.05}
+        settings = {"method": "blob", "steps": 4, "batch_size": 2, "r": 2, "learning_rate": 0.05}
         data = str(write_jsonl(tmp_path / "data.jsonl", records or queries() * 2))
         return runs.RunConfig.of(data=data, output=str(tmp_path / "run"), model=str(base), **{**settings, **options})
 
@@ -209,7 +209,7 @@ few = pytest.mark.filterwarnings("ignore:temperature_.* records are too few:User
 def test_a_scaled_posterior_comes_back(method, config):
     """Saved with the run, in which the posterior's own draws are the scaled ones."""
     unfit = {"tfb": {"min_std": 5.0, "max_std": 6.0}, "vbll": {"prior_scale": 3000.0, "std_learning_rate": 4.0}}[method]
-    options = {"method": method, "steps": 12, "temperature_scaling": 0.5, **unfit}
+    options = {"method": method, "steps": 12, "temperature_scaling": True, "validation": 0.5, **unfit}
     run = runs.train(config(queries() * 10, **options), progress=False)
     fitted = run.training["rescaling"]
     assert fitted["width"] != 1
@@ -234,8 +234,8 @@ def test_a_scaled_posterior_comes_back(method, config):
 
 @few
 def test_a_run_with_folds_is_the_run_without_and_goes_on_where_it_was(config, tmp_path, capfd):
-    plain = runs.train(config(), progress=False)
-    whole = config().with_options(output=str(tmp_path / "folds"), temperature_folds=2)
+    plain = runs.train(config(save_steps=2), progress=False)
+    whole = config(save_steps=2).with_options(output=str(tmp_path / "folds"), temperature_folds=2)
     expected = runs.train(whole)
     assert expected.adapter_sha256 == plain.adapter_sha256  # all records, and the same noise
     assert expected.training["num_examples"] == expected.training["rescaling"]["num_records"] == 8
@@ -273,7 +273,10 @@ def test_folds_of_other_methods(method, config):
     ("options", "message"),
     [
         ({"temperature_folds": 1}, "temperature_folds must be at least 2, got 1"),
-        ({"temperature_folds": 2, "temperature_scaling": 0.2}, "both fit a temperature; leave one of them out"),
+        (
+            {"temperature_folds": 2, "temperature_scaling": True, "validation": 0.5},
+            "both fit a temperature; leave one of them out",
+        ),
         (
             {"temperature_folds": 2, "method": "tfb", "start_from": "runs/a"},
             "temperature_folds: nothing is trained with start_from and method 'tfb'",
@@ -290,7 +293,7 @@ def test_more_folds_than_records(config):
         runs.train(config(temperature_folds=9), progress=False)
 
 
-@pytest.mark.parametrize("option", [{"temperature_folds": 2}, {"temperature_scaling": 0.5}])
+@pytest.mark.parametrize("option", [{"temperature_folds": 2}, {"temperature_scaling": True, "validation": 0.5}])
 def test_few_records_are_said_to_be_few_before_the_model_is_loaded(option, config, monkeypatch):
     monkeypatch.setattr(runs.train.__globals__["models"], "load_tokenizer", lambda _: (_ for _ in ()).throw(Stop))
     count = 9 if "temperature_folds" in option else 4

@@ -21,7 +21,11 @@ OPTIONS = {"steps": 2, "batch_size": 2, "r": 2, "init_std": 0.25}
 def folder(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("approximation")
     texts = str(write_jsonl(folder / "texts.jsonl", queries() * 4))
-    for name, options in {"blob": {}, "scaled": {"temperature_scaling": 0.5}, "lora": {"method": "lora"}}.items():
+    for name, options in {
+        "blob": {},
+        "scaled": {"temperature_scaling": True, "validation": 0.5},
+        "lora": {"method": "lora"},
+    }.items():
         options = {key: value for key, value in OPTIONS.items() if key != "init_std" or name != "lora"} | options
         runs.train(runs.RunConfig.of(data=texts, output=str(folder / name), model=str(base), **options))
     return folder

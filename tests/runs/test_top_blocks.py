@@ -49,7 +49,7 @@ def test_clear_errors(config, tmp_path):
     with pytest.raises(runs.RunError, match="trunk_cache needs top_blocks"):
         config(queries()).with_options(top_blocks=None, trunk_cache=str(tmp_path))
     with pytest.raises(runs.RunError, match="a method that trains on all records"):
-        config(queries(), temperature_scaling=0.2, trunk_cache=str(tmp_path))
+        config(queries(), method="laplace-lora", holdout=0.5, validation=0, trunk_cache=str(tmp_path))
     with pytest.raises(runs.RunError, match="top_blocks must be at least 1, got 0"):
         config(queries()).with_options(top_blocks=0)
     with pytest.raises(runs.RunError, match="top_blocks must be at most the model's 2 blocks, got 3"):

@@ -201,11 +201,13 @@ def test_the_default_is_some_fifteen_evaluations(config):
     options = config(eval_steps=None)
     assert options.validation_options(500)["eval_steps"] == options.validation_options(500)["save_steps"] == 34
     assert options.validation_options(10)["eval_steps"] == 1
-    assert config(None, eval_steps=None).validation_options(500) == {}
+    assert config(0, eval_steps=None).validation_options(500) == {}
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "lora", "temperature_scaling": 0.5}, {"method": "laplace-lora", "holdout": 0.5}], ids=str
+    "options",
+    [{"method": "lora", "temperature_scaling": True}, {"method": "laplace-lora", "holdout": 0.5}],
+    ids=str,
 )
 def test_validation_records_are_the_held_out_ones(options, config):
     run = runs.train(config(RIGHT, **options), progress=False)
@@ -229,7 +231,7 @@ def test_the_trunk_cache_holds_validation_too(method, records, validation, confi
 
 
 def test_the_trunk_cache_and_a_temperature(config, tmp_path):
-    c = config(RIGHT, temperature_scaling=0.5, top_blocks=1, trunk_cache=str(tmp_path / "cache"))
+    c = config(RIGHT, temperature_scaling=True, top_blocks=1, trunk_cache=str(tmp_path / "cache"))
     assert runs.train(c, progress=False).sampler.temperature > 0
 
 
@@ -263,9 +265,9 @@ def test_the_command_line_says_which_checkpoint(config, capsys):
 @pytest.mark.parametrize(
     ("validation", "options", "message"),
     [
-        (1.0, {}, r"validation must be a file, NAME:split, or a share in \(0, 1\), got 1.0"),
-        (-0.1, {}, r"a share in \(0, 1\), got -0.1"),
-        (float("nan"), {}, r"a share in \(0, 1\), got nan"),
+        (1.0, {}, r"validation must be a file, NAME:split, or a share in \[0, 1\), got 1.0"),
+        (-0.1, {}, r"a share in \[0, 1\), got -0.1"),
+        (float("nan"), {}, r"a share in \[0, 1\), got nan"),
         ("", {}, "validation must be a name that isn't empty"),
         (0.1, {"patience": 0}, "patience must be at least 1, got 0"),
         (0.1, {"save_steps": 2}, "save_steps: with validation a checkpoint is written at each evaluation"),
@@ -273,10 +275,10 @@ def test_the_command_line_says_which_checkpoint(config, capsys):
         (0.1, {"metric_for_best_model": "f1"}, "metric_for_best_model isn't offered with validation"),
         (0.1, {"method": "tfb", "start_from": "a"}, "validation: nothing is trained with start_from and method 'tfb'"),
         (0.1, {"eval_strategy": "no"}, "eval_strategy must be 'steps' or 'epoch' with validation"),
-        (None, {"eval_steps": 2}, "eval_steps is for validation records, and there are none: give validation"),
-        (None, {"eval_steps": None, "eval_strategy": "steps"}, "eval_strategy is for validation records"),
-        (None, {"eval_steps": None, "load_best_model_at_end": True}, "load_best_model_at_end is for validation"),
-        (None, {"eval_steps": None, "patience": 2}, "patience is for validation records"),
+        (0, {"eval_steps": 2}, "eval_steps is for validation records, and there are none: give validation"),
+        (0, {"eval_steps": None, "eval_strategy": "steps"}, "eval_strategy is for validation records"),
+        (0, {"eval_steps": None, "load_best_model_at_end": True}, "load_best_model_at_end is for validation"),
+        (0, {"eval_steps": None, "patience": 2}, "patience is for validation records"),
     ],
     ids=str,
 )

@@ -6,11 +6,12 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _DESCRIPTION = """usage: bloblora COMMAND [options]
 
@@ -79,10 +80,11 @@ def fail(command: str, message: str) -> NoReturn:
 
 def _run(command: str, arguments: Sequence[str]) -> None:
     _quiet()
-    from .options import parsed
+    with _one_voice():
+        from .options import parsed
 
-    function = getattr(import_module(f".{COMMANDS[command]}", __name__), command)
-    function(**parsed(command, function, arguments))
+        function = getattr(import_module(f".{COMMANDS[command]}", __name__), command)
+        function(**parsed(command, function, arguments))
 
 
 def _help() -> str:
@@ -94,6 +96,43 @@ def _help() -> str:
         lines |= {node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in functions}
     commands = "\n".join(f"  {command:<10} {lines[command]}" for command in COMMANDS)
     return f"{_DESCRIPTION}\n\ncommands, each with --help:\n{re.sub('``', '`', commands)}"
+
+
+class _Voice(logging.Handler):
+    """Notes and warnings as lines on standard error, each once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage())
+
+    def warn(self, message: Warning | str, *_: Any, **__: Any) -> None:
+        """In place of `warnings.showwarning`."""
+        self.say(f"warning: {message}")
+
+    def say(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            bars = sys.modules.get("tqdm")  # which it moves out of the way
+            (bars.tqdm.write if bars else print)(line, file=sys.stderr)
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """The library's log and Python's warnings as lines of one form."""
+    log, voice, show = logging.getLogger("bloblora"), _Voice(), warnings.showwarning
+    before = log.level, log.propagate
+    log.addHandler(voice)
+    log.setLevel(logging.INFO)
+    log.propagate, warnings.showwarning = False, voice.warn
+    try:
+        yield
+    finally:
+        log.removeHandler(voice)
+        log.setLevel(before[0])
+        log.propagate, warnings.showwarning = before[1], show
 
 
 def _quiet() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import pairwise
 from textwrap import dedent, fill
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, Literal, NoReturn, get_type_hints
 
 import docstring_parser
 import jsonargparse
@@ -160,7 +160,8 @@ def _hints(place: str, method: str, task: str) -> dict[str, Any]:
         kinds = [tasks.TASKS[task]] if task in tasks.TASKS else [*tasks.TASKS.values()]
         return {option.name: get_type_hints(kind)[option.name] for kind in kinds for option in fields(kind)}
     kinds_ = {"run": RunConfig, "method": METHODS[method], "lora": LoraConfig, "training": BlobTrainingArguments}
-    return get_type_hints(kinds_[place])
+    hints = get_type_hints(kinds_[place])
+    return hints | {n: hints[n] | Literal["auto"] for n, value in TRAINING.items() if value == "auto" and n in hints}
 
 
 def _chosen(arguments: Sequence[str]) -> tuple[str, str]:

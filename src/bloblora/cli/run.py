@@ -23,6 +23,7 @@ from ..runs import PredictionOptions, RunConfig, RunDescription, RunError, open_
 from ..runs.checks import check_generates
 from ..runs.decide import DECISION_FILE, open_decision
 from ..runs.decide import calibrate as calibrate_run
+from ..runs.outcome import log
 from ..training import PosteriorHistograms
 
 
@@ -75,6 +76,9 @@ def train(config: RunConfig, json: bool = False, tensorboard: str | None = None)
         print(_rescaled(rescaling))
     if validation := run.training.get("validation"):
         print(_validated(validation))
+    for num_samples, values in run.training.get("held_out", {}).get("by_num_samples", {}).items():
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        print(f"held out, {'mean weights' if num_samples == '0' else f'N = {num_samples}'}: {shown}")
     following, option = ("generate", "input") if run.task.kind == "generation" else ("evaluate", "data")
     print(f"saved to {config.output}; next: bloblora {following} {config.output} --{option} FILE")
 
@@ -359,6 +363,8 @@ def _opened(directory: str, options: PredictionOptions) -> RunDescription:
     """A run's description, whose method allows the approximation."""
     description = open_run(directory)
     options.check(description.method)
+    for problem in description.training.get("warnings", ()):
+        log.warning(f"this run: {problem}")
     return description
 
 

@@ -86,6 +86,7 @@ def model_card(
         pictures=_named(folder, "reliability", ".png"),
         validation_figure=VALIDATION_FIGURE if (folder / VALIDATION_FIGURE).is_file() else None,
         decision=_decision(description),
+        warnings=description.training.get("warnings", []),
         measured_on=[name for name in measured if name],
     )
 

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from ..registry import Registry
-from .method import Draw, GaussianMethod, Method, Training
+from .method import TEMPERED_NLL, Draw, GaussianMethod, Method, Training
 from .rescaled import Rescaled
 
 
@@ -46,4 +46,4 @@ METHODS: Registry[type[Method]] = Registry(
 )
 """The methods by name."""
 
-__all__ = ["METHODS", "Draw", "GaussianMethod", "Method", "Rescaled", "Training"]
+__all__ = ["METHODS", "TEMPERED_NLL", "Draw", "GaussianMethod", "Method", "Rescaled", "Training"]

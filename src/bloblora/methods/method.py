@@ -21,12 +21,14 @@ from ..adapter import AdapterFileError, Posterior, check_folder, find_posterior
 from ..adapter.bayesianize import Weights
 from ..adapter.storage import BLOB_CONFIG
 from ..files import file_sha256, read_json, write_json, write_tensors
-from ..prediction import Point, Sampler, WeightDraws
+from ..prediction import Point, Sampler, WeightDraws, fit_temperature, tempered_nll
 from ..tasks import Task
 from ..tasks.task import Example
 from ..training import BlobTrainer, BlobTrainingArguments, last_checkpoint
 
 MEAN = "mean"
+TEMPERED_NLL = "tempered_nll"
+"""Of an evaluation: the NLL under the temperature that makes it lowest, nats an example."""
 PRIOR_IN_LOSS: Mapping[str, Any] = {"learning_rate": 5e-4, "max_grad_norm": 0.0}
 """`Method.training_defaults` where the loss has a prior's part: clipping would move the point where both balance."""
 
@@ -194,6 +196,7 @@ class Training:
         patience: evaluations without improvement after which a training stops; None: it runs to its end.
         validated: what each training with ``validation`` found, see `Validated`.
         logs: those of the last training that hold its losses.
+        problems: what is wrong with a posterior that was trained, a sentence each.
         found: what a method says in ``run.json`` of what it chose, by name.
         trained: the model comes trained; `train_lora` leaves it as it is.
     """
@@ -207,6 +210,7 @@ class Training:
     validated: list[Validated] = field(default_factory=list)
     callbacks: Sequence[TrainerCallback] = ()
     logs: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
     trained: bool = False
 
@@ -236,6 +240,7 @@ class Training:
         checkpoint = last_checkpoint(arguments["output_dir"])
         loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.logs = [log for log in loop.state.log_history if "nll" in log]
+        self.problems += loop.problems
         if self.validation:
             self.validated.append(Validated.of(part, loop))
         return loop
@@ -252,7 +257,7 @@ class Training:
             train_dataset=self.examples,
             eval_dataset=self.validation or None,
             data_collator=task.collate,
-            compute_metrics=_accuracy if classes else None,
+            compute_metrics=_classified if classes else None,
         )
         # The Trainer's own print each log on standard output, which belongs to results.
         loop.remove_callback(PrinterCallback)
@@ -271,7 +276,7 @@ class Validated:
         accuracy: its accuracy; None for written text.
         stopped_early: whether patience ended the training.
         seconds: of all evaluations.
-        curve: ``step``, ``nll`` and ``accuracy`` of each evaluation.
+        curve: ``step``, ``nll``, ``accuracy`` and ``tempered_nll`` of each evaluation.
     """
 
     part: str
@@ -286,7 +291,7 @@ class Validated:
     def of(cls, part: str, loop: BlobTrainer) -> Validated:
         """Of a training that is done."""
         logs = [log for log in loop.state.log_history if "eval_loss" in log]
-        names = {"step": "step", "nll": "eval_loss", "accuracy": "eval_accuracy"}
+        names = {"step": "step", "nll": "eval_loss", "accuracy": "eval_accuracy", TEMPERED_NLL: f"eval_{TEMPERED_NLL}"}
         curve: list[dict[str, Any]] = [{n: log[key] for n, key in names.items() if key in log} for log in logs]
         best = next(row for row in curve if row["step"] == loop.state.best_global_step)
         stopped_early = loop.state.global_step < loop.state.max_steps
@@ -303,10 +308,14 @@ class _LogAtEvaluations(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of the examples whose most probable column is right."""
-    log_probs: Any = prediction.predictions
-    return {"accuracy": float((log_probs.argmax(-1) == prediction.label_ids).mean())}
+def _classified(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of the examples whose most probable column is right, and the NLL under the best temperature."""
+    log_probs, labels = (torch.as_tensor(values) for values in (prediction.predictions, prediction.label_ids))
+    temperature = fit_temperature([log_probs[None]], [labels])
+    return {
+        "accuracy": (log_probs.argmax(-1) == labels).double().mean().item(),
+        TEMPERED_NLL: tempered_nll([log_probs[None]], [labels], temperature).mean().item(),
+    }
 
 
 def write_state(folder: Path, name: str, values: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:

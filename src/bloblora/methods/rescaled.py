@@ -9,10 +9,10 @@ so that the objective is smooth: on a grid with τ = 0, the mean alone, and τ =
 
 Few records overfit two numbers. τ stays 1 unless another one's NLL is lower by more than a standard error of the paired
 difference: of models that the data can't tell apart, the simplest is taken (the one-standard-error rule of Breiman,
-Friedman, Olshen & Stone, Classification and Regression Trees, 1984). Only then is τ searched about the best of the grid.
+Friedman, Olshen & Stone, Classification and Regression Trees, 1984). Only then is τ searched about the grid's best.
 
-The records are a share that is held out, or all of them by cross-validation (Stone 1974): each is predicted by a model
-that was trained without it, and the run's own training has them all.
+The records are those of validation, or all training records by cross-validation (Stone 1974): each is predicted by a
+model that was trained without it, and the run's own training has them all.
 """
 
 from __future__ import annotations
@@ -30,14 +30,12 @@ import torch
 from peft import PeftModel
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..prediction import Prediction, Sampler, ScalableWeights, Tempered, predict
+from ..prediction import Sampler, ScalableWeights, Tempered, fit_temperature, predict, tempered_nll
 from ..tasks.task import Example
 from .method import Draw, Method, Training, read_state, write_state
 
-_LOG_RANGE = math.log(20.0)
 _NUM_SAMPLES = 10
 _STEP = math.sqrt(10.0)
 _WIDTHS = (0.0, _STEP**-2, _STEP**-1, 1.0, _STEP)
@@ -47,7 +45,7 @@ _NO_WIDTH = 1e-6  # what is saved for τ = 0: no draw shows it in float32, and t
 _INNERS = (
     *("name", "paper", "training_defaults", "lora_defaults"),
     *("starts_from_lora", "post_hoc", "whole_model", "gaussian", "takes_prior", "deterministic", "needs_head"),
-    *("check_run", "check_draws", "described", "prepare", "weights_file"),
+    *("check_run", "check_draws", "described", "holdout", "prepare", "weights_file"),
 )
 
 
@@ -57,13 +55,11 @@ class Rescaled(Method):
 
     Attributes:
         inner: the other method.
-        holdout: share of the records that is held out for them; with ``folds`` the inner method's own.
-        folds: K of a cross-validation, in place of the share.
+        folds: K of a cross-validation, in place of held-out records.
         seed: of the folds.
     """
 
     inner: Method
-    holdout: float = 0.0  # type: ignore[misc]
     folds: int | None = None
     seed: int = 0
 
@@ -73,14 +69,12 @@ class Rescaled(Method):
         for attribute in _INNERS:
             setattr(self, attribute, getattr(self.inner, attribute))
         self.files = (*self.inner.files, "temperature.json")  # type: ignore[misc]
-        if self.folds:
-            self.holdout = self.inner.holdout
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
-        """Train on what isn't held out, or K times without a fold and then on all; then fit τ and T."""
+        """Train, or K times without a fold and then on all; then fit τ and T."""
         parts = [*self._out_of_fold(model, training)] if self.folds else []
         sampler = self.inner.fit(model, training)
-        scales, report = fit_scales(parts or [_HeldOut(model, sampler, training.holdout, training.task)])
+        scales, report = fit_scales(parts or [_HeldOut(model, sampler, training.validation, training.task)])
         if scales.width != 1:
             assert sampler.scalable is not None
             sampler.scalable.scale_(scales.width or _NO_WIDTH)
@@ -157,7 +151,7 @@ def fit_scales(parts: Sequence[_HeldOut]) -> tuple[Scales, dict[str, Any]]:
     def at(width: float) -> float:
         log_probs = [part.log_probs(width) for part in parts]
         temperature = fit_temperature(log_probs, labels)
-        nll, nll_of_width = (_nll(log_probs, labels, value) for value in (temperature, 1.0))
+        nll, nll_of_width = (tempered_nll(log_probs, labels, value) for value in (temperature, 1.0))
         tried[width] = Scales(width, temperature, nll, nll_of_width)
         return tried[width].nll.mean().item()
 
@@ -194,18 +188,6 @@ def fit_scales(parts: Sequence[_HeldOut]) -> tuple[Scales, dict[str, Any]]:
     return scales, report
 
 
-def fit_temperature(log_probs: Sequence[Tensor], labels: Sequence[Tensor]) -> float:
-    """T in [1/20, 20] with the lowest NLL of the averaged probabilities.
-
-    ``log_probs`` of each part is (S, n, C), -inf for a class that an input lacks; ``labels`` is (n,).
-    """
-
-    def nll(log_temperature: float) -> float:
-        return _nll(log_probs, labels, math.exp(log_temperature)).mean().item()
-
-    return math.exp(minimize_scalar(nll, bounds=(-_LOG_RANGE, _LOG_RANGE), method="bounded").x)
-
-
 def folds(labels: Sequence[int], count: int, seed: int = 0) -> list[list[int]]:
     """Positions in each of K folds of nearly equal sizes, with nearly equal counts of each label; rising."""
     generator = random.Random(seed)
@@ -214,15 +196,6 @@ def folds(labels: Sequence[int], count: int, seed: int = 0) -> list[list[int]]:
         groups.setdefault(label, []).append(position)
     dealt = [position for _, group in sorted(groups.items()) for position in generator.sample(group, len(group))]
     return [sorted(dealt[start::count]) for start in range(count)]
-
-
-def _nll(log_probs: Sequence[Tensor], labels: Sequence[Tensor], temperature: float) -> Tensor:
-    """Of each record of all parts, nats, (n,) float64."""
-    losses = []
-    for rows, right in zip(log_probs, labels, strict=True):
-        scaled = (rows.double() / temperature).log_softmax(-1)
-        losses.append(F.nll_loss(Prediction(scaled, len(scaled)).log_probabilities, right, reduction="none"))
-    return torch.cat(losses)
 
 
 @contextmanager

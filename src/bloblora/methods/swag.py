@@ -112,7 +112,7 @@ class Swag(GaussianMethod):
                 f"lr_scheduler_type must be {_SCHEDULE!r} for method 'swag', which says how the rate falls; "
                 f"got {schedule!r}"
             )
-        if training["max_steps"] > 0:
+        if isinstance(training["max_steps"], int) and training["max_steps"] > 0:
             self.collected(training["max_steps"])
 
     def collected(self, steps: int) -> list[int]:

@@ -4,6 +4,7 @@ from .approximations import Linearized, StoppingRule, TopBlocks
 from .hidden import hidden_states
 from .prediction import Prediction, average_draws, predict
 from .sampler import Point, Sampler, ScalableWeights, Tempered, WeightDraws
+from .temperature import fit_temperature, tempered_nll
 
 __all__ = [
     "Linearized",
@@ -16,6 +17,8 @@ __all__ = [
     "TopBlocks",
     "WeightDraws",
     "average_draws",
+    "fit_temperature",
     "hidden_states",
     "predict",
+    "tempered_nll",
 ]

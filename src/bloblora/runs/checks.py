@@ -18,10 +18,10 @@ from ..methods import METHODS, Method
 from .config import RunConfig, RunError
 from .folder import RUN_FILE, TASK_FILE, open_run
 
-_FEW = 50  # a standard error of the accuracy of 0.07
+FEWEST_FOR_TEMPERATURE = 30
 # In simulations of calibrated models (2, 4 and 20 classes, accuracy 0.44 to 0.79) log T has a standard error of about
 # 1.5/√n, 0.17 to 0.41 at n = 30, and costs 0.02 to 0.04 nats there; below it grows faster, to 1.1 and 0.4 nats at 10.
-_FEW_FOR_TEMPERATURE = 30
+_FEW = 50  # a standard error of the accuracy of 0.07
 
 
 def check_task(config: RunConfig, records: Sequence[dict[str, Any]]) -> None:
@@ -56,11 +56,11 @@ def check_targets(config: RunConfig, task: tasks.Task) -> None:
 
 
 def check_validation(
-    config: RunConfig, training: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]
+    config: RunConfig, training: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]], *, few: bool = False
 ) -> None:
     """Raise a RunError where validation records can't be used beside the training records; needs no tokenizer.
 
-    Warns where some are training records too, and where they are too few.
+    Warns where some are training records too, and where they are too few, unless there may be ``few``.
     """
     source = f"validation {config.validation!r}"
     if not len(training) or not len(validation):
@@ -82,7 +82,7 @@ def check_validation(
             "them by heart looks best: take them out of one of the two",
             stacklevel=2,
         )
-    if len(validation) < _FEW:
+    if len(validation) < _FEW and not few:
         warnings.warn(
             f"{source}: {len(validation)} records are too few to tell checkpoints apart (standard error of the "
             f"accuracy: up to {0.5 / len(validation) ** 0.5:.2f}); at least {_FEW} are better",
@@ -90,13 +90,14 @@ def check_validation(
         )
 
 
-def check_rescaling(config: RunConfig, training: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]]) -> None:
+def check_rescaling(
+    config: RunConfig, training: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]
+) -> None:
     """Raise a RunError, or warn, where records are too few to fit a temperature; needs no tokenizer."""
     folds = config.temperature_folds
     if folds is None and not config.temperature_scaling:
         return
-    option = "temperature_scaling" if folds is None else f"temperature_folds {folds}"
-    records = held_out if folds is None else training
+    option, records = ("temperature_scaling", validation) if folds is None else (f"temperature_folds {folds}", training)
     if folds is not None and len(records) < folds:
         raise RunError(f"{option}: must be at most the number of records, {len(records)}")
     if folds is not None:
@@ -107,10 +108,10 @@ def check_rescaling(config: RunConfig, training: Sequence[dict[str, Any]], held_
                 f"{', '.join(single[:10])}",
                 stacklevel=2,
             )
-    if 0 < len(records) < _FEW_FOR_TEMPERATURE:
+    if len(records) < FEWEST_FOR_TEMPERATURE:
         warnings.warn(
             f"{option}: {len(records)} records are too few for a temperature (standard error of its logarithm: about "
-            f"{1.5 / len(records) ** 0.5:.1f}); at least {_FEW_FOR_TEMPERATURE} are better",
+            f"{1.5 / len(records) ** 0.5:.1f}); at least {FEWEST_FOR_TEMPERATURE} are better",
             stacklevel=2,
         )
 

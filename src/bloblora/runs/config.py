@@ -14,14 +14,14 @@ import yaml
 from peft import LoraConfig, PeftConfig
 
 from .. import models, tasks
-from ..methods import METHODS, Method, Rescaled
+from ..methods import METHODS, TEMPERED_NLL, Method, Rescaled
 from ..training import OBJECTIVE, BlobTrainingArguments
 
 SHORT = {"steps": "max_steps", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
 """Names that may be typed for those of `TrainingArguments`."""
 
 TRAINING: Mapping[str, Any] = {
-    "max_steps": 500,
+    "max_steps": "auto",
     "per_device_train_batch_size": 16,
     "max_grad_norm": 1.0,
     "warmup_steps": 0.06,
@@ -38,8 +38,8 @@ LORA: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "targe
 """Defaults of LoRA's options in a run: the BLoB paper's r and α; PEFT chooses the layers by the model's type."""
 
 _VALIDATION = ("eval_strategy", "eval_steps", "eval_num_samples", "load_best_model_at_end", "metric_for_best_model")
-_SAVING = ("save_steps", "save_strategy", "load_best_model_at_end")  # which validation decides
-_UNFIT = ("eval_delay", "eval_on_start", "batch_eval_metrics", "metric_for_best_model", "greater_is_better")
+SAVING = ("save_steps", "save_strategy", "load_best_model_at_end")  # which validation decides
+UNFIT = ("eval_delay", "eval_on_start", "batch_eval_metrics", "metric_for_best_model", "greater_is_better")
 _EVALUATIONS = 15
 """About how often a training is evaluated where nothing else is said."""
 
@@ -110,12 +110,13 @@ class RunConfig:
             "then computed once and not at every step. Needs `top_blocks`; several runs can share it."
         },
     )
-    validation: float | str | None = field(
-        default=None,
+    validation: float | str = field(
+        default="auto",
         metadata={
             "help": "Records on which the training is evaluated every `eval_steps` (default: about 15 times) and whose "
-            "NLL chooses the checkpoint that is kept: a file, a name such as `support_desk:validation`, or a share "
-            "such as 0.1 of the training records, which is held out, per label, by `limit_seed`."
+            "NLL chooses the checkpoint that is kept: a file, a name such as `support_desk:validation`, a share such "
+            "as 0.1 of the training records, which is held out, per label, by `limit_seed`, or 0 for none. `auto` is a "
+            "share of 0.2, at most 500 records, where that is at least 10."
         },
     )
     patience: int | None = field(
@@ -125,12 +126,12 @@ class RunConfig:
             "its end, and the best checkpoint is kept."
         },
     )
-    temperature_scaling: float = field(
-        default=0.0,
+    temperature_scaling: bool | None = field(
+        default=None,
         metadata={
-            "help": "Share of the training records that is held out to fit a temperature (arXiv 1706.04599), and where "
-            "draws have a width that can be scaled, a scale of it, on top of any method; 0 for none. With `validation` "
-            "its records are used instead, and none are held out."
+            "help": "Fit a temperature (arXiv 1706.04599) on the validation records, and where draws have a width that "
+            "can be scaled, a scale of it, on top of any method; the checkpoint is then the one whose NLL is lowest "
+            "under a temperature of its own. Default: where there are at least 30 such records with labels or choices."
         },
     )
     temperature_folds: int | None = field(
@@ -228,8 +229,7 @@ class RunConfig:
         method = METHODS[self.method["name"]](**options)
         if not self.temperature_scaling and self.temperature_folds is None:
             return method
-        share, folds = self.temperature_scaling, self.temperature_folds
-        return Rescaled(inner=method, holdout=share, folds=folds, seed=self.limit_seed)
+        return Rescaled(inner=method, folds=self.temperature_folds, seed=self.limit_seed)
 
     def build_lora(self, **options: Any) -> LoraConfig:
         """LoRA's configuration: the method's defaults, what was given, and what the run adds."""
@@ -244,8 +244,9 @@ class RunConfig:
 
         A checkpoint is written at each evaluation, so that the best one can be kept.
         """
-        if self.validation is None:
+        if not self.validation:
             return {}
+        tempered = {"metric_for_best_model": TEMPERED_NLL, "greater_is_better": False}
         strategy = self.training.get("eval_strategy", "steps")
         every = self.training.get("eval_steps", max(1, math.ceil(num_steps / _EVALUATIONS)))
         return {
@@ -255,6 +256,7 @@ class RunConfig:
             "save_steps": every,
             "load_best_model_at_end": True,
             "restore_callback_states_from_checkpoint": True,  # how long patience has lasted
+            **(tempered if self.temperature_scaling or self.temperature_folds else {}),
         }
 
     def search_space(self) -> dict[str, tuple[float, float]]:
@@ -284,13 +286,13 @@ class RunConfig:
             **self.training,
         }
         for name, (right, range_) in _ranges().items():
-            if (value := given.get(name)) is not None and not right(value):
+            if (value := given.get(name)) not in (None, TRAINING.get(name)) and not right(value):
                 yield f"{name} must be {range_}, got {value!r}"
         for name in ("data", "output", "model"):
             if not isinstance(value := getattr(self, name), str) or not value:
                 yield f"{name} must be a name that isn't empty, got {value!r}"
-        if isinstance(share := self.validation, (int, float)) and (isinstance(share, bool) or not 0 < share < 1):
-            yield f"validation must be a file, NAME:split, or a share in (0, 1), got {share!r}"
+        if isinstance(share := self.validation, (int, float)) and (isinstance(share, bool) or not 0 <= share < 1):
+            yield f"validation must be a file, NAME:split, or a share in [0, 1), got {share!r}"
         if share == "":
             yield "validation must be a name that isn't empty, got ''"
         if self.lora.get("target_modules") == []:
@@ -306,10 +308,8 @@ class RunConfig:
         except (TypeError, ValueError) as error:
             yield str(error)
             return
-        if self.temperature_scaling and method.inner.holdout:  # type: ignore[attr-defined]
-            yield "temperature_scaling and holdout both hold records out; leave one of them out"
         yield from self._wrong_folds(method)
-        if self.trunk_cache is not None and (self.top_blocks is None or (method.holdout and self.validation is None)):
+        if self.trunk_cache is not None and (self.top_blocks is None or (method.holdout and not self.validation)):
             yield "trunk_cache needs top_blocks, and a method that trains on all records"
         yield from self._wrong_validation(method)
         if self.start_from is not None and not method.starts_from_lora:
@@ -335,6 +335,8 @@ class RunConfig:
 
     def _wrong_folds(self, method: Method) -> Iterator[str]:
         if self.temperature_folds is None:
+            if self.temperature_scaling and not self.validation:
+                yield "temperature_scaling is for validation records, and there are none: give validation"
             return
         if self.temperature_scaling:
             yield "temperature_scaling and temperature_folds both fit a temperature; leave one of them out"
@@ -345,7 +347,9 @@ class RunConfig:
             )
 
     def _wrong_validation(self, method: Method) -> Iterator[str]:
-        if self.validation is None:
+        if self.validation == "auto":
+            return
+        if not self.validation:
             given = [name for name in _VALIDATION if self.training.get(name, "no") not in ("no", False)]
             given += ["save_strategy"] if self.training.get("save_strategy") == "best" else []
             for name in [*(["patience"] if self.patience is not None else []), *given]:
@@ -353,13 +357,13 @@ class RunConfig:
             return
         if self.training.get("eval_strategy", "steps") == "no":
             yield "eval_strategy must be 'steps' or 'epoch' with validation, got 'no'"
-        for name in _SAVING:
+        for name in SAVING:
             if name in self.training:
                 yield f"{name}: with validation a checkpoint is written at each evaluation; give eval_steps instead"
-        for name in _UNFIT:
+        for name in UNFIT:
             if self.training.get(name):
                 yield f"{name} isn't offered with validation, whose evaluations all count, by their NLL; leave it out"
-        if method.post_hoc and self.start_from is not None:
+        if not self.temperature_scaling and method.post_hoc and self.start_from is not None:
             yield f"validation: nothing is trained with start_from and method {method.name!r}; leave it out"
 
 
@@ -493,7 +497,7 @@ def _ranges() -> dict[str, tuple[Callable[[Any], bool], str]]:
         **dict.fromkeys(("max_steps", "per_device_train_batch_size", "r", "limit", "top_blocks", "patience"), count),
         **dict.fromkeys(("lora_alpha", "learning_rate", "num_train_epochs", "save_steps", "eval_steps"), positive),
         **dict.fromkeys(("max_grad_norm", "warmup_steps", "weight_decay"), not_negative),
-        **dict.fromkeys(("lora_dropout", "temperature_scaling"), share),
+        **dict.fromkeys(("lora_dropout",), share),
         **dict.fromkeys(("seed", "limit_seed"), seed),
         "temperature_folds": folds,
     }

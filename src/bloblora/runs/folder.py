@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -93,12 +93,14 @@ def described(config: RunConfig) -> dict[str, Any]:
     return {"libraries": library_versions(), "config": config.given(), "options": config.build_method().described()}
 
 
-def read_description(output: Path, config: RunConfig) -> dict[str, Any]:
-    """What the folder says of its run, if any; a RunError where that has another configuration."""
+def read_description(output: Path, config: RunConfig, besides: Collection[str] = ()) -> dict[str, Any]:
+    """What the folder says of its run, if any; a RunError where that has another configuration, ``besides`` options."""
     if not (output / RUN_FILE).is_file():
         return {}
     stored = read_json(output / RUN_FILE, RunError)
-    if found := different(_read_config(output / RUN_FILE, stored)[0].given(), config.given()):
+    if found := different(
+        _read_config(output / RUN_FILE, stored)[0].given(), config.given(), besides=("output", *besides)
+    ):
         raise RunError(f"{output} holds a run of another configuration ({'; '.join(found)}); choose another output")
     return stored
 

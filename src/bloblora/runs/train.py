@@ -6,6 +6,7 @@ import resource
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -29,6 +30,7 @@ from ..evaluation import lines_figure, save_figure
 from ..files import file_sha256, read_json, write_json, write_text
 from ..prediction.trunk_cache import IndexedExamples, cache_trunk
 from ..training import BlobTrainingArguments, last_checkpoint
+from .automatic import left_open, resolved
 from .checks import (
     check_rescaling,
     check_sharded,
@@ -52,6 +54,7 @@ from .folder import (
     read_fields,
     records_sha256,
 )
+from .outcome import ExpectedTime, announce, held_out_metrics, too_short
 from .processes import on_cpu, processes
 from .run import Run, base_model, load_run
 
@@ -74,25 +77,31 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise RunError(f"output {config.output!r}: is a file; give a folder")
-    stored = read_description(output, config)
+    stored = read_description(output, config, besides=left_open(config))
     check_writable(output / RUN_FILE)
     _check_sharded(config)
     main = processes().is_main_process
     with _scratch(output) as scratch:
         everything = _mapped(scratch / "records.arrow", partial(_read, config.data))
         records = select(everything, config.limit, config.limit_seed)
-        check_task(config, records)
-        description: dict[str, Any] = {**described(config), "records_sha256": records_sha256(records)}
+        given = config
+        check_task(given, records)
+        _check_same_records(output, stored, "training", digest := records_sha256(records))
+        separate = _validation(given, scratch)
+        config = resolved(given, records, len(separate))
+        read_description(output, config)
+        description: dict[str, Any] = {**described(config), "records_sha256": digest}
         method = config.build_method()
         kept, held_out = hold_out(config, method, records)
-        validation = _validation(config, kept, held_out, scratch)
-        if len(validation):
+        validation = (separate or held_out) if config.validation else []
+        if config.validation:
+            check_validation(config, kept, validation, few=given.validation == "auto")
             description["validation_sha256"] = records_sha256(validation)
-        _check_same_records(output, stored, description)
+        _check_same_records(output, stored, "validation", description.get("validation_sha256"))
         if stored.get("training"):
             processes().wait_for_everyone()  # until nobody needs the folder
             return load_run(output)
-        check_rescaling(config, kept, validation if len(validation) else held_out)
+        check_rescaling(config, kept, validation)
         tokenizer = models.load_tokenizer(config.model)
         task_options = {name: value for name, value in config.task.items() if name != "name"}
         task = tasks.build_task(config.task["name"], records, tokenizer, **task_options)
@@ -100,8 +109,7 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
         lora_of(config)
         check_start(config, task)
         if method.holdout and not len(held_out) and not len(validation):
-            name = "temperature_scaling" if config.temperature_scaling else "holdout"
-            raise RunError(f"{name} {method.holdout} of {len(records)} records holds none out; give a larger share")
+            raise RunError(f"holdout {method.holdout} of {len(records)} records holds none out; give a larger share")
         encode = partial(tasks.encode_each, task, tokenizer=tokenizer, progress=progress)
         examples = _mapped(scratch / "examples.arrow", partial(encode, kept))
         arguments = _arguments(config, len(examples), progress)
@@ -115,7 +123,9 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
             training.holdout = _mapped(scratch / "holdout.arrow", partial(encode, held_out))
         if main:
             write_json(output / RUN_FILE, description)
-            write_text(output / CONFIG_FILE, yaml.safe_dump(config.given(), sort_keys=False, allow_unicode=True))
+            write_text(output / CONFIG_FILE, yaml.safe_dump(given.given(), sort_keys=False, allow_unicode=True))
+        if main:
+            announce(records, training, *_length(arguments, len(examples)))
         run = _fit(config, method, training, tokenizer, progress, callbacks)
         if main:
             _save(run, method, output, description)
@@ -134,8 +144,7 @@ def hold_out(config: RunConfig, method: methods.Method, records: Records) -> tup
     """Records to train on, and those held out: for validation, or, where there is none, what the method asks for."""
     if isinstance(config.validation, str):
         return split(records, 0, config.limit_seed)
-    share = method.holdout if config.validation is None else config.validation
-    return split(records, share, config.limit_seed)
+    return split(records, config.validation or method.holdout, config.limit_seed)
 
 
 def select(records: Records, limit: int | None, seed: int = 0) -> Records:
@@ -185,7 +194,7 @@ def _fit(
         training = _above_trunk(model, training, Path(config.trunk_cache), progress)
     checkpoints = Path(config.output) / CHECKPOINTS
     bar, clock = _ProgressBar(checkpoints), _Clock(checkpoints)
-    training.callbacks = [*callbacks, clock, *([bar] if progress else [])]
+    training.callbacks = [*callbacks, clock, ExpectedTime(clock.seconds), *([bar] if progress else [])]
     try:
         sampler = method.fit(model, training)
     finally:
@@ -210,7 +219,19 @@ def _fit(
             "share_of_time": min(1.0, evaluating / seconds),
             "trainings": [asdict(validated) for validated in training.validated],
         }
-    return Run(model, tokenizer, task, sampler, config, method, result)
+    run = Run(model, tokenizer, task, sampler, config, method, result)
+    problems = training.problems
+    said = len(problems)  # by the training
+    if training.validated:
+        problems += too_short(result)
+    if len(training.validation) and task.kind != "generation":
+        result["held_out"], found = held_out_metrics(run, training)
+        problems += found
+    if problems:
+        result["warnings"] = problems
+    for problem in problems[said:] if processes().is_main_process else ():
+        warnings.warn(problem, stacklevel=2)
+    return run
 
 
 def _save(run: Run, method: methods.Method, output: Path, description: dict[str, Any]) -> None:
@@ -235,16 +256,12 @@ def _curves(training: dict[str, Any]) -> dict[str, dict[float, float]]:
     return curves
 
 
-def _validation(config: RunConfig, kept: Any, held_out: Any, scratch: Path) -> Any:
-    """Records of validation: those held out, or of another source; none without ``validation``."""
-    if config.validation is None:
+def _validation(config: RunConfig, scratch: Path) -> Any:
+    """Records of validation that aren't a share of the training records; none where they are."""
+    if not isinstance(source := config.validation, str) or source == "auto":
         return []
-    validation = held_out
-    if isinstance(config.validation, str):
-        with _named(f"validation {config.validation!r}"):
-            validation = _mapped(scratch / "validation_records.arrow", partial(_read, config.validation))
-    check_validation(config, kept, validation)
-    return validation
+    with _named(f"validation {source!r}"):
+        return _mapped(scratch / "validation_records.arrow", partial(_read, source))
 
 
 @contextmanager
@@ -311,7 +328,7 @@ def _check_sharded(config: RunConfig) -> None:
     check_sharded(config.build_method())
     if config.trunk_cache is not None:
         raise RunError(f"trunk_cache {config.trunk_cache!r} isn't offered under FSDP; leave it out, or use DDP")
-    if config.validation is not None:
+    if config.validation not in ("auto", 0):
         raise RunError(f"validation {config.validation!r} isn't offered under FSDP; leave it out, or use DDP")
 
 
@@ -344,10 +361,7 @@ def _lora(config: RunConfig, task: tasks.Task, base: Any) -> LoraConfig:
 def _arguments(config: RunConfig, num_examples: int, progress: bool) -> dict[str, Any]:
     """Of `BlobTrainingArguments`; they are built once to see that the Trainer takes them."""
     options = config.training_options()
-    steps = options["max_steps"]
-    if steps < 0:
-        batch = options["per_device_train_batch_size"] * processes().num_processes
-        steps = math.ceil(num_examples / batch) * options["num_train_epochs"]
+    steps, _ = _length(options, num_examples)
     options |= config.validation_options(steps)
     options["logging_steps"] = max(1, min(options["logging_steps"], steps))
     options |= {
@@ -362,6 +376,14 @@ def _arguments(config: RunConfig, num_examples: int, progress: bool) -> dict[str
     except (TypeError, ValueError) as error:
         raise RunError(f"training: {error}") from error
     return options
+
+
+def _length(arguments: dict[str, Any], num_examples: int) -> tuple[int, int]:
+    """Steps of a training, and the examples of each."""
+    batch = arguments["per_device_train_batch_size"] * arguments.get("gradient_accumulation_steps", 1)
+    batch *= processes().num_processes
+    steps = arguments["max_steps"]
+    return (steps if steps > 0 else math.ceil(num_examples / batch) * arguments["num_train_epochs"]), batch
 
 
 class _ProgressBar(ProgressCallback):
@@ -411,10 +433,10 @@ class _Clock(TrainerCallback):
         write_json(folder / self.FILE, {"seconds": self.seconds()})
 
 
-def _check_same_records(output: Path, stored: dict[str, Any], description: dict[str, Any]) -> None:
-    for key, which in (("records_sha256", "training"), ("validation_sha256", "validation")):
-        if key in stored and stored[key] != description.get(key):
-            raise RunError(
-                f"{output} holds a run whose {which} records were others: the data changed since; choose another "
-                "output, or restore the data"
-            )
+def _check_same_records(output: Path, stored: dict[str, Any], which: str, digest: str | None) -> None:
+    known = stored.get({"training": "records_sha256", "validation": "validation_sha256"}[which], digest)
+    if known != digest:
+        raise RunError(
+            f"{output} holds a run whose {which} records were others: the data changed since; choose another output, "
+            "or restore the data"
+        )

@@ -86,8 +86,10 @@ class ElboCallback(TrainerCallback):
         self.trainer._check_weights()
         if (posterior := self.trainer.posterior) is not None:
             summary = posterior.summary()  # by all processes: each may hold a part of it
-            if state.is_world_process_zero and (problem := _degenerate(posterior.start_std(), summary)):
-                warnings.warn(problem, stacklevel=1)
+            if problem := _degenerate(posterior.start_std(), summary):
+                self.trainer.problems.append(problem)
+                if state.is_world_process_zero:
+                    warnings.warn(problem, stacklevel=1)
 
 
 @torch.no_grad()

@@ -101,6 +101,7 @@ class BlobTrainerMixin(_Host):
         assert isinstance(self.model, nn.Module)
         self._module = self.model
         self.task = task
+        self.problems: list[str] = []  # of the posterior that was trained
         self.posterior: Posterior | None = find_posterior(self._module)
         if task is not None or self.is_deepspeed_enabled:
             self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the model could do

@@ -1,0 +1,69 @@
+"""What a configuration leaves to the data: how long to train, what to hold out, whether to fit a temperature."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate.utils import parse_flag_from_env
+
+from .. import tasks
+from .checks import FEWEST_FOR_TEMPERATURE, task_name
+from .config import SAVING, UNFIT, RunConfig
+from .processes import processes
+
+_SHARE = 0.2
+_FEWEST = 10  # records held out, below which a checkpoint would be chosen by chance
+_MOST = 500  # beyond which an evaluation costs more than it tells: the standard error of the accuracy is at most 0.022
+# Of n records training sees a multiple of √n: the fewer there are, the more often each. A fresh head needs more than
+# an answer that the pretrained model can score. Where it is too long, validation stops it in time.
+_EXAMPLES_WITH_HEAD = 320
+_EXAMPLES = 80
+
+
+def resolved(config: RunConfig, records: Sequence[dict[str, Any]], separate: int) -> RunConfig:
+    """The configuration with numbers in place of what is automatic, which depend on the records and nothing else.
+
+    ``separate`` counts the validation records that aren't a share of the records.
+    """
+    labelled = tasks.TASKS[task_name(config, records)].kind != "generation"
+    validation = config.validation
+    if validation == "auto":
+        validation = _share(config, records)
+    held_out = 0 if isinstance(validation, str) else _held_out(records, validation)
+    temperature = config.temperature_scaling
+    if temperature is None:
+        temperature = labelled and separate + held_out >= FEWEST_FOR_TEMPERATURE and config.temperature_folds is None
+    options: dict[str, Any] = {"validation": validation, "temperature_scaling": temperature}
+    if config.value("max_steps") == "auto":
+        options["max_steps"] = num_steps(config, records, len(records) - held_out)
+    return config.with_options(**options)
+
+
+def left_open(config: RunConfig) -> tuple[str, ...]:
+    """The options that `resolved` decides."""
+    options = {"validation": "auto", "temperature_scaling": None, "max_steps": "auto"}
+    return tuple(name for name, value in options.items() if config.value(name) == value)
+
+
+def num_steps(config: RunConfig, records: Sequence[dict[str, Any]], count: int) -> int:
+    """Steps of a training on ``count`` records: a multiple of √count examples, and at least one pass."""
+    head = tasks.TASKS[task_name(config, records)].task_type == "SEQ_CLS"
+    batch = config.value("per_device_train_batch_size") * config.value("gradient_accumulation_steps")
+    examples = max((_EXAMPLES_WITH_HEAD if head else _EXAMPLES) * math.sqrt(count), count)
+    return max(1, math.ceil(examples / (batch * processes().num_processes)))
+
+
+def _share(config: RunConfig, records: Sequence[dict[str, Any]]) -> float:
+    """Of the records that are held out; 0 where that would be too few, or other options leave no room for it."""
+    idle = config.start_from is not None and config.build_method().post_hoc
+    idle |= config.training.get("eval_strategy") == "no" or not config.training.keys().isdisjoint((*SAVING, *UNFIT))
+    if idle or config.method.get("holdout") or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return 0.0
+    share = min(_SHARE, _MOST / len(records))
+    return share if _held_out(records, share) >= _FEWEST else 0.0
+
+
+def _held_out(records: Sequence[dict[str, Any]], share: float) -> int:
+    """How many records a share is, per label where records have one."""
+    return sum(round(share * count) for count in Counter(record.get("label", "") for record in records).values())

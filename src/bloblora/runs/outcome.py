@@ -1,0 +1,131 @@
+"""What a person is told of a training: before it what it will do, and after it how that ended."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from ..evaluation import metrics
+from ..methods import TEMPERED_NLL, Training
+from ..prediction import Prediction, predict
+from .run import Run
+
+log = logging.getLogger("bloblora")
+
+NUM_SAMPLES = 10
+_METRICS = ("accuracy", "nll", "ece")
+_STEADY = 0.01  # a fall of the validation NLL from one evaluation to the next that is no reason to train longer
+_HARM = 0.01  # nats
+_TIMED_STEPS = 5
+
+
+def announce(records: Sequence[dict[str, Any]], training: Training, steps: int, batch: int) -> None:
+    """Say what was read, what is held out, and how long the training is."""
+    task: Any = training.task
+    texts, held_out = training.examples, training.validation or training.holdout
+    longest = max(task.length(example) for part in (texts, held_out) for example in part)
+    log.info(f"read {len(records)} records{_labels(records)}; the longest has {longest} tokens")
+    if len(training.validation):
+        fitted = ", and fit the temperature" if "metric_for_best_model" in training.arguments else ""
+        log.info(f"{len(training.validation)} records choose the checkpoint{fitted}; {len(texts)} are trained on")
+    elif len(held_out):
+        log.info(f"{len(held_out)} records are held out; {len(texts)} are trained on")
+    log.info(f"{steps} steps of {batch} records: {steps * batch / len(texts):.1f} passes over them")
+
+
+def _labels(records: Iterable[dict[str, Any]]) -> str:
+    counts = Counter(record["label"] for record in records if "label" in record)
+    if not counts:
+        return ""
+    rarest, few = min(counts.items(), key=lambda pair: pair[1])
+    most = max(counts.values())
+    each = f"{few} each" if few == most else f"{few} to {most} each, the rarest {rarest!r}"
+    return f" with {len(counts)} labels, {each}"
+
+
+class ExpectedTime(TrainerCallback):
+    """Says after a few steps how long the training will take, evaluations apart."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._started: tuple[int, float] | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Look at the clock after the first step, which is slower than the others, and some steps later."""
+        if self._started is None:
+            self._started = (state.global_step, self._clock())
+        step, since = self._started
+        if state.global_step - step == _TIMED_STEPS and state.is_world_process_zero:
+            left = (state.max_steps - state.global_step) * (self._clock() - since) / _TIMED_STEPS
+            if left > 60:
+                log.info(f"about {left / 60:.0f} minutes of training to go, evaluations not counted")
+
+
+def held_out_metrics(run: Run, training: Training) -> tuple[dict[str, Any], list[str]]:
+    """Accuracy, NLL (nats) and ECE of the validation records under the mean and under draws; and what is wrong.
+
+    They chose the checkpoint, so that other records may be answered a little worse.
+    """
+    options: Any = {"task": training.task, "sampler": run.sampler}
+    targets = torch.tensor([example["label"] for example in training.validation])
+    counts = (0,) if run.method.deterministic else (0, NUM_SAMPLES)
+    found = {n: predict(run.model, training.validation, n, run.config.seed, **options) for n in counts}
+    by_samples = {}
+    for n, prediction in found.items():
+        values = metrics(prediction, targets)
+        by_samples[str(n)] = {name: values[name] for name in _METRICS}
+    nlls = [_nll(prediction, targets) for prediction in found.values()]
+    problems = [*_guessing(training, found[counts[-1]], targets, nlls[-1]), *_harm(*nlls)]
+    return {"num_examples": len(targets), "by_num_samples": by_samples}, problems
+
+
+def too_short(training: dict[str, Any]) -> Iterator[str]:
+    """What to say where validation was still getting better at the last step."""
+    for one in training["validation"]["trainings"]:
+        chosen = [row.get(TEMPERED_NLL, row["nll"]) for row in one["curve"]]
+        last = one["best_step"] == one["curve"][-1]["step"] and not one["stopped_early"]
+        if last and len(chosen) > 1 and chosen[-1] < (1 - _STEADY) * chosen[-2]:
+            yield (
+                f"the validation NLL was still falling at the last step, from {chosen[-2]:.3f} to {chosen[-1]:.3f}: "
+                "train longer (steps)"
+            )
+            return
+
+
+def _guessing(training: Training, prediction: Prediction, targets: Tensor, nll: Tensor) -> Iterator[str]:
+    """Whether the model is no better than one that looks at no input: the labels' shares, or any choice alike."""
+    if getattr(training.task, "labels", None) is not None:
+        counts = Counter(example["label"] for example in training.examples)
+        total = sum(counts.values())
+        guess = sum(-math.log(counts.get(label, 1) / total) for label in targets.tolist()) / len(targets)
+    else:
+        guess = torch.isfinite(prediction.log_probabilities).sum(-1).double().log().mean().item()
+    if nll.mean() >= guess:
+        yield (
+            f"the model has learned nothing that helps: the NLL of held-out records is {nll.mean():.3f}, and "
+            f"{guess:.3f} without looking at the input. Train longer (steps), try another learning_rate, or give "
+            "more records"
+        )
+
+
+def _harm(mean: Tensor, draws: Tensor | None = None) -> Iterator[str]:
+    """Whether draws are worse than the mean: by what counts, and by two standard errors of the paired difference."""
+    if draws is None or len(mean) < 2:
+        return
+    worse = draws - mean
+    if worse.mean() > max(_HARM, 2 * worse.std() / math.sqrt(len(worse))):
+        yield (
+            f"{NUM_SAMPLES} weight samples answer held-out records worse than the mean weights do: NLL "
+            f"{draws.mean():.3f} and {mean.mean():.3f}. Predict with samples 0, or train with a smaller prior_std"
+        )
+
+
+def _nll(prediction: Prediction, targets: Tensor) -> Tensor:
+    return -prediction.log_probabilities[torch.arange(len(targets)), targets]

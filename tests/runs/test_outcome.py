@@ -1,0 +1,148 @@
+"""What is left to the data, what a training says before it starts, and how a person hears that it ended badly."""
+
+import json
+import logging
+import re
+
+import pytest
+
+from bloblora import runs
+from bloblora.cli import main
+from bloblora.hub import model_card
+from bloblora.runs.automatic import resolved
+from tests.tiny_base import QUESTIONS, write_jsonl
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def records(count, labels=4):
+    return [{"text": f"query {i}", "label": f"label {i % labels}"} for i in range(count)]
+
+
+def learnable(count):
+    words = ("money", "parcel")
+    return [{"text": f"{words[i % 2]} {i}", "label": words[i % 2]} for i in range(count)]
+
+
+def given(**options):
+    return runs.RunConfig.of(data="data.jsonl", output="run", **options)
+
+
+@pytest.mark.parametrize(
+    ("count", "labels", "held_out", "temperature"),
+    [(40, 4, 0, False), (60, 4, 12, False), (200, 4, 40, True), (300, 150, 0, False), (10_000, 4, 500, True)],
+)
+def test_a_share_is_held_out_where_it_is_of_use(count, labels, held_out, temperature):
+    rows = records(count, labels)
+    config = resolved(given(), rows, 0)
+    kept, validation = runs.train.__globals__["hold_out"](config, config.build_method(), rows)
+    assert (len(validation), config.temperature_scaling) == (held_out, temperature)
+    assert len(kept) == count - held_out
+    assert resolved(config, rows, 0) == config
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"validation": 0},
+        {"save_steps": 5},
+        {"eval_strategy": "no"},
+        {"method": "laplace-lora", "holdout": 0.2},
+        {"method": "tfb", "start_from": "runs/lora"},
+    ],
+    ids=str,
+)
+def test_other_options_leave_no_room_for_a_share(options):
+    assert not resolved(given(**options), records(200), 0).validation
+
+
+def test_records_of_their_own_can_fit_a_temperature():
+    config = given(validation="other.jsonl")
+    assert [resolved(config, records(20), count).temperature_scaling for count in (29, 30)] == [False, True]
+    assert not resolved(given(validation="other.jsonl", temperature_scaling=False), records(20), 30).temperature_scaling
+    prompts = [{"prompt": "a", "response": "b"}] * 200
+    assert resolved(given(), prompts, 0).validation == 0.2
+    assert not resolved(given(), prompts, 0).temperature_scaling
+
+
+def test_steps_grow_with_the_root_of_the_records_and_see_each_once():
+    def steps(count, rows=records, **options):
+        return resolved(given(validation=0, **options), rows(count), 0).value("max_steps")
+
+    assert [steps(count) for count in (100, 400, 10_000, 1_000_000)] == [200, 400, 2000, 62_500]
+    assert steps(400, batch_size=8) == steps(400, batch_size=4, gradient_accumulation_steps=2) == 800
+    assert steps(400, lambda count: QUESTIONS * (count // 2)) == 100  # nothing is fresh
+    assert steps(400, steps=7) == 7
+    assert resolved(given(epochs=2), records(400), 0).value("max_steps") == -1
+
+
+@pytest.fixture
+def trained(base, tmp_path):
+    def build(rows=None, **options):
+        data = write_jsonl(tmp_path / "data.jsonl", rows or records(60))
+        settings = {"model": str(base), "batch_size": 4, "r": 2, "steps": 4, **options}
+        return runs.train(runs.RunConfig.of(data=str(data), output=str(tmp_path / "run"), **settings), progress=False)
+
+    return build
+
+
+def test_what_was_read_is_said_first(trained, caplog):
+    rows = [*records(60), {"text": "one of its kind and a little longer than the others", "label": "rare"}]
+    with caplog.at_level(logging.INFO, "bloblora"):
+        run = trained(rows, method="lora")
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    longest = len(run.tokenizer(rows[-1]["text"])["input_ids"])
+    assert lines[0] == (
+        f"read 61 records with 5 labels, 1 to 15 each, the rarest 'rare'; the longest has {longest} tokens"
+    )
+    assert lines[1] == "12 records choose the checkpoint; 49 are trained on"
+    assert lines[2] == "4 steps of 4 records: 0.3 passes over them"
+
+
+def test_the_held_out_part_is_measured(trained):
+    run = trained(temperature_scaling=True)
+    found = run.training["held_out"]
+    assert found["num_examples"] == 12
+    assert found["by_num_samples"].keys() == {"0", "10"}
+    _, validation = runs.train.__globals__["hold_out"](run.config, run.method, records(60))
+    for count, values in found["by_num_samples"].items():
+        options = runs.PredictionOptions(samples=int(count))
+        expected = runs.evaluate(runs.load_run(run.config.output), validation, options=options)
+        assert values == pytest.approx({name: expected[name] for name in values})
+
+
+def test_a_run_that_learned_nothing_says_so_everywhere(trained, tmp_path, capsys):
+    with pytest.warns(UserWarning, match="the model has learned nothing that helps: the NLL of held-out records is"):
+        run = trained(learning_rate=1e-9)
+    (problem,) = [one for one in run.training["warnings"] if "learned nothing that helps" in one]
+    bound = re.search(r"and (\S+) without looking at the input", problem)
+    assert float(bound[1]) == pytest.approx(1.386, abs=1e-3)  # log 4
+    folder, data = str(tmp_path / "run"), str(write_jsonl(tmp_path / "test.jsonl", records(8)))
+    for command in (["evaluate", folder, "--data", data], ["predict", folder, "--input", data]):
+        main(command)
+        assert f"warning: this run: {problem}" in capsys.readouterr().err.splitlines()
+    assert f"- **Training ended badly**: {problem}" in str(model_card(folder))
+
+
+def test_a_training_that_was_too_short_says_so(trained):
+    with pytest.warns(UserWarning, match=r"was still falling at the last step, from \S+ to \S+: train longer"):
+        trained(learnable(60), method="lora", learning_rate=0.01, lr_scheduler_type="constant", steps=8)
+
+
+@pytest.mark.filterwarnings("ignore:min_std:UserWarning")
+def test_draws_that_do_harm_are_said(trained):
+    with pytest.warns(UserWarning, match="10 weight samples answer held-out records worse than the mean weights do"):
+        trained(learnable(60), method="tfb", min_std=5.0, max_std=6.0, steps=30, learning_rate=0.02)
+
+
+def test_one_voice(trained, tmp_path, capfd, base):
+    data = write_jsonl(tmp_path / "voice.jsonl", records(60))
+    shape = ["--model", str(base), "--r", "2", "--batch-size", "4", "--steps", "2", "--learning-rate", "1e-9"]
+    main(["train", "--data", str(data), "--output", str(tmp_path / "voice"), *shape])
+    error = capfd.readouterr().err
+    assert "read 60 records with 4 labels, 15 each" in error
+    lines = [line for line in error.splitlines() if "learned nothing that helps" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: ")
+    assert "UserWarning" not in error
+    assert json.loads((tmp_path / "voice/run.json").read_text())["training"]["warnings"]
