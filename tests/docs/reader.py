@@ -44,7 +44,7 @@ INSTEAD = {
     "risk=0.2": "risk=0.9, level=0.5, coverage=0.6, false_alarm=0.3",
     '"127.0.0.1", 8000': '"127.0.0.1", 0',
     "--validation 0.25": "--validation 0.5",
-    "--temperature-scaling 0.2": "--temperature-scaling 0.5",
+    "--validation 0.2 ": "--validation 0.5 ",
     "--temperature-folds 5": "--temperature-folds 2",
 }
 

@@ -66,7 +66,7 @@ def model_card(
         "data": public_name(config.data),
         "records trained on": description.training.get("num_examples"),
         "SHA-256 of the records": description.records_sha256,
-        "validation": public_name(source) if isinstance(source := config.validation, str) else source,
+        "validation": public_name(config.validation_data) if config.validation_data else config.validation,
     }
     title = (repo_id or folder.resolve().name).rpartition("/")[2]
     return ModelCard.from_template(

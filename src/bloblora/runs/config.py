@@ -175,7 +175,9 @@ class RunConfig:
         nested: dict[str, Any] = {name: _section(name, options.pop(name, {})) for name in _SECTIONS}
         if preset := options.pop("preset", None):
             for place, values in read_preset(preset).items():
-                if nested[place].get("name", values.get("name")) == values.get("name"):  # else it is of another method
+                if place == "run":
+                    options = {**values, **options}
+                elif nested[place].get("name", values.get("name")) == values.get("name"):  # else it is of another method
                     nested[place] = {**values, **nested[place]}
         nested["method"] = {"name": "blob", **nested["method"]}
         nested["task"] = {"name": "auto", **nested["task"]}
@@ -214,6 +216,11 @@ class RunConfig:
             if (place := places[name]) != "run":
                 sections[place][name] = flat.pop(name)
         return RunConfig.of(**{**given, **sections, **flat})
+
+    @property
+    def validation_data(self) -> str | None:
+        """The validation records that aren't a share of the training records: a file, or NAME:split."""
+        return self.validation if isinstance(self.validation, str) and self.validation != "auto" else None
 
     def value(self, name: str) -> Any:
         """An option of LoRA or the Trainer, given or by default."""

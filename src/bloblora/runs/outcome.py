@@ -120,7 +120,7 @@ def _harm(mean: Tensor, draws: Tensor | None = None) -> Iterator[str]:
     if draws is None or len(mean) < 2:
         return
     worse = draws - mean
-    if worse.mean() > max(_HARM, 2 * worse.std() / math.sqrt(len(worse))):
+    if worse.mean().item() > max(_HARM, 2 * worse.std().item() / math.sqrt(len(worse))):
         yield (
             f"{NUM_SAMPLES} weight samples answer held-out records worse than the mean weights do: NLL "
             f"{draws.mean():.3f} and {mean.mean():.3f}. Predict with samples 0, or train with a smaller prior_std"

@@ -258,7 +258,7 @@ def _curves(training: dict[str, Any]) -> dict[str, dict[float, float]]:
 
 def _validation(config: RunConfig, scratch: Path) -> Any:
     """Records of validation that aren't a share of the training records; none where they are."""
-    if not isinstance(source := config.validation, str) or source == "auto":
+    if (source := config.validation_data) is None:
         return []
     with _named(f"validation {source!r}"):
         return _mapped(scratch / "validation_records.arrow", partial(_read, source))

@@ -217,8 +217,8 @@ def check_data(job: Job) -> None:
     """
     if kind_of(read_records(job.config.data)) == "generation":
         raise runs.RunError(f"{job.config.data}: a study compares labels and choices, and these are prompts to answer")
-    if isinstance(job.config.validation, str):
-        read_records(job.config.validation)
+    if (validation := job.config.validation_data) is not None:
+        read_records(validation)
     for chosen in job.sets.values():
         read_records(chosen.data, require_labels=chosen.labelled)
 
@@ -291,8 +291,8 @@ def _records(chosen: EvalSet, config: runs.RunConfig) -> list[dict[str, Any]]:
 def _described(job: Job) -> dict[str, Any]:
     """The configuration without what a machine decides: where data lie and output goes."""
     given = {name: value for name, value in job.config.given().items() if name != "output"}
-    validation = given.get("validation")
-    named = {"validation": Path(validation).name} if isinstance(validation, str) else {}
+    validation = job.config.validation_data
+    named = {} if validation is None else {"validation": Path(validation).name}
     return given | {"data": Path(job.config.data).name} | named
 
 

@@ -155,7 +155,7 @@ class Study:
         name = "--".join(file_name(part) for part in (*place, label, f"seed{seed}"))
         options |= {"model": model, "seed": seed, "output": str(runs / name)}
         options["data"] = _locate(own := options["data"], data)
-        if isinstance(validation := options.get("validation"), str):
+        if isinstance(validation := options.get("validation"), str) and validation != "auto":
             options["validation"] = _locate(validation, data)
         try:
             config = RunConfig.of(**options)
