@@ -177,7 +177,7 @@ class RunConfig:
             for place, values in read_preset(preset).items():
                 if place == "run":
                     options = {**values, **options}
-                elif nested[place].get("name", values.get("name")) == values.get("name"):  # else it is of another method
+                elif nested[place].get("name", values.get("name")) == values.get("name"):  # else of another method
                     nested[place] = {**values, **nested[place]}
         nested["method"] = {"name": "blob", **nested["method"]}
         nested["task"] = {"name": "auto", **nested["task"]}
