@@ -207,7 +207,9 @@ def examples_for(description: RunDescription, file: str | None = None) -> list[d
         return [{"question": question, "choices": [*choices]} for question, choices in _QUESTIONS]
     if description.config.data.partition(":")[0] == "support_desk":
         return [{"text": text} for text in _DESK]
-    words = [re.sub(r"[_-]+", " ", label) for label in description.task.labels or () if re.search("[^\W\d_]{3}", label)]
+    words = [
+        re.sub(r"[_-]+", " ", label) for label in description.task.labels or () if re.search(r"[^\W\d_]{3}", label)
+    ]
     return [{"text": text} for text in (*[*words, *_TEXTS][:2], _NONSENSE)]
 
 
