@@ -3,8 +3,9 @@
 Pages link to ``../results/…`` and ``../benchmarks/…``, as GitHub needs it. What is linked to is copied into the site,
 with the reports' figures, and the links lose one ``../``: so ``mkdocs build --strict`` checks them like any other.
 
-A line ``<!-- options: method blob -->`` becomes a table of the options of that class, made from its dataclass fields.
-On GitHub it is an invisible comment, so the text beside it says which command prints the same.
+A line ``<!-- options: method blob -->`` becomes a table of the options of that class, made from its dataclass fields,
+and ``<!-- versions -->`` one of the packages in pyproject.toml and constraints.txt. On GitHub these are invisible
+comments, so the text beside them says what has the same.
 
 Formulas, in pages as ``$…$`` and in docstrings as Sphinx writes them, become MathML, which browsers draw without a
 script, a font or a network.
@@ -27,6 +28,7 @@ from mkdocs.structure.pages import Page
 
 _OUTSIDE = re.compile(r"\]\(((?:\.\./)*)\.\./((?:results|benchmarks|examples)[^)#]*)")
 _OPTIONS = re.compile(r"^<!-- options: (.+?) -->$", re.MULTILINE)
+_VERSIONS = "<!-- versions -->"
 _OPTION_CLASSES = {
     "method": "bloblora.methods:METHODS",
     "task": "bloblora.tasks:TASKS",
@@ -56,12 +58,28 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Point links at the copies, and fill in the tables of options."""
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
+    """Point links at the copies, and fill in the tables of options and versions."""
     markdown = _OPTIONS.sub(lambda match: options_table(match[1]), markdown)
+    if _VERSIONS in markdown:
+        markdown = markdown.replace(_VERSIONS, versions_table(Path(config.config_file_path).parent))
     return _OUTSIDE.sub(
         lambda match: f"]({match[1]}{match[2]}" + ("/index.md" if match[2] == "results" else ""), markdown
     )
+
+
+def versions_table(root: Path) -> str:
+    """What each package must be at least, for what it is needed, and with which version the tests were run."""
+    needed = (root / "pyproject.toml").read_text(encoding="utf-8").partition("\ndependencies = [")[2]
+    run = dict(re.findall(r"^([\w-]+)==(\S+)", (root / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    rows, extra = ["| package | at least | for | tests were run with |", "|---|---|---|---|"], "everything"
+    for line in needed.partition("\n[project.scripts]")[0].splitlines():
+        if group := re.match(r"(\w+) = \[", line):
+            extra = f"`bloblora[{group[1]}]`"
+        if extra != "`bloblora[dev]`":
+            for name, least in re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\d.]+)"', line):
+                rows.append(f"| {name} | {least} | {extra} | {run.get(name, '–')} |")
+    return "\n".join(rows)
 
 
 def options_table(what: str) -> str:

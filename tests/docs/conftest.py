@@ -42,6 +42,7 @@ def place(tmp_path_factory):
     write_jsonl(place / "choices.jsonl", QUESTIONS)
     write_jsonl(place / "answers.jsonl", ANSWERS)
     write_jsonl(place / "prompts.jsonl", ANSWERS)
+    write_jsonl(place / "examples.jsonl", [{"text": text} for text in texts[:3]])
     shutil.copytree(place, place / "FOLDER", ignore=shutil.ignore_patterns("cache", "FOLDER"))
     data = {"train": {"data": "queries.jsonl"}, "test": "test.jsonl", "validation": "validation.jsonl"}
     study = {"name": "study", "seeds": [0], "samples": [0, 2], "train": OPTIONS, "datasets": {"NAME": data}}

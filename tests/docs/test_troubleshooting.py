@@ -35,4 +35,4 @@ def test_each_message_is_one_of_the_code():
 
 def test_the_page_has_tables():
     tokens = MarkdownIt("commonmark").enable("table").parse((ROOT / "docs/troubleshooting.md").read_text("utf-8"))
-    assert sum(token.type == "table_open" for token in tokens) == 6
+    assert sum(token.type == "table_open" for token in tokens) == 7

@@ -10,7 +10,9 @@ import pytest
 
 from bloblora import runs
 from bloblora.serving import Settings, open_hosted, read_keys
+from bloblora.serving.hosted import examples_for
 from tests.serving.conftest import SETTINGS, serving
+from tests.tiny_base import queries, write_jsonl
 
 TEXT = {"text": "where is my parcel"}
 
@@ -31,6 +33,10 @@ TEXT = {"text": "where is my parcel"}
         ({"inputs": {"text": "\ud800"}, "model": "desk"}, "inputs.text", "'\\ud800'", "valid string"),
         ({"inputs": [{"text": "parcel " * 80}], "model": "desk"}, "inputs[0]", "tokens'", "must be at most 64 tokens"),
         ({"inputs": [TEXT], "model": "quiz"}, "inputs[0]", "{'text'", "needs 'question' and 'choices'"),
+        ({"inputs": "where is it", "model": "quiz"}, "inputs[0]", "{'text'", "needs 'question' and 'choices'"),
+        ({"inputs": "", "model": "desk"}, "inputs", "''", "at least 1 character"),
+        ({"inputs": [5], "model": "desk"}, "inputs[0]", "5", "dictionary"),
+        ({"inputs": "where is it", "model": "desk", "parameters": {"top_k": 2}}, "parameters", "top_k", "at most 0"),
         ({"inputs": {"question": "What?", "choices": ["a"]}, "model": "quiz"}, "inputs.choices", "['a']", "at least 2"),
         ({"inputs": [{"question": "What?", "choices": ["a", " "]}], "model": "quiz"}, "inputs[0]", "{'q", "item 1"),
     ],
@@ -77,7 +83,7 @@ def test_keys(hosted, tmp_path):
             assert (response.status_code, response.headers["WWW-Authenticate"]) == (401, "Bearer")
         for path in ("/v1/models", "/metrics", "/v1/models/desk/reliability.png", "/nowhere"):
             assert client.get(path).status_code == 401
-        for path in ("/", "/health", "/ready", "/openapi.json"):
+        for path in ("/", "/health", "/ready", "/docs", "/docs/files/swagger-ui.css", "/openapi.json"):
             assert client.get(path).status_code == 200
         schema = client.get("/openapi.json").json()
         assert schema["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
@@ -167,6 +173,27 @@ def test_runs_that_cannot_be_served(folders, tmp_path):
     with pytest.raises(runs.RunError, match="num_samples 3 there, 10 now"):
         open_hosted([folders["desk"]], Settings())
     assert list(open_hosted([folders["desk"], f"again={folders['desk']}"], SETTINGS)) == ["desk", "again"]
+
+
+def test_examples(folders, tmp_path):
+    """Those of a file where its kind is the run's, else of what the server says anyway, never of the training data."""
+    desk, quiz = (runs.open_run(folders[name]) for name in ("desk", "quiz"))
+    file = write_jsonl(tmp_path / "examples.jsonl", [{"text": "it is late", "label": "parcel", "id": 5}])
+    assert examples_for(desk, str(file)) == [{"text": "it is late"}]
+    assert examples_for(quiz, str(file)) == examples_for(quiz) != []
+    trained_on = {record["text"] for record in queries()}
+    assert not trained_on & {example["text"] for example in examples_for(desk)}
+    numbers = replace(desk, task=replace(desk.task, labels=("0", "1")))
+    assert next(example["text"] for example in examples_for(numbers)) == "could you help me with this, please"
+    bundled = replace(desk, config=desk.config.with_options(data="support_desk:train"))
+    assert examples_for(bundled)[1] == {"text": "i want out"}
+    for records, directory, message in (
+        ([{"text": "a"}] * 7, "desk", "7 records; give at most 6"),
+        ([{"text": "a"}], "quiz", "records with 'text'; no run takes these"),
+    ):
+        file = str(write_jsonl(tmp_path / "wrong.jsonl", records))
+        with pytest.raises(runs.RunError, match=message):
+            open_hosted([folders[directory]], replace(SETTINGS, examples=file))
 
 
 @pytest.mark.parametrize("content", [None, "# none\n", "two words\n", "schlüssel\n"])

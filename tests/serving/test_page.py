@@ -1,8 +1,16 @@
-"""The page in a real browser: with a keyboard, for texts and questions, in light and dark."""
+"""The page in a real browser: with a keyboard, for texts and questions, in light and dark, on a desktop and a phone.
+
+The pictures in docs/images are those of a trained run:
+
+    SCREENSHOTS_OF=runs/demo/blob python -m pytest tests/serving/test_page.py -k screenshots
+"""
 
 import json
+import os
 import re
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +20,8 @@ from bloblora.serving import load_hosted, open_hosted
 from tests.serving.conftest import SETTINGS, serving
 from tests.tiny_base import queries
 
+ROOT = Path(__file__).parents[2]
+WARNING = "At the end 93 % of the posterior was as wide as the prior."
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
     "--no-sandbox",
@@ -42,10 +52,14 @@ def browser():
 
 @pytest.fixture(scope="module")
 def url(folders, tmp_path_factory):
-    """A server of an evaluated run on texts, a plain one, and one on questions; it wants a key."""
+    """A server of an evaluated run on texts, a plain one that ended badly, and one on questions; it wants a key."""
     folder = tmp_path_factory.mktemp("page")
-    shutil.copytree(folders["desk"], folder / "desk")
-    names = [str(folder / "desk"), folders["lora"], folders["quiz"]]
+    for name in ("desk", "lora"):
+        shutil.copytree(folders[name], folder / name)
+    described = json.loads((folder / "lora" / "run.json").read_text())
+    described["training"]["warnings"] = [WARNING]
+    (folder / "lora" / "run.json").write_text(json.dumps(described))
+    names = [str(folder / "desk"), str(folder / "lora"), folders["three"], folders["quiz"]]
     hosted = load_hosted(open_hosted(names, SETTINGS), SETTINGS)
     run = hosted["desk"].run
     bins = reliability(run.predict(queries(), 3).probabilities, targets_of(run.task, queries()))
@@ -57,62 +71,156 @@ def url(folders, tmp_path_factory):
 
 
 @pytest.fixture
-def page(browser, url):
-    """The page, opened; nothing may be logged as an error but what the server refused."""
-    context = browser.new_context(viewport={"width": 900, "height": 1400})
-    page = context.new_page()
-    problems = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.on(
-        "request",
-        lambda request: None if request.url.startswith((url, "blob:", "data:")) else problems.append(request.url),
-    )
-    page.goto(url)
+def opened(browser):
+    """Opens pages; nothing may be logged as an error but what the server refused, and nothing come from elsewhere."""
+    contexts, problems = [], []
+
+    def opened(url, width=900, **options):
+        contexts.append(browser.new_context(viewport={"width": width, "height": 1000}, **options))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        own = (url.partition("/docs")[0], "blob:", "data:")
+        page.on("request", lambda request: None if request.url.startswith(own) else problems.append(request.url))
+        page.goto(url)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert [problem for problem in problems if "status of 4" not in problem] == []
+
+
+@pytest.fixture
+def page(opened, url):
+    """The page of the server that wants a key, which it got, with its settings unfolded."""
+    page = opened(url)
     page.get_by_role("alert").filter(has_text="no valid API key").wait_for()
     page.get_by_label("API key").fill("the-key")
     page.get_by_label("API key").press("Tab")
     page.get_by_role("img", name="Reliability diagram of desk").wait_for()
-    yield page
-    assert [problem for problem in problems if "status of 4" not in problem] == []
-    context.close()
+    page.get_by_text("Settings").click()
+    return page
 
 
-def rows(page, caption):
+def ask(page, text):
+    """The article that answers a text."""
+    page.get_by_role("textbox", name="Text").fill(text)
+    page.get_by_role("button", name="Answer", exact=True).click()
+    page.get_by_role("heading", name=text, exact=True).wait_for()
+    return page.get_by_role("article").first
+
+
+def said(article):
+    """What stands under each word of an article."""
+    return article.locator("dt").evaluate_all(
+        "all => Object.fromEntries(all.map(dt => [dt.innerText, dt.nextSibling.innerText]))"
+    )
+
+
+def rows(page):
     """Cells of the rows of an answer's table."""
-    table = page.get_by_role("table", name=re.compile(caption)).first
-    return [row.inner_text().split("\t") for row in table.get_by_role("row").all()]
+    return [row.inner_text().split("\t") for row in page.get_by_role("table").first.get_by_role("row").all()]
+
+
+def percent(share):
+    return f"{100 * share:.1f} %"
 
 
 def test_a_query_by_keyboard_alone(page, url):
-    page.get_by_label("API key").focus()
-    for key in ("Tab", "Tab"):  # to the radio buttons, to the text
-        page.keyboard.press(key)
+    page.get_by_role("textbox", name="Text").focus()
     page.keyboard.type("where is my parcel")
-    page.keyboard.press("Tab")
+    for _ in range(4):  # past the examples
+        page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.get_by_role("heading", name="Answers").wait_for()
     assert page.evaluate("document.activeElement.id") == "results-title"
     headers = {"Authorization": "Bearer the-key"}
-    body = {"model": "desk", "inputs": {"text": "where is my parcel"}}
+    body = {"model": "desk", "inputs": "where is my parcel"}
     answer = page.request.post(f"{url}/v1/predict", headers=headers, data=body).json()["answers"][0]
-    found = {name.strip(): number for name, *_, number in rows(page, "Probabilities")}
-    assert found == {k: f"{p:.3f} ± {answer['std'][k]:.3f}" for k, p in answer["probabilities"].items()}
-    numbers = [row[-1] for row in rows(page, "Uncertainty")]
-    assert numbers == [f"{answer[name]:.3f} nats" for name in ("expected_entropy", "mutual_information")]
-    article = page.get_by_role("article").inner_text()
-    assert f"{answer['label']} with probability {answer['confidence']:.3f} {answer['decision']}" in article
-    assert f"Label set: {', '.join(answer['label_set'])}" in article
+    found = {name.strip(): number for name, number in rows(page)}
+    assert found == {k: f"{percent(p)} ± {100 * answer['std'][k]:.1f}" for k, p in answer["probabilities"].items()}
+    article = page.get_by_role("article")
+    words = said(article)
+    assert words["How sure"].startswith(percent(answer["confidence"]))
+    most = 0.6931  # nats, of two labels
+    assert words["What the text leaves open"].startswith(percent(min(1, answer["expected_entropy"] / most)))
+    assert words["The model's own doubt"].startswith(("under 0.1 %", percent(answer["mutual_information"] / most)))
+    assert f"One of these: {', '.join(answer['label_set'])} (at least 0.6" in article.inner_text()
     status = page.get_by_role("status").inner_text()
-    assert status == f"{answer['label']}, probability {answer['confidence']:.3f}, {answer['decision']}."
-    widths = page.locator("article rect.bar").evaluate_all("bars => bars.map(bar => +bar.getAttribute('width'))")
-    assert widths[:2] == pytest.approx(sorted((100 * p for p in answer["probabilities"].values()), reverse=True))
+    assert status == f"{answer['label']}, {percent(answer['confidence'])} sure, {answer['decision']}."
+    widths = page.locator("article td, article th rect.bar").evaluate_all(
+        "bars => bars.filter(bar => bar.tagName === 'rect').map(bar => +bar.getAttribute('width'))"
+    )
+    assert widths == pytest.approx(sorted((100 * p for p in answer["probabilities"].values()), reverse=True))
+
+
+def test_examples_are_clicked(page):
+    examples = page.get_by_role("group", name="Try one of these:").get_by_role("button")
+    assert examples.all_inner_texts() == ["parcel", "refund", "the purple idea sleeps at nine kilograms"]
+    examples.nth(2).click()
+    page.get_by_role("heading", name="the purple idea").wait_for()
+    assert page.get_by_role("textbox", name="Text").input_value() == "the purple idea sleeps at nine kilograms"
+    page.get_by_role("combobox", name="Model").select_option("quiz")
+    examples.filter(has_text="Which gas do plants take in?").click()
+    page.get_by_role("heading", name="Which gas do plants take in?").wait_for()
+    assert {row[0].strip() for row in rows(page)} == {"oxygen", "carbon dioxide", "helium"}
+
+
+def test_a_spinner_turns_while_the_model_works(page):
+    held = []
+    page.route("**/v1/predict", lambda route: held.append(route))
+    page.get_by_role("textbox", name="Text").fill("where is my parcel")
+    send = page.get_by_role("button", name="Answer", exact=True)
+    send.click()
+    page.get_by_role("status").filter(has_text="Working").wait_for()
+    assert page.locator(".spinner").is_visible()
+    assert send.is_disabled()
+    held[0].continue_()
+    page.get_by_role("article").wait_for()
+    assert not page.locator(".spinner").is_visible()
+    assert send.is_enabled()
+
+
+def test_a_calibrated_run_says_what_its_rules_say(page, url):
+    """What the server decided and what the rules promise; nothing measured how many foreign texts they find."""
+    headers, seen = {"Authorization": "Bearer the-key"}, set()
+    for text in ("where is my parcel", "where", "the money", "pasta?", "twice", "is it late"):
+        body = {"model": "desk", "inputs": text}
+        answer = page.request.post(f"{url}/v1/predict", headers=headers, data=body).json()["answers"][0]
+        article = ask(page, text)
+        badge = {"abstain": "too unsure: ask a person", "answer": "sure enough to answer"}[answer["decision"]]
+        flag = ["out of scope"] if answer["out_of_scope"] else []
+        assert article.locator(".decision").all_inner_texts() == [*flag, badge]
+        assert "at most 0.9 of the answered are wrong" in article.inner_text()
+        words = said(article)["Unlike anything in training"]
+        assert words.startswith("Flagged by" if flag else "Not flagged by")
+        assert "at most 0.3 of inputs in scope are flagged" in words
+        assert "How many foreign texts it finds was not measured." in words
+        seen.add(bool(flag))
+    assert seen == {True, False}
+    page.get_by_role("spinbutton", name="Weight samples").fill("5")
+    article = ask(page, "where is my parcel")
+    assert article.locator(".decision").all_inner_texts() == ["not checked"]
+    assert "calibrated rules are for 3 weight samples, not for 5." in article.inner_text()
+
+
+def test_a_run_without_a_rule_says_how_to_get_one(page):
+    """It claims neither that a text is like the training's nor that it isn't, however small the model's own doubt."""
+    page.get_by_role("combobox", name="Model").select_option("three")
+    article = ask(page, "the purple idea sleeps at nine kilograms")
+    assert article.locator(".decision").all_inner_texts() == ["not checked"]
+    text, words = article.inner_text(), said(article)
+    assert "bloblora calibrate FOLDER --data held_out.jsonl --samples 3" in text
+    assert words["Unlike anything in training"].startswith("Not known: the model has no calibrated rule")
+    assert "they can agree on a text unlike any in training" in words["The model's own doubt"]
+    assert page.get_by_role("status").inner_text().endswith(" sure.")
 
 
 def test_a_list(page):
     page.get_by_label("a list").check()
     page.get_by_role("textbox", name="List").fill("where is my parcel\n\n<b>refund</b>\n")
-    page.get_by_role("button", name="Answer").click()
+    page.get_by_role("button", name="Answer", exact=True).click()
     page.get_by_role("heading", name="<b>refund</b>").wait_for()
     assert page.get_by_role("article").count() == 2
     assert page.get_by_role("status").inner_text() == "2 answers."
@@ -122,44 +230,103 @@ def test_questions(page):
     page.get_by_role("combobox", name="Model").select_option("quiz")
     page.get_by_role("textbox", name="Question").fill("Which gas?")
     page.get_by_role("textbox", name="Choices").fill("iron\ncarbon dioxide\nsand")
-    page.get_by_role("button", name="Answer").click()
+    send = page.get_by_role("button", name="Answer", exact=True)
+    send.click()
     page.get_by_role("heading", name="Which gas?").wait_for()
-    assert {row[0].strip() for row in rows(page, "Probabilities")} == {"iron", "carbon dioxide", "sand"}
+    assert {row[0].strip() for row in rows(page)} == {"iron", "carbon dioxide", "sand"}
     page.get_by_label("a list").check()
     assert not page.get_by_role("textbox", name="Choices").is_visible()
     page.get_by_role("textbox", name="List").fill('{"question": "What?", "choices": ["a", "b"]}\nnonsense')
-    page.get_by_role("button", name="Answer").click()
+    send.click()
     page.get_by_text("Line 2 is not JSON: nonsense").wait_for()
+    assert page.evaluate("document.activeElement.id") == "send"  # not lost, though it was disabled
     page.get_by_role("textbox", name="List").fill('{"question": "What?", "choices": ["a"]}')
-    page.get_by_role("button", name="Answer").click()
+    send.click()
     page.get_by_text("inputs[0].choices: ['a']").wait_for()
 
 
-def test_a_plain_lora_has_no_spread_and_no_decision(page):
+def test_a_plain_lora_has_no_doubt_and_no_weight_samples(page):
     page.get_by_role("combobox", name="Model").select_option("lora")
-    page.get_by_text("no metrics.json in its folder").wait_for()
-    page.get_by_role("textbox", name="Query").fill("where is my parcel")
-    page.get_by_role("button", name="Answer").click()
-    page.get_by_role("heading", name="where is my parcel").wait_for()
-    assert all("±" not in row[-1] for row in rows(page, "Probabilities"))
-    assert page.locator("line.spread").count() == page.locator(".decision").count() == 0
+    page.get_by_text("How often it is right was not measured").wait_for()
+    assert not page.get_by_label("Weight samples").is_visible()
+    article = ask(page, "where is my parcel")
+    assert all("±" not in row[-1] for row in rows(page))
+    assert said(article)["The model's own doubt"].startswith("Not measured: this method has one version of the model")
+    assert page.locator("line.spread").count() == 0
+
+
+def test_a_training_that_ended_badly(page):
+    assert not page.get_by_role("heading", name="The training ended badly").is_visible()
+    page.get_by_role("combobox", name="Model").select_option("lora")
+    note = page.get_by_role("complementary", name="The training ended badly")
+    assert WARNING in note.inner_text()
 
 
 def test_how_far_the_model_can_be_trusted(page):
     text = page.get_by_role("region", name="How far this model can be trusted").inner_text()
-    assert "accuracy 0.750, expected calibration error 0.125 on 4 examples" in text
+    assert "Of 4 examples in its metrics.json it got 75.0 % right, and its probabilities were off by 12.5" in text
     assert "at most 0.9 of the answered are wrong" in text
     diagram = page.get_by_role("img", name="Reliability diagram of desk")
     assert diagram.evaluate("image => image.naturalWidth") > 100
+
+
+def test_title_description_and_examples_that_were_given(opened, folders, tmp_path):
+    file = tmp_path / "examples.jsonl"
+    file.write_text('{"text": "it is late"}\n{"text": "the money, twice", "label": "refund"}\n')
+    given = {"title": "Desk <1>", "description": "Which team answers a query.", "examples": str(file)}
+    settings = replace(SETTINGS, **given)
+    with serving(load_hosted(open_hosted([folders["desk"]], settings), settings), settings) as client:
+        page = opened(str(client.base_url))
+        page.get_by_role("button", name="the money, twice").click()
+        page.get_by_role("article").wait_for()
+        assert page.get_by_role("heading", level=1).inner_text() == page.title() == given["title"]
+        assert page.get_by_text(given["description"]).is_visible()
+        assert page.locator("#examples button").count() == 2
+        assert not page.get_by_label("Model", exact=True).is_visible()  # there is one
+
+
+def test_without_a_title_it_has_the_name_and_purpose_of_the_run(page):
+    assert page.get_by_role("heading", level=1).inner_text() == page.title() == "desk"
+    assert page.get_by_text("Sorts a text into one of 2 labels: parcel, refund.").is_visible()
+
+
+def test_the_page_of_the_schema_needs_nothing_from_elsewhere(opened, url):
+    page = opened(f"{url}/docs")
+    page.get_by_text("/v1/predict").first.click()
+    page.get_by_text("One text").first.wait_for(state="attached")
+    page.get_by_role("button", name="Authorize").first.wait_for()
+
+
+@pytest.mark.parametrize("width", [360, 900])
+def test_nothing_is_wider_than_the_screen(opened, hosted, width):
+    with serving({name: hosted[name] for name in ("desk", "quiz")}) as client:
+        page = opened(str(client.base_url), width)
+        page.get_by_text("Settings").click()
+        ask(page, "where is my parcel " + "x" * 40)
+        right = "Math.max(...[...document.querySelectorAll('body *')].map(e => e.getBoundingClientRect().right))"
+        assert page.evaluate(right) <= page.evaluate("document.documentElement.clientWidth") == width
+
+
+@pytest.mark.parametrize(("name", "width", "scheme"), [("page", 900, "light"), ("page-phone", 360, "dark")])
+def test_screenshots(opened, folders, tmp_path, name, width, scheme):
+    """Those of the docs, where a run to show is named."""
+    run, folder = os.environ.get("SCREENSHOTS_OF"), ROOT / "docs" / "images"
+    settings = replace(SETTINGS, samples=10, title="Which team answers this query?")
+    with serving(load_hosted(open_hosted([run or folders["lora"]], settings), settings), settings) as client:
+        page = opened(str(client.base_url), width, color_scheme=scheme)
+        page.locator("#examples button").first.click()
+        page.get_by_role("article").wait_for()
+        file = (folder if run else tmp_path) / f"{name}.png"
+        file.parent.mkdir(exist_ok=True)
+        page.screenshot(path=file, full_page=True)
+    assert file.stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast(page, scheme):
     """4.5 : 1 for text and 3 : 1 for bars and borders, as WCAG 2.2 asks (1.4.3 and 1.4.11)."""
     page.emulate_media(color_scheme=scheme)
-    page.get_by_role("textbox", name="Query").fill("where is my parcel")
-    page.get_by_role("button", name="Answer").click()
-    page.get_by_role("article").wait_for()
+    ask(page, "where is my parcel")
     style = "(e, name) => getComputedStyle(e)[name]"
     back = page.locator("body").evaluate(style, "backgroundColor")
     panel = page.locator("article").evaluate(style, "backgroundColor")
@@ -167,14 +334,14 @@ def test_contrast(page, scheme):
         ("body", "color", back, 4.5),
         ("#error", "color", back, 4.5),
         ("article", "color", panel, 4.5),
-        ("article caption >> nth=0", "color", panel, 4.5),
+        ("article .note >> nth=0", "color", panel, 4.5),
         ("article .decision >> nth=0", "color", panel, 4.5),
         ("article rect.bar >> nth=0", "fill", panel, 3),
         ("article rect.second", "fill", panel, 3),
         ("textarea >> nth=0", "borderTopColor", back, 3),
     ):
         assert contrast(page.locator(where).evaluate(style, name), ground) >= least, where
-    button = page.get_by_role("button", name="Answer")
+    button = page.get_by_role("button", name="Answer", exact=True)
     assert contrast(button.evaluate(style, "color"), button.evaluate(style, "backgroundColor")) >= 4.5
 
 

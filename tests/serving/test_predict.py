@@ -58,6 +58,15 @@ def test_one_input_without_a_list(client):
     assert one["samples"] == SETTINGS.samples
 
 
+@pytest.mark.parametrize("extra", [{}, {"parameters": {}}])
+def test_texts_as_hugging_face_sends_them(client, extra):
+    texts = [record["text"] for record in RECORDS["desk"]]
+    expected = ask(client, RECORDS["desk"], model="desk")["answers"]
+    (one,), many = (ask(client, inputs, model="desk", **extra)["answers"] for inputs in (texts[0], texts))
+    for answer, record in zip([one, *many], [expected[0], *expected], strict=True):
+        close(answer, record)
+
+
 def test_equal_choices_are_told_apart(client):
     answer = ask(client, {"question": "What?", "choices": ["a card", "a card"]}, model="quiz")["answers"][0]
     assert answer["probabilities"] == pytest.approx({"0: a card": 0.5, "1: a card": 0.5}, abs=1e-5)
@@ -93,6 +102,11 @@ def test_models(client, hosted, folders):
     assert models["lora"]["method"] == "lora"
     assert "at most 0.9 of the answered are wrong" in models["desk"]["promises"]["answering"]
     assert models["lora"]["promises"] is None
+    assert (models["desk"]["deterministic"], models["lora"]["deterministic"]) == (False, True)
+    assert models["desk"]["purpose"] == "Sorts a text into one of 2 labels: parcel, refund."
+    assert models["quiz"]["purpose"] == "Answers a question by one of the choices that come with it."
+    assert [record["text"] for record in models["desk"]["examples"][:2]] == ["parcel", "refund"]
+    assert all(len(model["examples"]) == 3 and model["warnings"] == [] for model in models.values())
     assert (models["desk"]["metrics"], models["desk"]["diagram"]) == ({}, False)
     assert client.get("/v1/models/desk/reliability.png").status_code == 404
 

@@ -16,6 +16,16 @@ def test_examples_of_the_schema_are_answered(client):
         assert client.post("/v1/predict", json=body).status_code == 200
 
 
+def test_every_field_of_every_schema_has_a_description_and_an_example(client):
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    fields = {f"{name}.{field}": of for name, schema in schemas.items() for field, of in schema["properties"].items()}
+    assert len(fields) > 40
+    assert [name for name, field in fields.items() if not field.get("description")] == []
+    missing = {name for name, field in fields.items() if not field.get("examples")}
+    # These are lists of other schemas, whose fields have them.
+    assert missing == {"Failure.problems", "Models.models", "PredictResponse.answers"}
+
+
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 def test_fuzzed_predict(hosted, mode):
     """Right and wrong requests made from the schema: no server error, and no answer that the schema doesn't know."""

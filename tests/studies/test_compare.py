@@ -75,7 +75,8 @@ def test_a_study_from_file_to_page(done):
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
     assert len(pictures) == 3  # the page alone has reliability, risk-coverage and learning
     assert all((folder / picture).is_file() for picture in pictures)
-    assert text.startswith("# tiny\n")  # the study's name
+    assert text.startswith("# tiny\n\n**desk**: “")  # the study's name, then the conclusion
+    assert "<strong>desk</strong>: “" in page
     assert text.index("Difference from lora") < text.index("shift to other") < text.rindex("Difference from lora")
     with pytest.raises(RunError, match="baseline 'map' is not one of the methods lora, wide blob"):
         studies.report(folder, baseline="map")

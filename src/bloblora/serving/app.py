@@ -14,12 +14,14 @@ from fastapi import Body, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
+from jinja2 import Environment
 from starlette.exceptions import HTTPException
 
 from ..tasks import TaskError
 from .hosted import Hosted, Settings
 from .schema import EXAMPLES, Answer, Failure, Metrics, Model, Models, PredictRequest, PredictResponse, Problem, Status
-from .server import Access, Batcher, QueueFullError
+from .server import DOCS_FILES, Access, Batcher, QueueFullError
 
 _DESCRIPTION = "Answers of Bayesian LoRAs with their uncertainty: probabilities averaged over weight samples."
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -56,14 +58,24 @@ def create_app(hosted: Mapping[str, Hosted], settings: Settings, keys: Sequence[
 
     batcher = Batcher(answer, settings.batch_size, settings.max_wait_ms, settings.queue)
     metrics = Metrics(batcher.__len__)
-    about: dict[str, Any] = {"title": "bloblora", "description": _DESCRIPTION, "version": version("bloblora")}
-    app = FastAPI(**about, lifespan=lifespan, docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
+    about: dict[str, Any] = {
+        "title": settings.title or "bloblora",
+        "description": settings.description or _DESCRIPTION,
+        "version": version("bloblora"),
+    }
+    # FastAPI's own /docs loads its script from a CDN, and asks another server whether the schema is valid.
+    pages: dict[str, Any] = {
+        "redoc_url": None,
+        "favicon_url": "data:,",
+        "swagger_ui_parameters": {"validatorUrl": None},
+    }
+    app = FastAPIOffline(**about, **pages, static_url=DOCS_FILES, lifespan=lifespan)
     app.state.stopping, app.state.batcher = False, batcher
     guards = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the schema: `Access` decides
     _add_predict(app, hosted, settings, guards)
     _add_models(app, hosted, settings, guards)
     _add_status(app, metrics)
-    _add_page(app)
+    _add_page(app, settings)
     _add_errors(app)
     app.add_middleware(Access, keys=keys, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(metrics.counted)
@@ -75,14 +87,15 @@ def _add_predict(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings,
         "/v1/predict", responses=_ERRORS, operation_id="predict", dependencies=guards, response_model_exclude_none=True
     )
     async def predict(request: Annotated[PredictRequest, Body(openapi_examples=EXAMPLES)]) -> PredictResponse:
-        """Answer inputs; those of requests that come together share forwards, which changes no answer."""
+        """Answer inputs; those of requests that come together share forward passes, which changes no answer."""
         name = next(iter(hosted)) if request.model is None and len(hosted) == 1 else request.model
         if (run := hosted.get(name or "")) is None:
             raise InputsError(_problem("model", name, f"must be one of {', '.join(hosted)}"))
         num_samples = settings.samples if request.samples is None else request.samples
         if num_samples > settings.max_samples:
             raise InputsError(_problem("samples", num_samples, f"must be at most {settings.max_samples}"))
-        records = [r.model_dump() for r in (request.inputs if isinstance(request.inputs, list) else [request.inputs])]
+        given = request.inputs if isinstance(request.inputs, list) else [request.inputs]
+        records = [{"text": one} if isinstance(one, str) else one.model_dump() for one in given]
         inputs = await to_thread.run_sync(_encoded, run, records, settings)
         futures = app.state.batcher.submit((run.name, num_samples), inputs)
         answers = await asyncio.gather(*map(asyncio.wrap_future, futures))
@@ -122,8 +135,9 @@ def _add_status(app: FastAPI, metrics: Metrics) -> None:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def _add_page(app: FastAPI) -> None:
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+def _add_page(app: FastAPI, settings: Settings) -> None:
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    page = Environment(autoescape=True).from_string(template).render(settings=settings)
     script = page.partition("<script>")[2].partition("</script>")[0]
     digest = b64encode(sha256(script.encode()).digest()).decode()
     policy = (
@@ -189,15 +203,20 @@ def _model(hosted: Hosted, settings: Settings) -> Model:
     run = hosted.run
     return Model(
         name=hosted.name,
+        purpose=hosted.purpose,
         method=run.method.name,
         base_model=run.config.model,
         task=run.task.name,
         kind=hosted.kind,  # type: ignore[arg-type]
         labels=list(run.task.labels) if run.task.labels else None,
         samples=settings.samples,
+        deterministic=run.method.deterministic,
         temperature=run.scales.get("temperature"),
         width=run.scales.get("width"),
         promises=hosted.decision.promises if hosted.decision else None,
+        detection=hosted.detection,
+        warnings=run.training.get("warnings", []),
+        examples=hosted.examples,  # type: ignore[arg-type]
         metrics=hosted.metrics,
         diagram=hosted.diagram.is_file(),
         adapter_sha256=run.adapter_sha256,

@@ -11,12 +11,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data import KINDS, kind_of, read_records
 from ..decision import Decision
-from ..files import read_numbers
+from ..files import read_json, read_numbers
 from ..prediction import predict
 from ..runs import PredictionOptions, Run, RunDescription, RunError, load_run, open_run
-from ..runs.decide import open_decision
+from ..runs.decide import DECISION_FILE, open_decision
 from ..runs.evaluate import lines_of
+
+_MAX_EXAMPLES = 6
+_DESK = ("where is my parcel, it was due on monday", "i want out", "can you recommend a good pasta recipe")
+_TEXTS = ("could you help me with this, please", "thank you, it works now")
+_NONSENSE = "the purple idea sleeps at nine kilograms"
+_QUESTIONS = (
+    ("Which gas do plants take in?", ("oxygen", "carbon dioxide", "helium")),
+    ("What melts first in the sun?", ("a stone", "a nail", "an ice cube")),
+    ("How heavy is the purple idea?", ("nine kilograms", "a Tuesday", "louder")),
+)
 
 
 def _option(default: Any, help: str) -> Any:
@@ -38,6 +49,13 @@ class Settings(PredictionOptions):
     max_inputs: int = _option(64, "Largest number of inputs in a request.")
     max_tokens: int = _option(1024, "Largest number of tokens in an input, the choices of a question included.")
     max_body_bytes: int = _option(1_000_000, "Largest body of a request, bytes.")
+    title: str | None = _option(None, "Of the page and the schema; without it the page has the run's name.")
+    description: str | None = _option(None, "What the model is for; without it the page says what run.json does.")
+    examples: str | None = _option(
+        None,
+        "File of inputs that the page offers, in the forms that `train` takes. Without it they are made from the "
+        "labels, as training texts may be private.",
+    )
 
     def problems(self) -> list[str]:
         """What is out of its range, and what would be right."""
@@ -59,6 +77,7 @@ class Hosted:
 
     Attributes:
         decision: its decisions, for the settings' N and seed; None where it was never calibrated.
+        examples: inputs that the page offers.
         shared_parameters: entries of its weights that an earlier run holds too, and that are in memory once.
     """
 
@@ -66,6 +85,7 @@ class Hosted:
     folder: Path
     run: Run
     decision: Decision | None
+    examples: list[dict[str, Any]]
     shared_parameters: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +95,20 @@ class Hosted:
     def kind(self) -> str:
         """What its inputs are: ``text`` or ``choice``."""
         return "choice" if self.run.task.labels is None else "text"
+
+    @property
+    def purpose(self) -> str:
+        """What it is for, in a sentence."""
+        labels = self.run.task.labels
+        if labels is None:
+            return "Answers a question by one of the choices that come with it."
+        return f"Sorts a text into one of {len(labels)} labels: {', '.join(labels[:8])}{', …' if labels[8:] else '.'}"
+
+    @property
+    def detection(self) -> float | None:
+        """Share of the out-of-scope records given to `calibrate` that its rule flagged; None without such records."""
+        file = self.folder / DECISION_FILE
+        return read_json(file, RunError).get("realized", {}).get("detection") if file.is_file() else None
 
     @property
     def diagram(self) -> Path:
@@ -124,7 +158,8 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Run
 
     Raises:
         RunError: a folder is no finished run, two have one name, a run writes text, its method can't be approximated
-            so, or its decisions are for another N, seed, approximation or adapter.
+            so, its decisions are for another N, seed, approximation or adapter, or no run takes the ``examples``.
+        DataError: the ``examples`` can't be read.
         AdapterFileError: an adapter's files are damaged.
     """
     opened: dict[str, RunDescription] = {}
@@ -148,7 +183,42 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Run
         opened[name] = description
     if not opened:
         raise RunError("directories: give at least one folder of a run")
+    if settings.examples:
+        given = _read_examples(settings.examples)
+        if kind_of(given) not in {description.task.kind for description in opened.values()}:
+            raise RunError(f"examples {settings.examples!r}: records with {KINDS[kind_of(given)]}; no run takes these")
     return opened
+
+
+def examples_for(description: RunDescription, file: str | None = None) -> list[dict[str, Any]]:
+    """Inputs for people to try a run on.
+
+    Those of ``file`` where they are of the run's kind. Otherwise they are made of what the server says anyway: three
+    queries for the embedded support desk, else the names of two labels and a nonsensical text, or three questions. The
+    run's own training records are not shown, as they may be private.
+
+    Raises:
+        DataError: the file can't be read.
+    """
+    kind = description.task.kind
+    if file and kind_of(given := _read_examples(file)) == kind:
+        return given
+    if kind == "choice":
+        return [{"question": question, "choices": [*choices]} for question, choices in _QUESTIONS]
+    if description.config.data.partition(":")[0] == "support_desk":
+        return [{"text": text} for text in _DESK]
+    words = [
+        re.sub(r"[_-]+", " ", label) for label in description.task.labels or () if re.search(r"[^\W\d_]{3}", label)
+    ]
+    return [{"text": text} for text in (*[*words, *_TEXTS][:2], _NONSENSE)]
+
+
+def _read_examples(file: str) -> list[dict[str, Any]]:
+    """The inputs in a file, without labels; a RunError where there are too many."""
+    records = read_records(file, require_labels=False)
+    if len(records) > _MAX_EXAMPLES:
+        raise RunError(f"examples {file!r}: {len(records)} records; give at most {_MAX_EXAMPLES}")
+    return [{name: record[name] for name in ("text", "question", "choices") if name in record} for record in records]
 
 
 def load_hosted(opened: dict[str, RunDescription], settings: Settings) -> dict[str, Hosted]:
@@ -163,7 +233,8 @@ def load_hosted(opened: dict[str, RunDescription], settings: Settings) -> dict[s
     for name, description in opened.items():
         run = load_run(description, settings.approximate)
         decision = open_decision(description, settings)
-        hosted[name] = Hosted(name, description.folder, run, decision, share_weights(run.model, pool))
+        examples = examples_for(description, settings.examples)
+        hosted[name] = Hosted(name, description.folder, run, decision, examples, share_weights(run.model, pool))
     return hosted
 
 

@@ -9,8 +9,15 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 Text = Annotated[str, Field(min_length=1)]
-_TEXT = {"text": "where is my parcel, it was due on monday"}
-_CHOICE = {"question": "Which gas do plants take in?", "choices": ["oxygen", "carbon dioxide"]}
+_TEXT, _CHOICE = "where is my parcel, it was due on monday", "Which gas do plants take in?"
+_CHOICES = ["oxygen", "carbon dioxide"]
+_PROBABILITIES = {"late_delivery": 0.62, "track_order": 0.38}
+_PROMISES = {"answering": "at most 0.1 of the answered are wrong, with probability 0.95"}
+
+
+def _field(description: str, example: Any, **options: Any) -> Any:
+    """A field of the schema, which is required unless ``options`` give a default."""
+    return Field(description=description, examples=[example], **options)
 
 
 class _Strict(BaseModel):
@@ -20,21 +27,26 @@ class _Strict(BaseModel):
 class TextInput(_Strict):
     """A text to classify."""
 
-    text: Text = Field(description="not blank", examples=[_TEXT["text"]])
+    text: Text = _field("not blank", _TEXT)
 
 
 class ChoiceInput(_Strict):
     """A question with choices."""
 
-    question: Text = Field(description="not blank", examples=[_CHOICE["question"]])
-    choices: Annotated[list[Text], Field(min_length=2, description="none blank", examples=[_CHOICE["choices"]])]
+    question: Text = _field("not blank", _CHOICE)
+    choices: Annotated[list[Text], _field("none blank", _CHOICES, min_length=2)]
+
+
+def _form(value: Any) -> str:
+    """Which form of one input a value has: its tag, which `app` leaves out of an error's place."""
+    if isinstance(value, str):
+        return "<plain>"
+    return "<text>" if "text" in (value if isinstance(value, dict) else dir(value)) else "<choice>"
 
 
 Input = Annotated[
-    Annotated[TextInput, Tag("<text>")] | Annotated[ChoiceInput, Tag("<choice>")],
-    Discriminator(
-        lambda value: "<text>" if "text" in (value if isinstance(value, dict) else dir(value)) else "<choice>"
-    ),
+    Annotated[Text, Tag("<plain>")] | Annotated[TextInput, Tag("<text>")] | Annotated[ChoiceInput, Tag("<choice>")],
+    Discriminator(_form),
 ]
 Inputs = Annotated[
     Annotated[Input, Tag("<one>")] | Annotated[list[Input], Field(min_length=1), Tag("<many>")],
@@ -45,92 +57,115 @@ Inputs = Annotated[
 class PredictRequest(_Strict):
     """One input or many, all of the kind that the run was trained on."""
 
-    inputs: Inputs = Field(description="a record or a list of records, in the forms that `bloblora train` takes")
-    model: str | None = Field(None, description="name of a run; needed where several are served")
-    samples: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="weight samples N; 0 is the posterior mean; decisions exist for the server's own N only"
+    inputs: Inputs = _field(
+        "a text, a record in a form that `bloblora train` takes, or a list; Hugging Face's clients send texts",
+        _TEXT,
+    )
+    model: str | None = _field("name of a run; needed where several are served", "desk", default=None)
+    samples: Annotated[int, Field(ge=0)] | None = _field(
+        "weight samples N; 0 is the posterior mean; decisions exist for the server's own N only", 10, default=None
+    )
+    parameters: Annotated[dict[str, Any], Field(max_length=0)] | None = _field(
+        "none exist; Hugging Face's clients send it empty", {}, default=None
     )
 
 
 EXAMPLES: dict[str, Any] = {
     "one": {"summary": "One text", "value": {"inputs": _TEXT}},
-    "many": {"summary": "Several texts", "value": {"inputs": [_TEXT, {"text": "i was charged twice"}], "samples": 10}},
-    "choice": {"summary": "A question with choices", "value": {"inputs": [_CHOICE]}},
+    "many": {
+        "summary": "Several texts",
+        "value": {"inputs": [{"text": _TEXT}, {"text": "i was charged twice"}], "samples": 10},
+    },
+    "choice": {
+        "summary": "A question with choices",
+        "value": {"inputs": [{"question": _CHOICE, "choices": _CHOICES}]},
+    },
 }
 
 
 class Answer(BaseModel):
     """What the run says of one input; uncertainty in nats."""
 
-    label: str = Field(description="the most probable label, or choice")
-    probabilities: dict[str, float] = Field(description="averaged over the weight samples, by label or choice")
-    std: dict[str, float] = Field(description="standard deviation of each probability over the weight samples")
-    confidence: float = Field(description="probability of the label")
-    predictive_entropy: float = Field(description="all uncertainty")
-    mutual_information: float = Field(description="of it epistemic: what the model doesn't know; 0 for one draw")
-    expected_entropy: float = Field(description="of it aleatoric: what the input leaves open")
-    num_draws: int = Field(description="weight samples that were used; 1 where there is a single function")
-    truncated_tokens: int = Field(description="tokens cut off because the model reads no more")
-    decision: Literal["answer", "abstain"] | None = Field(None, description="of a calibrated run")
-    label_set: list[str] | None = Field(None, description="of a calibrated run, the most probable first")
-    out_of_scope: bool | None = Field(None, description="of a calibrated run")
+    label: str = _field("the most probable label, or choice", "late_delivery")
+    probabilities: dict[str, float] = _field("averaged over the weight samples, by label or choice", _PROBABILITIES)
+    std: dict[str, float] = _field(
+        "standard deviation of each probability over the weight samples", {"late_delivery": 0.21, "track_order": 0.21}
+    )
+    confidence: float = _field("probability of the label", 0.62)
+    predictive_entropy: float = _field("total uncertainty", 0.66)
+    mutual_information: float = _field("of it epistemic: how far the weight samples disagree; 0 for one draw", 0.09)
+    expected_entropy: float = _field("of it aleatoric: what each weight sample leaves open", 0.57)
+    num_draws: int = _field("weight samples that were used; 1 where there is a single function", 10)
+    truncated_tokens: int = _field("tokens cut off because the model reads no more", 0)
+    decision: Literal["answer", "abstain"] | None = _field("of a calibrated run", "abstain", default=None)
+    label_set: list[str] | None = _field(
+        "of a calibrated run, the most probable first", ["late_delivery", "track_order"], default=None
+    )
+    out_of_scope: bool | None = _field("of a calibrated run", False, default=None)
 
 
 class PredictResponse(BaseModel):
     """The answers, in the order of the inputs."""
 
-    model: str
-    samples: int
-    answers: list[Answer]
+    model: str = _field("name of the run that answered", "desk")
+    samples: int = _field("weight samples N that were asked for", 10)
+    answers: list[Answer] = Field(description="one for each input")
 
 
 class Model(BaseModel):
     """A run that is served."""
 
-    name: str
-    method: str
-    base_model: str
-    task: str
-    kind: Literal["text", "choice"] = Field(description="which inputs it takes")
-    labels: list[str] | None = Field(description="None: each question has its own choices")
-    samples: int = Field(description="N of a request that names none")
-    temperature: float | None = Field(description="T that divides its logits; None where none was fitted")
-    width: float | None = Field(description="τ by which its posterior's width was scaled; None where none was fitted")
-    promises: dict[str, str] | None = Field(description="of its decisions")
-    metrics: dict[str, float] = Field(description="what metrics.json in its folder says")
-    diagram: bool = Field(description="whether its folder has a reliability.png")
-    adapter_sha256: str | None
-    shared_parameters: int = Field(description="entries of its weights that an earlier run holds too")
+    name: str = _field("what requests call it", "desk")
+    purpose: str = _field("what it is for, in a sentence", "Sorts a text into one of 2 labels: parcel, refund.")
+    method: str = _field("how its posterior was made, as `bloblora train --method` has it", "blob")
+    base_model: str = _field("the pretrained model below its adapter", "smollm2-135m")
+    task: str = _field("how inputs become logits", "classification")
+    kind: Literal["text", "choice"] = _field("which inputs it takes", "text")
+    labels: list[str] | None = _field("None: each question has its own choices", ["parcel", "refund"])
+    samples: int = _field("N of a request that names none", 10)
+    deterministic: bool = _field("whether it has one set of weights, and so no weight samples that differ", False)
+    temperature: float | None = _field("T that divides its logits; None where none was fitted", 1.2)
+    width: float | None = _field("τ by which its posterior's width was scaled; None where none was fitted", 0.8)
+    promises: dict[str, str] | None = _field("of its calibrated decisions; None where there are none", _PROMISES)
+    detection: float | None = _field(
+        "share of the out-of-scope records of `bloblora calibrate --ood` that were flagged; None without them", 0.4
+    )
+    warnings: list[str] = _field("of its training, where that ended badly", ["the posterior is the prior"])
+    examples: list[TextInput | ChoiceInput] = _field("inputs to try", [{"text": _TEXT}])
+    metrics: dict[str, float] = _field("what metrics.json in its folder says", {"accuracy": 0.81, "ece": 0.05})
+    diagram: bool = _field("whether its folder has a reliability.png", True)
+    adapter_sha256: str | None = _field("of the trained weights' file", "d99e6bd2acc406b2")
+    shared_parameters: int = _field("entries of its weights that an earlier run holds too", 134_515_008)
 
 
 class Models(BaseModel):
     """All runs that are served."""
 
-    models: list[Model]
+    models: list[Model] = Field(description="in the order of the command line")
 
 
 class Status(BaseModel):
     """Of the server."""
 
-    status: Literal["ok", "ready", "stopping"]
+    status: Literal["ok", "ready", "stopping"] = _field("the process lives, takes requests, or was told to stop", "ok")
 
 
 class Problem(BaseModel):
     """What is wrong with one field."""
 
-    field: str = Field(examples=["inputs[0].text"])
-    value: str = Field(description="as found, shortened", examples=["''"])
-    message: str
+    field: str = _field("its place in the body", "inputs[0].text")
+    value: str = _field("as found, shortened", "''")
+    message: str = _field("what would be right", "String should have at least 1 character")
 
 
 class Failure(BaseModel):
     """Why there is no answer."""
 
-    message: str
-    problems: list[Problem] = []
+    message: str = _field("what is wrong", "can't be used: inputs[0].text")
+    problems: list[Problem] = Field([], description="by field, where fields are wrong")
 
 
-_PATHS = ("/", "/v1/predict", "/v1/models", "/health", "/ready", "/metrics", "/openapi.json")
+_PATHS = ("/", "/v1/predict", "/v1/models", "/health", "/ready", "/metrics", "/docs", "/openapi.json")
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 

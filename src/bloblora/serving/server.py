@@ -24,7 +24,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..runs import RunError
 
-_OPEN = ("/", "/health", "/ready", "/openapi.json")
+DOCS_FILES = "/docs/files"
+_OPEN = ("/", "/health", "/ready", "/docs", "/openapi.json")
 
 
 class Server(uvicorn.Server):
@@ -111,7 +112,7 @@ def read_keys(file: str | Path) -> tuple[str, ...]:
 class Access:
     """ASGI middleware: 401 without one of the keys, if there are any, and 413 for a body that is too large.
 
-    The page, the health and the schema need no key.
+    The page, the health, the schema and its page need no key.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int) -> None:
@@ -125,7 +126,9 @@ class Access:
             return
         headers, app = Headers(scope=scope), self._app
         length = headers.get("content-length", "0")
-        if self._digests and scope["path"] not in _OPEN and not self._known(headers.get("authorization", "")):
+        path = scope["path"]
+        is_open = path in _OPEN or path.startswith(f"{DOCS_FILES}/")
+        if self._digests and not is_open and not self._known(headers.get("authorization", "")):
             message = "no valid API key: send the header 'Authorization: Bearer KEY'"
             app = JSONResponse({"message": message, "problems": []}, 401, {"WWW-Authenticate": "Bearer"})
         elif length.isdecimal() and int(length) > self._max_body_bytes:

@@ -113,15 +113,58 @@ def report(folder: Path, html: Path | None = None, baseline: str | None = None, 
     results.sort(key=lambda result: order.index(result.label))
     comparison = f"bloblora compare {study.get('file') or 'STUDY.yaml'} --data FOLDER --output {folder}"
     command = shlex.join(["bloblora", "report", str(folder), *map(str, given)])
-    parts: list[str | Picture] = [f"# {title}\n", f"Made by `{comparison}` and `{command}`.\n", *_setting(results)]
-    for dataset in dict.fromkeys(result.dataset for result in results):
-        parts += _sections(dataset, [result for result in results if result.dataset == dataset], baseline)
+    datasets: dict[str, list[Result]] = {}
+    for result in results:
+        datasets.setdefault(result.dataset, []).append(result)
+    parts: list[str | Picture] = [f"# {title}\n"]
+    parts += [f"{conclusion(dataset, _rows(of), baseline)}\n" for dataset, of in datasets.items()]
+    parts += [f"Made by `{comparison}` and `{command}`.\n", *_setting(results)]
+    for dataset, of in datasets.items():
+        parts += _sections(dataset, of, baseline)
     for part in parts:
         if isinstance(part, Picture) and not part.page_only:
             write_text(folder / f"{part.name}.svg", part.svg)
     write_text(folder / "report.md", _markdown(part for part in parts if isinstance(part, str) or not part.page_only))
     write_text(html, _page(title, parts))
     return html
+
+
+def conclusion(dataset: str, rows: Sequence[Row], baseline: str) -> str:
+    """What the test NLL says, in one to three sentences, and no more than its intervals do."""
+    nll = {row.label: mean(row.values("test")["nll"]) for row in rows}
+    best = min(nll, key=lambda label: nll[label])
+    reference = _reference(rows, baseline)
+    said = f"**{dataset}**: “{best}” has the lowest NLL on test data, {nll[best]:.3f}"
+    if reference is None:
+        return f"{said}; there is no result of “{baseline}” to compare with."
+    said += "." if best == reference.label else f", against {nll[reference.label]:.3f} of “{reference.label}”."
+    of_reference = reference.scores("test")
+    found = {
+        row.label: evaluation.paired_bootstrap(scores, of_reference, "nll")
+        for row in rows
+        if row.method != baseline and of_reference and (scores := row.scores("test"))
+    }
+    if not found:
+        return f"{said} Without scores per example of both, nothing says whether a difference is more than chance."
+    lower = [label for label, interval in found.items() if interval.high < 0]
+    higher = [label for label, interval in found.items() if interval.low > 0]
+    said += f" Against “{reference.label}”, " + (
+        f"the 95 % interval of the difference is below 0 for {_names(lower)}"
+        if lower
+        else f"no method has a lower NLL by more than its 95 % interval, of {len(found)} compared"
+    )
+    said += f"; it is above 0 for {_names(higher)}." if higher else "."
+    return f"{said} Each interval is of one comparison, and of other test records, not of other seeds ({_seeds(rows)})."
+
+
+def _names(labels: Sequence[str]) -> str:
+    more = f" and {len(labels) - 5} more" if len(labels) > 5 else ""
+    return ", ".join(f"“{label}”" for label in labels[:5]) + more
+
+
+def _reference(rows: Sequence[Row], baseline: str) -> Row | None:
+    """The baseline's row with the most draws."""
+    return next((row for row in reversed(rows) if row.method == baseline), None)
 
 
 def _sections(dataset: str, results: Sequence[Result], baseline: str) -> Iterator[str | Picture]:
@@ -177,7 +220,8 @@ def _table(caption: str, rows: Mapping[str, Mapping[str, Sequence[float]]], colu
 
 def _differences(rows: Sequence[Row], baseline: str, key: str) -> Iterator[str]:
     """How far each method is from the baseline on the same examples of one set."""
-    reference = next((row.scores(key) for row in reversed(rows) if row.method == baseline), None)
+    row = _reference(rows, baseline)
+    reference = row.scores(key) if row else []
     stored = {*reference[0], "squared_calibration_error"} if reference else set()
     compared = [name for name in evaluation.metric_names("main", outside=False) if name in stored]
     titles = {name: f"Δ {evaluation.METRICS[name].title}" for name in compared}
