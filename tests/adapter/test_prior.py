@@ -162,7 +162,7 @@ def test_damage_is_noticed(tmp_path, change, message):
     [
         ({"prior_std": "wide"}, r"prior_std must be a finite number above 0, got 'wide'; 'auto' is the only word"),
         ({"init_std": "auto"}, r"init_std must be a finite number above 0, got 'auto'"),
-        ({"prior_mean": "zeros"}, r"prior_mean must be one of zero, start, got 'zeros'"),
+        ({"prior_mean": "zeros"}, r"prior_mean must be one of auto, zero, start, got 'zeros'"),
     ],
 )
 def test_values_out_of_range(options, message):

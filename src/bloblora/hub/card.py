@@ -63,7 +63,7 @@ def model_card(
     base_model = base_model or public_base(config.model)
     measured = {name: read_numbers(file, RunError) for name, file in _named(folder, "metrics", ".json").items()}
     data = {
-        "data": public_name(config.data),
+        "data": public_name(config.source("data")),
         "records trained on": description.training.get("num_examples"),
         "SHA-256 of the records": description.records_sha256,
         "validation": public_name(source) if isinstance(source := config.validation, str) else source,
@@ -132,7 +132,7 @@ def _metadata(
         library_name="transformers" if full else "peft",
         pipeline_tag=pipeline_tag,
         tags=sorted({"bloblora", "uncertainty", "calibration", description.method.name, *([] if full else ["lora"])}),
-        datasets=[source[0]] if (source := hub_source(description.config.data.partition(":")[0])) else None,
+        datasets=[source[0]] if (source := hub_source(description.config.source("data").partition(":")[0])) else None,
         model_name=title if results else None,
         eval_results=results or None,
     )

@@ -107,7 +107,7 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
         arguments = _arguments(config, len(examples), progress)
         training = methods.Training(task, examples, arguments, patience=config.patience)
         if len(validation):
-            with _named(f"validation {config.validation!r}"):
+            with _named(f"validation {config.source('validation')!r}"):
                 encoded = _mapped(scratch / "validation.arrow", partial(encode, validation))
             training.validation = _longest_first(task, encoded)
             training.holdout = training.validation if method.holdout else ()
@@ -132,7 +132,7 @@ def split(records: Records, share: float, seed: int = 0) -> tuple[Records, Recor
 
 def hold_out(config: RunConfig, method: methods.Method, records: Records) -> tuple[Records, Records]:
     """Records to train on, and those held out: for validation, or, where there is none, what the method asks for."""
-    if isinstance(config.validation, str):
+    if isinstance(config.validation, str | list):
         return split(records, 0, config.limit_seed)
     share = method.holdout if config.validation is None else config.validation
     return split(records, share, config.limit_seed)
@@ -240,8 +240,8 @@ def _validation(config: RunConfig, kept: Any, held_out: Any, scratch: Path) -> A
     if config.validation is None:
         return []
     validation = held_out
-    if isinstance(config.validation, str):
-        with _named(f"validation {config.validation!r}"):
+    if isinstance(config.validation, str | list):
+        with _named(f"validation {config.source('validation')!r}"):
             validation = _mapped(scratch / "validation_records.arrow", partial(_read, config.validation))
     check_validation(config, kept, validation)
     return validation
@@ -286,8 +286,8 @@ def _mapped(file: Path, rows: Callable[[], Iterable[dict[str, Any]]]) -> dataset
     return datasets_.MappedRows(file)
 
 
-def _read(source: str) -> Iterator[dict[str, Any]]:
-    return map(read_fields, datasets_.read_each(source))
+def _read(source: str | list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return map(read_fields, source if isinstance(source, list) else datasets_.read_each(source))
 
 
 def _by_label(records: Iterable[dict[str, Any]]) -> list[list[int]]:
@@ -312,7 +312,7 @@ def _check_sharded(config: RunConfig) -> None:
     if config.trunk_cache is not None:
         raise RunError(f"trunk_cache {config.trunk_cache!r} isn't offered under FSDP; leave it out, or use DDP")
     if config.validation is not None:
-        raise RunError(f"validation {config.validation!r} isn't offered under FSDP; leave it out, or use DDP")
+        raise RunError(f"validation {config.source('validation')!r} isn't offered under FSDP; leave it out, or use DDP")
 
 
 def _above_trunk(model: Any, training: methods.Training, folder: Path, progress: bool) -> methods.Training:

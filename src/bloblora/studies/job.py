@@ -215,7 +215,7 @@ def check_data(job: Job) -> None:
         DataError: a file can't be used.
         RunError: its records are prompts, whose answers can't be scored as labels or choices are.
     """
-    if kind_of(read_records(job.config.data)) == "generation":
+    if kind_of(read_records(job.config.source("data"))) == "generation":
         raise runs.RunError(f"{job.config.data}: a study compares labels and choices, and these are prompts to answer")
     if isinstance(job.config.validation, str):
         read_records(job.config.validation)
@@ -293,7 +293,7 @@ def _described(job: Job) -> dict[str, Any]:
     given = {name: value for name, value in job.config.given().items() if name != "output"}
     validation = given.get("validation")
     named = {"validation": Path(validation).name} if isinstance(validation, str) else {}
-    return given | {"data": Path(job.config.data).name} | named
+    return given | {"data": Path(given["data"]).name} | named
 
 
 def _set(chosen: EvalSet) -> dict[str, Any]:
