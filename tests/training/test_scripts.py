@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 from bloblora import BlobConfig, BlobTrainer, BlobTrainingArguments, bayesianize, find_posterior, predict
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_llama, with_lora
 from tests.tiny_base import queries
 
 from .test_plain import language_model, texts
@@ -158,7 +158,7 @@ def test_a_stock_trainer_trains_no_posterior(make, dataset, tokenizer, tmp_path)
 
 def test_a_stock_sft_trainer_trains_no_posterior(base, tokenizer, tmp_path):
     trl = pytest.importorskip("trl")
-    model = get_peft_model(tiny_llama(vocab_size=400), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    model = with_lora(tiny_llama(vocab_size=400), ("q_proj",), task_type="CAUSAL_LM")
     bayesianize(model, BlobConfig())
     options = dict(max_steps=8, bf16=False, gradient_checkpointing=True, per_device_train_batch_size=2)
     arguments = trl.SFTConfig(str(tmp_path), **options, **QUIET)
@@ -168,7 +168,7 @@ def test_a_stock_sft_trainer_trains_no_posterior(base, tokenizer, tmp_path):
 
 
 def loop(model, penalty, steps=8, accumulation=1):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01)
     data = texts(2 * steps * accumulation)
     model.train()
     for step in range(steps):

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -307,13 +306,12 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     adapter_name = adapter_name or model.active_adapter
     layers = check_layers(model, adapter_name)
     config = config or BlobConfig()
-    if config.prior_mean == "auto":
-        lora: Any = model.peft_config[adapter_name]
-        moved = str(lora.init_lora_weights).lower().startswith(_MOVING_STARTS)
-        config = replace(config, prior_mean="start" if moved else "zero")
+    lora: Any = model.peft_config[adapter_name]
+    moved = str(lora.init_lora_weights).lower().startswith(_MOVING_STARTS)
     embedding = _embedding_weight(model.get_base_model())
     for layer in layers.values():
         variant = BlobVariant(config)
+        variant.prior_at_start |= moved and config.prior_mean == "auto"
         # A quantized layer may have no `weight`.
         if embedding is not None and getattr(layer.get_base_layer(), "weight", None) is embedding:
             variant.tied_config = getattr(model.get_base_model(), "config", None)

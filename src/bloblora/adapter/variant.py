@@ -50,6 +50,7 @@ class BlobVariant(LoraVariant):
         weights: A (r, n) or B (m, r), by letter, that every forward uses while set: a fixed draw; empty otherwise.
         sampling: whether a forward draws fresh noise in train mode.
         tied_config: the model's config where this layer's base weight is also the embedding; None otherwise.
+        prior_at_start: whether the prior's mean is the factor's value at `init`.
         watch: of the first layer of an adapter, whose forwards stand for all; None otherwise.
     """
 
@@ -59,6 +60,7 @@ class BlobVariant(LoraVariant):
         self._of_threads: dict[int, tuple[Mapping[str, Tensor], int]] = {}
         self.sampling = True
         self.tied_config: PretrainedConfig | None = None
+        self.prior_at_start = config.prior_mean == "start"
         self.watch: KlWatch | None = None
         self._located = False  # faster than to look for buffers that aren't there
         self._merged: tuple[Tensor, Tensor] | None = None
@@ -90,10 +92,10 @@ class BlobVariant(LoraVariant):
                 setattr(module, name, nn.ParameterDict())
                 module.adapter_layer_names = (*module.adapter_layer_names, name)
             mean = mean_of(module, adapter_name, factor)
-            given, start = self.config.prior_std, self.config.prior_mean == "start"
+            given = self.config.prior_std
             width = _auto_std(mean, factor) if isinstance(given, str) else given
-            if start or width != given:
-                prior_mean = mean if start else torch.zeros(())
+            if self.prior_at_start or width != given:
+                prior_mean = mean if self.prior_at_start else torch.zeros(())
                 self.set_prior(module, adapter_name, factor, prior_mean, torch.tensor(width))
             parameter = q.init_std_parameter(mean, self.config.start_std(width), self.config.std_parameterization)
             getattr(module, name)[adapter_name] = nn.Parameter(parameter, requires_grad=mean.requires_grad)
