@@ -162,9 +162,40 @@ def test_damage_is_noticed(tmp_path, change, message):
     [
         ({"prior_std": "wide"}, r"prior_std must be a finite number above 0, got 'wide'; 'auto' is the only word"),
         ({"init_std": "auto"}, r"init_std must be a finite number above 0, got 'auto'"),
-        ({"prior_mean": "zeros"}, r"prior_mean must be one of zero, start, got 'zeros'"),
+        ({"prior_mean": "zeros"}, r"prior_mean must be one of auto, zero, start, got 'zeros'"),
     ],
 )
 def test_values_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         BlobConfig(**options)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_holds_a_part_of_the_base_weight(start, tokens, tmp_path):
+    """Without data the KL leaves the base model what it is; around zero it would take that part away."""
+    expected = tiny_llama()(tokens).logits
+
+    def flowed(**config):
+        model = with_lora(tiny_llama(), trained=False, init_lora_weights=start)
+        posterior = bayesianize(model, BlobConfig(std_parameterization="square", prior_std=1.0, **config))
+        torch.testing.assert_close(model.eval()(tokens).logits, expected, rtol=0, atol=1e-4)
+        posterior.flow_(0.2)
+        return model, posterior
+
+    model, posterior = flowed()
+    assert len(posterior.named_priors()) == len(posterior.named_means())
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-4)
+    with posterior.draw(0):
+        assert (model(tokens).logits - expected).abs().max() > 1e-3
+    zero, _ = flowed(prior_mean="zero")
+    assert (zero(tokens).logits - expected).abs().max() > 0.01
+    save(model, tmp_path)
+    loaded = load(tiny_llama(), tmp_path)
+    torch.testing.assert_close(loaded(tokens).logits, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(find_posterior(loaded).kl(), posterior.kl())
+
+
+def test_other_starts_have_a_prior_around_zero():
+    for start in (True, False, "gaussian", "orthogonal"):
+        posterior = bayesianize(with_lora(tiny_llama(), trained=False, init_lora_weights=start))
+        assert posterior.named_priors() == {}

@@ -431,3 +431,13 @@ def test_killed_while_saving(tokens, tmp_path):
     assert cut_off, "no kill hit a save"
     save(bayesian(seed=0), tmp_path)
     assert contents(tmp_path).keys() == {*FILES, "README.md"}
+
+
+def test_load_wants_a_model_without_an_adapter(tmp_path):
+    model = with_lora(tiny_llama())
+    bayesianize(model)
+    save(model, tmp_path)
+    for taken in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match=r"base_model: \w+ has an adapter already; pass the base model: a fresh"):
+            load(taken, tmp_path)
+    assert find_posterior(load(model.unload(), tmp_path)) is not None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 from bloblora import BlobConfig, BlobTrainer, BlobTrainerMixin, BlobTrainingArguments, bayesianize, find_posterior, load
 from bloblora.generation import posterior_generate
@@ -154,3 +155,12 @@ def test_it_learns_to_answer(tokenizer, tmp_path):
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     found = posterior_generate(model, inputs, 0, tokenizer=tokenizer, max_new_tokens=12, do_sample=False)
     assert found.texts == [record["completion"] for record in RECORDS]
+
+
+def test_what_would_train_another_posterior_is_said(tokenizer, tmp_path):
+    model, _ = bayesian_model()
+    with pytest.warns(UserWarning, match=r"BlobSFTTrainer: dataset_size is None, .* by the 2 examples"):
+        trainer_of(model, tokenizer, tmp_path, max_steps=1).train()
+    arguments = BlobSFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    with pytest.raises(ValueError, match=r"peft_config: .* leave it out, and call .* bayesianize\(model, BlobConfig"):
+        BlobSFTTrainer(tiny_causal(), arguments, peft_config=LoraConfig(), train_dataset=Dataset.from_list(RECORDS))

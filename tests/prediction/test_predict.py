@@ -259,7 +259,11 @@ def test_clear_errors(case_of):
         ([], options, "inputs: there is nothing to predict"),
         ({}, {}, "inputs: there is nothing to predict"),
         ({"input_ids": torch.zeros(0, 3)}, {}, "inputs: there is nothing to predict"),
-        (case.examples, {}, "inputs: without a task, pass what the tokenizer returned, got list"),
+        (
+            case.examples,
+            {},
+            "without a task, pass texts with tokenizer=…, what .* got list",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             predict(case.model, inputs, **arguments)

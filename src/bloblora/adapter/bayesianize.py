@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,7 +15,10 @@ from .. import posterior as q
 from .config import BlobConfig
 from .sharding import changing, is_sharded, whole
 from .variant import BlobVariant, mean_of
+from .watch import KlWatch
 
+# Starts that move a part of the base weight into B A, so that without the LoRA the model isn't the base.
+_MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # PEFT's layer classes that ask `lora_variant` in their forward: the others would ignore the posterior in silence.
 _SUPPORTED_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"}
 _AT_PRIOR_TOLERANCE = 0.05
@@ -31,13 +35,16 @@ class Posterior:
         adapter_name: the Bayesian adapter.
         config: its configuration.
         prior: p, the same for all its entries, unless `named_priors` moves and scales it.
+        watch: warns when it is trained without its KL; ``watch.silent = True`` where that is meant.
     """
 
     def __init__(self, model: PeftModel, adapter_name: str) -> None:
         self.model = model
         self.adapter_name = adapter_name
         self._layers = dict(_bayesian_layers(model, adapter_name))
-        self.config = _variant(next(iter(self._layers.values())), adapter_name).config
+        first = _variant(next(iter(self._layers.values())), adapter_name)
+        self.config = first.config
+        self.watch = first.watch = first.watch or KlWatch()
         self.prior = self.config.build_prior()
 
     def named_layers(self) -> dict[str, LoraLayer]:
@@ -54,6 +61,7 @@ class Posterior:
 
     def named_std_parameters(self) -> dict[str, nn.Parameter]:
         """The unconstrained parameter of Ω of each, by the same names and of the same shapes."""
+        self.watch.looked()
         return {
             key: _variant(layer, self.adapter_name).std_parameter(layer, self.adapter_name, factor)
             for key, layer, factor in self._factors()
@@ -298,9 +306,12 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     adapter_name = adapter_name or model.active_adapter
     layers = check_layers(model, adapter_name)
     config = config or BlobConfig()
+    lora: Any = model.peft_config[adapter_name]
+    moved = str(lora.init_lora_weights).lower().startswith(_MOVING_STARTS)
     embedding = _embedding_weight(model.get_base_model())
     for layer in layers.values():
         variant = BlobVariant(config)
+        variant.prior_at_start |= moved and config.prior_mean == "auto"
         # A quantized layer may have no `weight`.
         if embedding is not None and getattr(layer.get_base_layer(), "weight", None) is embedding:
             variant.tied_config = getattr(model.get_base_model(), "config", None)

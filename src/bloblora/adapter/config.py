@@ -25,11 +25,12 @@ class BlobConfig:
             "search": (0.03, 0.6),
         },
     )
-    prior_mean: Literal["zero", "start"] = field(
-        default="zero",
+    prior_mean: Literal["auto", "zero", "start"] = field(
+        default="auto",
         metadata={
             "help": "Mean of the prior: `zero`, or `start`: the adapter's own weights when it became Bayesian, so that "
-            "the KL doesn't charge the random start of A."
+            "the KL doesn't charge the random start of A. `auto`: `start` where LoRA's start holds a part of the base "
+            "weight (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), so that A = 0 isn't the base model; otherwise `zero`."
         },
     )
     init_std: float | None = field(

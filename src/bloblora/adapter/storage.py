@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -137,7 +138,7 @@ def load(
     As always with PEFT, an adapter saved in half precision comes back in float32, with the same values.
 
     Args:
-        base_model: the model that the adapter was trained on; the adapter is put into it.
+        base_model: the model that the adapter was trained on, without an adapter; this one is put into it.
         directory: where from.
         adapter_name: what to call the adapter in the model, whatever it was called when saved.
         is_trainable: whether training goes on: A, B and Ω then require gradients.
@@ -147,8 +148,14 @@ def load(
         The PEFT model, in eval mode; ``find_posterior(model)`` is its posterior.
 
     Raises:
+        ValueError: ``base_model`` has an adapter already.
         AdapterFileError: a file is missing, truncated, altered or doesn't belong to the others or to ``base_model``.
     """
+    if any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
+        raise ValueError(
+            f"base_model: {type(base_model).__name__} has an adapter already; pass the base model: a fresh one from "
+            "from_pretrained, or model.unload()"
+        )
     folder = _current(directory) if checked else check_folder(directory)
     try:
         model = PeftModel.from_pretrained(base_model, str(folder), adapter_name, is_trainable=is_trainable)

@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 
 from .. import posterior as q
 from .config import BlobConfig
+from .watch import KlWatch
 
 STD_PARAMETER = "blob_std_parameter_"
 """Layer attributes that hold the unconstrained Ω of each adapter, by adapter name: this and the factor's letter.
@@ -49,6 +50,8 @@ class BlobVariant(LoraVariant):
         weights: A (r, n) or B (m, r), by letter, that every forward uses while set: a fixed draw; empty otherwise.
         sampling: whether a forward draws fresh noise in train mode.
         tied_config: the model's config where this layer's base weight is also the embedding; None otherwise.
+        prior_at_start: whether the prior's mean is the factor's value at `init`.
+        watch: of the first layer of an adapter, whose forwards stand for all; None otherwise.
     """
 
     def __init__(self, config: BlobConfig) -> None:
@@ -57,6 +60,8 @@ class BlobVariant(LoraVariant):
         self._of_threads: dict[int, tuple[Mapping[str, Tensor], int]] = {}
         self.sampling = True
         self.tied_config: PretrainedConfig | None = None
+        self.prior_at_start = config.prior_mean == "start"
+        self.watch: KlWatch | None = None
         self._located = False  # faster than to look for buffers that aren't there
         self._merged: tuple[Tensor, Tensor] | None = None
 
@@ -87,10 +92,10 @@ class BlobVariant(LoraVariant):
                 setattr(module, name, nn.ParameterDict())
                 module.adapter_layer_names = (*module.adapter_layer_names, name)
             mean = mean_of(module, adapter_name, factor)
-            given, start = self.config.prior_std, self.config.prior_mean == "start"
+            given = self.config.prior_std
             width = _auto_std(mean, factor) if isinstance(given, str) else given
-            if start or width != given:
-                prior_mean = mean if start else torch.zeros(())
+            if self.prior_at_start or width != given:
+                prior_mean = mean if self.prior_at_start else torch.zeros(())
                 self.set_prior(module, adapter_name, factor, prior_mean, torch.tensor(width))
             parameter = q.init_std_parameter(mean, self.config.start_std(width), self.config.std_parameterization)
             getattr(module, name)[adapter_name] = nn.Parameter(parameter, requires_grad=mean.requires_grad)
@@ -148,7 +153,10 @@ class BlobVariant(LoraVariant):
         mean = mean_of(module, adapter_name, factor)[rows]
         if factor not in self.config.factors or not (self.sampling and module.training):
             return F.linear(x, mean)
-        std = q.std(self.std_parameter(module, adapter_name, factor)[rows], self.config.std_parameterization)
+        parameter = self.std_parameter(module, adapter_name, factor)
+        if self.watch is not None and parameter.requires_grad and not torch.compiler.is_compiling():
+            self.watch.trained(parameter)
+        std = q.std(parameter[rows], self.config.std_parameterization)
         return q.project(x, mean, std, self.config.estimator)
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]

@@ -369,7 +369,7 @@ def _opened(directory: str, options: PredictionOptions) -> RunDescription:
 
 
 def _is_training_data(description: RunDescription, data: str) -> bool:
-    return data.removesuffix(":train") == description.config.data.removesuffix(":train")
+    return data.removesuffix(":train") == description.config.source("data").removesuffix(":train")
 
 
 def _histograms(folder: str) -> list[PosteriorHistograms]:

@@ -1,15 +1,18 @@
-"""Labelled records: files, the paper's public sets, and the embedded support desk."""
+"""Labelled records: files, what is in memory, the paper's public sets, and the embedded support desk."""
 
+from .memory import IN_MEMORY, as_records
 from .reading import read_batches, read_each, read_records
 from .records import KINDS, DataError, MappedRows, kind_of, unanswered, write_rows
 from .sets import PAPER_SETS, SPLITS, hub_source, support_desk
 
 __all__ = [
+    "IN_MEMORY",
     "KINDS",
     "PAPER_SETS",
     "SPLITS",
     "DataError",
     "MappedRows",
+    "as_records",
     "hub_source",
     "kind_of",
     "read_batches",

@@ -63,10 +63,10 @@ def model_card(
     base_model = base_model or public_base(config.model)
     measured = {name: read_numbers(file, RunError) for name, file in _named(folder, "metrics", ".json").items()}
     data = {
-        "data": public_name(config.data),
+        "data": public_name(config.source("data")),
         "records trained on": description.training.get("num_examples"),
         "SHA-256 of the records": description.records_sha256,
-        "validation": public_name(config.validation_data) if config.validation_data else config.validation,
+        "validation": public_name(config.source("validation")) if config.validation_data else config.validation,
     }
     title = (repo_id or folder.resolve().name).rpartition("/")[2]
     return ModelCard.from_template(
@@ -133,7 +133,7 @@ def _metadata(
         library_name="transformers" if full else "peft",
         pipeline_tag=pipeline_tag,
         tags=sorted({"bloblora", "uncertainty", "calibration", description.method.name, *([] if full else ["lora"])}),
-        datasets=[source[0]] if (source := hub_source(description.config.data.partition(":")[0])) else None,
+        datasets=[source[0]] if (source := hub_source(description.config.source("data").partition(":")[0])) else None,
         model_name=title if results else None,
         eval_results=results or None,
     )

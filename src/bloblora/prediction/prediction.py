@@ -11,8 +11,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import PreTrainedTokenizerBase
 
 from ..adapter import Posterior, find_posterior
+from ..data import as_records
 from .approximations import StoppingRule
 from .forward import BatchForward, PredictionTask
 from .sampler import Forward, Point, Sampler, WeightDraws
@@ -110,11 +113,12 @@ def mutual_information(total: Tensor, aleatoric: Tensor, num_draws: Tensor | int
 @torch.no_grad()
 def predict(
     model: nn.Module,
-    inputs: Sequence[Any] | Mapping[str, Tensor],
+    inputs: Any,
     num_samples: int = 10,
     seed: int = 0,
     *,
     task: PredictionTask | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     sampler: Sampler | None = None,
     stop: StoppingRule | None = None,
     batch_size: int = 16,
@@ -131,26 +135,35 @@ def predict(
 
     Args:
         model: a PEFT model, Bayesian or plain, or any other of which ``sampler`` draws.
-        inputs: encoded examples of ``task``; without a task, what a tokenizer returned (tensors of n rows) for a model
-            whose ``logits`` are (n, C).
+        inputs: encoded examples of ``task``; or, for a model whose ``logits`` are (n, C), texts with a ``tokenizer``,
+            what a tokenizer returned (tensors of n rows), or a DataLoader of such batches, which is taken in its order.
         num_samples: N draws; 0 uses the posterior mean.
         seed: of the draws.
         task: collates examples and reads the logits.
+        tokenizer: makes ``inputs`` of texts, or of what else `bloblora.data.as_records` makes into records with
+            ``text``; what is longer than its limit is truncated.
         sampler: where the draws come from; default the model's posterior. A plain model is one function: one draw is
             made for any N.
         stop: when to make no more draws for an input; an approximation, which changes results.
-        batch_size: inputs a forward.
+        batch_size: inputs a forward; a DataLoader has its own.
         progress: show a bar.
 
     Returns:
         The `Prediction`, on the CPU, rows in the order of ``inputs``.
 
     Raises:
-        ValueError: ``num_samples`` or ``batch_size`` is out of range, or there is no input.
+        ValueError: ``num_samples`` or ``batch_size`` is out of range, there is no input, a DataLoader shuffles, or a
+            tokenizer has no pad token or comes with a task.
+        DataError: inputs for the tokenizer are no texts.
     """
     check_num_samples(num_samples)
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    if tokenizer is not None:
+        if task is not None:
+            raise ValueError("tokenizer and task both say how inputs become batches; leave one of them out")
+        task = _Texts(tokenizer)
+        inputs = task.encode(inputs)
     sampler = sampler or sampler_of(model)
     order, rows = order_of(inputs, task), []
     with eval_mode(model):
@@ -159,7 +172,10 @@ def predict(
                 rows.append(_draw_log_probs(forward, sampler, num_samples, seed).cpu())
             else:
                 rows.append(_stopped_log_probs(forward, sampler, num_samples, seed, stop).cpu())
-    return Prediction(_cat(rows)[:, torch.tensor(order).argsort()], num_samples)
+    if not rows:
+        raise ValueError("inputs: there is nothing to predict")
+    log_probs = _cat(rows)
+    return Prediction(log_probs if order is None else log_probs[:, torch.tensor(order).argsort()], num_samples)
 
 
 def average_draws(
@@ -247,23 +263,36 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def forwards(
     model: nn.Module,
-    inputs: Sequence[Any] | Mapping[str, Tensor],
+    inputs: Sequence[Any] | Mapping[str, Tensor] | DataLoader[Any],
     task: PredictionTask | None,
-    order: list[int],
+    order: list[int] | None,
     batch_size: int,
     progress: bool,
 ) -> Iterator[BatchForward]:
-    """The model on each batch of inputs, which are taken in an order."""
-    device, starts = next(model.parameters()).device, range(0, len(order), batch_size)
-    for start in track(starts, "predicting", disable=not progress, console=Console(stderr=True)):
-        batch = _batch(inputs, task, order[start : start + batch_size])
+    """The model on each batch of inputs, which are taken in an order, or as a DataLoader gives them."""
+    device = next(model.parameters()).device
+    parts = inputs if order is None else [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    for part in track(parts, "predicting", disable=not progress, console=Console(stderr=True)):
+        batch = _batch(part if order is None else inputs, task, None if order is None else part)
         yield BatchForward(model, {name: tensor.to(device) for name, tensor in batch.items()}, task)
 
 
-def order_of(inputs: Sequence[Any] | Mapping[str, Tensor], task: PredictionTask | None) -> list[int]:
-    """Order in which inputs are batched: a task's longest first, so that little is padded and memory peaks early."""
+def order_of(
+    inputs: Sequence[Any] | Mapping[str, Tensor] | DataLoader[Any], task: PredictionTask | None
+) -> list[int] | None:
+    """Order in which inputs are batched: a task's longest first, so that little is padded and memory peaks early.
+
+    None for a DataLoader, which has made its batches.
+    """
+    if isinstance(inputs, DataLoader):
+        if isinstance(inputs.sampler, RandomSampler):
+            raise ValueError("inputs: the DataLoader shuffles, so that no row could be found again; give shuffle=False")
+        return None
     if task is None and not isinstance(inputs, Mapping):
-        raise ValueError(f"inputs: without a task, pass what the tokenizer returned, got {type(inputs).__name__}")
+        raise ValueError(
+            "inputs: without a task, pass texts with tokenizer=…, what the tokenizer returned, or a DataLoader; got "
+            f"{type(inputs).__name__}"
+        )
     size = len(next(iter(inputs.values()), ())) if isinstance(inputs, Mapping) else len(inputs)
     if size == 0:
         raise ValueError("inputs: there is nothing to predict")
@@ -272,13 +301,42 @@ def order_of(inputs: Sequence[Any] | Mapping[str, Tensor], task: PredictionTask 
     return sorted(range(size), key=lambda i: -task.length(inputs[i]))
 
 
-def _batch(
-    inputs: Sequence[Any] | Mapping[str, Tensor], task: PredictionTask | None, rows: list[int]
-) -> dict[str, Tensor]:
+def _batch(inputs: Any, task: PredictionTask | None, rows: list[int] | None) -> dict[str, Tensor]:
+    """Some rows of the inputs as a batch, without their labels; all rows of a batch that is one already."""
     if isinstance(inputs, Mapping):
-        return {name: torch.as_tensor(value)[rows] for name, value in inputs.items() if name != "labels"}
+        tensors = {name: torch.as_tensor(value) for name, value in inputs.items() if name != "labels"}
+        return tensors if rows is None else {name: tensor[rows] for name, tensor in tensors.items()}
+    if rows is None:
+        raise ValueError(f"inputs: the DataLoader must give dicts of tensors by name, got {type(inputs).__name__}")
     assert task is not None
     return task.collate([inputs[i] for i in rows])
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Texts to classify, as a `PredictionTask`."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError("tokenizer: has no pad token; set one, for example pad_token = eos_token")
+
+    def encode(self, source: Any) -> list[dict[str, list[int]]]:
+        records = as_records(source)
+        if any("text" not in record for record in records):
+            raise ValueError("inputs: with a tokenizer alone they must be texts; give a task for questions and prompts")
+        limited = self.tokenizer.model_max_length < 1_000_000  # one that knows no limit says so with a huge number
+        return [dict(self.tokenizer(record["text"], truncation=limited)) for record in records]
+
+    def length(self, example: dict[str, list[int]]) -> int:
+        return len(example["input_ids"])
+
+    def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        return dict(self.tokenizer.pad(list(examples), return_tensors="pt"))
+
+    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(**batch).logits
 
 
 def _cat(rows: list[Tensor]) -> Tensor:

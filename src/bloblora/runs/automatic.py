@@ -30,7 +30,7 @@ def resolved(config: RunConfig, records: Sequence[dict[str, Any]], separate: int
     validation = config.validation
     if validation == "auto":
         validation = _share(config, records)
-    held_out = 0 if isinstance(validation, str) else _held_out(records, validation)
+    held_out = _held_out(records, validation) if isinstance(validation, int | float) else 0
     temperature = config.temperature_scaling
     if temperature is None:
         temperature = labelled and separate + held_out >= FEWEST_FOR_TEMPERATURE and config.temperature_folds is None

@@ -39,7 +39,7 @@ def check_task(config: RunConfig, records: Sequence[dict[str, Any]]) -> None:
     try:
         task.check(records, **{key: value for key, value in config.task.items() if key != "name"})
     except tasks.TaskError as error:
-        raise RunError(f"{config.data}: {error}") from error
+        raise RunError(f"{config.source('data')}: {error}") from error
 
 
 def check_targets(config: RunConfig, task: tasks.Task) -> None:
@@ -62,7 +62,7 @@ def check_validation(
 
     Warns where some are training records too, and where they are too few, unless there may be ``few``.
     """
-    source = f"validation {config.validation!r}"
+    source = f"validation {config.source('validation')!r}"
     if not len(training) or not len(validation):
         side, other = ("training", "smaller") if len(validation) else ("validation", "larger")
         count = len(training) + len(validation)

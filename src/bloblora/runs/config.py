@@ -14,6 +14,7 @@ import yaml
 from peft import LoraConfig, PeftConfig
 
 from .. import models, tasks
+from ..data import IN_MEMORY, as_records
 from ..methods import METHODS, TEMPERED_NLL, Method, Rescaled
 from ..training import OBJECTIVE, BlobTrainingArguments
 
@@ -45,6 +46,7 @@ _EVALUATIONS = 15
 
 _OWNED = {"output_dir", "seed", "use_cpu", "disable_tqdm", "dataset_size", "resume_from_checkpoint", *OBJECTIVE}
 _PEFT = {option.name for option in fields(PeftConfig)}  # what every kind of adapter has, set by PEFT or the run
+_SOURCES = ("data", "validation")  # of records, which may also be in memory
 _SECTIONS = ("task", "lora", "method", "training")
 _PRESETS = Path(__file__).parent / "presets"
 
@@ -57,13 +59,15 @@ class RunError(ValueError):
 class RunConfig:
     """Everything that decides a run.
 
-    `RunConfig.of` takes the options of all sections by their names alone.
+    `RunConfig.of` takes the options of all sections by their names alone. ``data`` and ``validation`` may also be what
+    `bloblora.data.as_records` takes, such as a list of dicts or a table; the run's files then call them "in memory".
 
     Raises:
         RunError: an option is unknown or out of its range; the message lists all problems.
+        DataError: records in memory can't be used.
     """
 
-    data: str = field(
+    data: str | list[dict[str, Any]] = field(
         metadata={
             "help": "Training records: a .jsonl, .csv, .tsv or .parquet file, a `datasets` folder, or a name such as "
             "`support_desk` or `arc_easy`."
@@ -110,7 +114,7 @@ class RunConfig:
             "then computed once and not at every step. Needs `top_blocks`; several runs can share it."
         },
     )
-    validation: float | str = field(
+    validation: float | str | list[dict[str, Any]] = field(
         default="auto",
         metadata={
             "help": "Records on which the training is evaluated every `eval_steps` (default: about 15 times) and whose "
@@ -157,6 +161,9 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in _SOURCES:
+            if not isinstance(source := getattr(self, name), str | int | float | None):
+                setattr(self, name, as_records(source, require_labels=True))
         problems = [*self._wrong_names()] or [*self._wrong_values(), *self._wrong_combinations()]
         if problems:
             raise RunError("\n".join(problems))
@@ -198,17 +205,21 @@ class RunConfig:
         return cls(**nested)
 
     def given(self) -> dict[str, Any]:
-        """What was given, nested, as JSON takes it: no option that has its default."""
+        """What was given, nested, as JSON takes it: no option that has its default, and no records."""
         own = {
-            option.name: value
+            option.name: IN_MEMORY if isinstance(value, list) else value
             for option in fields(self)
             if option.name not in _SECTIONS and (value := getattr(self, option.name)) != option.default
         }
         return {**own, **{name: dict(section) for name in _SECTIONS if (section := getattr(self, name))}}
 
+    def source(self, name: Literal["data", "validation"]) -> Any:
+        """One of both as files and messages have it: records in memory have no name."""
+        return IN_MEMORY if isinstance(value := getattr(self, name), list) else value
+
     def with_options(self, **options: Any) -> RunConfig:
         """The same but for some options, given as for `of`."""
-        given = self.given()
+        given = self.given() | {name: value for name in _SOURCES if isinstance(value := getattr(self, name), list)}
         sections = {name: _section(name, options.pop(name, given.pop(name, {}))) for name in _SECTIONS}
         places = _places(sections["method"]["name"], sections["task"]["name"])
         flat = {SHORT.get(name, name): value for name, value in options.items()}
@@ -218,9 +229,9 @@ class RunConfig:
         return RunConfig.of(**{**given, **sections, **flat})
 
     @property
-    def validation_data(self) -> str | None:
-        """The validation records that aren't a share of the training records: a file, or NAME:split."""
-        return self.validation if isinstance(self.validation, str) and self.validation != "auto" else None
+    def validation_data(self) -> str | list[dict[str, Any]] | None:
+        """The validation records that aren't a share of the training records: a file, NAME:split, or in memory."""
+        return self.validation if isinstance(self.validation, str | list) and self.validation != "auto" else None
 
     def value(self, name: str) -> Any:
         """An option of LoRA or the Trainer, given or by default."""
@@ -296,8 +307,11 @@ class RunConfig:
             if (value := given.get(name)) not in (None, TRAINING.get(name)) and not right(value):
                 yield f"{name} must be {range_}, got {value!r}"
         for name in ("data", "output", "model"):
-            if not isinstance(value := getattr(self, name), str) or not value:
+            value = getattr(self, name)
+            if not (isinstance(value, str) and value) and not (name == "data" and isinstance(value, list)):
                 yield f"{name} must be a name that isn't empty, got {value!r}"
+        if [] in (self.data, self.validation):
+            yield "data and validation must have at least one record"
         if isinstance(share := self.validation, (int, float)) and (isinstance(share, bool) or not 0 <= share < 1):
             yield f"validation must be a file, NAME:split, or a share in [0, 1), got {share!r}"
         if share == "":

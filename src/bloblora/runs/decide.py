@@ -1,8 +1,8 @@
 """A run's decisions: calibrated on held-out records, kept in its folder, used by what predicts."""
 
-from collections.abc import Sequence
 from typing import Any
 
+from ..data import as_records
 from ..decision import Decision, fit_decision
 from ..files import read_json, write_json
 from .checks import check_kind
@@ -16,8 +16,8 @@ DECISION_FILE, FORMAT_VERSION = "decision.json", 1
 
 def calibrate(
     description: RunDescription,
-    records: Sequence[dict[str, Any]],
-    outside: Sequence[dict[str, Any]] | None = None,
+    records: Any,
+    outside: Any = None,
     options: PredictionOptions = PredictionOptions(),  # noqa: B008  # frozen
     *,
     progress: bool = False,
@@ -27,7 +27,8 @@ def calibrate(
 
     Args:
         description: of the run.
-        records: in scope, used for nothing else: not for training or a temperature, not to choose settings.
+        records: in scope, what `bloblora.data.as_records` takes, used for nothing else: not for training or a
+            temperature, not to choose settings.
         outside: out of scope; they decide nothing.
         options: of the predictions; the decisions are for these samples, seed and approximation only.
         progress: show a bar.
@@ -39,10 +40,13 @@ def calibrate(
 
     Raises:
         RunError: records of the other kind, a label that the run doesn't know, or a run on the hub.
+        DataError: records that can't be used.
         ValueError: a promise can't be made on these records; nothing is saved.
     """
     if description.remote:
         raise RunError(f"{description.name}: is on the hub; calibrate in a folder, and push that")
+    records = as_records(records, require_labels=True)
+    outside = None if outside is None else as_records(outside)
     for side in (records, outside):
         if side is not None:
             check_kind(description.task, side)

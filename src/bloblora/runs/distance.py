@@ -1,6 +1,5 @@
 """The distance of hidden states of a run: fitted on its training records, and kept in its folder."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from .. import data
@@ -38,30 +37,37 @@ def training_records(description: RunDescription) -> list[dict[str, Any]]:
 
     Raises:
         DataError: they can't be read.
-        RunError: they are others by now.
+        RunError: they were in memory, or are others by now.
     """
     config = description.config
-    records = select([*map(read_fields, data.read_each(config.data))], config.limit, config.limit_seed)
+    if (source := config.source("data")) == data.IN_MEMORY:
+        raise RunError(
+            f"{description.folder}: its training records were in memory, and distances need them: call "
+            "runs.fit_distance(run, description, records) once, which saves the distance in the folder"
+        )
+    records = select([*map(read_fields, data.read_each(source))], config.limit, config.limit_seed)
     if description.records_sha256 not in (None, records_sha256(records)):
-        raise RunError(f"{config.data}: changed since the run was trained on it; distances need the training records")
+        raise RunError(f"{source}: changed since the run was trained on it; distances need the training records")
     return hold_out(config, description.method, records)[0]
 
 
 def fit_distance(
     run: Run,
     description: RunDescription,
-    records: Sequence[dict[str, Any]],
+    records: Any,
     *,
     batch_size: int = 32,
     progress: bool = False,
 ) -> Distance:
     """Fit the distance on training records, and save it in the run's folder unless that is a copy of the hub's.
 
-    Texts have the classes of their labels; questions are one class.
+    Texts have the classes of their labels; questions are one class. ``records`` are what `bloblora.data.as_records`
+    takes.
 
     Raises:
         ValueError: there are too few records, or their hidden states are all equal.
     """
+    records = data.as_records(records, require_labels=True)
     states = run.hidden_states(records, batch_size=batch_size, progress=progress)
     classes = None if run.task.labels is None else targets_of(run.task, records)
     distance = Distance.fit(states, classes)

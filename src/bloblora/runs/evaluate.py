@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import tasks
+from ..data import as_records
 from ..decision import Decided, Decision
 from ..evaluation import Distance, reliability, reliability_diagram, summary, uncertainty
 from ..prediction import Prediction
@@ -25,8 +26,8 @@ from .run import PredictionOptions, Run
 
 def evaluate(
     run: Run,
-    records: Sequence[dict[str, Any]],
-    outside: Sequence[dict[str, Any]] | None = None,
+    records: Any,
+    outside: Any = None,
     options: PredictionOptions = PredictionOptions(),  # noqa: B008  # frozen
     *,
     progress: bool = False,
@@ -35,8 +36,9 @@ def evaluate(
     predictions: Path | None = None,
     distance: Distance | None = None,
 ) -> dict[str, Any]:
-    """Metrics of a run on labelled records; ``outside`` are records out of its scope.
+    """Metrics of a run on labelled records; ``outside`` are records out of its scope, whose labels don't matter.
 
+    Both are what `bloblora.data.as_records` takes: a list of dicts, a table, a dataset.
     With ``diagram`` a reliability diagram is written to that PNG; with ``decision`` also what became of its promises.
     With ``predictions`` the lines of `describe` are written to that file as they are made, those of ``outside`` last,
     with ``log_probabilities`` and ``num_draws``; what a call that was stopped has written isn't predicted again.
@@ -44,10 +46,13 @@ def evaluate(
 
     Raises:
         RunError: records of the other kind, a label that the run doesn't know, or ``predictions`` of something else.
+        DataError: records that can't be used.
     """
+    records = as_records(records, require_labels=True)
     check_kind(run.task, records)
     targets = targets_of(run.task, records)
     if outside is not None:
+        outside = run.records(outside)
         check_kind(run.task, outside)
     settings: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
     if predictions is None:
@@ -73,11 +78,12 @@ def evaluate(
 
 def describe(
     run: Run,
-    records: Sequence[dict[str, Any]],
+    records: Any,
     options: PredictionOptions = PredictionOptions(),  # noqa: B008  # frozen
     decision: Decision | None = None,
 ) -> Iterator[dict[str, Any]]:
     """For each record its answer, the probability of each label or choice, the uncertainty in nats, and decisions."""
+    records = run.records(records)
     prediction = run.predict(records, options.samples, options.seed, batch_size=options.batch_size)
     yield from lines_of(run.task, records, prediction, decision)
 

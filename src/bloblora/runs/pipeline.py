@@ -1,7 +1,7 @@
 """A run as a function from texts to answers, in the format of transformers' text-classification pipeline."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from .checks import check_kind
@@ -9,8 +9,6 @@ from .config import RunError
 from .evaluate import lines_of
 from .folder import open_run
 from .run import PredictionOptions, Run, load_run
-
-Input = str | Mapping[str, Any]
 
 
 class AnswerPipeline:
@@ -20,11 +18,12 @@ class AnswerPipeline:
         self.run = run
         self._options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "batch_size": batch_size}
 
-    def __call__(self, inputs: Input | Iterable[Input], *, top_k: int | Literal[""] | None = "") -> Any:
+    def __call__(self, inputs: Any, *, top_k: int | Literal[""] | None = "") -> Any:
         """Answer one input or several.
 
         Args:
-            inputs: a text, a record (``{"text": …}`` or ``{"question": …, "choices": […]}``), or several of them.
+            inputs: a text, a record (``{"text": …}`` or ``{"question": …, "choices": […]}``), or several of them: what
+                `bloblora.data.as_records` takes, of a table each row.
             top_k: how many labels or choices of each, the most probable first; None for all.
 
         Returns:
@@ -35,14 +34,14 @@ class AnswerPipeline:
 
         Raises:
             RunError: an input of the other kind, or ``top_k`` is below 1.
-            TaskError: an input can't be used.
+            DataError: an input can't be used.
         """
         if isinstance(top_k, int) and top_k < 1:
             raise RunError(f"top_k must be at least 1, or None for all, got {top_k}")
-        several = [inputs] if isinstance(inputs, str | Mapping) else [*inputs]
-        if not several:
+        records = self.run.records(inputs)
+        if not records:
             return []
-        ranked = self._ranked([{"text": item} if isinstance(item, str) else dict(item) for item in several])
+        ranked = self._ranked(records)
         if top_k == "":
             return [answers[0] for answers in ranked]
         top = [answers[:top_k] for answers in ranked]

@@ -1,7 +1,7 @@
 """A trained run and its predictions."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import models, tasks
-from ..data import unanswered
+from ..data import as_records, unanswered
 from ..generation import Generation, posterior_generate
 from ..methods import Method
 from ..prediction import Prediction, Sampler, StoppingRule, Tempered, hidden_states, predict
@@ -104,19 +104,26 @@ class Run:
         """When `predict` makes no more draws for an input."""
         return self.approximation.stop if self.approximation else None
 
+    def records(self, source: Any) -> list[dict[str, Any]]:
+        """What `bloblora.data.as_records` makes of a source; a text alone is one to classify, or to answer."""
+        return as_records(source, texts_are="prompt" if self.task.kind == "generation" else "text")
+
     def predict(
         self,
-        records: Sequence[dict[str, Any]],
+        records: Any,
         num_samples: int = 10,
         seed: int = 0,
         *,
         batch_size: int = 32,
         progress: bool = False,
     ) -> Prediction:
-        """Predictions of raw records, in their order, whatever label they have; see `bloblora.predict`."""
+        """Predictions of records or texts, in their order, whatever label they have; see `bloblora.predict`.
+
+        ``records`` are what `bloblora.data.as_records` takes: a list of texts or dicts, a table, a dataset.
+        """
         return predict(
             self.model,
-            tasks.encode_all(self.task, [unanswered(record) for record in records], self.tokenizer),
+            self._examples(records),
             num_samples,
             seed,
             task=self.task,
@@ -126,29 +133,25 @@ class Run:
             progress=progress,
         )
 
-    def hidden_states(
-        self, records: Sequence[dict[str, Any]], *, batch_size: int = 32, progress: bool = False
-    ) -> Tensor:
-        """The last hidden states of raw records under the mean weights, (n, d); see `prediction.hidden_states`."""
-        examples = tasks.encode_all(self.task, [unanswered(record) for record in records], self.tokenizer)
+    def hidden_states(self, records: Any, *, batch_size: int = 32, progress: bool = False) -> Tensor:
+        """The last hidden states of records under the mean weights, (n, d); see `prediction.hidden_states`."""
         options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-        return hidden_states(self.model, examples, task=self.task, sampler=self.sampler, **options)
+        return hidden_states(self.model, self._examples(records), task=self.task, sampler=self.sampler, **options)
 
-    def generate(
-        self, records: Sequence[dict[str, Any]], num_samples: int = 10, seed: int = 0, **options: Any
-    ) -> Generation:
-        """Answers to raw records, in their order, whatever response they have; see `bloblora.posterior_generate`."""
-        batch = self.task.collate(
-            tasks.encode_all(self.task, [unanswered(record) for record in records], self.tokenizer)
-        )
+    def generate(self, records: Any, num_samples: int = 10, seed: int = 0, **options: Any) -> Generation:
+        """Answers to records or prompts, in their order, whatever response they have; see
+        `bloblora.posterior_generate`.
+        """
+        batch = self.task.collate(self._examples(records))
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         given = {"tokenizer": self.tokenizer, "sampler": self.sampler, **options}
         return posterior_generate(self.model, inputs, num_samples, seed, **given)
 
     def describe_texts(
-        self, records: Sequence[dict[str, Any]], num_samples: int = 10, seed: int = 0, **options: Any
+        self, records: Any, num_samples: int = 10, seed: int = 0, **options: Any
     ) -> Iterator[dict[str, Any]]:
         """For each record the averaged answer, those of the draws, and the uncertainty."""
+        records = self.records(records)
         found = self.generate(records, num_samples, seed, **options)
         scores = found.scores()
         for i, record in enumerate(records):
@@ -158,6 +161,9 @@ class Run:
                 "draws": found.draw_texts[i],
                 **{name: float(values[i]) for name, values in scores.items()},
             }
+
+    def _examples(self, records: Any) -> list[dict[str, Any]]:
+        return tasks.encode_all(self.task, [unanswered(record) for record in self.records(records)], self.tokenizer)
 
 
 def load_run(directory: str | os.PathLike[str] | RunDescription, approximate: str | None = None) -> Run:

@@ -115,7 +115,7 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
         arguments = _arguments(config, len(examples), progress)
         training = methods.Training(task, examples, arguments, patience=config.patience)
         if len(validation):
-            with _named(f"validation {config.validation!r}"):
+            with _named(f"validation {config.source('validation')!r}"):
                 encoded = _mapped(scratch / "validation.arrow", partial(encode, validation))
             training.validation = _longest_first(task, encoded)
             training.holdout = training.validation if method.holdout else ()
@@ -142,7 +142,7 @@ def split(records: Records, share: float, seed: int = 0) -> tuple[Records, Recor
 
 def hold_out(config: RunConfig, method: methods.Method, records: Records) -> tuple[Records, Records]:
     """Records to train on, and those held out: for validation, or, where there is none, what the method asks for."""
-    if isinstance(config.validation, str):
+    if isinstance(config.validation, str | list):
         return split(records, 0, config.limit_seed)
     return split(records, config.validation or method.holdout, config.limit_seed)
 
@@ -260,7 +260,7 @@ def _validation(config: RunConfig, scratch: Path) -> Any:
     """Records of validation that aren't a share of the training records; none where they are."""
     if (source := config.validation_data) is None:
         return []
-    with _named(f"validation {source!r}"):
+    with _named(f"validation {config.source('validation')!r}"):
         return _mapped(scratch / "validation_records.arrow", partial(_read, source))
 
 
@@ -303,8 +303,8 @@ def _mapped(file: Path, rows: Callable[[], Iterable[dict[str, Any]]]) -> dataset
     return datasets_.MappedRows(file)
 
 
-def _read(source: str) -> Iterator[dict[str, Any]]:
-    return map(read_fields, datasets_.read_each(source))
+def _read(source: str | list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return map(read_fields, source if isinstance(source, list) else datasets_.read_each(source))
 
 
 def _by_label(records: Iterable[dict[str, Any]]) -> list[list[int]]:
@@ -329,7 +329,7 @@ def _check_sharded(config: RunConfig) -> None:
     if config.trunk_cache is not None:
         raise RunError(f"trunk_cache {config.trunk_cache!r} isn't offered under FSDP; leave it out, or use DDP")
     if config.validation not in ("auto", 0):
-        raise RunError(f"validation {config.validation!r} isn't offered under FSDP; leave it out, or use DDP")
+        raise RunError(f"validation {config.source('validation')!r} isn't offered under FSDP; leave it out, or use DDP")
 
 
 def _above_trunk(model: Any, training: methods.Training, folder: Path, progress: bool) -> methods.Training:

@@ -215,10 +215,10 @@ def check_data(job: Job) -> None:
         DataError: a file can't be used.
         RunError: its records are prompts, whose answers can't be scored as labels or choices are.
     """
-    if kind_of(read_records(job.config.data)) == "generation":
+    if kind_of(read_records(job.config.source("data"))) == "generation":
         raise runs.RunError(f"{job.config.data}: a study compares labels and choices, and these are prompts to answer")
     if (validation := job.config.validation_data) is not None:
-        read_records(validation)
+        read_records(str(validation))
     for chosen in job.sets.values():
         read_records(chosen.data, require_labels=chosen.labelled)
 
@@ -292,8 +292,8 @@ def _described(job: Job) -> dict[str, Any]:
     """The configuration without what a machine decides: where data lie and output goes."""
     given = {name: value for name, value in job.config.given().items() if name != "output"}
     validation = job.config.validation_data
-    named = {} if validation is None else {"validation": Path(validation).name}
-    return given | {"data": Path(job.config.data).name} | named
+    named = {"validation": Path(validation).name} if isinstance(validation, str) else {}
+    return given | {"data": Path(given["data"]).name} | named
 
 
 def _set(chosen: EvalSet) -> dict[str, Any]:

@@ -107,9 +107,6 @@ class BlobTrainingArguments(Objective, TrainingArguments):
         default=False,
         metadata={"help": "As in TrainingArguments; off, since a loss that is not finite stops the training anyway."},
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "As in TrainingArguments; off, since a task's columns are no model arguments."}
-    )
 
     def __post_init__(self) -> None:
         self.check()

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +14,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -59,19 +64,24 @@ class BlobTrainerMixin(_Host):
     ``kl``, ``kl_weight``, ``elbo`` (nats an example), ``median_std``, ``share_at_prior``, and those of `drift`.
 
     Args:
-        model: a PEFT model, Bayesian after `bayesianize`.
+        model: a PEFT model, Bayesian after `bayesianize`; or ``model_init`` makes it, anew for each training.
         args: the Trainer's arguments with the fields of `Objective`: a dataclass ``class Arguments(Objective,
             SFTConfig): ...``; it may also have the fields of `BlobTrainingArguments`.
-        task: where logits come from; without it the NLL is the loss of the Trainer that the mixin stands before.
+        task: where logits come from; without it the NLL is the loss of the Trainer that the mixin stands before, and
+            columns that the model doesn't take are removed, as ``remove_unused_columns`` says.
         **kwargs: as for that Trainer.
 
     Raises:
         TypeError: ``args`` lacks fields of `Objective`; or, when a class is made, the mixin stands after a Trainer.
         ValueError: a field is out of its range; ``eval_num_samples`` without a task, and the model doesn't classify
-            sequences; or version 1 of FSDP. By ``train``: a Bayesian adapter and neither a length of the data nor
-            ``dataset_size``.
+            sequences; ``peft_config``, whose adapter would have no posterior; or version 1 of FSDP. By ``train``: a
+            Bayesian adapter and neither a length of the data nor ``dataset_size``.
         DivergedError: by ``train``, when a loss, a validation metric, a gradient or a weight is not finite. Checkpoints
             stay as they are.
+
+    Warns:
+        UserWarning: by ``train`` without a task, when the model has no posterior; or when its loss is a mean over
+            tokens, and ``dataset_size`` isn't given.
     """
 
     args: Any
@@ -90,27 +100,37 @@ class BlobTrainerMixin(_Host):
                 "Objective from bloblora.training"
             )
         Objective.check(args)
-        if task is None and (draws := getattr(args, "eval_num_samples", 0)) > 0 and not _classifies(model):
+        if kwargs.get("peft_config") is not None:
             raise ValueError(
-                f"eval_num_samples is {draws}; without a task it must be 0 (the mean), but for a model that classifies "
-                "sequences: draws are averaged over the probabilities of classes"
+                "peft_config: the adapter that the Trainer would add has no posterior; leave it out, and call "
+                "model = get_peft_model(model, peft_config) and bayesianize(model, BlobConfig()) before"
             )
+        if task is not None:
+            args.remove_unused_columns = False  # a task's columns are no arguments of the model
         # Otherwise the data's order hangs on whichever seed torch was given last, and that differs between processes.
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         super().__init__(model=model, args=args, **kwargs)
         assert isinstance(self.model, nn.Module)
-        self._module = self.model
+        self._take(self.model)
         self.task = task
         self.problems: list[str] = []  # of the posterior that was trained
-        self.posterior: Posterior | None = find_posterior(self._module)
+        if task is None and (draws := getattr(args, "eval_num_samples", 0)) > 0 and not _classifies(self._module):
+            raise ValueError(
+                f"eval_num_samples is {draws}; without a task it must be 0 (the mean), but for a model that classifies "
+                "sequences: draws are averaged over the probabilities of classes"
+            )
         if task is not None or self.is_deepspeed_enabled:
             self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the model could do
         self._reset_logs()
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError("fsdp_version is 1, which hides the parameters in flat ones; it must be 2")
-        if self.posterior is not None and args.kl_scale > 0:
-            check_style(args.optimizer_style, self.posterior.config.std_parameterization)
         self.add_callback(ElboCallback(self))
+
+    def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As in the Trainer, which calls it before each training; the new model's posterior is then the one trained."""
+        model = super().call_model_init(*args, **kwargs)
+        self._take(model)
+        return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in the Trainer; ``resume_from_checkpoint=True`` takes the newest *complete* checkpoint."""
@@ -118,8 +138,11 @@ class BlobTrainerMixin(_Host):
             if (found := last_checkpoint(self.args.output_dir)) is None:
                 raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(found)
+        Objective.check(self.args)  # a search has set other values since
         if self.posterior is not None:
             self._dataset_size()
+        if self.task is None and (problem := self._problem()):
+            warnings.warn(problem, stacklevel=2)
         if resume_from_checkpoint and self.args.save_total_limit is not None and self.args.should_save:
             remove_torn(self.args.output_dir, resume_from_checkpoint)
         self._reset_logs()
@@ -349,6 +372,37 @@ class BlobTrainerMixin(_Host):
             finite = self.accelerator.reduce(finite.float(), reduction="mean") == 1
         return bool(finite)
 
+    def _take(self, model: nn.Module) -> None:
+        """Train this model."""
+        self._module = model
+        self.posterior: Posterior | None = find_posterior(model)
+        if self.posterior is not None:
+            self.posterior.watch.silent = True
+        if self.posterior is not None and self.args.kl_scale > 0:
+            check_style(self.args.optimizer_style, self.posterior.config.std_parameterization)
+
+    def _problem(self) -> str | None:
+        """What makes a training without a task another one than was meant, and what to do."""
+        name = type(self).__name__
+        if not isinstance(self._module, PeftModel):
+            return (
+                f"{name}: {type(self._module).__name__} is no PEFT model, so there is no posterior to train: call "
+                "get_peft_model(model, LoraConfig(...)) and bayesianize(model, BlobConfig()) before"
+            )
+        if self.posterior is None:
+            return (
+                f"{name}: adapter {self._module.active_adapter!r} has no posterior, so a plain LoRA is trained: call "
+                "bayesianize(model, BlobConfig()) before"
+            )
+        if self.args.kl_scale > 0 and getattr(self.args, "dataset_size", None) is None and _writes(self._module):
+            return (
+                f"{name}: dataset_size is None, so the KL is divided by the {self._dataset_size()} examples, but a "
+                "language model's loss is a mean over tokens: set dataset_size of the arguments to the number of label "
+                "tokens of the training data (those that aren't -100), or to that of the examples if your loss is a "
+                "mean over examples"
+            )
+        return None
+
     def _dataset_size(self) -> int:
         if (size := getattr(self.args, "dataset_size", None)) is not None:
             return size
@@ -459,12 +513,28 @@ class BlobTrainer(BlobTrainerMixin, Trainer):
     args: BlobTrainingArguments
 
 
-def _classifies(model: Any) -> bool:
+def _classifies(model: nn.Module) -> bool:
     """Whether a model's logits are those of classes that exclude each other, (b, C)."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if type(base).__name__ not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+    base = _base(model)
+    if not _is_of(model, ("SEQ_CLS",), MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES):
         return False
     return base.config.num_labels > 1 and base.config.problem_type in (None, "single_label_classification")
+
+
+def _writes(model: nn.Module) -> bool:
+    """Whether a model's own loss is a mean over tokens."""
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return _is_of(model, ("CAUSAL_LM", "SEQ_2_SEQ_LM"), names)
+
+
+def _is_of(model: nn.Module, task_types: tuple[str, ...], names: Mapping[str, str]) -> bool:
+    """Whether the adapter was made for one of these, or else the base is one of transformers' classes."""
+    task_type = model.peft_config[model.active_adapter].task_type if isinstance(model, PeftModel) else None
+    return task_type in task_types if task_type else type(_base(model)).__name__ in names.values()
+
+
+def _base(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class _LengthGroupedSampler(LengthGroupedSampler):

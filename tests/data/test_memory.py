@@ -1,0 +1,80 @@
+"""Records of what is in memory, against the same written by hand."""
+
+import numpy as np
+import pandas
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from bloblora.data import DataError, as_records, read_records
+
+RECORDS = [{"text": "where is my parcel", "label": "parcel"}, {"text": "give the money back", "label": "refund"}]
+TEXTS = [record["text"] for record in RECORDS]
+CHOICES = [
+    {"question": "Which?", "choices": ["a card", "a gas"], "answer": 1},
+    {"question": "What?", "choices": ["iron", "sand", "water"], "answer": 0},
+]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        RECORDS,
+        tuple(RECORDS),
+        iter(RECORDS),
+        pandas.DataFrame(RECORDS),
+        pandas.DataFrame(RECORDS, index=[7, 3]),
+        Dataset.from_list(RECORDS),
+        Dataset.from_list(RECORDS).to_iterable_dataset(),
+        Dataset.from_pandas(pandas.DataFrame(RECORDS)),
+    ],
+    ids=lambda source: type(source).__name__,
+)
+def test_each_kind_gives_the_same_records(source):
+    assert as_records(source, require_labels=True) == RECORDS
+
+
+def test_texts():
+    expected = [{"text": text} for text in TEXTS]
+    for source in (TEXTS, pandas.Series(TEXTS), np.array(TEXTS), (text for text in TEXTS)):
+        assert as_records(source) == expected
+    assert as_records(TEXTS[0]) == expected[:1]
+    assert as_records(RECORDS[0]) == RECORDS[:1]
+    assert as_records([TEXTS[0], RECORDS[1]]) == [expected[0], RECORDS[1]]
+    assert as_records(TEXTS, texts_are="prompt") == [{"prompt": text} for text in TEXTS]
+
+
+def test_a_table_means_what_it_means_in_a_file(tmp_path):
+    rows = [{"text": "a", "label": 1, "id": 5}, {"text": "b", "label": 0, "id": 6}]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    pandas.DataFrame(CHOICES).to_parquet(tmp_path / "choices.parquet")
+    assert as_records(pandas.DataFrame(rows)) == read_records(tmp_path / "rows.parquet")
+    for source in (CHOICES, pandas.DataFrame(CHOICES), pandas.read_parquet(tmp_path / "choices.parquet")):
+        assert as_records(source, require_labels=True) == CHOICES == read_records(tmp_path / "choices.parquet")
+
+
+def test_class_labels_keep_their_names():
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["refund", "parcel"])})
+    coded = Dataset.from_dict({"text": [*TEXTS, "another"], "label": [1, 0, -1]}, features=features)
+    assert as_records(coded) == [*RECORDS, {"text": "another"}]
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), pandas.NA])
+def test_what_is_null_is_missing(missing):
+    frame = pandas.DataFrame({"text": TEXTS, "label": pandas.Series(["parcel", missing], dtype=object)})
+    assert as_records(frame) == [RECORDS[0], {"text": TEXTS[1]}]
+    with pytest.raises(DataError, match="row 2: field 'label': missing; each training or evaluation record needs one"):
+        as_records(frame, require_labels=True)
+
+
+def test_problems():
+    with pytest.raises(DataError) as error:
+        as_records([{"text": ""}, 5, {"words": "x"}, RECORDS[0]])
+    assert [problem.partition(";")[0] for problem in error.value.problems] == [
+        "row 1: field 'text': '' must be a text that isn't empty",
+        "row 2: 5 is neither a dict nor a text",
+        "row 3: it has words",
+    ]
+    with pytest.raises(DataError, match=r"several splits; give one of 'train', 'test'"):
+        as_records(DatasetDict(train=Dataset.from_list(RECORDS), test=Dataset.from_list(RECORDS)))
+    with pytest.raises(DataError, match="5 of type int holds no records; give a list of dicts or texts, a table"):
+        as_records(5)
