@@ -14,6 +14,7 @@ import yaml
 from peft import LoraConfig, PeftConfig
 
 from .. import models, tasks
+from ..data import ReadingOptions
 from ..methods import METHODS, Method, Rescaled
 from ..training import OBJECTIVE, BlobTrainingArguments
 
@@ -45,7 +46,7 @@ _EVALUATIONS = 15
 
 _OWNED = {"output_dir", "seed", "use_cpu", "disable_tqdm", "dataset_size", "resume_from_checkpoint", *OBJECTIVE}
 _PEFT = {option.name for option in fields(PeftConfig)}  # what every kind of adapter has, set by PEFT or the run
-_SECTIONS = ("task", "lora", "method", "training")
+_SECTIONS = ("reading", "task", "lora", "method", "training")
 _PRESETS = Path(__file__).parent / "presets"
 
 
@@ -65,8 +66,8 @@ class RunConfig:
 
     data: str = field(
         metadata={
-            "help": "Training records: a .jsonl, .csv, .tsv or .parquet file, a `datasets` folder, or a name such as "
-            "`support_desk` or `arc_easy`."
+            "help": "Training records: a .jsonl, .json, .csv, .tsv, .xlsx, .parquet or Rasa .yml file, also with .gz, "
+            "a `datasets` folder, or a name such as `support_desk` or `arc_easy`."
         }
     )
     output: str = field(
@@ -143,6 +144,10 @@ class RunConfig:
     keep_checkpoints: bool = field(
         default=False, metadata={"help": "Keep the folder `checkpoints` when the training is done."}
     )
+    reading: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Which columns of the data hold what; `docs/data.md` lists all forms of data."},
+    )
     task: Mapping[str, Any] = field(
         default_factory=lambda: {"name": "auto"},
         metadata={"help": "How records become logits; `auto` chooses by the form of the data."},
@@ -217,6 +222,10 @@ class RunConfig:
     def value(self, name: str) -> Any:
         """An option of LoRA or the Trainer, given or by default."""
         return _effective(self.given(), name)
+
+    def reading_options(self) -> ReadingOptions:
+        """How the training data are read."""
+        return ReadingOptions(**self.reading)
 
     def build_method(self) -> Method:
         """The method with its options, and on top of it a temperature where one is asked for.
@@ -293,6 +302,9 @@ class RunConfig:
             yield f"validation must be a file, NAME:split, or a share in (0, 1), got {share!r}"
         if share == "":
             yield "validation must be a name that isn't empty, got ''"
+        for name, value in self.reading.items():
+            if name.endswith("_column") and (not isinstance(value, str) or not value):
+                yield f"{name} must be the name of a column, got {value!r}"
         if self.lora.get("target_modules") == []:
             yield "target_modules must name at least one layer, or be left out"
         if self.dtype not in (known := get_args(get_type_hints(RunConfig)["dtype"])):
@@ -372,6 +384,7 @@ def options_of(method: str, task: str = "auto") -> dict[str, dict[str, Field[Any
     task_options = {o.name: o for kind in kinds for o in fields(kind) if o.name != "pad_token_id"}
     return {
         "run": {option.name: option for option in fields(RunConfig) if option.name not in _SECTIONS},
+        "reading": {option.name: option for option in fields(ReadingOptions)},
         "task": task_options,
         "method": METHODS[method].options() if method in METHODS else {},
         "lora": {option.name: option for option in fields(LoraConfig) if option.name not in _PEFT},

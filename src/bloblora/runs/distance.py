@@ -41,7 +41,8 @@ def training_records(description: RunDescription) -> list[dict[str, Any]]:
         RunError: they are others by now.
     """
     config = description.config
-    records = select([*map(read_fields, data.read_each(config.data))], config.limit, config.limit_seed)
+    reader = data.Reader(config.data, config.reading_options(), silent=True)
+    records = select([*map(read_fields, reader)], config.limit, config.limit_seed)
     if description.records_sha256 not in (None, records_sha256(records)):
         raise RunError(f"{config.data}: changed since the run was trained on it; distances need the training records")
     return hold_out(config, description.method, records)[0]

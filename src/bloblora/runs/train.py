@@ -79,13 +79,15 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
     _check_sharded(config)
     main = processes().is_main_process
     with _scratch(output) as scratch:
-        everything = _mapped(scratch / "records.arrow", partial(_read, config.data))
+        reader = datasets_.Reader(config.data, config.reading_options())
+        everything = _mapped(scratch / "records.arrow", partial(_read, reader))
         records = select(everything, config.limit, config.limit_seed)
         check_task(config, records)
         description: dict[str, Any] = {**described(config), "records_sha256": records_sha256(records)}
+        description |= {"columns": reader.columns} if reader.columns else {}
         method = config.build_method()
         kept, held_out = hold_out(config, method, records)
-        validation = _validation(config, kept, held_out, scratch)
+        validation = _validation(config, kept, held_out, scratch, reader.columns)
         if len(validation):
             description["validation_sha256"] = records_sha256(validation)
         _check_same_records(output, stored, description)
@@ -235,14 +237,16 @@ def _curves(training: dict[str, Any]) -> dict[str, dict[float, float]]:
     return curves
 
 
-def _validation(config: RunConfig, kept: Any, held_out: Any, scratch: Path) -> Any:
+def _validation(config: RunConfig, kept: Any, held_out: Any, scratch: Path, columns: dict[str, str]) -> Any:
     """Records of validation: those held out, or of another source; none without ``validation``."""
     if config.validation is None:
         return []
     validation = held_out
     if isinstance(config.validation, str):
         with _named(f"validation {config.validation!r}"):
-            validation = _mapped(scratch / "validation_records.arrow", partial(_read, config.validation))
+            options = datasets_.ReadingOptions(skip_invalid=config.reading_options().skip_invalid)
+            reader = datasets_.Reader(config.validation, options, known=columns)
+            validation = _mapped(scratch / "validation_records.arrow", partial(_read, reader))
     check_validation(config, kept, validation)
     return validation
 
@@ -286,8 +290,8 @@ def _mapped(file: Path, rows: Callable[[], Iterable[dict[str, Any]]]) -> dataset
     return datasets_.MappedRows(file)
 
 
-def _read(source: str) -> Iterator[dict[str, Any]]:
-    return map(read_fields, datasets_.read_each(source))
+def _read(reader: datasets_.Reader) -> Iterator[dict[str, Any]]:
+    return map(read_fields, reader)
 
 
 def _by_label(records: Iterable[dict[str, Any]]) -> list[list[int]]:
