@@ -200,9 +200,7 @@ def test_the_same_problem_of_many_rows_is_one_line(tmp_path):
 def test_a_long_list_of_problems_is_cut_in_the_message_alone(tmp_path):
     lines = [json.dumps({"question": "q", "choices": ["a", "b"], "answer": "b"} | {f"extra {i}": 0}) for i in range(50)]
     file = tmp_path / "bad.jsonl"
-    file.write_text(
-        "\n".join(line.replace('"question"', '"ask"') for line in [*lines]).replace('"ask"', '"question"', 1)
-    )
+    file.write_text("\n".join([lines[0], *(line.replace('"question"', '"ask"') for line in lines[1:])]))
     with pytest.raises(DataError) as caught:
         read_records(file)
     assert len(caught.value.problems) == 49

@@ -14,9 +14,8 @@ from .records import DataError, Record, record_kind
 
 
 def _column(what: str) -> Any:
-    return field(
-        default=None, metadata={"help": f"Column of {what}; default: the one of that name, or an obvious one."}
-    )
+    text = f"Column of {what}; default: the one of that name, or an obvious one."
+    return field(default=None, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +90,8 @@ def find_columns(
     found = {name: _the_given(source, name, column, present) for name, column in given.items()}
     found |= {name: c for name, c in (known or {}).items() if c in present and name not in found}
     if len(kinds := {_KIND_OF[name] for name in given}) > 1:
-        raise DataError(
-            [f"{source}: {', '.join(map(_option, given))} are of several kinds of records: give one kind's"]
-        )
+        options = ", ".join(map(_option, given))
+        raise DataError([f"{source}: {options} are of several kinds of records: give those of one kind"])
     names = _Names(present)
     kind = next(iter(kinds), None) or next((_KIND_OF[name] for name in found), None) or names.kind()
     if kind is None:
@@ -218,7 +216,7 @@ def _is_missing(name: str, value: Any) -> bool:
 
 
 def _named_choices(record: Record) -> tuple[Record, list[str]]:
-    """Choices as ARC has them, ``{"text": […], "label": […]}`` or a list of ``{"text", "label"}``, as texts and labels."""
+    """Choices as ARC has them, ``{"text": […], "label": […]}`` or a list of ``{"text", "label"}``: texts and labels."""
     choices = record.get("choices")
     if isinstance(choices, Mapping) and isinstance(choices.get("text"), list):
         texts, names = choices["text"], choices.get("label")

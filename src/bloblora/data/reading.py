@@ -63,7 +63,7 @@ class Reader:
         self.report(problems, right)
 
     def report(self, problems: Problems, right: bool) -> None:
-        """Raise a DataError for problems; or say how many rows are left out, where they are to be and others are right."""
+        """Raise a DataError for problems; or say how many rows are left out, where they may be and some are right."""
         lines = problems.lines()
         if lines and not (self.options.skip_invalid and right):
             raise DataError(lines)

@@ -82,7 +82,8 @@ def _add_predict(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings,
         num_samples = settings.samples if request.samples is None else request.samples
         if num_samples > settings.max_samples:
             raise InputsError(_problem("samples", num_samples, f"must be at most {settings.max_samples}"))
-        records = [r.model_dump() for r in (request.inputs if isinstance(request.inputs, list) else [request.inputs])]
+        given = request.inputs if isinstance(request.inputs, list) else [request.inputs]
+        records = [record.model_dump(exclude_none=True) for record in given]
         inputs = await to_thread.run_sync(_encoded, run, records, settings)
         futures = app.state.batcher.submit((run.name, num_samples), inputs)
         answers = await asyncio.gather(*map(asyncio.wrap_future, futures))

@@ -18,9 +18,10 @@ class _Strict(BaseModel):
 
 
 class TextInput(_Strict):
-    """A text to classify."""
+    """A text to classify, or a pair of texts."""
 
     text: Text = Field(description="not blank", examples=[_TEXT["text"]])
+    text_pair: Text | None = Field(None, description="the second of two texts that are classified together")
 
 
 class ChoiceInput(_Strict):
