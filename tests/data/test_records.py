@@ -130,12 +130,14 @@ def test_answers_as_text_and_letter(answer, index, tmp_path):
     assert read_records(file)[0]["answer"] == index
 
 
-@pytest.mark.parametrize("answer", [3, -1, True, 1.5, "D", "y", "²", "9" * 5000, [1]])
+@pytest.mark.parametrize("answer", [3, -1, True, 1.5, "D", "w", "²", "9" * 5000, [1]])
 def test_answers_that_are_no_index(answer, tmp_path):
     file = as_jsonl([QUESTIONS[0], {"question": "q", "choices": ["x", "y", "z"], "answer": answer}], tmp_path)
     with pytest.raises(DataError) as caught:
         read_records(file)
-    assert caught.value.problems == [f"{file}:2: field 'answer': {answer!r} is not an index into 3 choices (0..2)"]
+    text = ", nor the letter or the text of exactly one" if isinstance(answer, str) else ""
+    problem = f"{file}:2: field 'answer': {answer!r} is not an index into 3 choices (0..2){text}"
+    assert caught.value.problems == [problem]
 
 
 def test_a_letter_that_is_also_a_choice_is_not_guessed(tmp_path):
@@ -170,9 +172,8 @@ def test_all_problems_at_once_with_line_field_and_value(tmp_path):
         '{"text": "half \\ud800", "label": "a"}',
     ]
     assert problems_of(file, "\n".join(lines)) == [
-        f"{file}:2: field 'text': '' must be a text that isn't empty",
+        f"{file}:2, 5: field 'text': '', 5 must be a text that isn't empty",
         f"{file}:4: field 'label': missing; each training or evaluation record needs one",
-        f"{file}:5: field 'text': 5 must be a text that isn't empty",
         f"{file}:5: field 'label': ['a'] must be a text that isn't empty",
         f"{file}:6: not valid JSON: Expecting property name enclosed in double quotes at column 2",
         f"{file}:7: 'a text alone' is not a JSON object",
@@ -185,28 +186,48 @@ def test_all_problems_at_once_with_line_field_and_value(tmp_path):
     ]
 
 
-def test_a_long_list_of_problems_is_cut_in_the_message_alone(tmp_path):
+def test_the_same_problem_of_many_rows_is_one_line(tmp_path):
     file = tmp_path / "bad.jsonl"
     file.write_text('{"text": "x"}\n' * 50)
     with pytest.raises(DataError) as caught:
         read_records(file)
-    assert len(caught.value.problems) == 50
+    assert str(caught.value) == (
+        f"{file}:1, 2, 3, 4, 5 and 45 more: field 'label': missing; each training or evaluation record needs one; its "
+        "columns are text: name one with --label-column"
+    )
+
+
+def test_a_long_list_of_problems_is_cut_in_the_message_alone(tmp_path):
+    lines = [json.dumps({"question": "q", "choices": ["a", "b"], "answer": "b"} | {f"extra {i}": 0}) for i in range(50)]
+    file = tmp_path / "bad.jsonl"
+    file.write_text("\n".join([lines[0], *(line.replace('"question"', '"ask"') for line in lines[1:])]))
+    with pytest.raises(DataError) as caught:
+        read_records(file)
+    assert len(caught.value.problems) == 49
     assert len(str(caught.value).splitlines()) == 21
-    assert "30 more problems" in str(caught.value)
+    assert "29 more problems" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("l1.jsonl", b'{"text": "a", "label": "b"}\n{"text": "caf\xe9", "label": "b"}', ":2: not UTF-8: byte 0xe9"),
-        ("l1.csv", b"text,label\na,b\ncaf\xe9,b\n", ":3: not UTF-8: byte 0xe9"),
-        ("l1.json", b'[\n{"text": "caf\xe9", "label": "b"}]', ":2: not UTF-8: byte 0xe9"),
-        ("utf16.jsonl", '{"text": "a"}'.encode("utf-16"), ":1: not UTF-8: byte 0xff"),
+        ("half.csv", "text,label\nä,ß\ncafé,b\n".encode() + b"caf\xe9,b\n", ":4: not UTF-8: byte 0xe9"),
+        ("cut.utf16.csv", "text,label\na,b".encode("utf-16")[:-1], ": not readable as utf-16"),
+        ("not.csv.gz", b"text,label\n", ": not readable as gzip"),
+        ("not.xlsx", b"PK", ": not readable as .xlsx"),
+        ("not.yml", b"a: [", ": not readable as YAML"),
+        ("other.yml", b"a: 1", ": must be Rasa's NLU data"),
         ("cells.csv", b"text,label\na,b\na, and more,b\n", ":3: more cells than the header has columns: ['b']"),
         ("header.csv", b"text,label\n", ": there are no records in it"),
         ("empty.jsonl", b"\n", ": there are no records in it"),
         ("cut.json", b'[{"text": "a",\n "label"', ":2: not valid JSON"),
-        ("object.json", b'{"text": "a"}', ": must hold a list of objects, got dict"),
+        ("object.json", b'{"text": "a"}', ": must hold a list of objects, or an object with exactly one such list"),
+        ("two.json", b'{"a": [{"text": "x"}], "b": [{"text": "y"}]}', ": must hold a list of objects, or an object"),
+        (
+            "lines.json",
+            b'{"text": "a"}\n{"text": "b"}',
+            ":2: not valid JSON: Extra data; name a file of JSON lines .jsonl",
+        ),
         ("item.json", b'[{"text": "a", "label": "b"}, 3]', ": item 2: 3 is not a JSON object"),
         ("not.parquet", b"PAR", ": not readable as Parquet"),
         ("deep.jsonl", b"[" * 100_000, ":1: not valid JSON"),
@@ -232,9 +253,9 @@ def test_unknown_names(source, message):
 
 
 def test_unknown_ending_and_folder(tmp_path):
-    (tmp_path / "data.xlsx").touch()
-    with pytest.raises(DataError, match=r"ending '\.xlsx' is not one of \.jsonl"):
-        read_records(tmp_path / "data.xlsx")
+    (tmp_path / "data.docx").touch()
+    with pytest.raises(DataError, match=r"ending '\.docx' is not one of \.jsonl"):
+        read_records(tmp_path / "data.docx")
     with pytest.raises(DataError, match="not a folder that `datasets` saved"):
         read_records(tmp_path)
 

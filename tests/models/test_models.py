@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig
 
 from bloblora.models import ModelError, load_model, load_tokenizer, resolve
 from tests.tasks.conftest import train_tokenizer
@@ -203,3 +203,10 @@ def test_a_models_own_code_is_neither_run_nor_asked_for(base, tmp_path):
     with pytest.raises(ModelError, match=r"can't be loaded: .*trust_remote_code|can't be loaded: .*custom code"):
         load_model(str(tmp_path))
     assert not (tmp_path / "was_run").exists()
+
+
+def test_a_tokenizer_knows_the_models_positions(tmp_path):
+    folder = save_base(tmp_path / "base")
+    assert load_tokenizer(str(folder)).model_max_length == 256
+    RobertaConfig(max_position_embeddings=514, pad_token_id=1).save_pretrained(folder)
+    assert load_tokenizer(str(folder)).model_max_length == 512

@@ -28,9 +28,14 @@ def test_round_trip_through_json(name, tokenizer):
     assert task_from_dict(json.loads(json.dumps(task.to_dict()))) == task
 
 
-def test_options_come_from_the_tokenizer(tokenizer, questions):
+def test_options_come_from_the_tokenizer(tokenizer, questions, caplog, monkeypatch):
     task = build_task("choice_letter", questions, tokenizer)
-    assert (task.pad_token_id, task.max_length) == (tokenizer.pad_token_id, None)
+    assert (task.pad_token_id, task.max_length) == (tokenizer.pad_token_id, 1024)
+    monkeypatch.setattr(tokenizer, "model_max_length", 512)
+    assert build_task("choice_letter", questions, tokenizer).max_length == 512
+    assert not caplog.records
+    assert build_task("choice_letter", questions, tokenizer, max_length=600).max_length == 600
+    assert caplog.messages == ["max_length=600 is above the model's own limit, 512 tokens"]
 
 
 def test_wrong_names_and_options(tokenizer, questions):

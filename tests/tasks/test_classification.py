@@ -1,10 +1,11 @@
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
 from bloblora.tasks import Classification, TaskError, build_task, encode_all
 
-from .conftest import LLAMA_LIKE
+from .conftest import LLAMA_LIKE, train_tokenizer
 
 RECORDS = [
     {"text": "please refund the second payment", "label": "refund"},
@@ -43,13 +44,53 @@ def test_same_as_the_model_on_each_text_alone(config_class, tokenizer):
             torch.testing.assert_close(row, plain.logits[0], atol=1e-5, rtol=1e-5)
 
 
-def test_long_text_loses_its_end(tokenizer):
+def test_long_text_loses_its_end(tokenizer, caplog):
     task = build_task("classification", RECORDS, tokenizer, max_length=30)
-    with pytest.warns(UserWarning, match=r"1 of 4 records .*the end of the text was cut off"):
-        examples = encode_all(task, RECORDS, tokenizer)
+    examples = encode_all(task, RECORDS, tokenizer)
     whole = tokenizer(RECORDS[2]["text"])["input_ids"]
+    assert caplog.messages == [
+        "1 of 4 records have more than max_length=30 tokens: the end of the text was cut off; "
+        f"the longest has {len(whole)}"
+    ]
     assert examples[2]["input_ids"] == whole[:30]
     assert examples[2]["truncated"] == len(whole) - 30
+
+
+def test_whole_numbers_as_labels_sort_as_numbers(tokenizer):
+    def labels(*found):
+        records = [{"text": "a", "label": label} for label in found]
+        return build_task("classification", records, tokenizer).labels
+
+    assert labels("10", "2", "0", "-1") == ("-1", "0", "2", "10")
+    assert labels("10", "2", "two") == ("10", "2", "two")
+
+
+PAIR = {"text": "the trophy is large", "text_pair": "the suitcase is large", "label": "card"}
+
+
+def test_a_pair_has_a_line_break_where_the_tokenizer_puts_nothing_between(tokenizer):
+    task = build_task("classification", [PAIR, *RECORDS], tokenizer)
+    assert tokenizer.decode(task.encode(PAIR, tokenizer)["input_ids"]) == f"{PAIR['text']}\n{PAIR['text_pair']}"
+
+
+def test_a_pair_is_encoded_as_the_tokenizer_does():
+    tokenizer = train_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A </s> $B:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    task = build_task("classification", [PAIR, *RECORDS], tokenizer, max_length=9)
+    example, plain = task.encode(PAIR, tokenizer), task.encode(RECORDS[1], tokenizer)
+    own = tokenizer(PAIR["text"], PAIR["text_pair"], truncation=True, max_length=9)
+    assert (example["input_ids"], example["token_type_ids"]) == (own["input_ids"], own["token_type_ids"])
+    assert example["truncated"] == len(tokenizer(PAIR["text"], PAIR["text_pair"])["input_ids"]) - 9
+    batch = task.collate([example, plain])
+    assert batch["token_type_ids"].tolist() == [own["token_type_ids"], [0] * 9]
+    assert "token_type_ids" not in task.collate([plain])
+    with torch.no_grad():
+        model = tiny_classifier(BertConfig)
+        expected = model(**{k: torch.tensor([v]) for k, v in own.items()}).logits
+        torch.testing.assert_close(task.logits(model, task.collate([example])), expected)
 
 
 def test_unknown_label(tokenizer):

@@ -19,6 +19,7 @@ from jsonargparse import DefaultHelpFormatter
 from peft import LoraConfig
 
 from .. import tasks
+from ..data import ReadingOptions
 from ..methods import METHODS
 from ..runs.config import (
     LORA,
@@ -38,6 +39,7 @@ from . import fail
 _POSITIONAL: dict[str, Any] = {"directory": {}, "directories": {"nargs": "+"}, "study": {}}
 _GROUPS = {
     "run": "data, model and run",
+    "reading": "columns of the data",
     "task": "task",
     "method": "method {method}",
     "lora": "LoRA: the options of peft.LoraConfig",
@@ -159,7 +161,13 @@ def _hints(place: str, method: str, task: str) -> dict[str, Any]:
     if place == "task":
         kinds = [tasks.TASKS[task]] if task in tasks.TASKS else [*tasks.TASKS.values()]
         return {option.name: get_type_hints(kind)[option.name] for kind in kinds for option in fields(kind)}
-    kinds_ = {"run": RunConfig, "method": METHODS[method], "lora": LoraConfig, "training": BlobTrainingArguments}
+    kinds_ = {
+        "run": RunConfig,
+        "reading": ReadingOptions,
+        "method": METHODS[method],
+        "lora": LoraConfig,
+        "training": BlobTrainingArguments,
+    }
     hints = get_type_hints(kinds_[place])
     return hints | {n: hints[n] | Literal["auto"] for n, value in TRAINING.items() if value == "auto" and n in hints}
 

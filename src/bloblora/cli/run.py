@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .. import evaluation, runs
 from ..adapter import find_posterior
-from ..data import read_batches, read_records
+from ..data import ReadingOptions, read_batches, read_records
 from ..decision import check_promises
 from ..decision.conformal import Kind, Score
 from ..files import replacing
@@ -87,6 +87,7 @@ def calibrate(
     directory: str,
     data: str,
     options: PredictionOptions,
+    reading: ReadingOptions,
     ood: str | None = None,
     risk: float = 0.05,
     confidence: float = 0.95,
@@ -114,6 +115,7 @@ def calibrate(
         directory: folder of a run.
         data: labelled records in scope, in the forms that `train` takes, used for nothing else.
         options: of the predictions.
+        reading: columns of the data; default those of the training data, where they are there.
         ood: out-of-scope records, labels not needed; adds how many of them are flagged.
         risk: largest share of errors among the answers.
         confidence: probability that the share is no larger.
@@ -127,7 +129,7 @@ def calibrate(
     runs.check_alone("calibrate")
     promises = {"risk": risk, "level": confidence, "coverage": coverage, "false_alarm": false_alarm}
     description = _opened(directory, options)
-    records, outside = _read(description, data, ood)
+    records, outside = _read(description, data, ood, reading)
     check_promises(len(records), **promises)
     if _is_training_data(description, data):
         raise RunError(f"data {data!r}: the run was trained on these; calibrate on records that it has not seen")
@@ -154,6 +156,7 @@ def evaluate(
     directory: str,
     data: str,
     options: PredictionOptions,
+    reading: ReadingOptions,
     ood: str | None = None,
     output: str | None = None,
     predictions: str | None = None,
@@ -181,6 +184,7 @@ def evaluate(
         directory: folder of a run.
         data: labelled records, in the forms that `train` takes.
         options: of the predictions.
+        reading: columns of the data; default those of the training data, where they are there.
         ood: out-of-scope records, labels not needed; adds the AUROC of telling them from `data`.
         output: write the metrics to this JSON file.
         predictions: write what `predict` says of each record to this file, 256 at a time; FILE.meta.json beside it says
@@ -199,7 +203,7 @@ def evaluate(
         if file is not None:
             runs.check_writable(file)
     description = _opened(directory, options)
-    records, outside = _read(description, data, ood)
+    records, outside = _read(description, data, ood, reading)
     decision = open_decision(description, options)
     distance = runs.open_distance(description) if distances else None
     training = runs.training_records(description) if distances and distance is None else None
@@ -231,7 +235,9 @@ def evaluate(
             Console().print(_realized(decision.to_dict(), result, "decisions"))
 
 
-def predict(directory: str, input: str, options: PredictionOptions, output: str | None = None) -> None:
+def predict(
+    directory: str, input: str, options: PredictionOptions, reading: ReadingOptions, output: str | None = None
+) -> None:
     """Write a JSON line for each input: label, probabilities, confidence and uncertainty.
 
     A line has, in the inputs' order: `label`, `probabilities` (by label, or by choice), `confidence` (of that label),
@@ -250,6 +256,7 @@ def predict(directory: str, input: str, options: PredictionOptions, output: str 
         input: records in the forms that `train` takes, labels not needed; `-` reads JSON lines from standard input and
             answers them as they come, 256 at a time.
         options: of the predictions.
+        reading: columns of the data; default those of the training data, where they are there.
         output: file to write, which appears when it is complete; default standard output.
     """
     logging.disable_progress_bar()
@@ -262,7 +269,8 @@ def predict(directory: str, input: str, options: PredictionOptions, output: str 
     decision = open_decision(description, options)
     run = None
     with _writing(runs.part_of(Path(output)) if output else None) as handle:
-        for records in runs.share_of(read_batches(input, runs.CHUNK, require_labels=False)):
+        given: dict[str, Any] = {"known": description.columns, "require_labels": False}
+        for records in runs.share_of(read_batches(input, runs.CHUNK, reading, **given)):
             with _named(input):
                 runs.check_kind(description.task, records)
             run = run or runs.load_run(description, options.approximate)
@@ -306,7 +314,9 @@ class GenerationOptions:
         return {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0, **sampling}
 
 
-def generate(directory: str, input: str, options: GenerationOptions, output: str | None = None) -> None:
+def generate(
+    directory: str, input: str, options: GenerationOptions, reading: ReadingOptions, output: str | None = None
+) -> None:
     """Write a JSON line for each prompt: the answer, the answers of the weight samples, and the uncertainty.
 
     The run is one of `bloblora train --task generation`. A line has, in the inputs' order: `answer`, each token by the
@@ -325,6 +335,7 @@ def generate(directory: str, input: str, options: GenerationOptions, output: str
         input: records with `prompt` or `messages`, as `train` takes them, answers not needed; `-` reads JSON lines from
             standard input and answers them 64 at a time.
         options: of the answers.
+        reading: columns of the data; default those of the training data, where they are there.
         output: file to write, which appears when it is complete; default standard output.
     """
     logging.disable_progress_bar()
@@ -333,7 +344,7 @@ def generate(directory: str, input: str, options: GenerationOptions, output: str
         runs.check_writable(output)
     description, run = open_run(directory), None
     with _writing(Path(output) if output else None) as handle:
-        for records in read_batches(input, 64, require_labels=False):
+        for records in read_batches(input, 64, reading, known=description.columns, require_labels=False):
             with _named(input):
                 check_generates(description.task, records)
             run = run or runs.load_run(description)
@@ -381,11 +392,13 @@ def _histograms(folder: str) -> list[PosteriorHistograms]:
 
 
 def _read(
-    description: RunDescription, data: str, ood: str | None
+    description: RunDescription, data: str, ood: str | None, reading: ReadingOptions
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Labelled records in scope and records out of it, once they fit the run."""
-    records = read_records(data)
-    outside = read_records(ood, require_labels=False) if ood else None
+    records = read_records(data, reading, known=description.columns)
+    known = {**description.columns, **reading.columns()}
+    skip = ReadingOptions(skip_invalid=reading.skip_invalid)
+    outside = read_records(ood, skip, known=known, require_labels=False) if ood else None
     for source, side in ((data, records), (ood, outside)):
         with _named(source):
             if side is not None:

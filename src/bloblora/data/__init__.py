@@ -1,7 +1,8 @@
 """Labelled records: files, what is in memory, the paper's public sets, and the embedded support desk."""
 
+from .columns import ReadingOptions
 from .memory import IN_MEMORY, as_records
-from .reading import read_batches, read_each, read_records
+from .reading import Reader, read_batches, read_records
 from .records import KINDS, DataError, MappedRows, kind_of, unanswered, write_rows
 from .sets import PAPER_SETS, SPLITS, hub_source, support_desk
 
@@ -12,11 +13,12 @@ __all__ = [
     "SPLITS",
     "DataError",
     "MappedRows",
+    "Reader",
+    "ReadingOptions",
     "as_records",
     "hub_source",
     "kind_of",
     "read_batches",
-    "read_each",
     "read_records",
     "support_desk",
     "unanswered",

@@ -1,10 +1,13 @@
 """Records from what Python programs hold in memory."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from .reading import _from_columns
+from .columns import find_columns, said_of, to_record
 from .records import DataError, Record, record_kind, record_problems
+
+_log = logging.getLogger("bloblora")
 
 IN_MEMORY = "in memory"
 """What a run's files say of records that came from no file."""
@@ -28,12 +31,17 @@ def as_records(source: Any, *, texts_are: str = "text", require_labels: bool = F
     """
     records: list[Record] = []
     problems: list[str] = []
+    columns: dict[str, str] | None = None
     for number, row in enumerate(_rows(source), start=1):
         row = {texts_are: str(row)} if isinstance(row, str) else row
         if not isinstance(row, Mapping):
             problems.append(f"row {number}: {row!r} is neither a dict nor a text")
             continue
-        records.append(_from_columns({name: _plain(value) for name, value in row.items()}))
+        if columns is None:
+            columns = find_columns("the records", [*map(str, row)], {})
+            if said := said_of(columns, {}):
+                _log.info(f"the records: {said}")
+        records.append(to_record({str(name): _plain(value) for name, value in row.items()}, columns))
         found = record_problems(records[-1], record_kind(records[-1]), require_answer=require_labels)
         problems += [f"row {number}: {problem}" for problem in found]
     if problems:

@@ -1,35 +1,136 @@
-"""Reading records from files, folders and names, each row checked."""
+"""Reading records from files, folders and names, each row checked; and what is said of how they were read."""
 
-import csv
-import json
-import re
-import sys
-from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from string import ascii_uppercase
-from typing import Any
 
-from .records import DataError, Record, first_field, record_kind, record_problems
-from .sets import PAPER_SETS, read_paper_set, support_desk
+from .columns import ReadingOptions, find_columns, missing_hint, said_of, to_record
+from .records import DataError, Place, Problems, Record, first_field, record_kind, record_problems
+from .sources import Say, rows_of
 
-_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-_PARQUET_ROWS, _BUFFER = 1024, 2**20  # rows and bytes at a time, so that a row group need not fit into memory
-Row = Record | str
-"""A row as it was read, or why it can't be."""
+_log = logging.getLogger("bloblora")
+_MOST_LABELS = 10_000  # of which it is known which differ by case alone
 
 
-def read_records(source: str | Path, *, require_labels: bool = True) -> list[Record]:
-    """Read and check labelled records.
+class Reader:
+    """The records of one source, read again each time they are iterated over; none is kept.
+
+    What had to be assumed of the source is logged by the logger ``bloblora``, and so is what was left out.
 
     Args:
-        source: a .jsonl, .json, .csv, .tsv or .parquet file; a `datasets` folder; ``-`` for JSON lines on standard
-            input; ``support_desk``, or a set of the paper such as ``arc_easy`` or ``mmlu/college_physics``, with an
-            optional ``:split`` (default train). In a table, ``choices`` is a JSON list, or columns ``choice_0``,
-            ``choice_1``, … Text is UTF-8. Numbers and booleans as labels become texts; an answer may be a letter.
+        source: a file: .jsonl, .json, .csv, .tsv, .xlsx, .parquet, or Rasa's .yml, also with .gz; a `datasets` folder;
+            ``-`` for JSON lines on standard input; ``support_desk``, or a set of the paper such as ``arc_easy`` or
+            ``mmlu/college_physics``, with an optional ``:split`` (default train).
+        options: which columns hold the fields, and whether rows that can't be used are left out.
+        known: columns by field, used where they are there: those of the run.
         require_labels: whether each record must have its label or answer.
+        silent: log nothing.
+
+    Attributes:
+        columns: the column of each field that isn't called as its field; known once the first row was read.
+
+    Raises:
+        DataError: lists every problem with file, line, field and value; after the last row, when iterated over.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        options: ReadingOptions = ReadingOptions(),  # noqa: B008  # frozen
+        *,
+        known: Mapping[str, str] | None = None,
+        require_labels: bool = True,
+        silent: bool = False,
+    ) -> None:
+        self.source, self.options, self.known = str(source), options, known
+        self.require_labels = require_labels
+        self.columns: dict[str, str] = {}
+        self._say: Say = (lambda text: None) if silent else _log.info
+        self._warn: Say = (lambda text: None) if silent else _log.warning
+        self._present: list[str] = []
+        self._name = "standard input" if self.source == "-" else self.source
+
+    def __iter__(self) -> Iterator[Record]:
+        problems, right = Problems(), False
+        for place, record, found in self.checked():
+            problems.add(place, found)
+            if not found:
+                right = True
+                yield record
+        self.report(problems, right)
+
+    def report(self, problems: Problems, right: bool) -> None:
+        """Raise a DataError for problems; or say how many rows are left out, where they may be and some are right."""
+        lines = problems.lines()
+        if lines and not (self.options.skip_invalid and right):
+            raise DataError(lines)
+        if lines:
+            shown = "; ".join(lines[:3]) + ("; …" if len(lines) > 3 else "")
+            self._warn(f"{self._name}: left out {_count(problems.rows, 'invalid row')}: {shown}")
+
+    def checked(self) -> Iterator[tuple[Place, Record, list[str]]]:
+        """Each row as a record, with its place and its problems; a DataError where there is none."""
+        first, empty, resolved, stripped = None, True, False, 0
+        labels: set[str] = set()
+        for place, row in rows_of(self.source, self._say):
+            empty = False
+            if isinstance(row, str):
+                yield place, {}, [row]
+                continue
+            if not resolved:
+                self._find_columns(row)
+                resolved = True
+            record = to_record(row, self.columns)
+            kind = record_kind(record)
+            if kind == "classification" and isinstance(label := record.get("label"), str):
+                record["label"] = label.strip()
+                stripped += record["label"] != label
+                if len(labels) < _MOST_LABELS:
+                    labels.add(record["label"])
+            problems = record_problems(record, kind, require_answer=self.require_labels)
+            if kind and not problems:
+                first = first or kind
+                if kind != first:
+                    fields = f"it has {first_field(kind)}, those before {first_field(first)}"
+                    problems = [f"{fields}; keep the kinds in separate files"]
+            yield place, record, [problem + self._hint(problem) for problem in problems]
+        if empty:
+            raise DataError([f"{self._name}: there are no records in it"])
+        if stripped:
+            self._say(f"{self._name}: took white space off {_count(stripped, 'label')}")
+        if same := _same_but_for_case(labels):
+            self._warn(f"{self._name}: labels that differ by case alone are different labels: {same}")
+
+    def _find_columns(self, row: Record) -> None:
+        given = self.options.columns()
+        self._present = [str(column) for column in row]
+        self.columns = find_columns(self._name, self._present, given, self.known)
+        if text := said_of(self.columns, {**given, **(self.known or {})}):
+            self._say(f"{self._name}: {text}")
+
+    def _hint(self, problem: str) -> str:
+        """What to do about a field that is missing because no column holds it."""
+        if not problem.startswith("field '") or ": missing" not in problem:
+            return ""
+        name = problem.split("'")[1]
+        unknown = name not in self.columns and name not in self._present
+        return missing_hint(name, self._present) if unknown else ""
+
+
+def read_records(
+    source: str | Path,
+    options: ReadingOptions = ReadingOptions(),  # noqa: B008  # frozen
+    *,
+    known: Mapping[str, str] | None = None,
+    require_labels: bool = True,
+) -> list[Record]:
+    """Read and check labelled records, given as for `Reader`.
+
+    In a table, ``choices`` is a JSON list, or columns ``choice_0``, ``choice_1``, … Numbers and booleans as labels
+    become texts; an answer may be a letter, or the text of a choice. ``docs/data.md`` lists all forms.
 
     Returns:
         The records, all of one kind, with extra fields as they are.
@@ -37,210 +138,48 @@ def read_records(source: str | Path, *, require_labels: bool = True) -> list[Rec
     Raises:
         DataError: lists every problem with file, line, field and value.
     """
-    return [*read_each(source, require_labels=require_labels)]
+    return [*Reader(source, options, known=known, require_labels=require_labels)]
 
 
-def read_each(source: str | Path, *, require_labels: bool = True) -> Iterator[Record]:
-    """The records of `read_records` one after the other, none of them kept.
-
-    Raises:
-        DataError: as `read_records`, after the last.
-    """
-    problems: list[str] = []
-    for record, found in _checked(str(source), require_labels):
-        problems += found
-        yield record
-    if problems:
-        raise DataError(problems)
-
-
-def read_batches(source: str | Path, size: int, *, require_labels: bool = True) -> Iterator[list[Record]]:
+def read_batches(
+    source: str | Path,
+    size: int,
+    options: ReadingOptions = ReadingOptions(),  # noqa: B008  # frozen
+    *,
+    known: Mapping[str, str] | None = None,
+    require_labels: bool = True,
+) -> Iterator[list[Record]]:
     """The records of `read_records`, ``size`` at a time.
 
-    A file is checked whole before its first batch, and read again for them: but for .json, memory holds a batch,
-    however long the file is. Standard input is a stream: it is read and checked a batch at a time, so that answers
-    don't wait for its end.
+    A file is checked whole before its first batch, and read again for them: but for .json and .yml, memory holds a
+    batch, however long the file is. Standard input is a stream: it is read and checked a batch at a time, so that
+    answers don't wait for its end.
 
     Raises:
         DataError: as `read_records`.
     """
-    if str(source) != "-":
-        for _ in read_each(source, require_labels=require_labels):
+    stream = str(source) == "-"
+    if not stream:
+        for _ in Reader(source, options, known=known, require_labels=require_labels):
             pass
-    rows = _checked(str(source), require_labels)
-    while batch := list(islice(rows, size)):
-        if problems := [problem for _, found in batch for problem in found]:
-            raise DataError(problems)
-        yield [record for record, _ in batch]
+    reader = Reader(source, options, known=known, require_labels=require_labels, silent=not stream)
+    rows = reader.checked()
+    while batch := [*islice(rows, size)]:
+        problems = Problems()
+        for place, _, found in batch:
+            problems.add(place, found)
+        reader.report(problems, right=True)
+        if records := [record for _, record, found in batch if not found]:
+            yield records
 
 
-def _checked(source: str, require_labels: bool) -> Iterator[tuple[Record, list[str]]]:
-    """Each row as a record, with its problems; a DataError where there is none."""
-    first, empty = None, True
-    for where, row in _rows(source):
-        empty = False
-        if isinstance(row, str):
-            yield {}, [f"{where}: {row}"]
-            continue
-        record = _from_columns(row)
-        kind = record_kind(record)
-        problems = record_problems(record, kind, require_answer=require_labels)
-        if kind and not problems:
-            first = first or kind
-            if kind != first:
-                fields = f"it has {first_field(kind)}, those before {first_field(first)}"
-                problems = [f"{fields}; keep the kinds in separate files"]
-        yield record, [f"{where}: {problem}" for problem in problems]
-    if empty:
-        raise DataError([f"{'standard input' if source == '-' else source}: there are no records in it"])
+def _same_but_for_case(labels: set[str]) -> str:
+    groups: dict[str, list[str]] = {}
+    for label in sorted(labels):
+        groups.setdefault(label.casefold(), []).append(label)
+    same = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
+    return ", ".join(same[:5]) + (f" and {len(same) - 5} more" if len(same) > 5 else "")
 
 
-def _rows(source: str) -> Iterator[tuple[str, Row]]:
-    """Each row with its place."""
-    path = Path(source)
-    name, _, split = source.partition(":")
-    if source == "-":
-        # Bytes, because a terminal's encoding need not be UTF-8.
-        yield from _json_lines("standard input", sys.stdin.buffer)
-    elif name == "support_desk":
-        yield from _numbered(source, support_desk(split or "train"))
-    elif name in PAPER_SETS or (name.startswith("mmlu/") and not path.exists()):
-        yield from _numbered(source, read_paper_set(name, split or "train"))
-    elif path.is_dir():
-        yield from _numbered(source, _dataset_rows(path))
-    elif not path.is_file():
-        known = ", ".join(["support_desk", *PAPER_SETS, "mmlu/<subject>"])
-        raise DataError([f"data {source!r}: no such file or folder, and not one of {known}"])
-    elif (suffix := path.suffix.lower()) == ".jsonl":
-        with path.open("rb") as lines:
-            yield from _json_lines(source, lines)
-    elif suffix == ".json":
-        yield from _numbered(source, _json_list(path), "item")
-    elif suffix in (".csv", ".tsv"):
-        yield from _table_rows(path, "\t" if suffix == ".tsv" else ",")
-    elif suffix == ".parquet":
-        yield from _numbered(source, _parquet_rows(path))
-    else:
-        raise DataError([f"data {source!r}: the ending {path.suffix!r} is not one of {', '.join(_SUFFIXES)}"])
-
-
-def _numbered(source: str, rows: Iterable[Row], what: str = "row") -> Iterator[tuple[str, Row]]:
-    return ((f"{source}: {what} {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _json_lines(source: str, lines: Iterable[bytes]) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(lines, start=1):
-        if number == 1:
-            line = line.removeprefix(BOM_UTF8)
-        if line.strip():
-            yield f"{source}:{number}", _json_row(line)
-
-
-def _json_row(line: bytes) -> Row:
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}"
-    except json.JSONDecodeError as error:
-        return f"not valid JSON: {error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists
-        return f"not valid JSON: {error}"
-    return _object(row)
-
-
-def _json_list(path: Path) -> Iterator[Row]:
-    text = "".join(_lines(path))
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError([f"{path}:{error.lineno}: not valid JSON: {error.msg}"]) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError([f"{path}: not valid JSON: {error}"]) from error
-    if not isinstance(rows, list):
-        raise DataError([f"{path}: must hold a list of objects, got {type(rows).__name__}"])
-    return map(_object, rows)
-
-
-def _object(row: Any) -> Row:
-    return row if isinstance(row, dict) else f"{row!r} is not a JSON object"
-
-
-def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
-    reader = csv.DictReader(_lines(path), delimiter=delimiter)
-    try:
-        for row in reader:
-            surplus = row.pop(None, None)  # where DictReader puts cells without a name
-            problem = f"more cells than the header has columns: {surplus!r}; quote cells that hold {delimiter!r}"
-            yield f"{path}:{reader.line_num}", problem if surplus else row
-    except csv.Error as error:
-        raise DataError([f"{path}:{reader.line_num}: not a table: {error}"]) from error
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines of a text file; a DataError names the first that is no UTF-8."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.isascii() and (escaped := re.search("[\udc80-\udcff]", line)):
-                raise DataError([f"{path}:{number}: not UTF-8: byte 0x{ord(escaped[0]) - 0xDC00:02x}"])
-            yield line
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    # Not through `datasets`, which would copy the file into its cache first.
-    from pyarrow import ArrowException, parquet
-
-    try:
-        with parquet.ParquetFile(path, buffer_size=_BUFFER) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
-        raise DataError([f"{path}: not readable as Parquet: {error}"]) from error
-
-
-def _dataset_rows(path: Path) -> Iterable[Row]:
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        rows = load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError([f"{path}: not a folder that `datasets` saved: {error}"]) from error
-    if isinstance(rows, DatasetDict):
-        raise DataError([f"{path}: has several splits; give one of {', '.join(str(path / name) for name in rows)}"])
-    return rows
-
-
-def _from_columns(row: Record) -> Record:
-    """A row as a record: choices from JSON or columns, numbers from text, labels as text; null is missing."""
-    record = {k: v for k, v in row.items() if not _is_missing(k, v)}
-    columns = sorted((k for k in record if re.fullmatch(r"choice_\d+", k)), key=lambda k: int(k[7:]))
-    if columns and "choices" not in record:
-        texts = [record.pop(column) for column in columns]
-        record["choices"] = [text for text in texts if text != ""]
-    elif isinstance(record.get("choices"), str):
-        with suppress(json.JSONDecodeError):  # reported with its value by the check that follows
-            record["choices"] = json.loads(record["choices"])
-    if "answer" in record:
-        record["answer"] = _index(record["answer"], record.get("choices"))
-    if isinstance(label := record.get("label"), (bool, int, float)):
-        whole = isinstance(label, float) and label.is_integer()
-        record["label"] = json.dumps(int(label) if whole else label)
-    return record
-
-
-def _is_missing(name: str, value: Any) -> bool:
-    """Null, and where an answer of any kind should be also an empty cell or the NaN that pandas writes for one."""
-    return value is None or (name in ("label", "answer", "response") and (value == "" or value != value))
-
-
-def _index(answer: Any, choices: Any) -> Any:
-    """An answer as an index, where it is one written as text, a whole float, or a letter that can't be meant else."""
-    if isinstance(answer, float) and answer.is_integer():
-        return int(answer)
-    if not isinstance(answer, str) or not isinstance(choices, list):
-        return answer
-    letter = answer.strip().upper()
-    # ASCII, because "²" is a digit too, of which int() makes nothing
-    if letter.isascii() and letter.isdigit() and len(letter) < 10:
-        return int(letter)
-    index = ascii_uppercase.find(letter) if len(letter) == 1 else -1
-    return index if 0 <= index < len(choices) and answer not in choices else answer
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

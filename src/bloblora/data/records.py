@@ -1,6 +1,7 @@
 """What a record is and what can be wrong with one; and rows that stay on the disk.
 
-A record is a plain dict: ``{"text", "label"}`` for classification, ``{"question", "choices", "answer"}`` for multiple
+A record is a plain dict: ``{"text", "label"}`` for classification, with ``text_pair`` where two texts are classified
+together, ``{"question", "choices", "answer"}`` for multiple
 choice with ``answer`` the index of the right choice, ``{"prompt", "response"}`` or ``{"messages"}`` for open text, with
 messages ``{"role", "content"}`` of which the assistant's is the last. For prediction, ``label``, ``answer``,
 ``response`` and the assistant's last message may be missing.
@@ -9,6 +10,7 @@ messages ``{"role", "content"}`` of which the assistant's is the last. For predi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Record = dict[str, Any]
+Place = tuple[str, int]
+"""Where a row stands: what goes before its number, and the number."""
 KINDS = {
     "classification": "'text'",
     "choice": "'question' and 'choices'",
@@ -25,7 +29,10 @@ KINDS = {
 """Kinds of records, and what records of each must have."""
 _KIND_OF = {"text": "classification", "messages": "generation", "prompt": "generation", "question": "choice"}
 _FORMS = "'text' (and 'label'), 'question' and 'choices' (and 'answer'), 'prompt' (and 'response'), or 'messages'"
-_SHOWN = 20
+_SHOWN, _SHOWN_ROWS, _SHOWN_VALUES = 20, 5, 3
+_VALUE = re.compile(
+    r"(field '\w+'(?:, item \d+)?: )(?!missing)(.+?)( must be | is not an index | has half a ).*", re.DOTALL
+)
 _ROWS_AT_A_TIME = 1000
 
 
@@ -36,6 +43,42 @@ class DataError(ValueError):
         self.problems = list(problems)
         more = [f"… and {len(problems) - _SHOWN} more problems"] if len(problems) > _SHOWN else []
         super().__init__("\n".join([*self.problems[:_SHOWN], *more]))
+
+
+class Problems:
+    """What is wrong with rows: each kind of problem once, with its first values and the first rows that have it."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str, str], _Found] = {}
+        self.rows = 0
+
+    def add(self, place: Place, problems: Sequence[str]) -> None:
+        """Those of a row."""
+        self.rows += bool(problems)
+        for problem in problems:
+            parts = _VALUE.fullmatch(problem)
+            start, value = (parts[1], parts[2]) if parts else (problem, "")
+            end = problem[len(start) + len(value) :]
+            found = self._found.setdefault((place[0], start, end), _Found())
+            found.count += 1
+            if len(found.rows) < _SHOWN_ROWS:
+                found.rows.append(place[1])
+            if value not in found.values and len(found.values) <= _SHOWN_VALUES:
+                found.values.append(value)
+
+    def lines(self) -> list[str]:
+        """One line for each kind of problem, in the order of the first rows."""
+        return [found.line(*key) for key, found in self._found.items()]
+
+
+class _Found:
+    def __init__(self) -> None:
+        self.count, self.rows, self.values = 0, list[int](), list[str]()
+
+    def line(self, place: str, start: str, end: str) -> str:
+        more = f" and {self.count - len(self.rows)} more" if self.count > len(self.rows) else ""
+        values = ", ".join([*self.values[:_SHOWN_VALUES], *(["…"] if len(self.values) > _SHOWN_VALUES else [])])
+        return f"{place}{', '.join(map(str, self.rows))}{more}: {start}{values}{end}"
 
 
 def record_kind(record: Mapping[str, Any]) -> str | None:
@@ -70,7 +113,12 @@ def record_problems(record: Mapping[str, Any], kind: str | None, *, require_answ
     ``require_answer``.
     """
     if kind == "classification":
-        return _text_problems(record.get("text"), "field 'text'") + _answer_problems(record, "label", require_answer)
+        pair = _text_problems(record["text_pair"], "field 'text_pair'") if "text_pair" in record else []
+        return [
+            *_text_problems(record.get("text"), "field 'text'"),
+            *pair,
+            *_answer_problems(record, "label", require_answer),
+        ]
     if kind == "choice":
         choices = _choice_problems(record.get("choices")) or _answer_problems(record, "answer", require_answer)
         return _text_problems(record.get("question"), "field 'question'") + choices
@@ -118,7 +166,8 @@ def _answer_problems(record: Mapping[str, Any], name: str, required: bool) -> li
         return _text_problems(answer, f"field '{name}'")
     count = len(record["choices"])
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < count:
-        return [f"field 'answer': {answer!r} is not an index into {count} choices (0..{count - 1})"]
+        text = ", nor the letter or the text of exactly one" if isinstance(answer, str) else ""
+        return [f"field 'answer': {answer!r} is not an index into {count} choices (0..{count - 1}){text}"]
     return []
 
 

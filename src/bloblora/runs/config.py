@@ -14,7 +14,7 @@ import yaml
 from peft import LoraConfig, PeftConfig
 
 from .. import models, tasks
-from ..data import IN_MEMORY, as_records
+from ..data import IN_MEMORY, ReadingOptions, as_records
 from ..methods import METHODS, TEMPERED_NLL, Method, Rescaled
 from ..training import OBJECTIVE, BlobTrainingArguments
 
@@ -47,7 +47,7 @@ _EVALUATIONS = 15
 _OWNED = {"output_dir", "seed", "use_cpu", "disable_tqdm", "dataset_size", "resume_from_checkpoint", *OBJECTIVE}
 _PEFT = {option.name for option in fields(PeftConfig)}  # what every kind of adapter has, set by PEFT or the run
 _SOURCES = ("data", "validation")  # of records, which may also be in memory
-_SECTIONS = ("task", "lora", "method", "training")
+_SECTIONS = ("reading", "task", "lora", "method", "training")
 _PRESETS = Path(__file__).parent / "presets"
 
 
@@ -69,8 +69,8 @@ class RunConfig:
 
     data: str | list[dict[str, Any]] = field(
         metadata={
-            "help": "Training records: a .jsonl, .csv, .tsv or .parquet file, a `datasets` folder, or a name such as "
-            "`support_desk` or `arc_easy`."
+            "help": "Training records: a .jsonl, .json, .csv, .tsv, .xlsx, .parquet or Rasa .yml file, also with .gz, "
+            "a `datasets` folder, or a name such as `support_desk` or `arc_easy`."
         }
     )
     output: str = field(
@@ -147,6 +147,10 @@ class RunConfig:
     )
     keep_checkpoints: bool = field(
         default=False, metadata={"help": "Keep the folder `checkpoints` when the training is done."}
+    )
+    reading: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Which columns of the data hold what; `docs/data.md` lists all forms of data."},
     )
     task: Mapping[str, Any] = field(
         default_factory=lambda: {"name": "auto"},
@@ -237,6 +241,10 @@ class RunConfig:
         """An option of LoRA or the Trainer, given or by default."""
         return _effective(self.given(), name)
 
+    def reading_options(self) -> ReadingOptions:
+        """How the training data are read."""
+        return ReadingOptions(**self.reading)
+
     def build_method(self) -> Method:
         """The method with its options, and on top of it a temperature where one is asked for.
 
@@ -316,6 +324,9 @@ class RunConfig:
             yield f"validation must be a file, NAME:split, or a share in [0, 1), got {share!r}"
         if share == "":
             yield "validation must be a name that isn't empty, got ''"
+        for name, value in self.reading.items():
+            if name.endswith("_column") and (not isinstance(value, str) or not value):
+                yield f"{name} must be the name of a column, got {value!r}"
         if self.lora.get("target_modules") == []:
             yield "target_modules must name at least one layer, or be left out"
         if self.dtype not in (known := get_args(get_type_hints(RunConfig)["dtype"])):
@@ -397,6 +408,7 @@ def options_of(method: str, task: str = "auto") -> dict[str, dict[str, Field[Any
     task_options = {o.name: o for kind in kinds for o in fields(kind) if o.name != "pad_token_id"}
     return {
         "run": {option.name: option for option in fields(RunConfig) if option.name not in _SECTIONS},
+        "reading": {option.name: option for option in fields(ReadingOptions)},
         "task": task_options,
         "method": METHODS[method].options() if method in METHODS else {},
         "lora": {option.name: option for option in fields(LoraConfig) if option.name not in _PEFT},

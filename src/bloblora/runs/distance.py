@@ -45,7 +45,8 @@ def training_records(description: RunDescription) -> list[dict[str, Any]]:
             f"{description.folder}: its training records were in memory, and distances need them: call "
             "runs.fit_distance(run, description, records) once, which saves the distance in the folder"
         )
-    records = select([*map(read_fields, data.read_each(source))], config.limit, config.limit_seed)
+    reader = data.Reader(source, config.reading_options(), silent=True)
+    records = select([*map(read_fields, reader)], config.limit, config.limit_seed)
     if description.records_sha256 not in (None, records_sha256(records)):
         raise RunError(f"{source}: changed since the run was trained on it; distances need the training records")
     return hold_out(config, description.method, records)[0]

@@ -178,7 +178,7 @@ def lines_of(
         if len(set(columns)) < len(columns):
             columns = [f"{index}: {column}" for index, column in enumerate(columns)]
         yield {
-            **{key: record[key] for key in ("id", "text", "question") if key in record},
+            **{key: record[key] for key in ("id", "text", "text_pair", "question") if key in record},
             "label": columns[int(answers[i])],
             "probabilities": {column: float(probabilities[i, j]) for j, column in enumerate(columns)},
             **{name: float(values[i]) for name, values in scores.items()},

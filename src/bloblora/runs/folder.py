@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from .config import RunConfig, RunError, different
 TASK_FILE, RUN_FILE, CONFIG_FILE, CHECKPOINTS = "task.json", "run.json", "config.yaml", "checkpoints"
 VALIDATION_FIGURE = "validation.png"
 HUB = "hub:"
-_FIELDS = ("text", "label", "question", "choices", "answer", "prompt", "response", "messages")
+_FIELDS = ("text", "text_pair", "label", "question", "choices", "answer", "prompt", "response", "messages")
 _HUB_FILES = ["*.json", "*.safetensors", "*.png"]  # nothing that could be run
 
 
@@ -40,6 +40,7 @@ class RunDescription:
         adapter_sha256: of the trained weights' file, which was checked.
         records_sha256: of the training records.
         remote: whether it is on the hub.
+        columns: of the training data, by field, where they aren't called as their field.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class RunDescription:
     adapter_sha256: str
     records_sha256: str | None = None
     remote: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_run(directory: str | os.PathLike[str] | RunDescription) -> RunDescription:
@@ -84,7 +86,16 @@ def open_run(directory: str | os.PathLike[str] | RunDescription) -> RunDescripti
     repository = os.fspath(directory).removeprefix(HUB).partition("@")[0] if remote else ""
     name = repository.rpartition("/")[2] if remote else folder.resolve().name
     return RunDescription(
-        folder, name, config, method, task, stored["training"], actual, stored.get("records_sha256"), remote
+        folder,
+        name,
+        config,
+        method,
+        task,
+        stored["training"],
+        actual,
+        stored.get("records_sha256"),
+        remote,
+        stored.get("columns", {}),
     )
 
 

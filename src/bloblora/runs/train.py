@@ -82,15 +82,19 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
     _check_sharded(config)
     main = processes().is_main_process
     with _scratch(output) as scratch:
-        everything = _mapped(scratch / "records.arrow", partial(_read, config.data))
+        source, options = config.data, config.reading_options()
+        reader = source if isinstance(source, list) else datasets_.Reader(source, options)
+        everything = _mapped(scratch / "records.arrow", partial(_read, reader))
+        columns = {} if isinstance(reader, list) else reader.columns
         records = select(everything, config.limit, config.limit_seed)
         given = config
         check_task(given, records)
         _check_same_records(output, stored, "training", digest := records_sha256(records))
-        separate = _validation(given, scratch)
+        separate = _validation(given, scratch, columns)
         config = resolved(given, records, len(separate))
         read_description(output, config)
         description: dict[str, Any] = {**described(config), "records_sha256": digest}
+        description |= {"columns": columns} if columns else {}
         method = config.build_method()
         kept, held_out = hold_out(config, method, records)
         validation = (separate or held_out) if config.validation else []
@@ -256,12 +260,14 @@ def _curves(training: dict[str, Any]) -> dict[str, dict[float, float]]:
     return curves
 
 
-def _validation(config: RunConfig, scratch: Path) -> Any:
+def _validation(config: RunConfig, scratch: Path, columns: dict[str, str]) -> Any:
     """Records of validation that aren't a share of the training records; none where they are."""
     if (source := config.validation_data) is None:
         return []
+    options = datasets_.ReadingOptions(skip_invalid=config.reading_options().skip_invalid)
     with _named(f"validation {config.source('validation')!r}"):
-        return _mapped(scratch / "validation_records.arrow", partial(_read, source))
+        reader = source if isinstance(source, list) else datasets_.Reader(source, options, known=columns)
+        return _mapped(scratch / "validation_records.arrow", partial(_read, reader))
 
 
 @contextmanager
@@ -303,8 +309,8 @@ def _mapped(file: Path, rows: Callable[[], Iterable[dict[str, Any]]]) -> dataset
     return datasets_.MappedRows(file)
 
 
-def _read(source: str | list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    return map(read_fields, source if isinstance(source, list) else datasets_.read_each(source))
+def _read(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return map(read_fields, records)
 
 
 def _by_label(records: Iterable[dict[str, Any]]) -> list[list[int]]:

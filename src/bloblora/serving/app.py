@@ -95,7 +95,7 @@ def _add_predict(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings,
         if num_samples > settings.max_samples:
             raise InputsError(_problem("samples", num_samples, f"must be at most {settings.max_samples}"))
         given = request.inputs if isinstance(request.inputs, list) else [request.inputs]
-        records = [{"text": one} if isinstance(one, str) else one.model_dump() for one in given]
+        records = [{"text": one} if isinstance(one, str) else one.model_dump(exclude_none=True) for one in given]
         inputs = await to_thread.run_sync(_encoded, run, records, settings)
         futures = app.state.batcher.submit((run.name, num_samples), inputs)
         answers = await asyncio.gather(*map(asyncio.wrap_future, futures))

@@ -25,9 +25,10 @@ class _Strict(BaseModel):
 
 
 class TextInput(_Strict):
-    """A text to classify."""
+    """A text to classify, or a pair of texts."""
 
     text: Text = _field("not blank", _TEXT)
+    text_pair: Text | None = _field("the second of two texts that are classified together", _TEXT, default=None)
 
 
 class ChoiceInput(_Strict):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import evaluation, runs
 from ..adapter import library_versions
-from ..data import kind_of, read_records
+from ..data import ReadingOptions, kind_of, read_records
 from ..files import read_json, write_json, write_tensors, write_text
 from ..prediction import Prediction
 from .study import EvalSet, Job
@@ -215,12 +215,12 @@ def check_data(job: Job) -> None:
         DataError: a file can't be used.
         RunError: its records are prompts, whose answers can't be scored as labels or choices are.
     """
-    if kind_of(read_records(job.config.source("data"))) == "generation":
+    if kind_of(read_records(job.config.source("data"), job.config.reading_options())) == "generation":
         raise runs.RunError(f"{job.config.data}: a study compares labels and choices, and these are prompts to answer")
     if (validation := job.config.validation_data) is not None:
-        read_records(str(validation))
+        _read(str(validation), job.config)
     for chosen in job.sets.values():
-        read_records(chosen.data, require_labels=chosen.labelled)
+        _read(chosen.data, job.config, require_labels=chosen.labelled)
 
 
 def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) -> Result:
@@ -282,10 +282,17 @@ def _distance(trained: runs.Run, job: Job) -> evaluation.Distance:
 
 
 def _records(chosen: EvalSet, config: runs.RunConfig) -> list[dict[str, Any]]:
-    records = read_records(chosen.data, require_labels=chosen.labelled)
+    records = _read(chosen.data, config, require_labels=chosen.labelled)
     if chosen.unused:
         records = runs.unused(records, config.limit or len(records), config.limit_seed)
     return runs.select(records, chosen.limit)
+
+
+def _read(source: str, config: runs.RunConfig, *, require_labels: bool = True) -> list[dict[str, Any]]:
+    """Records beside the training records, whose columns are used where they are there."""
+    given = config.reading_options()
+    options = ReadingOptions(skip_invalid=given.skip_invalid)
+    return read_records(source, options, known=given.columns(), require_labels=require_labels)
 
 
 def _described(job: Job) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .encoding import collate_labels, pad
 from .task import Batch, Example, Record, Task, TaskError
+
+_OF_TOKENS = ("input_ids", "token_type_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,8 @@ class Classification(Task):
     labels: tuple[str, ...] = field(  # type: ignore[misc]  # the base class has None: no fixed columns
         default=(),
         metadata={
-            "help": "The outputs of the model's head, in order; default: the labels of the data, sorted. "
+            "help": "The outputs of the model's head, in order; default: the labels of the data, sorted, as numbers "
+            "where all are whole numbers. "
             "For a head that exists already, and for a label that the data lack."
         },
     )
@@ -46,7 +50,7 @@ class Classification(Task):
     def build(cls, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Task:
         """The task with the records' labels, sorted, unless `labels` is given."""
         found = {record["label"] for record in records if record.get("label") is not None}
-        options.setdefault("labels", tuple(sorted(map(str, found))))
+        options.setdefault("labels", sorted_labels(map(str, found)))
         return super().build(records, tokenizer, **options)
 
     @classmethod
@@ -74,16 +78,26 @@ class Classification(Task):
         return None if label is None else self.labels.index(label)
 
     def tokenize(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
-        """`input_ids` of the record's `text`, with the tokenizer's special tokens."""
-        ids = kept = tokenizer(record["text"])["input_ids"]
-        if self.max_length is not None:
-            kept = tokenizer(record["text"], truncation=True, max_length=self.max_length)["input_ids"]
-        return {"input_ids": kept, "truncated": len(ids) - len(kept)}
+        """`input_ids` of the record's `text`, with the tokenizer's special tokens; with `text_pair` those of both.
+
+        A pair is encoded as the tokenizer does, with `token_type_ids` where it has them; one that puts nothing between
+        two texts gets a line break there. Of a pair that is too long the longer text is cut first.
+        """
+        texts = [record["text"], *([record["text_pair"]] if "text_pair" in record else [])]
+        counts = [tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True)]
+        if len(texts) > 1 and counts[0] == counts[1]:
+            texts = ["\n".join(texts)]
+        ids = tokenizer(*texts)["input_ids"]
+        encoded = tokenizer(*texts, truncation=self.max_length is not None, max_length=self.max_length)
+        names = [name for name in _OF_TOKENS[: len(texts)] if name in encoded]
+        return {name: encoded[name] for name in names} | {"truncated": len(ids) - len(encoded["input_ids"])}
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """`input_ids` and `attention_mask` (b, T), padded on the right."""
+        """`input_ids` and `attention_mask` (b, T), padded on the right; of pairs also `token_type_ids`."""
         rows = [example["input_ids"] for example in examples]
+        types = [example.get("token_type_ids", [0] * len(row)) for example, row in zip(examples, rows, strict=True)]
         return {
+            **({"token_type_ids": pad(types, 0, side="right")} if any(map(any, types)) else {}),
             "input_ids": pad(rows, self.pad_token_id, side="right"),
             "attention_mask": pad([[1] * len(row) for row in rows], 0, side="right"),
             **collate_labels(examples),
@@ -101,10 +115,18 @@ class Classification(Task):
                 f"model: config.pad_token_id is {pad_token_id}; the tokenizer pads with {self.pad_token_id}, "
                 "so set it to that"
             )
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        inputs = {name: batch[name] for name in (*_OF_TOKENS, "attention_mask") if name in batch}
+        logits = model(**inputs).logits.float()
         if logits.shape != (len(batch["input_ids"]), len(self.labels)):
             raise TaskError(
                 f"model: its logits have the shape {tuple(logits.shape)}, but the task has "
                 f"{len(self.labels)} labels; load a sequence classification model with that num_labels"
             )
         return logits
+
+
+def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Labels in order: as numbers where all are whole numbers, 2 before 10."""
+    found = [*labels]
+    numbers = all(re.fullmatch(r"[+-]?[0-9]{1,18}", label) for label in found)
+    return tuple(sorted(found, key=lambda label: (int(label) if numbers else 0, label)))

@@ -1,0 +1,250 @@
+"""From the row of any source to a record: which column holds which field, and what a cell means."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from string import ascii_uppercase
+from typing import Any
+
+from .records import DataError, Record, record_kind
+
+
+def _column(what: str) -> Any:
+    text = f"Column of {what}; default: the one of that name, or an obvious one."
+    return field(default=None, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions:
+    """Which columns hold the fields of a record, and what becomes of rows that can't be used.
+
+    A column is the name in a table's header, or an object's key.
+    """
+
+    text_column: str | None = _column("`text`")
+    text_pair_column: str | None = _column("`text_pair`, the second of two texts")
+    label_column: str | None = _column("`label`")
+    question_column: str | None = _column("`question`")
+    choices_column: str | None = _column("`choices`")
+    answer_column: str | None = _column("`answer`")
+    prompt_column: str | None = _column("`prompt`")
+    response_column: str | None = _column("`response`")
+    messages_column: str | None = _column("`messages`")
+    skip_invalid: bool = field(
+        default=False,
+        metadata={"help": "Leave rows out that can't be used, and say how many there are; default: an error."},
+    )
+
+    def columns(self) -> dict[str, str]:
+        """The column of each field of which one is given."""
+        pairs = ((option.name.removesuffix("_column"), getattr(self, option.name)) for option in fields(self))
+        return {name: column for name, column in pairs if isinstance(column, str)}
+
+
+_FIELDS = {
+    "classification": ("text", "text_pair", "label"),
+    "choice": ("question", "choices", "answer"),
+    "generation": ("prompt", "response", "messages"),
+}
+_KIND_OF = {name: kind for kind, names in _FIELDS.items() for name in names}
+_DECIDING = ("text", "messages", "prompt", "question")  # the fields by which a record's kind is known
+_OBVIOUS: Mapping[str, tuple[str, ...]] = {
+    "text": ("query", "sentence", "utterance", "content", "message", "body", "input", "document", "question"),
+    "label": ("intent", "category", "class", "target", "topic", "sentiment"),
+    "question": ("questionstem", "stem", "query"),
+    "choices": ("options",),
+    "answer": ("answerkey", "correctanswer", "label", "target"),
+    "prompt": ("instruction",),
+    "response": ("completion", "output", "answer"),
+}
+"""Names, normalized, that say what a column holds, besides the field's own."""
+_PAIRS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("text1", "text2"),
+    ("texta", "textb"),
+)
+_CHOICE = re.compile(r"choice_\d+")
+
+
+def find_columns(
+    source: str, present: Sequence[str], given: Mapping[str, str], known: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The column of each field that isn't called as its field: given, known of a run, or obvious by its name.
+
+    Args:
+        source: what messages call the data.
+        present: the columns that are there.
+        given: column by field; each must be there, but for case and spaces.
+        known: the same, used where they are there.
+
+    Raises:
+        DataError: a column isn't there, columns of several kinds of records are given, or none is obvious; the message
+            names those that are there.
+    """
+    found = {name: _the_given(source, name, column, present) for name, column in given.items()}
+    found |= {name: c for name, c in (known or {}).items() if c in present and name not in found}
+    if len(kinds := {_KIND_OF[name] for name in given}) > 1:
+        options = ", ".join(map(_option, given))
+        raise DataError([f"{source}: {options} are of several kinds of records: give those of one kind"])
+    names = _Names(present)
+    kind = next(iter(kinds), None) or next((_KIND_OF[name] for name in found), None) or names.kind()
+    if kind is None:
+        if not present:
+            return {}
+        ways = "; or ".join(", ".join(map(_option, fields_)) for fields_ in _FIELDS.values())
+        raise DataError([f"{source}: its columns are {_listed(present)}, and none is obvious; give {ways}"])
+    found = {name: column for name, column in found.items() if _KIND_OF[name] == kind}
+    wanted = ("messages",) if kind == "generation" and names.of("messages") else _FIELDS[kind]
+    for name in wanted:
+        if name not in found and (column := names.of(name, taken=found.values())) is not None:
+            found[name] = column
+    return {name: column for name, column in found.items() if column != name}
+
+
+def said_of(found: Mapping[str, str], given: Collection[str]) -> str | None:
+    """The line that says which columns were guessed; None where none was."""
+    guessed = {name: column for name, column in found.items() if name not in given}
+    if not guessed:
+        return None
+    taken = ", ".join(f"{name} is column {column!r}" for name, column in guessed.items())
+    return f"{taken} ({', '.join(map(_option, guessed))} to choose otherwise)"
+
+
+def missing_hint(name: str, present: Sequence[str]) -> str:
+    """What to add to the message that a field is missing."""
+    return f"; its columns are {_listed(present)}: name one with {_option(name)}"
+
+
+def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
+    """A row as a record: fields from their columns, choices from lists, JSON or columns, answers as an index, numbers
+    and booleans as labels as text; null is missing.
+    """
+    moved = {name: row[column] for name, column in columns.items() if column in row}
+    kind = _KIND_OF[next(iter(columns))] if columns else None
+    rest = {
+        name: value
+        for name, value in row.items()
+        if name not in columns.values() and not (kind and name in _DECIDING and _KIND_OF[name] != kind)
+    }
+    record = {name: value for name, value in (rest | moved).items() if not _is_missing(name, value)}
+    flat = sorted((name for name in record if _CHOICE.fullmatch(name)), key=lambda name: int(name[7:]))
+    if flat and "choices" not in record:
+        texts = [record.pop(name) for name in flat]
+        record["choices"] = [text for text in texts if text != ""]
+    elif isinstance(record.get("choices"), str):
+        with suppress(ValueError):  # reported with its value by the check that follows
+            record["choices"] = json.loads(record["choices"])
+    record, names = _named_choices(record)
+    if "answer" in record:
+        record["answer"] = _index(record["answer"], record.get("choices"), names)
+    if isinstance(label := record.get("label"), (bool, int, float)):
+        whole = isinstance(label, float) and label.is_integer()
+        record["label"] = json.dumps(int(label) if whole else label)
+    return record
+
+
+class _Names:
+    """The columns that are there, looked up as people mean them: case, spaces, hyphens and a BOM apart."""
+
+    def __init__(self, present: Sequence[str]) -> None:
+        self._present = present
+        self._by_name: dict[str, list[str]] = {}
+        for column in present:
+            self._by_name.setdefault(_normal(column), []).append(column)
+
+    def of(self, name: str, taken: Collection[str] = ()) -> str | None:
+        """The only column that obviously holds a field; the field's own name goes before others."""
+        if name in self._present:
+            return name
+        for names in ((_normal(name),), *self._pair(name), _OBVIOUS.get(name, ())):
+            columns = [column for other in names for column in self._by_name.get(other, ()) if column not in taken]
+            if columns:
+                return columns[0] if len(columns) == 1 else None
+        return None
+
+    def _pair(self, name: str) -> list[tuple[str]]:
+        """The first or the second name of a pair that is there."""
+        if name not in ("text", "text_pair") or "text" in self._by_name:
+            return []
+        place = ("text", "text_pair").index(name)
+        return [(pair[place],) for pair in _PAIRS if all(one in self._by_name for one in pair)]
+
+    def kind(self) -> str | None:
+        """The kind of records that columns of these names hold; None where that isn't obvious."""
+        own = record_kind(dict.fromkeys(self._present))
+        with_choices = self.of("choices") or any(_CHOICE.fullmatch(column) for column in self._present)
+        if own not in (None, "choice") or (own and with_choices):
+            return own
+        if self.of("question") and with_choices:
+            return "choice"
+        if own is None and (self.of("messages") or self.of("prompt")):
+            return "generation"
+        if self.of("text") and (own is None or self.of("label")):
+            return "classification"
+        return own
+
+
+def _normal(column: str) -> str:
+    return re.sub(r"[\s_\-\ufeff]+", "", column).casefold()
+
+
+def _the_given(source: str, name: str, column: str, present: Sequence[str]) -> str:
+    same = [other for other in present if _normal(other) == _normal(column)]
+    if column in present or len(same) == 1:
+        return column if column in present else same[0]
+    raise DataError([f"{source}: {_option(name)} {column!r}: there is no such column; it has {_listed(present)}"])
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}-column"
+
+
+def _listed(columns: Sequence[str]) -> str:
+    shown = [repr(column) if column != column.strip() or not column else column for column in columns[:20]]
+    return ", ".join(shown) + (f" and {len(columns) - 20} more" if len(columns) > 20 else "")
+
+
+def _is_missing(name: str, value: Any) -> bool:
+    """Null, and where an answer of any kind should be also an empty cell or the NaN that pandas writes for one."""
+    return value is None or (name in ("label", "answer", "response") and (value == "" or value != value))
+
+
+def _named_choices(record: Record) -> tuple[Record, list[str]]:
+    """Choices as ARC has them, ``{"text": […], "label": […]}`` or a list of ``{"text", "label"}``: texts and labels."""
+    choices = record.get("choices")
+    if isinstance(choices, Mapping) and isinstance(choices.get("text"), list):
+        texts, names = choices["text"], choices.get("label")
+    elif isinstance(choices, list) and choices and all(isinstance(c, Mapping) and "text" in c for c in choices):
+        texts, names = [c["text"] for c in choices], [c.get("label") for c in choices]
+    else:
+        return record, []
+    names = [str(name) for name in names] if isinstance(names, list) and len(names) == len(texts) else []
+    return {**record, "choices": list(texts)}, names
+
+
+def _index(answer: Any, choices: Any, names: Sequence[str]) -> Any:
+    """An answer as an index, where it is one choice's label, or can be meant as one choice only: as an index written as
+    text, as a letter, or as the choice's text.
+    """
+    if not isinstance(choices, list):
+        return answer
+    if not isinstance(answer, bool) and names.count(str(answer)) == 1:
+        return names.index(str(answer))
+    if isinstance(answer, float) and answer.is_integer():
+        return int(answer)
+    if not isinstance(answer, str):
+        return answer
+    meant = {i for i, choice in enumerate(choices) if isinstance(choice, str) and choice.strip() == answer.strip()}
+    letter = answer.strip().upper()
+    # ASCII, because "²" is a digit too, of which int() makes nothing
+    if letter.isascii() and letter.isdigit() and len(letter) < 10:
+        meant |= {int(letter)} if int(letter) < len(choices) or not meant else set()
+    elif len(letter) == 1 and 0 <= (index := ascii_uppercase.find(letter)) < len(choices):
+        meant.add(index)
+    return meant.pop() if len(meant) == 1 else answer

@@ -1,0 +1,324 @@
+"""The rows of files, folders and names of every form, one after the other, each with its place."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import sys
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from shutil import copyfileobj
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
+
+from .exports import label_studio_row, rasa_rows
+from .records import DataError, Place, Record
+from .sets import PAPER_SETS, read_paper_set, support_desk
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet", ".yml", ".yaml")
+_PARQUET_ROWS, _BUFFER = 1024, 2**20  # rows and bytes at a time, so that a row group need not fit into memory
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_NOT_IN_CP1252 = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")
+Row = Record | str
+"""A row as it was read, or why it can't be."""
+Say = Callable[[str], None]
+
+
+def rows_of(source: str, say: Say) -> Iterator[tuple[Place, Row]]:
+    """Each row with its place; what had to be assumed of a file is said.
+
+    Raises:
+        DataError: there is no such source, or it can't be read.
+    """
+    path = Path(source)
+    name, _, split = source.partition(":")
+    if source == "-":
+        # Bytes, because a terminal's encoding need not be UTF-8.
+        yield from _json_lines("standard input", sys.stdin.buffer)
+    elif name == "support_desk":
+        yield from _numbered(source, support_desk(split or "train"))
+    elif name in PAPER_SETS or (name.startswith("mmlu/") and not path.exists()):
+        yield from _numbered(source, read_paper_set(name, split or "train"))
+    elif path.is_dir():
+        yield from _numbered(source, _dataset_rows(path))
+    elif not path.is_file():
+        known = ", ".join(["support_desk", *PAPER_SETS, "mmlu/<subject>"])
+        raise DataError([f"data {source!r}: no such file or folder, and not one of {known}"])
+    else:
+        yield from _file_rows(path, say)
+
+
+def _file_rows(path: Path, say: Say) -> Iterator[tuple[Place, Row]]:
+    source = str(path)
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if suffix == ".jsonl":
+        yield from _json_lines(source, _lines(path, say))
+    elif suffix == ".json":
+        yield from _numbered(source, _json_rows(path, say), "item")
+    elif suffix in (".csv", ".tsv"):
+        yield from _table_rows(path, suffix, say)
+    elif suffix in (".yml", ".yaml"):
+        yield from _numbered(source, rasa_rows(source, "".join(_lines(path, say))), "example")
+    elif suffix == ".xlsx":
+        yield from _sheet_rows(path, say)
+    elif suffix == ".parquet":
+        yield from _numbered(source, _parquet_rows(path))
+    else:
+        raise DataError([f"data {source!r}: the ending {path.suffix!r} is not one of {', '.join(SUFFIXES)}"])
+
+
+def _numbered(source: str, rows: Iterable[Row], what: str = "row") -> Iterator[tuple[Place, Row]]:
+    return (((f"{source}: {what} ", number), row) for number, row in enumerate(rows, start=1))
+
+
+def _json_lines(source: str, lines: Iterable[str | bytes]) -> Iterator[tuple[Place, Row]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield (f"{source}:", number), _json_row(line)
+
+
+def _json_row(line: str | bytes) -> Row:
+    try:
+        row = json.loads(line if isinstance(line, str) else line.removeprefix(BOM_UTF8).decode())
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}"
+    except json.JSONDecodeError as error:
+        return f"not valid JSON: {error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists
+        return f"not valid JSON: {error}"
+    return _object(row)
+
+
+def _json_rows(path: Path, say: Say) -> Iterator[Row]:
+    try:
+        content = json.loads("".join(_lines(path, say)))
+    except json.JSONDecodeError as error:
+        lines = "; name a file of JSON lines .jsonl" if error.msg == "Extra data" else ""
+        raise DataError([f"{path}:{error.lineno}: not valid JSON: {error.msg}{lines}"]) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError([f"{path}: not valid JSON: {error}"]) from error
+    return (label_studio_row(row) if isinstance(row, dict) else _object(row) for row in _list_in(path, content, say))
+
+
+def _list_in(path: Path, content: Any, say: Say) -> Sequence[Any]:
+    """The list itself; the only list of objects in an object; or the rows of columns, as pandas writes them."""
+    if isinstance(content, list):
+        return content
+    if not isinstance(content, dict):
+        raise DataError([f"{path}: must hold a list of objects, got {type(content).__name__}"])
+    columns = [*content.values()]
+    if columns and all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
+        return [{name: column[key] for name, column in content.items()} for key in columns[0]]
+    lists = [name for name, value in content.items() if isinstance(value, list) and _all_objects(value)]
+    if len(lists) != 1:
+        found = f"several: {', '.join(lists)}" if lists else f"it has {', '.join(content) or 'nothing'}"
+        raise DataError([f"{path}: must hold a list of objects, or an object with exactly one such list; {found}"])
+    say(f"{path}: the records are those of {lists[0]!r}")
+    return content[lists[0]]
+
+
+def _all_objects(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, dict) for value in values)
+
+
+def _object(row: Any) -> Row:
+    return row if isinstance(row, dict) else f"{row!r} is not a JSON object"
+
+
+def _table_rows(path: Path, suffix: str, say: Say) -> Iterator[tuple[Place, Row]]:
+    delimiter = "\t" if suffix == ".tsv" else _delimiter(path, say)
+    reader = csv.DictReader(_lines(path, say), delimiter=delimiter)
+    blank = 0
+    try:
+        for row in reader:
+            if _is_blank(row.values()):
+                blank += 1
+                continue
+            surplus = row.pop(None, None)  # where DictReader puts cells without a name
+            problem = f"more cells than the header has columns: {surplus!r}; quote cells that hold {delimiter!r}"
+            yield (f"{path}:", reader.line_num), problem if surplus else row
+    except csv.Error as error:
+        raise DataError([f"{path}:{reader.line_num}: not a table: {error}"]) from error
+    _say_blank(path, blank, say)
+
+
+def _is_blank(cells: Iterable[Any]) -> bool:
+    return all(cell is None or (isinstance(cell, str) and not cell.strip()) for cell in cells)
+
+
+def _say_blank(path: Path, blank: int, say: Say) -> None:
+    if blank:
+        say(f"{path}: left out {blank} blank row{'' if blank == 1 else 's'}")
+
+
+def _delimiter(path: Path, say: Say) -> str:
+    """What separates most columns of the header; a comma where none does."""
+    header = next(_lines(path, lambda _: None), "")
+    counts = {delimiter: len(next(csv.reader([header], delimiter=delimiter), [])) for delimiter in _DELIMITERS}
+    found = max(counts, key=counts.__getitem__)
+    if found != ",":
+        say(f"{path}: read as cells between {_DELIMITERS[found]}")
+    return found
+
+
+def _sheet_rows(path: Path, say: Say) -> Iterator[tuple[Place, Row]]:
+    """The rows of a workbook's first sheet, below its first row that isn't blank; numbers as texts."""
+    try:
+        from openpyxl import load_workbook
+    except ImportError as error:
+        raise DataError([f"{path}: .xlsx needs openpyxl: pip install 'bloblora[xlsx]', or save it as .csv"]) from error
+    with _seekable(path) as file:
+        try:
+            book = load_workbook(file, read_only=True, data_only=True)
+        except Exception as error:  # of zipfile, of XML, and its own
+            raise DataError([f"{path}: not readable as .xlsx: {error}"]) from error
+        sheet = book.worksheets[0]
+        if len(book.worksheets) > 1:
+            others = ", ".join(other.title for other in book.worksheets[1:])
+            say(f"{path}: read the first sheet, {sheet.title}; not {others}")
+        header, blank = None, 0
+        for number, cells in enumerate(sheet.iter_rows(values_only=True), start=1):
+            if _is_blank(cells):
+                blank += header is not None
+            elif header is None:
+                header = ["" if cell is None else str(cell) for cell in cells]
+            else:
+                row = {name: _cell(cell) for name, cell in zip(header, cells, strict=False) if name}
+                yield (f"{path}: row ", number), row
+        _say_blank(path, blank, say)
+
+
+def _cell(value: Any) -> str | None:
+    if isinstance(value, bool) or value is None:
+        return None if value is None else str(value).lower()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _lines(path: Path, say: Say) -> Iterator[str]:
+    """Lines of a text file in whatever encoding it is; one that isn't UTF-8 is said."""
+    encoding = _encoding(path)
+    if encoding != "utf-8-sig":
+        say(f"{path}: not UTF-8, read as {encoding}")
+    with _bytes(path) as file:
+        try:
+            yield from TextIOWrapper(file, encoding=encoding, newline="")
+        except UnicodeDecodeError as error:
+            raise DataError([f"{path}: not readable as {encoding}: {error.reason}"]) from error
+
+
+def _encoding(path: Path) -> str:
+    """By the file's first bytes; or the whole file is UTF-8; or each byte is a letter, of Windows' set or latin-1.
+
+    Raises:
+        DataError: most of what isn't ASCII is UTF-8, but not all of it; the message names the first line.
+    """
+    with _bytes(path) as file:
+        start = file.read(4096)
+        if start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            return "utf-16"
+        # without a BOM: of ASCII letters every other byte is 0
+        for place, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
+            if len(start) > 1 and start[place::2].count(0) > 0.4 * len(start[place::2]):
+                return encoding
+        decoder, chunk, lines, plain = getincrementaldecoder("utf-8")(), start, 1, True
+        try:
+            while chunk:
+                text = decoder.decode(chunk)
+                lines, plain = lines + text.count("\n"), plain and text.isascii()
+                chunk = file.read(_BUFFER)
+            decoder.decode(b"", final=True)
+            return "utf-8-sig"
+        except UnicodeDecodeError as error:
+            if not plain or _mostly_utf8(error.object):
+                lines, byte = lines + error.object[: error.start].count(b"\n"), error.object[error.start]
+                raise DataError([f"{path}:{lines}: not UTF-8: byte 0x{byte:02x}"]) from error
+            rest = error.object
+        while rest:
+            if _NOT_IN_CP1252.search(rest):
+                return "latin-1"
+            rest = file.read(_BUFFER)
+        return "cp1252"
+
+
+def _mostly_utf8(content: bytes) -> bool:
+    letters = [letter for letter in content.decode(errors="replace") if not letter.isascii()]
+    return letters.count("\ufffd") < len(letters) / 2
+
+
+@contextmanager
+def _bytes(path: Path) -> Iterator[BinaryIO]:
+    """A file as bytes, unpacked where it ends in .gz."""
+    if path.suffix.lower() != ".gz":
+        with path.open("rb") as file:
+            yield file
+        return
+    try:
+        with gzip.open(path) as unpacked:
+            yield unpacked  # type: ignore[misc]  # it reads as a BinaryIO does
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise DataError([f"{path}: not readable as gzip: {error}"]) from error
+
+
+@contextmanager
+def _seekable(path: Path) -> Iterator[BinaryIO]:
+    """The same, for a form whose index stands at its end."""
+    with _bytes(path) as file:
+        if path.suffix.lower() != ".gz":
+            yield file
+            return
+        with TemporaryFile() as copy:
+            copyfileobj(file, copy)
+            copy.seek(0)
+            yield copy  # it reads as a BinaryIO does
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    # Not through `datasets`, which would copy the file into its cache first.
+    from pyarrow import ArrowException, parquet
+
+    with _seekable(path) as unpacked:
+        try:
+            with parquet.ParquetFile(unpacked, buffer_size=_BUFFER) as file:
+                names = _class_names(file.schema_arrow)
+                for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                    yield from (_with_names(row, names) for row in batch.to_pylist())
+        except (ArrowException, OSError) as error:
+            raise DataError([f"{path}: not readable as Parquet: {error}"]) from error
+
+
+def _dataset_rows(path: Path) -> Iterator[Row]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        rows = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError([f"{path}: not a folder that `datasets` saved: {error}"]) from error
+    if isinstance(rows, DatasetDict):
+        raise DataError([f"{path}: has several splits; give one of {', '.join(str(path / name) for name in rows)}"])
+    names = _class_names(rows.features.arrow_schema)
+    return (_with_names(row, names) for row in rows)
+
+
+def _class_names(schema: Any) -> dict[str, list[str]]:
+    """The names of the classes of each column of `datasets.ClassLabel`, which a file keeps in its metadata."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    features = json.loads(schema.metadata[b"huggingface"]).get("info", {}).get("features") or {}
+    return {
+        name: feature["names"]
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+    }
+
+
+def _with_names(row: Record, names: Mapping[str, list[str]]) -> Record:
+    """A row with its classes by name; -1, which stands for none, is missing."""
+    if not names:
+        return row
+    classes = {name: row[name] for name in names if isinstance(row.get(name), int)}
+    return row | {name: names[name][i] if 0 <= i < len(names[name]) else None for name, i in classes.items()}

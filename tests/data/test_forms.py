@@ -1,0 +1,300 @@
+"""Files as people have them: other encodings, separators, exports and columns give the records that they mean."""
+
+import gzip
+import json
+import logging
+
+import openpyxl
+import pandas as pd
+import pyarrow as pa
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from pyarrow import parquet
+
+from bloblora.data import DataError, Reader, ReadingOptions, read_batches, read_records
+
+RECORDS = [{"text": "wo ist mein päckchen?", "label": "parcel"}, {"text": "geld zurück", "label": "refund"}]
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """What is logged, as a list that grows."""
+    messages = []
+    caplog.set_level(logging.INFO, logger="bloblora")
+    monkeypatch.setattr(caplog.handler, "emit", lambda record: messages.append(record.getMessage()))
+    return messages
+
+
+def table(separator):
+    rows = [RECORDS[0].keys(), *(record.values() for record in RECORDS)]
+    return "".join(f"{separator.join(row)}\n" for row in rows)
+
+
+def write(file, content):
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return file
+
+
+@pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_a_csv_without_commas(separator, name, tmp_path, said):
+    file = write(tmp_path / "data.csv", table(separator))
+    assert read_records(file) == RECORDS
+    assert said == [f"{file}: read as cells between {name}"]
+
+
+def test_a_csv_with_commas_and_utf8_says_nothing(tmp_path, said):
+    assert read_records(write(tmp_path / "data.csv", b"\xef\xbb\xbf" + table(",").encode())) == RECORDS
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"),
+    [("latin-1", "cp1252"), ("cp1252", "cp1252"), ("utf-16", "utf-16"), ("utf-16-le", "utf-16-le")],
+)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json"])
+def test_an_encoding_is_said(encoding, name, suffix, tmp_path, said):
+    lines = [json.dumps(record, ensure_ascii=False) for record in RECORDS]
+    text = {"csv": table(","), "jsonl": "\n".join(lines), "json": f"[{','.join(lines)}]"}[suffix]
+    file = write(tmp_path / f"data.{suffix}", text.encode(encoding))
+    assert read_records(file) == RECORDS
+    assert said == [f"{file}: not UTF-8, read as {name}"]
+
+
+def test_bytes_that_windows_does_not_know(tmp_path, said):
+    file = write(tmp_path / "data.csv", b"text,label\n\x81\xe4,a\n")
+    assert read_records(file) == [{"text": "\x81ä", "label": "a"}]
+    assert said == [f"{file}: not UTF-8, read as latin-1"]
+
+
+def test_gz_of_each(tmp_path):
+    parquet.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "data.parquet")
+    contents = {
+        "csv": table(",").encode("utf-16"),
+        "tsv": table("\t").encode(),
+        "jsonl": b"\n".join(json.dumps(record).encode() for record in RECORDS),
+        "json": json.dumps(RECORDS).encode(),
+        "parquet": (tmp_path / "data.parquet").read_bytes(),
+    }
+    for suffix, content in contents.items():
+        file = write(tmp_path / f"packed.{suffix}.gz", gzip.compress(content))
+        assert read_records(file) == RECORDS, suffix
+
+
+def test_xlsx(tmp_path, said):
+    book = openpyxl.Workbook()
+    book.active.title = "Queries"
+    for row in (["Text", "Label", None], ["a", 1, "x"], [None, None, None], [12.0, 2, None], [" ", "", None]):
+        book.active.append(row)
+    book.create_sheet("Notes")
+    book.save(file := tmp_path / "data.xlsx")
+    assert read_records(file) == [{"text": "a", "label": "1"}, {"text": "12", "label": "2"}]
+    assert said == [
+        f"{file}: read the first sheet, Queries; not Notes",
+        f"{file}: text is column 'Text', label is column 'Label' (--text-column, --label-column to choose otherwise)",
+        f"{file}: left out 2 blank rows",
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"data": RECORDS, "version": 1},
+        json.loads(pd.DataFrame(RECORDS).to_json()),
+        json.loads(pd.DataFrame(RECORDS).to_json(orient="index"))["0"] | {"rows": RECORDS},
+    ],
+    ids=["data", "pandas", "one list among values"],
+)
+def test_json_of_other_forms(content, tmp_path):
+    assert read_records(write(tmp_path / "data.json", json.dumps(content))) == RECORDS
+
+
+RASA = """
+version: "3.1"
+nlu:
+- intent: book
+  examples: |
+    - a table in [Berlin](city)
+    - a table for [two]{"entity": "number", "value": 2}
+- intent: greet
+  examples:
+  - text: |
+      hello
+- synonym: two
+  examples: |
+    - 2
+"""
+
+
+def test_rasa(tmp_path):
+    assert read_records(write(tmp_path / "nlu.yml", RASA)) == [
+        {"text": "a table in Berlin", "label": "book"},
+        {"text": "a table for two", "label": "book"},
+        {"text": "hello", "label": "greet"},
+    ]
+
+
+def annotated(number, text, *choices, cancelled=False):
+    result = [{"type": "choices", "from_name": "c", "to_name": "t", "value": {"choices": [*choices]}}]
+    return {"id": number, "data": {"content": text}, "annotations": [{"was_cancelled": cancelled, "result": result}]}
+
+
+def test_label_studio(tmp_path):
+    rows = [annotated(1, "a", "x"), annotated(2, "b", "y"), annotated(3, "c", "y", cancelled=True)]
+    file = write(tmp_path / "export.json", json.dumps(rows))
+    records = [{"id": 1, "label": "x", "text": "a"}, {"id": 2, "label": "y", "text": "b"}, {"id": 3, "text": "c"}]
+    assert read_records(file, require_labels=False) == records
+    assert read_records(file, ReadingOptions(skip_invalid=True)) == records[:2]
+    write(file, json.dumps([annotated(1, "a", "x", "y")]))
+    with pytest.raises(DataError, match="item 1: annotated with several choices: 'x', 'y'; a record has one label"):
+        read_records(file)
+
+
+@pytest.mark.parametrize(
+    ("row", "record"),
+    [
+        ({"query": "a", "intent": "x"}, {"text": "a", "label": "x"}),
+        ({"Sentence": "a", "CLASS": 3}, {"text": "a", "label": "3"}),
+        ({"Text": "a", " label": "x", "content": "b"}, {"text": "a", "label": "x", "content": "b"}),
+        ({"\ufeffutterance": "a", "category": "x"}, {"text": "a", "label": "x"}),
+        ({"question": "a", "intent": "x"}, {"text": "a", "label": "x"}),
+        ({"premise": "a", "hypothesis": "b", "label": "x"}, {"text": "a", "text_pair": "b", "label": "x"}),
+        ({"question1": "a", "question2": "b", "label": 0}, {"text": "a", "text_pair": "b", "label": "0"}),
+        ({"instruction": "a", "output": "b"}, {"prompt": "a", "response": "b"}),
+        (
+            {"Question": "a", "options": ["b", "c"], "Answer": "c"},
+            {"question": "a", "choices": ["b", "c"], "answer": 1},
+        ),
+    ],
+)
+def test_obvious_columns(row, record, tmp_path, said):
+    file = write(tmp_path / "data.jsonl", json.dumps(row))
+    assert read_records(file) == [record]
+    assert len(said) == 1
+    assert said[0].startswith(f"{file}: ")
+    assert "-column" in said[0]
+
+
+def test_what_is_called_as_its_field_is_not_guessed(tmp_path, said):
+    row = {"text": "a", "label": "x", "intent": "y", "query": "b"}
+    assert read_records(write(tmp_path / "data.jsonl", json.dumps(row))) == [row]
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("id,first,second", "its columns are id, first, second, and none is obvious; give --text-column, "),
+        ("query,sentence,label", "its columns are query, sentence, label, and none is obvious; give --text-column, "),
+        (
+            "text,topic,category",
+            "field 'label': missing; each training or evaluation record needs one; its columns are text, topic, "
+            "category: name one with --label-column",
+        ),
+    ],
+)
+def test_columns_that_are_not_obvious_are_one_message(header, message, tmp_path):
+    file = write(tmp_path / "data.csv", f"{header}\n" + "a,b,c\n" * 50)
+    with pytest.raises(DataError) as caught:
+        read_records(file)
+    assert len(caught.value.problems) == 1
+    assert message in str(caught.value)
+
+
+def test_given_columns(tmp_path, said):
+    file = write(tmp_path / "data.csv", "text,query,sentence,tag,question\na,b,c,d,e\n")
+    options = ReadingOptions(text_column="sentence", label_column="tag")
+    assert read_records(file, options) == [{"text": "c", "label": "d", "query": "b"}]
+    assert said == []
+    with pytest.raises(DataError, match="--text-column 'body': there is no such column; it has text, query, sentence"):
+        read_records(file, ReadingOptions(text_column="body"))
+    with pytest.raises(DataError, match="--text-column, --answer-column are of several kinds of records"):
+        read_records(file, ReadingOptions(text_column="text", answer_column="tag"))
+
+
+def test_columns_of_the_run_are_used_where_they_are_there(tmp_path, said):
+    known = {"text": "sentence", "label": "tag"}
+    here = write(tmp_path / "here.csv", "query,sentence,tag\na,b,c\n")
+    there = write(tmp_path / "there.csv", "query,intent\na,b\n")
+    assert read_records(here, known=known) == [{"text": "b", "label": "c", "query": "a"}]
+    assert said == []
+    assert read_records(there, known=known) == [{"text": "a", "label": "b"}]
+    assert len(said) == 1
+    (reader := Reader(there)).__iter__().__next__()
+    assert reader.columns == {"text": "query", "label": "intent"}
+
+
+def test_blank_and_invalid_rows(tmp_path, said):
+    file = write(tmp_path / "data.csv", "text,label\na,x\n,\n ,\nb,\n,y\nc,y\nd,\n")
+    with pytest.raises(DataError) as caught:
+        read_records(file)
+    assert caught.value.problems == [
+        f"{file}:5, 8: field 'label': missing; each training or evaluation record needs one",
+        f"{file}:6: field 'text': '' must be a text that isn't empty",
+    ]
+    said.clear()
+    options = ReadingOptions(skip_invalid=True)
+    right = [{"text": "a", "label": "x"}, {"text": "c", "label": "y"}]
+    assert read_records(file, options) == right
+    assert said[0] == f"{file}: left out 2 blank rows"
+    assert said[1].startswith(f"{file}: left out 3 invalid rows: {file}:5, 8: field 'label': missing")
+    said.clear()
+    assert [*read_batches(file, 1, options)] == [[record] for record in right]
+    assert len(said) == 2
+    with pytest.raises(DataError, match="must be a text"):
+        read_records(write(file, "text,label\n,x\n"), options)
+
+
+@pytest.mark.parametrize("answer", ["1", "b", "B", "Paris", " Paris "])
+def test_answers_as_people_write_them(answer, tmp_path):
+    row = {"question": "q", "choices": ["Rome", "Paris"], "answer": answer}
+    assert read_records(write(tmp_path / "data.jsonl", json.dumps(row)))[0]["answer"] == 1
+
+
+def test_an_answer_that_could_be_two_choices_is_an_error(tmp_path):
+    row = {"question": "1 + 1", "choices": ["1", "2", "3"], "answer": "2"}
+    with pytest.raises(DataError, match=r"'2' is not an index into 3 choices .*letter or the text of exactly one"):
+        read_records(write(tmp_path / "data.jsonl", json.dumps(row)))
+    assert read_records(write(tmp_path / "data.jsonl", json.dumps(row | {"answer": "3"})))[0]["answer"] == 2
+    assert read_records(write(tmp_path / "data.jsonl", json.dumps(row | {"answer": 0})))[0]["answer"] == 0
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"text": ["iron", "light"], "label": ["1", "2"]},
+        [{"text": "iron", "label": "1"}, {"text": "light", "label": "2"}],
+    ],
+)
+def test_choices_as_arc_has_them(choices, tmp_path):
+    row = {"id": "x", "question": "q", "choices": choices, "answerKey": "2"}
+    record = {"id": "x", "question": "q", "choices": ["iron", "light"], "answer": 1}
+    assert read_records(write(tmp_path / "data.jsonl", json.dumps(row))) == [record]
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "data.parquet")
+    assert read_records(tmp_path / "data.parquet") == [record]
+    pd.DataFrame([row | {"choices": json.dumps(choices)}]).to_csv(tmp_path / "data.csv", index=False)
+    assert read_records(tmp_path / "data.csv") == [record]
+
+
+def test_class_labels_keep_their_names(tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    rows = Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
+    rows.save_to_disk(tmp_path / "saved")
+    rows.to_parquet(tmp_path / "saved.parquet")
+    records = [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}, {"text": "c"}]
+    for name in ("saved", "saved.parquet"):
+        assert read_records(tmp_path / name, require_labels=False) == records
+
+
+def test_labels_that_differ_by_space_or_case(tmp_path, said):
+    file = write(tmp_path / "data.csv", "text,label\na,refund\nb, refund\nc,refund \nd,Refund\n")
+    assert [record["label"] for record in read_records(file)] == ["refund", "refund", "refund", "Refund"]
+    assert said == [
+        f"{file}: took white space off 2 labels",
+        f"{file}: labels that differ by case alone are different labels: 'Refund' and 'refund'",
+    ]
+
+
+def test_without_openpyxl_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
+    with pytest.raises(DataError, match=r"needs openpyxl: pip install 'bloblora\[xlsx\]'"):
+        read_records(write(tmp_path / "data.xlsx", b""))
