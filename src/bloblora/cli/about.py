@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging
 
-from .. import models, runs
+from .. import runs
 from ..adapter import find_posterior, library_versions
+from ..files import cache_folder
 from ..methods import METHODS
 from ..runs.config import default_of
 from .run import dumped
@@ -66,7 +67,7 @@ def info(directory: str | None = None, json: bool = False) -> None:
             "python": platform.python_version(),
             "cpus": os.cpu_count(),
             "cuda": torch.cuda.is_available(),
-            "cache": str(models.cache_folder()),
+            "cache": str(cache_folder()),
         }
     else:
         run = runs.load_run(directory)

@@ -10,6 +10,7 @@ from transformers.utils import logging
 from .. import evaluation, runs
 from ..data import support_desk
 from ..prediction import Prediction
+from .following import after_demo
 
 _QUERIES = (
     "where is my parcel, it was due on monday",
@@ -86,6 +87,7 @@ def demo(
     console.print(evaluation.rich_table(rows, title=f"{len(inside)} test queries, {len(outside)} out of scope"))
     console.print(_queries(trained["blob"], samples, seed))
     console.print(f"reliability diagram: {folder / 'reliability.png'}\nmetrics: {folder / 'metrics.json'}")
+    print(f"\n{after_demo(folder / 'blob')}")
 
 
 def _queries(run: runs.Run, samples: int, seed: int) -> Table:

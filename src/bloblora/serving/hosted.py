@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from ..decision import Decision
-from ..files import read_numbers
+from ..files import finite_numbers
 from ..prediction import predict
 from ..runs import PredictionOptions, Run, RunDescription, RunError, load_run, open_run
 from ..runs.decide import open_decision
-from ..runs.evaluate import lines_of
+from ..runs.evaluate import read_metrics
+from ..runs.lines import lines_of
 
 
 def _option(default: Any, help: str) -> Any:
@@ -83,9 +84,9 @@ class Hosted:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The finite numbers in its folder's ``metrics.json``, if there is one; a RunError where it is damaged."""
-        file = self.folder / "metrics.json"
-        return read_numbers(file, RunError) if file.is_file() else {}
+        """The latest finite metrics in its folder's ``metrics.json``, if there are; a RunError where it is damaged."""
+        entries = read_metrics(self.folder)
+        return finite_numbers(entries[-1]["metrics"]) if entries else {}
 
     def encode(self, record: dict[str, Any]) -> dict[str, Any]:
         """A record as its task encodes it; a TaskError where it can't be the task's."""

@@ -15,6 +15,13 @@ import yaml
 from ..runs import RunConfig, RunError
 
 
+_OWN_OPTIONS = {
+    "model": "give `models`, a list, at the top of the file",
+    "seed": "give `seeds`, a list, at the top of the file",
+    "output": "`--output` of the command says where results go",
+}
+
+
 @dataclass(frozen=True)
 class EvalSet:
     """Records to evaluate on.
@@ -214,6 +221,10 @@ def _study(content: Mapping[str, Any], stem: str) -> Study:
             "samples": tuple(sorted(_sequence(content.get("samples", Study.samples), int, "samples"))),
         }
     )
+    for name in ("steps", "max_steps"):
+        sources = [study.train, *study.methods.values(), *(dataset.train for dataset in study.datasets.values())]
+        if study.budgets and any(name in options for options in sources):
+            raise RunError(f"{name}: 'budgets' says how many; leave one of them out")
     if study.baseline not in study.methods:
         raise RunError(f"baseline {study.baseline!r} is not one of the methods {', '.join(study.methods)}")
     if study.samples[0] < 0:
@@ -259,8 +270,12 @@ def _eval_set(value: Any, where: str, labelled: bool = True) -> EvalSet:
 
 
 def _options(value: Any, where: str) -> dict[str, Any]:
-    """Options of `RunConfig.of`, which checks them once a run's are complete."""
-    return dict(_mapping(value, where))
+    """Options of `RunConfig.of`, which checks them once a run's are complete; not those that the study sets itself."""
+    options = dict(_mapping(value, where))
+    for name, instead in _OWN_OPTIONS.items():
+        if name in options:
+            raise RunError(f"{where}: {name!r} is for a single run; {instead}")
+    return options
 
 
 def _check_fields(content: Mapping[str, Any], kind: type, where: str) -> None:
