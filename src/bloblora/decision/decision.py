@@ -47,9 +47,9 @@ class Decision:
     def decide(self, prediction: Prediction) -> Decided:
         """Decide on n inputs, from the probabilities averaged over the draws."""
         return Decided(
-            self.answering and self.answering.answers(prediction.confidence),
-            self.label_sets and self.label_sets.sets(prediction.probabilities),
-            self.scope and self.scope.flags(getattr(prediction, self.scope.score)),
+            None if self.answering is None else self.answering.answers(prediction.confidence),
+            None if self.label_sets is None else self.label_sets.sets(prediction.probabilities),
+            None if self.scope is None else self.scope.flags(getattr(prediction, self.scope.score)),
         )
 
     @property
@@ -71,7 +71,7 @@ class Decision:
             ``outside`` ``detection``.
         """
         decided, targets = self.decide(inside), targets.to(inside.labels.device)
-        result = {}
+        result: dict[str, float] = {}
         if (answers := decided.answers) is not None:
             wrong = answers & (inside.labels != targets)
             result |= {"answered": _share(answers), "selective_risk": int(wrong.sum()) / max(1, int(answers.sum()))}

@@ -193,7 +193,9 @@ def _entries(file: Path) -> list[dict[str, Any]]:
             f"{file}: format_version is {found!r}; this bloblora reads {FORMAT_VERSION}: remove the file, and run "
             "`bloblora calibrate` again"
         )
-    return stored["decisions"]
+    if not isinstance(entries := stored.get("decisions"), list):
+        raise RunError(f"{file}: not what this version of bloblora writes: 'decisions' is missing")
+    return entries
 
 
 def _check_local(description: RunDescription) -> None:

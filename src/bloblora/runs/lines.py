@@ -38,8 +38,8 @@ def lines_of(
 def write_table(lines: Path, table: Path) -> None:
     """JSON lines as a table, .tsv or .csv by its name, whole or not at all.
 
-    Probabilities have a column each: ``probability_LABEL``, or ``probability_0``, … where lines differ in their choices.
-    Other lists and objects are JSON in one cell.
+    Probabilities have a column each: ``probability_LABEL``, or ``probability_0``, … where lines differ in their
+    choices. Other lists and objects are JSON in one cell.
     """
     columns: dict[str, None] = {}
     labels: dict[tuple[str, ...], None] = {}
@@ -47,7 +47,7 @@ def write_table(lines: Path, table: Path) -> None:
         columns |= dict.fromkeys(name for name in line if name != "probabilities")
         if "probabilities" in line:
             labels[tuple(line["probabilities"])] = None
-    named = [*labels][0] if len(labels) == 1 else tuple(map(str, range(max(map(len, labels), default=0))))
+    named = next(iter(labels)) if len(labels) == 1 else tuple(map(str, range(max(map(len, labels), default=0))))
     header = [*columns, *(f"probability_{name}" for name in named)]
     with replacing(table) as partial, partial.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")

@@ -58,18 +58,22 @@ class Averages(Prediction):
 
     @property
     def num_draws(self) -> Tensor:
+        """Draws that were made for each input, (n,)."""
         return self.draws
 
     @property
     def log_probabilities(self) -> Tensor:
+        """log p̄, (n, C)."""
         return self.log_probs[0]
 
     @property
     def expected_entropy(self) -> Tensor:
+        """Aleatoric uncertainty, nats, (n,)."""
         return self.aleatoric
 
     @property
     def mutual_information(self) -> Tensor:
+        """Epistemic uncertainty, nats, (n,); NaN where it is not known."""
         return self.epistemic
 
 
@@ -133,8 +137,8 @@ def read_predictions(
     """Probabilities and right labels of any model's predictions.
 
     A line of a .jsonl file has ``probabilities``, by label or as a list, and ``target``, the right label or its index;
-    lines of `bloblora predict` need only that added. A .csv or .tsv file has a column ``target`` and one for each label,
-    called as the label is, or ``probability_LABEL`` where there are others.
+    lines of `bloblora predict` need only that added. A .csv or .tsv file has a column ``target`` and one for each
+    label, called as the label is, or ``probability_LABEL`` where there are others.
 
     Args:
         file: of the predictions.
@@ -224,11 +228,14 @@ def _read_row(row: Mapping[str, Any], labels: Sequence[str] | None) -> tuple[dic
         raise ValueError(
             f"field 'probabilities': of {', '.join(names) or len(given)}; the run's labels are {', '.join(labels)}"
         )
-    probabilities = [_number(value, "probabilities") for value in (given.values() if names else given)]
+    probabilities = [
+        _number(value, "probabilities") for value in (given.values() if isinstance(given, dict) else given)
+    ]
     if min(probabilities) < 0 or not math.isclose(total := math.fsum(probabilities), 1, abs_tol=1e-3):
         raise ValueError(f"field 'probabilities': {given!r} must be at least 0, with a sum of 1")
     log_probabilities = row.get("log_probabilities") or [math.log(p / total) if p else -math.inf for p in probabilities]
-    scores = {name: _number(row[name], name) for name in ("mutual_information", "expected_entropy") if row.get(name)}
+    there = [name for name in ("mutual_information", "expected_entropy") if row.get(name) not in (None, "")]
+    scores = {name: _number(row[name], name) for name in there}
     counts = {"num_draws": row["num_draws"]} if "num_draws" in row else {}
     target = row.get("target")
     if target in (None, ""):

@@ -14,7 +14,6 @@ import yaml
 
 from ..runs import RunConfig, RunError
 
-
 _OWN_OPTIONS = {
     "model": "give `models`, a list, at the top of the file",
     "seed": "give `seeds`, a list, at the top of the file",
@@ -221,10 +220,6 @@ def _study(content: Mapping[str, Any], stem: str) -> Study:
             "samples": tuple(sorted(_sequence(content.get("samples", Study.samples), int, "samples"))),
         }
     )
-    for name in ("steps", "max_steps"):
-        sources = [study.train, *study.methods.values(), *(dataset.train for dataset in study.datasets.values())]
-        if study.budgets and any(name in options for options in sources):
-            raise RunError(f"{name}: 'budgets' says how many; leave one of them out")
     if study.baseline not in study.methods:
         raise RunError(f"baseline {study.baseline!r} is not one of the methods {', '.join(study.methods)}")
     if study.samples[0] < 0:
