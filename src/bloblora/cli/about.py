@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from transformers.utils import logging
 
@@ -42,9 +42,9 @@ def methods(json: bool = False) -> None:
     if json:
         print(dumped(rows))
         return
-    table = Table("method", "what it is", "options and defaults", show_lines=True)
+    table = Table(Column("method", no_wrap=True), "what it is", "options and defaults", show_lines=True)
     for name, row in rows.items():
-        options = ", ".join(f"{key}={value['default']}" for key, value in row["options"].items())
+        options = ", ".join(f"{key} = {value['default']}" for key, value in row["options"].items())
         table.add_row(Text(name), Text(f"{row['summary']}\n{row['paper']}"), Text(options))
     Console().print(table)
 
