@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from bloblora import tasks
 from bloblora.cli import following
-from bloblora.runs import RunConfig, processes
+from bloblora.runs import RunConfig
+from bloblora.runs.processes import on_cpu, use_device
 from tests.cli.conftest import SETTINGS
 from tests.cli.test_commands import lines
 from tests.cli.test_errors import NOWHERE, fails
@@ -53,7 +55,8 @@ def test_targets_by_their_names_or_all(call, files, tmp_path):
         arguments = ("train", "--data", files.texts, "--model", files.base, "--output", folder, *SETTINGS)
         status, _, err = call(*arguments, "--targets", given)
         assert status == 0, err
-        adapted = {*json.loads((folder / "adapter_config.json").read_text())["target_modules"]}
+        names = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+        adapted = {name.rpartition(".")[2] for name in names}
         if expected is None:
             assert adapted >= {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
         else:
@@ -89,12 +92,12 @@ def test_devices_that_are_none_or_not_here(call, files, command):
 
 def test_a_device_is_the_whole_process(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: 2)
-    processes.use_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    use_device("cuda:1")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
-    processes.use_device("cpu")
-    assert processes.on_cpu()
+    use_device("cpu")
+    assert on_cpu()
 
 
 def test_a_table_is_one(call, run, choice_run, files, tmp_path):
@@ -167,7 +170,8 @@ def test_the_next_step_fits_the_task(data, kind, expected, tmp_path):
     (tmp_path / "test.jsonl").write_text("")
     data, expected = data.format(folder=tmp_path), expected.format(folder=tmp_path)
     config = RunConfig.of(data=data, output="runs/a")
-    assert following.after_training(config, kind(pad_token_id=0)) == f"bloblora {expected}"
+    options = {"labels": ("a", "b")} if kind is tasks.Classification else {}
+    assert following.after_training(config, kind(pad_token_id=0, **options)) == f"bloblora {expected}"
 
 
 def test_a_program_that_the_shell_does_not_find(tmp_path, monkeypatch):

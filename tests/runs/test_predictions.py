@@ -97,7 +97,10 @@ def test_choices_by_index_or_text(tmp_path):
     ("line", "message"),
     [
         ({"label": "card"}, "field 'probabilities': None must be at least 2 numbers"),
-        ({"probabilities": [0.5, 0.2], "target": 0}, r"field .probabilities.: \[0\.5, 0\.2\] must be at least 0, with a sum of 1"),
+        (
+            {"probabilities": [0.5, 0.2], "target": 0},
+            r"field .probabilities.: \[0\.5, 0\.2\] must be at least 0, with a sum of 1",
+        ),
         ({"probabilities": ["half", 0.5], "target": 0}, "field 'probabilities': 'half' must be a number"),
         ({"probabilities": {"a": 0.5, "b": 0.5}}, "field 'target': missing; it is the right label"),
         ({"probabilities": {"a": 0.5, "b": 0.5}, "target": "c"}, "field 'target': 'c' is none of the 2 labels a, b"),
