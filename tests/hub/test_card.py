@@ -28,10 +28,11 @@ def test_the_metadata_is_what_the_hub_reads(folder, trained):
     results = {(r.dataset_name, r.metric_type): (r.metric_value, r.metric_args) for r in data.eval_results}
     count = {"num_samples": 3, "num_examples": 4}
     for metric in ("accuracy", "ece", "nll", "brier"):
-        value, arguments = results[("test", metric)]
+        value, arguments = results[("private queries.jsonl", metric)]
         assert value == pytest.approx(trained.test[metric], abs=1e-4)
         assert arguments == count
-    assert [name for name in results if name[0] != "test"] == [("data of metrics.json", "accuracy")]  # no inf
+    others = [name for name in results if name[0] != "private queries.jsonl"]
+    assert others == [("support_desk:test", "accuracy")]  # no inf
 
 
 def test_the_text_has_each_part(folder, trained):
@@ -47,11 +48,11 @@ def test_the_text_has_each_part(folder, trained):
         f"| SHA-256 of the records | {stored['records_sha256']} |",
         "| r | 2 |",
         "| prior_std | 0.2 |",
-        f"| test, n = 4, N = 3 | {trained.test['accuracy']:.3f} | {trained.test['ece']:.3f}, at floor |",
-        "| N = 0 | 0.250 |",
+        f"| private queries.jsonl, n = 4, N = 3 | {trained.test['accuracy']:.3f} | {trained.test['ece']:.3f}, at",
+        "| support_desk:test, N = 0 | 0.250 |",
         "](reliability-test.png)",
-        "at least 0.5 of the label sets hold the right label",
-        "hold for data like those that they were measured on: test;",
+        "label sets, with N = 3 and seed 0: at least 0.5 of the label sets hold the right label",
+        "hold for data like those that they were measured on: private queries.jsonl, support_desk:test;",
     ):
         assert part in text, part
     assert str(trained.data.parent) not in text
@@ -59,7 +60,7 @@ def test_the_text_has_each_part(folder, trained):
 
 
 def test_what_is_missing_is_left_out(folder):
-    for name in ("metrics.json", "metrics-test.json", "reliability-test.png", "decision.json"):
+    for name in ("metrics.json", "reliability-test.png", "decision.json"):
         (folder / name).unlink()
     card = model_card(folder)
     assert card.data.eval_results is None
@@ -92,8 +93,13 @@ def test_damaged_files(folder):
     with pytest.raises(runs.RunError, match=r"metrics\.json: not readable as JSON"):
         model_card(folder)
     (folder / "metrics.json").unlink()
-    decision = json.loads((folder / "decision.json").read_text()) | {"adapter_sha256": "other"}
-    (folder / "decision.json").write_text(json.dumps(decision))
+    (folder / "metrics.json").write_text('{"accuracy": 0.5}')
+    with pytest.raises(runs.RunError, match=r"metrics\.json: not what `bloblora evaluate` writes"):
+        model_card(folder)
+    (folder / "metrics.json").unlink()
+    stored = json.loads((folder / "decision.json").read_text())
+    stored["decisions"][0]["adapter_sha256"] = "other"
+    (folder / "decision.json").write_text(json.dumps(stored))
     with pytest.raises(runs.RunError, match="is for other predictions"):
         model_card(folder)
 

@@ -130,7 +130,6 @@ def test_what_goes_up(hub, done, trained):
         "adapter_model.safetensors",
         "blob_config.json",
         "decision.json",
-        "metrics-test.json",
         "metrics.json",
         "posterior.safetensors",
         "reliability-test.png",
@@ -140,9 +139,11 @@ def test_what_goes_up(hub, done, trained):
     for name, content in files.items():
         assert str(trained.data.parent).encode() not in content, name
         assert b"where is my parcel" not in content, name
-    for name in ("adapter_model.safetensors", "posterior.safetensors", "task.json", "metrics-test.json"):
+    for name in ("adapter_model.safetensors", "posterior.safetensors", "task.json"):
         assert files[name] == (trained.folder / name).read_bytes()
     assert json.loads(files["run.json"])["config"]["data"] == "private queries.jsonl"
+    sources = [entry["data"] for entry in json.loads(files["metrics.json"])["evaluations"]]
+    assert sources == ["private queries.jsonl", "support_desk:test"]
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "tiny"
     assert "hub:user/desk" in files["README.md"].decode()
 

@@ -65,7 +65,8 @@ def url(folders, tmp_path_factory):
     bins = reliability(run.predict(queries(), 3).probabilities, targets_of(run.task, queries()))
     reliability_diagram({"desk": bins}, folder / "desk" / "reliability.png")
     metrics = {"accuracy": 0.75, "ece": 0.125, "num_examples": 4, "nll": float("inf")}
-    (folder / "desk" / "metrics.json").write_text(json.dumps(metrics))
+    evaluations = [{"data": "queries.jsonl", "metrics": {"accuracy": 0}}, {"data": "test", "metrics": metrics}]
+    (folder / "desk" / "metrics.json").write_text(json.dumps({"evaluations": evaluations}))
     with serving(hosted, keys=["the-key"]) as client:
         yield str(client.base_url)
 

@@ -1,17 +1,23 @@
 """The command line: its options are derived from functions and dataclasses; it parses, calls, prints."""
 
 import ast
+import hashlib
+import io
+import json
 import logging
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any, NoReturn
+
+from ..files import cache_folder, write_text
 
 _DESCRIPTION = """usage: bloblora COMMAND [options]
 
@@ -44,6 +50,7 @@ COMMANDS: Mapping[str, str] = {
 }
 """The commands, and the modules of this package that hold their functions."""
 
+_SOURCES = (".py", ".yaml")
 _RESUMABLE = ("train", "demo", "compare", "tune")
 
 
@@ -57,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"bloblora {version('bloblora')}")
         elif command not in COMMANDS:
             fail("", f"a command must be one of {', '.join(COMMANDS)}, got {command!r}; see bloblora --help")
+        elif {"-h", "--help", "--help-all"} & {*rest}:
+            _show_help(command, rest)
         else:
             _run(command, rest)
         sys.stdout.flush()
@@ -85,6 +94,41 @@ def _run(command: str, arguments: Sequence[str]) -> None:
 
         function = getattr(import_module(f".{COMMANDS[command]}", __name__), command)
         function(**parsed(command, function, arguments))
+
+
+def _show_help(command: str, arguments: Sequence[str]) -> None:
+    """Print the options of a command, from the cache where the same was asked before.
+
+    The options of a training are those of PEFT and Transformers too, whose imports take seconds.
+    """
+    file = _kept_help(command, arguments)
+    if file is not None and file.is_file():
+        print(file.read_text(encoding="utf-8"), end="")
+        return
+    shown = io.StringIO()
+    try:
+        with redirect_stdout(shown):
+            _run(command, arguments)
+    except SystemExit as end:
+        if file is not None and not end.code:
+            with suppress(OSError):  # a folder that can't be written costs time alone
+                write_text(file, shown.getvalue())
+        raise
+    finally:
+        print(shown.getvalue(), end="")
+
+
+def _kept_help(command: str, arguments: Sequence[str]) -> Path | None:
+    """Where the help for these arguments is kept; None where more decides it: a file, or methods of other packages."""
+    if any(argument.startswith("--config") for argument in arguments):
+        return None
+    if any(group.startswith("bloblora.") for group in entry_points().groups):
+        return None
+    changed = [file.stat().st_mtime_ns for file in Path(__file__).parents[1].rglob("*") if file.suffix in _SOURCES]
+    versions = [version(name) for name in ("bloblora", "peft", "transformers", "jsonargparse")]
+    columns = shutil.get_terminal_size().columns
+    key = json.dumps([command, *arguments, columns, sys.version, versions, len(changed), max(changed)])
+    return cache_folder() / "help" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.txt"
 
 
 def _help() -> str:

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from transformers.utils import logging
 
-from .. import models, runs
+from .. import runs
 from ..adapter import find_posterior, library_versions
+from ..files import cache_folder
 from ..methods import METHODS
 from ..runs.config import default_of
 from .run import dumped
@@ -41,9 +42,9 @@ def methods(json: bool = False) -> None:
     if json:
         print(dumped(rows))
         return
-    table = Table("method", "what it is", "options and defaults", show_lines=True)
+    table = Table(Column("method", no_wrap=True), "what it is", "options and defaults", show_lines=True)
     for name, row in rows.items():
-        options = ", ".join(f"{key}={value['default']}" for key, value in row["options"].items())
+        options = ", ".join(f"{key} = {value['default']}" for key, value in row["options"].items())
         table.add_row(Text(name), Text(f"{row['summary']}\n{row['paper']}"), Text(options))
     Console().print(table)
 
@@ -66,7 +67,7 @@ def info(directory: str | None = None, json: bool = False) -> None:
             "python": platform.python_version(),
             "cpus": os.cpu_count(),
             "cuda": torch.cuda.is_available(),
-            "cache": str(models.cache_folder()),
+            "cache": str(cache_folder()),
         }
     else:
         run = runs.load_run(directory)

@@ -10,6 +10,8 @@ from transformers.utils import logging
 from .. import evaluation, runs
 from ..data import support_desk
 from ..prediction import Prediction
+from ..runs.evaluate import save_metrics
+from .following import after_demo
 
 _QUERIES = (
     "where is my parcel, it was due on monday",
@@ -83,11 +85,16 @@ def demo(
         targets = runs.targets_of(run.task, inside)
         rows[name] = evaluation.summary(predictions[0], targets, predictions[1])
         diagrams[name] = evaluation.reliability(predictions[0].probabilities, targets)
+        if limit is None:
+            options = runs.PredictionOptions(samples=num_samples, seed=seed)
+            description = runs.open_run(configs[method].output)
+            save_metrics(description, rows[name], options, "support_desk:test", "support_desk:out_of_scope")
     runs.write_json(folder / "metrics.json", rows)
     evaluation.reliability_diagram(diagrams, folder / "reliability.png")
     console.print(evaluation.rich_table(rows, title=f"{len(inside)} test queries, {len(outside)} out of scope"))
     console.print(_queries(trained["blob"], samples, seed))
     console.print(f"reliability diagram: {folder / 'reliability.png'}\nmetrics: {folder / 'metrics.json'}")
+    print(f"\n{after_demo(folder / 'blob')}")
 
 
 def _queries(run: runs.Run, samples: int, seed: int) -> Table:

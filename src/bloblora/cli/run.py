@@ -21,10 +21,15 @@ from ..decision.conformal import Kind, Score
 from ..files import replacing
 from ..runs import PredictionOptions, RunConfig, RunDescription, RunError, open_run
 from ..runs.checks import check_generates
-from ..runs.decide import DECISION_FILE, open_decision
+from ..runs.decide import DECISION_FILE, calibrate_on, open_decision, write_decisions
 from ..runs.decide import calibrate as calibrate_run
+from ..runs.evaluate import METRICS_FILE, save_metrics
+from ..runs.lines import write_table
 from ..runs.outcome import log
+from ..runs.predictions import check_made_by, read_predictions
+from ..runs.processes import use_device
 from ..training import PosteriorHistograms
+from .following import after_calibration, after_training
 
 
 def dumped(content: Any) -> str:
@@ -32,7 +37,7 @@ def dumped(content: Any) -> str:
     return jsonlib.dumps(content, indent=2, ensure_ascii=False)
 
 
-def train(config: RunConfig, json: bool = False, tensorboard: str | None = None) -> None:
+def train(config: RunConfig, json: bool = False, tensorboard: str | None = None, device: str | None = None) -> None:
     """Fine-tune a base model on labelled data, as a Bayesian LoRA or a plain one.
 
     A record of the data is a text to classify, a question with choices, or a prompt with a response; a file holds one
@@ -58,8 +63,10 @@ def train(config: RunConfig, json: bool = False, tensorboard: str | None = None)
         config: of the run.
         json: print JSON.
         tensorboard: folder for TensorBoard: the losses, and histograms of the posterior's Ω, M and |M|/Ω.
+        device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
     """
     logging.disable_progress_bar()
+    use_device(device)
     run = runs.train(config, callbacks=_histograms(tensorboard) if tensorboard else ())
     if not runs.processes().is_main_process:
         return
@@ -79,15 +86,15 @@ def train(config: RunConfig, json: bool = False, tensorboard: str | None = None)
     for num_samples, values in run.training.get("held_out", {}).get("by_num_samples", {}).items():
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         print(f"held out, {'mean weights' if num_samples == '0' else f'N = {num_samples}'}: {shown}")
-    following, option = ("generate", "input") if run.task.kind == "generation" else ("evaluate", "data")
-    print(f"saved to {config.output}; next: bloblora {following} {config.output} --{option} FILE")
+    print(f"saved to {config.output}; next: {after_training(config, run.task)}")
 
 
 def calibrate(
-    directory: str,
-    data: str,
     options: PredictionOptions,
     reading: ReadingOptions,
+    directory: str | None = None,
+    data: str | None = None,
+    predictions: str | None = None,
     ood: str | None = None,
     risk: float = 0.05,
     confidence: float = 0.95,
@@ -95,7 +102,9 @@ def calibrate(
     label_sets: Kind = "lac",
     false_alarm: float = 0.05,
     score: Score = "predictive_entropy",
+    output: str | None = None,
     json: bool = False,
+    device: str | None = None,
 ) -> None:
     """Choose from held-out labelled data when to answer, which labels to name, and what to call out of scope.
 
@@ -103,53 +112,94 @@ def calibrate(
       answer or abstain   at most --risk errors among the answers, with probability --confidence
       label set           at least --coverage of the sets hold the right label
       out of scope        at most --false-alarm of inputs in scope are flagged
-    `predict` and `evaluate` use them from then on, with the same --samples, --seed and --approximate. Where the
-    data can't carry a promise, that is an error, and nothing is saved. Data that the run was trained on make the
-    promises worthless.
+    `predict` and `evaluate` use them from then on, with the same --samples, --seed and --approximate; calibrate again
+    with others to have rules for both. A rule that the data can't carry is left out, and the message says why; where
+    they carry none, that is an error. The predictions are kept in the run's folder, so that other promises on the same
+    data need no model. Data that the run was trained on make the promises worthless.
+
+    --predictions FILE takes probabilities made elsewhere, by this run or any other model: JSON lines with
+    `probabilities` (by label, or a list) and `target` (the right label, or its index), such as lines of `predict` with
+    that added; or a .csv with a column for each label and `target`. With --data the right labels are those of its
+    records, in the same order.
 
     Examples:
       bloblora calibrate runs/desk --data held_out.jsonl --risk 0.1
       bloblora calibrate runs/desk --data support_desk:validation --risk 0.2 --ood support_desk:out_of_scope
+      bloblora calibrate --predictions other_model.csv --risk 0.1 --output decision.json
 
     Args:
-        directory: folder of a run.
+        directory: folder of a run; needed without --predictions.
         data: labelled records in scope, in the forms that `train` takes, used for nothing else.
         options: of the predictions.
         reading: columns of the data; default those of the training data, where they are there.
-        ood: out-of-scope records, labels not needed; adds how many of them are flagged.
+        predictions: what was predicted of records in scope elsewhere.
+        ood: out-of-scope records, labels not needed; adds how many of them are flagged. With --predictions a file of
+            predictions too, whose targets say nothing.
         risk: largest share of errors among the answers.
         confidence: probability that the share is no larger.
         coverage: share of label sets that hold the right label.
         label_sets: `lac` for the smallest sets, `aps` for sets that grow where the model is less sure, `raps` between.
         false_alarm: share of inputs in scope that are flagged as out of it.
         score: what flags them.
-        json: print JSON, what decision.json holds.
+        output: write the rules also to this JSON file.
+        json: print JSON: what the rules are for, their thresholds and promises.
+        device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
     """
     logging.disable_progress_bar()
+    use_device(device)
     runs.check_alone("calibrate")
+    if output is not None:
+        runs.check_writable(output)
     promises = {"risk": risk, "level": confidence, "coverage": coverage, "false_alarm": false_alarm}
-    description = _opened(directory, options)
-    records, outside = _read(description, data, ood, reading)
-    check_promises(len(records), **promises)
-    if _is_training_data(description, data):
-        raise RunError(f"data {data!r}: the run was trained on these; calibrate on records that it has not seen")
-    content = calibrate_run(
-        description,
-        records,
-        outside,
-        options,
-        progress=sys.stdout.isatty() and not json,
-        kind=label_sets,
-        score=score,
-        **promises,
-    )
+    kinds: dict[str, Any] = {"kind": label_sets, "score": score}
+    description = _opened(directory, options) if directory is not None else None
+    if predictions is not None:
+        content = _calibrate_predictions(Path(predictions), description, options, data, ood, **promises, **kinds)
+    elif description is None or data is None:
+        missing = "the folder of a run" if description is None else "--data FILE"
+        raise RunError(f"calibrate needs {missing}, or --predictions FILE; see bloblora calibrate --help")
+    else:
+        records, outside = _read(description, data, ood, reading)
+        check_promises(len(records), **promises)
+        if _is_training_data(description, data):
+            raise RunError(f"data {data!r}: the run was trained on these; calibrate on records that it has not seen")
+        bars = sys.stdout.isatty() and not json
+        content = calibrate_run(description, records, outside, options, progress=bars, **promises, **kinds)
+    if output is not None:
+        write_decisions(Path(output), [content])
     if json:
         print(dumped(content))
         return
     for name, promise in content["promises"].items():
         print(f"{name.replace('_', ' ')}: {promise}")
-    Console().print(_realized(content["decision"], content["realized"], f"{len(records)} calibration records"))
-    print(f"saved to {Path(directory) / DECISION_FILE}; next: bloblora evaluate {directory} --data OTHER_FILE")
+    for name, why in content["decision"].get("refused", {}).items():
+        print(f"{name.replace('_', ' ')}: not promised, and left out: {why}")
+    Console().print(_realized(content["decision"], content["realized"], "on the calibration records"))
+    if directory is not None:
+        print(f"saved to {Path(directory) / DECISION_FILE}; next: {after_calibration(directory)}")
+
+
+def _calibrate_predictions(
+    file: Path,
+    description: RunDescription | None,
+    options: PredictionOptions,
+    data: str | None,
+    ood: str | None,
+    **promises: Any,
+) -> dict[str, Any]:
+    """`calibrate` on predictions that are at hand, of a run or of any other model."""
+    task, right = description.task if description else None, None
+    if data is not None:
+        records = read_records(data)
+        right = [record["answer"] if "answer" in record else record.get("label") for record in records]
+    if description is not None:
+        check_made_by(file, description, options)
+    inside, targets = read_predictions(file, task, options.samples, targets=right)
+    if promises["score"] == "mutual_information" and inside.mutual_information.isnan().any():
+        raise RunError(f"{file}: field 'mutual_information': missing; give it, or take --score predictive_entropy")
+    outside = None if ood is None else read_predictions(Path(ood), task, options.samples, labelled=False)[0]
+    check_promises(len(targets), **{name: value for name, value in promises.items() if name not in ("kind", "score")})
+    return calibrate_on(inside, targets, outside, description, options, **promises)
 
 
 def evaluate(
@@ -163,16 +213,18 @@ def evaluate(
     diagram: str | None = None,
     distances: bool = False,
     json: bool = False,
+    device: str | None = None,
 ) -> None:
     """Measure accuracy and calibration of a run on labelled data.
 
     Prints a table of accuracy, ECE (mean distance of confidence and accuracy), ECE floor (the ECE that a perfectly
     calibrated model would have on the same records; "at floor" where yours is no more than two standard deviations
     above it), CE² (squared calibration error without the bias of few records; around 0, also below it, for a calibrated
-    model), NLL (nats) and Brier score, and writes them to --output as JSON, with num_examples and num_samples. With
-    --ood also the AUROC, how well confidence, predictive entropy and mutual information tell the two data sets apart: 1
-    is perfect, 0.5 is chance; with --distances also how well the Mahalanobis distance of the last hidden state from
-    those of the training records does. Of a calibrated run also the share answered, the selective risk (errors among
+    model), NLL (nats) and Brier score, and writes them to metrics.json in the run's folder, an entry for each data set
+    and number of samples, from which `bloblora card` takes them, and to --output as JSON. With --ood also the AUROC,
+    how well confidence, predictive entropy and mutual information tell the two data sets apart: 1 is perfect, 0.5 is
+    chance; with --distances also how well the Mahalanobis distance of the last hidden state from those of the training
+    records does. Of a calibrated run also the share answered, the selective risk (errors among
     the answers), the coverage and mean size of the label sets, and the rates of false alarms and, with --ood, of
     detection. With --predictions a stop loses little: the same command continues from what is in that file.
 
@@ -186,15 +238,18 @@ def evaluate(
         options: of the predictions.
         reading: columns of the data; default those of the training data, where they are there.
         ood: out-of-scope records, labels not needed; adds the AUROC of telling them from `data`.
-        output: write the metrics to this JSON file.
+        output: write the metrics also to this JSON file.
         predictions: write what `predict` says of each record to this file, 256 at a time; FILE.meta.json beside it says
             of which run, records, samples and seed.
-        diagram: write a reliability diagram (accuracy against confidence) to this PNG.
+        diagram: write a reliability diagram (accuracy against confidence) to this PNG; the card shows those that are
+            called reliability.png or reliability-NAME.png in the run's folder.
         distances: with --ood, also the distances of hidden states; the first time they are fitted on the run's training
             data, and saved in its folder.
         json: print JSON instead of a table.
+        device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
     """
     logging.disable_progress_bar()
+    use_device(device)
     # All that can be wrong is looked at before the base model is loaded.
     runs.check_alone("evaluate")
     if distances and ood is None:
@@ -203,6 +258,8 @@ def evaluate(
         if file is not None:
             runs.check_writable(file)
     description = _opened(directory, options)
+    if output and Path(output).absolute() == (description.folder / METRICS_FILE).absolute():
+        raise RunError(f"output {output!r}: metrics are written there anyway, those of other data too; leave it out")
     records, outside = _read(description, data, ood, reading)
     decision = open_decision(description, options)
     distance = runs.open_distance(description) if distances else None
@@ -226,6 +283,11 @@ def evaluate(
     )
     if output:
         runs.write_json(Path(output), result)
+    if not description.remote:
+        try:
+            save_metrics(description, result, options, data, ood)
+        except OSError as error:  # a folder that others share, for reading
+            print(f"metrics aren't in the run's folder, which can't be written: {error}", file=sys.stderr)
     if json:
         print(dumped(result))
     else:
@@ -236,7 +298,12 @@ def evaluate(
 
 
 def predict(
-    directory: str, input: str, options: PredictionOptions, reading: ReadingOptions, output: str | None = None
+    directory: str,
+    input: str,
+    options: PredictionOptions,
+    reading: ReadingOptions,
+    output: str | None = None,
+    device: str | None = None,
 ) -> None:
     """Write a JSON line for each input: label, probabilities, confidence and uncertainty.
 
@@ -257,9 +324,12 @@ def predict(
             answers them as they come, 256 at a time.
         options: of the predictions.
         reading: columns of the data; default those of the training data, where they are there.
-        output: file to write, which appears when it is complete; default standard output.
+        output: file to write, which appears when it is complete; default standard output. A name that ends in .csv or
+            .tsv makes it a table, with a column probability_LABEL for each label.
+        device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
     """
     logging.disable_progress_bar()
+    use_device(device)
     several = runs.processes().num_processes > 1
     if several and (output is None or input == "-"):
         raise RunError("several processes share an input that is a file, and need --output for their answers")
@@ -268,15 +338,18 @@ def predict(
     description = _opened(directory, options)
     decision = open_decision(description, options)
     run = None
-    with _writing(runs.part_of(Path(output)) if output else None) as handle:
-        given: dict[str, Any] = {"known": description.columns, "require_labels": False}
+    lines = _lines_file(output)
+    given: dict[str, Any] = {"known": description.columns, "require_labels": False}
+    with _writing(runs.part_of(lines) if lines else None) as handle:
         for records in runs.share_of(read_batches(input, runs.CHUNK, reading, **given)):
             with _named(input):
                 runs.check_kind(description.task, records)
             run = run or runs.load_run(description, options.approximate)
             _write_lines(handle, runs.describe(run, records, options, decision))
-    if output:
-        runs.join_parts(Path(output))
+    if lines:
+        runs.join_parts(lines)
+        if runs.processes().is_main_process:
+            _as_table(lines, output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +388,12 @@ class GenerationOptions:
 
 
 def generate(
-    directory: str, input: str, options: GenerationOptions, reading: ReadingOptions, output: str | None = None
+    directory: str,
+    input: str,
+    options: GenerationOptions,
+    reading: ReadingOptions,
+    output: str | None = None,
+    device: str | None = None,
 ) -> None:
     """Write a JSON line for each prompt: the answer, the answers of the weight samples, and the uncertainty.
 
@@ -336,20 +414,26 @@ def generate(
             standard input and answers them 64 at a time.
         options: of the answers.
         reading: columns of the data; default those of the training data, where they are there.
-        output: file to write, which appears when it is complete; default standard output.
+        output: file to write, which appears when it is complete; default standard output. A name that ends in .csv or
+            .tsv makes it a table.
+        device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
     """
     logging.disable_progress_bar()
+    use_device(device)
     runs.check_alone("generate")
     if output is not None:
         runs.check_writable(output)
     description, run = open_run(directory), None
-    with _writing(Path(output) if output else None) as handle:
+    lines = _lines_file(output)
+    with _writing(lines) as handle:
         for records in read_batches(input, 64, reading, known=description.columns, require_labels=False):
             with _named(input):
                 check_generates(description.task, records)
             run = run or runs.load_run(description)
             settings = {"batch_size": options.batch_size, **options.of_transformers()}
             _write_lines(handle, run.describe_texts(records, options.samples, options.seed, **settings))
+    if lines:
+        _as_table(lines, output)
 
 
 def _rescaled(rescaling: dict[str, Any]) -> str:
@@ -427,6 +511,27 @@ def _writing(output: Path | None) -> Iterator[TextIO]:
         yield handle
 
 
+def _lines_file(output: str | None) -> Path | None:
+    """Where lines are written to: the output, or of a table a hidden file beside it."""
+    if output is None:
+        return None
+    file = Path(output)
+    return file.with_name(f".{file.name}.jsonl") if _is_table(file) else file
+
+
+def _as_table(lines: Path, output: str | None) -> None:
+    """Make the table of its lines, and remove these, where the output is one."""
+    if output is not None and _is_table(Path(output)):
+        try:
+            write_table(lines, Path(output))
+        finally:
+            lines.unlink()
+
+
+def _is_table(file: Path) -> bool:
+    return file.suffix.lower() in (".csv", ".tsv")
+
+
 def _write_lines(handle: TextIO, lines: Iterator[dict[str, Any]]) -> None:
     for line in lines:
         handle.write(jsonlib.dumps(line, ensure_ascii=False) + "\n")
@@ -434,17 +539,22 @@ def _write_lines(handle: TextIO, lines: Iterator[dict[str, Any]]) -> None:
 
 
 def _realized(decision: dict[str, Any], result: dict[str, Any], title: str) -> Table:
-    """What was promised and what became of it."""
-    answering, label_sets, scope = (decision[name] for name in ("answering", "label_sets", "scope"))
-    rows = {
-        "answered": ("answered", ""),
-        "selective_risk": ("errors among answers", f"≤ {answering['risk']:.4g}"),
-        "set_coverage": ("sets with the right label", f"≥ {label_sets['coverage']:.4g}"),
-        "set_size": ("labels a set", ""),
-        "false_alarm": ("flagged in scope", f"≤ {scope['false_alarm']:.4g}"),
-        "detection": ("flagged out of scope", ""),
+    """What was promised and what became of it, of the rules that are there."""
+    promised = {
+        "selective_risk": ("answering", "≤", "risk"),
+        "set_coverage": ("label_sets", "≥", "coverage"),
+        "false_alarm": ("scope", "≤", "false_alarm"),
+    }
+    names = {
+        "answered": "answered",
+        "selective_risk": "errors among answers",
+        "set_coverage": "sets with the right label",
+        "set_size": "labels a set",
+        "false_alarm": "flagged in scope",
+        "detection": "flagged out of scope",
     }
     table = Table("", "promised", "realized", title=title)
-    for name in (name for name in rows if name in result):
-        table.add_row(*rows[name], f"{result[name]:.3f}")
+    for name in (name for name in names if name in result):
+        rule, sign, option = promised.get(name, ("", "", ""))
+        table.add_row(names[name], f"{sign} {decision[rule][option]:.4g}" if rule else "", f"{result[name]:.3f}")
     return table

@@ -5,6 +5,7 @@ import math
 from transformers.utils import logging
 
 from ..runs import RunError
+from ..runs.processes import use_device
 
 try:
     from ..serving import Settings, bind, create_app, load_hosted, open_hosted, read_keys, run_server
@@ -19,6 +20,7 @@ def serve(
     port: int = 8000,
     api_key_file: str | None = None,
     drain_seconds: float = 2.0,
+    device: str | None = None,
 ) -> None:
     """Answer over HTTP: POST /v1/predict, and a page at / to try it on.
 
@@ -38,8 +40,10 @@ def serve(
         port: to listen on; 0 lets the system choose.
         api_key_file: keys, one a line, of which a request must bring one as `Authorization: Bearer KEY`.
         drain_seconds: after SIGTERM, how long /ready says 503 before new connections are refused.
+        device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
     """
     logging.disable_progress_bar()
+    use_device(device)
     if not (math.isfinite(drain_seconds) and drain_seconds >= 0):
         raise RunError(f"drain_seconds must be a finite number of at least 0, got {drain_seconds}")
     keys = read_keys(api_key_file) if api_key_file else ()

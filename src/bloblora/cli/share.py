@@ -57,12 +57,11 @@ def export(
 def card(directory: str, to: str | None = None, base_model: str | None = None) -> None:
     """Write a model card, the README.md of a run's folder: use, data, settings, metrics, promises, limits.
 
-    Metrics are those that `bloblora evaluate` has written to metrics.json in the folder, or to metrics-NAME.json for
-    data called NAME, and reliability.png or reliability-NAME.png beside them. What isn't there is left out.
+    Metrics are those that `bloblora evaluate` has written into the folder, of all data sets; pictures are
+    reliability.png and reliability-NAME.png in it. What isn't there is left out.
 
     Examples:
-      bloblora evaluate runs/desk --data support_desk:test --output runs/desk/metrics-test.json \\
-        --diagram runs/desk/reliability-test.png
+      bloblora evaluate runs/desk --data support_desk:test --diagram runs/desk/reliability-test.png
       bloblora card runs/desk
 
     Args:

@@ -151,7 +151,7 @@ def tune(
     console = Console(stderr=True)
 
     def reported(trial: studies.Trial) -> None:
-        options = ", ".join(f"{name} {value:.3g}" for name, value in trial.options.items())
+        options = ", ".join(f"{name} {evaluation.short_number(value)}" for name, value in trial.options.items())
         found = ", ".join(f"{name} {trial.metrics[name]:.3f}" for name in ("accuracy", "ece", "nll"))
         console.print(f"trial {trial.number + 1}: {found} ({options})", highlight=False)
 
@@ -180,7 +180,7 @@ def tune(
             f"no trial is within {within} of the accuracy of {read.baseline!r}; trial {found[0].number + 1} comes "
             "nearest. Try more trials, other ranges, or a larger `within`"
         )
-    print("".join(f"{name}: {value:.3g}\n" for name, value in found[0].options.items()), end="")
+    print("".join(f"{name}: {evaluation.short_number(value)}\n" for name, value in found[0].options.items()), end="")
 
 
 class _StudyProgress:

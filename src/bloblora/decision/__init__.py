@@ -5,7 +5,7 @@ however few the records.
 """
 
 from .answering import Answering, fit_answering
-from .conformal import LabelSets, Scope, fit_label_sets, fit_scope
+from .conformal import LabelSets, PromiseError, Scope, fit_label_sets, fit_scope
 from .decision import Decided, Decision, check_promises, fit_decision
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Decided",
     "Decision",
     "LabelSets",
+    "PromiseError",
     "Scope",
     "check_promises",
     "fit_answering",

@@ -31,12 +31,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy  # loads scipy.stats, half a second, where it is used
 import torch
-from scipy.stats import binom, nbinom
 from torch import Tensor
 
 from ..evaluation.inputs import checked_probabilities
-from .conformal import check_numbers, check_share
+from .conformal import PromiseError, check_numbers, check_share
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,9 @@ def fit_answering(probabilities: Tensor, targets: Tensor, risk: float = 0.05, le
         level: probability that the share is no larger, in (0, 1).
 
     Raises:
-        ValueError: no threshold keeps the promise (the message names the least risk that passes), records are too few
-            for any, or an argument, shapes or normalization are wrong.
+        PromiseError: no threshold keeps the promise (the message names the least risk that passes), or records are too
+            few for any.
+        ValueError: an argument, shapes or normalization are wrong.
     """
     check_answering(len(targets), risk, level)
     probabilities, targets = checked_probabilities(probabilities, targets)
@@ -100,17 +101,17 @@ def fit_answering(probabilities: Tensor, targets: Tensor, risk: float = 0.05, le
     counts, errors = (ends + 1).numpy(), wrong[ends].numpy()
     last = _last_passed(counts, errors, risk, 1 - level)
     if last is None:
-        raise ValueError(_no_threshold(counts, errors, risk, level))
+        raise PromiseError(_no_threshold(counts, errors, risk, level))
     threshold = below[ends[last]].item()
     return Answering(risk, level, threshold, int(counts[last]), int(errors[last]), len(targets))
 
 
 def check_answering(n: int, risk: float, level: float) -> None:
-    """Raise a ValueError unless risk and level are in (0, 1) and n records are enough for them."""
+    """Raise a ValueError unless risk and level are in (0, 1), a PromiseError where n records are too few for them."""
     check_share("risk", risk)
     check_share("confidence level", level)
     if n < (needed := _first(risk, 1 - level)):
-        raise ValueError(
+        raise PromiseError(
             f"risk {risk:.6g} with probability {level:.6g} needs at least {needed:.0f} records to calibrate on, got {n}"
         )
 
@@ -120,7 +121,7 @@ def _last_passed(counts: np.ndarray, errors: np.ndarray, risk: float, error_prob
     starts, shares = _starts(counts[-1], risk, error_probability)
     added = np.bincount(np.searchsorted(counts, starts), weights=shares, minlength=len(counts) + 1)
     available, last = 0.0, None
-    for i, probability in enumerate(binom.cdf(errors, counts, risk)):
+    for i, probability in enumerate(scipy.stats.binom.cdf(errors, counts, risk)):
         available += added[i]
         if probability <= available:
             last = i
@@ -141,7 +142,7 @@ def _starts(n: int, risk: Any, error_probability: float) -> tuple[np.ndarray, np
 
 def _first(risk: Any, error_probability: Any) -> Any:
     """The smallest m of which a test passes with one error: P[Bin(m, risk) ≤ 1] is at most the error probability."""
-    return nbinom.isf(error_probability, 2, risk) + 2
+    return scipy.stats.nbinom.isf(error_probability, 2, risk) + 2
 
 
 def _no_threshold(counts: np.ndarray, errors: np.ndarray, risk: float, level: float) -> str:
@@ -151,7 +152,7 @@ def _no_threshold(counts: np.ndarray, errors: np.ndarray, risk: float, level: fl
     risks = risks[risks > risk]
     starts, shares = _starts(counts[-1], risks, 1 - level)
     first = np.searchsorted(counts, starts).clip(max=len(counts) - 1)
-    passed = (starts <= counts[-1]) & (binom.cdf(errors[first], counts[first], risks[:, None]) <= shares)
+    passed = (starts <= counts[-1]) & (scipy.stats.binom.cdf(errors[first], counts[first], risks[:, None]) <= shares)
     least = risks[passed.any(-1)]
     return message + (f"; the least that can be promised with them is {least[0]:.3f}" if len(least) else "")
 

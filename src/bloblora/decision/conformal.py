@@ -29,11 +29,16 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import scipy  # loads scipy.stats, half a second, where it is used
 import torch
-from scipy.stats import beta
 from torch import Tensor
 
 from ..evaluation.inputs import check_scores, checked_probabilities
+
+
+class PromiseError(ValueError):
+    """These records carry no such promise; the message says what they do carry, or how many are needed."""
+
 
 Kind = Literal["lac", "aps", "raps"]
 Score = Literal["mutual_information", "predictive_entropy"]
@@ -135,8 +140,8 @@ def fit_label_sets(
         free_ranks: of ``raps``.
 
     Raises:
-        ValueError: records are too few, too many right labels have probability 0, or an argument, shapes, ranges or
-            normalization are wrong.
+        PromiseError: records are too few, or too many right labels have probability 0.
+        ValueError: an argument, shapes, ranges or normalization are wrong.
     """
     check_enough(len(targets), "coverage", coverage, coverage)
     probabilities, targets = checked_probabilities(probabilities, targets)
@@ -144,7 +149,7 @@ def fit_label_sets(
     threshold = _quantile(right, coverage)
     if threshold == torch.inf:
         share = right.isinf().double().mean().item()
-        raise ValueError(f"coverage {coverage:.6g} can't be promised: {share:.4g} of right labels have probability 0")
+        raise PromiseError(f"coverage {coverage:.6g} can't be promised: {share:.4g} of right labels have probability 0")
     return LabelSets(kind, coverage, threshold, len(targets), penalty, free_ranks)
 
 
@@ -157,7 +162,8 @@ def fit_scope(scores: Tensor, false_alarm: float = 0.05, score: Score = "predict
         score: name of the scores.
 
     Raises:
-        ValueError: records are too few, or an argument or shapes are wrong.
+        PromiseError: records are too few.
+        ValueError: an argument or shapes are wrong.
     """
     check_scores(score, scores)
     check_enough(len(scores), "false_alarm", false_alarm, 1 - false_alarm)
@@ -166,11 +172,11 @@ def fit_scope(scores: Tensor, false_alarm: float = 0.05, score: Score = "predict
 
 
 def check_enough(n: int, name: str, value: float, level: float) -> None:
-    """Raise a ValueError unless a promised share is in (0, 1) and n records are enough for the quantile of a level."""
+    """Raise a ValueError unless a promised share is in (0, 1), a PromiseError where n records are too few for it."""
     check_share(name, value)
     if _rank(n, level) > n:
         needed = math.ceil(level / (1 - level) - _SLACK)
-        raise ValueError(f"{name} {value:.6g} needs at least {needed} records to calibrate on, got {n}")
+        raise PromiseError(f"{name} {value:.6g} needs at least {needed} records to calibrate on, got {n}")
 
 
 def check_share(name: str, value: float) -> None:
@@ -218,7 +224,7 @@ def _share_below(n: int, level: float, probability: float = 0.95) -> float:
     1209.2673).
     """
     k = _rank(n, level)
-    return float(beta.ppf(1 - probability, k, n + 1 - k))
+    return float(scipy.stats.beta.ppf(1 - probability, k, n + 1 - k))
 
 
 def _rank(n: int, level: float) -> int:

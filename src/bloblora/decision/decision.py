@@ -1,19 +1,19 @@
 """The three rules together, on predictions."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ..prediction import Prediction
 from .answering import Answering, check_answering, fit_answering
-from .conformal import Kind, LabelSets, Scope, Score, check_enough, fit_label_sets, fit_scope
+from .conformal import Kind, LabelSets, PromiseError, Scope, Score, check_enough, fit_label_sets, fit_scope
 
 
 @dataclass(frozen=True)
 class Decided:
-    """What was decided on n inputs.
+    """What was decided on n inputs; None of a rule that isn't there.
 
     Attributes:
         answers: whether to answer, (n,) bool.
@@ -21,31 +21,41 @@ class Decided:
         out_of_scope: whether it is flagged, (n,) bool.
     """
 
-    answers: Tensor
-    label_sets: Tensor
-    out_of_scope: Tensor
+    answers: Tensor | None
+    label_sets: Tensor | None
+    out_of_scope: Tensor | None
 
 
 @dataclass(frozen=True)
 class Decision:
-    """When to answer, which labels to name, what to call out of scope. Each promise holds by itself."""
+    """When to answer, which labels to name, what to call out of scope. Each promise holds by itself.
 
-    answering: Answering
-    label_sets: LabelSets
-    scope: Scope
+    Attributes:
+        answering, label_sets, scope: the rules; None of one that the calibration records carry no promise of.
+        refused: why, by the rule's name.
+    """
+
+    answering: Answering | None = None
+    label_sets: LabelSets | None = None
+    scope: Scope | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.promises:
+            raise ValueError("a decision needs at least one of answering, label_sets and scope")
 
     def decide(self, prediction: Prediction) -> Decided:
         """Decide on n inputs, from the probabilities averaged over the draws."""
         return Decided(
-            self.answering.answers(prediction.confidence),
-            self.label_sets.sets(prediction.probabilities),
-            self.scope.flags(getattr(prediction, self.scope.score)),
+            None if self.answering is None else self.answering.answers(prediction.confidence),
+            None if self.label_sets is None else self.label_sets.sets(prediction.probabilities),
+            None if self.scope is None else self.scope.flags(getattr(prediction, self.scope.score)),
         )
 
     @property
     def promises(self) -> dict[str, str]:
         """What each rule promises, as a sentence."""
-        return {name: getattr(self, name).promise for name in _RULES}
+        return {name: rule.promise for name in _RULES if (rule := getattr(self, name)) is not None}
 
     def realized(self, inside: Prediction, targets: Tensor, outside: Prediction | None = None) -> dict[str, float]:
         """What became of the promises.
@@ -56,33 +66,38 @@ class Decision:
             outside: of inputs out of scope.
 
         Returns:
-            ``answered`` (share), ``selective_risk`` (share of errors among them, 0 where none is answered),
-            ``set_coverage``, ``set_size`` (mean number of labels), ``false_alarm``, and with ``outside`` ``detection``.
+            Of the rules that are there: ``answered`` (share), ``selective_risk`` (share of errors among them, 0 where
+            none is answered), ``set_coverage``, ``set_size`` (mean number of labels), ``false_alarm``, and with
+            ``outside`` ``detection``.
         """
         decided, targets = self.decide(inside), targets.to(inside.labels.device)
-        wrong = decided.answers & (inside.labels != targets)
-        result = {
-            "answered": _share(decided.answers),
-            "selective_risk": int(wrong.sum()) / max(1, int(decided.answers.sum())),
-            "set_coverage": _share(decided.label_sets.gather(1, targets[:, None])),
-            "set_size": decided.label_sets.sum(-1).double().mean().item(),
-            "false_alarm": _share(decided.out_of_scope),
-        }
-        return result if outside is None else result | {"detection": _share(self.decide(outside).out_of_scope)}
+        result: dict[str, float] = {}
+        if (answers := decided.answers) is not None:
+            wrong = answers & (inside.labels != targets)
+            result |= {"answered": _share(answers), "selective_risk": int(wrong.sum()) / max(1, int(answers.sum()))}
+        if (sets := decided.label_sets) is not None:
+            result["set_coverage"] = _share(sets.gather(1, targets[:, None]))
+            result["set_size"] = sets.sum(-1).double().mean().item()
+        if decided.out_of_scope is not None:
+            result["false_alarm"] = _share(decided.out_of_scope)
+        if outside is not None and (flagged := self.decide(outside).out_of_scope) is not None:
+            result["detection"] = _share(flagged)
+        return result
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
-        return asdict(self)
+        """Everything, as JSON takes it; no key of a rule that isn't there."""
+        return {name: value for name, value in asdict(self).items() if value}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Decision":
         """What `to_dict` gave, now or before a field with a default was added.
 
         Raises:
-            KeyError, TypeError: a rule or a field is missing, or unknown.
-            ValueError: a value is out of its range.
+            KeyError, TypeError: a field is missing, or unknown.
+            ValueError: a value is out of its range, or no rule is there.
         """
-        return cls(**{name: kind(**content[name]) for name, kind in _RULES.items()})
+        rules = {name: kind(**content[name]) for name, kind in _RULES.items() if name in content}
+        return cls(**rules, refused=content.get("refused", {}))
 
 
 def fit_decision(
@@ -96,7 +111,7 @@ def fit_decision(
     false_alarm: float = 0.05,
     score: Score = "predictive_entropy",
 ) -> Decision:
-    """Fit all three rules on labelled records that were used for nothing else.
+    """Fit the three rules on labelled records that were used for nothing else; ``refused`` says which can't be.
 
     Args:
         prediction: of n inputs in scope.
@@ -109,25 +124,51 @@ def fit_decision(
         score: what flags them; mutual information needs several draws.
 
     Raises:
-        ValueError: a promise can't be made on these data, or an argument is out of its range.
+        PromiseError: these data carry none of the promises.
+        ValueError: an argument is out of its range.
     """
-    if score == "mutual_information" and len(prediction.log_probs) == 1:
+    if score == "mutual_information" and int(prediction.num_draws.max()) < 2:
         raise ValueError("score mutual_information is not defined for a single draw; take predictive_entropy")
     probabilities = prediction.probabilities
     return Decision(
-        fit_answering(probabilities, targets, risk, level),
-        fit_label_sets(probabilities, targets, coverage, kind),
-        fit_scope(getattr(prediction, score), false_alarm, score),
+        **_kept(
+            {
+                "answering": lambda: fit_answering(probabilities, targets, risk, level),
+                "label_sets": lambda: fit_label_sets(probabilities, targets, coverage, kind),
+                "scope": lambda: fit_scope(getattr(prediction, score), false_alarm, score),
+            }
+        )
     )
 
 
 def check_promises(
     n: int, *, risk: float = 0.05, level: float = 0.95, coverage: float = 0.9, false_alarm: float = 0.05
 ) -> None:
-    """Raise a ValueError where these are out of range, or n records too few for them, whatever the predictions."""
-    check_answering(n, risk, level)
-    check_enough(n, "coverage", coverage, coverage)
-    check_enough(n, "false_alarm", false_alarm, 1 - false_alarm)
+    """Raise a ValueError where these are out of range, and a PromiseError where n records are too few for any of them.
+
+    That is known before any prediction.
+    """
+    _kept(
+        {
+            "answering": lambda: check_answering(n, risk, level),
+            "label_sets": lambda: check_enough(n, "coverage", coverage, coverage),
+            "scope": lambda: check_enough(n, "false_alarm", false_alarm, 1 - false_alarm),
+        }
+    )
+
+
+def _kept(rules: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """What the rules' functions give, and ``refused``, why others can't be promised; a PromiseError where none can."""
+    found: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for name, rule in rules.items():
+        try:
+            found[name] = rule()
+        except PromiseError as error:
+            refused[name] = str(error)
+    if not found:
+        raise PromiseError("\n".join(refused.values()))
+    return found | {"refused": refused}
 
 
 def _share(which: Tensor) -> float:

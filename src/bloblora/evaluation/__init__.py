@@ -10,7 +10,7 @@ from .calibration import (
     equal_mass_ece,
     reliability,
 )
-from .comparison import Interval, markdown_table, paired_bootstrap, rich_table, table_cells
+from .comparison import Interval, markdown_table, paired_bootstrap, rich_table, short_number, table_cells
 from .distance import DISTANCES, Distance
 from .metrics import METRICS, UNCERTAINTIES, Metric, example_scores, metric_names, metrics, summary, uncertainty
 from .plots import (
@@ -56,6 +56,7 @@ __all__ = [
     "risk_coverage",
     "risk_coverage_figure",
     "save_figure",
+    "short_number",
     "summary",
     "table_cells",
     "to_svg",

@@ -1,5 +1,6 @@
 """Methods beside each other: intervals of their differences, and tables of metrics."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, isnan, nan
@@ -101,6 +102,9 @@ def paired_bootstrap(
     return Interval(estimate, low, high)
 
 
+_NARROW, _SMALL = 80, 0.01
+
+
 def _counts(n: int, num_resamples: int, seed: int) -> Iterator[Tensor]:
     """How often each of n examples is drawn, (r, n) at a time so that many resamples of many examples fit."""
     generator = torch.Generator().manual_seed(seed)
@@ -113,7 +117,8 @@ def _counts(n: int, num_resamples: int, seed: int) -> Iterator[Tensor]:
 def rich_table(rows: Mapping[str, Values], title: str | None = None, columns: Sequence[str] | None = None) -> Table:
     """A terminal table; a sequence of values, one a seed, is shown as mean ± sd (n - 1).
 
-    A row is a method; without ``columns`` a metric, where these are more, so that it fits.
+    A row is a method; without ``columns`` a metric, where these are more. Where it is wider than 80 columns, names are
+    wrapped, and numbers never.
 
     Args:
         rows: metrics by method; a metric that a method lacks, or has no value of, is shown as –.
@@ -126,12 +131,23 @@ def rich_table(rows: Mapping[str, Values], title: str | None = None, columns: Se
     cells = table_cells(rows, columns)
     if columns is None and len(cells) <= len(cells[0]):
         cells = [list(column) for column in zip(*cells, strict=True)]
-    table.add_column("", no_wrap=True)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    if sum(widths) + 3 * len(widths) + 1 > _NARROW:
+        cells[0] = [re.sub(r"(?<=_)|(?<=\s)", "\n", name) for name in cells[0]]
+    table.add_column("", overflow="fold")
     for column in cells[0][1:]:
-        table.add_column(Text(column), justify="right")
+        table.add_column(Text(column), justify="right", no_wrap=True)
     for name, *values in cells[1:]:
         table.add_row(Text(name), *values)
     return table
+
+
+def short_number(value: float) -> str:
+    """Up to three significant digits, as YAML and Python read them: ``3.8e-4`` for 0.00038."""
+    if value == 0 or 1e-3 <= abs(value) < 1e3:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa)}e{int(exponent):+d}"
 
 
 def markdown_table(rows: Mapping[str, Values], columns: Sequence[str] | None = None, *, mark_best: bool = False) -> str:
@@ -207,5 +223,7 @@ def _cell(values: Values, column: str) -> str:
     average, spread = (nan, nan) if value is None else mean_and_spread(value)
     if isnan(average):
         return "–"
+    if column not in METRICS and 0 < abs(average) < _SMALL and isnan(spread):  # such as a learning rate
+        return short_number(average)
     text = f"{average:.3f}" if isnan(spread) else f"{average:.3f} ± {spread:.3f}"
     return f"{text}, at floor" if column == "ece" and at_floor(values) else text

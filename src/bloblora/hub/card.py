@@ -9,12 +9,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data import hub_source
 from ..evaluation import METRICS, markdown_table, metric_names
-from ..files import read_json, read_numbers, write_text
+from ..files import finite_numbers, write_text
 from ..models import DEFAULT_MODEL
 from ..runs import RunDescription, RunError, open_run
 from ..runs.config import LORA
-from ..runs.decide import DECISION_FILE, open_decision
+from ..runs.decide import open_decisions
+from ..runs.evaluate import read_metrics
 from ..runs.folder import VALIDATION_FIGURE
+from ..runs.predictions import state_of
 
 CARD_FILE = "README.md"
 _MARK = "<!-- Made by `bloblora card`, which replaces this file; take this line out to keep your own text. -->"
@@ -46,8 +48,9 @@ def model_card(
 ) -> ModelCard:
     """The card of a finished run: what it is, its use, data, settings, metrics, promises and limits.
 
-    Metrics are those of ``metrics.json``, and of ``metrics-NAME.json`` for data called NAME, as `bloblora evaluate
-    --output` writes them; beside them ``reliability.png`` or ``reliability-NAME.png``. What isn't there is left out.
+    Metrics are those that `bloblora evaluate` writes into the folder's ``metrics.json``; beside them are
+    ``reliability.png`` and each ``reliability-NAME.png``. What isn't there is left out, and so are metrics of another
+    adapter or temperature.
 
     Args:
         directory: folder of the run.
@@ -61,7 +64,7 @@ def model_card(
     description = open_run(folder)
     config, task = description.config, description.task
     base_model = base_model or public_base(config.model)
-    measured = {name: read_numbers(file, RunError) for name, file in _named(folder, "metrics", ".json").items()}
+    measured = _measured(description)
     data = {
         "data": public_name(config.source("data")),
         "records trained on": description.training.get("num_examples"),
@@ -83,11 +86,11 @@ def model_card(
         data=_table(data),
         settings=_table(_settings(description)),
         metrics=_metrics(measured),
-        pictures=_named(folder, "reliability", ".png"),
+        pictures=_pictures(folder),
         validation_figure=VALIDATION_FIGURE if (folder / VALIDATION_FIGURE).is_file() else None,
-        decision=_decision(description),
+        decisions=_decisions(description),
         warnings=description.training.get("warnings", []),
-        measured_on=[name for name in measured if name],
+        measured_on=[*dict.fromkeys(entry["data"] for entry in measured.values())],
     )
 
 
@@ -105,26 +108,43 @@ def public_name(source: str) -> str:
     return path.name if path.is_absolute() or path.suffix or path.exists() else source
 
 
-def _named(folder: Path, kind: str, suffix: str) -> dict[str, Path]:
-    """``kind.suffix`` by "" and ``kind-NAME.suffix`` by NAME, of those that are there."""
-    files = [*folder.glob(f"{kind}{suffix}"), *sorted(folder.glob(f"{kind}-*{suffix}"))]
-    return {file.stem.removeprefix(kind).removeprefix("-"): file for file in files}
+def _pictures(folder: Path) -> dict[str, Path]:
+    """``reliability.png`` by "" and ``reliability-NAME.png`` by NAME, of those that are there."""
+    files = [*folder.glob("reliability.png"), *sorted(folder.glob("reliability-*.png"))]
+    return {file.stem.removeprefix("reliability").removeprefix("-"): file for file in files}
+
+
+def _measured(description: RunDescription) -> dict[str, dict[str, Any]]:
+    """The finite metrics of this state of the run, by data, n and N; and the data's public name as ``data``."""
+    state, found = state_of(description), dict[str, dict[str, Any]]()
+    for entry in read_metrics(description.folder):
+        if {**entry, **state} != entry:
+            continue
+        values, data = finite_numbers(entry["metrics"]), public_name(entry["data"])
+        counts = (("n", "num_examples"), ("N", "num_samples"))
+        parts = [data, *(f"{symbol} = {values[count]:g}" for symbol, count in counts if count in values)]
+        parts += [f"out of scope: {public_name(outside)}"] if (outside := entry.get("out_of_scope")) else []
+        parts += [approximate] if (approximate := entry.get("approximate")) else []
+        name = ", ".join(parts)
+        alike = sum(other == name or other.startswith(f"{name} (") for other in found)
+        found[f"{name} ({alike + 1})" if alike else name] = {**values, "data": data}
+    return found
 
 
 def _metadata(
-    description: RunDescription, title: str, base_model: str | None, measured: Mapping[str, Mapping[str, float]]
+    description: RunDescription, title: str, base_model: str | None, measured: Mapping[str, Mapping[str, Any]]
 ) -> ModelCardData:
     pipeline_tag, full = description.task.pipeline_tag, description.method.whole_model
     results = [
         EvalResult(
             task_type=pipeline_tag,
-            dataset_type=name or "unnamed",
-            dataset_name=name or "data of metrics.json",
+            dataset_type=values["data"],
+            dataset_name=values["data"],
             metric_type=metric,
             metric_value=round(values[metric], 4),
             metric_args={key: values[key] for key in ("num_samples", "num_examples") if key in values},
         )
-        for name, values in measured.items()
+        for values in measured.values()
         for metric in metric_names("main", outside=False)
         if metric in values and METRICS[metric].higher_is_better is not None
     ]
@@ -152,24 +172,16 @@ def _settings(description: RunDescription) -> dict[str, Any]:
     return rows | {"training time, seconds": seconds and round(seconds)}
 
 
-def _metrics(measured: Mapping[str, Mapping[str, float]]) -> str:
+def _metrics(measured: Mapping[str, Mapping[str, Any]]) -> str:
     """A row for each data set: its name, how many records, with how many weight samples, and the metrics."""
-    rows = {}
-    for name, values in measured.items():
-        counts = (("n", "num_examples"), ("N", "num_samples"))
-        known = [f"{symbol} = {values[count]:g}" for symbol, count in counts if count in values]
-        rows[", ".join([name, *known] if name else known)] = values
     shown = [*metric_names("main"), "selective_accuracy_80", *_DECIDED]
     columns = [column for column in shown if any(column in values for values in measured.values())]
-    return markdown_table(rows, columns) if rows else ""
+    return markdown_table(measured, columns) if measured else ""
 
 
-def _decision(description: RunDescription) -> dict[str, Any] | None:
+def _decisions(description: RunDescription) -> list[dict[str, Any]]:
     """For which N and seed the run's decisions are, and what they promise."""
-    if (decision := open_decision(description)) is None:
-        return None
-    stored = read_json(description.folder / DECISION_FILE, RunError)
-    return {"num_samples": stored["num_samples"], "seed": stored["seed"], "promises": decision.promises}
+    return [{**entry, "promises": decision.promises} for entry, decision in open_decisions(description)]
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -15,11 +15,12 @@ from ..adapter.storage import MEAN_CONFIG
 from ..files import read_json, write_json, write_text
 from ..models import DEFAULT_MODEL
 from ..runs import RunDescription, RunError, load_run, open_run
+from ..runs.evaluate import METRICS_FILE, read_metrics
 from ..runs.folder import RUN_FILE, VALIDATION_FIGURE, is_remote, reason
 from .card import CARD_FILE, is_generated, model_card, public_base, public_name
 
 _PICTURES = ("reliability*.png", VALIDATION_FIGURE)
-_PATTERNS = ("run.json", "task.json", "decision.json", "distance.*", "metrics.json", "metrics-*.json", *_PICTURES)
+_PATTERNS = ("run.json", "task.json", "decision.json", "distance.*", METRICS_FILE, *_PICTURES)
 _PLACES = ("data", "validation", "output", "trunk_cache")
 
 
@@ -101,6 +102,10 @@ def _make_public(staging: Path, repo_id: str, base_model: str | None) -> None:
     if base_model is not None:
         config["model"] = base_model
     write_json(staging / RUN_FILE, run)
+    if entries := read_metrics(staging):
+        for entry in entries:
+            entry |= {name: public_name(entry[name]) for name in ("data", "out_of_scope") if name in entry}
+        write_json(staging / METRICS_FILE, {"evaluations": entries})
     for file in staging.rglob(MEAN_CONFIG):
         write_json(file, read_json(file, RunError) | {"base_model_name_or_path": hub_id})
     if not (staging / CARD_FILE).exists():

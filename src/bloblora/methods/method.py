@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,7 +24,10 @@ from ..files import file_sha256, read_json, write_json, write_tensors
 from ..prediction import Point, Sampler, WeightDraws, fit_temperature, tempered_nll
 from ..tasks import Task
 from ..tasks.task import Example
-from ..training import BlobTrainer, BlobTrainingArguments, last_checkpoint
+from ..training import BlobTrainingArguments, last_checkpoint
+
+if TYPE_CHECKING:
+    from ..training import BlobTrainer
 
 MEAN = "mean"
 TEMPERED_NLL = "tempered_nll"
@@ -219,11 +222,11 @@ class Training:
         if not self.trained:
             self.run(model)
             return
-        nll = self._loop(model, BlobTrainer, self.arguments).evaluate(self.examples)["eval_loss"]
+        nll = self._loop(model, None, self.arguments).evaluate(self.examples)["eval_loss"]
         self.logs = [{"step": 0, "nll": nll}]
 
     def run(
-        self, model: nn.Module, *, part: str = "", trainer: type[BlobTrainer] = BlobTrainer, **changes: Any
+        self, model: nn.Module, *, part: str = "", trainer: type[BlobTrainer] | None = None, **changes: Any
     ) -> BlobTrainer:
         """Train what requires gradients of a model on the examples, from its last checkpoint if there is one.
 
@@ -245,12 +248,15 @@ class Training:
             self.validated.append(Validated.of(part, loop))
         return loop
 
-    def _loop(self, model: nn.Module, trainer: type[BlobTrainer], arguments: dict[str, Any]) -> BlobTrainer:
+    def _loop(self, model: nn.Module, trainer: type[BlobTrainer] | None, arguments: dict[str, Any]) -> BlobTrainer:
+        # Here, because what predicts needs no Trainer, which takes a second to import.
+        from ..training import BlobTrainer
+
         task: Any = self.task
         if not self.validation:
             arguments = arguments | {"eval_strategy": "no", "load_best_model_at_end": False}
         classes = getattr(task, "task", task).kind != "generation" if self.validation else False
-        loop = trainer(
+        loop = (trainer or BlobTrainer)(
             model,
             BlobTrainingArguments(**arguments),
             task=task,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
@@ -18,8 +19,13 @@ from ..data import IN_MEMORY, ReadingOptions, as_records
 from ..methods import METHODS, TEMPERED_NLL, Method, Rescaled
 from ..training import OBJECTIVE, BlobTrainingArguments
 
-SHORT = {"steps": "max_steps", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
-"""Names that may be typed for those of `TrainingArguments`."""
+SHORT = {
+    "steps": "max_steps",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "targets": "target_modules",
+}
+"""Names that may be typed for those of `TrainingArguments` and `LoraConfig`."""
 
 TRAINING: Mapping[str, Any] = {
     "max_steps": "auto",
@@ -43,6 +49,8 @@ SAVING = ("save_steps", "save_strategy", "load_best_model_at_end")  # which vali
 UNFIT = ("eval_delay", "eval_on_start", "batch_eval_metrics", "metric_for_best_model", "greater_is_better")
 _EVALUATIONS = 15
 """About how often a training is evaluated where nothing else is said."""
+
+_LAYERS = r"(?!all-linear$)[\w.-]+(\s*,\s*[\w.-]+)*"  # names with commas; any other text is a pattern of PEFT's
 
 _OWNED = {"output_dir", "seed", "use_cpu", "disable_tqdm", "dataset_size", "resume_from_checkpoint", *OBJECTIVE}
 _PEFT = {option.name for option in fields(PeftConfig)}  # what every kind of adapter has, set by PEFT or the run
@@ -168,6 +176,10 @@ class RunConfig:
         for name in _SOURCES:
             if not isinstance(source := getattr(self, name), str | int | float | None):
                 setattr(self, name, as_records(source, require_labels=True))
+        if isinstance(self.model, str):
+            self.model = models.located(self.model)
+        if isinstance(targets := self.lora.get("target_modules"), str) and re.fullmatch(_LAYERS, targets):
+            self.lora = {**self.lora, "target_modules": re.split(r"\s*,\s*", targets)}
         problems = [*self._wrong_names()] or [*self._wrong_values(), *self._wrong_combinations()]
         if problems:
             raise RunError("\n".join(problems))

@@ -1,17 +1,27 @@
 """A run's decisions: calibrated on held-out records, kept in its folder, used by what predicts."""
 
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ..data import as_records
 from ..decision import Decision, fit_decision
-from ..files import read_json, write_json
+from ..files import json_sha256, read_json, write_json
+from ..prediction import Prediction
 from .checks import check_kind
 from .config import RunError
 from .evaluate import targets_of
 from .folder import RunDescription
-from .run import PredictionOptions, load_run
+from .predictions import Averages, identity_of, keep_predictions, state_of
+from .run import PredictionOptions, Run, load_run
 
-DECISION_FILE, FORMAT_VERSION = "decision.json", 1
+DECISION_FILE, FORMAT_VERSION = "decision.json", 2
+KEPT_PREDICTIONS = "calibration"
+"""Folder in a run's own with the predictions of calibration records, which hold the records' texts."""
 
 
 def calibrate(
@@ -25,6 +35,8 @@ def calibrate(
 ) -> dict[str, Any]:
     """Fit a run's decisions on held-out labelled records, and save them in its folder.
 
+    The predictions are kept there too: other promises on the same records need no model.
+
     Args:
         description: of the run.
         records: in scope, what `bloblora.data.as_records` takes, used for nothing else: not for training or a
@@ -35,74 +47,181 @@ def calibrate(
         promises: of `bloblora.decision.fit_decision`.
 
     Returns:
-        What the file says: what the decisions are for, their thresholds and promises, and ``realized``, what became of
-        them on the same records.
+        As `calibrate_on`.
 
     Raises:
         RunError: records of the other kind, a label that the run doesn't know, or a run on the hub.
         DataError: records that can't be used.
-        ValueError: a promise can't be made on these records; nothing is saved.
+        PromiseError: none of the promises can be made on these records; nothing is saved.
+        ValueError: a promise is out of its range.
     """
-    if description.remote:
-        raise RunError(f"{description.name}: is on the hub; calibrate in a folder, and push that")
+    _check_local(description)
     records = as_records(records, require_labels=True)
     outside = None if outside is None else as_records(outside)
     for side in (records, outside):
         if side is not None:
             check_kind(description.task, side)
     targets = targets_of(description.task, records)
-    run = load_run(description, options.approximate)
-    settings: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
-    inside = run.predict(records, options.samples, options.seed, **settings)
+
+    @cache
+    def run() -> Run:
+        return load_run(description, options.approximate)
+
+    def predict(chunk: Sequence[dict[str, Any]]) -> Prediction:
+        return run().predict(chunk, options.samples, options.seed, batch_size=options.batch_size)
+
+    def kept(side: Sequence[dict[str, Any]]) -> Prediction:
+        identity = identity_of(description, side, options)
+        file = description.folder / KEPT_PREDICTIONS / f"{json_sha256(identity)[:12]}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        keep_predictions(file, description.task, side, predict, identity, progress=progress)
+        with file.open(encoding="utf-8") as lines:
+            return Averages.of(map(json.loads, lines), options.samples)
+
+    inside = kept(records)
+    return calibrate_on(inside, targets, None if outside is None else kept(outside), description, options, **promises)
+
+
+def calibrate_on(
+    inside: Prediction,
+    targets: Tensor,
+    outside: Prediction | None = None,
+    description: RunDescription | None = None,
+    options: PredictionOptions = PredictionOptions(),  # noqa: B008  # frozen
+    **promises: Any,
+) -> dict[str, Any]:
+    """Fit decisions on predictions that are at hand, and save them in the run's folder where there is one.
+
+    Decisions for another N, seed or approximation stay there; those for another adapter, T or τ go.
+
+    Args:
+        inside: of inputs in scope.
+        targets: (n,), their right columns.
+        outside: of inputs out of scope; they decide nothing.
+        description: of the run that predicted; None for any other model.
+        options: with which.
+        promises: of `bloblora.decision.fit_decision`.
+
+    Returns:
+        What the file says: what the decisions are for, their thresholds and promises, why others can't be promised, and
+        ``realized``, what became of them on the same records.
+
+    Raises:
+        RunError: a run on the hub.
+        PromiseError: none of the promises can be made; nothing is saved.
+        ValueError: a promise is out of its range.
+    """
+    if description is not None:
+        _check_local(description)
     decision = fit_decision(inside, targets, **promises)
-    far = None if outside is None else run.predict(outside, options.samples, options.seed, **settings)
     content = {
-        "format_version": FORMAT_VERSION,
-        **_predictions(description, options),
+        **_how(options),
+        **({} if description is None else state_of(description)),
         "decision": decision.to_dict(),
         "promises": decision.promises,
-        "realized": decision.realized(inside, targets, far),
+        "realized": decision.realized(inside, targets, outside),
     }
-    write_json(description.folder / DECISION_FILE, content)
+    if description is not None:
+        how, state = _how(options), state_of(description)
+        others = [e for e in _entries(description.folder / DECISION_FILE) if _has(e, state) and not _has(e, how)]
+        write_decisions(description.folder / DECISION_FILE, [*others, content])
     return content
 
 
-def open_decision(description: RunDescription, options: PredictionOptions | None = None) -> Decision | None:
+def write_decisions(file: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """Write what `calibrate_on` returned, of each N, seed and approximation."""
+    write_json(file, {"format_version": FORMAT_VERSION, "decisions": [*entries]})
+
+
+def open_decision(description: RunDescription, options: PredictionOptions) -> Decision | None:
     """The decisions in a finished run's folder, or None where it was never calibrated; no model is loaded.
 
     Args:
         description: of the run.
-        options: of the predictions; None for those that the file is for.
+        options: of the predictions.
 
     Raises:
-        RunError: they are for another N, seed, approximation or adapter, or the file is damaged.
+        RunError: they are for another N, seed, approximation, adapter, T or τ, or the file is damaged.
+    """
+    file = description.folder / DECISION_FILE
+    here, entries = _how(options), open_decisions(description)
+    if not file.is_file():
+        return None
+    for entry, decision in entries:
+        if _has(entry, here):
+            return decision
+    there = "; ".join(", ".join(f"{name} {entry.get(name)}" for name in here) for entry, _ in entries)
+    now = ", ".join(f"{name} {value}" for name, value in here.items())
+    raise RunError(
+        f"{file} is for other predictions ({there} there, {now} now); run `bloblora calibrate` again with these, or "
+        "remove the file to predict without decisions"
+    )
+
+
+def open_decisions(description: RunDescription) -> list[tuple[dict[str, Any], Decision]]:
+    """All decisions in a finished run's folder, and for which N, seed and approximation each is.
+
+    Raises:
+        RunError: they are for another adapter, T or τ, or the file is damaged.
     """
     file = description.folder / DECISION_FILE
     if not file.is_file():
-        return None
+        return []
+    return [*_checked(file, state_of(description))]
+
+
+def open_realized(description: RunDescription, options: PredictionOptions) -> dict[str, float]:
+    """What became of the decisions for these options on the records that they were fitted on; none without them.
+
+    Raises:
+        RunError: as `open_decisions`.
+    """
+    here = _how(options)
+    return next((entry["realized"] for entry, _ in open_decisions(description) if _has(entry, here)), {})
+
+
+def _checked(file: Path, state: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Decision]]:
+    for entry in _entries(file):
+        different = [
+            f"{name} {entry.get(name)} there, {state.get(name)} now"
+            for name in ("adapter_sha256", "temperature", "width", "files_sha256")
+            if entry.get(name) != state.get(name)
+        ]
+        if different:
+            raise RunError(
+                f"{file} is for other predictions ({'; '.join(different)}); run `bloblora calibrate` again with these, "
+                "or remove the file to predict without decisions"
+            )
+        try:
+            yield entry, Decision.from_dict(entry["decision"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{file}: not what this version of bloblora writes: {error}") from error
+
+
+def _entries(file: Path) -> list[dict[str, Any]]:
+    """What the file holds, as it stands; none where there is no file."""
+    if not file.is_file():
+        return []
     stored = read_json(file, RunError)
     if (found := stored.get("format_version")) != FORMAT_VERSION:
-        raise RunError(f"{file}: format_version is {found!r}; this bloblora reads {FORMAT_VERSION}")
-    here = {"adapter_sha256": description.adapter_sha256} if options is None else _predictions(description, options)
-    different = [
-        f"{name} {stored.get(name)} there, {value} now" for name, value in here.items() if stored.get(name) != value
-    ]
-    if different:
         raise RunError(
-            f"{file} is for other predictions ({'; '.join(different)}); run `bloblora calibrate` again with these, or "
-            "remove the file to predict without decisions"
+            f"{file}: format_version is {found!r}; this bloblora reads {FORMAT_VERSION}: remove the file, and run "
+            "`bloblora calibrate` again"
         )
-    try:
-        return Decision.from_dict(stored["decision"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{file}: not what this version of bloblora writes: {error}") from error
+    if not isinstance(entries := stored.get("decisions"), list):
+        raise RunError(f"{file}: not what this version of bloblora writes: 'decisions' is missing")
+    return entries
 
 
-def _predictions(description: RunDescription, options: PredictionOptions) -> dict[str, Any]:
+def _check_local(description: RunDescription) -> None:
+    if description.remote:
+        raise RunError(f"{description.name}: is on the hub; calibrate in a folder, and push that")
+
+
+def _has(entry: dict[str, Any], values: dict[str, Any]) -> bool:
+    return all(entry.get(name) == value for name, value in values.items())
+
+
+def _how(options: PredictionOptions) -> dict[str, Any]:
     """Which predictions the decisions are for."""
-    return {
-        "num_samples": options.samples,
-        "seed": options.seed,
-        "approximate": options.approximate,
-        "adapter_sha256": description.adapter_sha256,
-    }
+    return {"num_samples": options.samples, "seed": options.seed, "approximate": options.approximate}

@@ -1,27 +1,27 @@
 """What a run's predictions are worth, and what they say."""
 
 import json
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from .. import tasks
 from ..data import as_records
-from ..decision import Decided, Decision
-from ..evaluation import Distance, reliability, reliability_diagram, summary, uncertainty
-from ..prediction import Prediction
+from ..decision import Decision
+from ..evaluation import Distance, reliability, reliability_diagram, summary
+from ..files import read_json, write_json
 from .checks import check_kind
 from .config import RunError
-from .folder import records_sha256
-from .processes import append_lines
+from .folder import RunDescription, records_sha256
+from .lines import lines_of
+from .predictions import Averages, keep_predictions, state_of
 from .run import PredictionOptions, Run
+
+METRICS_FILE = "metrics.json"
 
 
 def evaluate(
@@ -60,10 +60,21 @@ def evaluate(
         far = None if outside is None else run.predict(outside, options.samples, options.seed, **settings)
     else:
         both = [*records, *(outside or [])]
-        _append_predictions(predictions, run, both, options, decision, progress=progress)
+        identity = {
+            "adapter_sha256": run.adapter_sha256,
+            **run.scales,
+            "records_sha256": records_sha256(both),
+            "num_samples": options.samples,
+            "seed": options.seed,
+            "approximate": run.approximation.name if run.approximation else None,
+            "decision": decision.to_dict() if decision else None,
+        }
+        predict = partial(run.predict, num_samples=options.samples, seed=options.seed, batch_size=options.batch_size)
+        keep_predictions(predictions, run.task, both, predict, identity, decision, progress=progress)
         with predictions.open(encoding="utf-8") as lines:
-            inside = _Averages.read(islice(lines, len(records)), options.samples)
-            far = None if outside is None else _Averages.read(lines, options.samples)
+            rows = map(json.loads, lines)
+            inside = Averages.of(islice(rows, len(records)), options.samples)
+            far = None if outside is None else Averages.of(rows, options.samples)
     if diagram is not None:
         name = f"{run.config.method['name']}, N = {inside.num_samples}"
         reliability_diagram({name: reliability(inside.probabilities, targets)}, diagram)
@@ -105,91 +116,49 @@ def targets_of(task: tasks.Task, records: Sequence[dict[str, Any]]) -> torch.Ten
     return torch.tensor([index[record["label"]] for record in records])
 
 
-@dataclass(frozen=True)
-class _Averages(Prediction):
-    """A prediction of which the averages over the draws were kept: ``log_probs`` is log p̄ alone, (1, n, C)."""
-
-    draws: Tensor
-    aleatoric: Tensor
-
-    @classmethod
-    def read(cls, lines: Iterator[str], num_samples: int) -> "_Averages":
-        """The one whose lines these are."""
-        rows, draws, aleatoric = [], [], []
-        for line in map(json.loads, lines):
-            rows.append(torch.tensor(line["log_probabilities"]))
-            draws.append(line["num_draws"])
-            aleatoric.append(line["expected_entropy"])
-        log_probs = pad_sequence(rows, batch_first=True, padding_value=-math.inf)
-        return cls(log_probs[None], num_samples, torch.tensor(draws), torch.tensor(aleatoric))
-
-    @property
-    def num_draws(self) -> Tensor:
-        return self.draws
-
-    @property
-    def log_probabilities(self) -> Tensor:
-        return self.log_probs[0]
-
-    @property
-    def expected_entropy(self) -> Tensor:
-        return self.aleatoric
+def metrics_source(data: str) -> str:
+    """What the metrics of data are called: its name, and of a file or folder its whole path."""
+    return str(Path(data).absolute()) if Path(data).exists() else data
 
 
-def _append_predictions(
-    file: Path,
-    run: Run,
-    records: Sequence[dict[str, Any]],
-    options: PredictionOptions,
-    decision: Decision | None,
-    *,
-    progress: bool,
+def save_metrics(
+    description: RunDescription, result: dict[str, Any], options: PredictionOptions, data: str, ood: str | None = None
 ) -> None:
-    """Write what isn't there yet of the records' lines."""
+    """Put what `evaluate` found into the run's ``metrics.json``: an entry for each data set, N, seed and approximation.
 
-    def described(chunk: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        prediction = run.predict(chunk, options.samples, options.seed, batch_size=options.batch_size)
-        lines = lines_of(run.task, chunk, prediction, decision)
-        rows, draws = prediction.log_probabilities.tolist(), prediction.num_draws.tolist()
-        for line, row, count in zip(lines, rows, draws, strict=True):
-            yield line | {"log_probabilities": row[: len(line["probabilities"])], "num_draws": count}
+    It takes the place of an earlier one of the same, and those of another adapter, T or τ go.
 
-    identity = {
-        "adapter_sha256": run.adapter_sha256,
-        **run.scales,
-        "records_sha256": records_sha256(records),
-        "num_samples": options.samples,
-        "seed": options.seed,
-        "approximate": run.approximation.name if run.approximation else None,
-        "decision": decision.to_dict() if decision else None,
-    }
-    append_lines(file, records, described, identity, progress=progress)
-
-
-def lines_of(
-    task: tasks.Task, records: Sequence[dict[str, Any]], prediction: Prediction, decision: Decision | None
-) -> Iterator[dict[str, Any]]:
-    """What `describe` says of each record, of a prediction that is at hand."""
-    probabilities, answers = prediction.probabilities, prediction.labels
-    scores = uncertainty(prediction) | {"expected_entropy": prediction.expected_entropy}
-    decided = decision.decide(prediction) if decision else None
-    for i, record in enumerate(records):
-        columns = task.columns(record)
-        if len(set(columns)) < len(columns):
-            columns = [f"{index}: {column}" for index, column in enumerate(columns)]
-        yield {
-            **{key: record[key] for key in ("id", "text", "text_pair", "question") if key in record},
-            "label": columns[int(answers[i])],
-            "probabilities": {column: float(probabilities[i, j]) for j, column in enumerate(columns)},
-            **{name: float(values[i]) for name, values in scores.items()},
-            **(_decided(decided, i, columns, probabilities[i]) if decided else {}),
-        }
+    Raises:
+        RunError: the file can't be read.
+        OSError: it can't be written.
+    """
+    place: dict[str, Any] = {"data": metrics_source(data)} | (
+        {} if ood is None else {"out_of_scope": metrics_source(ood)}
+    )
+    place |= {"num_samples": options.samples, "seed": options.seed, "approximate": options.approximate}
+    state = state_of(description)
+    kept = [
+        entry
+        for entry in read_metrics(description.folder)
+        if {**entry, **state} == entry and any(entry.get(name) != place.get(name) for name in (*place, "out_of_scope"))
+    ]
+    write_json(description.folder / METRICS_FILE, {"evaluations": [*kept, {**place, **state, "metrics": result}]})
 
 
-def _decided(decided: Decided, index: int, columns: Sequence[str], probabilities: torch.Tensor) -> dict[str, Any]:
-    ranked = probabilities.argsort(descending=True, stable=True).tolist()
-    return {
-        "decision": "answer" if decided.answers[index] else "abstain",
-        "label_set": [columns[j] for j in ranked if decided.label_sets[index, j]],
-        "out_of_scope": bool(decided.out_of_scope[index]),
-    }
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The entries of a run's ``metrics.json``, the latest last; none where it was never evaluated.
+
+    An entry has ``data``, ``out_of_scope`` where there was some, ``num_samples``, ``seed``, ``approximate``, what
+    `state_of` says, and ``metrics``.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    if not (file := folder / METRICS_FILE).is_file():
+        return []
+    entries = read_json(file, RunError).get("evaluations")
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("metrics"), dict) and "data" in entry for entry in entries
+    ):
+        raise RunError(f"{file}: not what `bloblora evaluate` writes; move it away, and evaluate again")
+    return entries

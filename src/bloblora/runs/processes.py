@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import count, islice
@@ -28,6 +29,31 @@ T = TypeVar("T")
 def on_cpu() -> bool:
     """Whether the processes compute on the CPU: there is nothing else, or accelerate was told so."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def use_device(name: str | None) -> None:
+    """Compute on a device from now on: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None is the GPU where there is one.
+
+    It must be chosen before anything is computed, and is then that of the whole process.
+
+    Raises:
+        RunError: it is none of these, or isn't there.
+    """
+    if name is None:
+        return
+    if not (known := re.fullmatch(r"cpu|mps|cuda(?::(\d+))?", name)):
+        raise RunError(f"device must be cpu, cuda, cuda:N or mps, got {name!r}")
+    if name == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        return
+    there = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+    there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if ("cuda:0" if name == "cuda" else name) not in there:
+        raise RunError(f"device {name!r}: PyTorch sees no such device here, only {', '.join(there)}")
+    if (index := known[1]) is not None:
+        # Of all that are visible, so that the Trainer doesn't split its batches over the others.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(index)] if visible else index
 
 
 def processes() -> PartialState:

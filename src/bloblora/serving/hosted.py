@@ -13,11 +13,12 @@ from torch import nn
 
 from ..data import KINDS, kind_of, read_records
 from ..decision import Decision
-from ..files import read_json, read_numbers
+from ..files import finite_numbers
 from ..prediction import predict
 from ..runs import PredictionOptions, Run, RunDescription, RunError, load_run, open_run
-from ..runs.decide import DECISION_FILE, open_decision
-from ..runs.evaluate import lines_of
+from ..runs.decide import open_decision, open_realized
+from ..runs.evaluate import read_metrics
+from ..runs.lines import lines_of
 
 _MAX_EXAMPLES = 6
 _DESK = ("where is my parcel, it was due on monday", "i want out", "can you recommend a good pasta recipe")
@@ -77,6 +78,8 @@ class Hosted:
 
     Attributes:
         decision: its decisions, for the settings' N and seed; None where it was never calibrated.
+        detection: share of the out-of-scope records given to `calibrate` that its rule flagged; None without such
+            records.
         examples: inputs that the page offers.
         shared_parameters: entries of its weights that an earlier run holds too, and that are in memory once.
     """
@@ -85,6 +88,7 @@ class Hosted:
     folder: Path
     run: Run
     decision: Decision | None
+    detection: float | None
     examples: list[dict[str, Any]]
     shared_parameters: int = 0
 
@@ -105,21 +109,15 @@ class Hosted:
         return f"Sorts a text into one of {len(labels)} labels: {', '.join(labels[:8])}{', …' if labels[8:] else '.'}"
 
     @property
-    def detection(self) -> float | None:
-        """Share of the out-of-scope records given to `calibrate` that its rule flagged; None without such records."""
-        file = self.folder / DECISION_FILE
-        return read_json(file, RunError).get("realized", {}).get("detection") if file.is_file() else None
-
-    @property
     def diagram(self) -> Path:
         """Where its reliability diagram is, if it has one."""
         return self.folder / "reliability.png"
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The finite numbers in its folder's ``metrics.json``, if there is one; a RunError where it is damaged."""
-        file = self.folder / "metrics.json"
-        return read_numbers(file, RunError) if file.is_file() else {}
+        """The latest finite metrics in its folder's ``metrics.json``, if there are; a RunError where it is damaged."""
+        entries = read_metrics(self.folder)
+        return finite_numbers(entries[-1]["metrics"]) if entries else {}
 
     def encode(self, record: dict[str, Any]) -> dict[str, Any]:
         """A record as its task encodes it; a TaskError where it can't be the task's."""
@@ -233,8 +231,10 @@ def load_hosted(opened: dict[str, RunDescription], settings: Settings) -> dict[s
     for name, description in opened.items():
         run = load_run(description, settings.approximate)
         decision = open_decision(description, settings)
+        detection = open_realized(description, settings).get("detection")
         examples = examples_for(description, settings.examples)
-        hosted[name] = Hosted(name, description.folder, run, decision, examples, share_weights(run.model, pool))
+        shared = share_weights(run.model, pool)
+        hosted[name] = Hosted(name, description.folder, run, decision, detection, examples, shared)
     return hosted
 
 

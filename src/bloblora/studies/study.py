@@ -14,6 +14,12 @@ import yaml
 
 from ..runs import RunConfig, RunError
 
+_OWN_OPTIONS = {
+    "model": "give `models`, a list, at the top of the file",
+    "seed": "give `seeds`, a list, at the top of the file",
+    "output": "`--output` of the command says where results go",
+}
+
 
 @dataclass(frozen=True)
 class EvalSet:
@@ -259,8 +265,12 @@ def _eval_set(value: Any, where: str, labelled: bool = True) -> EvalSet:
 
 
 def _options(value: Any, where: str) -> dict[str, Any]:
-    """Options of `RunConfig.of`, which checks them once a run's are complete."""
-    return dict(_mapping(value, where))
+    """Options of `RunConfig.of`, which checks them once a run's are complete; not those that the study sets itself."""
+    options = dict(_mapping(value, where))
+    for name, instead in _OWN_OPTIONS.items():
+        if name in options:
+            raise RunError(f"{where}: {name!r} is for a single run; {instead}")
+    return options
 
 
 def _check_fields(content: Mapping[str, Any], kind: type, where: str) -> None:

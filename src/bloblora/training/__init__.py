@@ -1,5 +1,7 @@
 """Training on the evidence lower bound with transformers' own loop."""
 
+from typing import TYPE_CHECKING, Any
+
 from .arguments import (
     OBJECTIVE,
     BlobTrainingArguments,
@@ -12,7 +14,19 @@ from .arguments import (
 from .callbacks import PosteriorHistograms
 from .checkpoints import last_checkpoint
 from .divergence import DivergedError
-from .trainer import BlobTrainer, BlobTrainerMixin
+
+if TYPE_CHECKING:
+    from .trainer import BlobTrainer, BlobTrainerMixin
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import the Trainer, which takes a second, when it is first used: what predicts doesn't need it."""
+        if name not in ("BlobTrainer", "BlobTrainerMixin"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import trainer
+
+        return getattr(trainer, name)
+
 
 __all__ = [
     "OBJECTIVE",

@@ -7,10 +7,12 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapter import AdapterFileError, check_folder
+
+TRAINER_STATE_NAME = "trainer_state.json"
+"""As in transformers.trainer, which takes a second to import."""
 
 # What a training needs to go on exactly; FSDP and DeepSpeed write folders instead of optimizer.pt.
 _NEEDED = (("optimizer*", "global_step*"), ("scheduler.pt", "global_step*"), ("rng_state*.pth",))

@@ -1,0 +1,79 @@
+"""What a run says of records, as JSON lines and tables have it."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import tasks
+from ..decision import Decided, Decision
+from ..evaluation import uncertainty
+from ..files import replacing
+from ..prediction import Prediction
+
+
+def lines_of(
+    task: tasks.Task, records: Sequence[dict[str, Any]], prediction: Prediction, decision: Decision | None
+) -> Iterator[dict[str, Any]]:
+    """What `describe` says of each record, of a prediction that is at hand."""
+    probabilities, answers = prediction.probabilities, prediction.labels
+    scores = uncertainty(prediction) | {"expected_entropy": prediction.expected_entropy}
+    decided = decision.decide(prediction) if decision else None
+    for i, record in enumerate(records):
+        columns = task.columns(record)
+        if len(set(columns)) < len(columns):
+            columns = [f"{index}: {column}" for index, column in enumerate(columns)]
+        yield {
+            **{key: record[key] for key in ("id", "text", "text_pair", "question") if key in record},
+            "label": columns[int(answers[i])],
+            "probabilities": {column: float(probabilities[i, j]) for j, column in enumerate(columns)},
+            **{name: float(values[i]) for name, values in scores.items()},
+            **(_decided(decided, i, columns, probabilities[i]) if decided else {}),
+        }
+
+
+def write_table(lines: Path, table: Path) -> None:
+    """JSON lines as a table, .tsv or .csv by its name, whole or not at all.
+
+    Probabilities have a column each: ``probability_LABEL``, or ``probability_0``, … where lines differ in their
+    choices. Other lists and objects are JSON in one cell.
+    """
+    columns: dict[str, None] = {}
+    labels: dict[tuple[str, ...], None] = {}
+    for line in _objects(lines):
+        columns |= dict.fromkeys(name for name in line if name != "probabilities")
+        if "probabilities" in line:
+            labels[tuple(line["probabilities"])] = None
+    named = next(iter(labels)) if len(labels) == 1 else tuple(map(str, range(max(map(len, labels), default=0))))
+    header = [*columns, *(f"probability_{name}" for name in named)]
+    with replacing(table) as partial, partial.open("w", encoding="utf-8", newline="") as handle:
+        writer = csv.writer(handle, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
+        writer.writerow(header)
+        for line in _objects(lines):
+            cells = [_cell(line.get(name, "")) for name in columns]
+            numbers = [*line.get("probabilities", {}).values()]
+            writer.writerow([*cells, *numbers, *[""] * (len(named) - len(numbers))])
+
+
+def _objects(lines: Path) -> Iterator[Mapping[str, Any]]:
+    with lines.open(encoding="utf-8") as handle:
+        yield from map(json.loads, handle)
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict | bool) else value
+
+
+def _decided(decided: Decided, index: int, columns: Sequence[str], probabilities: torch.Tensor) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    if decided.answers is not None:
+        result["decision"] = "answer" if decided.answers[index] else "abstain"
+    if decided.label_sets is not None:
+        ranked = probabilities.argsort(descending=True, stable=True).tolist()
+        result["label_set"] = [columns[j] for j in ranked if decided.label_sets[index, j]]
+    if decided.out_of_scope is not None:
+        result["out_of_scope"] = bool(decided.out_of_scope[index])
+    return result

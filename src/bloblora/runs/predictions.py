@@ -1,0 +1,261 @@
+"""Predictions in files: kept while they are made, and read again, whichever program made them."""
+
+import csv
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .. import tasks
+from ..adapter.storage import MEAN_CONFIG
+from ..data import DataError
+from ..decision import Decision
+from ..files import file_sha256, json_sha256, read_json
+from ..methods.method import read_state
+from ..prediction import Prediction
+from .config import RunError
+from .folder import RunDescription, records_sha256
+from .lines import lines_of
+from .processes import append_lines
+from .run import PredictionOptions
+
+_NO_STATE = (MEAN_CONFIG, "distance.safetensors")  # the first names the base model, which a push renames
+_NOT_PROBABILITIES = ("target", "id", "text", "text_pair", "question", "label")
+_PREFIX = "probability_"
+
+
+@dataclass(frozen=True)
+class Averages(Prediction):
+    """A prediction of which the averages over the draws were kept: ``log_probs`` is log p̄ alone, (1, n, C).
+
+    Attributes:
+        draws: made for each input, (n,).
+        aleatoric: mean entropy of the draws, nats, (n,).
+        epistemic: mutual information, nats, (n,); NaN where it isn't known.
+    """
+
+    draws: Tensor
+    aleatoric: Tensor
+    epistemic: Tensor
+
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, Any]], num_samples: int) -> "Averages":
+        """The one whose lines these are; each has ``log_probabilities``."""
+        log_probs, draws, aleatoric, epistemic = [], [], [], []
+        for row in rows:
+            log_probs.append(torch.tensor(row["log_probabilities"]))
+            draws.append(row.get("num_draws", max(1, num_samples)))
+            aleatoric.append(row.get("expected_entropy", math.nan))
+            epistemic.append(row.get("mutual_information", math.nan))
+        padded = pad_sequence(log_probs, batch_first=True, padding_value=-math.inf)
+        return cls(padded[None], num_samples, torch.tensor(draws), torch.tensor(aleatoric), torch.tensor(epistemic))
+
+    @property
+    def num_draws(self) -> Tensor:
+        """Draws that were made for each input, (n,)."""
+        return self.draws
+
+    @property
+    def log_probabilities(self) -> Tensor:
+        """log p̄, (n, C)."""
+        return self.log_probs[0]
+
+    @property
+    def expected_entropy(self) -> Tensor:
+        """Aleatoric uncertainty, nats, (n,)."""
+        return self.aleatoric
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """Epistemic uncertainty, nats, (n,); NaN where it is not known."""
+        return self.epistemic
+
+
+def state_of(description: RunDescription) -> dict[str, Any]:
+    """What a run's predictions depend on, of its folder: the adapter, all of its method's files, and T and τ."""
+    folder, method = description.folder, description.method
+    files = {file for pattern in method.files for file in folder.glob(pattern) if file.name not in _NO_STATE}
+    hashes = {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
+    state: dict[str, Any] = {"adapter_sha256": description.adapter_sha256}
+    if (folder / "temperature.json").is_file():
+        state["temperature"] = read_state(folder, "temperature")[0]["temperature"]
+    if (width := description.training.get("rescaling", {}).get("width")) is not None:
+        state["width"] = width
+    return state | {"files_sha256": json_sha256(hashes)}
+
+
+def identity_of(
+    description: RunDescription, records: Sequence[dict[str, Any]], options: PredictionOptions
+) -> dict[str, Any]:
+    """Whose predictions of what these are."""
+    how = {"num_samples": options.samples, "seed": options.seed, "approximate": options.approximate}
+    return {**state_of(description), "records_sha256": records_sha256(records), **how}
+
+
+def keep_predictions(
+    file: Path,
+    task: tasks.Task,
+    records: Sequence[dict[str, Any]],
+    predict: Callable[[Sequence[dict[str, Any]]], Prediction],
+    identity: dict[str, Any],
+    decision: Decision | None = None,
+    *,
+    progress: bool = False,
+) -> None:
+    """Write what isn't there yet of the records' lines: those of `describe`, and what `Averages` and `calibrate` read.
+
+    Raises:
+        RunError: the file holds predictions of another ``identity``.
+    """
+
+    def described(chunk: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        prediction = predict(chunk)
+        lines = lines_of(task, chunk, prediction, decision)
+        rows, draws = prediction.log_probabilities.tolist(), prediction.num_draws.tolist()
+        for record, line, row, count in zip(chunk, lines, rows, draws, strict=True):
+            right = record.get("answer" if task.labels is None else "label")
+            exact = {"log_probabilities": row[: len(line["probabilities"])], "num_draws": count}
+            yield line | ({} if right is None else {"target": right}) | exact
+
+    append_lines(file, records, described, identity, progress=progress)
+
+
+def read_predictions(
+    file: Path,
+    task: tasks.Task | None = None,
+    num_samples: int = 0,
+    *,
+    targets: Sequence[Any] | None = None,
+    labelled: bool = True,
+) -> tuple[Averages, Tensor]:
+    """Probabilities and right labels of any model's predictions.
+
+    A line of a .jsonl file has ``probabilities``, by label or as a list, and ``target``, the right label or its index;
+    lines of `bloblora predict` need only that added. A .csv or .tsv file has a column ``target`` and one for each
+    label, called as the label is, or ``probability_LABEL`` where there are others.
+
+    Args:
+        file: of the predictions.
+        task: of the run that made them, whose labels they must have.
+        num_samples: N that they were made with.
+        targets: the right labels, where the file has none.
+        labelled: whether a line needs a right label; without, all columns are 0.
+
+    Returns:
+        The prediction, and the right columns, (n,).
+
+    Raises:
+        DataError: lists the lines that can't be used.
+        RunError: ``targets`` are more or fewer than the lines.
+    """
+    rows, columns, problems = [], [], []
+    numbered = list(_rows(file))
+    if targets is not None and len(targets) != len(numbered):
+        raise RunError(
+            f"{file}: has {len(numbered)} predictions, and there are {len(targets)} labels; give those of it"
+        )
+    for position, (place, row) in enumerate(numbered):
+        if targets is not None:
+            row = row | {"target": targets[position]}
+        if not labelled:
+            row = {**row, "target": 0, "question": ""}
+        try:
+            read, column = _read_row(row, None if task is None else task.labels)
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+            continue
+        rows.append(read)
+        columns.append(column)
+    if problems or not rows:
+        raise DataError(problems or [f"{file}: there are no predictions in it"])
+    return Averages.of(rows, num_samples), torch.tensor(columns)
+
+
+def check_made_by(file: Path, description: RunDescription, options: PredictionOptions) -> None:
+    """Raise a RunError where the file beside predictions says that another state of the run made them, or another N."""
+    if not (meta := file.with_name(f"{file.name}.meta.json")).is_file():
+        return
+    stored, here = read_json(meta, RunError), identity_of(description, [], options)
+    # evaluate's file doesn't say the last one, and no records are here to compare
+    names = [name for name in here if name != "records_sha256" and (name in stored or name != "files_sha256")]
+    wrong = [f"{name} {stored.get(name)} there, {here[name]} now" for name in names if stored.get(name) != here[name]]
+    if wrong:
+        raise RunError(f"{file}: other predictions than this run's with these options ({'; '.join(wrong)})")
+
+
+def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line with its place."""
+    if not file.is_file():
+        raise DataError([f"predictions {str(file)!r}: no such file"])
+    if (suffix := file.suffix.lower()) not in (".jsonl", ".csv", ".tsv"):
+        raise DataError([f"predictions {str(file)!r}: the ending {suffix!r} is not one of .jsonl, .csv, .tsv"])
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        if suffix != ".jsonl":
+            reader = csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",")
+            header = reader.fieldnames or ()
+            named = {name: name.removeprefix(_PREFIX) for name in header if name.startswith(_PREFIX)}
+            named = named or {name: name for name in header if name not in _NOT_PROBABILITIES}
+            for row in reader:
+                # a choice that a question lacks is an empty cell
+                probabilities = {label: row[name] for name, label in named.items() if row[name] not in ("", None)}
+                yield f"{file}:{reader.line_num}", {**row, "probabilities": probabilities}
+            return
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                found = json.loads(line)
+            except ValueError as error:
+                raise DataError([f"{file}:{number}: not valid JSON: {error}"]) from error
+            if not isinstance(found, dict):
+                raise DataError([f"{file}:{number}: {found!r} is not a JSON object"])
+            yield f"{file}:{number}", found
+
+
+def _read_row(row: Mapping[str, Any], labels: Sequence[str] | None) -> tuple[dict[str, Any], int]:
+    """What `Averages` takes of a row, and its right column; a ValueError says which field is wrong."""
+    given = row.get("probabilities")
+    names = [*map(str, given)] if isinstance(given, dict) else []
+    if not isinstance(given, dict | list) or len(given) < 2:
+        raise ValueError(f"field 'probabilities': {given!r} must be at least 2 numbers, by label or as a list")
+    if labels is not None and (len(given) != len(labels) or (names and {*names} != {*labels})):
+        raise ValueError(
+            f"field 'probabilities': of {', '.join(names) or len(given)}; the run's labels are {', '.join(labels)}"
+        )
+    probabilities = [
+        _number(value, "probabilities") for value in (given.values() if isinstance(given, dict) else given)
+    ]
+    if min(probabilities) < 0 or not math.isclose(total := math.fsum(probabilities), 1, abs_tol=1e-3):
+        raise ValueError(f"field 'probabilities': {given!r} must be at least 0, with a sum of 1")
+    log_probabilities = row.get("log_probabilities") or [math.log(p / total) if p else -math.inf for p in probabilities]
+    there = [name for name in ("mutual_information", "expected_entropy") if row.get(name) not in (None, "")]
+    scores = {name: _number(row[name], name) for name in there}
+    counts = {"num_draws": row["num_draws"]} if "num_draws" in row else {}
+    target = row.get("target")
+    if target in (None, ""):
+        raise ValueError("field 'target': missing; it is the right label, or its index")
+    known = names or [*(labels or ())]
+    index = "question" in row and isinstance(target, int)  # a choice may be called "1" too
+    if str(target) in known and not index:
+        column = known.index(str(target))
+    elif str(target).isdecimal() and int(target) < len(probabilities):
+        column = int(target)
+    else:
+        raise ValueError(f"field 'target': {target!r} is none of the {len(probabilities)} labels {', '.join(known)}")
+    return {"log_probabilities": log_probabilities, **scores, **counts}, column
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"field {name!r}: {value!r} must be a number")
+    return number

@@ -1,0 +1,124 @@
+"""Predictions that another program made, read from its files."""
+
+import pytest
+import torch
+
+from bloblora.data import DataError
+from bloblora.decision import fit_decision
+from bloblora.prediction import Prediction
+from bloblora.runs import RunError
+from bloblora.runs.decide import calibrate_on
+from bloblora.runs.predictions import read_predictions
+from bloblora.tasks import Classification
+from tests.decision.conftest import truths
+from tests.tiny_base import write_jsonl
+
+LABELS = ("card", "parcel", "refund")
+PROMISES = {"risk": 0.4, "coverage": 0.8, "false_alarm": 0.1}
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """Probabilities (300, 3) and the labels that were drawn from them."""
+    probabilities, labels = truths(300, 3, 1, concentration=0.3)
+    return probabilities[0], labels[0]
+
+
+def rows(truth, how):
+    for row, label in zip(*(part.tolist() for part in truth), strict=True):
+        named = dict(zip(LABELS, row, strict=True))
+        if how == "by label":  # as `predict` writes them, in another order on every second line
+            items = [*named.items()]
+            yield {
+                "label": max(named, key=named.get),
+                "probabilities": dict(items[:: -1 if label else 1]),
+                "target": LABELS[label],
+            }
+        else:
+            yield {"probabilities": row, "target": label}
+
+
+@pytest.mark.parametrize("how", ["by label", "list", "csv", "csv of predict"])
+def test_the_rules_are_those_of_the_probabilities(truth, tmp_path, how):
+    file = tmp_path / ("other.csv" if how.startswith("csv") else "other.jsonl")
+    if how == "csv":
+        file.write_text(
+            "".join(
+                [",".join([*LABELS, "target"]) + "\n"]
+                + [
+                    ",".join([*map(str, row["probabilities"]), LABELS[row["target"]]]) + "\n"
+                    for row in rows(truth, "list")
+                ]
+            )
+        )
+    elif how == "csv of predict":
+        header = ["text", "label", "confidence", *(f"probability_{label}" for label in LABELS), "target"]
+        file.write_text(
+            "".join(
+                [",".join(header) + "\n"]
+                + [
+                    ",".join(["a text", "card", "0.5", *map(str, row["probabilities"]), LABELS[row["target"]]]) + "\n"
+                    for row in rows(truth, "list")
+                ]
+            )
+        )
+    else:
+        write_jsonl(file, [*rows(truth, how)])
+    found = calibrate_on(*read_predictions(file), **PROMISES)
+    expected = fit_decision(Prediction(truth[0].log().float()[None], 0), truth[1], **PROMISES).to_dict()
+    assert found["decision"].keys() == expected.keys() == {"answering", "label_sets", "scope"}
+    for rule, values in expected.items():
+        assert found["decision"][rule] == pytest.approx(values, abs=1e-6)
+
+
+def test_labels_beside_the_file(truth, tmp_path):
+    unlabelled = [{k: v for k, v in row.items() if k != "target"} for row in rows(truth, "by label")]
+    answers = write_jsonl(tmp_path / "answers.jsonl", unlabelled)
+    right = [LABELS[label] for label in truth[1]]
+    alone = read_predictions(write_jsonl(tmp_path / "whole.jsonl", [*rows(truth, "by label")]))
+    beside = read_predictions(answers, targets=right)
+    assert torch.equal(beside[0].log_probabilities, alone[0].log_probabilities)
+    assert torch.equal(beside[1], alone[1])
+    with pytest.raises(RunError, match="has 300 predictions, and there are 299 labels"):
+        read_predictions(answers, targets=right[1:])
+
+
+def test_choices_by_index_or_text(tmp_path):
+    lines = [
+        {"question": "How many?", "probabilities": {"2": 0.1, "1": 0.7, "0": 0.2}, "target": 1},
+        {"question": "How many?", "probabilities": {"two": 0.25, "one": 0.75}, "target": "two"},
+    ]
+    prediction, columns = read_predictions(write_jsonl(tmp_path / "choices.jsonl", lines))
+    assert columns.tolist() == [1, 0]
+    torch.testing.assert_close(prediction.probabilities, torch.tensor([[0.1, 0.7, 0.2], [0.25, 0.75, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"label": "card"}, "field 'probabilities': None must be at least 2 numbers"),
+        (
+            {"probabilities": [0.5, 0.2], "target": 0},
+            r"field .probabilities.: \[0\.5, 0\.2\] must be at least 0, with a sum of 1",
+        ),
+        ({"probabilities": ["half", 0.5], "target": 0}, "field 'probabilities': 'half' must be a number"),
+        ({"probabilities": {"a": 0.5, "b": 0.5}}, "field 'target': missing; it is the right label"),
+        ({"probabilities": {"a": 0.5, "b": 0.5}, "target": "c"}, "field 'target': 'c' is none of the 2 labels a, b"),
+        ({"probabilities": [0.5, 0.5], "target": 2}, "field 'target': 2 is none of the 2 labels"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(tmp_path, line, message):
+    file = write_jsonl(tmp_path / "bad.jsonl", [{"probabilities": [0.5, 0.5], "target": 1}, line])
+    with pytest.raises(DataError, match=f"bad.jsonl:2: {message}"):
+        read_predictions(file)
+
+
+def test_other_labels_than_the_runs(tmp_path):
+    file = write_jsonl(tmp_path / "other.jsonl", [{"probabilities": {"card": 0.5, "loan": 0.5}, "target": "card"}])
+    with pytest.raises(DataError, match="of card, loan; the run's labels are card, parcel"):
+        read_predictions(file, Classification(labels=("card", "parcel"), pad_token_id=0))
+    with pytest.raises(DataError, match="no such file"):
+        read_predictions(tmp_path / "none.csv")
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match=r"the ending '\.txt' is not one of \.jsonl, \.csv, \.tsv"):
+        read_predictions(tmp_path / "a.txt")
