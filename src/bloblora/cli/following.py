@@ -45,9 +45,11 @@ def after_demo(run: Path) -> str:
         'and with your own records, {"text": …, "label": …} a line:',
         f"  {command} train --data queries.jsonl --output runs/own",
     ]
-    if not all(map(find_spec, ("fastapi", "uvicorn", "prometheus_client"))):
+    if not all(map(find_spec, ("fastapi_offline", "uvicorn", "prometheus_client"))):
         pip = shlex.quote(sys.executable)
-        lines.insert(4, f"  {pip} -m pip install fastapi uvicorn prometheus-client        once, for the next one")
+        lines.insert(
+            4, f"  {pip} -m pip install fastapi-offline uvicorn prometheus-client        once, for the next one"
+        )
     return "\n".join(lines)
 
 
