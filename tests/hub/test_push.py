@@ -214,8 +214,8 @@ def test_errors_before_the_hub_is_asked(trained, tmp_path):
 
 @pytest.mark.parametrize("method", ["ensemble", "full", "laplace-lora", "swag", "scalabl", "c-lora", "vbll", "lora"])
 def test_what_goes_up_of_other_methods_is_enough(base, trained, tmp_path, method):
-    scaling = 0.5 if method == "lora" else 0.0
-    settings = dict(model=str(base), steps=4, batch_size=2, r=2, method=method, temperature_scaling=scaling)
+    settings = dict(model=str(base), steps=4, batch_size=2, r=2, method=method)
+    settings |= {"validation": 0.5, "temperature_scaling": True} if method == "lora" else {}
     run = runs.train(
         runs.RunConfig.of(data=str(trained.data), output=str(tmp_path / "run"), **settings), progress=False
     )

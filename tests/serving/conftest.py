@@ -32,7 +32,8 @@ def folders(base, tmp_path_factory):
         "quiz": (str(write_jsonl(folder / "questions.jsonl", QUESTIONS)), "blob"),
     }
     for name, (file, method) in data.items():
-        runs.train(runs.RunConfig.of(data=file, output=str(folder / name), model=str(base), method=method, **OPTIONS))
+        options = {**OPTIONS, "method": method, **({"std_learning_rate": 0.5} if method == "blob" else {})}
+        runs.train(runs.RunConfig.of(data=file, output=str(folder / name), model=str(base), **options))
     held_out = [
         {"text": record["text"], "label": ("parcel", "refund")[i % 2]} for i, record in enumerate(support_desk("test"))
     ]
