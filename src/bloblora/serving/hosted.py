@@ -184,9 +184,9 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Run
     if not opened:
         raise RunError("directories: give at least one folder of a run")
     if settings.examples:
-        given = _read_examples(settings.examples)
-        if kind_of(given) not in {description.task.kind for description in opened.values()}:
-            raise RunError(f"examples {settings.examples!r}: records with {KINDS[kind_of(given)]}; no run takes these")
+        kind = kind_of(_read_examples(settings.examples))
+        if kind not in {description.task.kind for description in opened.values()}:
+            raise RunError(f"examples {settings.examples!r}: records with {KINDS[kind]}; no run takes these")
     return opened
 
 
