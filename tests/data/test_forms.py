@@ -252,7 +252,7 @@ def test_answers_as_people_write_them(answer, tmp_path):
 
 def test_an_answer_that_could_be_two_choices_is_an_error(tmp_path):
     row = {"question": "1 + 1", "choices": ["1", "2", "3"], "answer": "2"}
-    with pytest.raises(DataError, match="'2' is not an index into 3 choices .*letter or the text of exactly one"):
+    with pytest.raises(DataError, match=r"'2' is not an index into 3 choices .*letter or the text of exactly one"):
         read_records(write(tmp_path / "data.jsonl", json.dumps(row)))
     assert read_records(write(tmp_path / "data.jsonl", json.dumps(row | {"answer": "3"})))[0]["answer"] == 2
     assert read_records(write(tmp_path / "data.jsonl", json.dumps(row | {"answer": 0})))[0]["answer"] == 0

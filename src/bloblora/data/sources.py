@@ -76,7 +76,7 @@ def _numbered(source: str, rows: Iterable[Row], what: str = "row") -> Iterator[t
     return (((f"{source}: {what} ", number), row) for number, row in enumerate(rows, start=1))
 
 
-def _json_lines(source: str, lines: Iterable[str] | Iterable[bytes]) -> Iterator[tuple[Place, Row]]:
+def _json_lines(source: str, lines: Iterable[str | bytes]) -> Iterator[tuple[Place, Row]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield (f"{source}:", number), _json_row(line)
@@ -274,7 +274,7 @@ def _seekable(path: Path) -> Iterator[BinaryIO]:
         with TemporaryFile() as copy:
             copyfileobj(file, copy)
             copy.seek(0)
-            yield copy  # type: ignore[misc]  # it reads as a BinaryIO does
+            yield copy
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
