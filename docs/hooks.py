@@ -34,6 +34,7 @@ _OPTION_CLASSES = {
     "task": "bloblora.tasks:TASKS",
     "prior": "bloblora.posterior:PRIORS",
     "run": "bloblora.runs:RunConfig",
+    "reading": "bloblora.data:ReadingOptions",
     "training": "bloblora.training:Objective",
 }
 _log = logging.getLogger("mkdocs.hooks")  # a warning fails the strict build
@@ -86,7 +87,7 @@ def options_table(what: str) -> str:
     """The options of a class as a Markdown table.
 
     Args:
-        what: ``run``, ``training``, or ``method``, ``task`` or ``prior`` and a name.
+        what: ``run``, ``reading``, ``training``, or ``method``, ``task`` or ``prior`` and a name.
     """
     group, _, name = what.partition(" ")
     module, attribute = _OPTION_CLASSES[group].split(":")

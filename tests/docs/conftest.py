@@ -40,6 +40,9 @@ def place(tmp_path_factory):
         write_jsonl(place / f"{name}.jsonl", labelled)
     write_jsonl(place / "other.jsonl", support_desk("out_of_scope")[:20])
     write_jsonl(place / "choices.jsonl", QUESTIONS)
+    (place / "tickets.csv").write_text(
+        "subject;queue\n" + "".join(f"{record['text']};{record['label']}\n" for record in queries())
+    )
     write_jsonl(place / "answers.jsonl", ANSWERS)
     write_jsonl(place / "prompts.jsonl", ANSWERS)
     write_jsonl(place / "examples.jsonl", [{"text": text} for text in texts[:3]])

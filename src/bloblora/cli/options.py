@@ -123,6 +123,8 @@ def _add(parser: Any, name: str, kind: Any, default: Any, text: str, *, shown: s
     text = re.sub(r"\s+", " ", text).strip()
     if shown is not None:
         options, text = {"default": argparse.SUPPRESS}, f"{text} (default: {shown})" if text else text
+    if kind is bool:  # --name alone, or with true or false
+        options |= {"nargs": "?", "const": True}
     help_ = argparse.SUPPRESS if shown is not None and not text else text.replace("%", "%%")
     parser.add_argument(*names, type=kind, help=help_, **options)
 

@@ -46,6 +46,7 @@ def train(config: RunConfig, json: bool = False, tensorboard: str | None = None,
       {"question": "Which gas do plants take in?", "choices": ["oxygen", "carbon dioxide"], "answer": 1}
       {"prompt": "Question: Which gas do plants take in?\\nAnswer:", "response": "carbon dioxide"}
     `answer` is the right choice's index, counted from 0. Tables have the same columns, choices as choice_0, choice_1, …
+    Columns of other names are found where that is obvious, or named by --text-column, --label-column, …
 
     Options are named as in peft.LoraConfig and transformers.TrainingArguments; --method NAME --help shows those of
     another method. The output folder then holds the adapter, task.json, run.json and config.yaml (for --config). A run

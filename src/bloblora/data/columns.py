@@ -107,9 +107,9 @@ def find_columns(
     return {name: column for name, column in found.items() if column != name}
 
 
-def said_of(found: Mapping[str, str], given: Collection[str]) -> str | None:
+def said_of(found: Mapping[str, str], given: Mapping[str, str], known: Mapping[str, str]) -> str | None:
     """The line that says which columns were guessed; None where none was."""
-    guessed = {name: column for name, column in found.items() if name not in given}
+    guessed = {name: column for name, column in found.items() if name not in given and known.get(name) != column}
     if not guessed:
         return None
     taken = ", ".join(f"{name} is column {column!r}" for name, column in guessed.items())

@@ -45,7 +45,7 @@ class Reader:
         require_labels: bool = True,
         silent: bool = False,
     ) -> None:
-        self.source, self.options, self.known = str(source), options, known
+        self.source, self.options, self.known = str(source), options, known or {}
         self.require_labels = require_labels
         self.columns: dict[str, str] = {}
         self._say: Say = (lambda text: None) if silent else _log.info
@@ -108,7 +108,7 @@ class Reader:
         given = self.options.columns()
         self._present = [str(column) for column in row]
         self.columns = find_columns(self._name, self._present, given, self.known)
-        if text := said_of(self.columns, {**given, **(self.known or {})}):
+        if text := said_of(self.columns, given, self.known):
             self._say(f"{self._name}: {text}")
 
     def _hint(self, problem: str) -> str:

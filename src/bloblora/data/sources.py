@@ -274,7 +274,7 @@ def _seekable(path: Path) -> Iterator[BinaryIO]:
         with TemporaryFile() as copy:
             copyfileobj(file, copy)
             copy.seek(0)
-            yield copy  # it reads as a BinaryIO does
+            yield copy
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
