@@ -143,7 +143,7 @@ def _check_on_hub(name: str) -> None:
     except EntryNotFoundError as error:
         raise ModelError(_unloadable(name, "the repository has no config.json")) from error
     except (OSError, HTTPError) as error:
-        reason = f"{constants.ENDPOINT} can't be reached, and no copy is in its cache: {error}"
+        reason = f"{constants.ENDPOINT} can't be reached, and no copy is in its cache: {' '.join(str(error).split())}"
         raise ModelError(_unloadable(name, reason)) from error
 
 

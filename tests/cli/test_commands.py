@@ -241,6 +241,7 @@ def test_the_demo_and_its_second_call(call, tmp_path):
     status, out, err = call(*arguments)
     assert status == 0, err
     assert all(name in out for name in ("LoRA", "BLoB, N = 0", "BLoB, N = 2", "where is my parcel"))
+    assert "Next, on the same run:" in out
     metrics = (tmp_path / "demo" / "metrics.json").read_bytes()
     rows = json.loads(metrics)
     assert {name: row["num_samples"] for name, row in rows.items()} == {"LoRA": 0, "BLoB, N = 0": 0, "BLoB, N = 2": 2}

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from bloblora import tasks
+from bloblora import runs, tasks
 from bloblora.cli import following
 from bloblora.runs import RunConfig
 from bloblora.runs.processes import on_cpu, use_device
@@ -139,6 +139,13 @@ def test_metrics_of_each_data_set_are_kept(call, run, files, tmp_path):
     (folder / "metrics.json").write_text(json.dumps({"evaluations": entries}))
     assert call("card", folder)[0] == 0
     assert "other.jsonl" not in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_metrics_of_another_form_are_found_before_the_model_is_loaded(call, run, files, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    (folder / "metrics.json").write_text('{"accuracy": 0.5}')
+    monkeypatch.setattr(runs, "load_run", lambda *_: pytest.fail("the model was loaded"))
+    fails(call("evaluate", folder, "--data", files.texts), "metrics.json: not what `bloblora evaluate` writes")
 
 
 def test_a_folder_that_cannot_be_written_costs_no_evaluation(call, run, files, tmp_path):

@@ -90,7 +90,7 @@ def reader_of(place, tmp_path, monkeypatch):
 
 def names(place: Path, page: str) -> dict[str, Any]:
     """What Python blocks use without saying where it comes from; a classifier, and where text is written, a writer."""
-    base = next((place / "cache").iterdir())
+    base = next((place / "cache").glob(f"{models.DEFAULT_MODEL}-*"))
     tokenizer = models.load_tokenizer(str(base))
     records = [json.loads(line) for line in (place / "validation.jsonl").read_text().splitlines()]
     texts = [record["text"] for record in queries()]

@@ -22,10 +22,11 @@ def folder(tmp_path_factory):
     subprocess.run([*install, "--target", str(folder / "site"), str(PACKAGE)], check=True)
     save_base(folder / "base")
     write_jsonl(folder / "texts.jsonl", queries() * 2)
-    train = {"model": f"{folder}/base", "steps": 2, "batch_size": 2, "r": 2}
+    train = {"steps": 2, "batch_size": 2, "r": 2}
     sets = {"train": {"data": "texts.jsonl"}, "test": "texts.jsonl", "validation": "texts.jsonl"}
     methods = {"very noisy": {"method": "noisy", "noise_size": 0.5}}
-    study = {"seeds": [0], "samples": [0, 2], "train": train, "datasets": {"desk": sets}}
+    study = {"models": [f"{folder}/base"], "seeds": [0], "samples": [0, 2], "train": train}
+    study["datasets"] = {"desk": sets}
     study |= {"methods": methods, "baseline": "very noisy"}
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
     return folder

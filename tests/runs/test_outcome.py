@@ -124,6 +124,15 @@ def test_a_run_that_learned_nothing_says_so_everywhere(trained, tmp_path, capsys
     assert f"- **Training ended badly**: {problem}" in str(model_card(folder))
 
 
+def test_records_that_chose_the_checkpoint_calibrate_nothing(trained, tmp_path, capsys):
+    other = str(write_jsonl(tmp_path / "other.jsonl", records(60)))
+    trained(method="lora", validation=other)
+    with pytest.raises(SystemExit):
+        main(["calibrate", str(tmp_path / "run"), "--data", other])
+    assert "they chose the run's checkpoint; calibrate on records that it has not seen" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:the model has learned nothing")
 def test_a_training_that_was_too_short_says_so(trained):
     with pytest.warns(UserWarning, match=r"was still falling at the last step, from \S+ to \S+: train longer"):
         trained(learnable(60), method="lora", learning_rate=0.01, lr_scheduler_type="constant", steps=8)

@@ -23,7 +23,7 @@ from ..runs import PredictionOptions, RunConfig, RunDescription, RunError, open_
 from ..runs.checks import check_generates
 from ..runs.decide import DECISION_FILE, calibrate_on, open_decision, write_decisions
 from ..runs.decide import calibrate as calibrate_run
-from ..runs.evaluate import METRICS_FILE, save_metrics
+from ..runs.evaluate import METRICS_FILE, read_metrics, save_metrics
 from ..runs.lines import write_table
 from ..runs.outcome import log
 from ..runs.predictions import check_made_by, read_predictions
@@ -151,6 +151,8 @@ def calibrate(
     runs.check_alone("calibrate")
     if output is not None:
         runs.check_writable(output)
+        if directory is not None and Path(output).absolute() == (Path(directory) / DECISION_FILE).absolute():
+            raise RunError(f"output {output!r}: the rules are saved there anyway, and for other N beside; leave it out")
     promises = {"risk": risk, "level": confidence, "coverage": coverage, "false_alarm": false_alarm}
     kinds: dict[str, Any] = {"kind": label_sets, "score": score}
     description = _opened(directory, options) if directory is not None else None
@@ -161,9 +163,8 @@ def calibrate(
         raise RunError(f"calibrate needs {missing}, or --predictions FILE; see bloblora calibrate --help")
     else:
         records, outside = _read(description, data, ood, reading)
+        _check_unseen(description, data)
         check_promises(len(records), **promises)
-        if _is_training_data(description, data):
-            raise RunError(f"data {data!r}: the run was trained on these; calibrate on records that it has not seen")
         bars = sys.stdout.isatty() and not json
         content = calibrate_run(description, records, outside, options, progress=bars, **promises, **kinds)
     if output is not None:
@@ -195,6 +196,8 @@ def _calibrate_predictions(
         right = [record["answer"] if "answer" in record else record.get("label") for record in records]
     if description is not None:
         check_made_by(file, description, options)
+        if data is not None:
+            _check_unseen(description, data)
     inside, targets = read_predictions(file, task, options.samples, targets=right)
     if promises["score"] == "mutual_information" and inside.mutual_information.isnan().any():
         raise RunError(f"{file}: field 'mutual_information': missing; give it, or take --score predictive_entropy")
@@ -261,6 +264,8 @@ def evaluate(
     description = _opened(directory, options)
     if output and Path(output).absolute() == (description.folder / METRICS_FILE).absolute():
         raise RunError(f"output {output!r}: metrics are written there anyway, those of other data too; leave it out")
+    if not description.remote:
+        read_metrics(description.folder)  # what is added to must be readable
     records, outside = _read(description, data, ood, reading)
     decision = open_decision(description, options)
     distance = runs.open_distance(description) if distances else None
@@ -462,6 +467,13 @@ def _opened(directory: str, options: PredictionOptions) -> RunDescription:
     for problem in description.training.get("warnings", ()):
         log.warning(f"this run: {problem}")
     return description
+
+
+def _check_unseen(description: RunDescription, data: str) -> None:
+    if _is_training_data(description, data):
+        raise RunError(f"data {data!r}: the run was trained on these; calibrate on records that it has not seen")
+    if data == description.config.validation_data:
+        raise RunError(f"data {data!r}: they chose the run's checkpoint; calibrate on records that it has not seen")
 
 
 def _is_training_data(description: RunDescription, data: str) -> bool:

@@ -115,16 +115,16 @@ def calibrate_on(
         _check_local(description)
     decision = fit_decision(inside, targets, **promises)
     content = {
-        **_how(options),
-        **({} if description is None else state_of(description)),
         "decision": decision.to_dict(),
         "promises": decision.promises,
         "realized": decision.realized(inside, targets, outside),
     }
-    if description is not None:
-        how, state = _how(options), state_of(description)
-        others = [e for e in _entries(description.folder / DECISION_FILE) if _has(e, state) and not _has(e, how)]
-        write_decisions(description.folder / DECISION_FILE, [*others, content])
+    if description is None:
+        return content
+    file, how, state = description.folder / DECISION_FILE, _how(options), state_of(description)
+    others = [entry for entry in _entries(file) if _has(entry, state) and not _has(entry, how)]
+    content = {**how, **state, **content}
+    write_decisions(file, [*others, content])
     return content
 
 

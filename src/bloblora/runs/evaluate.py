@@ -132,9 +132,9 @@ def save_metrics(
         RunError: the file can't be read.
         OSError: it can't be written.
     """
-    place: dict[str, Any] = {"data": metrics_source(data)} | (
-        {} if ood is None else {"out_of_scope": metrics_source(ood)}
-    )
+    place: dict[str, Any] = {"data": metrics_source(data)}
+    if ood is not None:
+        place["out_of_scope"] = metrics_source(ood)
     place |= {"num_samples": options.samples, "seed": options.seed, "approximate": options.approximate}
     state = state_of(description)
     kept = [
