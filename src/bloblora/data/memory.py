@@ -39,7 +39,7 @@ def as_records(source: Any, *, texts_are: str = "text", require_labels: bool = F
             continue
         if columns is None:
             columns = find_columns("the records", [*map(str, row)], {})
-            if said := said_of(columns, {}):
+            if said := said_of(columns, {}, {}):
                 _log.info(f"the records: {said}")
         records.append(to_record({str(name): _plain(value) for name, value in row.items()}, columns))
         found = record_problems(records[-1], record_kind(records[-1]), require_answer=require_labels)
