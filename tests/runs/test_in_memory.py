@@ -141,3 +141,14 @@ def test_predict_says_what_it_needs(trained):
     for empty in ([], DataLoader([])):
         with pytest.raises(ValueError, match="there is nothing to predict"):
             bloblora.predict(model, empty, tokenizer=tokenizer if empty == [] else None)
+
+
+def test_prompts(base, tmp_path):
+    records = [{"prompt": "Which gas do plants take?", "response": "carbon dioxide"}, {"prompt": "x", "response": "y"}]
+    run = runs.train(config_of(base, pandas.DataFrame(records), tmp_path / "run"), progress=False)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    expected = run.generate(records, 2, **options).texts
+    assert len(expected) == 2
+    assert run.generate([record["prompt"] for record in records], 2, **options).texts == expected
+    (line,) = run.describe_texts(records[0]["prompt"], 2, **options)
+    assert line["prompt"] == records[0]["prompt"]
