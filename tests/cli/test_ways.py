@@ -119,11 +119,12 @@ def test_a_table_is_one(call, run, choice_run, files, tmp_path):
 
 
 def test_metrics_of_each_data_set_are_kept(call, run, files, tmp_path):
-    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    folder = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("metrics.json")))
     other = write_jsonl(tmp_path / "other.jsonl", queries()[:3])
     for data, samples in ((files.texts, "3"), (other, "3"), (files.texts, "0"), (files.texts, "3")):
         elsewhere = tmp_path / "elsewhere.json"
-        assert call("evaluate", folder, "--data", data, "--samples", samples, "--output", elsewhere)[0] == 0
+        evaluate = ("evaluate", folder, "--data", data, "--samples", samples, "--output", elsewhere)
+        assert call(*evaluate, *(["--diagram", tmp_path / "far.png"] if samples == "0" else []))[0] == 0
     entries = json.loads((folder / "metrics.json").read_text())["evaluations"]
     found = [(entry["data"], entry["num_samples"], entry["metrics"]["num_examples"]) for entry in entries]
     assert found == [(str(other), 3, 3), (files.texts, 0, 4), (files.texts, 3, 4)]  # the latest last
@@ -131,6 +132,7 @@ def test_metrics_of_each_data_set_are_kept(call, run, files, tmp_path):
     assert call("card", folder)[0] == 0
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert all(f"| {name} |" in card for name in ("other.jsonl, n = 3, N = 3", "texts.jsonl, n = 4, N = 0"))
+    assert "](reliability-texts.png)" in card
     status, _, err = call("evaluate", folder, "--data", files.texts, "--output", folder / "metrics.json")
     assert status == 2
     assert "metrics are written there anyway" in err

@@ -245,8 +245,8 @@ def evaluate(
         output: write the metrics also to this JSON file.
         predictions: write what `predict` says of each record to this file, 256 at a time; FILE.meta.json beside it says
             of which run, records, samples and seed.
-        diagram: write a reliability diagram (accuracy against confidence) to this PNG; the card shows those that are
-            called reliability.png or reliability-NAME.png in the run's folder.
+        diagram: write a reliability diagram (accuracy against confidence) to this PNG, and a copy for the card into the
+            run's folder where it is elsewhere.
         distances: with --ood, also the distances of hidden states; the first time they are fitted on the run's training
             data, and saved in its folder.
         json: print JSON instead of a table.
@@ -291,7 +291,7 @@ def evaluate(
         runs.write_json(Path(output), result)
     if not description.remote:
         try:
-            save_metrics(description, result, options, data, ood)
+            save_metrics(description, result, options, data, ood, Path(diagram) if diagram else None)
         except OSError as error:  # a folder that others share, for reading
             print(f"metrics aren't in the run's folder, which can't be written: {error}", file=sys.stderr)
     if json:

@@ -1,6 +1,8 @@
 """What a run's predictions are worth, and what they say."""
 
 import json
+import re
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -122,11 +124,17 @@ def metrics_source(data: str) -> str:
 
 
 def save_metrics(
-    description: RunDescription, result: dict[str, Any], options: PredictionOptions, data: str, ood: str | None = None
+    description: RunDescription,
+    result: dict[str, Any],
+    options: PredictionOptions,
+    data: str,
+    ood: str | None = None,
+    diagram: Path | None = None,
 ) -> None:
     """Put what `evaluate` found into the run's ``metrics.json``: an entry for each data set, N, seed and approximation.
 
-    It takes the place of an earlier one of the same, and those of another adapter, T or τ go.
+    It takes the place of an earlier one of the same, and those of another adapter, T or τ go. A ``diagram`` that is
+    elsewhere is copied to ``reliability-NAME.png``, where the card finds it.
 
     Raises:
         RunError: the file can't be read.
@@ -143,6 +151,9 @@ def save_metrics(
         if {**entry, **state} == entry and any(entry.get(name) != place.get(name) for name in (*place, "out_of_scope"))
     ]
     write_json(description.folder / METRICS_FILE, {"evaluations": [*kept, {**place, **state, "metrics": result}]})
+    if diagram is not None and diagram.absolute().parent != description.folder.absolute():
+        name = re.sub(r"[^\w.-]+", "-", Path(data).stem if Path(data).exists() else data)
+        shutil.copyfile(diagram, description.folder / f"reliability-{name}.png")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

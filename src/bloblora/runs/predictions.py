@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -81,6 +82,7 @@ def state_of(description: RunDescription) -> dict[str, Any]:
     """What a run's predictions depend on, of its folder: the adapter, all of its method's files, and T and τ."""
     folder, method = description.folder, description.method
     files = {file for pattern in method.files for file in folder.glob(pattern) if file.name not in _NO_STATE}
+    files.discard(folder / SAFETENSORS_WEIGHTS_NAME)  # which adapter_sha256 is of
     hashes = {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
     state: dict[str, Any] = {"adapter_sha256": description.adapter_sha256}
     if (folder / "temperature.json").is_file():
