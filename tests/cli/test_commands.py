@@ -197,7 +197,7 @@ def test_info(call, run, files):
     assert machine.keys() >= {"bloblora", "torch", "transformers", "peft", "cpus"}
     status, out, _ = call("info", run, "--json")
     result = json.loads(out)
-    assert (status, result["config"]["method"], result["config"]["model"]) == (0, {"name": "blob"}, files.base)
+    assert (status, result["config"]["method"]["name"], result["config"]["model"]) == (0, "blob", files.base)
     assert result["task"]["labels"] == ["parcel", "refund"]
     assert result["posterior"]["prior_std"] > 0
     assert result["training"]["num_examples"] == 4

@@ -52,7 +52,7 @@ from bloblora.serving import Settings
 from bloblora.serving.hosted import Hosted, open_hosted
 
 opened = open_hosted(["hub:user/desk", "next=hub:user/desk@next"], Settings(samples=3))
-metrics = {name: Hosted(name, run.folder, None, None).metrics for name, run in opened.items()}
+metrics = {name: Hosted(name, run.folder, None, None, None, []).metrics for name, run in opened.items()}
 json.dump([metrics, [file.name for file in opened["desk"].folder.glob("*.png")]], sys.stdout)
 """
 
