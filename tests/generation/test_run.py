@@ -10,6 +10,7 @@ import torch
 
 from bloblora import runs
 from bloblora.cli.run import GenerationOptions, generate
+from bloblora.data import ReadingOptions
 from bloblora.runs.checks import check_generates
 from tests.tiny_base import queries, write_jsonl
 
@@ -69,7 +70,7 @@ def test_the_command(trained, tmp_path, capsys):
     prompts = write_jsonl(tmp_path / "prompts.jsonl", RECORDS)
     output = tmp_path / "answers.jsonl"
     options = GenerationOptions(samples=3, max_new_tokens=8)
-    generate(trained.config.output, str(prompts), options, output=str(output))
+    generate(trained.config.output, str(prompts), options, ReadingOptions(), output=str(output))
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [line["prompt"] for line in lines] == [record["prompt"] for record in RECORDS]
     assert lines[0]["id"] == 7
@@ -85,7 +86,7 @@ def test_the_command_answers_a_stream_with_samples(trained, monkeypatch, capsys)
     text = "".join(json.dumps({"prompt": record["prompt"]}) + "\n" for record in RECORDS)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     options = GenerationOptions(samples=2, max_new_tokens=4, temperature=5.0, top_p=0.9)
-    generate(trained.config.output, "-", options)
+    generate(trained.config.output, "-", options, ReadingOptions())
     first = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     options = {"max_new_tokens": 4, "do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 0}
     assert [line["answer"] for line in first] == trained.generate(RECORDS, 2, **options).texts
@@ -105,7 +106,7 @@ def test_wrong_options(options, message, trained, tmp_path):
     data = write_jsonl(tmp_path / "texts.jsonl", queries())
     options = {key: value for key, value in options.items() if key != "input"}
     with pytest.raises(runs.RunError, match=message):
-        generate(trained.config.output, str(data), GenerationOptions(**options))
+        generate(trained.config.output, str(data), GenerationOptions(**options), ReadingOptions())
 
 
 def test_runs_that_do_not_fit(trained, base, tmp_path):

@@ -283,7 +283,7 @@ def test_all_values_out_of_range_at_once(config):
         (queries()[:2], "auto", "field 'label': all are 'refund'; there must be at least 2 labels"),
         (queries(), "choice_text", "task 'choice_text' needs records with 'question' and 'choices'"),
         (QUESTIONS, "classification", "task 'classification' needs records with 'text'"),
-        ([*queries(), *QUESTIONS], "auto", ":5: it has 'question', those before 'text'"),
+        ([*queries(), *QUESTIONS], "auto", ":5, 6: it has 'question', those before 'text'"),
     ],
 )
 def test_data_that_cannot_be_trained_on_is_found_before_the_model(config, tmp_path, records, task, message):

@@ -29,7 +29,8 @@ class KlWatch:
 
     def trained(self, std_parameter: Tensor) -> None:
         """A forward in train mode used this parameter of Ω."""
-        if self.silent or type(std_parameter) is not nn.Parameter:  # but a tensor of torch.func's, or a part of one
+        # A tensor of torch.func's, a part of one, or one without values can't be looked at.
+        if self.silent or type(std_parameter) is not nn.Parameter or std_parameter.is_meta:
             return
         before, self._sum = self._sum, std_parameter.detach().double().sum().item()
         self._steps += before not in (None, self._sum)
