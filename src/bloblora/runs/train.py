@@ -405,6 +405,9 @@ class _ProgressBar(ProgressCallback):
             parts = Path(args.output_dir).relative_to(self._checkpoints).parts
             self.training_bar.set_description(", ".join(parts).replace("_", " "))
 
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        """No second bar for each of the evaluations."""
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self.training_bar is not None:
             shown = {name: f"{logs[name]:.4g}" for name in ("nll", "kl", "median_std") if name in logs}
