@@ -26,17 +26,22 @@ def resolved(config: RunConfig, records: Sequence[dict[str, Any]], separate: int
 
     ``separate`` counts the validation records that aren't a share of the records.
     """
-    labelled = tasks.TASKS[task_name(config, records)].kind != "generation"
+    task = tasks.TASKS[task_name(config, records)]
+    groups = [*Counter(record.get("label", "") for record in records).values()]
     validation = config.validation
     if validation == "auto":
-        validation = _share(config, records)
-    held_out = _held_out(records, validation) if isinstance(validation, int | float) else 0
+        validation = _share(config, groups)
+    held_out = _held_out(groups, validation) if isinstance(validation, int | float) else 0
     temperature = config.temperature_scaling
     if temperature is None:
-        temperature = labelled and separate + held_out >= FEWEST_FOR_TEMPERATURE and config.temperature_folds is None
+        temperature = (
+            task.kind != "generation"
+            and separate + held_out >= FEWEST_FOR_TEMPERATURE
+            and config.temperature_folds is None
+        )
     options: dict[str, Any] = {"validation": validation, "temperature_scaling": temperature}
     if config.value("max_steps") == "auto":
-        options["max_steps"] = num_steps(config, records, len(records) - held_out)
+        options["max_steps"] = _num_steps(config, task, len(records) - held_out)
     return config.with_options(**options)
 
 
@@ -46,24 +51,27 @@ def left_open(config: RunConfig) -> tuple[str, ...]:
     return tuple(name for name, value in options.items() if config.value(name) == value)
 
 
-def num_steps(config: RunConfig, records: Sequence[dict[str, Any]], count: int) -> int:
+def _num_steps(config: RunConfig, task: type[tasks.Task], count: int) -> int:
     """Steps of a training on ``count`` records: a multiple of √count examples, and at least one pass."""
-    head = tasks.TASKS[task_name(config, records)].task_type == "SEQ_CLS"
+    head = task.task_type == "SEQ_CLS"
     batch = config.value("per_device_train_batch_size") * config.value("gradient_accumulation_steps")
     examples = max((_EXAMPLES_WITH_HEAD if head else _EXAMPLES) * math.sqrt(count), count)
     return max(1, math.ceil(examples / (batch * processes().num_processes)))
 
 
-def _share(config: RunConfig, records: Sequence[dict[str, Any]]) -> float:
-    """Of the records that are held out; 0 where that would be too few, or other options leave no room for it."""
+def _share(config: RunConfig, groups: Sequence[int]) -> float:
+    """Of the records, where each label has so many, that are held out.
+
+    0 where that would be too few, or other options leave no room for it.
+    """
     idle = config.start_from is not None and config.build_method().post_hoc
     idle |= config.training.get("eval_strategy") == "no" or not config.training.keys().isdisjoint((*SAVING, *UNFIT))
     if idle or config.method.get("holdout") or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return 0.0
-    share = min(_SHARE, _MOST / len(records))
-    return share if _held_out(records, share) >= _FEWEST else 0.0
+    share = min(_SHARE, _MOST / sum(groups))
+    return share if _held_out(groups, share) >= _FEWEST else 0.0
 
 
-def _held_out(records: Sequence[dict[str, Any]], share: float) -> int:
-    """How many records a share is, per label where records have one."""
-    return sum(round(share * count) for count in Counter(record.get("label", "") for record in records).values())
+def _held_out(groups: Sequence[int], share: float) -> int:
+    """How many records a share is, where each label has so many."""
+    return sum(round(share * count) for count in groups)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..evaluation import metrics
+from ..evaluation import example_scores, metrics
 from ..methods import TEMPERED_NLL, Training
 from ..prediction import Prediction, predict
 from .run import Run
@@ -81,7 +81,7 @@ def held_out_metrics(run: Run, training: Training) -> tuple[dict[str, Any], list
     for n, prediction in found.items():
         values = metrics(prediction, targets)
         by_samples[str(n)] = {name: values[name] for name in _METRICS}
-    nlls = [_nll(prediction, targets) for prediction in found.values()]
+    nlls = [example_scores(prediction, targets)["nll"] for prediction in found.values()]
     problems = [*_guessing(training, found[counts[-1]], targets, nlls[-1]), *_harm(*nlls)]
     return {"num_examples": len(targets), "by_num_samples": by_samples}, problems
 
@@ -125,7 +125,3 @@ def _harm(mean: Tensor, draws: Tensor | None = None) -> Iterator[str]:
             f"{NUM_SAMPLES} weight samples answer held-out records worse than the mean weights do: NLL "
             f"{draws.mean():.3f} and {mean.mean():.3f}. Predict with samples 0, or train with a smaller prior_std"
         )
-
-
-def _nll(prediction: Prediction, targets: Tensor) -> Tensor:
-    return -prediction.log_probabilities[torch.arange(len(targets)), targets]
