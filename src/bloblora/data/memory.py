@@ -6,6 +6,7 @@ from typing import Any
 
 from .columns import find_columns, said_of, to_record
 from .records import DataError, Record, record_kind, record_problems
+from .sources import with_names
 
 _log = logging.getLogger("bloblora")
 
@@ -68,11 +69,9 @@ def _rows(source: Any) -> Iterator[Any]:
 
 
 def _dataset_rows(source: Any) -> Iterator[Record]:
-    """Rows of a `datasets.Dataset`; -1 is its word for a label that is missing."""
+    """Rows of a `datasets.Dataset`, with its classes by name."""
     names = {name: feature.names for name, feature in (source.features or {}).items() if hasattr(feature, "names")}
-    for row in source:
-        coded = {name: row[name] for name in names if isinstance(row[name], int)}
-        yield row | {name: names[name][code] if code >= 0 else None for name, code in coded.items()}
+    return (with_names(row, names) for row in source)
 
 
 def _plain(value: Any) -> Any:

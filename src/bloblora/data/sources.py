@@ -286,7 +286,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             with parquet.ParquetFile(unpacked, buffer_size=_BUFFER) as file:
                 names = _class_names(file.schema_arrow)
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                    yield from (_with_names(row, names) for row in batch.to_pylist())
+                    yield from (with_names(row, names) for row in batch.to_pylist())
         except (ArrowException, OSError) as error:
             raise DataError([f"{path}: not readable as Parquet: {error}"]) from error
 
@@ -301,7 +301,7 @@ def _dataset_rows(path: Path) -> Iterator[Row]:
     if isinstance(rows, DatasetDict):
         raise DataError([f"{path}: has several splits; give one of {', '.join(str(path / name) for name in rows)}"])
     names = _class_names(rows.features.arrow_schema)
-    return (_with_names(row, names) for row in rows)
+    return (with_names(row, names) for row in rows)
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:
@@ -316,7 +316,7 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
     }
 
 
-def _with_names(row: Record, names: Mapping[str, list[str]]) -> Record:
+def with_names(row: Record, names: Mapping[str, list[str]]) -> Record:
     """A row with its classes by name; -1, which stands for none, is missing."""
     if not names:
         return row
