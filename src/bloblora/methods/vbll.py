@@ -33,7 +33,7 @@ from ..files import read_tensors
 from ..prediction import Sampler
 from ..prediction.hidden import mean_where_read, with_states
 from ..prediction.sampler import Forward
-from ..training import BlobTrainer, check_positive
+from ..training import BlobTrainer, check_positive, check_std_learning_rate
 from .method import PRIOR_IN_LOSS, Draw, Method, Training
 
 _LOG_STD, _OFF_DIAGONAL = "vbll_log_std", "vbll_off_diagonal"
@@ -55,8 +55,9 @@ class Vbll(Method):
         default=1.0,
         metadata={"help": "λ, which multiplies the KL; lower trusts the data more.", "search": (0.01, 10.0)},
     )
-    std_learning_rate: float = field(
-        default=0.02, metadata={"help": "Learning rate of S, whose logarithms Adam moves by about this a step."}
+    std_learning_rate: float | str | None = field(
+        default="auto",
+        metadata={"help": "Learning rate of S, whose logarithms Adam moves by about it a step; `auto` is 16 / steps."},
     )
 
     name = "vbll"
@@ -66,7 +67,8 @@ class Vbll(Method):
     needs_head = True
 
     def __post_init__(self) -> None:
-        check_positive(self, "prior_scale", "std_learning_rate")
+        check_positive(self, "prior_scale")
+        check_std_learning_rate(self)
         check_positive(self, "kl_scale", or_zero=True)
         if self.covariance not in ("diagonal", "dense"):
             raise ValueError(f"covariance must be diagonal or dense, got {self.covariance!r}")

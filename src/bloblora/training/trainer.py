@@ -28,7 +28,15 @@ from ..adapter.sharding import trained_state
 from ..adapter.storage import adapter_folder
 from ..adapter.variant import STD_PARAMETER
 from ..posterior import separate_noise, stack
-from .arguments import OBJECTIVE, BlobTrainingArguments, Objective, check_style, kl_weight, rescaled_dataset_size
+from .arguments import (
+    OBJECTIVE,
+    BlobTrainingArguments,
+    Objective,
+    automatic_std_learning_rate,
+    check_style,
+    kl_weight,
+    rescaled_dataset_size,
+)
 from .callbacks import ElboCallback
 from .checkpoints import last_checkpoint, remove_torn
 from .divergence import (
@@ -258,8 +266,19 @@ class BlobTrainerMixin(_Host):
             moved = set(own)
             for group in optimizer.param_groups:
                 group["params"] = [parameter for parameter in group["params"] if parameter not in moved]
+            rate = self.args.learning_rate if rate == "auto" else rate  # until the scheduler knows the steps
             optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As in the Trainer; with ``auto`` the number of steps says what ``std_learning_rate`` is."""
+        automatic = self.args.optimizer_style == "joint" and self.args.std_learning_rate == "auto"
+        if automatic and self.lr_scheduler is None:
+            own = set(self.std_parameters())
+            for group in (optimizer or self.optimizer).param_groups:  # type: ignore[union-attr]
+                if group["params"] and own.issuperset(group["params"]):
+                    group["lr"] = automatic_std_learning_rate(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip the gradients that the KL has no part in; see `BlobTrainingArguments`."""
@@ -448,7 +467,7 @@ class BlobTrainerMixin(_Host):
         rates = f"learning_rate {self.args.learning_rate}"
         if self.posterior is not None:
             name = "std_learning_rate" if self.args.optimizer_style == "joint" else "kl_learning_rate"
-            if (rate := getattr(self.args, name)) is not None:
+            if isinstance(rate := getattr(self.args, name), (int, float)):
                 rates += f" or {name} {rate}"
             rates += f" is too high, or init_std {self.posterior.start_std():.3g}"
         return DivergedError(
