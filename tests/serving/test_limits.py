@@ -153,7 +153,7 @@ def test_an_error_of_the_model_is_everyones_answer(hosted, monkeypatch):
         ({"samples": -1}, "samples must be 0"),
         (
             {"batch_size": 0, "max_choices": 0, "max_tokens": 0},
-            "batch_size must be at least 1, got 0\nmax_choices must be at least 1, got 0\nmax_tokens must be at least 1, got 0",
+            "max_choices must be at least 1, got 0\nmax_tokens must be at least 1, got 0",
         ),
         ({"max_samples": 5}, "max_samples must be at least samples, 10, got 5"),
         ({"max_wait_ms": float("nan")}, "max_wait_ms must be a finite number of at least 0, got nan"),
