@@ -140,7 +140,7 @@ def _add_models(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, 
     async def diagram(name: str) -> FileResponse:
         """A run's reliability diagram, as `bloblora evaluate --diagram` made it."""
         if name not in hosted or not hosted[name].diagram.is_file():
-            raise HTTPException(404, f"there is no diagram of a run {name!r}")
+            raise HTTPException(404, f"there is no diagram of a run {_SHORT.repr(name)}")
         return FileResponse(hosted[name].diagram, media_type="image/png")
 
 
