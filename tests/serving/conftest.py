@@ -6,7 +6,6 @@ from threading import Thread
 
 import httpx
 import pytest
-import uvicorn
 
 from bloblora import runs
 from bloblora.data import support_desk
@@ -19,26 +18,26 @@ OPTIONS = {"steps": 2, "batch_size": 2, "r": 2, "learning_rate": 0.01}
 LAX = {"risk": 0.9, "level": 0.5, "coverage": 0.6, "false_alarm": 0.3}
 
 
+def trained(base, folder, *names):
+    """Folders of runs by name: two on the same texts, ``three`` with one more label, and ``quiz`` on questions."""
+    others = [*queries(), {"text": "do you sell pasta", "label": "other"}]
+    data = {"desk": queries(), "lora": queries(), "three": others, "quiz": QUESTIONS}
+    for name in names:
+        method = {"method": "lora"} if name == "lora" else {"method": "blob", "std_learning_rate": 0.5}
+        file = str(write_jsonl(folder / f"{name}.jsonl", data[name]))
+        runs.train(runs.RunConfig.of(data=file, output=str(folder / name), model=str(base), **OPTIONS, **method))
+    return {name: str(folder / name) for name in names}
+
+
 @pytest.fixture(scope="session")
 def folders(base, tmp_path_factory):
-    """A calibrated run on texts, a plain LoRA on the same, one with other labels, and one on questions."""
-    folder = tmp_path_factory.mktemp("serving")
-    texts = str(write_jsonl(folder / "texts.jsonl", queries()))
-    others = [*queries(), {"text": "do you sell pasta", "label": "other"}]
-    data = {
-        "desk": (texts, "blob"),
-        "lora": (texts, "lora"),
-        "three": (str(write_jsonl(folder / "three.jsonl", others)), "blob"),
-        "quiz": (str(write_jsonl(folder / "questions.jsonl", QUESTIONS)), "blob"),
-    }
-    for name, (file, method) in data.items():
-        options = {**OPTIONS, "method": method, **({"std_learning_rate": 0.5} if method == "blob" else {})}
-        runs.train(runs.RunConfig.of(data=file, output=str(folder / name), model=str(base), **options))
+    """All of them, and ``desk`` is calibrated."""
+    folders = trained(base, tmp_path_factory.mktemp("serving"), "desk", "lora", "three", "quiz")
     held_out = [
         {"text": record["text"], "label": ("parcel", "refund")[i % 2]} for i, record in enumerate(support_desk("test"))
     ]
-    calibrate(runs.open_run(folder / "desk"), held_out[:60], options=SETTINGS, **LAX)
-    return {name: str(folder / name) for name in data}
+    calibrate(runs.open_run(folders["desk"]), held_out[:60], options=SETTINGS, **LAX)
+    return folders
 
 
 @pytest.fixture(scope="session")
@@ -47,11 +46,11 @@ def hosted(folders):
 
 
 @contextmanager
-def serving(hosted, settings=SETTINGS, keys=(), drain_seconds=0.0):
+def serving(hosted, settings=SETTINGS, keys=(), drain_seconds=0.0, allowed_hosts=()):
     """A client of a server that runs in a thread; `client.server` is the server."""
-    app = create_app(hosted, settings, keys)
+    app = create_app(hosted, settings, keys, allowed_hosts)
     with bind("127.0.0.1", 0) as port:
-        server = Server(uvicorn.Config(app, log_level="critical", lifespan="on"), drain_seconds)
+        server = Server(app, drain_seconds)
         thread = Thread(target=server.run, kwargs={"sockets": [port]})
         thread.start()
         url = "http://{}:{}".format(*port.getsockname())
@@ -63,7 +62,7 @@ def serving(hosted, settings=SETTINGS, keys=(), drain_seconds=0.0):
                 client.server = server
                 yield client
         finally:
-            server.handle_exit(15, None)
+            server.should_exit = True
             thread.join()
 
 

@@ -68,6 +68,7 @@ def test_refused_before_a_model_is_loaded(folders, tmp_path, capsys):
             ({"port": 70_000}, "port 70000: can't listen there"),
             ({"host": "nowhere.invalid"}, "host 'nowhere.invalid', port 8000: can't listen there"),
             ({"drain_seconds": -1.0}, "drain_seconds must be a finite number of at least 0, got -1.0"),
+            ({"grace_seconds": -1.0}, "grace_seconds must be a finite number of at least 0, got -1.0"),
             ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
             ({"api_key_file": "nowhere"}, "api_key_file 'nowhere': can't be read"),
             ({"directories": [str(tmp_path)]}, "no run.json in it"),

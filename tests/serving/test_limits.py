@@ -27,7 +27,7 @@ TEXT = {"text": "where is my parcel"}
         ({"inputs": TEXT, "model": "desk", "samples": -1}, "samples", "-1", "greater than or equal to 0"),
         ({"inputs": TEXT, "model": "desk", "seed": 1}, "seed", "1", "Extra inputs are not permitted"),
         ({"inputs": [], "model": "desk"}, "inputs", "[]", "at least 1 item"),
-        ({"inputs": [TEXT] * 33, "model": "desk"}, "inputs", "'33 of them'", "must be at most 32"),
+        ({"inputs": [TEXT] * 33, "model": "desk"}, "inputs", "[{'text'", "33 of them; must be at most 32"),
         ({"inputs": [TEXT, {"text": 5}], "model": "desk"}, "inputs[1].text", "5", "valid string"),
         ({"inputs": [{"text": " \n"}], "model": "desk"}, "inputs[0]", "{'text': ' \\n'}", "a text that isn't empty"),
         ({"inputs": {"text": "\ud800"}, "model": "desk"}, "inputs.text", "'\\ud800'", "valid string"),
@@ -38,7 +38,12 @@ TEXT = {"text": "where is my parcel"}
         ({"inputs": [5], "model": "desk"}, "inputs[0]", "5", "dictionary"),
         ({"inputs": "where is it", "model": "desk", "parameters": {"top_k": 2}}, "parameters", "top_k", "at most 0"),
         ({"inputs": {"question": "What?", "choices": ["a"]}, "model": "quiz"}, "inputs.choices", "['a']", "at least 2"),
-        ({"inputs": [{"question": "What?", "choices": ["a", " "]}], "model": "quiz"}, "inputs[0]", "{'q", "item 1"),
+        (
+            {"inputs": [{"question": "What?", "choices": ["a", " "]}], "model": "quiz"},
+            "inputs[0]",
+            "'question'",
+            "item 1",
+        ),
     ],
 )
 def test_fields_that_cannot_be_used(client, body, field, value, message):
@@ -147,11 +152,12 @@ def test_an_error_of_the_model_is_everyones_answer(hosted, monkeypatch):
     [
         ({"samples": -1}, "samples must be 0"),
         (
-            {"batch_size": 0, "max_tokens": 0},
-            "batch_size must be at least 1, got 0\nmax_tokens must be at least 1, got 0",
+            {"batch_size": 0, "max_choices": 0, "max_tokens": 0},
+            "max_choices must be at least 1, got 0\nmax_tokens must be at least 1, got 0",
         ),
         ({"max_samples": 5}, "max_samples must be at least samples, 10, got 5"),
         ({"max_wait_ms": float("nan")}, "max_wait_ms must be a finite number of at least 0, got nan"),
+        ({"read_seconds": 0.0}, "read_seconds must be a finite number above 0, got 0.0"),
         ({"queue": 8}, "queue must be at least max_inputs, 64, got 8"),
     ],
 )

@@ -23,6 +23,8 @@ from tests.tiny_base import queries
 
 ROOT = Path(__file__).parents[2]
 WARNING = "At the end 93 % of the posterior was as wide as the prior."
+DECISIONS = {"abstain": "too unsure: ask a person", "answer": "sure enough to answer"}
+UNDER = "under 0.1\N{NO-BREAK SPACE}%"
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
     "--no-sandbox",
@@ -126,7 +128,7 @@ def rows(page):
 
 
 def percent(share):
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
 def test_a_query_by_keyboard_alone(page, url):
@@ -147,10 +149,10 @@ def test_a_query_by_keyboard_alone(page, url):
     assert words["How sure"].startswith(percent(answer["confidence"]))
     most = 0.6931  # nats, of two labels
     assert words["What the text leaves open"].startswith(percent(min(1, answer["expected_entropy"] / most)))
-    assert words["The model's own doubt"].startswith(("under 0.1 %", percent(answer["mutual_information"] / most)))
+    assert words["The model's own doubt"].startswith((UNDER, percent(answer["mutual_information"] / most)))
     assert f"One of these, by the rule for label sets below: {', '.join(answer['label_set'])}." in article.inner_text()
     status = page.get_by_role("status").inner_text()
-    assert status == f"{answer['label']}, {percent(answer['confidence'])} sure, {answer['decision']}."
+    assert status == f"{answer['label']}, {percent(answer['confidence'])} sure, {DECISIONS[answer['decision']]}."
     widths = page.locator("article td, article th rect.bar").evaluate_all(
         "bars => bars.filter(bar => bar.tagName === 'rect').map(bar => +bar.getAttribute('width'))"
     )
@@ -191,7 +193,8 @@ def test_a_calibrated_run_says_what_its_rules_say(page, url):
         body = {"model": "desk", "inputs": text}
         answer = page.request.post(f"{url}/v1/predict", headers=headers, data=body).json()["answers"][0]
         article = ask(page, text)
-        badge = {"abstain": "too unsure: ask a person", "answer": "sure enough to answer"}[answer["decision"]]
+        badge = DECISIONS[answer["decision"]]
+        assert page.get_by_role("status").inner_text().endswith(f" sure, {badge}.")
         flag = ["out of scope"] if answer["out_of_scope"] else []
         assert article.locator(".decision").all_inner_texts() == [*flag, badge]
         assert "at most 0.9 of the answered are wrong" in article.inner_text()
@@ -265,7 +268,10 @@ def test_a_training_that_ended_badly(page):
 
 def test_how_far_the_model_can_be_trusted(page):
     text = page.get_by_role("region", name="How far this model can be trusted").inner_text()
-    assert "Of 4 examples in its metrics.json it got 75.0 % right, and its probabilities were off by 12.5" in text
+    assert (
+        "Of 4 examples in its metrics.json it got 75.0\N{NO-BREAK SPACE}% right, and its probabilities were off by 12.5"
+        in text
+    )
     rules = ("Answers: at most 0.9 of the", "Label sets: at least 0.6 of", "Out of scope: at most 0.3 of inputs")
     for promise in rules:
         assert promise in text

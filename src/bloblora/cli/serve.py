@@ -8,7 +8,7 @@ from ..runs import RunError
 from ..runs.processes import use_device
 
 try:
-    from ..serving import Settings, bind, create_app, load_hosted, open_hosted, read_keys, run_server
+    from ..serving import GRACE_SECONDS, Settings, bind, create_app, load_hosted, open_hosted, read_keys, run_server
 except ModuleNotFoundError as error:
     raise RunError(f"serve needs {error.name}: pip install 'bloblora[serve]'") from error
 
@@ -19,7 +19,9 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key_file: str | None = None,
+    allowed_hosts: str | None = None,
     drain_seconds: float = 2.0,
+    grace_seconds: float = GRACE_SECONDS,
     device: str | None = None,
 ) -> None:
     """Answer over HTTP: POST /v1/predict, and a page at / to try it on.
@@ -39,13 +41,17 @@ def serve(
         host: address to listen on; 0.0.0.0 is every one of the machine's.
         port: to listen on; 0 lets the system choose.
         api_key_file: keys, one a line, of which a request must bring one as `Authorization: Bearer KEY`.
+        allowed_hosts: names, separated by commas, that requests without a key may have in their Host header, apart from
+            `host`, `localhost` and IP addresses; `*` is any.
         drain_seconds: after SIGTERM, how long /ready says 503 before new connections are refused.
+        grace_seconds: after these, how long open requests may still take; a second SIGTERM or Ctrl-C ends at once.
         device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
     """
     logging.disable_progress_bar()
     use_device(device)
-    if not (math.isfinite(drain_seconds) and drain_seconds >= 0):
-        raise RunError(f"drain_seconds must be a finite number of at least 0, got {drain_seconds}")
+    for name, seconds in (("drain_seconds", drain_seconds), ("grace_seconds", grace_seconds)):
+        if not (math.isfinite(seconds) and seconds >= 0):
+            raise RunError(f"{name} must be a finite number of at least 0, got {seconds}")
     keys = read_keys(api_key_file) if api_key_file else ()
     opened = open_hosted(directories, settings)
     taken = bind(host, port)
@@ -53,5 +59,6 @@ def serve(
     for name, run in hosted.items():
         total = sum(parameter.numel() for parameter in run.run.model.parameters())
         print(f"{name}: {run.run.method.name}, {total:,} parameters, {run.shared_parameters:,} of them shared")
-    app = create_app(hosted, settings, keys)
-    run_server(app, taken, drain_seconds, lambda url: print(f"serving on {url}", flush=True))
+    hosts = [host, *(allowed_hosts.split(",") if allowed_hosts else ())]
+    app = create_app(hosted, settings, keys, hosts)
+    run_server(app, taken, drain_seconds, grace_seconds, lambda url: print(f"serving on {url}", flush=True))

@@ -2,9 +2,10 @@
 
 from .app import create_app
 from .hosted import Hosted, Settings, load_hosted, open_hosted
-from .server import Batcher, QueueFullError, Server, bind, read_keys, run_server
+from .server import GRACE_SECONDS, Batcher, QueueFullError, Server, bind, read_keys, run_server
 
 __all__ = [
+    "GRACE_SECONDS",
     "Batcher",
     "Hosted",
     "QueueFullError",

@@ -1,6 +1,7 @@
 """The HTTP interface: predictions, models, health, metrics and the page."""
 
 import asyncio
+import reprlib
 from base64 import b64encode
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -16,34 +17,61 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from jinja2 import Environment
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from ..tasks import TaskError
 from .hosted import Hosted, Settings
-from .schema import EXAMPLES, Answer, Failure, Metrics, Model, Models, PredictRequest, PredictResponse, Problem, Status
+from .schema import (
+    EXAMPLES,
+    Answer,
+    AnyBody,
+    Failure,
+    Metrics,
+    Model,
+    Models,
+    PredictRequest,
+    PredictResponse,
+    Problem,
+    Status,
+)
 from .server import DOCS_FILES, Access, Batcher, QueueFullError
 
 _DESCRIPTION = "Answers of Bayesian LoRAs with their uncertainty: probabilities averaged over weight samples."
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": Failure, "description": "no JSON"},
     401: {"model": Failure, "description": "no valid API key"},
+    408: {"model": Failure, "description": "the body took too long"},
     413: {"model": Failure, "description": "the body is too large"},
+    421: {"model": Failure, "description": "the Host header has a name that isn't the server's"},
     422: {"model": Failure, "description": "fields that can't be used"},
     429: {"model": Failure, "description": "the queue is full; Retry-After says when to come again"},
 }
 
+_MAX_PROBLEMS = 20
+_CHARACTERS_A_TOKEN = 16  # three to four times those of prose in any language: what has more isn't tokenized
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+
 
 class InputsError(HTTPException):
-    """A request that can't be answered; `problems` says what of it, by field."""
+    """A request that can't be answered; `problems` says what of it, by field, for the first of them."""
 
-    def __init__(self, *problems: Problem) -> None:
-        self.problems = problems
-        fields = [*dict.fromkeys(problem.field for problem in problems)]
-        super().__init__(422, f"can't be used: {', '.join(fields[:10])}" + (", …" if len(fields) > 10 else ""))
+    def __init__(self, *problems: Problem, more: int = 0) -> None:
+        self.problems = problems[:_MAX_PROBLEMS]
+        fields = [*dict.fromkeys(problem.field for problem in self.problems)]
+        more += len(problems) - len(self.problems)
+        super().__init__(422, f"can't be used: {', '.join(fields)}" + (f", and {more} problems more" if more else ""))
 
 
-def create_app(hosted: Mapping[str, Hosted], settings: Settings, keys: Sequence[str] = ()) -> FastAPI:
-    """The application, which ends its model thread when the server stops; with ``keys`` a request must bring one."""
+def create_app(
+    hosted: Mapping[str, Hosted], settings: Settings, keys: Sequence[str] = (), allowed_hosts: Sequence[str] = ()
+) -> FastAPI:
+    """The application, which ends its model thread when the server stops.
+
+    With ``keys`` a request must bring one. Without, its Host header must be an IP address, ``localhost`` or one of
+    ``allowed_hosts``, where ``*`` is any.
+    """
 
     def answer(key: tuple[str, int], inputs: list[Any]) -> list[dict[str, Any]]:
         name, num_samples = key
@@ -70,14 +98,20 @@ def create_app(hosted: Mapping[str, Hosted], settings: Settings, keys: Sequence[
         "swagger_ui_parameters": {"validatorUrl": None},
     }
     app = FastAPIOffline(**about, **pages, static_url=DOCS_FILES, lifespan=lifespan)
-    app.state.stopping, app.state.batcher = False, batcher
+    app.state.stopping, app.state.batcher, app.state.read_seconds = False, batcher, settings.read_seconds
     guards = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the schema: `Access` decides
     _add_predict(app, hosted, settings, guards)
     _add_models(app, hosted, settings, guards)
     _add_status(app, metrics)
     _add_page(app, settings)
     _add_errors(app)
-    app.add_middleware(Access, keys=keys, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        Access,
+        keys=keys,
+        hosts=allowed_hosts,
+        max_body_bytes=settings.max_body_bytes,
+        read_seconds=settings.read_seconds,
+    )
     app.add_middleware(metrics.counted)
     return app
 
@@ -86,20 +120,12 @@ def _add_predict(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings,
     @app.post(
         "/v1/predict", responses=_ERRORS, operation_id="predict", dependencies=guards, response_model_exclude_none=True
     )
-    async def predict(request: Annotated[PredictRequest, Body(openapi_examples=EXAMPLES)]) -> PredictResponse:
+    async def predict(body: Annotated[AnyBody, Body(openapi_examples=EXAMPLES)]) -> PredictResponse:
         """Answer inputs; those of requests that come together share forward passes, which changes no answer."""
-        name = next(iter(hosted)) if request.model is None and len(hosted) == 1 else request.model
-        if (run := hosted.get(name or "")) is None:
-            raise InputsError(_problem("model", name, f"must be one of {', '.join(hosted)}"))
-        num_samples = settings.samples if request.samples is None else request.samples
-        if num_samples > settings.max_samples:
-            raise InputsError(_problem("samples", num_samples, f"must be at most {settings.max_samples}"))
-        given = request.inputs if isinstance(request.inputs, list) else [request.inputs]
-        records = [{"text": one} if isinstance(one, str) else one.model_dump(exclude_none=True) for one in given]
-        inputs = await to_thread.run_sync(_encoded, run, records, settings)
-        futures = app.state.batcher.submit((run.name, num_samples), inputs)
+        name, num_samples, inputs = await to_thread.run_sync(_read, body, hosted, settings)
+        futures = app.state.batcher.submit((name, num_samples), inputs)
         answers = await asyncio.gather(*map(asyncio.wrap_future, futures))
-        return PredictResponse(model=run.name, samples=num_samples, answers=[Answer(**answer) for answer in answers])
+        return PredictResponse(model=name, samples=num_samples, answers=[Answer(**answer) for answer in answers])
 
 
 def _add_models(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, guards: list[Any]) -> None:
@@ -114,7 +140,7 @@ def _add_models(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, 
     async def diagram(name: str) -> FileResponse:
         """A run's reliability diagram, as `bloblora evaluate --diagram` made it."""
         if name not in hosted or not hosted[name].diagram.is_file():
-            raise HTTPException(404, f"there is no diagram of a run {name!r}")
+            raise HTTPException(404, f"there is no diagram of a run {_SHORT.repr(name)}")
         return FileResponse(hosted[name].diagram, media_type="image/png")
 
 
@@ -160,9 +186,8 @@ def _add_errors(app: FastAPI) -> None:
         return failed(error.status_code, str(error.detail), error.headers, *getattr(error, "problems", ()))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        found = [_problem(_field(part["loc"]), part.get("input"), part["msg"]) for part in error.errors()]
-        return await refused(request, InputsError(*found))
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:  # there is no JSON
+        return await refused(request, InputsError(*(_problem("body", None, part["msg"]) for part in error.errors())))
 
     @app.exception_handler(QueueFullError)
     async def full(_: Request, error: QueueFullError) -> JSONResponse:
@@ -174,16 +199,39 @@ def _add_errors(app: FastAPI) -> None:
         return failed(500, f"{type(error).__name__} on the server, whose log says more", {"Connection": "close"})
 
 
+def _read(body: Any, hosted: Mapping[str, Hosted], settings: Settings) -> tuple[str, int, list[tuple[Any, Any]]]:
+    """The run that a request is for, its N, and each record with its encoding; an InputsError if it can't be used."""
+    try:
+        request = PredictRequest.model_validate(body, context=settings)
+    except ValidationError as error:
+        parts = error.errors(include_url=False)
+        problems = [_problem(_field(part["loc"]), part["input"], part["msg"]) for part in parts[:_MAX_PROBLEMS]]
+        raise InputsError(*problems, more=len(parts) - len(problems)) from error
+    name = next(iter(hosted)) if request.model is None and len(hosted) == 1 else request.model
+    if (run := hosted.get(name or "")) is None:
+        raise InputsError(_problem("model", name, f"must be one of {', '.join(hosted)}"))
+    num_samples = settings.samples if request.samples is None else request.samples
+    if num_samples > settings.max_samples:
+        raise InputsError(_problem("samples", num_samples, f"must be at most {settings.max_samples}"))
+    given = request.inputs if isinstance(request.inputs, list) else [request.inputs]
+    records = [{"text": one} if isinstance(one, str) else one.model_dump(exclude_none=True) for one in given]
+    return run.name, num_samples, _encoded(run, records, settings)
+
+
 def _encoded(run: Hosted, records: Sequence[dict[str, Any]], settings: Settings) -> list[tuple[Any, Any]]:
-    """Each record with its encoding; an InputsError where there are too many, or some can't be used or are too long."""
-    if len(records) > settings.max_inputs:
-        raise InputsError(_problem("inputs", f"{len(records)} of them", f"must be at most {settings.max_inputs}"))
+    """Each record with its encoding; an InputsError where some can't be used or are too long."""
     problems, encoded = [], []
     wanted = {"text": "'text'", "choice": "'question' and 'choices'"}[run.kind]
+    most = settings.max_tokens * _CHARACTERS_A_TOKEN
     for number, record in enumerate(records):
         field = f"inputs[{number}]"
+        characters = sum(len("".join(value)) for value in record.values())  # of a text or of choices
         if ("text" in record) != (run.kind == "text"):
             problems.append(_problem(field, record, f"the run {run.name!r} needs {wanted}"))
+            continue
+        if characters > most:
+            limit = f"must be at most {most} characters, {_CHARACTERS_A_TOKEN} for each of {settings.max_tokens} tokens"
+            problems.append(_problem(field, f"{characters} characters", limit))
             continue
         try:
             example = run.encode(record)
@@ -225,11 +273,11 @@ def _model(hosted: Hosted, settings: Settings) -> Model:
 
 
 def _problem(field: str, value: Any, message: str) -> Problem:
-    shown = repr(value)  # which also escapes halves of surrogate pairs
+    shown = _SHORT.repr(value)  # which also escapes halves of surrogate pairs
     return Problem(field=field, value=shown if len(shown) <= 80 else f"{shown[:79]}…", message=message)
 
 
 def _field(place: Sequence[Any]) -> str:
     """``inputs[0].text`` of a place in the body, without the schema's tags of alternatives."""
-    parts = [part for part in place[1:] if not str(part).startswith("<")]
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".") or "body"
+    parts = [part for part in place if not str(part).startswith("<")]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in parts).lstrip(".") or "body"

@@ -48,8 +48,12 @@ class Settings(PredictionOptions):
     max_wait_ms: float = _option(5.0, "How long an input waits for others to share its forward pass, milliseconds.")
     queue: int = _option(256, "Largest number of waiting inputs; requests beyond it get status 429 and Retry-After.")
     max_inputs: int = _option(64, "Largest number of inputs in a request.")
+    max_choices: int = _option(64, "Largest number of choices of a question.")
     max_tokens: int = _option(1024, "Largest number of tokens in an input, the choices of a question included.")
     max_body_bytes: int = _option(1_000_000, "Largest body of a request, bytes.")
+    read_seconds: float = _option(
+        30.0, "Longest time for a request's header to arrive, and then for its body, seconds."
+    )
     title: str | None = _option(None, "Of the page and the schema; without it the page has the run's name.")
     description: str | None = _option(None, "What the model is for; without it the page says what run.json does.")
     examples: str | None = _option(
@@ -60,13 +64,15 @@ class Settings(PredictionOptions):
 
     def problems(self) -> list[str]:
         """What is out of its range, and what would be right."""
-        counts = ("queue", "max_inputs", "max_tokens", "max_body_bytes")
+        counts = ("queue", "max_inputs", "max_choices", "max_tokens", "max_body_bytes")
         problems = super().problems()
         problems += [f"{name} must be at least 1, got {value}" for name in counts if (value := getattr(self, name)) < 1]
         if self.max_samples < self.samples:
             problems.append(f"max_samples must be at least samples, {self.samples}, got {self.max_samples}")
         if not (math.isfinite(self.max_wait_ms) and self.max_wait_ms >= 0):
             problems.append(f"max_wait_ms must be a finite number of at least 0, got {self.max_wait_ms}")
+        if not (math.isfinite(self.read_seconds) and self.read_seconds > 0):
+            problems.append(f"read_seconds must be a finite number above 0, got {self.read_seconds}")
         if self.queue < self.max_inputs:
             problems.append(f"queue must be at least max_inputs, {self.max_inputs}, got {self.queue}")
         return problems

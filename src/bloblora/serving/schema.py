@@ -1,17 +1,30 @@
 """Requests and answers, from which FastAPI writes the OpenAPI schema, and the metrics that Prometheus reads."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    Tag,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 Text = Annotated[str, Field(min_length=1)]
 _TEXT, _CHOICE = "where is my parcel, it was due on monday", "Which gas do plants take in?"
 _CHOICES = ["oxygen", "carbon dioxide"]
 _PROBABILITIES = {"late_delivery": 0.62, "track_order": 0.38}
+_MAX_FIELDS = 20
 _PROMISES = {"answering": "at most 0.1 of the answered are wrong, with probability 0.95"}
 
 
@@ -20,8 +33,29 @@ def _field(description: str, example: Any, **options: Any) -> Any:
     return Field(description=description, examples=[example], **options)
 
 
+def _at_most(limit: str) -> BeforeValidator:
+    """Refuses a list before its items are validated; ``limit`` is a field of a request's context, the settings."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        most = getattr(info.context, limit, math.inf)  # what the server itself says has no context
+        if isinstance(value, list) and len(value) > most:
+            raise PydanticCustomError("too_many", f"{len(value)} of them; must be at most {most}")
+        return value
+
+    return BeforeValidator(check)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        """Refuses many unknown fields together, before each is an error of its own."""
+        if isinstance(value, dict) and len(value) > _MAX_FIELDS:
+            known = ", ".join(cls.model_fields)
+            raise PydanticCustomError("too_many_fields", f"{len(value)} fields; must be among {known}")
+        return value
 
 
 class TextInput(_Strict):
@@ -35,7 +69,7 @@ class ChoiceInput(_Strict):
     """A question with choices."""
 
     question: Text = _field("not blank", _CHOICE)
-    choices: Annotated[list[Text], _field("none blank", _CHOICES, min_length=2)]
+    choices: Annotated[list[Text], _at_most("max_choices"), _field("none blank", _CHOICES, min_length=2)]
 
 
 def _form(value: Any) -> str:
@@ -50,7 +84,7 @@ Input = Annotated[
     Discriminator(_form),
 ]
 Inputs = Annotated[
-    Annotated[Input, Tag("<one>")] | Annotated[list[Input], Field(min_length=1), Tag("<many>")],
+    Annotated[Input, Tag("<one>")] | Annotated[list[Input], Field(min_length=1), _at_most("max_inputs"), Tag("<many>")],
     Discriminator(lambda value: "<many>" if isinstance(value, list) else "<one>"),
 ]
 
@@ -69,6 +103,18 @@ class PredictRequest(_Strict):
     parameters: Annotated[dict[str, Any], Field(max_length=0)] | None = _field(
         "none exist; Hugging Face's clients send it empty", {}, default=None
     )
+
+
+class AnyBody:
+    """JSON with the schema of `PredictRequest`, which isn't validated by FastAPI: that would block the event loop."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, *_: Any) -> CoreSchema:
+        return core_schema.any_schema()
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, _: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(PredictRequest.__pydantic_core_schema__)
 
 
 EXAMPLES: dict[str, Any] = {

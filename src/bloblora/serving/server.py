@@ -1,15 +1,18 @@
 """What stands between a port and the models: uvicorn, API keys, and the queue that joins requests in one forward."""
 
+import asyncio
+import gc
 import hmac
 import math
 import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from hashlib import sha256
+from ipaddress import ip_address
 from pathlib import Path
 from threading import Condition, Thread
 from types import FrameType
@@ -25,6 +28,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..runs import RunError
 
 DOCS_FILES = "/docs/files"
+GRACE_SECONDS = 30.0
+_CLOSE = {"Connection": "close"}
 _OPEN = ("/", "/health", "/ready", "/docs", "/openapi.json")
 
 
@@ -32,16 +37,26 @@ class Server(uvicorn.Server):
     """Stops in two steps: ``/ready`` says so first, and what is held is finished.
 
     Until ``drain_seconds`` have passed new requests are still taken, because a load balancer needs that long to see
-    it. Then no connection is accepted, and those that wait get their answers. A second Ctrl-C ends it at once. The
-    configuration is of an app that `create_app` made; ``started`` is called with the URL once requests are taken.
+    it. Then no connection is accepted, and those that wait get their answers, for at most ``grace_seconds``. A second
+    signal ends the process at once. The app is one that `create_app` made; ``started`` is called with the URL once
+    requests are taken.
     """
 
     def __init__(
-        self, config: uvicorn.Config, drain_seconds: float = 0.0, started: Callable[[str], None] | None = None
+        self,
+        app: FastAPI,
+        drain_seconds: float = 0.0,
+        grace_seconds: float = GRACE_SECONDS,
+        started: Callable[[str], None] | None = None,
     ) -> None:
-        super().__init__(config)
-        self._drain_seconds, self._on_start = drain_seconds, started
+        options: dict[str, Any] = {"http": "h11", "ws": "none", "lifespan": "on"}
+        grace = math.ceil(grace_seconds)
+        super().__init__(
+            uvicorn.Config(app, **options, log_level="warning", access_log=False, timeout_graceful_shutdown=grace)
+        )
+        self._state, self._drain_seconds, self._on_start = app.state, drain_seconds, started
         self._stop_at: float | None = None
+        self._idle: dict[tuple[Any, Any], float] = {}
 
     @property
     def url(self) -> str:
@@ -51,28 +66,41 @@ class Server(uvicorn.Server):
 
     async def startup(self, *args: object, **kwargs: object) -> None:
         """Listen, and say where."""
+        gc.freeze()  # else a body of many lists makes the collector go through all that is loaded, for seconds
         await super().startup(*args, **kwargs)  # type: ignore[arg-type]
         if self._on_start and self.started:
             self._on_start(self.url)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop, or end at once where that was begun and Ctrl-C comes again."""
-        if self._stop_at is None:
-            self._stop_at = time.monotonic() + self._drain_seconds
-            self.config.app.state.stopping = True  # type: ignore[union-attr]
-        elif sig == signal.SIGINT:
-            self.should_exit = self.force_exit = True
+        """Begin to stop, or where that was begun end the process as the signal does by default."""
+        if self._stop_at is not None:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        self._stop_at = time.monotonic() + self._drain_seconds
+        self._state.stopping = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: whether to end."""
-        if self._stop_at is not None and time.monotonic() >= self._stop_at:
+        """Ten times a second: drop connections that send no header, and say whether to end."""
+        now = time.monotonic()
+        if self._stop_at is not None and now >= self._stop_at:
             self.should_exit = True
+        self._drop_idle(now)
         return await super().on_tick(counter)
+
+    def _drop_idle(self, now: float) -> None:
+        """End connections without a request for too long: uvicorn does so only between two, where nothing has come."""
+        connections: set[Any] = {*self.server_state.connections}
+        idle = [(one, one.cycle) for one in connections if one.cycle is None or one.cycle.response_complete]
+        self._idle = {key: self._idle.get(key, now) for key in idle}  # a new request has a new cycle
+        for (connection, _), since in self._idle.items():
+            if now - since > self._state.read_seconds:
+                connection.transport.abort()
 
 
 def bind(host: str, port: int) -> socket.socket:
     """A port, taken before models are loaded, or a RunError; nothing can connect until the server runs."""
-    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # With a protocol of 0 asyncio doesn't set TCP_NODELAY, and answers on a kept connection come 40 ms late.
+    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         taken.bind((host, port))
@@ -83,11 +111,14 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run_server(
-    app: FastAPI, port: socket.socket, drain_seconds: float = 0.0, started: Callable[[str], None] | None = None
+    app: FastAPI,
+    port: socket.socket,
+    drain_seconds: float = 0.0,
+    grace_seconds: float = GRACE_SECONDS,
+    started: Callable[[str], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, on a port from `bind`."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
-    Server(config, drain_seconds, started).run(sockets=[port])
+    Server(app, drain_seconds, grace_seconds, started).run(sockets=[port])
 
 
 def read_keys(file: str | Path) -> tuple[str, ...]:
@@ -110,14 +141,20 @@ def read_keys(file: str | Path) -> tuple[str, ...]:
 
 
 class Access:
-    """ASGI middleware: 401 without one of the keys, if there are any, and 413 for a body that is too large.
+    """ASGI middleware, which refuses what doesn't reach the app's own checks.
 
-    The page, the health, the schema and its page need no key.
+    - 401 without one of the keys, where there are any; the page, the health, the schema and its page need none.
+    - 421 where there are no keys and the Host header has a name that isn't one of ``hosts``, ``localhost`` or an IP
+      address: another site's script whose own name was made to point here (DNS rebinding).
+    - 413 for a body that is too large, and 408 for one that hasn't arrived after ``read_seconds``.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int) -> None:
-        self._app, self._max_body_bytes = app, max_body_bytes
+    def __init__(
+        self, app: ASGIApp, keys: Sequence[str], hosts: Sequence[str], max_body_bytes: int, read_seconds: float
+    ) -> None:
+        self._app, self._max_body_bytes, self._read_seconds = app, max_body_bytes, read_seconds
         self._digests = [sha256(key.encode()).digest() for key in keys]
+        self._hosts = {"localhost", *(host.strip().lower() for host in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer itself, or pass the request on."""
@@ -125,15 +162,19 @@ class Access:
             await self._app(scope, receive, send)
             return
         headers, app = Headers(scope=scope), self._app
-        length = headers.get("content-length", "0")
+        length, host = headers.get("content-length", "0"), headers.get("host")
         path = scope["path"]
         is_open = path in _OPEN or path.startswith(f"{DOCS_FILES}/")
         if self._digests and not is_open and not self._known(headers.get("authorization", "")):
             message = "no valid API key: send the header 'Authorization: Bearer KEY'"
-            app = JSONResponse({"message": message, "problems": []}, 401, {"WWW-Authenticate": "Bearer"})
+            app = _refusal(401, message, {"WWW-Authenticate": "Bearer"})
+        elif not self._digests and host is not None and not self._ours(host):
+            app = _refusal(
+                421, f"host {host[:80]!r}: not a name of this server; add it to --allowed-hosts, or use keys"
+            )
         elif length.isdecimal() and int(length) > self._max_body_bytes:
-            app = JSONResponse({"message": self._too_large(length), "problems": []}, 413, {"Connection": "close"})
-        await app(scope, self._counted(receive), send)
+            app = _refusal(413, self._too_large(length), _CLOSE)
+        await app(scope, self._limited(receive), send)
 
     def _known(self, authorization: str) -> bool:
         """In a time that doesn't depend on how much of a key is right, or which one it is."""
@@ -142,22 +183,38 @@ class Access:
         found = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == "bearer" and any(found)
 
-    def _counted(self, receive: Receive) -> Receive:
-        """For a body that doesn't say its length."""
-        total = 0
+    def _ours(self, host: str) -> bool:
+        name = re.sub(r":\d*$", "", host).strip("[]").lower()
+        try:
+            ip_address(name)
+        except ValueError:
+            return name in self._hosts or "*" in self._hosts
+        return True
 
-        async def counted() -> Message:
-            nonlocal total
-            message = await receive()
+    def _limited(self, receive: Receive) -> Receive:
+        """The body, while it isn't longer than it may be or said, and in time."""
+        total, more, end = 0, True, time.monotonic() + self._read_seconds
+
+        async def limited() -> Message:
+            nonlocal total, more
+            try:
+                message = await asyncio.wait_for(receive(), end - time.monotonic() if more else None)
+            except asyncio.TimeoutError as error:
+                raise HTTPException(408, f"the body didn't arrive in {self._read_seconds:g} s", _CLOSE) from error
             total += len(message.get("body", b""))
+            more = message.get("more_body", False)
             if total > self._max_body_bytes:
-                raise HTTPException(413, self._too_large("more"), {"Connection": "close"})
+                raise HTTPException(413, self._too_large("more"), _CLOSE)
             return message
 
-        return counted
+        return limited
 
     def _too_large(self, length: str) -> str:
         return f"the body has {length} bytes; at most {self._max_body_bytes} are taken"
+
+
+def _refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"message": message, "problems": []}, status, headers)
 
 
 class QueueFullError(RuntimeError):
