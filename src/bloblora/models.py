@@ -117,16 +117,15 @@ def fingerprint(name: str) -> dict[str, str]:
 def check_fingerprint(name: str, expected: Mapping[str, str]) -> None:
     """Check that a model is the one whose `fingerprint` this was.
 
-    A folder must have the same files; of the hub's cache those that are there, since versions of transformers fetch
-    different ones.
+    A folder must have the same files. Of the hub's cache, where versions of transformers fetch different ones, and of a
+    fingerprint of weights alone only files that are in both are compared.
 
     Raises:
         ModelError: it is another one; the message names a file.
     """
     found = fingerprint(name)
-    both = found.keys() & expected.keys()
-    names = both if found and not Path(name).expanduser().exists() and name != DEFAULT_MODEL else {*found, *expected}
-    for file in sorted(names) if found else ():
+    whole = "config.json" not in {**found, **expected} or ("config.json" in expected and Path(name).is_dir())
+    for file in sorted({*found, *expected} if whole else found.keys() & expected.keys()):
         if (there := expected.get(file)) != (here := found.get(file)):
             raise ModelError(
                 f"model {name!r}: its file {file} isn't the one that the run was trained with (SHA-256 {there} there, "
