@@ -106,7 +106,7 @@ def fingerprint(name: str) -> dict[str, str]:
     if path.suffix.lower() == ".gguf" and path.is_file():
         return {".gguf": file_sha256(path)}
     if not path.is_dir():
-        cached = try_to_load_from_cache(name, "config.json")
+        cached = try_to_load_from_cache(resolve(name), "config.json")
         if not isinstance(cached, str):
             return {}
         path = Path(cached).parent
