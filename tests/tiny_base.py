@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from bloblora.files import write_hashed_json
+from bloblora.runs.folder import _without_places
 from tests.tasks.conftest import tiny_causal, train_tokenizer
 
 TEXTS = {"refund": ["i was charged twice", "give the money back"], "parcel": ["where is my parcel", "it is late"]}
@@ -16,6 +18,12 @@ def save_base(folder: Path) -> Path:
     tiny_causal().save_pretrained(folder)
     train_tokenizer().save_pretrained(folder)
     return folder
+
+
+def write_signed(file: Path, content: dict) -> None:
+    """A JSON file of a run with other content and the right hash, as another version of bloblora would write it."""
+    content = {name: value for name, value in content.items() if name != "sha256"}
+    write_hashed_json(file, content, *([_without_places] if file.name == "run.json" else []))
 
 
 def queries() -> list[dict]:

@@ -58,7 +58,7 @@ class DrawClient:
         retries: of a request that is answered with 429 or 503.
 
     Raises:
-        RunError: there is no manifest.
+        RunError: there is no manifest, or it or the tokenizer was altered.
         ValueError: ``base_url`` lacks a draw.
     """
 
@@ -78,7 +78,7 @@ class DrawClient:
         from .export import TOKENIZER, read_manifest
         from .tasks import task_from_dict
 
-        self.manifest = read_manifest(directory)
+        self.manifest = read_manifest(directory, check_files=f"{TOKENIZER}*")
         self.names = self.manifest.draws or [self.manifest.mean or ""]
         urls = dict.fromkeys(self.names, base_url) if isinstance(base_url, str) else dict(base_url)
         if missing := [name for name in self.names if name not in urls]:

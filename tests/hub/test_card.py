@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from bloblora import runs
 from bloblora.hub import model_card, write_card
 from tests.cli.conftest import call  # noqa: F401
-from tests.tiny_base import QUESTIONS, queries, write_jsonl
+from tests.tiny_base import QUESTIONS, queries, write_jsonl, write_signed
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_damaged_files(folder):
     (folder / "metrics.json").unlink()
     stored = json.loads((folder / "decision.json").read_text())
     stored["decisions"][0]["adapter_sha256"] = "other"
-    (folder / "decision.json").write_text(json.dumps(stored))
+    write_signed(folder / "decision.json", stored)
     with pytest.raises(runs.RunError, match="is for other predictions"):
         model_card(folder)
 

@@ -12,7 +12,7 @@ from bloblora import runs
 from bloblora.cli import main
 from bloblora.methods import METHODS
 from bloblora.runs.config import default_of, different, options_of
-from tests.tiny_base import queries, write_jsonl
+from tests.tiny_base import queries, write_jsonl, write_signed
 
 GIVEN = {"data": "a.jsonl", "output": "run"}
 
@@ -92,7 +92,7 @@ def rewritten(trained, tmp_path, change):
     folder = shutil.copytree(trained, tmp_path / "run")
     stored = json.loads((folder / "run.json").read_text())
     change(stored)
-    (folder / "run.json").write_text(json.dumps(stored))
+    write_signed(folder / "run.json", stored)
     return folder
 
 

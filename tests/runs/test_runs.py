@@ -220,7 +220,11 @@ def flip(file, offset=-1):
         ("lora", lambda run: (run / "task.json").unlink(), r"task\.json: not readable"),
         ("lora", lambda run: (run / "run.json").write_text("{"), r"run\.json: not readable as JSON"),
         ("lora", lambda run: (run / "run.json").write_text("[]"), r"run\.json: must hold a JSON object"),
-        ("lora", lambda run: (run / "run.json").write_text('{"training": {"a": 1}}'), "written by bloblora 0.1"),
+        (
+            "lora",
+            lambda run: (run / "run.json").write_text('{"training": {"a": 1}}'),
+            r"run\.json: field 'libraries' is missing",
+        ),
         ("lora", lambda run: (run / "run.json").unlink(), r"no run\.json in it"),
     ],
 )

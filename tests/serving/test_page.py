@@ -19,7 +19,7 @@ from bloblora.evaluation import reliability, reliability_diagram
 from bloblora.runs import targets_of
 from bloblora.serving import load_hosted, open_hosted
 from tests.serving.conftest import SETTINGS, serving
-from tests.tiny_base import queries
+from tests.tiny_base import queries, write_signed
 
 ROOT = Path(__file__).parents[2]
 WARNING = "At the end 93 % of the posterior was as wide as the prior."
@@ -61,7 +61,7 @@ def url(folders, tmp_path_factory):
         shutil.copytree(folders[name], folder / name)
     described = json.loads((folder / "lora" / "run.json").read_text())
     described["training"]["warnings"] = [WARNING]
-    (folder / "lora" / "run.json").write_text(json.dumps(described))
+    write_signed(folder / "lora" / "run.json", described)
     names = [str(folder / "desk"), str(folder / "lora"), folders["three"], folders["quiz"]]
     hosted = load_hosted(open_hosted(names, SETTINGS), SETTINGS)
     run = hosted["desk"].run

@@ -43,7 +43,7 @@ def test_wrong_names_and_options(tokenizer, questions):
         build_task("choices", questions, tokenizer)
     with pytest.raises(TaskError, match="choice_letter has no option 'normalization'; it has pad_token_id"):
         build_task("choice_letter", questions, tokenizer, normalization="sum")
-    with pytest.raises(TaskError, match="blank has no option 'labels'"):
+    with pytest.raises(TaskError, match="task 'blank': unknown field 'labels'"):
         task_from_dict({"name": "blank", "pad_token_id": 0, "labels": ["a", "b"]})
     with pytest.raises(TaskError, match=r"labels: \[\]; there must be at least 2"):
         task_from_dict({"name": "classification", "pad_token_id": 0})

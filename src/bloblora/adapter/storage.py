@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import posterior as q
-from ..files import json_sha256, read_json, read_tensors, tensors_sha256
+from ..files import check_fields, file_sha256, json_sha256, read_json, read_tensors, shown, tensors_sha256
 from .bayesianize import Posterior, bayesianize, find_posterior
 from .config import BlobConfig
 from .sharding import is_sharded, put_
@@ -42,12 +42,13 @@ MEAN_CONFIG, MEAN_FILE = "adapter_config.json", "adapter_model.safetensors"
 BLOB_CONFIG, POSTERIOR_FILE, PRIOR_FILE = "blob_config.json", "posterior.safetensors", "prior.safetensors"
 _PARTS = ("mean", "std")
 _README = "README.md"
-_SAVING, _SAVED = ".saving", ".saved"
+_SAVING, SAVED = ".saving", ".saved"
 _LIBRARIES = ("bloblora", "torch", "transformers", "peft")
 _HASHED = {"mean_config_sha256": MEAN_CONFIG, "mean_sha256": MEAN_FILE, "posterior_sha256": POSTERIOR_FILE}
 _DESCRIPTION = ("format_version", "prior", "config", "libraries", *_HASHED, "sha256")
 _PRIOR = "prior_sha256"  # of the description, where there is such a file
 _SETS = ("target_modules", "exclude_modules")
+_LORA_TYPES = {"lora_alpha": float, "init_lora_weights": bool | str | None}
 _OF_PEFT = inspect.signature(PeftModel.save_pretrained)
 
 
@@ -249,7 +250,7 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
     for name in (MEAN_CONFIG, MEAN_FILE):
         if not (folder / name).is_file():
             raise AdapterFileError(f"{folder}: {name} is missing; a saved adapter has it")
-    read_json(folder / MEAN_CONFIG, AdapterFileError)
+    _check_peft(folder / MEAN_CONFIG)
     mean = read_tensors(folder / MEAN_FILE, AdapterFileError)
     bayesian = [(folder / name).is_file() for name in (BLOB_CONFIG, POSTERIOR_FILE)]
     if not any(bayesian):
@@ -267,7 +268,7 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
         raise AdapterFileError(f"{folder}: {lost} is missing although {kept} is there; restore it or save again")
     description, _ = _read_description(folder / BLOB_CONFIG)
     hashes = {
-        "mean_config_sha256": _mean_config_hash(folder / MEAN_CONFIG),
+        "mean_config_sha256": content_sha256(folder / MEAN_CONFIG),
         "mean_sha256": tensors_sha256(mean),
         "posterior_sha256": tensors_sha256(read_tensors(folder / POSTERIOR_FILE, AdapterFileError)),
     }
@@ -293,7 +294,7 @@ def _current(directory: str | os.PathLike[str]) -> Path:
     folder = Path(directory)
     if not folder.is_dir():
         raise AdapterFileError(f"{folder}: no such folder; give one that an adapter was saved to")
-    return folder / _SAVED if (folder / _SAVED).is_dir() else folder
+    return folder / SAVED if (folder / SAVED).is_dir() else folder
 
 
 def save_posterior(posterior: Posterior, directory: str | os.PathLike[str]) -> None:
@@ -317,7 +318,7 @@ def save_posterior(posterior: Posterior, directory: str | os.PathLike[str]) -> N
         "prior": {"family": posterior.config.prior, "std": PRIOR_FILE if prior else posterior.config.prior_std},
         "config": posterior.config.to_dict(),
         "libraries": library_versions(),
-        "mean_config_sha256": _mean_config_hash(directory / MEAN_CONFIG),
+        "mean_config_sha256": content_sha256(directory / MEAN_CONFIG),
         "mean_sha256": tensors_sha256(mean),
         "posterior_sha256": tensors_sha256(std_parameters),
     }
@@ -333,6 +334,20 @@ def save_posterior(posterior: Posterior, directory: str | os.PathLike[str]) -> N
 def adapter_folder(folder: str | os.PathLike[str], adapter_name: str) -> Path:
     """Where in ``folder`` PEFT puts an adapter."""
     return Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
+
+
+def content_sha256(file: Path) -> str:
+    """SHA-256 of a file, hexadecimal: of JSON its content, of PEFT's without where the base model lies, else its bytes.
+
+    Raises:
+        AdapterFileError: it isn't JSON, although it is called so.
+    """
+    if file.suffix != ".json":
+        return file_sha256(file)
+    content = read_json(file, AdapterFileError)
+    if file.name == MEAN_CONFIG:
+        content.pop("base_model_name_or_path", None)
+    return json_sha256(content)
 
 
 def library_versions() -> dict[str, str]:
@@ -442,10 +457,13 @@ def _read_layers(file: Path, shapes: Mapping[str, torch.Size], *, numbers: bool 
     return saved
 
 
-def _mean_config_hash(file: Path) -> str:
-    """SHA-256 of PEFT's configuration, which has the mean's scaling; where the base model lies may change."""
+def _check_peft(file: Path) -> None:
+    """Check the types of what PEFT reads: it doesn't, and stops somewhere."""
     content = read_json(file, AdapterFileError)
-    return json_sha256({key: value for key, value in content.items() if key != "base_model_name_or_path"})
+    if (found := content.get("peft_type")) not in [*PeftType]:
+        raise AdapterFileError(f"{file}: field 'peft_type' must be one of PEFT's, such as 'LORA', got {shown(found)}")
+    if found == PeftType.LORA:
+        check_fields(content, LoraConfig, file, AdapterFileError, besides=_LORA_TYPES)
 
 
 def _sort_sets(file: Path) -> None:
@@ -459,7 +477,7 @@ def _sort_sets(file: Path) -> None:
 def _replacing(directory: Path) -> Iterator[Path]:
     """A folder to write a whole adapter into; it replaces the one in ``directory`` if the block ends without error."""
     directory.mkdir(parents=True, exist_ok=True)
-    saving, saved = directory / _SAVING, directory / _SAVED
+    saving, saved = directory / _SAVING, directory / SAVED
     _remove(saving)
     _move_in(directory)  # an earlier save that was killed on its way
     try:
@@ -475,7 +493,7 @@ def _replacing(directory: Path) -> Iterator[Path]:
 
 def _move_in(directory: Path) -> None:
     """Put the files of a complete save in their places; where this is cut off, it can be done again."""
-    saving, saved = directory / _SAVING, directory / _SAVED
+    saving, saved = directory / _SAVING, directory / SAVED
     if not saved.is_dir():
         return
     names = {file.name for file in saved.iterdir()}

@@ -218,7 +218,7 @@ def _read_options(file: str) -> dict[str, Any]:
     try:
         with open(file, encoding="utf-8") as lines:
             content = yaml.safe_load(lines) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise RunError(f"--config {file}: not readable as YAML: {error}") from error
     if not isinstance(content, dict):
         raise RunError(f"--config {file}: must hold a mapping of names to values, got {type(content).__name__}")

@@ -138,7 +138,7 @@ def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
         texts = [record.pop(name) for name in flat]
         record["choices"] = [text for text in texts if text != ""]
     elif isinstance(record.get("choices"), str):
-        with suppress(ValueError):  # reported with its value by the check that follows
+        with suppress(ValueError, RecursionError):  # reported with its value by the check that follows
             record["choices"] = json.loads(record["choices"])
     record, names = _named_choices(record)
     if "answer" in record:

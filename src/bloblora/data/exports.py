@@ -22,7 +22,7 @@ def rasa_rows(source: str, text: str) -> Iterator[Record | str]:
 
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (RecursionError, yaml.YAMLError) as error:
         raise DataError([f"{source}: not readable as YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(content, dict) or not isinstance(content.get("nlu"), list):
         raise DataError([f"{source}: must be Rasa's NLU data, with a list 'nlu' of an intent and examples each"])

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..files import check_fields
 from ..prediction import Prediction
 from .answering import Answering, check_answering, fit_answering
 from .conformal import Kind, LabelSets, PromiseError, Scope, Score, check_enough, fit_label_sets, fit_scope
@@ -93,10 +94,10 @@ class Decision:
         """What `to_dict` gave, now or before a field with a default was added.
 
         Raises:
-            KeyError, TypeError: a field is missing, or unknown.
-            ValueError: a value is out of its range, or no rule is there.
+            ValueError: a field is missing, unknown, of another type or out of its range, or no rule is there.
         """
-        rules = {name: kind(**content[name]) for name, kind in _RULES.items() if name in content}
+        check_fields(content, cls, "decision", ValueError)
+        rules = {name: kind(**content[name]) for name, kind in _RULES.items() if content.get(name) is not None}
         return cls(**rules, refused=content.get("refused", {}))
 
 

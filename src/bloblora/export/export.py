@@ -1,10 +1,12 @@
 """From a finished run to a folder that other programs read, and ``manifest.json``, which says what is in it."""
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from peft import PeftModel
 
 from .. import models, tasks
 from ..adapter.storage import library_versions
-from ..files import file_sha256, read_json, write_json
+from ..files import check_fields, file_sha256, read_hashed_json, write_hashed_json
 from ..methods.method import MEAN, Draw
 from ..models import DTYPES
 from ..runs import PredictionOptions, Run, RunDescription, RunError, check_writable, load_run, open_run
@@ -71,11 +73,15 @@ class Manifest:
     libraries: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number above 0, got {self.temperature!r}")
+
     def write(self, folder: Path) -> "Manifest":
         """Write it beside the files that it describes; returns it with their hashes."""
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         manifest = replace(self, files={path.relative_to(folder).as_posix(): file_sha256(path) for path in files})
-        write_json(folder / MANIFEST_FILE, {"format_version": FORMAT_VERSION, **asdict(manifest)})
+        write_hashed_json(folder / MANIFEST_FILE, {"format_version": FORMAT_VERSION, **asdict(manifest)})
         return manifest
 
 
@@ -146,26 +152,29 @@ def export(
         return manifest.write(folder)
 
 
-def read_manifest(directory: str | os.PathLike[str], *, check_files: bool = False) -> Manifest:
+def read_manifest(directory: str | os.PathLike[str], *, check_files: str | None = None) -> Manifest:
     """The manifest of an export's folder.
 
     Args:
         directory: the folder.
-        check_files: also compare the SHA-256 of each file, which reads them all.
+        check_files: also compare the SHA-256 of files whose paths match a pattern, which reads them; ``*`` for all.
 
     Raises:
         RunError: there is none, another version wrote it, or a file is missing or altered.
     """
     file = Path(directory) / MANIFEST_FILE
-    content = read_json(file, RunError)
+    content = read_hashed_json(file, RunError)
     if (found := content.pop("format_version", None)) != FORMAT_VERSION:
         raise RunError(f"{file}: format_version is {found!r}; this bloblora reads {FORMAT_VERSION}")
+    check_fields(content, Manifest, file, RunError)
     try:
         manifest = Manifest(**content)
         tasks.task_from_dict(manifest.task)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise RunError(f"{file}: not what `bloblora export` writes: {error}") from error
-    for name, expected in manifest.files.items() if check_files else ():
+    for name, expected in manifest.files.items():
+        if check_files is None or not fnmatchcase(name, check_files):
+            continue
         if not (path := file.parent / name).is_file() or file_sha256(path) != expected:
             raise RunError(f"{path}: missing, or its SHA-256 isn't the one in {MANIFEST_FILE}; export again")
     return manifest

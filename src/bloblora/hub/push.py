@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
@@ -16,7 +17,7 @@ from ..files import read_json, write_json, write_text
 from ..models import DEFAULT_MODEL
 from ..runs import RunDescription, RunError, load_run, open_run
 from ..runs.evaluate import METRICS_FILE, read_metrics
-from ..runs.folder import RUN_FILE, VALIDATION_FIGURE, is_remote, reason
+from ..runs.folder import VALIDATION_FIGURE, is_remote, read_run_file, reason, write_run_file
 from .card import CARD_FILE, is_generated, model_card, public_base, public_name
 
 _PICTURES = ("reliability*.png", VALIDATION_FIGURE)
@@ -93,15 +94,17 @@ def stage(description: RunDescription, staging: Path) -> None:
 
 
 def _make_public(staging: Path, repo_id: str, base_model: str | None) -> None:
-    """Make the card, and take out where files lie on this machine; no hash is over that."""
+    """Make the card, and take out where files lie on this machine."""
     card = str(model_card(staging, repo_id, base_model))
-    run = read_json(staging / RUN_FILE, RunError)
-    config = run["config"]
+    run = read_run_file(staging)
+    config = run.config
     config |= {name: public_name(config[name]) for name in _PLACES if isinstance(config.get(name), str)}
     hub_id = base_model or public_base(config.get("model", DEFAULT_MODEL))
     if base_model is not None:
         config["model"] = base_model
-    write_json(staging / RUN_FILE, run)
+        weights = {name: digest for name, digest in run.base.items() if name.endswith(".safetensors")}
+        run = replace(run, base=weights)  # a copy's other files may have been written by another version
+    write_run_file(staging, run)
     if entries := read_metrics(staging):
         for entry in entries:
             entry |= {name: public_name(entry[name]) for name in ("data", "out_of_scope") if name in entry}

@@ -133,9 +133,9 @@ class LaplaceLora(Method):
         values, tensors = read_state(folder, _STATE)
         try:
             layers: dict[str, Any] = {name: model.get_submodule(name) for name in values.pop("layers")}
-        except AttributeError as error:
+            return model, LinearizedDraws(layers, tensors, **values)
+        except (AttributeError, KeyError, TypeError) as error:
             raise AdapterFileError(f"{folder}: {_STATE}.json doesn't fit the model: {error}") from error
-        return model, LinearizedDraws(layers, tensors, **values)
 
 
 @dataclass(frozen=True)

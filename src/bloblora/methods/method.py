@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -20,7 +18,7 @@ from .. import adapter
 from ..adapter import AdapterFileError, Posterior, check_folder, find_posterior
 from ..adapter.bayesianize import Weights
 from ..adapter.storage import BLOB_CONFIG
-from ..files import file_sha256, read_json, write_json, write_tensors
+from ..files import file_sha256, read_hashed_json, read_tensors, write_hashed_json, write_tensors
 from ..prediction import Point, Sampler, WeightDraws, fit_temperature, tempered_nll
 from ..tasks import Task
 from ..tasks.task import Example
@@ -324,6 +322,19 @@ def _classified(prediction: EvalPrediction) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True)
+class State:
+    """What a method or a run keeps in ``NAME.json``; its tensors are in ``NAME.safetensors``.
+
+    Attributes:
+        values: what there is besides tensors.
+        tensors_sha256: of the file of tensors, where there is one.
+    """
+
+    values: dict[str, Any]
+    tensors_sha256: str | None = None
+
+
 def write_state(folder: Path, name: str, values: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
     """Write what a method keeps beside the adapter: values in ``name.json``, tensors in ``name.safetensors``."""
     content: dict[str, Any] = {"values": values}
@@ -331,7 +342,7 @@ def write_state(folder: Path, name: str, values: dict[str, Any], tensors: dict[s
         file = folder / f"{name}.safetensors"
         write_tensors(file, tensors)
         content["tensors_sha256"] = file_sha256(file)
-    write_json(folder / f"{name}.json", content)
+    write_hashed_json(folder / f"{name}.json", content)
 
 
 def read_state(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -340,15 +351,10 @@ def read_state(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tenso
     Raises:
         AdapterFileError: a file is missing, truncated or altered.
     """
-    file = folder / f"{name}.json"
-    content = read_json(file, AdapterFileError)
-    try:
-        values = content["values"]
-        if "tensors_sha256" not in content:
-            return values, {}
-        file = folder / f"{name}.safetensors"
-        if file_sha256(file) != content["tensors_sha256"]:
-            raise AdapterFileError(f"{file}: its SHA-256 isn't the one in {name}.json: it was altered or cut")
-        return values, load_file(file)
-    except (OSError, KeyError, SafetensorError) as error:
-        raise AdapterFileError(f"{file}: missing or not readable: {error}") from error
+    state = State(**read_hashed_json(folder / f"{name}.json", AdapterFileError, State))
+    if state.tensors_sha256 is None:
+        return state.values, {}
+    file = folder / f"{name}.safetensors"
+    if file.is_file() and file_sha256(file) != state.tensors_sha256:
+        raise AdapterFileError(f"{file}: its SHA-256 isn't the one in {name}.json: it was altered or cut")
+    return state.values, read_tensors(file, AdapterFileError)

@@ -32,6 +32,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..adapter import AdapterFileError
 from ..prediction import Sampler, ScalableWeights, Tempered, fit_temperature, predict, tempered_nll
 from ..tasks.task import Example
 from .method import Draw, Method, Training, read_state, write_state
@@ -90,7 +91,11 @@ class Rescaled(Method):
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The inner method's model and sampler, and T."""
         model, sampler = self.inner.load(base, folder)
-        return model, Tempered(sampler, read_state(folder, "temperature")[0]["temperature"])
+        values = read_state(folder, "temperature")[0]
+        try:
+            return model, Tempered(sampler, **values)
+        except (TypeError, ValueError) as error:
+            raise AdapterFileError(f"{folder / 'temperature.json'}: {error}") from error
 
     def draws(self, model: PeftModel, sampler: Sampler, num_samples: int, seed: int) -> list[Draw]:
         """The inner method's: what has them divides their logits by T."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -172,6 +173,10 @@ class Tempered(Sampler):
 
     sampler: Sampler
     temperature: float
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.temperature, float) and 0 < self.temperature < math.inf):
+            raise ValueError(f"temperature must be a finite number above 0, got {self.temperature!r}")
 
     def logits(self, forward: Forward, num_samples: int, seed: int) -> Iterator[Tensor]:
         """Logits of each draw over T."""

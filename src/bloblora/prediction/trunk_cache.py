@@ -21,11 +21,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from ..files import file_sha256
 from .forward import PredictionTask, Trunk, trunk_below
 from .prediction import eval_mode
 
 _HIDDEN, _ROW = "trunk_hidden", "trunk_row"
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def cache_trunk(
 ) -> tuple[CachedTrunk, IndexedExamples]:
     """Compute the trunk of examples, or find it in a folder, where it is kept by a hash of model, tokens and versions.
 
-    The file, ``KEY.DTYPE.npy``, holds every token's hidden state as integers of the same bits (NumPy has no bfloat16):
-    n tokens × d × 4 bytes in float32. It is memory-mapped.
+    The file, ``KEY.DTYPE.SHA256.npy``, holds every token's hidden state as integers of the same bits (NumPy has no
+    bfloat16): n tokens × d × 4 bytes in float32. It is memory-mapped.
 
     Args:
         model: a PEFT model with LoRA in its top layers only.
@@ -112,7 +113,8 @@ def cache_trunk(
         A task and examples to train and predict with in place of the given ones.
 
     Raises:
-        ValueError: the first block is adapted, or the adapted layers don't stand in one list of blocks.
+        ValueError: the first block is adapted, the adapted layers don't stand in one list of blocks, or the file was
+            altered.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     trunk = trunk_below(model, names)
@@ -142,9 +144,13 @@ def cache_trunk(
                     array[starts[i] : starts[i + 1]] = own[place].view(_integer(dtype)).numpy()
             assert array is not None
             array.flush()
-            files = [partial.replace(folder / f"{key}.{str(dtype).removeprefix('torch.')}.npy")]
+            name = f"{key}.{str(dtype).removeprefix('torch.')}.{file_sha256(partial)}.npy"
+            files = [partial.replace(folder / name)]
+    _, dtype_name, digest, _ = files[0].name.split(".")
+    if file_sha256(files[0]) != digest:
+        raise ValueError(f"{files[0]}: its SHA-256 isn't the one in its name: it was altered; remove it")
     hidden = np.load(files[0], mmap_mode="r", allow_pickle=False)
-    dtype = getattr(torch, files[0].suffixes[-2][1:])
+    dtype = getattr(torch, dtype_name)
     return CachedTrunk(task, trunk, hidden, starts, dtype, padded_left), IndexedExamples(examples)
 
 

@@ -16,7 +16,7 @@ from ..data import KINDS, kind_of
 from ..files import read_json
 from ..methods import METHODS, Method
 from .config import RunConfig, RunError
-from .folder import RUN_FILE, TASK_FILE, open_run
+from .folder import RUN_FILE, TASK_FILE, open_run, read_run_file
 
 FEWEST_FOR_TEMPERATURE = 30
 # In simulations of calibrated models (2, 4 and 20 classes, accuracy 0.44 to 0.79) log T has a standard error of about
@@ -178,7 +178,7 @@ def lora_of(config: RunConfig) -> LoraConfig | None:
     if posterior is not None:
         pairs["factors"] = (posterior.factors, config.build_method().described()["factors"])
     if (folder / RUN_FILE).is_file():
-        stored = read_json(folder / RUN_FILE, RunError).get("config", {})
+        stored = read_run_file(folder).config
         pairs["model"] = (stored.get("model", models.DEFAULT_MODEL), config.model)
     if wrong := [f"{option} {there}, not {here}" for option, (there, here) in pairs.items() if there != here]:
         raise RunError(f"{name} {given!r}: it has {', '.join(wrong)}; give the same")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..data import as_records
 from ..decision import Decision, fit_decision
-from ..files import json_sha256, read_json, write_json
+from ..files import json_sha256, read_hashed_json, write_hashed_json
 from ..prediction import Prediction
 from .checks import check_kind
 from .config import RunError
@@ -20,6 +21,30 @@ from .predictions import Averages, identity_of, keep_predictions, state_of
 from .run import PredictionOptions, Run, load_run
 
 DECISION_FILE, FORMAT_VERSION = "decision.json", 2
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Decisions and which predictions they are for, as the file has them."""
+
+    num_samples: int
+    seed: int
+    approximate: str | None
+    adapter_sha256: str
+    files_sha256: str
+    decision: Decision
+    promises: dict[str, str]
+    realized: dict[str, float]
+    temperature: float | None = None
+    width: float | None = None
+
+
+@dataclass(frozen=True)
+class _File:
+    format_version: int
+    decisions: list[_Entry]
+
+
 KEPT_PREDICTIONS = "calibration"
 """Folder in a run's own with the predictions of calibration records, which hold the records' texts."""
 
@@ -130,7 +155,7 @@ def calibrate_on(
 
 def write_decisions(file: Path, entries: Sequence[dict[str, Any]]) -> None:
     """Write what `calibrate_on` returned, of each N, seed and approximation."""
-    write_json(file, {"format_version": FORMAT_VERSION, "decisions": [*entries]})
+    write_hashed_json(file, {"format_version": FORMAT_VERSION, "decisions": [*entries]})
 
 
 def open_decision(description: RunDescription, options: PredictionOptions) -> Decision | None:
@@ -194,7 +219,7 @@ def _checked(file: Path, state: dict[str, Any]) -> Iterator[tuple[dict[str, Any]
             )
         try:
             yield entry, Decision.from_dict(entry["decision"])
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise RunError(f"{file}: not what this version of bloblora writes: {error}") from error
 
 
@@ -202,15 +227,13 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     """What the file holds, as it stands; none where there is no file."""
     if not file.is_file():
         return []
-    stored = read_json(file, RunError)
-    if (found := stored.get("format_version")) != FORMAT_VERSION:
+    stored = read_hashed_json(file, RunError, _File)
+    if (found := stored["format_version"]) != FORMAT_VERSION:
         raise RunError(
             f"{file}: format_version is {found!r}; this bloblora reads {FORMAT_VERSION}: remove the file, and run "
             "`bloblora calibrate` again"
         )
-    if not isinstance(entries := stored.get("decisions"), list):
-        raise RunError(f"{file}: not what this version of bloblora writes: 'decisions' is missing")
-    return entries
+    return stored["decisions"]
 
 
 def _check_local(description: RunDescription) -> None:

@@ -15,7 +15,8 @@ from huggingface_hub.errors import HTTPError  # the HTTP library's: it differs b
 
 from .. import tasks
 from ..adapter import library_versions
-from ..files import file_sha256, read_json
+from ..adapter.storage import SAVED, content_sha256
+from ..files import json_sha256, read_hashed_json, read_json, write_hashed_json
 from ..methods import Method
 from .config import RunConfig, RunError, different
 
@@ -24,6 +25,36 @@ VALIDATION_FIGURE = "validation.png"
 HUB = "hub:"
 _FIELDS = ("text", "text_pair", "label", "question", "choices", "answer", "prompt", "response", "messages")
 _HUB_FILES = ["*.json", "*.safetensors", "*.png"]  # nothing that could be run
+PLACES = ("model", "data", "validation", "output", "trunk_cache")
+"""Options that may say where something lies, which can change: no hash is over them."""
+_LATER = ("distance.safetensors",)  # made for a finished run; its own JSON file has its hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFile:
+    """What ``run.json`` holds, besides its own hash; until the training is finished only what it is to be.
+
+    Attributes:
+        libraries: versions of those that wrote it.
+        config: what was given.
+        options: the method's options with their defaults.
+        records_sha256: of the training records.
+        validation_sha256: of the validation records.
+        columns: of the training data, by field, where they aren't called as their field.
+        base: SHA-256 of the base model's files by name, see `bloblora.models.fingerprint`.
+        files: SHA-256 of each file of the folder that decides an answer.
+        training: what the training took.
+    """
+
+    libraries: dict[str, str]
+    config: dict[str, Any]
+    options: dict[str, Any]
+    records_sha256: str | None = None
+    validation_sha256: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    base: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,7 +68,9 @@ class RunDescription:
         method: its method, with the defaults of the version that trained it.
         task: how records become logits.
         training: what the training took.
-        adapter_sha256: of the trained weights' file, which was checked.
+        adapter_sha256: of the trained weights' file.
+        files: SHA-256 of each file that decides an answer; all were checked.
+        base: SHA-256 of the base model's files, which `load_run` checks.
         records_sha256: of the training records.
         remote: whether it is on the hub.
         columns: of the training data, by field, where they aren't called as their field.
@@ -50,6 +83,8 @@ class RunDescription:
     task: tasks.Task
     training: dict[str, Any]
     adapter_sha256: str
+    files: Mapping[str, str]
+    base: Mapping[str, str]
     records_sha256: str | None = None
     remote: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -60,7 +95,7 @@ def open_run(directory: str | os.PathLike[str] | RunDescription) -> RunDescripti
 
     Raises:
         RunError: the folder isn't one, its training isn't finished, it was written by a version with other options, or
-            its adapter was altered.
+            a file was altered.
         AdapterFileError: the adapter's files are damaged.
     """
     if isinstance(directory, RunDescription):
@@ -68,20 +103,17 @@ def open_run(directory: str | os.PathLike[str] | RunDescription) -> RunDescripti
     folder = local_folder(directory)
     if not (folder / RUN_FILE).is_file():
         raise RunError(f"{folder}: no {RUN_FILE} in it; give a folder that `bloblora train` wrote")
-    stored = read_json(folder / RUN_FILE, RunError)
+    stored = read_run_file(folder)
     config, method = _read_config(folder / RUN_FILE, stored)
-    if not stored.get("training"):
+    if not stored.training:
         raise RunError(f"{folder}: its training isn't finished; run the same `bloblora train` again to continue")
+    described = read_json(folder / TASK_FILE, RunError)
     try:
-        task = tasks.task_from_dict(read_json(folder / TASK_FILE, RunError))
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{folder}: can't be read: {error}") from error
+        task = tasks.task_from_dict(described)
+    except tasks.TaskError as error:
+        raise RunError(f"{folder / TASK_FILE}: {error}") from error
     weights = method.weights_file(folder)
-    actual = file_sha256(weights)
-    if stored.get("adapter_sha256", actual) != actual:
-        raise RunError(
-            f"{weights}: its SHA-256 isn't the one in {RUN_FILE}: the file was altered, or comes from another run"
-        )
+    _check_files(folder, method, stored.files, {TASK_FILE: json_sha256(described)})
     remote = is_remote(directory)
     repository = os.fspath(directory).removeprefix(HUB).partition("@")[0] if remote else ""
     name = repository.rpartition("/")[2] if remote else folder.resolve().name
@@ -91,24 +123,73 @@ def open_run(directory: str | os.PathLike[str] | RunDescription) -> RunDescripti
         config,
         method,
         task,
-        stored["training"],
-        actual,
-        stored.get("records_sha256"),
+        stored.training,
+        stored.files[weights.name],
+        stored.files,
+        stored.base,
+        stored.records_sha256,
         remote,
-        stored.get("columns", {}),
+        stored.columns,
     )
 
 
-def described(config: RunConfig) -> dict[str, Any]:
+def read_run_file(folder: Path) -> RunFile:
+    """What ``run.json`` says; a RunError where it isn't one, or was altered."""
+    return RunFile(**read_hashed_json(folder / RUN_FILE, RunError, RunFile, _without_places))
+
+
+def write_run_file(folder: Path, content: RunFile) -> None:
+    """Write ``run.json`` with its own hash; what is empty is left out."""
+    needed = ("libraries", "config", "options")
+    given = {name: value for name, value in vars(content).items() if name in needed or value}
+    write_hashed_json(folder / RUN_FILE, given, _without_places)
+
+
+def files_sha256(folder: Path, method: Method) -> dict[str, str]:
+    """SHA-256 of each file of a run's folder that decides an answer, by its path; what PEFT and bloblora read there.
+
+    Of ``adapter_config.json`` it leaves out where the base model lies.
+    """
+    return {name: content_sha256(folder / name) for name in _deciding(folder, method)}
+
+
+def _deciding(folder: Path, method: Method) -> list[str]:
+    files = {file for pattern in (TASK_FILE, *method.files) for file in folder.glob(pattern)}
+    return sorted(name for file in files if (name := file.relative_to(folder).as_posix()) not in _LATER)
+
+
+def _check_files(folder: Path, method: Method, expected: Mapping[str, str], known: Mapping[str, str]) -> None:
+    """Raise a RunError for a file that isn't the one of the training; of some the hash is ``known``."""
+    if not expected:
+        raise RunError(f"{folder / RUN_FILE}: field 'files' is missing: bloblora before 0.2 wrote it; train again")
+    for name in sorted({*expected, *_deciding(folder, method)}):
+        if not (file := folder / name).is_file():
+            raise RunError(f"{file}: missing; {RUN_FILE} has its SHA-256")
+        if name not in expected:
+            raise RunError(f"{file}: isn't one of the run's files, by {RUN_FILE}; remove it")
+        if (known.get(name) or content_sha256(file)) != expected[name]:
+            raise RunError(f"{file}: its SHA-256 isn't the one in {RUN_FILE}: it was altered, or is of another run")
+    for place in sorted({(folder / name).parent / SAVED for name in expected}):
+        if place.exists():  # which would be read in the place of the files
+            raise RunError(f"{place}: isn't one of the run's files; remove it")
+
+
+def _without_places(content: dict[str, Any]) -> dict[str, Any]:
+    """What the hash of ``run.json`` is over: all but where the data and the base model lie."""
+    config = {k: "" if k in PLACES and isinstance(v, str) else v for k, v in content["config"].items()}
+    return content | {"config": config}
+
+
+def described(config: RunConfig) -> RunFile:
     """What ``run.json`` says of a configuration: what was given, and the method's options with their defaults."""
-    return {"libraries": library_versions(), "config": config.given(), "options": config.build_method().described()}
+    return RunFile(libraries=library_versions(), config=config.given(), options=config.build_method().described())
 
 
-def read_description(output: Path, config: RunConfig, besides: Collection[str] = ()) -> dict[str, Any]:
+def read_description(output: Path, config: RunConfig, besides: Collection[str] = ()) -> RunFile | None:
     """What the folder says of its run, if any; a RunError where that has another configuration, ``besides`` options."""
     if not (output / RUN_FILE).is_file():
-        return {}
-    stored = read_json(output / RUN_FILE, RunError)
+        return None
+    stored = read_run_file(output)
     if found := different(
         _read_config(output / RUN_FILE, stored)[0].given(), config.given(), besides=("output", *besides)
     ):
@@ -116,14 +197,13 @@ def read_description(output: Path, config: RunConfig, besides: Collection[str] =
     return stored
 
 
-def _read_config(file: Path, stored: dict[str, Any]) -> tuple[RunConfig, Method]:
+def _read_config(file: Path, stored: RunFile) -> tuple[RunConfig, Method]:
     """What was given, and the method with the defaults of the version that wrote the file."""
     try:
-        config = RunConfig(**stored["config"])
-        method = {"name": config.method["name"], **stored.get("options", {})}
-        return config, config.with_options(method=method).build_method()
+        config = RunConfig(**stored.config)
+        return config, config.with_options(method={"name": config.method["name"], **stored.options}).build_method()
     except (KeyError, TypeError, AttributeError, RunError) as error:
-        here, there = library_versions()["bloblora"], stored.get("libraries", {}).get("bloblora", "0.1")
+        here, there = library_versions()["bloblora"], stored.libraries.get("bloblora", "0.1")
         raise RunError(f"{file}: written by bloblora {there}, this is {here}: {error}") from error
 
 

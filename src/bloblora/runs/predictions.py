@@ -1,7 +1,6 @@
 """Predictions in files: kept while they are made, and read again, whichever program made them."""
 
 import csv
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import tasks
-from ..adapter.storage import MEAN_CONFIG
 from ..data import DataError
 from ..decision import Decision
-from ..files import file_sha256, json_sha256, read_json
-from ..methods.method import read_state
+from ..files import json_sha256, parse_json, read_json
 from ..prediction import Prediction
 from .config import RunError
 from .folder import RunDescription, records_sha256
@@ -26,7 +22,6 @@ from .lines import lines_of
 from .processes import append_lines
 from .run import PredictionOptions
 
-_NO_STATE = (MEAN_CONFIG, "distance.safetensors")  # the first names the base model, which a push renames
 _NOT_PROBABILITIES = ("target", "id", "text", "text_pair", "question", "label")
 _PREFIX = "probability_"
 
@@ -79,17 +74,11 @@ class Averages(Prediction):
 
 
 def state_of(description: RunDescription) -> dict[str, Any]:
-    """What a run's predictions depend on, of its folder: the adapter, all of its method's files, and T and τ."""
-    folder, method = description.folder, description.method
-    files = {file for pattern in method.files for file in folder.glob(pattern) if file.name not in _NO_STATE}
-    files.discard(folder / SAFETENSORS_WEIGHTS_NAME)  # which adapter_sha256 is of
-    hashes = {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
-    state: dict[str, Any] = {"adapter_sha256": description.adapter_sha256}
-    if (folder / "temperature.json").is_file():
-        state["temperature"] = read_state(folder, "temperature")[0]["temperature"]
-    if (width := description.training.get("rescaling", {}).get("width")) is not None:
-        state["width"] = width
-    return state | {"files_sha256": json_sha256(hashes)}
+    """What a run's predictions depend on, of its folder: the adapter, all files that decide answers, and T and τ."""
+    rescaling = description.training.get("rescaling", {})
+    scales = {name: rescaling[name] for name in ("temperature", "width") if name in rescaling}
+    files_sha256 = json_sha256(description.files)
+    return {"adapter_sha256": description.adapter_sha256, **scales, "files_sha256": files_sha256}
 
 
 def identity_of(
@@ -212,7 +201,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                found = json.loads(line)
+                found = parse_json(line)
             except ValueError as error:
                 raise DataError([f"{file}:{number}: not valid JSON: {error}"]) from error
             if not isinstance(found, dict):

@@ -185,7 +185,9 @@ def load_run(directory: str | os.PathLike[str] | RunDescription, approximate: st
         approximation.check(method)
     if split := sharded():
         check_sharded(method, approximate)
+    models.check_fingerprint(config.model, description.base)
     base = base_model(config, task)
+    models.check_fingerprint(config.model, description.base)  # the hub may have had a newer one
     if torch.accelerator.is_available() and not split and not getattr(base, "is_quantized", False):
         base.to(processes().device)
     model, sampler = method.load(base, description.folder)

@@ -27,7 +27,7 @@ from .. import data as datasets_
 from .. import methods, models, tasks
 from ..adapter.sharding import gather_
 from ..evaluation import lines_figure, save_figure
-from ..files import file_sha256, read_json, write_json, write_text
+from ..files import read_json, write_json, write_text
 from ..prediction.trunk_cache import IndexedExamples, cache_trunk
 from ..training import BlobTrainingArguments, last_checkpoint
 from .automatic import left_open, resolved
@@ -48,11 +48,14 @@ from .folder import (
     RUN_FILE,
     TASK_FILE,
     VALIDATION_FIGURE,
+    RunFile,
     check_writable,
     described,
+    files_sha256,
     read_description,
     read_fields,
     records_sha256,
+    write_run_file,
 )
 from .outcome import ExpectedTime, announce, held_out_metrics, too_short
 from .processes import on_cpu, processes
@@ -93,20 +96,22 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
         separate = _validation(given, scratch, columns)
         config = resolved(given, records, len(separate))
         read_description(output, config)
-        description: dict[str, Any] = {**described(config), "records_sha256": digest}
-        description |= {"columns": columns} if columns else {}
+        description = replace(described(config), records_sha256=digest, columns=columns)
         method = config.build_method()
         kept, held_out = hold_out(config, method, records)
         validation = (separate or held_out) if config.validation else []
         if config.validation:
             check_validation(config, kept, validation, few=given.validation == "auto")
-            description["validation_sha256"] = records_sha256(validation)
-        _check_same_records(output, stored, "validation", description.get("validation_sha256"))
-        if stored.get("training"):
+            description = replace(description, validation_sha256=records_sha256(validation))
+        _check_same_records(output, stored, "validation", description.validation_sha256)
+        if stored and stored.training:
             processes().wait_for_everyone()  # until nobody needs the folder
             return load_run(output)
         check_rescaling(config, kept, validation)
         tokenizer = models.load_tokenizer(config.model)
+        if stored and stored.base:
+            models.check_fingerprint(config.model, stored.base)
+        description = replace(description, base=models.fingerprint(config.model))
         task_options = {name: value for name, value in config.task.items() if name != "name"}
         task = tasks.build_task(config.task["name"], records, tokenizer, **task_options)
         check_targets(config, task)
@@ -126,13 +131,14 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
         elif len(held_out):
             training.holdout = _mapped(scratch / "holdout.arrow", partial(encode, held_out))
         if main:
-            write_json(output / RUN_FILE, description)
+            write_run_file(output, description)
             write_text(output / CONFIG_FILE, yaml.safe_dump(given.given(), sort_keys=False, allow_unicode=True))
         if main:
             announce(records, training, *_length(arguments, len(examples)))
         run = _fit(config, method, training, tokenizer, progress, callbacks)
         if main:
-            _save(run, method, output, description)
+            base = models.fingerprint(config.model) | description.base  # of the hub's more files may be here by now
+            _save(run, method, output, replace(description, base=base))
         processes().wait_for_everyone()
         return run
 
@@ -238,15 +244,15 @@ def _fit(
     return run
 
 
-def _save(run: Run, method: methods.Method, output: Path, description: dict[str, Any]) -> None:
+def _save(run: Run, method: methods.Method, output: Path, description: RunFile) -> None:
     """Write a trained run; its description last, which makes it a finished one."""
     method.save(run.model, run.sampler, output)
     write_json(output / TASK_FILE, run.task.to_dict())
-    # The adapter's own hashes are the posterior's; this one is there for a plain LoRA too.
-    description["adapter_sha256"] = run.adapter_sha256 = file_sha256(method.weights_file(output))
+    files = files_sha256(output, method)
+    run.adapter_sha256 = files[method.weights_file(output).name]
     if "validation" in run.training:
         save_figure(lines_figure(_curves(run.training), "step", "NLL"), output / VALIDATION_FIGURE)
-    write_json(output / RUN_FILE, description | {"training": run.training})
+    write_run_file(output, replace(description, files=files, training=run.training))
     if not run.config.keep_checkpoints:
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
 
@@ -442,9 +448,8 @@ class _Clock(TrainerCallback):
         write_json(folder / self.FILE, {"seconds": self.seconds()})
 
 
-def _check_same_records(output: Path, stored: dict[str, Any], which: str, digest: str | None) -> None:
-    known = stored.get({"training": "records_sha256", "validation": "validation_sha256"}[which], digest)
-    if known != digest:
+def _check_same_records(output: Path, stored: RunFile | None, which: str, digest: str | None) -> None:
+    if stored and {"training": stored.records_sha256, "validation": stored.validation_sha256}[which] != digest:
         raise RunError(
             f"{output} holds a run whose {which} records were others: the data changed since; choose another output, "
             "or restore the data"

@@ -189,7 +189,7 @@ def read_study(file: str | os.PathLike[str]) -> Study:
     """
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise RunError(f"{file}: not readable as YAML: {error}") from error
     try:
         return _study(_mapping(content, "the file"), Path(file).stem)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data.records import KINDS, record_kind, record_problems
+from ..files import check_fields
 from ..registry import Registry
 
 Record = Mapping[str, Any]
@@ -227,15 +228,12 @@ def task_from_dict(values: Mapping[str, Any]) -> Task:
     """The task that `Task.to_dict` described.
 
     Raises:
-        TaskError: an unknown name or option, or one that is missing.
+        TaskError: an unknown name or option, or one that is missing, of another type or out of its range.
     """
     options = {key: value for key, value in values.items() if key != "name"}
     task = TASKS.find(values.get("name"), "task:", TaskError)  # type: ignore[arg-type]
-    task._check_options(options)
-    try:
-        return task(**options)
-    except TypeError as error:
-        raise TaskError(f"task '{task.name}': {error}") from None
+    check_fields(options, task, f"task {task.name!r}", TaskError)
+    return task(**options)
 
 
 def encode_all(

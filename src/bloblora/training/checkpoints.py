@@ -1,21 +1,27 @@
 """Which checkpoints of a training are whole."""
 
 import fnmatch
-import json
 import os
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any, get_type_hints
 
+from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapter import AdapterFileError, check_folder
+from ..files import check_fields, read_json
 
 TRAINER_STATE_NAME = "trainer_state.json"
 """As in transformers.trainer, which takes a second to import."""
 
 # What a training needs to go on exactly; FSDP and DeepSpeed write folders instead of optimizer.pt.
 _NEEDED = (("optimizer*", "global_step*"), ("scheduler.pt", "global_step*"), ("rng_state*.pth",))
+_STATE_TYPES = {
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), float),  # shares of the steps may be given
+    **{"log_history": list[dict[str, Any]], "stateful_callbacks": dict[str, Any] | None},
+}
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
@@ -30,7 +36,10 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
 def is_complete(folder: Path) -> bool:
     """Whether a checkpoint holds, uncut, all that a training needs to go on; not one that is deleted meanwhile."""
     try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        state = read_json(folder / TRAINER_STATE_NAME, ValueError)
+        check_fields(state, TrainerState, folder, ValueError, besides=_STATE_TYPES)
+        if state["global_step"] != _step(folder) or not state.keys() <= get_type_hints(TrainerState).keys():
+            return False
         for adapter in _adapters(folder):
             check_folder(adapter)
         names = os.listdir(folder)
