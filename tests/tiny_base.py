@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from bloblora import models
 from tests.tasks.conftest import tiny_causal, train_tokenizer
 
 TEXTS = {"refund": ["i was charged twice", "give the money back"], "parcel": ["where is my parcel", "it is late"]}
@@ -16,6 +17,14 @@ def save_base(folder: Path) -> Path:
     tiny_causal().save_pretrained(folder)
     train_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_default(cache: Path) -> Path:
+    """A tiny model in the place of the default one, in a cache for the environment variable BLOBLORA_CACHE."""
+    base = save_base(cache / f"{models.DEFAULT_MODEL}-{models._WHEEL_SHA256[:16]}")
+    sizes = {file.name: file.stat().st_size for file in base.iterdir()}
+    (base / models._COMPLETE).write_text(json.dumps({"format": models._FORMAT, "files": sizes}))
+    return base
 
 
 def queries() -> list[dict]:
