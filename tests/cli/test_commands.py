@@ -17,7 +17,7 @@ from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
 import bloblora
 from tests.cli.conftest import SETTINGS
-from tests.tiny_base import QUESTIONS, queries
+from tests.tiny_base import QUESTIONS, queries, save_default
 
 COMMANDS = ("train", "evaluate", "predict", "demo", "info")
 SCORES = ("confidence", "predictive_entropy", "mutual_information")
@@ -61,6 +61,15 @@ def test_the_first_help_shows_the_way(call):
     text = call("--help")[1]
     assert [command for command in COMMANDS if not re.search(rf"\n  {command} +\w", text)] == []
     assert call("--version")[1].split() == ["bloblora", bloblora.__version__]
+
+
+def test_a_width_that_was_not_trained_against_a_prior_has_no_kl(call, files, run, tmp_path):
+    arguments = ("train", "--data", files.texts, "--model", files.base, "--output", tmp_path, *SETTINGS)
+    _, out, _ = call(*arguments, "--method", "tfb")
+    assert "posterior: median Ω 0." in out
+    assert "KL" not in out
+    found, of_blob = (json.loads(call("info", folder, "--json")[1])["posterior"] for folder in (tmp_path, run))
+    assert {*of_blob} - {*found} == {"kl", "share_at_prior"}
 
 
 def test_train_in_json_and_again_from_its_config(call, files, tmp_path):
@@ -235,8 +244,9 @@ def test_ctrl_c_says_how_to_go_on(files, tmp_path):
     assert "Traceback" not in err
 
 
-@pytest.mark.bundled_model
-def test_the_demo_and_its_second_call(call, tmp_path):
+def test_the_demo_and_its_second_call(call, tmp_path, monkeypatch):
+    save_default(tmp_path / "cache")
+    monkeypatch.setenv("BLOBLORA_CACHE", str(tmp_path / "cache"))
     arguments = ("demo", "--steps", "2", "--limit", "8", "--samples", "2", "--output", tmp_path / "demo")
     status, out, err = call(*arguments)
     assert status == 0, err

@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from bloblora import runs, tasks
 from bloblora.cli import following
 from bloblora.runs import RunConfig
-from bloblora.runs.processes import on_cpu, use_device
+from bloblora.runs.processes import on_cpu, use_device, visible_device
 from tests.cli.conftest import SETTINGS
 from tests.cli.test_commands import lines
 from tests.cli.test_errors import NOWHERE, fails
@@ -91,10 +90,7 @@ def test_devices_that_are_none_or_not_here(call, files, command):
 
 
 def test_a_device_is_the_whole_process(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    use_device("cuda:1")
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+    assert [visible_device("1", visible) for visible in ("4,7", "GPU-a,GPU-b", "")] == ["7", "GPU-b", "1"]
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     use_device("cpu")
     assert on_cpu()

@@ -17,7 +17,7 @@ from bloblora.data import support_desk
 from tests.docs.blocks import ROOT
 from tests.docs.reader import Reader
 from tests.tasks.conftest import tiny_causal
-from tests.tiny_base import QUESTIONS, queries, save_base, write_jsonl
+from tests.tiny_base import QUESTIONS, queries, save_default, write_jsonl
 
 OPTIONS = {"steps": 2, "batch_size": 2, "r": 2}
 ANSWERS = [
@@ -30,9 +30,7 @@ ANSWERS = [
 def place(tmp_path_factory):
     """A folder with data files, trained runs, and a cache whose default model is tiny."""
     place = tmp_path_factory.mktemp("docs")
-    base = save_base(place / "cache" / f"{models.DEFAULT_MODEL}-{models._WHEEL_SHA256[:16]}")
-    sizes = {file.name: file.stat().st_size for file in base.iterdir()}
-    (base / models._COMPLETE).write_text(json.dumps({"format": models._FORMAT, "files": sizes}))
+    save_default(place / "cache")
     texts = [record["text"] for record in support_desk("test")[:60]]
     labelled = [{"text": text, "label": ("parcel", "refund")[i % 2]} for i, text in enumerate(texts)]
     write_jsonl(place / "queries.jsonl", queries())

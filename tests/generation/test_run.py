@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -66,11 +67,16 @@ def test_every_method_of_weight_draws_writes(method, base, tmp_path):
     assert torch.isfinite(torch.stack([*found.scores().values()])).all()
 
 
-def test_the_command(trained, tmp_path, capsys):
+def test_the_command(trained, tmp_path, capsys, caplog):
     prompts = write_jsonl(tmp_path / "prompts.jsonl", RECORDS)
     output = tmp_path / "answers.jsonl"
     options = GenerationOptions(samples=3, max_new_tokens=8)
-    generate(trained.config.output, str(prompts), options, ReadingOptions(), output=str(output))
+    folder = shutil.copytree(trained.config.output, tmp_path / "run")
+    stored = json.loads((folder / "run.json").read_text())
+    stored["training"]["warnings"] = ["it learned nothing"]
+    (folder / "run.json").write_text(json.dumps(stored))
+    generate(str(folder), str(prompts), options, ReadingOptions(), output=str(output))
+    assert "this run: it learned nothing" in caplog.messages
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [line["prompt"] for line in lines] == [record["prompt"] for record in RECORDS]
     assert lines[0]["id"] == 7

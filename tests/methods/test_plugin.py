@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -32,12 +33,30 @@ def folder(tmp_path_factory):
     return folder
 
 
+_PROGRAM = """
+import contextlib, io, json, sys
+from bloblora.cli import main
+for arguments in json.loads(sys.argv[1]):
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as exit_:
+            status = exit_.code or 0
+    print(json.dumps({"status": status, "out": out.getvalue(), "err": err.getvalue()}))
+"""
+
+
 @pytest.fixture
 def call(folder):
-    def call(*arguments):
-        environment = os.environ | {"PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "bloblora", *map(str, arguments)]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    """Commands one after the other in a process that finds the package; status, standard output and error of each."""
+
+    def call(*commands):
+        paths = [str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        program = [sys.executable, "-c", _PROGRAM, json.dumps(commands)]
+        done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        return [SimpleNamespace(**json.loads(line)) for line in done.stdout.splitlines()]
 
     return call
 
@@ -45,51 +64,57 @@ def call(folder):
 SETTINGS = ("--model", "base", "--steps", "2", "--batch-size", "2", "--r", "2")
 
 
-def test_help_shows_its_option_and_no_others(call):
-    done = call("train", "--method", "noisy", "--help")
-    assert "--noise-size" in done.stdout
-    assert "Relative size of the noise" in done.stdout
-    assert "--prior-std" not in done.stdout
-    assert "'broken' of package bloblora-noisy" in done.stderr
-    assert "is skipped: ModuleNotFoundError" in done.stderr
+def test_help_and_errors_name_its_option(call):
+    train = ("train", "--data", "texts.jsonl", "--output", "wrong", *SETTINGS)
+    told, negative, text, broken = call(
+        ("train", "--method", "noisy", "--help"),
+        (*train, "--method", "noisy", "--noise-size", "-1"),
+        (*train, "--method", "noisy", "--noise-size", "much"),
+        (*train, "--method", "broken"),
+    )
+    assert "--noise-size" in told.out
+    assert "Relative size of the noise" in told.out
+    assert "--prior-std" not in told.out
+    assert "'broken' of package bloblora-noisy" in told.err
+    assert "is skipped: ModuleNotFoundError" in told.err
+    assert (negative.status, "noise_size must be above 0, got -1.0" in negative.err) == (2, True)
+    assert "--noise-size: expected float. Got value: much" in text.err
+    assert "method 'broken' is not one of lora, " in broken.err
 
 
 def test_it_is_trained_exported_and_predicts(call, folder):
     given = ("--method", "noisy", "--noise-size", "0.3", "--output", "run")
-    done = call("train", "--data", "texts.jsonl", *SETTINGS, *given)
-    assert "trained noisy" in done.stdout, done.stderr
+    trained, exported, answered = call(
+        ("train", "--data", "texts.jsonl", *SETTINGS, *given),
+        ("export", "run", "--output", "exported", "--samples", "2"),
+        ("predict", "run", "--input", "texts.jsonl", "--samples", "3"),
+    )
+    assert "trained noisy" in trained.out, trained.err
     stored = json.loads((folder / "run" / "run.json").read_text())
     assert stored["config"]["method"] == {"name": "noisy", "noise_size": 0.3}
     assert stored["options"] == {"noise_size": 0.3}
     assert yaml.safe_load((folder / "run" / "config.yaml").read_text())["method"] == stored["config"]["method"]
-    done = call("export", "run", "--output", "exported", "--samples", "2")
-    assert done.returncode == 0, done.stderr
+    assert exported.status == 0, exported.err
     draws = [load_file(folder / "exported" / name / "adapter_model.safetensors") for name in ("mean", "draw_00")]
     changed = [name for name in draws[0] if not draws[0][name].equal(draws[1][name])]
     assert changed
     assert all("lora_A" in name for name in changed)
-    answers = call("predict", "run", "--input", "texts.jsonl", "--samples", "3")
-    assert all(json.loads(line)["mutual_information"] > 0 for line in answers.stdout.splitlines())
-
-
-def test_bad_options_are_named(call):
-    train = ("train", "--data", "texts.jsonl", "--output", "wrong", *SETTINGS)
-    done = call(*train, "--method", "noisy", "--noise-size", "-1")
-    assert (done.returncode, "noise_size must be above 0, got -1.0" in done.stderr) == (2, True)
-    done = call(*train, "--method", "noisy", "--noise-size", "much")
-    assert "--noise-size: expected float. Got value: much" in done.stderr
-    done = call(*train, "--method", "broken")
-    assert "method 'broken' is not one of lora, " in done.stderr
+    lines = answered.out.splitlines()
+    assert len(lines) == 8
+    assert all(json.loads(line)["mutual_information"] > 0 for line in lines)
 
 
 def test_it_is_compared_and_tuned(call, folder):
-    done = call("compare", "study.yaml", "--output", "results")
-    assert "1 runs done, 0 failed" in done.stdout, done.stderr
-    assert call("report", "results").returncode == 0
-    assert "very noisy" in (folder / "results" / "report.md").read_text()
     search = ("--dataset", "desk", "--method", "very noisy", "--output", "search", "--trials", "1")
-    done = call("tune", "study.yaml", *search)
-    assert done.returncode == 0, done.stderr
-    found = yaml.safe_load(done.stdout)
+    compared, reported, tuned = call(
+        ("compare", "study.yaml", "--output", "results"),
+        ("report", "results"),
+        ("tune", "study.yaml", *search),
+    )
+    assert "1 runs done, 0 failed" in compared.out, compared.err
+    assert reported.status == 0
+    assert "very noisy" in (folder / "results" / "report.md").read_text()
+    assert tuned.status == 0, tuned.err
+    found = yaml.safe_load(tuned.out)
     assert found.keys() == {"noise_size", "learning_rate"}
     assert 0.03 <= found["noise_size"] <= 0.3

@@ -10,6 +10,7 @@ from bloblora import runs
 from bloblora.cli import main
 from bloblora.hub import model_card
 from bloblora.runs.automatic import resolved
+from bloblora.runs.selection import hold_out
 from tests.tiny_base import QUESTIONS, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +36,7 @@ def given(**options):
 def test_a_share_is_held_out_where_it_is_of_use(count, labels, held_out, temperature):
     rows = records(count, labels)
     config = resolved(given(), rows, 0)
-    kept, validation = runs.train.__globals__["hold_out"](config, config.build_method(), rows)
+    kept, validation = hold_out(config, config.build_method(), rows)
     assert (len(validation), config.temperature_scaling) == (held_out, temperature)
     assert len(kept) == count - held_out
     assert resolved(config, rows, 0) == config
@@ -104,7 +105,7 @@ def test_the_held_out_part_is_measured(trained):
     found = run.training["held_out"]
     assert found["num_examples"] == 12
     assert found["by_num_samples"].keys() == {"0", "10"}
-    _, validation = runs.train.__globals__["hold_out"](run.config, run.method, records(60))
+    _, validation = hold_out(run.config, run.method, records(60))
     for count, values in found["by_num_samples"].items():
         options = runs.PredictionOptions(samples=int(count))
         expected = runs.evaluate(runs.load_run(run.config.output), validation, options=options)

@@ -16,7 +16,7 @@ from ..adapter import find_posterior, library_versions
 from ..files import cache_folder
 from ..methods import METHODS
 from ..runs.config import default_of
-from .run import dumped
+from .run import dumped, posterior_summary
 
 
 def methods(json: bool = False) -> None:
@@ -75,7 +75,7 @@ def info(directory: str | None = None, json: bool = False) -> None:
         result = {
             "config": run.config.given(),
             "task": run.task.to_dict(),
-            "posterior": {**posterior.config.to_dict(), **posterior.summary()} if posterior else None,
+            "posterior": {**posterior.config.to_dict(), **(posterior_summary(run) or {})} if posterior else None,
             "training": run.training,
         }
     if json:

@@ -71,15 +71,15 @@ def train(config: RunConfig, json: bool = False, tensorboard: str | None = None,
     run = runs.train(config, callbacks=_histograms(tensorboard) if tensorboard else ())
     if not runs.processes().is_main_process:
         return
-    posterior = find_posterior(run.model)
-    summary = posterior.summary() if posterior else None
+    summary = posterior_summary(run)
     if json:
         print(dumped({"output": config.output, **run.training, "posterior": summary}))
         return
     final = run.training["final"]
     print(f"trained {config.method['name']} in {run.training['seconds']:.0f} s: training NLL {final['nll']:.4f}")
     if summary:
-        print(f"posterior: median Ω {summary['median_std']:.4f}, KL {summary['kl']:.0f} nats")
+        kl = f", KL {summary['kl']:.0f} nats" if "kl" in summary else ""
+        print(f"posterior: median Ω {summary['median_std']:.4f}{kl}")
     if rescaling := run.training.get("rescaling"):
         print(_rescaled(rescaling))
     if validation := run.training.get("validation"):
@@ -88,6 +88,16 @@ def train(config: RunConfig, json: bool = False, tensorboard: str | None = None,
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         print(f"held out, {'mean weights' if num_samples == '0' else f'N = {num_samples}'}: {shown}")
     print(f"saved to {config.output}; next: {after_training(config, run.task)}")
+
+
+def posterior_summary(run: runs.Run) -> dict[str, float] | None:
+    """How far a run's Gaussian has moved; against a prior only where it was trained against one. None without one."""
+    if (posterior := find_posterior(run.model)) is None:
+        return None
+    summary = posterior.summary()
+    if "kl" not in run.training["final"]:
+        del summary["kl"], summary["share_at_prior"]
+    return summary
 
 
 def calibrate(
@@ -429,7 +439,7 @@ def generate(
     runs.check_alone("generate")
     if output is not None:
         runs.check_writable(output)
-    description, run = open_run(directory), None
+    description, run = _opened(directory), None
     lines = _lines_file(output)
     with _writing(lines) as handle:
         for records in read_batches(input, 64, reading, known=description.columns, require_labels=False):
@@ -460,10 +470,11 @@ def _validated(validation: dict[str, Any]) -> str:
     return f"validation: {'; '.join(parts)}; {validation['share_of_time']:.0%} of the time"
 
 
-def _opened(directory: str, options: PredictionOptions) -> RunDescription:
-    """A run's description, whose method allows the approximation."""
+def _opened(directory: str, options: PredictionOptions | None = None) -> RunDescription:
+    """A run's description, whose method allows the approximation; how its training ended badly is said again."""
     description = open_run(directory)
-    options.check(description.method)
+    if options is not None:
+        options.check(description.method)
     for problem in description.training.get("warnings", ()):
         log.warning(f"this run: {problem}")
     return description

@@ -32,18 +32,15 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
-from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import posterior as q
-from ..adapter import AdapterFileError
 from ..adapter.bayesianize import check_layers
-from ..files import read_tensors
 from ..prediction import Sampler, WeightDraws
 from ..training import BlobTrainer, check_positive
 from ..training.arguments import check_count
-from .method import PRIOR_IN_LOSS, Method, Training
+from .method import PRIOR_IN_LOSS, Method, Training, load_added
 
 _NETWORK = "c_lora_network"
 
@@ -115,15 +112,7 @@ class CLora(Method):
         """The LoRA with its networks, which PEFT saves as parts of its layers."""
         model, _ = super().load(base, folder)
         self._add_networks(model)
-        file = self.weights_file(folder)
-        saved = read_tensors(file, AdapterFileError)
-        if missing := 4 * len(_variants(model)) - sum(_NETWORK in name for name in saved):
-            raise AdapterFileError(f"{file}: {missing} weights of the layers' networks are missing")
-        try:
-            set_peft_model_state_dict(model, saved)
-        except RuntimeError as error:
-            raise AdapterFileError(f"{file}: its networks aren't those of this run's options: {error}") from error
-        return model.eval(), WeightDraws(ContextualNoise(model))
+        return load_added(model, self.weights_file(folder)), WeightDraws(ContextualNoise(model))
 
     def _add_networks(self, model: nn.Module) -> None:
         assert isinstance(model, PeftModel)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -184,6 +184,22 @@ def posterior_draws(model: nn.Module) -> WeightDraws:
     posterior = find_posterior(model)
     assert posterior is not None
     return WeightDraws(posterior)
+
+
+def load_added(model: nn.Module, file: Path) -> nn.Module:
+    """Set what a method added to a LoRA after `Method.load`, and PEFT saved with it; the model, in eval mode.
+
+    Raises:
+        AdapterFileError: the file is damaged, or lacks weights, or has them of another shape.
+    """
+    saved = read_tensors(file, AdapterFileError)
+    if missing := sorted(get_peft_model_state_dict(model, save_embedding_layers=False).keys() - saved.keys()):
+        raise AdapterFileError(f"{file}: {len(missing)} weights of the method are missing, the first {missing[0]}")
+    try:
+        set_peft_model_state_dict(model, saved)
+    except RuntimeError as error:
+        raise AdapterFileError(f"{file}: its weights aren't those of this run's options: {error}") from error
+    return model.eval()
 
 
 @dataclass

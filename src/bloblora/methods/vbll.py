@@ -24,17 +24,14 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..adapter import AdapterFileError
-from ..files import read_tensors
 from ..prediction import Sampler
 from ..prediction.hidden import mean_where_read, with_states
 from ..prediction.sampler import Forward
 from ..training import BlobTrainer, check_positive, check_std_learning_rate
-from .method import PRIOR_IN_LOSS, Draw, Method, Training
+from .method import PRIOR_IN_LOSS, Draw, Method, Training, load_added
 
 _LOG_STD, _OFF_DIAGONAL = "vbll_log_std", "vbll_off_diagonal"
 
@@ -111,13 +108,7 @@ class Vbll(Method):
         """The LoRA and its head, of which PEFT saves S as a part."""
         model, _ = super().load(base, folder)
         self._add_covariance(model)
-        file = self.weights_file(folder)
-        saved = read_tensors(file, AdapterFileError)
-        for name in (_LOG_STD, _OFF_DIAGONAL) if self.covariance == "dense" else (_LOG_STD,):
-            if not any(key.endswith(name) for key in saved):
-                raise AdapterFileError(f"{file}: the head's {name} is missing")
-        set_peft_model_state_dict(model, saved)
-        return model.eval(), LastLayerDraws(LastLayer(head_of(model)))
+        return load_added(model, self.weights_file(folder)), LastLayerDraws(LastLayer(head_of(model)))
 
     def draws(self, model: PeftModel, sampler: Sampler, num_samples: int, seed: int) -> list[Draw]:
         """The mean, without S."""

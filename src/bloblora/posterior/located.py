@@ -8,6 +8,7 @@ the weights, so that of :math:`\mathcal N(M, \Omega^2)` against p is that of
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class LocatedPrior:
     ) -> list[Tensor]:
         """Gradients of `kl` with respect to each mean and then each unconstrained parameter, by the chain rule."""
         gradients = self.prior.kl_gradients(*self._standardized(means, std_parameters, parameterization), "log")
-        of_means = torch._foreach_mul(gradients[: len(means)], self._scales())
+        of_means = torch._foreach_mul(gradients[: len(means)], self._scales)
         of_log_stds = gradients[len(means) :]
         if parameterization == "square":  # ∂log Ω/∂G = 2/G
             torch._foreach_mul_(of_log_stds, 2)
@@ -61,7 +62,7 @@ class LocatedPrior:
 
         Time is that of the standardized weights: entries with equal (M - μ)/s and Ω/s come equally far, whatever s.
         """
-        scales = self._scales()
+        scales = self._scales
         roots = torch._foreach_sqrt(scales)
         torch._foreach_sub_(means, self.means)
         torch._foreach_mul_(means, scales)
@@ -75,11 +76,12 @@ class LocatedPrior:
         self, means: list[Tensor], std_parameters: list[Tensor], parameterization: str
     ) -> tuple[list[Tensor], list[Tensor]]:
         """(M - μ)σp/s and log(Ω σp/s) of each layer, differentiable."""
-        scales = self._scales()
+        scales = self._scales
         log_stds = [log_std(parameter, parameterization) for parameter in std_parameters]
         centred = torch._foreach_mul(torch._foreach_sub(means, self.means), scales)
         return [*centred], [*torch._foreach_add(log_stds, torch._foreach_log(scales))]
 
+    @cached_property
     def _scales(self) -> list[Tensor]:
         """σp/s of each layer."""
         return [*torch._foreach_mul(torch._foreach_reciprocal(self.stds), self.prior.prior_std)]

@@ -13,7 +13,8 @@ from .evaluate import describe, evaluate, targets_of
 from .folder import RunDescription, check_writable, open_run
 from .processes import CHUNK, check_alone, join_parts, part_of, processes, share_of
 from .run import PredictionOptions, Run, load_run
-from .train import peak_memory, select, train, unused
+from .selection import select, unused
+from .train import peak_memory, train
 
 __all__ = [
     "CHUNK",

@@ -1,7 +1,6 @@
 """What a configuration leaves to the data: how long to train, what to hold out, whether to fit a temperature."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from .. import tasks
 from .checks import FEWEST_FOR_TEMPERATURE, task_name
 from .config import SAVING, UNFIT, RunConfig
 from .processes import processes
+from .selection import label_counts, num_held_out
 
 _SHARE = 0.2
 _FEWEST = 10  # records held out, below which a checkpoint would be chosen by chance
@@ -27,11 +27,11 @@ def resolved(config: RunConfig, records: Sequence[dict[str, Any]], separate: int
     ``separate`` counts the validation records that aren't a share of the records.
     """
     task = tasks.TASKS[task_name(config, records)]
-    groups = [*Counter(record.get("label", "") for record in records).values()]
+    counts = label_counts(records)
     validation = config.validation
     if validation == "auto":
-        validation = _share(config, groups)
-    held_out = _held_out(groups, validation) if isinstance(validation, int | float) else 0
+        validation = _share(config, counts)
+    held_out = num_held_out(counts, validation) if isinstance(validation, int | float) else 0
     temperature = config.temperature_scaling
     if temperature is None:
         temperature = (
@@ -59,7 +59,7 @@ def _num_steps(config: RunConfig, task: type[tasks.Task], count: int) -> int:
     return max(1, math.ceil(examples / (batch * processes().num_processes)))
 
 
-def _share(config: RunConfig, groups: Sequence[int]) -> float:
+def _share(config: RunConfig, counts: Sequence[int]) -> float:
     """Of the records, where each label has so many, that are held out.
 
     0 where that would be too few, or other options leave no room for it.
@@ -68,10 +68,5 @@ def _share(config: RunConfig, groups: Sequence[int]) -> float:
     idle |= config.training.get("eval_strategy") == "no" or not config.training.keys().isdisjoint((*SAVING, *UNFIT))
     if idle or config.method.get("holdout") or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return 0.0
-    share = min(_SHARE, _MOST / sum(groups))
-    return share if _held_out(groups, share) >= _FEWEST else 0.0
-
-
-def _held_out(groups: Sequence[int], share: float) -> int:
-    """How many records a share is, where each label has so many."""
-    return sum(round(share * count) for count in groups)
+    share = min(_SHARE, _MOST / sum(counts))
+    return share if num_held_out(counts, share) >= _FEWEST else 0.0

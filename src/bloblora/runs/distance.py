@@ -10,7 +10,7 @@ from .config import RunError
 from .evaluate import targets_of
 from .folder import RunDescription, read_fields, records_sha256
 from .run import Run
-from .train import hold_out, select
+from .selection import hold_out, select
 
 _STATE = "distance"
 

@@ -52,8 +52,12 @@ def use_device(name: str | None) -> None:
         raise RunError(f"device {name!r}: PyTorch sees no such device here, only {', '.join(there)}")
     if (index := known[1]) is not None:
         # Of all that are visible, so that the Trainer doesn't split its batches over the others.
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(index)] if visible else index
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_device(index, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+
+
+def visible_device(index: str, visible: str) -> str:
+    """What CUDA calls the device that PyTorch calls ``cuda:index``, where CUDA_VISIBLE_DEVICES is ``visible``."""
+    return visible.split(",")[int(index)] if visible else index
 
 
 def processes() -> PartialState:

@@ -1,7 +1,6 @@
 """One training: from data file to saved adapter, resumed where it was stopped."""
 
 import math
-import random
 import resource
 import shutil
 import sys
@@ -12,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import yaml
@@ -60,9 +59,9 @@ from .folder import (
 from .outcome import ExpectedTime, announce, held_out_metrics, too_short
 from .processes import on_cpu, processes
 from .run import Run, base_model, load_run
+from .selection import hold_out, select
 
 _SCRATCH = ".data"
-Records = TypeVar("Records", list[dict[str, Any]], datasets_.MappedRows)
 
 
 def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[TrainerCallback] = ()) -> Run:
@@ -141,35 +140,6 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
             _save(run, method, output, replace(description, base=base))
         processes().wait_for_everyone()
         return run
-
-
-def split(records: Records, share: float, seed: int = 0) -> tuple[Records, Records]:
-    """Records to train on and a share that is held out, per label where records have one; each in the given order."""
-    generator = random.Random(seed)
-    out = {i for group in _by_label(records) for i in generator.sample(group, round(share * len(group)))}
-    return _at(records, [i for i in range(len(records)) if i not in out]), _at(records, sorted(out))
-
-
-def hold_out(config: RunConfig, method: methods.Method, records: Records) -> tuple[Records, Records]:
-    """Records to train on, and those held out: for validation, or, where there is none, what the method asks for."""
-    if isinstance(config.validation, str | list):
-        return split(records, 0, config.limit_seed)
-    return split(records, config.validation or method.holdout, config.limit_seed)
-
-
-def select(records: Records, limit: int | None, seed: int = 0) -> Records:
-    """``limit`` random records, per label where records have one; all of them for None."""
-    return records if limit is None else _at(records, _chosen(records, limit, seed))
-
-
-def unused(records: Records, limit: int, seed: int = 0) -> Records:
-    """The records that `select` leaves out, in the given order."""
-    return _at(records, sorted({*range(len(records))}.difference(_chosen(records, limit, seed))))
-
-
-def _chosen(records: Records, limit: int, seed: int) -> list[int]:
-    generator = random.Random(seed)
-    return [i for group in _by_label(records) for i in generator.sample(group, min(limit, len(group)))]
 
 
 def peak_memory() -> int:
@@ -317,20 +287,6 @@ def _mapped(file: Path, rows: Callable[[], Iterable[dict[str, Any]]]) -> dataset
 
 def _read(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     return map(read_fields, records)
-
-
-def _by_label(records: Iterable[dict[str, Any]]) -> list[list[int]]:
-    """Positions of the records of each label, by its name; all where records have none."""
-    groups: dict[str, list[int]] = {}
-    for position, record in enumerate(records):
-        groups.setdefault(record.get("label", ""), []).append(position)
-    return [group for _, group in sorted(groups.items())]
-
-
-def _at(records: Records, positions: list[int]) -> Records:
-    if isinstance(records, datasets_.MappedRows):
-        return records.select(positions)
-    return [records[position] for position in positions]
 
 
 def _check_sharded(config: RunConfig) -> None:

@@ -1,0 +1,62 @@
+"""Which records of a source a run trains on, which it holds out, and which it leaves."""
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+from .. import methods
+from ..data import MappedRows
+from .config import RunConfig
+
+Records = TypeVar("Records", list[dict[str, Any]], MappedRows)
+
+
+def select(records: Records, limit: int | None, seed: int = 0) -> Records:
+    """``limit`` random records, per label where records have one; all of them for None."""
+    return records if limit is None else _at(records, _chosen(records, limit, seed))
+
+
+def unused(records: Records, limit: int, seed: int = 0) -> Records:
+    """The records that `select` leaves out, in the given order."""
+    return _at(records, sorted({*range(len(records))}.difference(_chosen(records, limit, seed))))
+
+
+def split(records: Records, share: float, seed: int = 0) -> tuple[Records, Records]:
+    """Records to train on and a share that is held out, per label where records have one; each in the given order."""
+    generator = random.Random(seed)
+    out = {i for group in _by_label(records) for i in generator.sample(group, num_held_out([len(group)], share))}
+    return _at(records, [i for i in range(len(records)) if i not in out]), _at(records, sorted(out))
+
+
+def hold_out(config: RunConfig, method: methods.Method, records: Records) -> tuple[Records, Records]:
+    """Records to train on, and those held out: for validation, or, where there is none, what the method asks for."""
+    if isinstance(config.validation, str | list):
+        return split(records, 0, config.limit_seed)
+    return split(records, config.validation or method.holdout, config.limit_seed)
+
+
+def label_counts(records: Iterable[dict[str, Any]]) -> list[int]:
+    """How many records each label has, by its name; the number of all where records have none."""
+    return [len(group) for group in _by_label(records)]
+
+
+def num_held_out(counts: Sequence[int], share: float) -> int:
+    """How many records `split` holds out where each label has so many."""
+    return sum(round(share * count) for count in counts)
+
+
+def _chosen(records: Records, limit: int, seed: int) -> list[int]:
+    generator = random.Random(seed)
+    return [i for group in _by_label(records) for i in generator.sample(group, min(limit, len(group)))]
+
+
+def _by_label(records: Iterable[dict[str, Any]]) -> list[list[int]]:
+    """Positions of the records of each label, by its name; all where records have none."""
+    groups: dict[str, list[int]] = {}
+    for position, record in enumerate(records):
+        groups.setdefault(record.get("label", ""), []).append(position)
+    return [group for _, group in sorted(groups.items())]
+
+
+def _at(records: Records, positions: list[int]) -> Records:
+    return records.select(positions) if isinstance(records, MappedRows) else [records[i] for i in positions]
