@@ -134,6 +134,9 @@ def predict(
     has few tokens, forwards run side by side on a CPU, and blocks below the first Bayesian layer are computed once:
     equal to a forward a draw up to rounding, see benchmarks/prediction.py for the time.
 
+    Several threads may predict with one model at once. It is in eval mode until the last of them is done, so no thread
+    may train it meanwhile.
+
     Args:
         model: a PEFT model, Bayesian or plain, or any other of which ``sampler`` draws.
         inputs: encoded examples of ``task``; or, for a model whose ``logits`` are (n, C), texts with a ``tokenizer``,
