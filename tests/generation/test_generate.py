@@ -10,7 +10,6 @@ from torch.distributions import Categorical
 
 from bloblora import Posterior
 from bloblora.adapter import UnevenPartsError
-from bloblora.adapter.variant import BlobVariant
 from bloblora.generation import decoding, posterior_generate
 from bloblora.methods.ensemble import Members
 from bloblora.methods.laplace import LinearizedDraws
@@ -244,14 +243,14 @@ def test_draws_share_forwards_or_not(family, case_of, monkeypatch):
     together = run(case)
     monkeypatch.setattr(decoding, "_MOST_TOKENS", 43)  # 2 draws of 3 prompts of 7 tokens
     assert_same(run(case), together, [0, 1, 2])
-    stacked = BlobVariant.stacked
+    stacked = Posterior.stacked
 
-    def refused(self, weights, rows):
-        if len(next(iter(weights.values()))) > 1:
+    def refused(self, samples, rows):
+        if len(samples) > 1:
             raise UnevenPartsError("as in an expert")
-        return stacked(self, weights, rows)
+        return stacked(self, samples, rows)
 
-    monkeypatch.setattr(BlobVariant, "stacked", refused)
+    monkeypatch.setattr(Posterior, "stacked", refused)
     assert_same(run(case), together, [0, 1, 2])
 
 

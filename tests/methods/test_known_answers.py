@@ -116,11 +116,7 @@ def test_dropped_columns_have_the_mean_and_the_variance_of_dropout(tokens):
     name, layer = next((n, m) for n, m in model.named_modules() if n.endswith("layers.1.self_attn.v_proj"))
     weight = layer.lora_A["default"].weight.detach().clone()
     dropped, generator, probability = DroppedColumns(model, 0.3), torch.Generator().manual_seed(0), 0.3
-    draws = []
-    for _ in range(4000):
-        with dropped.draw(generator):
-            draws.append(layer.lora_A["default"].weight.detach().clone())
-    draws = torch.stack(draws)
+    draws = torch.stack([dropped.sample(generator)[name] for _ in range(4000)])
     variance = weight.square() * probability / (1 - probability)
     error = (draws.mean(0) - weight) / (variance / 4000).sqrt()
     assert error.abs().max() < 5
@@ -128,7 +124,11 @@ def test_dropped_columns_have_the_mean_and_the_variance_of_dropout(tokens):
     # columns go together
     kept = draws != 0
     assert torch.equal(kept.any(1), kept.all(1))
-    assert torch.equal(layer.lora_A["default"].weight, weight), name
+    x = torch.randn(5, 32)
+    with dropped.draw(torch.Generator().manual_seed(1)):
+        drawn = layer.lora_A["default"](x)
+    torch.testing.assert_close(drawn, x @ dropped.sample(torch.Generator().manual_seed(1))[name].T)
+    torch.testing.assert_close(layer.lora_A["default"](x), x @ weight.T)
 
 
 def test_members_of_an_ensemble_are_plain_loras_of_their_seeds(tmp_path):
@@ -353,11 +353,10 @@ def test_scalabl_folds_its_means_and_draws_its_variance(tokens):
 
     distribution = ScaledRows(model, _fold(model.eval()))
     torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-5)
-    generator, draws = torch.Generator().manual_seed(0), []
-    for _ in range(2000):
-        with distribution.draw(generator):
-            draws.append((layer.lora_A["default"].weight.detach() * rows).sum(1))  # the scales, as rows are orthonormal
-    draws = torch.stack(draws)
+    generator = torch.Generator().manual_seed(0)
+    name = next(name for name, module in model.named_modules() if module is layer)
+    drawn = [distribution.sample(generator)[name] for _ in range(2000)]
+    draws = torch.stack([(weight * rows).sum(1) for weight in drawn])  # the scales, as rows are orthonormal
     assert ((draws.mean(0) - mean) / (std / math.sqrt(2000))).abs().max() < 5
     torch.testing.assert_close(draws.std(0), std, rtol=0.1, atol=0)
     assert not any("scalabl" in name for name, _ in model.named_parameters())
@@ -422,15 +421,14 @@ def test_which_factors_are_gaussian(factors, tokens):
     posterior = bayesianize(model, BlobConfig(init_std=0.25, factors=factors))
     layer = next(iter(posterior.named_layers().values()))
     a, b = (getattr(layer, f"lora_{f}")["default"].weight.detach() for f in "AB")
-    variant = layer.lora_variant["default"]
+    of_layer = next(name for name, module in model.named_modules() if module is layer)
     stds = {name.rpartition("_")[2]: std.detach() for name, std in posterior.named_stds().items() if "layers.0" in name}
     va, vb = (stds[f].square() if f in stds else torch.zeros_like(w) for f, w in (("A", a), ("B", b)))
     expected = layer.scaling["default"] ** 2 * (b.square() @ va + vb @ a.square() + vb @ va)
     generator, draws = torch.Generator().manual_seed(0), []
     for _ in range(3000):
-        with posterior.draw(generator):
-            weights = {"A": a, "B": b} | variant.weights
-            draws.append((layer.scaling["default"] * weights["B"] @ weights["A"]).detach())
+        weights = {"A": a, "B": b} | posterior.sample(generator)[of_layer]
+        draws.append((layer.scaling["default"] * weights["B"] @ weights["A"]).detach())
     draws = torch.stack(draws)
     error = (draws.mean(0) - layer.scaling["default"] * b @ a) / (expected / 3000).sqrt()
     assert error.abs().max() < 5.5

@@ -1,7 +1,7 @@
 """Turning a LoRA into a distribution over LoRAs, in place."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,10 @@ from peft.tuners.lora.layer import Embedding
 from torch import Tensor, nn
 
 from .. import posterior as q
+from ..contexts import in_context
 from .config import BlobConfig
 from .sharding import changing, is_sharded, whole
-from .variant import BlobVariant, mean_of
+from .variant import BlobVariant, Drawn, mean_of
 from .watch import KlWatch
 
 # Starts that move a part of the base weight into B A, so that without the LoRA the model isn't the base.
@@ -29,6 +30,10 @@ Weights = dict[str, dict[str, Tensor]]
 
 class Posterior:
     """View of the Gaussian over the matrices of one adapter; it holds no state beside the model's own.
+
+    What `draw`, `mean`, `fixed` and `stacked` put in force holds in the calling context: in its thread, or its asyncio
+    task. Other threads see the model as it is, or their own draws. Work that is handed to another thread sees it by
+    ``contextvars.copy_context().run``, as ``asyncio.to_thread`` does.
 
     Attributes:
         model: the PEFT model.
@@ -181,11 +186,9 @@ class Posterior:
         with self.fixed(self.sample(generator)):
             yield
 
-    @contextmanager
-    def fixed(self, weights: Weights) -> Iterator[None]:
+    def fixed(self, weights: Weights) -> AbstractContextManager[None]:
         """Use given weights for every forward inside; a layer that isn't in them has its mean."""
-        with self._set([weights.get(name, {}) for name in self._layers]):
-            yield
+        return self._in_force({name: Drawn(weights.get(name, {})) for name in self._layers})
 
     def sample(self, generator: torch.Generator) -> Weights:
         """The weights of the next draw."""
@@ -205,9 +208,8 @@ class Posterior:
             for layer, of_layer in weights.items()
         }
 
-    @contextmanager
-    def stacked(self, samples: Sequence[Weights], rows: int) -> Iterator[None]:
-        """Put several draws in force at once, in this thread: equal parts of a batch see one each, in order.
+    def stacked(self, samples: Sequence[Weights], rows: int) -> AbstractContextManager[None]:
+        """Put several draws in force at once: equal parts of a batch see one each, in order.
 
         Args:
             samples: S draws; a layer that isn't in them has its mean.
@@ -216,18 +218,16 @@ class Posterior:
         Raises:
             UnevenPartsError: by a forward inside, at a layer that doesn't see the batch row by row.
         """
-        with ExitStack() as stack:
-            for name, layer in self._layers.items():
-                of_layer = [weights.get(name, {}) for weights in samples]
-                stacks = {factor: torch.stack([weights[factor] for weights in of_layer]) for factor in of_layer[0]}
-                stack.enter_context(_variant(layer, self.adapter_name).stacked(stacks, rows))
-            yield
+        drawn = {}
+        for name in self._layers:
+            of_layer = [weights.get(name, {}) for weights in samples]
+            stacks = {factor: torch.stack([weights[factor] for weights in of_layer]) for factor in of_layer[0]}
+            drawn[name] = Drawn(stacks, rows)
+        return self._in_force(drawn)
 
-    @contextmanager
-    def mean(self) -> Iterator[None]:
+    def mean(self) -> AbstractContextManager[None]:
         """Use the mean weights M (N = 0) for every forward inside, in train mode too."""
-        with self._set([{} for _ in self._layers]):
-            yield
+        return self.fixed({})
 
     @torch.no_grad()
     def summary(self) -> dict[str, float]:
@@ -263,17 +263,9 @@ class Posterior:
         means, stds = zip(*priors, strict=True)
         return q.LocatedPrior(self.prior, [*means], [*stds])
 
-    @contextmanager
-    def _set(self, weights: list[dict[str, Tensor]]) -> Iterator[None]:
-        variants = [_variant(layer, self.adapter_name) for layer in self._layers.values()]
-        before = [(variant.weights, variant.sampling) for variant in variants]
-        try:
-            for variant, of_layer in zip(variants, weights, strict=True):
-                variant.weights, variant.sampling = of_layer, False
-            yield
-        finally:
-            for variant, (of_layer, sampling) in zip(variants, before, strict=True):
-                variant.weights, variant.sampling = of_layer, sampling
+    def _in_force(self, drawn: Mapping[str, Drawn]) -> AbstractContextManager[None]:
+        """What each layer has, by its name."""
+        return in_context({_variant(layer, self.adapter_name): drawn[name] for name, layer in self._layers.items()})
 
 
 def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name: str | None = None) -> Posterior:

@@ -6,9 +6,8 @@ One forward serves every Linear kind of PEFT that asks its variants (plain, Conv
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from threading import get_ident
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from .. import posterior as q
+from ..contexts import state_of
 from .config import BlobConfig
 from .watch import KlWatch
 
@@ -37,6 +37,20 @@ class UnevenPartsError(RuntimeError):
     """A layer whose input isn't the batch row by row, such as an expert's, can't give each part its own draw."""
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What is in force for one layer: no fresh noise, and a draw or several.
+
+    Attributes:
+        weights: A (r, n) or B (m, r), by letter; a factor that isn't there has its mean. Where ``rows`` is given there
+            are several, A (S, r, n) or B (S, m, r): the s-th of S equal parts of a batch sees the s-th.
+        rows: S·b, of the batch.
+    """
+
+    weights: Mapping[str, Tensor]
+    rows: int | None = None
+
+
 def mean_of(module: Any, adapter_name: str, factor: str) -> nn.Parameter:
     """LoRA's own A (r, n) or B (m, r) of a layer: the posterior's mean M."""
     return getattr(module, f"lora_{factor}")[adapter_name].weight
@@ -47,8 +61,7 @@ class BlobVariant(LoraVariant):
 
     Attributes:
         config: the adapter's configuration.
-        weights: A (r, n) or B (m, r), by letter, that every forward uses while set: a fixed draw; empty otherwise.
-        sampling: whether a forward draws fresh noise in train mode.
+        kept: of a copy that was made inside a draw, that draw, which it stays; None otherwise.
         tied_config: the model's config where this layer's base weight is also the embedding; None otherwise.
         prior_at_start: whether the prior's mean is the factor's value at `init`.
         watch: of the first layer of an adapter, whose forwards stand for all; None otherwise.
@@ -56,9 +69,7 @@ class BlobVariant(LoraVariant):
 
     def __init__(self, config: BlobConfig) -> None:
         self.config = config
-        self.weights: dict[str, Tensor] = {}
-        self._of_threads: dict[int, tuple[Mapping[str, Tensor], int]] = {}
-        self.sampling = True
+        self.kept: Drawn | None = None
         self.tied_config: PretrainedConfig | None = None
         self.prior_at_start = config.prior_mean == "start"
         self.watch: KlWatch | None = None
@@ -67,22 +78,16 @@ class BlobVariant(LoraVariant):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: torch copies no tensor that has a gradient's history, as a draw has."""
-        weights = {factor: weight.detach() for factor, weight in self.weights.items()}
-        return self.__dict__ | {"weights": weights, "_of_threads": {}}
+        if (drawn := self.drawn) is not None and drawn.rows is None:
+            weights = {factor: weight.detach() for factor, weight in drawn.weights.items()}
+            return self.__dict__ | {"kept": Drawn(weights)}
+        return self.__dict__
 
-    @contextmanager
-    def stacked(self, weights: Mapping[str, Tensor], rows: int) -> Iterator[None]:
-        """In this thread, the s-th of S equal parts of a batch of ``rows`` sees the s-th weight.
-
-        Args:
-            weights: A (S, r, n) or B (S, m, r), by letter; a factor that isn't there has its mean.
-            rows: S·b, of the batch.
-        """
-        self._of_threads[get_ident()] = weights, rows
-        try:
-            yield
-        finally:
-            del self._of_threads[get_ident()]
+    @property
+    def drawn(self) -> Drawn | None:
+        """What is in force in this context; None where a forward in train mode draws fresh noise."""
+        drawn: Drawn | None = state_of(self)
+        return self.kept if drawn is None else drawn
 
     def init(self, module: Any, adapter_name: str, **_: Any) -> None:  # type: ignore[override]
         """Give the layer a fresh Ω parameter for each Gaussian factor, of the factor's shape, and its prior."""
@@ -144,14 +149,13 @@ class BlobVariant(LoraVariant):
     def _product(
         self, factor: str, module: Any, adapter_name: str, x: Tensor, rows: Tensor | slice = slice(None)
     ) -> Tensor:
-        if self._of_threads and (found := self._of_threads.get(get_ident())):
-            weights, size = found
-            if factor in weights:
-                return _linear_of_parts(x, weights[factor][:, rows].to(x.dtype), size)
-        elif (weight := self.weights.get(factor)) is not None:
+        drawn = self.drawn
+        if drawn is not None and (weight := drawn.weights.get(factor)) is not None:
+            if drawn.rows is not None:
+                return _linear_of_parts(x, weight[:, rows].to(x.dtype), drawn.rows)
             return F.linear(x, weight[rows].to(x.dtype))
         mean = mean_of(module, adapter_name, factor)[rows]
-        if factor not in self.config.factors or not (self.sampling and module.training):
+        if factor not in self.config.factors or drawn is not None or not module.training:
             return F.linear(x, mean)
         parameter = self.std_parameter(module, adapter_name, factor)
         if self.watch is not None and parameter.requires_grad and not torch.compiler.is_compiling():
@@ -178,7 +182,8 @@ class BlobVariant(LoraVariant):
             base = module.get_base_layer()
             base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
             self.tied_config.tie_word_embeddings, self.tied_config = False, None
-        a, b = (self.weights.get(factor, mean_of(module, active_adapter, factor)) for factor in "AB")
+        weights = {} if self.drawn is None else self.drawn.weights
+        a, b = (weights.get(factor, mean_of(module, active_adapter, factor)) for factor in "AB")
         self._merged = (a.detach().clone(), b.detach().clone())
         return orig_weight + self._delta(module, active_adapter, orig_weight)
 

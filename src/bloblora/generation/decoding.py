@@ -108,7 +108,8 @@ class KeptDraws(Sampler):
         assert isinstance(forward, _Reader)
         if not self._samples:
             with self._weights.mean():
-                yield forward()
+                logits = forward()
+            yield logits
         for start in range(0, len(self._samples), forward.together):
             samples = self._samples[start : start + forward.together]
             with self._weights.stacked(samples, len(samples) * forward.rows):

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
+from ..contexts import eval_mode
 from ..prediction import Sampler, WeightDraws
-from ..prediction.prediction import check_num_samples, eval_mode, mutual_information, sampler_of
+from ..prediction.prediction import check_num_samples, mutual_information, sampler_of
 from ..prediction.sampler import StackedWeights
 from .decoding import Answers, Decoding, KeptDraws
 

@@ -22,8 +22,8 @@ modelwrappers/c_lora.py): two linear layers with 64 ReLU between them. Three thi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 
 from .. import posterior as q
 from ..adapter.bayesianize import check_layers
+from ..contexts import in_context, state_of
 from ..prediction import Sampler, WeightDraws
 from ..training import BlobTrainer, check_positive
 from ..training.arguments import check_count
@@ -139,10 +140,11 @@ class _Kl:
 class _ContextualVariant(LoraVariant):
     """y = W₀x + s·B (E (A x)); one layer's, one adapter's.
 
+    A forward uses the ε (r, r) that is in force in its context; without one it draws one an example in train mode, and
+    uses μ alone in eval mode.
+
     Attributes:
         r: of the layer.
-        noise: ε (r, r) that every forward uses while set; without it a forward draws one an example in train mode, and
-            uses μ alone in eval mode.
         kl: where training forwards add their KL.
     """
 
@@ -152,7 +154,6 @@ class _ContextualVariant(LoraVariant):
         network = nn.Sequential(nn.Linear(self.r, width), nn.ReLU(), nn.Linear(width, 2 * self.r**2))
         setattr(module, _NETWORK, nn.ModuleDict({"default": network.to(weight)}))
         module.adapter_layer_names = (*module.adapter_layer_names, _NETWORK)
-        self.noise: Tensor | None = None
         self.kl: _Kl | None = None
 
     def gaussian(self, module: Any, adapter_name: str, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,7 +166,7 @@ class _ContextualVariant(LoraVariant):
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         h = a(module.lora_dropout[active_adapter](x.to(a.weight.dtype)))
         mean, root = self.gaussian(module, active_adapter, h)
-        noise = self.noise
+        noise: Tensor | None = state_of(self)
         if noise is None and module.training:
             noise = torch.randn(len(h), *[1] * (h.ndim - 2), *mean.shape[-2:], dtype=h.dtype, device=h.device)
             if self.kl is not None:
@@ -180,16 +181,10 @@ class ContextualNoise:
     def __init__(self, model: nn.Module) -> None:
         self._variants = _variants(model)
 
-    @contextmanager
-    def draw(self, seed: torch.Generator) -> Iterator[None]:
-        """One ε a layer."""
-        try:
-            for variant in self._variants.values():
-                variant.noise = torch.randn(variant.r, variant.r, generator=seed, device=seed.device)
-            yield
-        finally:
-            for variant in self._variants.values():
-                variant.noise = None
+    def draw(self, seed: torch.Generator) -> AbstractContextManager[None]:
+        """One ε a layer, in force in this context alone."""
+        sizes = {variant: (variant.r, variant.r) for variant in self._variants.values()}
+        return in_context({v: torch.randn(size, generator=seed, device=seed.device) for v, size in sizes.items()})
 
     def mean(self) -> AbstractContextManager[None]:
         """μ, as in every forward in eval mode."""

@@ -8,18 +8,20 @@ paper.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from .. import adapter
+from ..contexts import changed, replaced
 from ..prediction import Sampler
 from .method import MEAN, Draw, Method, Training
 
@@ -100,18 +102,14 @@ class Members(Sampler):
         """Logits of the first N members, or of the first one with N = 0; the seed has no part in it."""
         for name in [*self._model.peft_config][: max(num_samples, 1)]:
             with active(self._model, name):
-                yield forward()
+                logits = forward()
+            yield logits
 
 
-@contextmanager
-def active(model: PeftModel, adapter_name: str) -> Iterator[None]:
-    """Another adapter is in force inside."""
-    before = model.active_adapter
-    model.set_adapter(adapter_name, inference_mode=True)
-    try:
-        yield
-    finally:
-        model.set_adapter(before, inference_mode=True)
+def active(model: PeftModel, adapter_name: str) -> AbstractContextManager[None]:
+    """Another adapter is in force inside, in this context alone; the model's active adapter stays the same."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    return replaced({layer: changed(layer, _active_adapter=[adapter_name]) for layer in layers})
 
 
 def member_names(members: int) -> list[str]:

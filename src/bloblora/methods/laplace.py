@@ -18,22 +18,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import jvp
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from ..adapter import AdapterFileError
+from ..contexts import hooked
 from ..prediction import Sampler, predict
 from ..prediction.hidden import mean_where_read
 from ..prediction.sampler import Forward
@@ -46,6 +48,7 @@ _LOG_PRECISIONS = (-10.0, 10.0)  # what the published code's 100 steps of 0.1 re
 _HOLDOUT_SAMPLES, _HOLDOUT_ERROR = 10, 0.3  # of log δ: some nine predictions
 _CLASSES_A_DRAW = 3  # a backward costs a third of a forward with tangents
 _STATE = "laplace"
+_FORWARD_MODE = Lock()
 _EIGEN = ("G_values", "A_values", "G_vectors", "A_vectors")
 
 
@@ -167,12 +170,12 @@ class LinearizedDraws(Sampler):
             yield from logits.detach() + _along(logits, [calls[name] for name in self.layers], draws)
             return
         del logits, calls
-        layers = _Layers(self.layers.values())
-        weights = {f"{i}.weight": layer.weight.detach() for i, layer in enumerate(self.layers.values())}
+        zero, one = torch.zeros(()), torch.ones(())
         for _ in range(num_samples):
-            changes = dict(zip(weights, self.draw(generator), strict=True))
-            with sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode
-                result = jvp(lambda changed: functional_call(layers, changed, (forward,)), (weights,), (changes,))
+            along = partial(_moved, forward, [*zip(self.layers.values(), self.draw(generator), strict=True)])
+            # Other kernels have no forward mode, and torch has one nesting level of it for all threads.
+            with _FORWARD_MODE, sdpa_kernel(SDPBackend.MATH):
+                result = jvp(along, (zero,), (one,))
             yield result[0] + result[1]
 
     def draw(self, generator: torch.Generator) -> list[Tensor]:
@@ -200,11 +203,14 @@ def _along(logits: Tensor, calls: list[tuple[Tensor, Tensor]], draws: list[list[
     return result
 
 
-class _Layers(nn.ModuleList):
-    """Layers whose weights `functional_call` exchanges while a function runs that uses them."""
+def _moved(forward: Forward, changes: list[tuple[nn.Linear, Tensor]], time: Tensor) -> Tensor:
+    """Logits where each layer's weights are moved by ``time`` times its change."""
 
-    def forward(self, function: Forward) -> Tensor:
-        return function()
+    def move(change: Tensor, _: nn.Module, x: tuple[Tensor], y: Tensor) -> Tensor:
+        return y + time.to(y) * F.linear(x[0], change)
+
+    with hooked([(layer.register_forward_hook, partial(move, change)) for layer, change in changes]):
+        return forward()
 
 
 def fit_laplace(
@@ -285,9 +291,7 @@ def _recorded(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, tuple[Tenso
     def record(name: str, _: nn.Module, x: tuple[Tensor], y: Tensor) -> None:
         calls[name] = x[0].detach(), y if y.requires_grad else y.requires_grad_()  # gradients may begin here
 
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.enter_context(layer.register_forward_hook(partial(record, name)))
+    with hooked([(layer.register_forward_hook, partial(record, name)) for name, layer in layers.items()]):
         yield calls
 
 

@@ -13,7 +13,6 @@ component s mod K, so that N draws are spread evenly.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 
@@ -107,14 +106,16 @@ class Components(Sampler):
         if num_samples == 0:
             first = self._posteriors[0]
             with active(self._model, first.adapter_name), first.mean():
-                yield forward()
+                logits = forward()
+            yield logits
             return
         draws, left = self.draws(seed), num_samples
-        with forward.shared_trunk(self._layers()) if isinstance(forward, BatchForward) else nullcontext():
-            while left:
-                count = sum(forward.wave(left)) if isinstance(forward, BatchForward) else 1
-                yield from self._together(forward, [*islice(draws, count)])
-                left -= count
+        if isinstance(forward, BatchForward):
+            forward.share_trunk(self._layers())
+        while left:
+            count = sum(forward.wave(left)) if isinstance(forward, BatchForward) else 1
+            yield from self._together(forward, [*islice(draws, count)])
+            left -= count
 
     def _layers(self) -> list[str]:
         return sorted({name for posterior in self._posteriors for name in posterior.layer_names()})

@@ -1,8 +1,7 @@
 """Distributions over weights that multiply A by noise: what dropout and ScalaBL draw from."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..adapter.bayesianize import Weights
-from ..adapter.variant import mean_of
+from ..contexts import changed, replaced
 from ..prediction import Sampler, WeightDraws
 from .method import Method
 
@@ -32,18 +31,20 @@ class ScaledA(ABC):
     def scale(self, layer: str, weight: Tensor, generator: torch.Generator) -> Tensor:
         """The factor of one layer's A (r, n): (n,) for its columns, (r, 1) for its rows."""
 
-    @contextmanager
-    def draw(self, seed: torch.Generator) -> Iterator[None]:
-        """One factor a layer."""
-        before = {name: factor.weight for name, factor in self._factors.items()}
-        try:
-            for name, factor in self._factors.items():
-                scaled = factor.weight.detach() * self.scale(name, factor.weight, seed)
-                factor.weight = nn.Parameter(scaled, requires_grad=False)
-            yield
-        finally:
-            for name, factor in self._factors.items():
-                factor.weight = before[name]
+    def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """A (r, n) of each layer in the next draw: one factor a layer."""
+        weights = {name: factor.weight.detach() for name, factor in self._factors.items()}
+        return {name: weight * self.scale(name, weight, generator) for name, weight in weights.items()}
+
+    def draw(self, seed: torch.Generator) -> AbstractContextManager[None]:
+        """The next draw is in force inside, in this context alone."""
+        weights = self.sample(seed)
+        return replaced(
+            {
+                factor: changed(factor, _parameters=factor._parameters | {"weight": weights[name]})
+                for name, factor in self._factors.items()
+            }
+        )
 
     def mean(self) -> AbstractContextManager[None]:
         """A itself."""
@@ -56,9 +57,5 @@ class ScaledMethod(Method):
     def draw_weights(self, model: PeftModel, sampler: Sampler, generator: torch.Generator) -> Weights:
         """A of every layer."""
         assert isinstance(sampler, WeightDraws)
-        with sampler.weights.draw(generator):
-            return {
-                name: {"A": mean_of(layer, model.active_adapter, "A").clone()}
-                for name, layer in model.named_modules()
-                if isinstance(layer, LoraLayer)
-            }
+        assert isinstance(sampler.weights, ScaledA)
+        return {name: {"A": weight} for name, weight in sampler.weights.sample(generator).items()}

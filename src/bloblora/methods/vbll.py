@@ -27,6 +27,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..contexts import hooked
 from ..prediction import Sampler
 from ..prediction.hidden import mean_where_read, with_states
 from ..prediction.sampler import Forward
@@ -191,12 +192,8 @@ class LastLayer:
         def use(_: nn.Module, __: Any, output: Tensor) -> Tensor:
             return output + 0 * sum(parameter.sum() for parameter in self.covariance())
 
-        hooks = self.head.register_forward_pre_hook(record), self.head.register_forward_hook(use)
-        try:
+        with hooked([(self.head.register_forward_pre_hook, record), (self.head.register_forward_hook, use)]):
             yield inputs
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def excess(self, logits: Tensor, read: Tensor) -> Tensor:
         """By how much the bound lies above the NLL of the mean logits (b, C), mean over the batch, of what was read."""

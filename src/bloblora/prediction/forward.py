@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.sharding import is_split
+from ..contexts import hooked, replaced
 
 Output = Tensor | tuple[Any, ...]
 HEADS = ("lm_head", "score", "classifier")
@@ -46,13 +47,15 @@ class BatchForward:
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Tensor], task: PredictionTask | None) -> None:
         self._model, self._batch, self._task = model, dict(batch), task
+        self._trunk: Trunk | None = None
         self._trunk_output: Any = None
         self.limit: int | None = None
 
     def __call__(self, copies: int = 1) -> Tensor:
         """Logits (copies·b, C) of the batch, repeated."""
         batch = {name: repeat_rows(tensor, copies) for name, tensor in self._batch.items()}
-        return self._model(**batch).logits if self._task is None else self._task.logits(self._model, batch)
+        with self._trunk.replayed(self._trunk_output) if self._trunk else nullcontext():
+            return self._model(**batch).logits if self._task is None else self._task.logits(self._model, batch)
 
     @property
     def rows(self) -> int:
@@ -78,19 +81,11 @@ class BatchForward:
         size = min(together, math.ceil(left / workers))
         return [min(size, left - start) for start in range(0, left, size)][:workers]
 
-    @contextmanager
-    def shared_trunk(self, layers: Iterable[str]) -> Iterator[None]:
-        """Compute what lies below some layers now, and not again in any forward inside."""
-        trunk = trunk_below(self._model, layers)
-        if trunk is None:
-            yield
-            return
-        self._trunk_output = trunk.compute(self)
-        try:
-            with trunk.replayed(lambda: self._trunk_output):
-                yield
-        finally:
-            self._trunk_output = None
+    def share_trunk(self, layers: Iterable[str]) -> None:
+        """Compute what lies below some layers now, and not again in any later call."""
+        if trunk := trunk_below(self._model, layers):
+            self._trunk_output = trunk.compute(self)
+            self._trunk = trunk
 
     def _can_thread(self, device: torch.device) -> bool:
         """Whether forwards may run side by side; autocast is a setting of one thread, shards are gathered in order."""
@@ -116,27 +111,22 @@ class Trunk:
         def stop(*_: Any, **__: Any) -> None:
             raise _ReachedError
 
-        hook = self.blocks[-1].register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-        try:
-            with _replaced([self.above], stop):
-                forward()
-        except _ReachedError:
-            pass
-        finally:
-            hook.remove()
+        def keep(_module: nn.Module, _inputs: Any, output: Output) -> None:
+            outputs.append(output)
+
+        hooks = [(self.blocks[-1].register_forward_hook, keep)]
+        with suppress(_ReachedError), hooked(hooks), replaced({self.above: stop}):
+            forward()
         return outputs[-1]
 
-    @contextmanager
-    def replayed(self, output: Callable[[], Output]) -> Iterator[None]:
-        """Forwards inside take the trunk's output from ``output``, repeated for a batch that is repeated."""
+    def replayed(self, output: Output) -> AbstractContextManager[None]:
+        """Forwards inside take this output of the trunk, repeated for a batch that is repeated."""
+        rows = len(output[0] if isinstance(output, tuple) else output)
 
         def replay(hidden: Tensor, *_: Any, **__: Any) -> Output:
-            found = output()
-            rows = len(found[0] if isinstance(found, tuple) else found)
-            return repeat_rows(found, len(hidden) // rows)
+            return repeat_rows(output, len(hidden) // rows)
 
-        with _replaced(self.blocks, replay):
-            yield
+        return replaced(dict.fromkeys(self.blocks, replay))
 
 
 def trunk_below(model: nn.Module, layers: Iterable[str]) -> Trunk | None:
@@ -182,17 +172,3 @@ def _select(output: Any, rows: Tensor) -> Any:
     if isinstance(output, tuple):
         return tuple(_select(part, rows) for part in output)
     return output[rows.to(output.device)] if isinstance(output, Tensor) else output
-
-
-@contextmanager
-def _replaced(blocks: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    before = [vars(block).get("forward") for block in blocks]  # accelerate may have put one there
-    for block in blocks:
-        block.forward = forward
-    try:
-        yield
-    finally:
-        for block, old in zip(blocks, before, strict=True):
-            del block.forward
-            if old is not None:
-                block.forward = old

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contexts import eval_mode, hooked
 from .forward import HEADS, PredictionTask
-from .prediction import eval_mode, forwards, order_of, sampler_of
+from .prediction import forwards, order_of, sampler_of
 from .sampler import Sampler
 
 
@@ -79,9 +80,5 @@ def _differentiable_from(module: nn.Module) -> Iterator[list[Tensor]]:
         inputs.append(args[0].detach().requires_grad_())
         return inputs[-1], *args[1:]
 
-    hook = module.register_forward_pre_hook(begin)
-    try:
-        with torch.no_grad():  # and as it was afterwards
-            yield inputs
-    finally:
-        hook.remove()
+    with hooked([(module.register_forward_pre_hook, begin)]), torch.no_grad():  # and as it was afterwards
+        yield inputs

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedTokenizerBase
 
 from ..adapter import Posterior, find_posterior
+from ..contexts import TOKENIZING, eval_mode
 from ..data import as_records
 from .approximations import StoppingRule
 from .forward import BatchForward, PredictionTask
@@ -133,6 +134,9 @@ def predict(
     has few tokens, forwards run side by side on a CPU, and blocks below the first Bayesian layer are computed once:
     equal to a forward a draw up to rounding, see benchmarks/prediction.py for the time.
 
+    Several threads may predict with one model at once. It is in eval mode until the last of them is done, so no thread
+    may train it meanwhile.
+
     Args:
         model: a PEFT model, Bayesian or plain, or any other of which ``sampler`` draws.
         inputs: encoded examples of ``task``; or, for a model whose ``logits`` are (n, C), texts with a ``tokenizer``,
@@ -249,18 +253,6 @@ def _stopped_log_probs(
     return torch.stack(made)
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; then each module is as it was, also in a model of which a part is frozen in eval mode."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def forwards(
     model: nn.Module,
     inputs: Sequence[Any] | Mapping[str, Tensor] | DataLoader[Any],
@@ -327,7 +319,8 @@ class _Texts:
         if any("text" not in record for record in records):
             raise ValueError("inputs: with a tokenizer alone they must be texts; give a task for questions and prompts")
         limited = self.tokenizer.model_max_length < 1_000_000  # one that knows no limit says so with a huge number
-        return [dict(self.tokenizer(record["text"], truncation=limited)) for record in records]
+        with TOKENIZING:
+            return [dict(self.tokenizer(record["text"], truncation=limited)) for record in records]
 
     def length(self, example: dict[str, list[int]]) -> int:
         return len(example["input_ids"])

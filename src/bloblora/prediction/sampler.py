@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -29,6 +31,9 @@ class Sampler(ABC):
     def logits(self, forward: Forward, num_samples: int, seed: int) -> Iterator[Tensor]:
         """Logits (b, C) of each of N draws; of the one best guess with ``num_samples`` 0.
 
+        What is in force for a draw is in force while ``forward`` runs, in this context (`bloblora.contexts`), and not
+        between the draws, when whoever takes them goes on.
+
         Draw s of a seed is one function: it depends neither on the batch nor on how many draws follow. A method with
         fewer functions than N yields those that it has.
         """
@@ -44,7 +49,7 @@ class Sampler(ABC):
 
 
 class WeightDistribution(Protocol):
-    """A distribution over weights, such as `bloblora.adapter.Posterior`."""
+    """A distribution over weights, such as `bloblora.adapter.Posterior`; what is in force is so in one context."""
 
     def draw(self, seed: torch.Generator) -> AbstractContextManager[None]:
         """The next draw of the weights is in force inside."""
@@ -68,7 +73,7 @@ class StackedWeights(WeightDistribution, Protocol):
         ...
 
     def stacked(self, samples: Sequence[Any], rows: int) -> AbstractContextManager[None]:
-        """In this thread each of as many equal parts of a batch of ``rows`` sees one draw, in order."""
+        """In this context each of as many equal parts of a batch of ``rows`` sees one draw, in order."""
         ...
 
 
@@ -133,19 +138,22 @@ class WeightDraws(Sampler):
         generator = torch.Generator().manual_seed(seed)
         if num_samples == 0:
             with self.weights.mean():
-                yield forward()
+                logits = forward()
+            yield logits
         elif isinstance(self.weights, StackedWeights) and isinstance(forward, BatchForward):
-            with forward.shared_trunk(self.weights.layer_names()):
-                yield from _together(self.weights, forward, num_samples, self._samples(generator))
+            forward.share_trunk(self.weights.layer_names())
+            yield from _together(self.weights, forward, num_samples, self._samples(generator))
         elif self.mirrored:
             assert isinstance(self.weights, MirroredWeights)
             for sample in islice(self._samples(generator), num_samples):
                 with self.weights.fixed(sample):
-                    yield forward()
+                    logits = forward()
+                yield logits
         else:
             for _ in range(num_samples):
                 with self.weights.draw(generator):
-                    yield forward()
+                    logits = forward()
+                yield logits
 
     def approximated(self, change: Callable[[WeightDraws], Sampler]) -> Sampler:
         """What ``change`` makes of it."""
@@ -239,10 +247,15 @@ def _stacked(weights: StackedWeights, forward: BatchForward, samples: Sequence[A
 def _side_by_side(run: Callable[[Any], Tensor], groups: Sequence[Any]) -> list[Tensor]:
     if len(groups) == 1:
         return [run(groups[0])]
-    return [*_pool(len(groups), max(1, torch.get_num_threads() // len(groups))).map(run, groups)]
+    pool = _pool(len(groups), max(1, torch.get_num_threads() // len(groups)))
+    return [future.result() for future in [pool.submit(copy_context().run, run, group) for group in groups]]
 
 
 @cache
 def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
     """Workers that share the cores; kept, for libraries hold memory for each thread that they have seen."""
     return ThreadPoolExecutor(workers, "draws", initializer=torch.set_num_threads, initargs=(threads,))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from ..contexts import eval_mode
 from ..files import file_sha256
 from .forward import PredictionTask, Trunk, trunk_below
-from .prediction import eval_mode
 
 _HIDDEN, _ROW = "trunk_hidden", "trunk_row"
 _FORMAT_VERSION = 3
@@ -67,7 +67,7 @@ class CachedTrunk:
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The task's logits, from the blocks above the trunk."""
         inputs = {name: tensor for name, tensor in batch.items() if name != _HIDDEN}
-        with self.trunk.replayed(lambda: batch[_HIDDEN]):
+        with self.trunk.replayed(batch[_HIDDEN]):
             return self.task.logits(model, inputs)
 
 

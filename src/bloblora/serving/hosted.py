@@ -5,12 +5,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..contexts import TOKENIZING
 from ..data import KINDS, kind_of, read_records
 from ..decision import Decision
 from ..files import finite_numbers
@@ -98,9 +98,6 @@ class Hosted:
     examples: list[dict[str, Any]]
     shared_parameters: int = 0
 
-    def __post_init__(self) -> None:
-        self._tokenizing = Lock()  # truncation is a state of the tokenizer
-
     @property
     def kind(self) -> str:
         """What its inputs are: ``text`` or ``choice``."""
@@ -127,7 +124,7 @@ class Hosted:
 
     def encode(self, record: dict[str, Any]) -> dict[str, Any]:
         """A record as its task encodes it; a TaskError where it can't be the task's."""
-        with self._tokenizing:
+        with TOKENIZING:
             return self.run.task.encode(record, self.run.tokenizer)
 
     def answer(

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..contexts import standing_for
 from .encoding import check_template, collate_labels, continuation_ids, fit_question, pad, pad_left
 from .task import Batch, Choice, Example, Record, TaskError
 
@@ -130,6 +131,7 @@ def label_logits(head: nn.Module, hidden: Tensor, token_ids: Tensor) -> Tensor:
     """
     if _is_plain(head):
         return _rows(head, hidden, token_ids)
+    head = standing_for(head)
     if not isinstance(head, LoraLinear) or not _splits_by_row(head):
         return head(hidden)[..., token_ids]
     result = _rows(head.base_layer, hidden, token_ids)
@@ -144,12 +146,19 @@ def label_logits(head: nn.Module, hidden: Tensor, token_ids: Tensor) -> Tensor:
 
 def _is_plain(layer: nn.Module) -> bool:
     """True for a Linear with an ordinary weight: quantized ones subclass it, offloaded ones have a hook."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook")
-    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hooked
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not _is_hooked(layer)
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"))
 
 
 def _splits_by_row(head: LoraLinear) -> bool:
-    """True when the layer is base rows plus rows of B; disabling a merged one makes PEFT unmerge it first."""
+    """True when the layer is base rows plus rows of B and nobody asks for its input; disabling a merged one makes PEFT
+    unmerge it first.
+    """
+    if _is_hooked(head):
+        return False
     variants = [head.lora_variant[name] for name in head.active_adapters if name in head.lora_variant]
     projects = all(hasattr(variant, "expand") for variant in variants)
     return _is_plain(head.base_layer) and projects and not (head.merged and head.disable_adapters)

@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..contexts import TOKENIZING
 from ..data.records import KINDS, record_kind, record_problems
 from ..files import check_fields
 from ..registry import Registry
@@ -256,7 +257,8 @@ def encode_each(
     shown = track(records, "Tokenizing", disable=not progress, console=Console(stderr=True))
     for number, record in enumerate(shown, start=1):
         try:
-            example = task.encode(record, tokenizer)
+            with TOKENIZING:
+                example = task.encode(record, tokenizer)
         except TaskError as error:
             problems += [f"record {number}: {problem}" for problem in error.problems]
             continue
