@@ -249,7 +249,8 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
     for name in (MEAN_CONFIG, MEAN_FILE):
         if not (folder / name).is_file():
             raise AdapterFileError(f"{folder}: {name} is missing; a saved adapter has it")
-    read_json(folder / MEAN_CONFIG, AdapterFileError)
+    if read_json(folder / MEAN_CONFIG, AdapterFileError).get("megatron_config"):  # PEFT would import what it names
+        raise AdapterFileError(f"{folder / MEAN_CONFIG}: megatron_config isn't taken from a file; it must be null")
     mean = read_tensors(folder / MEAN_FILE, AdapterFileError)
     bayesian = [(folder / name).is_file() for name in (BLOB_CONFIG, POSTERIOR_FILE)]
     if not any(bayesian):

@@ -20,6 +20,7 @@ from ..decision import Decision
 from ..files import file_sha256, json_sha256, read_json
 from ..methods.method import read_state
 from ..prediction import Prediction
+from ..prediction.prediction import check_finite
 from .config import RunError
 from .folder import RunDescription, records_sha256
 from .lines import lines_of
@@ -55,7 +56,13 @@ class Averages(Prediction):
             aleatoric.append(row.get("expected_entropy", math.nan))
             epistemic.append(row.get("mutual_information", math.nan))
         padded = pad_sequence(log_probs, batch_first=True, padding_value=-math.inf)
-        return cls(padded[None], num_samples, torch.tensor(draws), torch.tensor(aleatoric), torch.tensor(epistemic))
+        return cls(
+            check_finite(padded)[None],
+            num_samples,
+            torch.tensor(draws),
+            torch.tensor(aleatoric),
+            torch.tensor(epistemic),
+        )
 
     @property
     def num_draws(self) -> Tensor:
