@@ -56,9 +56,11 @@ class DrawClient:
         concurrency: requests at a time.
         timeout: seconds until an answer must be complete.
         retries: of a request that is answered with 429 or 503.
+        trust_remote_code: run the Python code that the tokenizer comes with, where it needs some.
 
     Raises:
         RunError: there is no manifest, or it or the tokenizer was altered.
+        ModelError: the tokenizer can't be loaded.
         ValueError: ``base_url`` lacks a draw.
     """
 
@@ -72,10 +74,10 @@ class DrawClient:
         concurrency: int = 8,
         timeout: float = 120.0,
         retries: int = 5,
+        trust_remote_code: bool = False,
     ) -> None:
-        from transformers import AutoTokenizer
-
         from .export import TOKENIZER, read_manifest
+        from .models import read_tokenizer
         from .tasks import task_from_dict
 
         self.manifest = read_manifest(directory, check_files=f"{TOKENIZER}*")
@@ -87,7 +89,8 @@ class DrawClient:
         self._servers = {name: servers[urls[name]] for name in self.names}
         self._task = task_from_dict(self.manifest.task)
         folder = Path(directory)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder)
+        folder = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder
+        self._tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
         self._top_logprobs, self._concurrency = top_logprobs, concurrency
 
     def predict(self, records: Sequence[dict[str, Any]]) -> Prediction:
@@ -96,6 +99,7 @@ class DrawClient:
         Raises:
             TaskError: a record can't be the task's.
             ServerError: a server gave no usable answer.
+            FloatingPointError: a log-probability is NaN.
             ValueError: the task has no choices, or ``top_logprobs`` doesn't fit it.
         """
         if not self._task.scored_by:
@@ -105,7 +109,7 @@ class DrawClient:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        from .prediction import Prediction
+        from .prediction.prediction import Prediction, check_finite
 
         examples = [self._task.continuations(example) for example in self._encode(records)]
         ask = self._echoed if self._top_logprobs is None else self._letters
@@ -114,7 +118,7 @@ class DrawClient:
         padded = pad_sequence(flat, batch_first=True, padding_value=-math.inf)
         logits = padded.unflatten(0, (len(self.names), len(examples)))
         log_probs = (logits / self.manifest.temperature).log_softmax(-1)
-        return Prediction(log_probs, self.manifest.num_samples)
+        return Prediction(check_finite(log_probs), self.manifest.num_samples)
 
     def generate(self, records: Sequence[dict[str, Any]], max_new_tokens: int = 64, **options: Any) -> DrawTexts:
         """What each draw writes to each prompt, greedily unless ``options`` of the request say otherwise.

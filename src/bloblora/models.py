@@ -16,7 +16,6 @@ import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HTTPError, RepositoryNotFoundError
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,11 +42,11 @@ _DECIDING = (
     *("chat_template*", "additional_chat_templates/*", "adapter_config.json"),
 )
 """Files of a model's folder that transformers reads, so that they decide what model and tokenizer compute."""
-# what transformers raises for a model that is missing, damaged, of an unknown type, or in need of another library
-_UNREADABLE = (ImportError, OSError, ValueError, LookupError, RuntimeError, SafetensorError)
 _PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet")  # counted from behind the pad token
-# without it transformers asks on the terminal whether to run a model's own code
-_SAFE: dict[str, Any] = {"trust_remote_code": False}
+_OWN_CODE = (
+    "it comes with Python code of its own, which isn't run; if you have read that code and trust it, give "
+    "--trust-remote-code, in Python trust_remote_code=True"
+)
 
 
 class ModelError(ValueError):
@@ -131,31 +130,51 @@ def check_fingerprint(name: str, expected: Mapping[str, str]) -> None:
             )
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder that needs no model; a ModelError where it can't be loaded."""
+    with _explained(str(folder)):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Tokenizer of a model; where it has no pad token, the end-of-text token serves.
 
     Its ``model_max_length`` is no more than the positions that the model's configuration says it has.
 
+    Args:
+        name: as for `resolve`.
+        trust_remote_code: run the Python code that the model comes with, where it needs some.
+
     Raises:
-        ModelError: it can't be loaded.
+        ModelError: it can't be loaded, or needs code that isn't trusted.
     """
     with _explained(name):
         path = resolve(name)
-        tokenizer = AutoTokenizer.from_pretrained(path, **_SAFE)
-        positions = _positions(AutoConfig.from_pretrained(path, **_SAFE).get_text_config())
+        # Always given: without it transformers asks on standard output, and takes a line of the input for the answer.
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        positions = _positions(config.get_text_config())
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
 
 
-def load_model(name: str, *, num_labels: int | None = None, dtype: str = "float32") -> PreTrainedModel:
+def load_model(
+    name: str, *, num_labels: int | None = None, dtype: str = "float32", trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Base model: a causal language model, or with ``num_labels`` one with a fresh classification head.
 
-    The head is drawn from torch's global generator, so seed it before.
+    The head is drawn from torch's global generator, so seed it before. Weights are read from safetensors alone.
+
+    Args:
+        name: as for `resolve`.
+        num_labels: outputs of the head.
+        dtype: one of `DTYPES`.
+        trust_remote_code: run the Python code that the model comes with, where it needs some.
 
     Raises:
-        ModelError: it can't be loaded, or ``dtype`` is unknown.
+        ModelError: it can't be loaded, lacks a weight, or needs code that isn't trusted; or ``dtype`` is unknown.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -165,11 +184,17 @@ def load_model(name: str, *, num_labels: int | None = None, dtype: str = "float3
         path = resolve(name)
         logging.set_verbosity_error()  # it warns that the head is new, which is what was asked for
         try:
-            model = kind.from_pretrained(path, dtype=DTYPES[dtype], **options, **_SAFE)
+            options |= {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": trust_remote_code}
+            model, found = kind.from_pretrained(path, dtype=DTYPES[dtype], **options)
         finally:
             logging.set_verbosity(verbosity)
+    # what transformers draws at random, with a warning; of a classifier the head is meant to be
+    lacking = sorted(key for key in found["missing_keys"] if num_labels is None or _in_trunk(model, key))
+    if lacking:
+        more = f" and {len(lacking) - 1} more weights" if lacking[1:] else ""
+        raise ModelError(_unloadable(name, f"its files lack {lacking[0]}{more} that its config.json asks for"))
     if num_labels is not None:
-        model.config.pad_token_id = load_tokenizer(name).pad_token_id
+        model.config.pad_token_id = load_tokenizer(name, trust_remote_code=trust_remote_code).pad_token_id
     return model
 
 
@@ -195,16 +220,33 @@ def _check_on_hub(name: str) -> None:
         raise ModelError(_unloadable(name, reason)) from error
 
 
-def layer_names(name: str, *, num_labels: int | None = None) -> list[str]:
-    """Names of a base model's modules, without its weights.
+def model_type(name: str) -> str:
+    """What a model's configuration says it is, such as ``llama``.
+
+    Raises:
+        ModelError: it can't be read, or needs code of its own.
+    """
+    with _explained(name):
+        return AutoConfig.from_pretrained(resolve(name), trust_remote_code=False).model_type
+
+
+def layer_names(name: str, *, num_labels: int | None = None, trust_remote_code: bool = False) -> list[str]:
+    """Names of a base model's modules, without its weights; arguments as of `load_model`.
 
     Raises:
         ModelError: it can't be loaded.
     """
     kind, options = _auto_class(num_labels)
     with _explained(name), torch.device("meta"):
-        config = AutoConfig.from_pretrained(resolve(name), **options, **_SAFE)
-        return [layer for layer, _ in kind.from_config(config, **_SAFE).named_modules()]
+        options |= {"trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(resolve(name), **options)
+        model = kind.from_config(config, trust_remote_code=trust_remote_code)
+        return [layer for layer, _ in model.named_modules()]
+
+
+def _in_trunk(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight is one of the model below its head."""
+    return key.startswith(f"{model.base_model_prefix}.")
 
 
 def _positions(config: Any) -> int | None:
@@ -215,7 +257,7 @@ def _positions(config: Any) -> int | None:
     return positions if positions and positions > 0 else None
 
 
-def _auto_class(num_labels: int | None) -> tuple[Any, dict[str, int]]:
+def _auto_class(num_labels: int | None) -> tuple[Any, dict[str, Any]]:
     if num_labels is None:
         return AutoModelForCausalLM, {}
     return AutoModelForSequenceClassification, {"num_labels": num_labels}
@@ -223,13 +265,14 @@ def _auto_class(num_labels: int | None) -> tuple[Any, dict[str, int]]:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """What transformers raises, as a ModelError."""
+    """What transformers raises, as a ModelError: for a damaged config.json that can be anything."""
     try:
         yield
     except ModelError:
         raise
-    except _UNREADABLE as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:
+        own_code = "trust_remote_code" in str(error)
+        reason = _OWN_CODE if own_code else (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(_unloadable(name, reason)) from error
 
 
@@ -304,12 +347,13 @@ def _convert_gguf(gguf: Path, folder: Path, progress: bool) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **_SAFE)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **_SAFE)
+        options: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
     except Exception as error:  # what a damaged file raises depends on where the reader stumbles: struct.error, …
         raise ModelError(f"{gguf}: transformers can't read this GGUF file: {error}") from error
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    clean = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **_SAFE)
+    clean = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
     clean.load_state_dict(model.state_dict())
     clean.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

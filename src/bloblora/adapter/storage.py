@@ -460,6 +460,8 @@ def _read_layers(file: Path, shapes: Mapping[str, torch.Size], *, numbers: bool 
 def _check_peft(file: Path) -> None:
     """Check the types of what PEFT reads: it doesn't, and stops somewhere."""
     content = read_json(file, AdapterFileError)
+    if content.get("megatron_config"):  # PEFT would import what it names
+        raise AdapterFileError(f"{file}: megatron_config isn't taken from a file; it must be null")
     if (found := content.get("peft_type")) not in [*PeftType]:
         raise AdapterFileError(f"{file}: field 'peft_type' must be one of PEFT's, such as 'LORA', got {shown(found)}")
     if found == PeftType.LORA:

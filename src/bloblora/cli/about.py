@@ -49,7 +49,7 @@ def methods(json: bool = False) -> None:
     Console().print(table)
 
 
-def info(directory: str | None = None, json: bool = False) -> None:
+def info(directory: str | None = None, json: bool = False, trust_remote_code: bool = False) -> None:
     """Show versions and the machine, or what a run's folder holds: settings, labels, posterior, training.
 
     Examples:
@@ -59,6 +59,7 @@ def info(directory: str | None = None, json: bool = False) -> None:
     Args:
         directory: folder of a run.
         json: print JSON.
+        trust_remote_code: run the Python code that the base model comes with, where it needs some; never stored.
     """
     logging.disable_progress_bar()
     if directory is None:
@@ -70,7 +71,7 @@ def info(directory: str | None = None, json: bool = False) -> None:
             "cache": str(cache_folder()),
         }
     else:
-        run = runs.load_run(directory)
+        run = runs.load_run(directory, trust_remote_code=trust_remote_code)
         posterior = find_posterior(run.model)
         result = {
             "config": run.config.given(),

@@ -228,6 +228,8 @@ def _read_options(file: str) -> dict[str, Any]:
             flat |= {option if option != "name" else name: item for option, item in value.items()}
         else:
             flat[name] = value
+    if "trust_remote_code" in flat:  # it may be a file of someone else's
+        raise RunError(f"--config {file}: trust_remote_code isn't taken from a file; give it on the command line")
     return flat
 
 

@@ -37,7 +37,13 @@ def dumped(content: Any) -> str:
     return jsonlib.dumps(content, indent=2, ensure_ascii=False)
 
 
-def train(config: RunConfig, json: bool = False, tensorboard: str | None = None, device: str | None = None) -> None:
+def train(
+    config: RunConfig,
+    json: bool = False,
+    tensorboard: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
     """Fine-tune a base model on labelled data, as a Bayesian LoRA or a plain one.
 
     A record of the data is a text to classify, a question with choices, or a prompt with a response; a file holds one
@@ -65,10 +71,12 @@ def train(config: RunConfig, json: bool = False, tensorboard: str | None = None,
         json: print JSON.
         tensorboard: folder for TensorBoard: the losses, and histograms of the posterior's Ω, M and |M|/Ω.
         device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
+        trust_remote_code: run the Python code that the base model comes with, where it needs some; never stored.
     """
     logging.disable_progress_bar()
     use_device(device)
-    run = runs.train(config, callbacks=_histograms(tensorboard) if tensorboard else ())
+    callbacks = _histograms(tensorboard) if tensorboard else ()
+    run = runs.train(config, callbacks=callbacks, trust_remote_code=trust_remote_code)
     if not runs.processes().is_main_process:
         return
     summary = posterior_summary(run)
@@ -280,7 +288,7 @@ def evaluate(
     decision = open_decision(description, options)
     distance = runs.open_distance(description) if distances else None
     training = runs.training_records(description) if distances and distance is None else None
-    run = runs.load_run(description, options.approximate)
+    run = runs.load_run(description, options.approximate, trust_remote_code=options.trust_remote_code)
     if _is_training_data(description, data):
         print(f"data {data!r}: the run was trained on these; its metrics say little of others", file=sys.stderr)
     bars = sys.stdout.isatty() and not json  # the bar goes to standard output
@@ -353,14 +361,14 @@ def predict(
         runs.check_writable(output)
     description = _opened(directory, options)
     decision = open_decision(description, options)
-    run = None
+    run, trusted = None, {"trust_remote_code": options.trust_remote_code}
     lines = _lines_file(output)
     given: dict[str, Any] = {"known": description.columns, "require_labels": False}
     with _writing(runs.part_of(lines) if lines else None) as handle:
         for records in runs.share_of(read_batches(input, runs.CHUNK, reading, **given)):
             with _named(input):
                 runs.check_kind(description.task, records)
-            run = run or runs.load_run(description, options.approximate)
+            run = run or runs.load_run(description, options.approximate, **trusted)
             _write_lines(handle, runs.describe(run, records, options, decision))
     if lines:
         runs.join_parts(lines)
@@ -410,6 +418,7 @@ def generate(
     reading: ReadingOptions,
     output: str | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a JSON line for each prompt: the answer, the answers of the weight samples, and the uncertainty.
 
@@ -433,6 +442,7 @@ def generate(
         output: file to write, which appears when it is complete; default standard output. A name that ends in .csv or
             .tsv makes it a table.
         device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
+        trust_remote_code: run the Python code that the base model comes with, where it needs some; never stored.
     """
     logging.disable_progress_bar()
     use_device(device)
@@ -445,7 +455,7 @@ def generate(
         for records in read_batches(input, 64, reading, known=description.columns, require_labels=False):
             with _named(input):
                 check_generates(description.task, records)
-            run = run or runs.load_run(description)
+            run = run or runs.load_run(description, trust_remote_code=trust_remote_code)
             settings = {"batch_size": options.batch_size, **options.of_transformers()}
             _write_lines(handle, run.describe_texts(records, options.samples, options.seed, **settings))
     if lines:
@@ -558,7 +568,7 @@ def _is_table(file: Path) -> bool:
 
 def _write_lines(handle: TextIO, lines: Iterator[dict[str, Any]]) -> None:
     for line in lines:
-        handle.write(jsonlib.dumps(line, ensure_ascii=False) + "\n")
+        handle.write(jsonlib.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
     handle.flush()
 
 

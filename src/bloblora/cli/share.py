@@ -1,6 +1,6 @@
 """A run for others: exported for other programs, and on the Hugging Face hub."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from transformers.utils import logging
 
@@ -17,6 +17,7 @@ def export(
     seed: int = 0,
     draw: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a run for other programs: its mean and draws as ordinary LoRAs, or one of them as a whole model.
 
@@ -39,12 +40,14 @@ def export(
         seed: of the draws.
         draw: which one to merge, counted from 0; default the mean.
         dtype: of the tensors of `lora`; `merged` has the base model's, `gguf` float32.
+        trust_remote_code: run the Python code that the base model comes with, where it needs some; never stored.
     """
     logging.disable_progress_bar()
     from ..export import export as export_run
 
     try:
-        manifest = export_run(directory, output, format, samples, seed, draw=draw, dtype=dtype)
+        more: dict[str, Any] = {"draw": draw, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        manifest = export_run(directory, output, format, samples, seed, **more)
     except NotImplementedError as error:  # a quantized base that PEFT can't merge
         raise RunError(f"{directory}: {error}") from error
     print(f"{output}: {len(manifest.files)} files, {', '.join(filter(None, [manifest.mean, *manifest.draws]))}")
@@ -79,6 +82,7 @@ def push(
     base_model: str | None = None,
     private: bool = False,
     update: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
     """Upload a run to the Hugging Face hub, with its model card; `hub:user/name` is then as good as its folder.
 
@@ -97,7 +101,9 @@ def push(
         base_model: hub id of the base model, needed where the run was trained from a folder or a file.
         private: make a private repository.
         update: commit to a repository that exists already.
+        trust_remote_code: run the Python code that the base model comes with, where it needs some; never stored.
     """
     logging.disable_progress_bar()
-    address = push_run(directory, to, private=private, revision=revision, update=update, base_model=base_model)
+    how: dict[str, Any] = {"private": private, "revision": revision, "update": update, "base_model": base_model}
+    address = push_run(directory, to, trust_remote_code=trust_remote_code, **how)
     print(f"uploaded: {address}; next: bloblora predict hub:{to}{f'@{revision}' if revision else ''} --input FILE")

@@ -94,6 +94,7 @@ def export(
     *,
     draw: int | None = None,
     dtype: str = "float32",
+    trust_remote_code: bool = False,
 ) -> Manifest:
     """Write a run's mean and draws for other programs.
 
@@ -107,6 +108,8 @@ def export(
         seed: of the draws.
         draw: which one to merge, counted from 0; default the mean.
         dtype: of the tensors of ``lora``; ``merged`` has its base's, ``gguf`` float32.
+        trust_remote_code: run the Python code that the base model comes with, where it needs some; no run can ask for
+            it.
 
     Returns:
         The manifest.
@@ -127,7 +130,7 @@ def export(
         num_samples = 0 if draw is None else draw + 1
     description = open_run(directory)
     _check_run(description, format, num_samples)
-    run = load_run(description)
+    run = load_run(description, trust_remote_code=trust_remote_code)
     base = models.resolve(run.config.model)
     with _appearing(output) as folder:
         if format == "merged":

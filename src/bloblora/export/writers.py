@@ -17,7 +17,6 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from .. import adapter, models
 from ..adapter.storage import MEAN_FILE
@@ -70,7 +69,7 @@ def check_gguf(description: RunDescription) -> None:
     """Raise a RunError where a run's adapters have no GGUF form that is known to be right."""
     if description.task.labels is not None:
         raise RunError("a classification head has no place in a LoRA's GGUF; use --format merged")
-    kind = AutoConfig.from_pretrained(models.resolve(description.config.model)).model_type
+    kind = models.model_type(description.config.model)
     if kind not in _ARCHITECTURES:
         raise RunError(
             f"format 'gguf' knows {', '.join(_ARCHITECTURES)}, not {kind!r}; use --format lora, and for each of its "

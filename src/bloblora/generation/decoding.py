@@ -19,6 +19,7 @@ from transformers import Cache, GenerationConfig
 from ..adapter import UnevenPartsError
 from ..prediction import Sampler
 from ..prediction.forward import repeat_rows
+from ..prediction.prediction import check_finite
 from ..prediction.sampler import Forward, StackedWeights
 
 _MOST_TOKENS = 8192
@@ -93,7 +94,9 @@ class Decoding:
 
     def _logits(self, forward: _Reader) -> Tensor:
         """Logits (S, b, V) of all draws."""
-        return torch.stack([*self.sampler.logits(forward, self.num_samples, self.seed)])
+        logits = torch.stack([*self.sampler.logits(forward, self.num_samples, self.seed)])
+        check_finite(logits.logsumexp(-1), forward.model)
+        return logits
 
 
 class KeptDraws(Sampler):
@@ -121,10 +124,12 @@ class _Reader(ABC):
     """A forward that reads on in b sequences, for one draw or several at once.
 
     Attributes:
+        model: that reads.
         rows: b.
         together: most draws a call.
     """
 
+    model: Any
     rows: int
     together: int
 
@@ -151,17 +156,17 @@ class _Prompts(_Reader):
         batch: Mapping[str, Tensor],
         together: int | None = None,
     ) -> None:
-        self._model, self._tokens, self._arguments, self._batch = model, tokens, arguments, batch
+        self.model, self._tokens, self._arguments, self._batch = model, tokens, arguments, batch
         self.rows, self.together = len(tokens), together or max(1, _MOST_TOKENS // batch["input_ids"].numel())
         self.read: list[_Sequences] = []
 
     def next_logits(self, draws: int) -> Tensor:
         arguments = {name: repeat_rows(value, draws) for name, value in self._arguments.items()}
-        if self._model.config.is_encoder_decoder:
+        if self.model.config.is_encoder_decoder:
             names = ("input_ids", "attention_mask")
             given = {name: repeat_rows(self._batch[name], draws) for name in names if name in self._batch}
-            arguments["encoder_outputs"] = self._model.get_encoder()(**given)
-        sequences = _Sequences(self._model, repeat_rows(self._tokens, draws), arguments)
+            arguments["encoder_outputs"] = self.model.get_encoder()(**given)
+        sequences = _Sequences(self.model, repeat_rows(self._tokens, draws), arguments)
         logits = sequences.logits()
         self.read.append(sequences)
         return logits
@@ -171,7 +176,7 @@ class _Step(_Reader):
     """Reads the last token that a draw's writer has written."""
 
     def __init__(self, read: Sequence[_Sequences], writers: Sequence[_Writer]) -> None:
-        self._pending, self._writers = iter(read), iter(writers)
+        self.model, self._pending, self._writers = read[0].model, iter(read), iter(writers)
         self.rows = len(writers[0].tokens)
         self.together = len(read[0].tokens) // self.rows
 
@@ -185,25 +190,25 @@ class _Sequences:
     """Sequences of which a part has been read, and its cache."""
 
     def __init__(self, model: Any, tokens: Tensor, arguments: dict[str, Any], is_new: bool = True) -> None:
-        self._model, self.tokens, self._is_new = model, tokens, is_new
+        self.model, self.tokens, self._is_new = model, tokens, is_new
         self._arguments = {k: copy.deepcopy(v) if isinstance(v, Cache) else v for k, v in arguments.items()}
 
     def copy(self) -> _Sequences:
         """The same with a cache of its own."""
-        return _Sequences(self._model, self.tokens, self._arguments, self._is_new)
+        return _Sequences(self.model, self.tokens, self._arguments, self._is_new)
 
     def logits(self) -> Tensor:
         """Logits of the next token, float32; reads all that is new in ``tokens``."""
-        inputs = self._model.prepare_inputs_for_generation(
+        inputs = self.model.prepare_inputs_for_generation(
             self.tokens,
             next_sequence_length=None if self._is_new else 1,
             is_first_iteration=self._is_new,
             **self._arguments,
         )
-        outputs = self._model(**inputs, return_dict=True)
+        outputs = self.model(**inputs, return_dict=True)
         self._is_new = False
-        self._arguments = self._model._update_model_kwargs_for_generation(
-            outputs, self._arguments, is_encoder_decoder=self._model.config.is_encoder_decoder
+        self._arguments = self.model._update_model_kwargs_for_generation(
+            outputs, self._arguments, is_encoder_decoder=self.model.config.is_encoder_decoder
         )
         return outputs.logits[:, -1].float()
 

@@ -33,6 +33,7 @@ def push(
     revision: str | None = None,
     update: bool = False,
     base_model: str | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """Upload a finished run to the hub, as a model repository that `bloblora.runs.load_run` and PEFT load.
 
@@ -48,6 +49,7 @@ def push(
         revision: branch to commit to, made where it is missing; default main.
         update: commit to a repository that exists already.
         base_model: hub id of the base model, needed where the run's own name for it is a folder or a file.
+        trust_remote_code: as of `bloblora.runs.load_run`, for the copy that is loaded.
 
     Raises:
         RunError: the run can't be loaded; its base model has no public name; there is no valid token, no network or no
@@ -69,7 +71,7 @@ def push(
     with tempfile.TemporaryDirectory() as scratch:
         staging = Path(scratch)
         stage(description, staging)
-        load_run(staging)
+        load_run(staging, trust_remote_code=trust_remote_code)
         _make_public(staging, repo_id, base_model)
         with _explained(repo_id):
             if not exists:

@@ -44,6 +44,7 @@ class BlobLM(HFLM):
         samples: weight draws N; 0 is the posterior mean, which is what ``hf`` with ``peft`` gives.
         seed: of the draws.
         device: where to put the model; without CUDA, which the command line asks for unless told otherwise, the CPU.
+        trust_remote_code: as of `load_run`.
         **options: of ``HFLM``, those that aren't about loading: ``batch_size``, ``max_length``, ``add_bos_token``, …
 
     Raises:
@@ -51,10 +52,18 @@ class BlobLM(HFLM):
             out of range. All is known before the model is loaded.
     """
 
-    def __init__(self, run: str, samples: int = 10, seed: int = 0, device: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        run: str,
+        samples: int = 10,
+        seed: int = 0,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> None:
         PredictionOptions(samples=samples, seed=seed)
         if unknown := sorted(options.keys() - set(_OPTIONS)):
-            known = ", ".join(("run", "samples", "seed", "device", *_OPTIONS))
+            known = ", ".join(("run", "samples", "seed", "device", "trust_remote_code", *_OPTIONS))
             raise RunError(f"model_args: there is no {', '.join(unknown)}; there are {known}")
         description = open_run(run)
         if (task := description.task).labels is not None:
@@ -63,7 +72,7 @@ class BlobLM(HFLM):
             raise RunError(f"{run}: temperature scaling and Laplace draw no weights; take a run of another method")
         device = device or "cuda"
         usable = "cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device
-        loaded = load_run(description)
+        loaded = load_run(description, trust_remote_code=trust_remote_code)
         super().__init__(pretrained=loaded.model.to(usable), tokenizer=loaded.tokenizer, **options)
         self._sampler, self._samples, self._seed = loaded.sampler, samples, seed
 

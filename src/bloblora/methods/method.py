@@ -20,6 +20,7 @@ from ..adapter.bayesianize import Weights
 from ..adapter.storage import BLOB_CONFIG
 from ..files import file_sha256, read_hashed_json, read_tensors, write_hashed_json, write_tensors
 from ..prediction import Point, Sampler, WeightDraws, fit_temperature, tempered_nll
+from ..prediction.prediction import check_finite
 from ..tasks import Task
 from ..tasks.task import Example
 from ..training import BlobTrainingArguments, last_checkpoint
@@ -237,6 +238,7 @@ class Training:
             self.run(model)
             return
         nll = self._loop(model, None, self.arguments).evaluate(self.examples)["eval_loss"]
+        check_finite(torch.tensor(nll), model)
         self.logs = [{"step": 0, "nll": nll}]
 
     def run(

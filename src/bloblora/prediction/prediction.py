@@ -158,6 +158,7 @@ def predict(
     Raises:
         ValueError: ``num_samples`` or ``batch_size`` is out of range, there is no input, a DataLoader shuffles, or a
             tokenizer has no pad token or comes with a task.
+        FloatingPointError: by `check_finite`, where a probability is NaN.
         DataError: inputs for the tokenizer are no texts.
     """
     check_num_samples(num_samples)
@@ -173,9 +174,10 @@ def predict(
     with eval_mode(model):
         for forward in forwards(model, inputs, task, order, batch_size, progress):
             if stop is None or num_samples == 0:
-                rows.append(_draw_log_probs(forward, sampler, num_samples, seed).cpu())
+                log_probs = _draw_log_probs(forward, sampler, num_samples, seed).cpu()
             else:
-                rows.append(_stopped_log_probs(forward, sampler, num_samples, seed, stop).cpu())
+                log_probs = _stopped_log_probs(forward, sampler, num_samples, seed, stop).cpu()
+            rows.append(check_finite(log_probs, model))
     if not rows:
         raise ValueError("inputs: there is nothing to predict")
     log_probs = _cat(rows)
@@ -203,6 +205,33 @@ def average_draws(
     check_num_samples(num_samples)
     log_probs = _draw_log_probs(forward, sampler_of(posterior), num_samples, seed)
     return torch.logsumexp(log_probs, dim=0) - math.log(log_probs.shape[0])
+
+
+def check_finite(values: Tensor, model: nn.Module | None = None) -> Tensor:
+    """Logits, log-probabilities or losses as they are, of any shape; -inf is the logit of a class that isn't there.
+
+    Args:
+        values: of any shape.
+        model: whose they are, to say where the NaN comes from.
+
+    Raises:
+        FloatingPointError: a value is NaN or +inf; the message says what is the likely cause.
+    """
+    if bool((values.isnan() | values.isposinf()).any()):
+        raise FloatingPointError(f"the model's answer is not a number: {_likely_cause(model)}")
+    return values
+
+
+def _likely_cause(model: nn.Module | None) -> str:
+    weights = [] if model is None else [*model.named_parameters()]
+    if (damaged := next((name for name, weight in weights if not weight.isfinite().all()), None)) is not None:
+        return f"weight {damaged} isn't finite. The base model or the adapter is damaged, or its training diverged"
+    if half := {weight.dtype for _, weight in weights} & {torch.float16, torch.bfloat16}:
+        return f"all weights are finite, but activations overflow in {half.pop()}; use dtype float32"
+    return (
+        "all weights that are known are finite. Look at what the method adds to them, such as a temperature, a scale "
+        "of the width or a prior precision in its files"
+    )
 
 
 def check_num_samples(num_samples: int) -> None:

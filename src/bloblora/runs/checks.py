@@ -42,12 +42,13 @@ def check_task(config: RunConfig, records: Sequence[dict[str, Any]]) -> None:
         raise RunError(f"{config.source('data')}: {error}") from error
 
 
-def check_targets(config: RunConfig, task: tasks.Task) -> None:
+def check_targets(config: RunConfig, task: tasks.Task, trust_remote_code: bool = False) -> None:
     """Raise a RunError for a layer that the model hasn't: PEFT would say so only once the weights are loaded."""
     targets = config.lora.get("target_modules")
     if not isinstance(targets, list):  # PEFT's choice, "all-linear", or a pattern
         return
-    layers = models.layer_names(config.model, num_labels=num_labels(task))
+    trusted = {"trust_remote_code": trust_remote_code}
+    layers = models.layer_names(config.model, num_labels=num_labels(task), **trusted)
     # by PEFT's rule: a whole name, or its end
     unknown = [t for t in targets if not any(layer == t or layer.endswith(f".{t}") for layer in layers)]
     if unknown:

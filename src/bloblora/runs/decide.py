@@ -90,7 +90,7 @@ def calibrate(
 
     @cache
     def run() -> Run:
-        return load_run(description, options.approximate)
+        return load_run(description, options.approximate, trust_remote_code=options.trust_remote_code)
 
     def predict(chunk: Sequence[dict[str, Any]]) -> Prediction:
         return run().predict(chunk, options.samples, options.seed, batch_size=options.batch_size)

@@ -64,7 +64,12 @@ class AnswerPipeline:
 
 
 def pipeline(
-    run: str | os.PathLike[str] | Run, *, num_samples: int = 10, seed: int = 0, batch_size: int = 32
+    run: str | os.PathLike[str] | Run,
+    *,
+    num_samples: int = 10,
+    seed: int = 0,
+    batch_size: int = 32,
+    trust_remote_code: bool = False,
 ) -> AnswerPipeline:
     """A run as transformers users call a model: ``pipeline("runs/desk")("where is my parcel")``.
 
@@ -75,6 +80,7 @@ def pipeline(
         num_samples: weight draws N; 0 is the posterior mean.
         seed: of the draws; an input's answer depends on nothing else.
         batch_size: inputs a forward.
+        trust_remote_code: as of `load_run`.
 
     Raises:
         RunError: the run can't be loaded or writes text, or an option is out of range.
@@ -84,4 +90,5 @@ def pipeline(
     opened = run if isinstance(run, Run) else open_run(run)
     if opened.task.kind == "generation":
         raise RunError("the run's task is generation, which has no labels; use `bloblora.posterior_generate`")
-    return AnswerPipeline(opened if isinstance(opened, Run) else load_run(opened), num_samples, seed, batch_size)
+    loaded = opened if isinstance(opened, Run) else load_run(opened, trust_remote_code=trust_remote_code)
+    return AnswerPipeline(loaded, num_samples, seed, batch_size)

@@ -16,6 +16,7 @@ from ..data import DataError
 from ..decision import Decision
 from ..files import json_sha256, parse_json, read_json
 from ..prediction import Prediction
+from ..prediction.prediction import check_finite
 from .config import RunError
 from .folder import RunDescription, records_sha256
 from .lines import lines_of
@@ -50,7 +51,13 @@ class Averages(Prediction):
             aleatoric.append(row.get("expected_entropy", math.nan))
             epistemic.append(row.get("mutual_information", math.nan))
         padded = pad_sequence(log_probs, batch_first=True, padding_value=-math.inf)
-        return cls(padded[None], num_samples, torch.tensor(draws), torch.tensor(aleatoric), torch.tensor(epistemic))
+        return cls(
+            check_finite(padded)[None],
+            num_samples,
+            torch.tensor(draws),
+            torch.tensor(aleatoric),
+            torch.tensor(epistemic),
+        )
 
     @property
     def num_draws(self) -> Tensor:

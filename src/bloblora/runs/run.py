@@ -41,6 +41,10 @@ class PredictionOptions:
             "`mirrored-stop` (both; try it with N = 4)."
         },
     )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the Python code that the base model comes with, where it needs some; never stored."},
+    )
 
     def __post_init__(self) -> None:
         if problems := self.problems():
@@ -166,17 +170,25 @@ class Run:
         return tasks.encode_all(self.task, [unanswered(record) for record in self.records(records)], self.tokenizer)
 
 
-def load_run(directory: str | os.PathLike[str] | RunDescription, approximate: str | None = None) -> Run:
+def load_run(
+    directory: str | os.PathLike[str] | RunDescription,
+    approximate: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Run:
     """Load a finished run, onto the GPU where there is one; under FSDP each process holds a part of it.
 
     Args:
         directory: its folder, or its place on the hub: ``hub:user/name`` or ``hub:user/name@revision``; or what
             `open_run` read of it.
         approximate: how its predictions save forwards, at some loss; see `PredictionOptions`.
+        trust_remote_code: run the Python code that the base model comes with, where it needs some; no run can ask for
+            it.
 
     Raises:
         RunError: the folder isn't one, its training isn't finished, or its method can't be approximated so.
         AdapterFileError: the adapter's files are damaged.
+        ModelError: the base model can't be loaded.
     """
     description = open_run(directory)
     config, method, task = description.config, description.method, description.task
@@ -186,7 +198,7 @@ def load_run(directory: str | os.PathLike[str] | RunDescription, approximate: st
     if split := sharded():
         check_sharded(method, approximate)
     models.check_fingerprint(config.model, description.base)
-    base = base_model(config, task)
+    base = base_model(config, task, trust_remote_code)
     models.check_fingerprint(config.model, description.base)  # the hub may have had a newer one
     if torch.accelerator.is_available() and not split and not getattr(base, "is_quantized", False):
         base.to(processes().device)
@@ -197,7 +209,7 @@ def load_run(directory: str | os.PathLike[str] | RunDescription, approximate: st
         sampler = approximation.apply(sampler)
     return Run(
         model,
-        models.load_tokenizer(config.model),
+        models.load_tokenizer(config.model, trust_remote_code=trust_remote_code),
         task,
         sampler,
         config,
@@ -208,6 +220,7 @@ def load_run(directory: str | os.PathLike[str] | RunDescription, approximate: st
     )
 
 
-def base_model(config: RunConfig, task: tasks.Task) -> Any:
+def base_model(config: RunConfig, task: tasks.Task, trust_remote_code: bool) -> Any:
     """The pretrained model, with a head where the task needs one."""
-    return models.load_model(config.model, num_labels=num_labels(task), dtype=config.dtype)
+    options: dict[str, Any] = {"dtype": config.dtype, "trust_remote_code": trust_remote_code}
+    return models.load_model(config.model, num_labels=num_labels(task), **options)

@@ -64,12 +64,25 @@ from .selection import hold_out, select
 _SCRATCH = ".data"
 
 
-def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[TrainerCallback] = ()) -> Run:
+def train(
+    config: RunConfig,
+    *,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+    trust_remote_code: bool = False,
+) -> Run:
     """Train a run, or go on with one that was stopped; a finished one is loaded.
 
     Records and what they are encoded to stay on the disk, in a hidden folder of the run while it is trained. Where
     several processes were started, each takes its share of every batch, and one of them writes. Under FSDP the run's
     model stays split, and all processes must predict with it together.
+
+    Args:
+        config: of the run.
+        progress: show bars.
+        callbacks: of the Trainer.
+        trust_remote_code: run the Python code that the base model comes with, where it needs some. It isn't saved: who
+            loads the run says so again.
 
     Raises:
         RunError: the folder holds a run of another configuration or of other records, or can't be written; or FSDP
@@ -105,15 +118,15 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
         _check_same_records(output, stored, "validation", description.validation_sha256)
         if stored and stored.training:
             processes().wait_for_everyone()  # until nobody needs the folder
-            return load_run(output)
+            return load_run(output, trust_remote_code=trust_remote_code)
         check_rescaling(config, kept, validation)
-        tokenizer = models.load_tokenizer(config.model)
+        tokenizer = models.load_tokenizer(config.model, trust_remote_code=trust_remote_code)
         if stored and stored.base:
             models.check_fingerprint(config.model, stored.base)
         description = replace(description, base=models.fingerprint(config.model))
         task_options = {name: value for name, value in config.task.items() if name != "name"}
         task = tasks.build_task(config.task["name"], records, tokenizer, **task_options)
-        check_targets(config, task)
+        check_targets(config, task, trust_remote_code)
         lora_of(config)
         check_start(config, task)
         if method.holdout and not len(held_out) and not len(validation):
@@ -134,7 +147,7 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
             write_text(output / CONFIG_FILE, yaml.safe_dump(given.given(), sort_keys=False, allow_unicode=True))
         if main:
             announce(records, training, *_length(arguments, len(examples)))
-        run = _fit(config, method, training, tokenizer, progress, callbacks)
+        run = _fit(config, method, training, tokenizer, progress, callbacks, trust_remote_code)
         if main:
             base = models.fingerprint(config.model) | description.base  # of the hub's more files may be here by now
             _save(run, method, output, replace(description, base=base))
@@ -160,12 +173,13 @@ def _fit(
     tokenizer: PreTrainedTokenizerBase,
     progress: bool,
     callbacks: Sequence[TrainerCallback],
+    trust_remote_code: bool,
 ) -> Run:
     """Load the base model, and train it."""
     set_seed(config.seed)
     task = training.task
     start = lora_of(config)
-    base = base_model(config, task)
+    base = base_model(config, task, trust_remote_code)
     model = method.prepare(base, start or _lora(config, task, base))
     if start is not None:
         load_start(model, config)

@@ -137,8 +137,6 @@ class Hosted:
         run, (records, examples) = self.run, zip(*inputs, strict=True)
         how: dict[str, Any] = {"task": run.task, "sampler": run.sampler, "stop": run.stop}
         prediction = predict(run.model, examples, num_samples, settings.seed, batch_size=settings.batch_size, **how)
-        if not prediction.probabilities.isfinite().all():
-            raise FloatingPointError(f"run {self.name!r}: a probability is not a number; try dtype float32")
         lines = lines_of(run.task, records, prediction, self.decision if num_samples == settings.samples else None)
         rows = zip(lines, prediction.std.tolist(), prediction.num_draws.tolist(), examples, strict=True)
         return [
@@ -232,7 +230,7 @@ def load_hosted(opened: dict[str, RunDescription], settings: Settings) -> dict[s
     hosted: dict[str, Hosted] = {}
     pool: dict[str, list[nn.Parameter]] = {}
     for name, description in opened.items():
-        run = load_run(description, settings.approximate)
+        run = load_run(description, settings.approximate, trust_remote_code=settings.trust_remote_code)
         decision = open_decision(description, settings)
         detection = open_realized(description, settings).get("detection")
         examples = examples_for(description, settings.examples)

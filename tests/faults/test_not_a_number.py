@@ -1,0 +1,140 @@
+"""An answer that is not a number is an error that says where it comes from, and is never written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import bloblora
+from bloblora import runs
+from bloblora.prediction import Tempered, WeightDraws
+from bloblora.serving import Settings, load_hosted, open_hosted
+from tests.tiny_base import queries, write_jsonl
+
+LAYER = "model.layers.0.mlp.down_proj.weight"
+FOUND = (
+    rf"the model's answer is not a number: weight (base_model.)?.*{LAYER} isn't finite. The base model or the adapter"
+)
+TEXTS = [record["text"] for record in queries()]
+
+
+def damage(folder, name):
+    """Make one entry of a weight NaN."""
+    (file,) = folder.glob("*model.safetensors")
+    tensors = load_file(file)
+    tensors[name].view(-1)[0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def nan_run(files, run, tmp_path_factory):
+    """A run whose base model has a NaN."""
+    folder = tmp_path_factory.mktemp("nan")
+    shutil.copytree(files.base, folder / "base")
+    shutil.copytree(run, folder / "run")
+    damage(folder / "base", LAYER)
+    stored = json.loads((folder / "run" / "run.json").read_text())
+    stored["config"]["model"] = str(folder / "base")
+    (folder / "run" / "run.json").write_text(json.dumps(stored))
+    return folder / "run"
+
+
+def test_commands_write_nothing(call, files, nan_run, tmp_path):
+    many = str(write_jsonl(tmp_path / "many.jsonl", queries() * 30))
+    before = {file: file.read_bytes() for file in nan_run.iterdir() if file.is_file()}
+    for command in (
+        ("predict", nan_run, "--input", files.texts),
+        ("predict", nan_run, "--input", files.texts, "--output", tmp_path / "lines.jsonl"),
+        ("evaluate", nan_run, "--data", many, "--output", tmp_path / "metrics.json"),
+        ("evaluate", nan_run, "--data", many, "--predictions", tmp_path / "kept.jsonl"),
+        ("calibrate", nan_run, "--data", many, "--risk", "0.5"),
+    ):
+        status, out, err = call(*command)
+        assert (status, out) == (2, ""), command
+        assert "answer is not a number: weight base_model" in err
+    assert {file: file.read_bytes() for file in nan_run.iterdir() if file.is_file()} == before
+    assert not any((tmp_path / name).exists() for name in ("lines.jsonl", "metrics.json"))
+    assert "NaN" not in "".join(file.read_text() for file in tmp_path.glob("kept.jsonl"))
+
+
+def test_python(nan_run):
+    run, settings = runs.load_run(nan_run), Settings()
+    hosted = load_hosted(open_hosted([str(nan_run)], settings), settings)["run"]
+    for answer in (
+        lambda: run.predict(TEXTS, 0),
+        lambda: run.predict(TEXTS, 3),
+        lambda: bloblora.pipeline(run)(TEXTS),
+        lambda: hosted.answer([({"text": TEXTS[0]}, hosted.encode({"text": TEXTS[0]}))], 2, settings),
+        lambda: bloblora.predict(run.model, TEXTS, tokenizer=run.tokenizer),
+    ):
+        with pytest.raises(FloatingPointError, match=FOUND):
+            answer()
+
+
+@pytest.mark.parametrize("num_samples", [0, 2])
+def test_text(choice_run, num_samples):
+    run = runs.load_run(choice_run)
+    inputs = run.tokenizer("Which gas", return_tensors="pt")
+    ask = {"num_samples": num_samples, "tokenizer": run.tokenizer, "max_new_tokens": 2}
+    bloblora.posterior_generate(run.model, inputs, **ask)
+    run.model.get_submodule(f"base_model.model.{LAYER}".removesuffix(".weight")).weight.data.view(-1)[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=FOUND):
+        bloblora.posterior_generate(run.model, inputs, **ask)
+
+
+@pytest.mark.parametrize("temperature", [0.0, float("nan"), 1e-320])
+def test_a_temperature(run, temperature):
+    loaded = runs.load_run(run)
+    loaded.sampler = Tempered(loaded.sampler, temperature)
+    with pytest.raises(FloatingPointError, match=r"all weights that are known are finite.*such as a temperature"):
+        loaded.predict(TEXTS, 2)
+
+
+def test_a_posterior(run):
+    """NaN in Ω of one entry alone, which no mean sees."""
+    loaded = runs.load_run(run)
+    posterior = bloblora.find_posterior(loaded.model)
+    with torch.no_grad():
+        next(iter(posterior.named_std_parameters().values())).view(-1)[0] = torch.nan
+    assert loaded.predict(TEXTS, 0).probabilities.isfinite().all()
+    with pytest.raises(FloatingPointError, match=r"not a number: weight .*blob_std_parameter_A.* isn't finite"):
+        bloblora.predict(loaded.model, TEXTS, 2, tokenizer=loaded.tokenizer, sampler=WeightDraws(posterior))
+
+
+def test_activations_that_overflow(run):
+    loaded = runs.load_run(run)
+    for name, weight in loaded.model.named_parameters():
+        if "up_proj" in name or "gate_proj" in name:
+            weight.data *= 2000
+    assert loaded.predict(TEXTS, 0).probabilities.isfinite().all()
+    loaded.model.half()
+    with pytest.raises(FloatingPointError, match=r"activations overflow in torch.float16; use dtype float32"):
+        loaded.predict(TEXTS, 0)
+
+
+@pytest.mark.parametrize("method", ["tfb", "laplace-lora"])
+def test_what_is_fitted_afterwards(call, files, run, tmp_path, method):
+    """On a LoRA with a NaN no noise is chosen."""
+    start, output = tmp_path / "start", tmp_path / "new"
+    start.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(f"{run}/{name}", start / name)
+    damage(start, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight")
+    command = ("train", "--data", files.texts, "--model", files.base, "--output", output, "--method", method)
+    status, out, err = call(*command, "--start-from", start, "--r", "2", "--validation", "0")
+    assert (status, out) == (2, "")
+    assert "answer is not a number: weight base_model.model.model.layers.0.self_attn.q_proj.lora_A" in err
+    assert not (output / "adapter_model.safetensors").exists()
+
+
+def test_predictions_in_a_file(call, tmp_path):
+    """JSON that Python writes may hold NaN."""
+    line = {"probabilities": [0.5, 0.5], "log_probabilities": [float("nan"), -0.7], "target": 0}
+    file = tmp_path / "other.jsonl"
+    file.write_text(f"{json.dumps(line)}\n" * 100)
+    status, out, err = call("calibrate", "--predictions", file, "--risk", "0.9", "--output", tmp_path / "decision.json")
+    assert (status, out) == (2, "")
+    assert "not a number" in err
+    assert not (tmp_path / "decision.json").exists()
