@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,14 +32,43 @@ def cache_folder() -> Path:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A partial file to write, which takes the place of ``file`` when it is complete, and is gone where it isn't."""
+    """A partial file to write, which takes the place of ``file`` when it is complete, and is gone where it isn't.
+
+    No two writers share one. What a kill leaves of it is removed by the next that holds the file's or folder's lock.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(output: Path, *, inside: bool = False, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of an output, among all processes and threads; a process that ends in any way holds none.
+
+    Args:
+        output: a file, or a folder that appears when it is complete: the lock is beside it.
+        inside: of a folder that is written into: the lock is in it.
+        wait: for another holder.
+
+    Raises:
+        filelock.Timeout: another holds it, and ``wait`` is False.
+    """
+    from filelock import FileLock
+
+    lock = output / ".lock" if inside else output.with_name(f".{output.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    partials = ".*.partial" if inside else f".{glob.escape(output.name)}.????????.partial"
+    with FileLock(lock, blocking=wait):
+        try:
+            for partial in lock.parent.glob(partials):
+                partial.unlink(missing_ok=True)  # of one that was killed
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # before it is released, so that it can't be another's
 
 
 def write_text(file: Path, text: str) -> None:
@@ -67,14 +98,14 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """What JSON says.
 
     Raises:
-        ValueError: it isn't JSON, or has more than `MOST_LEVELS` levels.
+        ValueError: it isn't JSON, has a key twice in an object, or more than `MOST_LEVELS` levels.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=once_each)
     except RecursionError:
         content, levels = None, MOST_LEVELS + 1
     else:
@@ -91,12 +122,32 @@ def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
         error_type: there is none.
     """
     try:
-        content = parse_json(file.read_text(encoding="utf-8"))
+        content = parse_json(regular(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise error_type(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):
         raise error_type(f"{file}: must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as ``object_pairs_hook`` of `json.loads`, which by itself takes the last of equal keys.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)[:200]!r} is there twice")
+    return content
+
+
+def regular(file: Path) -> Path:
+    """The file itself; an OSError for a pipe or a device, whose reading need not end."""
+    if file.exists() and not file.is_file():
+        raise OSError(f"{file}: is not a regular file")
+    return file
 
 
 def read_hashed_json(
@@ -223,7 +274,7 @@ def read_tensors(file: Path, error_type: type[ValueError]) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(file)
+        return load_file(regular(file))
     except (OSError, SafetensorError) as error:
         raise error_type(f"{file}: not readable as safetensors (truncated?): {error}") from error
 
@@ -269,7 +320,7 @@ def file_sha256(file: Path) -> str:
 
 def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
-    with file.open("rb") as handle:
+    with regular(file).open("rb") as handle:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

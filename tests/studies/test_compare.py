@@ -12,8 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from bloblora import evaluation, runs, studies
 from bloblora.data import read_records
-from bloblora.runs import RunError
-from bloblora.studies.compare import alone
+from bloblora.runs import RunError, alone
 from bloblora.studies.job import write_result
 from tests.studies.conftest import make_content, write_study
 from tests.tiny_base import write_jsonl
@@ -170,7 +169,7 @@ def test_a_result_on_another_test_set_is_not_taken_for_this_one(done):
 
 def test_two_at_once_do_not_write_into_each_others_runs(done):
     study, folder = done
-    with alone(folder / "runs"), pytest.raises(RunError, match="runs: another process is at work in it"):
+    with alone(folder / "runs", inside=True), pytest.raises(RunError, match="runs: another process is at work in it"):
         compare(study, folder)
     assert compare(study, folder) == []
 
@@ -257,7 +256,7 @@ def test_results_of_other_versions(done, tmp_path):
 def test_models_are_deleted_where_the_study_says_so(content, write, tmp_path):
     content |= {"keep_runs": False, "seeds": [0], "samples": [0]}
     compare(studies.read_study(write(content)), tmp_path)
-    assert {folder.name for folder in (tmp_path / "runs").iterdir()} == {"logs", ".lock"}
+    assert {folder.name for folder in (tmp_path / "runs").iterdir()} == {"logs"}
     assert json.loads((tmp_path / "results" / "runs" / "desk--lora--seed0.json").read_text())["metrics"]["test"]["0"]
 
 

@@ -4,7 +4,7 @@ import json as jsonlib
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -364,16 +364,17 @@ def predict(
     run, trusted = None, {"trust_remote_code": options.trust_remote_code}
     lines = _lines_file(output)
     given: dict[str, Any] = {"known": description.columns, "require_labels": False}
-    with _writing(runs.part_of(lines) if lines else None) as handle:
-        for records in runs.share_of(read_batches(input, runs.CHUNK, reading, **given)):
-            with _named(input):
-                runs.check_kind(description.task, records)
-            run = run or runs.load_run(description, options.approximate, **trusted)
-            _write_lines(handle, runs.describe(run, records, options, decision))
-    if lines:
-        runs.join_parts(lines)
-        if runs.processes().is_main_process:
-            _as_table(lines, output)
+    with _alone(output):
+        with _writing(runs.part_of(lines) if lines else None) as handle:
+            for records in runs.share_of(read_batches(input, runs.CHUNK, reading, **given)):
+                with _named(input):
+                    runs.check_kind(description.task, records)
+                run = run or runs.load_run(description, options.approximate, **trusted)
+                _write_lines(handle, runs.describe(run, records, options, decision))
+        if lines:
+            runs.join_parts(lines)
+            if runs.processes().is_main_process:
+                _as_table(lines, output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -451,15 +452,16 @@ def generate(
         runs.check_writable(output)
     description, run = _opened(directory), None
     lines = _lines_file(output)
-    with _writing(lines) as handle:
-        for records in read_batches(input, 64, reading, known=description.columns, require_labels=False):
-            with _named(input):
-                check_generates(description.task, records)
-            run = run or runs.load_run(description, trust_remote_code=trust_remote_code)
-            settings = {"batch_size": options.batch_size, **options.of_transformers()}
-            _write_lines(handle, run.describe_texts(records, options.samples, options.seed, **settings))
-    if lines:
-        _as_table(lines, output)
+    with _alone(output):
+        with _writing(lines) as handle:
+            for records in read_batches(input, 64, reading, known=description.columns, require_labels=False):
+                with _named(input):
+                    check_generates(description.task, records)
+                run = run or runs.load_run(description, trust_remote_code=trust_remote_code)
+                settings = {"batch_size": options.batch_size, **options.of_transformers()}
+                _write_lines(handle, run.describe_texts(records, options.samples, options.seed, **settings))
+        if lines:
+            _as_table(lines, output)
 
 
 def _rescaled(rescaling: dict[str, Any]) -> str:
@@ -533,6 +535,11 @@ def _named(source: str | None) -> Iterator[None]:
         yield
     except RunError as error:
         raise RunError(f"{source}: {error}") from error
+
+
+def _alone(output: str | None) -> AbstractContextManager[None]:
+    """For the first process, which puts the output in its place, the lock of it where it is a file."""
+    return runs.alone(Path(output)) if output and runs.processes().is_main_process else nullcontext()
 
 
 @contextmanager

@@ -112,6 +112,8 @@ def record_problems(record: Mapping[str, Any], kind: str | None, *, require_answ
     """What is wrong with a record of a kind, by field and value; whether its answer may be missing is said by
     ``require_answer``.
     """
+    if (found := record.get("id")) is not None and _half_a_pair(found):
+        return [f"field 'id': {found!r} has half a surrogate pair, which is no text"]
     if kind == "classification":
         pair = _text_problems(record["text_pair"], "field 'text_pair'") if "text_pair" in record else []
         return [
@@ -143,11 +145,16 @@ def _text_problems(value: Any, where: str) -> list[str]:
         return [f"{where}: missing; it must be a text that isn't empty"]
     if not isinstance(value, str) or not value.strip():
         return [f"{where}: {value!r} must be a text that isn't empty"]
+    return [f"{where}: {value!r} has half a surrogate pair, which is no text"] if _half_a_pair(value) else []
+
+
+def _half_a_pair(value: Any) -> bool:
+    """Whether a text, or one in a value as JSON has it, can't be written to a file."""
     try:
-        value.encode()
+        json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
-        return [f"{where}: {value!r} has half a surrogate pair, which is no text"]
-    return []
+        return True
+    return False
 
 
 def _choice_problems(choices: Any) -> list[str]:

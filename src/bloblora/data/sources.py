@@ -16,6 +16,7 @@ from shutil import copyfileobj
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
+from ..files import parse_json
 from .exports import label_studio_row, rasa_rows
 from .records import DataError, Place, Record
 from .sets import PAPER_SETS, read_paper_set, support_desk
@@ -48,7 +49,8 @@ def rows_of(source: str, say: Say) -> Iterator[tuple[Place, Row]]:
         yield from _numbered(source, _dataset_rows(path))
     elif not path.is_file():
         known = ", ".join(["support_desk", *PAPER_SETS, "mmlu/<subject>"])
-        raise DataError([f"data {source!r}: no such file or folder, and not one of {known}"])
+        found = "is not a regular file" if path.exists() else "no such file or folder"
+        raise DataError([f"data {source!r}: {found}, and not one of {known}"])
     else:
         yield from _file_rows(path, say)
 
@@ -84,19 +86,20 @@ def _json_lines(source: str, lines: Iterable[str | bytes]) -> Iterator[tuple[Pla
 
 def _json_row(line: str | bytes) -> Row:
     try:
-        row = json.loads(line if isinstance(line, str) else line.removeprefix(BOM_UTF8).decode())
+        text = line if isinstance(line, str) else line.removeprefix(BOM_UTF8).decode()
+        row = parse_json(text)
     except UnicodeDecodeError as error:
         return f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}"
     except json.JSONDecodeError as error:
         return f"not valid JSON: {error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists, a key twice
         return f"not valid JSON: {error}"
     return _object(row)
 
 
 def _json_rows(path: Path, say: Say) -> Iterator[Row]:
     try:
-        content = json.loads("".join(_lines(path, say)))
+        content = parse_json("".join(_lines(path, say)))
     except json.JSONDecodeError as error:
         lines = "; name a file of JSON lines .jsonl" if error.msg == "Extra data" else ""
         raise DataError([f"{path}:{error.lineno}: not valid JSON: {error.msg}{lines}"]) from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..files import write_text
+from ..files import replacing, write_text
 from .calibration import ReliabilityBins
 from .comparison import Value, mean_and_spread
 from .metrics import METRICS
@@ -137,13 +137,11 @@ def pareto_front(points: Mapping[str, tuple[float, float]], x: str = "accuracy",
 def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
     """Write a figure whole or not at all, as SVG where the path ends so, else as PNG; the folder is made."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".svg":
         write_text(path, to_svg(figure))
         return
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=150)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 def to_svg(figure: "Figure") -> str:

@@ -18,7 +18,7 @@ from ..adapter.storage import library_versions
 from ..files import check_fields, file_sha256, read_hashed_json, write_hashed_json
 from ..methods.method import MEAN, Draw
 from ..models import DTYPES
-from ..runs import PredictionOptions, Run, RunDescription, RunError, check_writable, load_run, open_run
+from ..runs import PredictionOptions, Run, RunDescription, RunError, alone, check_writable, load_run, open_run
 from .writers import check_gguf, in_force, write_gguf, write_lora, write_merged
 
 MANIFEST_FILE, FORMAT_VERSION = "manifest.json", 1
@@ -250,12 +250,13 @@ def _vllm_command(base: str, names: list[str], rank: int) -> str:
 
 @contextmanager
 def _appearing(output: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``output`` if the block ends without error."""
+    """A folder to fill, which becomes ``output`` if the block ends without error; a RunError where another fills it."""
     partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        os.replace(partial, output)
-    finally:
+    with alone(output):
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            os.replace(partial, output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

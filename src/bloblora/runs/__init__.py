@@ -10,7 +10,7 @@ from .checks import check_kind
 from .config import RunConfig, RunError, different
 from .distance import fit_distance, open_distance, training_records
 from .evaluate import describe, evaluate, targets_of
-from .folder import RunDescription, check_writable, open_run
+from .folder import RunDescription, alone, check_writable, open_run
 from .processes import CHUNK, check_alone, join_parts, part_of, processes, share_of
 from .run import PredictionOptions, Run, load_run
 from .selection import select, unused
@@ -24,6 +24,7 @@ __all__ = [
     "RunConfig",
     "RunDescription",
     "RunError",
+    "alone",
     "check_alone",
     "check_kind",
     "check_writable",

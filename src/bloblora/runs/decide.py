@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..data import as_records
 from ..decision import Decision, fit_decision
-from ..files import json_sha256, read_hashed_json, write_hashed_json
+from ..files import json_sha256, locked, read_hashed_json, write_hashed_json
 from ..prediction import Prediction
 from .checks import check_kind
 from .config import RunError
 from .evaluate import targets_of
-from .folder import RunDescription
+from .folder import RunDescription, check_writable
 from .predictions import Averages, identity_of, keep_predictions, state_of
 from .run import PredictionOptions, Run, load_run
 
@@ -75,12 +75,13 @@ def calibrate(
         As `calibrate_on`.
 
     Raises:
-        RunError: records of the other kind, a label that the run doesn't know, or a run on the hub.
+        RunError: records of the other kind, a label that the run doesn't know, a run on the hub, or one whose folder
+            can't be written.
         DataError: records that can't be used.
         PromiseError: none of the promises can be made on these records; nothing is saved.
         ValueError: a promise is out of its range.
     """
-    _check_local(description)
+    _check_place(description)
     records = as_records(records, require_labels=True)
     outside = None if outside is None else as_records(outside)
     for side in (records, outside):
@@ -132,12 +133,12 @@ def calibrate_on(
         ``realized``, what became of them on the same records.
 
     Raises:
-        RunError: a run on the hub.
+        RunError: a run on the hub, or one whose folder can't be written.
         PromiseError: none of the promises can be made; nothing is saved.
         ValueError: a promise is out of its range.
     """
     if description is not None:
-        _check_local(description)
+        _check_place(description)
     decision = fit_decision(inside, targets, **promises)
     content = {
         "decision": decision.to_dict(),
@@ -147,9 +148,10 @@ def calibrate_on(
     if description is None:
         return content
     file, how, state = description.folder / DECISION_FILE, _how(options), state_of(description)
-    others = [entry for entry in _entries(file) if _has(entry, state) and not _has(entry, how)]
     content = {**how, **state, **content}
-    write_decisions(file, [*others, content])
+    with locked(file):
+        others = [entry for entry in _entries(file) if _has(entry, state) and not _has(entry, how)]
+        write_decisions(file, [*others, content])
     return content
 
 
@@ -236,9 +238,10 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     return stored["decisions"]
 
 
-def _check_local(description: RunDescription) -> None:
+def _check_place(description: RunDescription) -> None:
     if description.remote:
         raise RunError(f"{description.name}: is on the hub; calibrate in a folder, and push that")
+    check_writable(description.folder / DECISION_FILE)
 
 
 def _has(entry: dict[str, Any], values: dict[str, Any]) -> bool:

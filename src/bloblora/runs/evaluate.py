@@ -15,7 +15,7 @@ from .. import tasks
 from ..data import as_records
 from ..decision import Decision
 from ..evaluation import Distance, reliability, reliability_diagram, summary
-from ..files import read_json, write_json
+from ..files import locked, read_json, write_json
 from .checks import check_kind
 from .config import RunError
 from .folder import RunDescription, records_sha256
@@ -145,12 +145,15 @@ def save_metrics(
         place["out_of_scope"] = metrics_source(ood)
     place |= {"num_samples": options.samples, "seed": options.seed, "approximate": options.approximate}
     state = state_of(description)
-    kept = [
-        entry
-        for entry in read_metrics(description.folder)
-        if {**entry, **state} == entry and any(entry.get(name) != place.get(name) for name in (*place, "out_of_scope"))
-    ]
-    write_json(description.folder / METRICS_FILE, {"evaluations": [*kept, {**place, **state, "metrics": result}]})
+    file = description.folder / METRICS_FILE
+    with locked(file):
+        kept = [
+            entry
+            for entry in read_metrics(description.folder)
+            if {**entry, **state} == entry
+            and any(entry.get(name) != place.get(name) for name in (*place, "out_of_scope"))
+        ]
+        write_json(file, {"evaluations": [*kept, {**place, **state, "metrics": result}]})
     if diagram is not None and diagram.absolute().parent != description.folder.absolute():
         name = re.sub(r"[^\w.-]+", "-", Path(data).stem if Path(data).exists() else data)
         shutil.copyfile(diagram, description.folder / f"reliability-{name}.png")

@@ -4,19 +4,21 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HTTPError  # the HTTP library's: it differs between versions
 
 from .. import tasks
 from ..adapter import library_versions
 from ..adapter.storage import SAVED, content_sha256
-from ..files import json_sha256, read_hashed_json, read_json, write_hashed_json
+from ..files import json_sha256, locked, read_hashed_json, read_json, write_hashed_json
 from ..methods import Method
 from .config import RunConfig, RunError, different
 
@@ -217,6 +219,16 @@ def check_writable(file: str | os.PathLike[str]) -> None:
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise RunError(f"{file}: can't be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def alone(output: Path, *, inside: bool = False) -> Iterator[None]:
+    """Raise a RunError while another process writes the same file, or the same folder or ``inside`` it."""
+    try:
+        with locked(output, inside=inside, wait=False):
+            yield
+    except Timeout as error:
+        raise RunError(f"{output}: another process is at work in it; wait for it, or choose another output") from error
 
 
 def read_fields(record: dict[str, Any]) -> dict[str, Any]:

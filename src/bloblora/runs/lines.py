@@ -23,16 +23,26 @@ def lines_of(
     scores = uncertainty(prediction) | {"expected_entropy": prediction.expected_entropy}
     decided = decision.decide(prediction) if decision else None
     for i, record in enumerate(records):
-        columns = task.columns(record)
-        if len(set(columns)) < len(columns):
-            columns = [f"{index}: {column}" for index, column in enumerate(columns)]
+        columns = columns_of(task, record)
         yield {
-            **{key: record[key] for key in ("id", "text", "text_pair", "question") if key in record},
+            **repeated(record),
             "label": columns[int(answers[i])],
             "probabilities": {column: float(probabilities[i, j]) for j, column in enumerate(columns)},
             **{name: float(values[i]) for name, values in scores.items()},
             **(_decided(decided, i, columns, probabilities[i]) if decided else {}),
         }
+
+
+def repeated(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a line repeats of its record."""
+    return {key: record[key] for key in ("id", "text", "text_pair", "question") if key in record}
+
+
+def columns_of(task: tasks.Task, record: dict[str, Any]) -> Sequence[str]:
+    """What a line calls the columns of its record, each another name."""
+    columns = task.columns(record)
+    alike = len(set(columns)) < len(columns)
+    return [f"{index}: {column}" for index, column in enumerate(columns)] if alike else columns
 
 
 def write_table(lines: Path, table: Path) -> None:

@@ -1,6 +1,7 @@
 """Predictions in files: kept while they are made, and read again, whichever program made them."""
 
 import csv
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..prediction import Prediction
 from ..prediction.prediction import check_finite
 from .config import RunError
 from .folder import RunDescription, records_sha256
-from .lines import lines_of
+from .lines import columns_of, lines_of, repeated
 from .processes import append_lines
 from .run import PredictionOptions
 
@@ -109,19 +110,28 @@ def keep_predictions(
     """Write what isn't there yet of the records' lines: those of `describe`, and what `Averages` and `calibrate` read.
 
     Raises:
-        RunError: the file holds predictions of another ``identity``.
+        RunError: the file holds predictions of another ``identity`` or of other records, or another process writes it.
     """
+
+    def right(record: dict[str, Any]) -> dict[str, Any]:
+        target = record.get("answer" if task.labels is None else "label")
+        return {} if target is None else {"target": target}
+
+    def is_of(line: dict[str, Any], record: dict[str, Any]) -> bool:
+        expected = json.loads(json.dumps(repeated(record) | right(record)))
+        columns, numbers = [*columns_of(task, record)], line["log_probabilities"]
+        same = {**line, **expected} == line and [*line["probabilities"]] == columns and len(numbers) == len(columns)
+        return same and math.isclose(math.fsum(map(math.exp, numbers)), 1, abs_tol=1e-3)
 
     def described(chunk: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         prediction = predict(chunk)
         lines = lines_of(task, chunk, prediction, decision)
         rows, draws = prediction.log_probabilities.tolist(), prediction.num_draws.tolist()
         for record, line, row, count in zip(chunk, lines, rows, draws, strict=True):
-            right = record.get("answer" if task.labels is None else "label")
             exact = {"log_probabilities": row[: len(line["probabilities"])], "num_draws": count}
-            yield line | ({} if right is None else {"target": right}) | exact
+            yield line | right(record) | exact
 
-    append_lines(file, records, described, identity, progress=progress)
+    append_lines(file, records, described, identity, is_of=is_of, progress=progress)
 
 
 def read_predictions(

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from ..files import read_json, write_json
+from ..files import parse_json, read_json, replacing, write_json
 from .config import RunError
+from .folder import alone
 
 CHUNK = 256
 """Records that are read, predicted and written at a time."""
@@ -102,15 +103,13 @@ def join_parts(file: Path) -> None:
     if state.num_processes == 1 or sharded() or not state.is_main_process:
         return
     names = [part_of(file, process) for process in range(state.num_processes)]
-    joined = file.with_name(f".{file.name}.partial")
-    with ExitStack() as stack, joined.open("wb") as handle:
+    with replacing(file) as joined, ExitStack() as stack, joined.open("wb") as handle:
         parts = [stack.enter_context(name.open("rb")) for name in names]
         for number in count():
             lines = list(islice(parts[number % len(parts)], CHUNK))
             if not lines:
                 break
             handle.writelines(lines)
-    os.replace(joined, file)
     for name in names:
         name.unlink()
 
@@ -121,6 +120,7 @@ def append_lines(
     describe: Callable[[Sequence[T]], Iterable[dict[str, Any]]],
     identity: dict[str, Any],
     *,
+    is_of: Callable[[dict[str, Any], T], bool] = lambda line, row: True,
     progress: bool = False,
 ) -> None:
     """Write what ``describe`` says of each row, a line each, from where an earlier call was stopped.
@@ -130,11 +130,25 @@ def append_lines(
         rows: all of them, also those that are in the file.
         describe: of a chunk of rows.
         identity: what the lines depend on, as JSON takes it.
+        is_of: whether a line that is there is what could be said of a row.
         progress: show a bar.
 
     Raises:
-        RunError: the file is of something else.
+        RunError: the file is of something else, has lines of other rows or more of them than there are rows, or another
+            process writes it.
     """
+    with alone(file):
+        _append_lines(file, rows, describe, identity, is_of, progress)
+
+
+def _append_lines(
+    file: Path,
+    rows: Sequence[T],
+    describe: Callable[[Sequence[T]], Iterable[dict[str, Any]]],
+    identity: dict[str, Any],
+    is_of: Callable[[dict[str, Any], T], bool],
+    progress: bool,
+) -> None:
     meta = file.with_name(f"{file.name}.meta.json")
     if meta.is_file():
         _check_same(file, read_json(meta, RunError), identity)
@@ -142,7 +156,7 @@ def append_lines(
         raise RunError(f"{file}: is there, without the {meta.name} that says of what it is; give another file")
     write_json(meta, identity)
     with file.open("ab+") as handle:
-        starts = range(_whole_chunks(handle, len(rows)), len(rows), CHUNK)
+        starts = range(_whole_chunks(file, handle, rows, is_of), len(rows), CHUNK)
         for start in track(starts, "predicting", disable=not progress, console=Console(stderr=True)):
             lines = [json.dumps(line, ensure_ascii=False) for line in describe(rows[start : start + CHUNK])]
             handle.write("".join(f"{line}\n" for line in lines).encode())
@@ -156,13 +170,26 @@ def _check_same(file: Path, stored: dict[str, Any], identity: dict[str, Any]) ->
         raise RunError(f"{file} holds other predictions ({different}); give another file, or remove it")
 
 
-def _whole_chunks(handle: Any, total: int) -> int:
-    """Lines in whole chunks; what follows them, of which a stop may have cut something, is removed."""
+def _whole_chunks(file: Path, handle: Any, rows: Sequence[T], is_of: Callable[[dict[str, Any], T], bool]) -> int:
+    """Lines in whole chunks, each that of its row; what follows them, of which a stop may have cut something, goes."""
     handle.seek(0)
     size = kept = done = 0
     for number, line in enumerate(handle, start=1):
+        if number > len(rows):
+            raise RunError(f"{file}: has more lines than the {len(rows)} records; remove it to predict again")
         size += len(line)
-        if line.endswith(b"\n") and (number % CHUNK == 0 or number == total):
+        if not line.endswith(b"\n"):
+            break
+        if not _is_line_of(line, rows[number - 1], is_of):
+            raise RunError(f"{file}:{number}: isn't a prediction of record {number}; remove the file to predict again")
+        if number % CHUNK == 0 or number == len(rows):
             kept, done = size, number
     handle.truncate(kept)
     return done
+
+
+def _is_line_of(line: bytes, row: T, is_of: Callable[[dict[str, Any], T], bool]) -> bool:
+    try:
+        return is_of(parse_json(line), row)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False

@@ -4,6 +4,7 @@ import math
 import resource
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from peft import LoraConfig
 from torch.utils.data import ConcatDataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
@@ -48,6 +49,7 @@ from .folder import (
     TASK_FILE,
     VALIDATION_FIGURE,
     RunFile,
+    alone,
     check_writable,
     described,
     files_sha256,
@@ -85,18 +87,21 @@ def train(
             loads the run says so again.
 
     Raises:
-        RunError: the folder holds a run of another configuration or of other records, or can't be written; or FSDP
-            splits the model, and the method isn't for that.
+        RunError: the folder holds a run of another configuration or of other records, another process trains in it, or
+            it can't be written and its run isn't finished; or FSDP splits the model, and the method isn't for that.
         DataError, TaskError: the data can't be used; raised before the base model is loaded.
     """
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise RunError(f"output {config.output!r}: is a file; give a folder")
-    stored = read_description(output, config, besides=left_open(config))
-    check_writable(output / RUN_FILE)
+    there = read_description(output, config, besides=left_open(config))
+    finished = there is not None and bool(there.training)
+    if not finished:
+        check_writable(output / RUN_FILE)
     _check_sharded(config)
     main = processes().is_main_process
-    with _scratch(output) as scratch:
+    with _elsewhere() if finished else _scratch(output) as scratch:
+        stored = read_description(output, config, besides=left_open(config))
         source, options = config.data, config.reading_options()
         reader = source if isinstance(source, list) else datasets_.Reader(source, options)
         everything = _mapped(scratch / "records.arrow", partial(_read, reader))
@@ -117,6 +122,8 @@ def train(
             description = replace(description, validation_sha256=records_sha256(validation))
         _check_same_records(output, stored, "validation", description.validation_sha256)
         if stored and stored.training:
+            if main and not config.keep_checkpoints:  # which a kill after the run was complete leaves
+                shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
             processes().wait_for_everyone()  # until nobody needs the folder
             return load_run(output, trust_remote_code=trust_remote_code)
         check_rescaling(config, kept, validation)
@@ -279,16 +286,32 @@ def _longest_first(task: tasks.Task, examples: datasets_.MappedRows) -> datasets
 
 @contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
-    """A folder in the run's own for what is needed while it is trained: in /tmp it might be memory."""
+    """A folder in the run's own, which no other process uses, for what is needed while it is trained.
+
+    In /tmp it might be memory.
+    """
     folder = output / _SCRATCH
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
+    if not processes().is_main_process:
         yield folder
+        return
+    try:
+        with alone(output, inside=True):
+            try:
+                folder.mkdir(exist_ok=True)
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
-        if processes().is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # something is in it
-                output.rmdir()
+        with suppress(OSError):  # something is in it
+            output.rmdir()
+
+
+@contextmanager
+def _elsewhere() -> Iterator[Path]:
+    """The same outside of a folder that need not be writable any more; all processes of a run see the first's."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(broadcast_object_list([folder])[0])
+        processes().wait_for_everyone()
 
 
 def _mapped(file: Path, rows: Callable[[], Iterable[dict[str, Any]]]) -> datasets_.MappedRows:
@@ -368,6 +391,14 @@ def _length(arguments: dict[str, Any], num_examples: int) -> tuple[int, int]:
     return (steps if steps > 0 else math.ceil(num_examples / batch) * arguments["num_train_epochs"]), batch
 
 
+def _seconds(file: Path) -> float:
+    """What a checkpoint's clock says; 0 where that can't be read, for nothing else depends on it."""
+    try:
+        return float(read_json(file, RunError)["seconds"])
+    except (RunError, KeyError, TypeError, ValueError):
+        return 0.0
+
+
 class _ProgressBar(ProgressCallback):
     """A bar on standard error that shows the last losses, and which part of several trainings this is."""
 
@@ -402,7 +433,7 @@ class _Clock(TrainerCallback):
     def __init__(self, checkpoints: Path) -> None:
         parts = [checkpoints, *sorted(checkpoints.glob("**/"))]
         files = [folder / self.FILE for part in parts if (folder := last_checkpoint(part))]
-        seconds = {file: read_json(file, RunError)["seconds"] if file.is_file() else 0.0 for file in files}
+        seconds = {file: _seconds(file) for file in files}
         latest = max(seconds, key=seconds.__getitem__, default=None)
         self._before = seconds[latest] if latest else 0.0
         self._start = time.perf_counter()

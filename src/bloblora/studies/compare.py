@@ -2,24 +2,25 @@
 
 Jobs run some at a time through submitit, on this machine or on the nodes of a Slurm cluster. submitit and not Ray: jobs
 are whole trainings that share nothing, so no cluster has to be set up or kept alive; Slurm is what most research
-clusters have; and its local executor runs the same jobs in the same way here.
+clusters have; and its local executor runs the same jobs in the same way here, where they end with this process.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from ..files import write_json
-from ..runs import RunError
+from ..runs import RunError, alone
 from . import job as jobs
 from .study import Job, Study
 
@@ -83,10 +84,11 @@ def compare(
         executor = submitit.AutoExecutor(runs / "logs" / job.name, cluster=engine)
         executor.update_parameters(**_parameters(engine, slurm or {}, worker))
         started(job)
-        return executor.submit(_run, job, output.absolute(), study.keep_runs, threads)
+        with as_parent() if engine == "local" else nullcontext():
+            return executor.submit(_run, job, output.absolute(), study.keep_runs, threads)
 
     outcomes = []
-    with alone(runs):
+    with alone(runs, inside=True), _lifeline() as as_parent:
         (output / jobs.RUNS).mkdir(parents=True, exist_ok=True)
         write_json(output / jobs.RUNS / jobs.STUDY_FILE, {"file": file, **asdict(study)})
         planned(everything, pending)
@@ -106,14 +108,40 @@ def plan(study: Study, output: Path, runs: Path, data: Path = Path(".")) -> tupl
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Raise a RunError while another process is inside with the same folder: each would write into the other's runs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", blocking=False):
+def _lifeline() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """A context for starting processes that see the end of this one, however it ends: of a pipe that is their input.
+
+    Ctrl-C reaches this process alone: theirs would print a traceback each.
+    """
+    end, ours = os.pipe()
+
+    @contextmanager
+    def as_parent() -> Iterator[None]:
+        own = os.dup(0)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        os.dup2(end, 0)
+        try:
             yield
-    except Timeout as error:
-        raise RunError(f"{folder}: another process is at work in it; wait for it, or choose another folder") from error
+        finally:
+            os.dup2(own, 0)
+            os.close(own)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    try:
+        yield as_parent
+    finally:
+        os.close(ours)
+        os.close(end)
+
+
+def _end_with_parent() -> None:
+    """End this process at once when the one that started it has ended; what it trains can be resumed after a kill."""
+
+    def wait() -> None:
+        os.read(0, 1)  # until nobody can write
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _outcomes(pending: Sequence[Job], submit: Callable[[Job, int], Any], workers: int) -> Iterator[Outcome]:
@@ -136,6 +164,8 @@ def _outcomes(pending: Sequence[Job], submit: Callable[[Job, int], Any], workers
 
 
 def _run(job: Job, results: Path, keep: bool, threads: int | None) -> None:
+    if threads is not None:  # on this machine
+        _end_with_parent()
     if threads is not None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     jobs.run(job, results, keep=keep)

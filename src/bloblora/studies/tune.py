@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import evaluation
-from ..runs import RunError
+from ..runs import RunError, alone
 from ..training import DivergedError
 from . import job as jobs
-from .compare import alone
 from .study import Job, Study, located
 
 Aim = Literal["nll", "ece"]
@@ -88,7 +87,7 @@ def tune(
     template = _job(study, dataset, method, seed, output, data)
     baseline = _job(study, dataset, study.baseline, seed, output, data)
     ranges = _ranges(template, ranges)
-    with alone(output):
+    with alone(output, inside=True):
         least = _metrics(baseline, output)["accuracy"] - within if aim == "ece" else -math.inf
 
         def objective(trial: optuna.Trial) -> float:

@@ -14,6 +14,8 @@ from ..adapter import Posterior, find_posterior
 from ..adapter.sharding import is_sharded
 from ..posterior import separate_noise
 
+LOGS = "bloblora"
+"""Where the Trainer's state keeps what its next log is made of."""
 _RANK_STRIDE = 1_000_003
 
 
@@ -69,6 +71,8 @@ class ElboCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Give each process its own noise; a resumed run then loads the generator that the checkpoint holds."""
         torch.manual_seed(args.seed + _RANK_STRIDE * args.process_index)
+        if isinstance(state.stateful_callbacks, dict) and (kept := state.stateful_callbacks.get(LOGS)):
+            self.trainer.restore_logs(kept)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Tell the sampler the epoch; the Trainer's own attempt misses it where it skips batches in many processes."""

@@ -37,7 +37,7 @@ from .arguments import (
     kl_weight,
     rescaled_dataset_size,
 )
-from .callbacks import ElboCallback
+from .callbacks import LOGS, ElboCallback
 from .checkpoints import last_checkpoint, remove_torn
 from .divergence import (
     DivergedError,
@@ -437,6 +437,16 @@ class BlobTrainerMixin(_Host):
         self._nll_sum, self._nll_count = torch.zeros((), device=self.args.device), 0
         self._kl_weights: list[float] = []
 
+    def _kept_logs(self) -> dict[str, Any]:
+        """What the next log is made of, for a checkpoint; the NLL as its mean over the processes."""
+        nll_sum: Any = self.accelerator.reduce(self._nll_sum, reduction="mean")
+        return {"nll_sum": nll_sum.item(), "nll_count": self._nll_count, "kl_weights": self._kl_weights}
+
+    def restore_logs(self, kept: Mapping[str, Any]) -> None:
+        """Go on with what the steps before a checkpoint left for the next log."""
+        self._nll_sum += kept["nll_sum"]
+        self._nll_count, self._kl_weights = kept["nll_count"], [*kept["kl_weights"]]
+
     def _with_kl(self, *styles: str) -> Posterior | None:
         """The posterior where it has a KL to minimize, in one of these styles."""
         return self.posterior if self.args.kl_scale > 0 and self.args.optimizer_style in styles else None
@@ -488,6 +498,7 @@ class BlobTrainerMixin(_Host):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_weights()  # before older, good checkpoints are deleted in favour of this one
+        self.state.stateful_callbacks[LOGS] = self._kept_logs()  # type: ignore[index, call-overload]
         if self.args.should_save:
             # A folder of an earlier run that is written again must not look complete meanwhile.
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -1,0 +1,46 @@
+"""Two processes on one output: the second stops with an error, and what is read back is checked."""
+
+import json
+
+import pytest
+
+from bloblora import runs
+from bloblora.runs.processes import append_lines
+
+ROWS = list(range(3))
+
+
+def described(rows):
+    return [{"row": row} for row in rows]
+
+
+def write(file, **options):
+    append_lines(file, ROWS, described, {"seed": 0}, is_of=lambda line, row: line["row"] == row, **options)
+
+
+def test_the_second_writer_of_a_file_is_refused_and_a_killed_ones_partial_file_goes(tmp_path):
+    file = tmp_path / "lines.jsonl"
+    (tmp_path / ".lines.jsonl.0123abcd.partial").touch()
+    with runs.alone(file):
+        with pytest.raises(runs.RunError, match=r"lines\.jsonl: another process is at work in it"):
+            write(file)
+        assert not file.exists()
+    write(file)
+    assert {path.name for path in tmp_path.iterdir()} == {"lines.jsonl", "lines.jsonl.meta.json"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([0, 1, 2, 0], "has more lines than the 3 records"),
+        ([0, 2, 1], ":2: isn't a prediction of record 2"),
+    ],
+)
+def test_lines_of_other_records_are_refused_and_stay(tmp_path, lines, message):
+    file = tmp_path / "lines.jsonl"
+    write(file)
+    file.write_text("".join(json.dumps({"row": row}) + "\n" for row in lines))
+    before = file.read_bytes()
+    with pytest.raises(runs.RunError, match=message):
+        write(file)
+    assert file.read_bytes() == before
