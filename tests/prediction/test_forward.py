@@ -19,6 +19,7 @@ from bloblora import BlobConfig, bayesianize, find_posterior, predict
 from bloblora.prediction import TopBlocks, WeightDraws
 from bloblora.prediction.forward import BatchForward, trunk_below
 
+from ..conftest import tiny_llama, with_lora
 from .conftest import TASKS, tiny_classifier
 
 IDS = {
@@ -265,3 +266,11 @@ def test_weights_without_a_mean_are_not_mirrored():
     posterior = find_posterior(bayesian(tiny_classifier(), ["q_proj"]))
     with pytest.raises(ValueError, match="mirrored: OneByOne has no `mirror`"):
         WeightDraws(OneByOne(posterior), mirrored=True)
+
+
+def test_logits_that_are_not_of_classes_are_named(tokens):
+    model = with_lora(tiny_llama())
+    with pytest.raises(ValueError, match=r"model: without a task its logits must be \(n, C\).*; they are \(4, 7, 97\)"):
+        predict(model, {"input_ids": tokens}, 0)
+    with pytest.raises(ValueError, match="they are missing"):
+        predict(model.get_base_model().model, {"input_ids": tokens}, 0)

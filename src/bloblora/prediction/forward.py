@@ -55,7 +55,7 @@ class BatchForward:
         """Logits (copies·b, C) of the batch, repeated."""
         batch = {name: repeat_rows(tensor, copies) for name, tensor in self._batch.items()}
         with self._trunk.replayed(self._trunk_output) if self._trunk else nullcontext():
-            return self._model(**batch).logits if self._task is None else self._task.logits(self._model, batch)
+            return _class_logits(self._model, batch) if self._task is None else self._task.logits(self._model, batch)
 
     @property
     def rows(self) -> int:
@@ -162,6 +162,22 @@ def repeat_rows(value: Any, times: int) -> Any:
     if times == 1 or not isinstance(value, Tensor) or not value.ndim:
         return value
     return value.repeat(times, *[1] * (value.ndim - 1))
+
+
+def _class_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """A model's logits (b, C).
+
+    Raises:
+        ValueError: they have another shape, or there are none.
+    """
+    logits = getattr(model(**batch), "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else "missing"
+        raise ValueError(
+            f"model: without a task its logits must be (n, C), as of one that classifies sequences; they are {found}; "
+            "for answers in text use posterior_generate, for choices a task of bloblora.tasks"
+        )
+    return logits
 
 
 class _ReachedError(Exception):

@@ -127,8 +127,11 @@ class BlobTrainerMixin(_Host):
                 f"eval_num_samples is {draws}; without a task it must be 0 (the mean), but for a model that classifies "
                 "sequences: draws are averaged over the probabilities of classes"
             )
-        if task is not None or self.is_deepspeed_enabled:
-            self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the model could do
+        sequences = _is_of(self._module, ("SEQ_CLS",), MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+        sequences &= getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
+        if task is not None or self.is_deepspeed_enabled or sequences:
+            # The loss is a mean over the batch; models that classify sequences take a number of items and ignore it.
+            self.model_accepts_loss_kwargs = False
         self._reset_logs()
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError("fsdp_version is 1, which hides the parameters in flat ones; it must be 2")
@@ -377,12 +380,25 @@ class BlobTrainerMixin(_Host):
         return super()._get_eval_sampler(eval_dataset) if self.task is None else SequentialSampler(eval_dataset)
 
     def _loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any) -> Any:
-        """One forward: the task's mean NLL, or the loss of the Trainer below; as `compute_loss` returns it."""
+        """One forward: the loss of a task's logits, or of the Trainer below; as `compute_loss` returns it.
+
+        Of a task it is the mean NLL, smoothed by ``label_smoothing_factor``, or what ``compute_loss_func`` makes of
+        ``{"logits": (b, C)}``, the labels and the number of examples of the whole step.
+        """
         if self.task is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        logits = self.task.logits(model, inputs)
-        nll = F.cross_entropy(logits, inputs["labels"])
-        return (nll, {"logits": logits}) if return_outputs else nll
+        if (labels := inputs.get("labels")) is None:
+            raise ValueError(
+                f"train_dataset: a batch of {', '.join(inputs)} has no labels; give each example its label"
+            )
+        outputs = {"logits": self.task.logits(model, inputs)}
+        if self.compute_loss_func is None:
+            loss = _cross_entropy(outputs["logits"], labels, self.args.label_smoothing_factor)
+        else:
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                loss = loss * self.accelerator.num_processes  # which counted together
+        return (loss, outputs) if return_outputs else loss
 
     def _finite(self, nll: Tensor) -> bool:
         """Whether an NLL is finite; all processes of a sharded model say the same, for they look together for where."""
@@ -541,6 +557,16 @@ class BlobTrainer(BlobTrainerMixin, Trainer):
     """
 
     args: BlobTrainingArguments
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Mean NLL of logits (b, C); a share of it is of the classes alike that an example has, whose logits are finite."""
+    nll = F.cross_entropy(logits, labels)
+    if not smoothing:
+        return nll
+    finite = logits > -math.inf
+    alike = logits.log_softmax(-1).where(finite, 0).sum(-1) / finite.sum(-1)
+    return (1 - smoothing) * nll - smoothing * alike.mean()
 
 
 def _classifies(model: nn.Module) -> bool:
