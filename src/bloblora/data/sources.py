@@ -131,17 +131,18 @@ def _rows_of_table(path: Path, content: dict[str, Any]) -> list[Record] | None:
     and names and cells apart (``split``).
     """
     parts = [*content.values()]
-    if {"columns", "data"} <= content.keys() <= {"columns", "data", "index"}:
-        columns, rows = content["columns"], content["data"]
+    columns, rows = content.get("columns"), content.get("data")
+    if isinstance(columns, list) and isinstance(rows, list) and not _all_objects(rows):
         if not all(isinstance(row, list) and len(row) == len(columns) for row in rows):
-            raise DataError([f"{path}: a row of 'data' hasn't a cell for each of 'columns': {', '.join(columns)}"])
+            names = ", ".join(map(str, columns))
+            raise DataError([f"{path}: a row of 'data' hasn't a cell for each of 'columns': {names}"])
         return [dict(zip(columns, row, strict=True)) for row in rows]
     if parts and all(isinstance(part, dict) and part.keys() == parts[0].keys() for part in parts):
         if _are_rows([*content], [*parts[0]]):
             return parts
         return [{name: column[key] for name, column in content.items()} for key in parts[0]]
     of_lists = bool(parts) and all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts)
-    if of_lists and not all(map(_all_objects, parts)):
+    if of_lists and (obvious_kind([*content]) or not any(map(_all_objects, parts))):
         return [dict(zip(content, row, strict=True)) for row in zip(*parts, strict=True)]
     return None
 
