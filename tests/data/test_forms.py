@@ -108,6 +108,29 @@ def test_json_of_other_forms(content, tmp_path):
     assert read_records(write(tmp_path / "data.json", json.dumps(content))) == RECORDS
 
 
+@pytest.mark.parametrize("columns", [["text", "label"], ["Query", "what for"]])
+@pytest.mark.parametrize("orient", ["records", "columns", "index", "split", "table", "list"])
+def test_json_of_each_orient_of_pandas(orient, columns, tmp_path):
+    frame = pd.DataFrame([record.values() for record in RECORDS], columns=columns)
+    text = json.dumps(frame.to_dict("list")) if orient == "list" else frame.to_json(orient=orient)
+    options = ReadingOptions(text_column=columns[0], label_column=columns[1])
+    records = read_records(write(tmp_path / "data.json", text), options)
+    assert [{name: record[name] for name in ("text", "label")} for record in records] == RECORDS
+
+
+def test_tables_in_json_that_are_none(tmp_path):
+    frame = pd.DataFrame(RECORDS)
+    named = frame.set_index(pd.Index([f"row {i}" for i in range(len(RECORDS))]))
+    assert read_records(write(tmp_path / "data.json", named.to_json(orient="index"))) == RECORDS
+    short = json.dumps({"columns": ["text", "label"], "data": [["a", "b"], ["c"]]})
+    for text, message in (
+        (frame.to_json(orient="values"), "its rows are lists, without the names of columns; write a list of objects"),
+        (short, "a row of 'data' hasn't a cell for each of 'columns': text, label"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_records(write(tmp_path / "data.json", text))
+
+
 RASA = """
 version: "3.1"
 nlu:

@@ -33,6 +33,15 @@ def test_each_kind_gives_the_same_records(source):
     assert as_records(source, require_labels=True) == RECORDS
 
 
+def test_polars():
+    polars = pytest.importorskip("polars")
+    assert as_records(polars.DataFrame(RECORDS), require_labels=True) == RECORDS
+    assert as_records(polars.DataFrame(CHOICES), require_labels=True) == CHOICES
+    assert as_records(polars.Series(TEXTS)) == [{"text": text} for text in TEXTS]
+    coded = polars.DataFrame({"text": TEXTS, "label": [1, None]})
+    assert as_records(coded) == [{"text": TEXTS[0], "label": "1"}, {"text": TEXTS[1]}]
+
+
 def test_texts():
     expected = [{"text": text} for text in TEXTS]
     for source in (TEXTS, pandas.Series(TEXTS), np.array(TEXTS), (text for text in TEXTS)):
@@ -66,13 +75,24 @@ def test_what_is_null_is_missing(missing):
         as_records(frame, require_labels=True)
 
 
+def test_labels_are_those_of_a_file(tmp_path, caplog):
+    rows = [{"text": text, "label": label} for text, label in zip("abc", (" card", "Card", "card"), strict=True)]
+    pandas.DataFrame(rows).to_json(file := tmp_path / "rows.jsonl", orient="records", lines=True)
+    caplog.set_level("INFO", "bloblora")
+    assert as_records(rows) == read_records(file)
+    case = "labels that differ by case alone are different labels: 'Card' and 'card'"
+    said = [f"{name}: {what}" for name in ("the records", file) for what in ("took white space off 1 label", case)]
+    assert caplog.messages == said
+
+
 def test_problems():
     with pytest.raises(DataError) as error:
-        as_records([{"text": ""}, 5, {"words": "x"}, RECORDS[0]])
+        as_records([{"text": ""}, 5, {"words": "x"}, RECORDS[0], {"text": " "}, CHOICES[0], {"text": ""}])
     assert [problem.partition(";")[0] for problem in error.value.problems] == [
-        "row 1: field 'text': '' must be a text that isn't empty",
+        "row 1, 5, 7: field 'text': '', ' ' must be a text that isn't empty",
         "row 2: 5 is neither a dict nor a text",
         "row 3: it has words",
+        "row 6: it has 'question', those before 'text'",
     ]
     with pytest.raises(DataError, match=r"several splits; give one of 'train', 'test'"):
         as_records(DatasetDict(train=Dataset.from_list(RECORDS), test=Dataset.from_list(RECORDS)))

@@ -12,7 +12,7 @@ import pytest
 from bloblora import runs
 from bloblora.data import DataError, MappedRows, write_rows
 from bloblora.runs.folder import records_sha256
-from bloblora.runs.train import split
+from bloblora.runs.selection import split
 from tests.tiny_base import queries, write_jsonl
 
 _PREDICT = """

@@ -107,6 +107,11 @@ def find_columns(
     return {name: column for name, column in found.items() if column != name}
 
 
+def obvious_kind(present: Sequence[str]) -> str | None:
+    """The kind of records that columns of these names hold; None where that isn't obvious."""
+    return _Names(present).kind()
+
+
 def said_of(found: Mapping[str, str], given: Mapping[str, str], known: Mapping[str, str]) -> str | None:
     """The line that says which columns were guessed; None where none was."""
     guessed = {name: column for name, column in found.items() if name not in given and known.get(name) != column}

@@ -1,14 +1,11 @@
 """Records from what Python programs hold in memory."""
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .columns import find_columns, said_of, to_record
-from .records import DataError, Record, record_kind, record_problems
-from .sources import with_names
-
-_log = logging.getLogger("bloblora")
+from .reading import Reader
+from .records import DataError, Place, Record
+from .sources import Row, with_names
 
 IN_MEMORY = "in memory"
 """What a run's files say of records that came from no file."""
@@ -24,30 +21,33 @@ def as_records(source: Any, *, texts_are: str = "text", require_labels: bool = F
         require_labels: whether each record must have its label or answer.
 
     Returns:
-        The records, with extra fields as they are. As in tables on the disk, numbers as labels become texts, an answer
-        may be a letter, and what is null is missing.
+        The records, with extra fields as they are. As in tables on the disk, numbers as labels become texts, labels
+        lose white space around them, an answer may be a letter, and what is null is missing.
 
     Raises:
-        DataError: lists every problem with row, field and value; or ``source`` is nothing that holds records.
+        DataError: lists every problem with rows, field and value; or ``source`` is nothing that holds records.
     """
-    records: list[Record] = []
-    problems: list[str] = []
-    columns: dict[str, str] | None = None
-    for number, row in enumerate(_rows(source), start=1):
-        row = {texts_are: str(row)} if isinstance(row, str) else row
-        if not isinstance(row, Mapping):
-            problems.append(f"row {number}: {row!r} is neither a dict nor a text")
-            continue
-        if columns is None:
-            columns = find_columns("the records", [*map(str, row)], {})
-            if said := said_of(columns, {}, {}):
-                _log.info(f"the records: {said}")
-        records.append(to_record({str(name): _plain(value) for name, value in row.items()}, columns))
-        found = record_problems(records[-1], record_kind(records[-1]), require_answer=require_labels)
-        problems += [f"row {number}: {problem}" for problem in found]
-    if problems:
-        raise DataError(problems)
-    return records
+    rows = [*_rows(source)]
+    return [*_Held(rows, texts_are, require_labels)] if rows else []
+
+
+class _Held(Reader):
+    """The records of rows in memory, of which there is at least one."""
+
+    def __init__(self, rows: Sequence[Any], texts_are: str, require_labels: bool) -> None:
+        super().__init__("the records", require_labels=require_labels)
+        self._given, self._texts_are = rows, texts_are
+
+    def _rows(self) -> Iterator[tuple[Place, Row]]:
+        for number, row in enumerate(self._given, start=1):
+            row = {self._texts_are: str(row)} if isinstance(row, str) else row
+            if isinstance(row, Mapping):
+                yield ("row ", number), {str(name): _plain(value) for name, value in row.items()}
+            else:
+                yield ("row ", number), f"{row!r} is neither a dict nor a text"
+
+    def _hint(self, problem: str) -> str:
+        return ""  # no option names a column here
 
 
 def _rows(source: Any) -> Iterator[Any]:

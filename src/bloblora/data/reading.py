@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .columns import ReadingOptions, find_columns, missing_hint, said_of, to_record
 from .records import DataError, Place, Problems, Record, first_field, record_kind, record_problems
-from .sources import Say, rows_of
+from .sources import Row, Say, rows_of
 
 _log = logging.getLogger("bloblora")
 _MOST_LABELS = 10_000  # of which it is known which differ by case alone
@@ -75,7 +75,7 @@ class Reader:
         """Each row as a record, with its place and its problems; a DataError where there is none."""
         first, empty, resolved, stripped = None, True, False, 0
         labels: set[str] = set()
-        for place, row in rows_of(self.source, self._say):
+        for place, row in self._rows():
             empty = False
             if isinstance(row, str):
                 yield place, {}, [row]
@@ -103,6 +103,9 @@ class Reader:
             self._say(f"{self._name}: took white space off {_count(stripped, 'label')}")
         if same := _same_but_for_case(labels):
             self._warn(f"{self._name}: labels that differ by case alone are different labels: {same}")
+
+    def _rows(self) -> Iterator[tuple[Place, Row]]:
+        return rows_of(self.source, self._say)
 
     def _find_columns(self, row: Record) -> None:
         given = self.options.columns()

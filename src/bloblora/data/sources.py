@@ -17,6 +17,7 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from ..files import parse_json
+from .columns import obvious_kind
 from .exports import label_studio_row, rasa_rows
 from .records import DataError, Place, Record
 from .sets import PAPER_SETS, read_paper_set, support_desk
@@ -109,20 +110,52 @@ def _json_rows(path: Path, say: Say) -> Iterator[Row]:
 
 
 def _list_in(path: Path, content: Any, say: Say) -> Sequence[Any]:
-    """The list itself; the only list of objects in an object; or the rows of columns, as pandas writes them."""
+    """The list itself; the only list of objects in an object; or the rows of a table, as pandas writes them."""
     if isinstance(content, list):
+        if content and all(isinstance(row, list) for row in content):
+            raise DataError([f"{path}: its rows are lists, without the names of columns; write a list of objects"])
         return content
     if not isinstance(content, dict):
         raise DataError([f"{path}: must hold a list of objects, got {type(content).__name__}"])
-    columns = [*content.values()]
-    if columns and all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
-        return [{name: column[key] for name, column in content.items()} for key in columns[0]]
+    if (rows := _rows_of_table(path, content)) is not None:
+        return rows
     lists = [name for name, value in content.items() if isinstance(value, list) and _all_objects(value)]
     if len(lists) != 1:
         found = f"several: {', '.join(lists)}" if lists else f"it has {', '.join(content) or 'nothing'}"
         raise DataError([f"{path}: must hold a list of objects, or an object with exactly one such list; {found}"])
     say(f"{path}: the records are those of {lists[0]!r}")
     return content[lists[0]]
+
+
+def _rows_of_table(path: Path, content: dict[str, Any]) -> list[Record] | None:
+    """Rows of what ``DataFrame.to_json`` and ``to_dict`` make of a table; None of anything else.
+
+    The ways of pandas, its ``orient``: a column's cells by row or a row's cells by column, a column's cells as a list,
+    and names and cells apart (``split``).
+    """
+    parts = [*content.values()]
+    columns, rows = content.get("columns"), content.get("data")
+    if isinstance(columns, list) and isinstance(rows, list) and not _all_objects(rows):
+        if not all(isinstance(row, list) and len(row) == len(columns) for row in rows):
+            names = ", ".join(map(str, columns))
+            raise DataError([f"{path}: a row of 'data' hasn't a cell for each of 'columns': {names}"])
+        return [dict(zip(columns, row, strict=True)) for row in rows]
+    if parts and all(isinstance(part, dict) and part.keys() == parts[0].keys() for part in parts):
+        if _are_rows([*content], [*parts[0]]):
+            return parts
+        return [{name: column[key] for name, column in content.items()} for key in parts[0]]
+    of_lists = bool(parts) and all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts)
+    if of_lists and (obvious_kind([*content]) or not any(map(_all_objects, parts))):
+        return [dict(zip(content, row, strict=True)) for row in zip(*parts, strict=True)]
+    return None
+
+
+def _are_rows(names: list[str], inner: list[str]) -> bool:
+    """Whether objects in an object are rows, by the names of both: columns have names of fields, rows numbers."""
+    of_fields = [obvious_kind(side) is not None for side in (names, inner)]
+    if of_fields[0] != of_fields[1]:
+        return of_fields[1]
+    return all(name.isdecimal() for name in names) and not all(name.isdecimal() for name in inner)
 
 
 def _all_objects(values: list[Any]) -> bool:

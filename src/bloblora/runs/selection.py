@@ -59,4 +59,6 @@ def _by_label(records: Iterable[dict[str, Any]]) -> list[list[int]]:
 
 
 def _at(records: Records, positions: list[int]) -> Records:
-    return records.select(positions) if isinstance(records, MappedRows) else [records[i] for i in positions]
+    if isinstance(records, MappedRows):
+        return records.select(positions)
+    return [records[position] for position in positions]
