@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import Embedding
 from torch import Tensor, nn
 
 from .. import posterior as q
+from ..quantized import keep_differentiable
 from .config import BlobConfig
 from .sharding import changing, is_sharded, whole
 from .variant import BlobVariant, mean_of
@@ -20,7 +21,7 @@ from .watch import KlWatch
 # Starts that move a part of the base weight into B A, so that without the LoRA the model isn't the base.
 _MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # PEFT's layer classes that ask `lora_variant` in their forward: the others would ignore the posterior in silence.
-_SUPPORTED_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"}
+_SUPPORTED_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear", "TorchaoLoraLinear"}
 _AT_PRIOR_TOLERANCE = 0.05
 
 Weights = dict[str, dict[str, Tensor]]
@@ -295,7 +296,8 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
 
     Raises:
         TypeError: ``model`` is no PEFT model.
-        ValueError: the adapter isn't there, isn't LoRA, is Bayesian already, or has a part that can't be Bayesian.
+        ValueError: the adapter isn't there, isn't LoRA, is Bayesian already, or has a part that can't be Bayesian, or
+            by `bloblora.quantized.keep_differentiable`.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(
@@ -305,6 +307,7 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
 
     adapter_name = adapter_name or model.active_adapter
     layers = check_layers(model, adapter_name)
+    keep_differentiable(model)
     config = config or BlobConfig()
     lora: Any = model.peft_config[adapter_name]
     moved = str(lora.init_lora_weights).lower().startswith(_MOVING_STARTS)

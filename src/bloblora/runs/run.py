@@ -14,6 +14,7 @@ from ..data import as_records, unanswered
 from ..generation import Generation, posterior_generate
 from ..methods import Method
 from ..prediction import Prediction, Sampler, StoppingRule, Tempered, hidden_states, predict
+from ..quantized import dequantize
 from .approximation import Approximation
 from .checks import check_sharded, num_labels
 from .config import RunConfig, RunError
@@ -166,13 +167,16 @@ class Run:
         return tasks.encode_all(self.task, [unanswered(record) for record in self.records(records)], self.tokenizer)
 
 
-def load_run(directory: str | os.PathLike[str] | RunDescription, approximate: str | None = None) -> Run:
+def load_run(
+    directory: str | os.PathLike[str] | RunDescription, approximate: str | None = None, *, dequantized: bool = False
+) -> Run:
     """Load a finished run, onto the GPU where there is one; under FSDP each process holds a part of it.
 
     Args:
         directory: its folder, or its place on the hub: ``hub:user/name`` or ``hub:user/name@revision``; or what
             `open_run` read of it.
         approximate: how its predictions save forwards, at some loss; see `PredictionOptions`.
+        dequantized: with ordinary linear layers in the place of a base model's quantized ones, of the same weights.
 
     Raises:
         RunError: the folder isn't one, its training isn't finished, or its method can't be approximated so.
@@ -186,6 +190,8 @@ def load_run(directory: str | os.PathLike[str] | RunDescription, approximate: st
     if split := sharded():
         check_sharded(method, approximate)
     base = base_model(config, task)
+    if dequantized:
+        dequantize(base)
     if torch.accelerator.is_available() and not split and not getattr(base, "is_quantized", False):
         base.to(processes().device)
     model, sampler = method.load(base, description.folder)
@@ -208,4 +214,5 @@ def load_run(directory: str | os.PathLike[str] | RunDescription, approximate: st
 
 def base_model(config: RunConfig, task: tasks.Task) -> Any:
     """The pretrained model, with a head where the task needs one."""
-    return models.load_model(config.model, num_labels=num_labels(task), dtype=config.dtype)
+    options: dict[str, Any] = {"num_labels": num_labels(task), "dtype": config.dtype, "quantize": config.quantize}
+    return models.load_model(config.model, **options, device=processes().device)

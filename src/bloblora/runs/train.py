@@ -79,6 +79,7 @@ def train(config: RunConfig, *, progress: bool = True, callbacks: Sequence[Train
         raise RunError(f"output {config.output!r}: is a file; give a folder")
     stored = read_description(output, config, besides=left_open(config))
     check_writable(output / RUN_FILE)
+    models.check_quantize(config.quantize)
     _check_sharded(config)
     main = processes().is_main_process
     with _scratch(output) as scratch:
@@ -331,6 +332,8 @@ def _check_sharded(config: RunConfig) -> None:
     """Raises a RunError for what can't be trained where FSDP splits the model over the processes."""
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
+    if config.quantize != "none":
+        raise RunError(f"quantize {config.quantize!r} isn't offered under FSDP; leave it out, or use DDP")
     check_sharded(config.build_method())
     if config.trunk_cache is not None:
         raise RunError(f"trunk_cache {config.trunk_cache!r} isn't offered under FSDP; leave it out, or use DDP")
