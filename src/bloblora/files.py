@@ -98,6 +98,17 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
 
 
+def check_finite_tensors(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise a FloatingPointError where a tensor has an entry that is NaN or infinite: before anything is written."""
+    for name, tensor in tensors.items():
+        if not (finite := tensor.isfinite()).all():
+            raise FloatingPointError(
+                f"{what}: {name} has {int((~finite).sum())} of {tensor.numel()} entries that are NaN or infinite, so "
+                "nothing was written; train with a lower learning rate, or with dtype float32 or bfloat16 in the place "
+                "of float16"
+            )
+
+
 def parse_json(text: str | bytes) -> Any:
     """What JSON says.
 

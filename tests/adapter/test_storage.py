@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from bloblora import BlobConfig, bayesianize, find_posterior, load, save
-from bloblora.adapter import AdapterFileError, load_posterior
+from bloblora.adapter import AdapterFileError, debayesianize, load_posterior
 from tests.conftest import tiny_llama, with_lora
 
 CONFIG = BlobConfig(prior_std=0.3, init_std=0.25)
@@ -69,6 +69,22 @@ def flip(file: Path) -> None:
     tensors = load_file(file)
     tensors[sorted(tensors)[0]].view(-1)[3] += 1e-3
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("damaged", ["lora_A", "lora_B", "blob_std_parameter_A"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_never_written(saved, folder, damaged, value):
+    model = bayesian(seed=1)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if damaged in name).view(-1)[3] = value
+    for write in (save, lambda model, folder: model.save_pretrained(folder)):
+        with pytest.raises(FloatingPointError, match=f"adapter 'default': .*{damaged}.* has 1 of 128 entries that are"):
+            write(model, folder)
+    if "lora" in damaged:
+        debayesianize(model)
+        with pytest.raises(FloatingPointError, match="so nothing was written"):
+            save(model, folder)
+    assert contents(folder) == contents(saved)
 
 
 @pytest.mark.parametrize("parameterization", ["square", "softplus", "log"])

@@ -73,6 +73,19 @@ def test_a_loaded_run_predicts_the_same_bits(config, files, data, method):
     assert method == "lora" or not torch.equal(draws[0], draws[1])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_from_end_to_end(config, dtype):
+    """A base model in half precision, with a float32 adapter: all that is saved and answered is finite."""
+    run = runs.train(config.with_options(dtype=dtype), progress=False)
+    saved = [load_file(Path(config.output) / f"{name}.safetensors") for name in ("adapter_model", "posterior")]
+    assert all(t.isfinite().all() and t.dtype == torch.float32 for tensors in saved for t in tensors.values())
+    loaded = runs.load_run(config.output)
+    assert loaded.model.base_model.model.model.embed_tokens.weight.dtype == getattr(torch, dtype)
+    found = loaded.predict(queries(), 3).log_probs
+    assert found.isfinite().all()
+    assert torch.equal(found, run.predict(queries(), 3).log_probs)
+
+
 def test_the_classification_head_is_trained_saved_and_loaded(config, base):
     run = runs.train(config, progress=False)
     saved = load_file(Path(config.output) / "adapter_model.safetensors")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import posterior as q
 from ..contexts import in_context
+from ..quantized import keep_differentiable
 from .config import BlobConfig
 from .sharding import changing, is_sharded, whole
 from .variant import BlobVariant, Drawn, mean_of
@@ -21,7 +22,7 @@ from .watch import KlWatch
 # Starts that move a part of the base weight into B A, so that without the LoRA the model isn't the base.
 _MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # PEFT's layer classes that ask `lora_variant` in their forward: the others would ignore the posterior in silence.
-_SUPPORTED_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"}
+_SUPPORTED_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear", "TorchaoLoraLinear"}
 _AT_PRIOR_TOLERANCE = 0.05
 
 Weights = dict[str, dict[str, Tensor]]
@@ -287,7 +288,8 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
 
     Raises:
         TypeError: ``model`` is no PEFT model.
-        ValueError: the adapter isn't there, isn't LoRA, is Bayesian already, or has a part that can't be Bayesian.
+        ValueError: the adapter isn't there, isn't LoRA, is Bayesian already, or has a part that can't be Bayesian, or
+            by `bloblora.quantized.keep_differentiable`.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(
@@ -297,6 +299,7 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
 
     adapter_name = adapter_name or model.active_adapter
     layers = check_layers(model, adapter_name)
+    keep_differentiable(model)
     config = config or BlobConfig()
     lora: Any = model.peft_config[adapter_name]
     moved = str(lora.init_lora_weights).lower().startswith(_MOVING_STARTS)

@@ -26,12 +26,22 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import posterior as q
-from ..files import check_fields, file_sha256, json_sha256, read_json, read_tensors, shown, tensors_sha256
+from ..files import (
+    check_fields,
+    check_finite_tensors,
+    file_sha256,
+    json_sha256,
+    read_json,
+    read_tensors,
+    shown,
+    tensors_sha256,
+)
 from .bayesianize import Posterior, bayesianize, find_posterior
 from .config import BlobConfig
 from .sharding import is_sharded, put_
@@ -76,12 +86,13 @@ def save(
 
     Raises:
         ValueError: FSDP has split the adapter over the processes.
+        FloatingPointError: a number of it is NaN or infinite.
     """
     _refuse_sharded(model)
     adapter_name = adapter_name or model.active_adapter
     with _replacing(Path(directory)) as staging:
-        model.save_pretrained(
-            str(staging), selected_adapters=[adapter_name], save_embedding_layers=save_embedding_layers
+        save_pretrained(
+            model, str(staging), selected_adapters=[adapter_name], save_embedding_layers=save_embedding_layers
         )
         if (folder := adapter_folder(staging, adapter_name)) != staging:
             for file in folder.iterdir():
@@ -104,6 +115,7 @@ def save_pretrained(model: PeftModel, *args: Any, **kwargs: Any) -> None:
     Raises:
         ValueError: a Bayesian adapter is to be saved without safetensors, converted to another start, with a
             ``state_dict`` that lacks Ω, or while FSDP has split it over the processes.
+        FloatingPointError: a number of an adapter is NaN or infinite.
     """
     given = _OF_PEFT.bind(model, *args, **kwargs)
     given.apply_defaults()
@@ -120,6 +132,9 @@ def save_pretrained(model: PeftModel, *args: Any, **kwargs: Any) -> None:
             )
         if kwargs.get("state_dict") is None:
             _refuse_sharded(model)
+    if options["is_main_process"]:
+        for name in names:
+            check_finite_tensors(_numbers(model, name, kwargs.get("state_dict")), f"adapter {name!r}")
     type(model).save_pretrained(model, *args, **kwargs)
     if options["is_main_process"]:
         for posterior in posteriors:
@@ -369,6 +384,13 @@ def _split(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         else:
             stock[name] = tensor
     return stock, std_parameters
+
+
+def _numbers(model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """All that is saved of an adapter but embeddings: the LoRA, a head, Ω, and the prior of each entry."""
+    numbers = get_peft_model_state_dict(model, state_dict, adapter_name, save_embedding_layers=False)
+    posterior = find_posterior(model, adapter_name)
+    return numbers | (_of_priors(posterior) if posterior else {})
 
 
 def _refuse_sharded(model: PeftModel) -> None:

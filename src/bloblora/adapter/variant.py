@@ -2,18 +2,20 @@ r"""BLoB as a LoRA variant: what PEFT calls in place of the adapter's own part o
 
 .. math:: y = W_0 x + s\, B (A x), \qquad A \sim q(A)
 
-One forward serves every Linear kind of PEFT that asks its variants (plain, Conv1D, 8-bit, 4-bit, GPTQ, HQQ).
+One forward serves every Linear kind of PEFT that asks its variants (plain, Conv1D, 8-bit, 4-bit, GPTQ, HQQ, torchao).
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import transpose
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -104,6 +106,8 @@ class BlobVariant(LoraVariant):
                 self.set_prior(module, adapter_name, factor, prior_mean, torch.tensor(width))
             parameter = q.init_std_parameter(mean, self.config.start_std(width), self.config.std_parameterization)
             getattr(module, name)[adapter_name] = nn.Parameter(parameter, requires_grad=mean.requires_grad)
+        if type(module).__name__ == "TorchaoLoraLinear":  # whose merge, unlike the others', asks no variant
+            module.merge, module.get_delta_weight = partial(_merge, module), partial(_delta_weight, module)
 
     def std_parameter(self, module: Any, adapter_name: str, factor: str) -> nn.Parameter:
         """The unconstrained parameter of Ω, of the factor's shape."""
@@ -133,6 +137,9 @@ class BlobVariant(LoraVariant):
                 if adapter_name in (tensors := getattr(module, name + factor, {})):
                     del tensors[adapter_name]
         del module.lora_variant[adapter_name]
+        if not module.lora_variant:
+            for name in ("merge", "get_delta_weight"):
+                vars(module).pop(name, None)
 
     def project(self, module: Any, adapter_name: str, x: Tensor) -> Tensor:
         """A x in the current mode: the fixed draw, fresh noise (train mode), or the mean; (..., n) → (..., r)."""
@@ -182,9 +189,7 @@ class BlobVariant(LoraVariant):
             base = module.get_base_layer()
             base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
             self.tied_config.tie_word_embeddings, self.tied_config = False, None
-        weights = {} if self.drawn is None else self.drawn.weights
-        a, b = (weights.get(factor, mean_of(module, active_adapter, factor)) for factor in "AB")
-        self._merged = (a.detach().clone(), b.detach().clone())
+        self._keep(module, active_adapter)
         return orig_weight + self._delta(module, active_adapter, orig_weight)
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
@@ -196,6 +201,12 @@ class BlobVariant(LoraVariant):
         """``orig_weight`` less the delta that was merged, even when another draw is in force by now."""
         return orig_weight.data - self._delta(module, active_adapter, orig_weight)
 
+    def _keep(self, module: Any, adapter_name: str) -> None:
+        """What a merge adds, for its end: another draw may be in force then."""
+        weights = {} if self.drawn is None else self.drawn.weights
+        a, b = (weights.get(factor, mean_of(module, adapter_name, factor)) for factor in "AB")
+        self._merged = (a.detach().clone(), b.detach().clone())
+
     @torch.no_grad()
     def _delta(self, module: Any, adapter_name: str, like: Tensor) -> Tensor:
         assert self._merged is not None
@@ -203,6 +214,22 @@ class BlobVariant(LoraVariant):
         delta = b.float() @ a.float() * module.scaling[adapter_name]
         delta = transpose(delta, getattr(module, "fan_in_fan_out", False))
         return delta.to(device=like.device, dtype=like.dtype)
+
+
+def _merge(module: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """A layer's own merge, of the draws in force."""
+    for name in check_adapters_to_merge(module, adapter_names):
+        if isinstance(variant := module.lora_variant.get(name), BlobVariant):
+            variant._keep(module, name)
+    type(module).merge(module, safe_merge, adapter_names)
+
+
+def _delta_weight(module: Any, adapter_name: str) -> Tensor:
+    """What a merge adds to a weight, and its end takes away: of a Gaussian what was last merged, or its mean."""
+    variant = module.lora_variant.get(adapter_name)
+    if not isinstance(variant, BlobVariant) or variant._merged is None:
+        return type(module).get_delta_weight(module, adapter_name)
+    return variant._delta(module, adapter_name, mean_of(module, adapter_name, "A"))
 
 
 def _auto_std(mean: Tensor, factor: str) -> float:

@@ -31,6 +31,14 @@ _HEAD = (
     "the adapters carry a classification head (modules_to_save): PEFT loads it, but servers of text completions have "
     "no place for it; use --format merged, or `bloblora serve`"
 )
+_QUANTIZED = (
+    "the adapters were trained on a base model quantized by {}: on another base model, also the same one unquantized, "
+    "their answers differ; --format merged has the base model's dequantized weights"
+)
+_DEQUANTIZED = (
+    "the model has the dequantized weights of the run's base model, quantized by {}, and is as large as an unquantized "
+    "one; quantizing it again rounds the adapter's part away or changes it"
+)
 _TEMPERATURE = (
     "the run's temperature {:.4g} divides the logits of labels or choices, which no weights of these files do: "
     "bloblora.client divides, other programs' probabilities lack it"
@@ -98,7 +106,8 @@ def export(
 ) -> Manifest:
     """Write a run's mean and draws for other programs.
 
-    Draw s is the function that draw s of `bloblora.predict` is for the same seed.
+    Draw s is the function that draw s of `bloblora.predict` is for the same seed. A quantized base model is dequantized
+    before a draw is merged into it, so that nothing is rounded again.
 
     Args:
         directory: folder of the run.
@@ -130,13 +139,16 @@ def export(
         num_samples = 0 if draw is None else draw + 1
     description = open_run(directory)
     _check_run(description, format, num_samples)
-    run = load_run(description, trust_remote_code=trust_remote_code)
+    run = load_run(description, dequantized=format == "merged", trust_remote_code=trust_remote_code)
     base = models.resolve(run.config.model)
     with _appearing(output) as folder:
         if format == "merged":
             written = _write_merged(run, folder, draw, seed)
         else:
             written = _write_adapters(run, folder, format, num_samples, seed, DTYPES[dtype], base)
+        if (kind := run.config.quantize) != "none":
+            warning = _DEQUANTIZED if format == "merged" else _QUANTIZED
+            written["warnings"] = [*written.get("warnings", []), warning.format(kind)]
         temperature = run.scales.get("temperature", 1.0)
         if temperature != 1:
             written["warnings"] = [*written.get("warnings", []), _TEMPERATURE.format(temperature)]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import adapter, models
 from ..adapter.storage import MEAN_FILE
 from ..adapter.variant import mean_of
-from ..files import write_tensors
+from ..files import check_finite_tensors, write_tensors
 from ..methods import Draw
 from ..runs import Run, RunDescription, RunError
 
@@ -62,7 +62,9 @@ def write_lora(folder: Path, model: PeftModel, adapter_name: str, dtype: torch.d
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     if dtype != torch.float32:
         file = folder / MEAN_FILE
-        write_tensors(file, {name: tensor.to(dtype) for name, tensor in load_file(file).items()})
+        tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+        check_finite_tensors(tensors, f"dtype {dtype}")  # float16 ends at 65,504
+        write_tensors(file, tensors)
 
 
 def check_gguf(description: RunDescription) -> None:

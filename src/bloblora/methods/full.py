@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..adapter import AdapterFileError
+from ..files import check_finite_tensors
 from ..prediction import Point, Sampler
 from .method import Method
 
@@ -38,6 +39,7 @@ class Full(Method):
 
     def save(self, model: nn.Module, sampler: Sampler, folder: Path) -> None:
         """Write the whole model as ``from_pretrained`` takes it, in one file."""
+        check_finite_tensors(dict(model.named_parameters()), "the model")
         partial = folder / ".full"
         model.save_pretrained(partial, max_shard_size="1TB")  # type: ignore[operator]
         for file in partial.iterdir():

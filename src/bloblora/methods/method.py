@@ -18,7 +18,7 @@ from .. import adapter
 from ..adapter import AdapterFileError, Posterior, check_folder, find_posterior
 from ..adapter.bayesianize import Weights
 from ..adapter.storage import BLOB_CONFIG
-from ..files import file_sha256, read_hashed_json, read_tensors, write_hashed_json, write_tensors
+from ..files import check_finite_tensors, file_sha256, read_hashed_json, read_tensors, write_hashed_json, write_tensors
 from ..prediction import Point, Sampler, WeightDraws, fit_temperature, tempered_nll
 from ..prediction.prediction import check_finite
 from ..tasks import Task
@@ -354,9 +354,14 @@ class State:
 
 
 def write_state(folder: Path, name: str, values: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
-    """Write what a method keeps beside the adapter: values in ``name.json``, tensors in ``name.safetensors``."""
+    """Write what a method keeps beside the adapter: values in ``name.json``, tensors in ``name.safetensors``.
+
+    Raises:
+        FloatingPointError: a number is NaN or infinite.
+    """
     content: dict[str, Any] = {"values": values}
     if tensors is not None:
+        check_finite_tensors(tensors, name)
         file = folder / f"{name}.safetensors"
         write_tensors(file, tensors)
         content["tensors_sha256"] = file_sha256(file)

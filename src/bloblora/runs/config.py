@@ -91,6 +91,14 @@ class RunConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Of the base model; the adapter is float32."}
     )
+    quantize: Literal["none", "4bit", "8bit", "hqq", "torchao"] = field(
+        default="none",
+        metadata={
+            "help": "How the base model's linear layers below the head are quantized when it is loaded, for less "
+            "memory: `4bit` (bitsandbytes NF4) or `hqq`, 4 bits a weight, `8bit` (bitsandbytes LLM.int8()) or "
+            "`torchao`, 8 bits. Needs `bloblora[quantized]`; `docs/quantized.md` compares them."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Of initialization, data order and noise."})
     limit: int | None = field(
         default=None,
@@ -341,8 +349,9 @@ class RunConfig:
                 yield f"{name} must be the name of a column, got {value!r}"
         if self.lora.get("target_modules") == []:
             yield "target_modules must name at least one layer, or be left out"
-        if self.dtype not in (known := get_args(get_type_hints(RunConfig)["dtype"])):
-            yield f"dtype must be one of {', '.join(known)}, got {self.dtype!r}"
+        for name in ("dtype", "quantize"):
+            if (value := getattr(self, name)) not in (known := get_args(get_type_hints(RunConfig)[name])):
+                yield f"{name} must be one of {', '.join(known)}, got {value!r}"
 
     def _wrong_combinations(self) -> Iterator[str]:
         try:
@@ -356,6 +365,8 @@ class RunConfig:
         if self.trunk_cache is not None and (self.top_blocks is None or (method.holdout and not self.validation)):
             yield "trunk_cache needs top_blocks, and a method that trains on all records"
         yield from self._wrong_validation(method)
+        if self.quantize != "none" and method.whole_model:
+            yield f"quantize {self.quantize!r}: method {method.name!r} trains the base model's own weights; use none"
         if self.start_from is not None and not method.starts_from_lora:
             yield f"start_from isn't for method {method.name!r}"
         if self.prior_from is not None:

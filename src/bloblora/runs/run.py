@@ -14,6 +14,7 @@ from ..data import as_records, unanswered
 from ..generation import Generation, posterior_generate
 from ..methods import Method
 from ..prediction import Prediction, Sampler, StoppingRule, Tempered, hidden_states, predict
+from ..quantized import dequantize
 from .approximation import Approximation
 from .checks import check_sharded, num_labels
 from .config import RunConfig, RunError
@@ -175,6 +176,7 @@ def load_run(
     approximate: str | None = None,
     *,
     trust_remote_code: bool = False,
+    dequantized: bool = False,
 ) -> Run:
     """Load a finished run, onto the GPU where there is one; under FSDP each process holds a part of it.
 
@@ -184,6 +186,7 @@ def load_run(
         approximate: how its predictions save forwards, at some loss; see `PredictionOptions`.
         trust_remote_code: run the Python code that the base model comes with, where it needs some; no run can ask for
             it.
+        dequantized: with ordinary linear layers in the place of a base model's quantized ones, of the same weights.
 
     Raises:
         RunError: the folder isn't one, its training isn't finished, or its method can't be approximated so.
@@ -199,6 +202,8 @@ def load_run(
         check_sharded(method, approximate)
     models.check_fingerprint(config.model, description.base)
     base = base_model(config, task, trust_remote_code)
+    if dequantized:
+        dequantize(base)
     models.check_fingerprint(config.model, description.base)  # the hub may have had a newer one
     if torch.accelerator.is_available() and not split and not getattr(base, "is_quantized", False):
         base.to(processes().device)
@@ -222,5 +227,6 @@ def load_run(
 
 def base_model(config: RunConfig, task: tasks.Task, trust_remote_code: bool) -> Any:
     """The pretrained model, with a head where the task needs one."""
-    options: dict[str, Any] = {"dtype": config.dtype, "trust_remote_code": trust_remote_code}
-    return models.load_model(config.model, num_labels=num_labels(task), **options)
+    options: dict[str, Any] = {"num_labels": num_labels(task), "dtype": config.dtype, "quantize": config.quantize}
+    options |= {"device": processes().device, "trust_remote_code": trust_remote_code}
+    return models.load_model(config.model, **options)

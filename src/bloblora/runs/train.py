@@ -98,6 +98,7 @@ def train(
     finished = there is not None and bool(there.training)
     if not finished:
         check_writable(output / RUN_FILE)
+        models.check_quantize(config.quantize)
     _check_sharded(config)
     main = processes().is_main_process
     with _elsewhere() if finished else _scratch(output) as scratch:
@@ -330,6 +331,8 @@ def _check_sharded(config: RunConfig) -> None:
     """Raises a RunError for what can't be trained where FSDP splits the model over the processes."""
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
+    if config.quantize != "none":
+        raise RunError(f"quantize {config.quantize!r} isn't offered under FSDP; leave it out, or use DDP")
     check_sharded(config.build_method())
     if config.trunk_cache is not None:
         raise RunError(f"trunk_cache {config.trunk_cache!r} isn't offered under FSDP; leave it out, or use DDP")
