@@ -25,7 +25,7 @@ TEXTS = [
     {"prompt": RECORDS[0]["prompt"], "response": "the card. the money"},
 ]
 OPTIONS = ScoringOptions(samples=3)
-GENERATION = GenerationOptions(samples=2, max_new_tokens=6)
+GENERATION = GenerationOptions(samples=2, max_new_tokens=16)
 
 
 def lines_of(file):
@@ -126,8 +126,11 @@ def test_bad_texts_are_found_before_the_model_is_loaded(record, error, message, 
 def right_and_wrong():
     """Texts that the run has learnt, and others."""
     wrong = ["iron", "my money", "sand", "the card", "late", "a parcel"]
-    answers = [(record["response"], True) for record in RECORDS] + [(text, False) for text in wrong]
-    return [{"prompt": record["prompt"], "response": r, "right": ok} for record in RECORDS for r, ok in answers] * 3
+    return [
+        {"prompt": record["prompt"], "response": text, "right": text == record["response"]}
+        for record in RECORDS
+        for text in [record["response"], *wrong] * 3
+    ]
 
 
 def test_a_map_of_texts_that_are_given(folder, tmp_path, capsys):
@@ -157,14 +160,15 @@ def test_a_map_of_answers_and_references(folder, tmp_path, capsys):
     data = write_jsonl(tmp_path / "references.jsonl", references)
     (tmp_path / "judge.py").write_text("def same(answer, reference):\n    return answer.strip() == reference\n")
     matcher = f"{tmp_path / 'judge.py'}:same"
-    correctness(folder, str(data), GENERATION, ReadingOptions(), matcher=matcher, maps=["isotonic"])
+    correctness(folder, str(data), GENERATION, ReadingOptions(), matcher=matcher, maps=["platt"])
     said = capsys.readouterr().out
     assert "10 of 20 texts are right" in said
     assert "brier" in said
     assert "ece_floor" in said
     generate(folder, str(data), GENERATION, ReadingOptions(), output=str(tmp_path / "answers.jsonl"))
     # equal prompts get equal answers, of which half are right
-    assert {round(line["p_correct"], 6) for line in lines_of(tmp_path / "answers.jsonl")} == {0.5}
+    found = [line["p_correct"] for line in lines_of(tmp_path / "answers.jsonl")]
+    assert found == pytest.approx([0.5] * 20, abs=0.1)
     file = tmp_path / "run" / "correctness.json"
     stored = json.loads(file.read_text())
     stored["maps"][0]["correctness"]["num_right"] = 12

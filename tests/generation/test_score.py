@@ -169,6 +169,7 @@ def test_sentences_and_claims(tokenizer):
     text = "Plants take CO2. Do they?  Yes!\nOf 3.5 kinds"
     assert [text[a:b] for a, b in sentences(text)] == ["Plants take CO2.", "Do they?", "Yes!", "Of 3.5 kinds"]
     assert sentences(" ") == []
+    assert sentences("A") == [(0, 1)]
     assert claims_of({"claims": ["they", [0, 6]]}, text, None) == [(20, 24), (0, 6)]
     text = "carbon dioxide. the card"
     ids = tokenizer(text)["input_ids"]

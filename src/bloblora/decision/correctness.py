@@ -40,6 +40,7 @@ _SIGNS = {
 """The scores that a map can be of: 1 where log c = s, -1 where log c = -s, 0 where c = s."""
 _FOLDS = 5
 _SMALLEST = 1e-6  # of c and 1 - c
+_ROUNDING = 1e-6  # differences of scores that come from it
 
 
 class CorrectnessError(ValueError):
@@ -153,7 +154,9 @@ def fit_correctness(
     columns = {name: values.double().cpu().numpy() for name, values in scores.items()}
     if broken := [name for name, values in columns.items() if not np.isfinite(values).all()]:
         raise CorrectnessError(f"scores: {', '.join(broken)} must be finite numbers")
-    columns = {name: values for name, values in columns.items() if np.ptp(values) > 0}
+    columns = {
+        name: values for name, values in columns.items() if np.ptp(values) > _ROUNDING * max(1.0, np.abs(values).max())
+    }
     if not columns:
         raise CorrectnessError(f"scores: all {of_all} texts have the same, so that nothing tells right from wrong")
     outcomes = right.cpu().numpy().astype(bool)

@@ -21,7 +21,7 @@ def sentences(text: str) -> list[Span]:
 
     It knows no abbreviations: "e.g. this" is two.
     """
-    return [match.span() for match in re.finditer(r"\S(?:.*?[.!?](?=\s|$)|.*\S)", text)]
+    return [match.span() for match in re.finditer(r"(?=\S)(?:.*?[.!?](?=\s|$)|.*\S)", text)]
 
 
 def claims_of(record: Mapping[str, Any], text: str, by: str | None) -> list[Span]:
@@ -43,7 +43,7 @@ def claims_of(record: Mapping[str, Any], text: str, by: str | None) -> list[Span
 
 
 def claim_tokens(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str, spans: Sequence[Span]
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, spans: Sequence[Span]
 ) -> list[Tensor]:
     """Which of a text's tokens each of its spans has a character of, (T,) bool.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,8 +112,10 @@ _Group = tuple[tuple[int, ...], list[tuple[int, ...]]]
 class _Forward(BatchForward):
     """The model on a batch; an encoder-decoder has no trunk that all draws share."""
 
-    def shared_trunk(self, layers: Any) -> AbstractContextManager[None]:
-        return nullcontext() if isinstance(self._task, _Encoded) else super().shared_trunk(layers)
+    @contextmanager
+    def shared_trunk(self, layers: Iterable[str]) -> Iterator[None]:
+        with nullcontext() if isinstance(self._task, _Encoded) else super().shared_trunk(layers):
+            yield
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class _Trees:
     def length(self, example: _Group) -> int:
         return len(example[0]) + sum(map(len, example[1]))
 
-    def collate(self, examples: Sequence[_Group]) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         trees = [{"prefix": p, "branches": branches, "scored": [*map(len, branches)]} for p, branches in examples]
         batch = collate_trees(trees, 0)
         if all(len(branches) == 1 for _, branches in examples):  # no tree: the usual mask, which any model takes
@@ -177,7 +179,7 @@ class _Encoded:
         """Whether pairs can share their prompt: always."""
         return True
 
-    def collate(self, examples: Sequence[_Group]) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         responses = [response for _, branches in examples for response in branches]
         owners = [i for i, (_, branches) in enumerate(examples) for _ in branches]
         start = self.model.config.decoder_start_token_id

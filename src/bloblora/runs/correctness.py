@@ -12,6 +12,7 @@ from ..files import json_sha256, read_json, write_json
 from ..generation import find_matcher
 from .checks import check_generates
 from .config import RunError
+from .decide import has
 from .folder import RunDescription, records_sha256
 from .predictions import state_of
 from .processes import CHUNK
@@ -90,7 +91,7 @@ def calibrate_texts(
     entry = {**place, **state, "records_sha256": records_sha256(map(dict, records))}
     entry |= {"matcher": matcher if given is None else None, "correctness": fitted.to_dict()}
     entry["sha256"] = json_sha256(entry)
-    others = [other for other in entries if _has(other, state) and not _has(other, place)]
+    others = [other for other in entries if has(other, state) and not has(other, place)]
     file = description.folder / CORRECTNESS_FILE
     write_json(file, {"format_version": _FORMAT_VERSION, "maps": [*others, entry]})
     return entry
@@ -112,7 +113,7 @@ def open_correctness(description: RunDescription, kind: str, how: Mapping[str, A
         return None
     file, wanted = description.folder / CORRECTNESS_FILE, {**_place(kind, how), **state_of(description)}
     for entry in entries:
-        if _has(entry, wanted):
+        if has(entry, wanted):
             return Correctness.from_dict(entry["correctness"])
     there = "; ".join(", ".join(f"{name} {entry.get(name)}" for name in wanted) for entry in entries)
     now = ", ".join(f"{name} {value}" for name, value in wanted.items())
@@ -147,10 +148,6 @@ def _entries(description: RunDescription) -> list[dict[str, Any]]:
 def _place(kind: str, how: Mapping[str, Any]) -> dict[str, Any]:
     names = ("num_samples", "seed") if kind == "score" else how
     return {"of": kind, "options": {name: how[name] for name in names}}
-
-
-def _has(entry: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    return all(entry.get(name) == value for name, value in values.items())
 
 
 def _given(records: Sequence[Mapping[str, Any]]) -> list[bool] | None:
