@@ -146,11 +146,7 @@ def fit_correctness(
         raise CorrectnessError(f"maps must be among {', '.join(MAPS)}, got {', '.join(wrong) or 'none'}")
     if unknown := sorted(set(scores) - set(_SIGNS)):
         raise CorrectnessError(f"scores must be among {', '.join(_SIGNS)}, got {', '.join(unknown)}")
-    of_right, of_all = int(right.sum()), len(right)
-    if min(of_right, of_all - of_right) < _FOLDS:
-        raise CorrectnessError(
-            f"of {of_all} texts {of_right} are right and {of_all - of_right} wrong; there must be {_FOLDS} of each"
-        )
+    check_counts(int(right.sum()), len(right))
     columns = {name: values.double().cpu().numpy() for name, values in scores.items()}
     if broken := [name for name, values in columns.items() if not np.isfinite(values).all()]:
         raise CorrectnessError(f"scores: {', '.join(broken)} must be finite numbers")
@@ -158,10 +154,17 @@ def fit_correctness(
         name: values for name, values in columns.items() if np.ptp(values) > _ROUNDING * max(1.0, np.abs(values).max())
     }
     if not columns:
-        raise CorrectnessError(f"scores: all {of_all} texts have the same, so that nothing tells right from wrong")
+        raise CorrectnessError(f"scores: all {len(right)} texts have the same, so that nothing tells right from wrong")
     outcomes = right.cpu().numpy().astype(bool)
     held_out = _held_out(columns, outcomes, seed, lambda c, o: _chosen(c, o, maps, seed))
     return _chosen(columns, outcomes, maps, seed, _metrics(torch.from_numpy(held_out), right.cpu().bool()))
+
+
+def check_counts(num_right: int, num_examples: int) -> None:
+    """Raise a CorrectnessError where too few texts are right, or wrong, for a map."""
+    if min(num_right, num_wrong := num_examples - num_right) < _FOLDS:
+        counts = f"of {num_examples} texts {num_right} are right and {num_wrong} wrong"
+        raise CorrectnessError(f"{counts}; a map needs at least {_FOLDS} of each")
 
 
 _Columns = dict[str, np.ndarray]
@@ -171,7 +174,7 @@ def _chosen(
     columns: _Columns, right: np.ndarray, maps: Sequence[str], seed: int, metrics: dict[str, float] | None = None
 ) -> Correctness:
     """The best candidate, fitted on all; the first of equal ones."""
-    candidates = [(kind, (name,)) for kind in maps for name in columns]
+    candidates: list[tuple[str, tuple[str, ...]]] = [(kind, (name,)) for kind in maps for name in columns]
     if "platt" in maps and len(columns) > 1:
         candidates.append(("platt", tuple(columns)))
 

@@ -42,9 +42,7 @@ def claims_of(record: Mapping[str, Any], text: str, by: str | None) -> list[Span
     return [_span(claim, number, text) for number, claim in enumerate(claims)]
 
 
-def claim_tokens(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, spans: Sequence[Span]
-) -> list[Tensor]:
+def claim_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, spans: Sequence[Span]) -> list[Tensor]:
     """Which of a text's tokens each of its spans has a character of, (T,) bool.
 
     Raises:

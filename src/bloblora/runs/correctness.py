@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..decision import MAPS, Correctness, CorrectnessError, fit_correctness
+from ..decision.correctness import check_counts
 from ..files import json_sha256, read_json, write_json
 from ..generation import find_matcher
 from .checks import check_generates
@@ -25,7 +26,7 @@ _WORDS = {"true": True, "right": True, "1": True, "false": False, "wrong": False
 
 def calibrate_texts(
     description: RunDescription,
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[dict[str, Any]],
     how: Mapping[str, Any],
     *,
     matcher: str = "normalized",
@@ -62,6 +63,8 @@ def calibrate_texts(
         raise RunError(f"{description.name}: is on the hub; fit a map in a folder, and push that")
     check_generates(description.task, records)
     given, agree = _given(records), find_matcher(matcher)
+    if given is not None:
+        check_counts(sum(given), len(given))
     if given is None:
         references = [_reference(record, number) for number, record in enumerate(records, start=1)]
         for number, reference in enumerate(references, start=1):
@@ -78,7 +81,8 @@ def calibrate_texts(
             pass
     right, parts = [], []
     for start in range(0, len(records), CHUNK):
-        chunk, options = records[start : start + CHUNK], {"batch_size": batch_size, "progress": progress}
+        chunk: Any = records[start : start + CHUNK]
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         if given is not None:
             right += given[start : start + CHUNK]
             parts.append(run.score(chunk, how["num_samples"], how["seed"], **options).scores())
@@ -88,7 +92,7 @@ def calibrate_texts(
         parts.append(written.scores())
     scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     fitted = fit_correctness(scores, torch.tensor(right).bool(), maps=maps)
-    entry = {**place, **state, "records_sha256": records_sha256(map(dict, records))}
+    entry = {**place, **state, "records_sha256": records_sha256(records)}
     entry |= {"matcher": matcher if given is None else None, "correctness": fitted.to_dict()}
     entry["sha256"] = json_sha256(entry)
     others = [other for other in entries if has(other, state) and not has(other, place)]

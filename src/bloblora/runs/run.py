@@ -157,7 +157,7 @@ class Run:
         Raises:
             TaskError: a record has no response, or is over the task's ``max_length``.
         """
-        examples = response_examples(self.task, self.records(records), self.tokenizer)
+        examples = [*response_examples(self.task, self.records(records), self.tokenizer)]
         prompts, responses = ([example[name] for example in examples] for name in ("prompt", "response"))
         options: dict[str, Any] = {"sampler": self.sampler, "batch_size": batch_size, "progress": progress}
         return score(self.model, prompts, responses, num_samples, seed, **options)
