@@ -94,7 +94,7 @@ def names(place: Path, page: str) -> dict[str, Any]:
     texts = [record["text"] for record in queries()]
     encoded = [tokenizer(text, padding="max_length", max_length=16) for text in texts]
     classifiers: list[Any] = [AutoModelForSequenceClassification.from_pretrained(base, num_labels=2) for _ in range(3)]
-    if page == "docs/generation.md":
+    if page in ("docs/generation.md", "docs/scoring.md"):
         bare, kind = tiny_causal(), "CAUSAL_LM"
     else:
         bare, kind = classifiers.pop(), "SEQ_CLS"

@@ -1,6 +1,7 @@
 """Tiny Bayesian models of four families, decoder-only and encoder-decoder, with prompts of different lengths."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -8,13 +9,19 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from bloblora import BlobConfig, Posterior, bayesianize
+from bloblora import BlobConfig, Posterior, bayesianize, runs
 from tests.tasks.conftest import tiny_causal, tokenizer, with_lora
+from tests.tiny_base import write_jsonl
 
 __all__ = ["tokenizer"]
 
 FAMILIES = ("llama", "gpt2", "t5", "bart")
 VOCABULARY = 60
+RECORDS = [
+    {"id": 7, "prompt": "Question: Which gas do plants take?\nAnswer:", "response": "carbon dioxide"},
+    {"prompt": "What was charged twice?", "response": "my card"},
+]
+SETTINGS = {"steps": 60, "batch_size": 2, "learning_rate": 0.02, "r": 4, "warmup_steps": 0}
 
 
 @dataclass
@@ -75,3 +82,13 @@ def case_of():
         return cases[options]
 
     return case_of
+
+
+@pytest.fixture(scope="session")
+def trained(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generation")
+    data = write_jsonl(folder / "train.jsonl", RECORDS)
+    config = partial(runs.RunConfig.of, data=str(data), model=str(base), **SETTINGS)
+    # Of two examples the KL leaves nothing to learn, and random layers need more than q and v.
+    options = {"kl_scale": 0.0, "init_std": 0.0001, "target_modules": ["o_proj", "up_proj", "down_proj", "lm_head"]}
+    return runs.train(config(output=str(folder / "blob"), **options), progress=False)

@@ -20,6 +20,7 @@ def generation(**changes) -> Generation:
         "draw_log_probs": probs.log(),
         "entropies": torch.tensor([[0.9, 0.5], [0.7, 0]]),
         "expected_entropies": torch.tensor([[0.6, 0.4], [0.7, 0]]),
+        "ranks": torch.tensor([[1, 3], [2, 0]]),
         "num_samples": 3,
     }
     return Generation(**fields | changes)

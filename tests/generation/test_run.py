@@ -15,21 +15,7 @@ from bloblora.data import ReadingOptions
 from bloblora.runs.checks import check_generates
 from tests.tiny_base import queries, write_jsonl
 
-RECORDS = [
-    {"id": 7, "prompt": "Question: Which gas do plants take?\nAnswer:", "response": "carbon dioxide"},
-    {"prompt": "What was charged twice?", "response": "my card"},
-]
-SETTINGS = {"steps": 60, "batch_size": 2, "learning_rate": 0.02, "r": 4, "warmup_steps": 0}
-
-
-@pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("generation")
-    data = write_jsonl(folder / "train.jsonl", RECORDS)
-    config = partial(runs.RunConfig.of, data=str(data), model=str(base), **SETTINGS)
-    # Of two examples the KL leaves nothing to learn, and random layers need more than q and v.
-    options = {"kl_scale": 0.0, "init_std": 0.0001, "target_modules": ["o_proj", "up_proj", "down_proj", "lm_head"]}
-    return runs.train(config(output=str(folder / "blob"), **options), progress=False)
+from .conftest import RECORDS, SETTINGS
 
 
 def test_training_teaches_the_responses(trained):
@@ -85,6 +71,16 @@ def test_the_command(trained, tmp_path, capsys, caplog):
     assert [line["draws"] for line in lines] == expected.draw_texts
     for name, values in expected.scores().items():
         assert [line[name] for line in lines] == pytest.approx(values.tolist(), abs=1e-6)
+    for i, line in enumerate(lines):
+        kept, tokens = expected.mask[i], line["tokens"]
+        assert tokens["ids"] == expected.tokens[i, kept].tolist()
+        assert tokens["ranks"] == expected.ranks[i, kept].tolist()
+        assert tokens["mutual_information"] == pytest.approx(
+            expected.token_mutual_information[i, kept].tolist(), abs=1e-6
+        )
+        whole = [sum(of_draw) for of_draw in tokens["draw_log_probabilities"]]
+        assert line["draw_log_probabilities"] == pytest.approx(whole, abs=1e-4)
+        assert sum(tokens["log_probabilities"]) == pytest.approx(line["sequence_log_probability"], abs=1e-4)
     assert capsys.readouterr().out == ""
 
 

@@ -37,6 +37,8 @@ COMMANDS: Mapping[str, str] = {
     "evaluate": "run",
     "predict": "run",
     "generate": "run",
+    "score": "run",
+    "correctness": "run",
     "serve": "serve",
     "export": "share",
     "card": "share",
@@ -138,7 +140,7 @@ def _help() -> str:
         tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
         lines |= {node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in functions}
-    commands = "\n".join(f"  {command:<10} {lines[command]}" for command in COMMANDS)
+    commands = "\n".join(f"  {command:<11} {lines[command]}" for command in COMMANDS)
     return f"{_DESCRIPTION}\n\ncommands, each with --help:\n{re.sub('``', '`', commands)}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -15,19 +15,21 @@ from transformers.utils import logging
 
 from .. import evaluation, runs
 from ..adapter import find_posterior
-from ..data import ReadingOptions, read_batches, read_records
-from ..decision import check_promises
+from ..data import Reader, ReadingOptions, read_batches, read_records
+from ..decision import MAPS, check_promises
 from ..decision.conformal import Kind, Score
 from ..files import replacing
 from ..runs import PredictionOptions, RunConfig, RunDescription, RunError, open_run
 from ..runs.checks import check_generates
+from ..runs.correctness import CORRECTNESS_FILE, calibrate_texts, open_correctness
 from ..runs.decide import DECISION_FILE, calibrate_on, open_decision, write_decisions
 from ..runs.decide import calibrate as calibrate_run
 from ..runs.evaluate import METRICS_FILE, read_metrics, save_metrics
-from ..runs.lines import write_table
+from ..runs.lines import lines_file, write_table
 from ..runs.outcome import log
 from ..runs.predictions import check_made_by, read_predictions
 from ..runs.processes import use_device
+from ..runs.scoring import score_file
 from ..training import PosteriorHistograms
 from .following import after_calibration, after_training
 
@@ -406,6 +408,16 @@ class GenerationOptions:
         if problems:
             raise RunError("\n".join(problems))
 
+    def how(self) -> dict[str, Any]:
+        """What an answer and its scores depend on."""
+        return {
+            "num_samples": self.samples,
+            "seed": self.seed,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+        }
+
     def of_transformers(self) -> dict[str, Any]:
         """As transformers' ``generate`` takes them."""
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature else {}
@@ -428,7 +440,9 @@ def generate(
     that say the same) and `semantic_entropy` (nats, over what they say); and as means over the answer's tokens
     `log_probability`, `predictive_entropy` (all uncertainty, nats), of it `mutual_information` (what the model doesn't
     know) and `expected_entropy` (what the prompt leaves open); `sequence_log_probability` is that of the whole answer,
-    and `log_probability_variance` its variance over draws.
+    `draw_log_probabilities` the same under each draw, and `log_probability_variance` their variance. `tokens` has the
+    answer's tokens with their values, as `bloblora score` gives them. Of a run that `bloblora correctness` was given
+    also `p_correct`, the probability that the answer is right.
 
     Examples:
       bloblora generate runs/answers --input prompts.jsonl --output answers.jsonl
@@ -450,7 +464,8 @@ def generate(
     runs.check_alone("generate")
     if output is not None:
         runs.check_writable(output)
-    description, run = _opened(directory), None
+    description, run = open_run(directory), None
+    correctness = open_correctness(description, "generate", options.how())
     lines = _lines_file(output)
     with _alone(output):
         with _writing(lines) as handle:
@@ -458,10 +473,155 @@ def generate(
                 with _named(input):
                     check_generates(description.task, records)
                 run = run or runs.load_run(description, trust_remote_code=trust_remote_code)
-                settings = {"batch_size": options.batch_size, **options.of_transformers()}
+                settings = {"batch_size": options.batch_size, "correctness": correctness, **options.of_transformers()}
                 _write_lines(handle, run.describe_texts(records, options.samples, options.seed, **settings))
         if lines:
             _as_table(lines, output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """How a run scores texts."""
+
+    samples: int = field(default=10, metadata={"help": "Weight samples N; 0 is the posterior mean."})
+    seed: int = field(default=0, metadata={"help": "Of the weight samples."})
+    batch_size: int = field(default=16, metadata={"help": "Texts a forward pass."})
+    claims: Literal["sentences"] | None = field(
+        default=None,
+        metadata={"help": "`sentences` scores each sentence of a response that has no `claims` of its own, too."},
+    )
+
+    def __post_init__(self) -> None:
+        PredictionOptions(samples=self.samples, seed=self.seed, batch_size=self.batch_size)
+
+    def how(self) -> dict[str, Any]:
+        """What scores depend on."""
+        return {"num_samples": self.samples, "seed": self.seed}
+
+
+def score(
+    directory: str,
+    input: str,
+    options: ScoringOptions,
+    reading: ReadingOptions,
+    output: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Write a JSON line for each text that is given: its probability under the weight samples, token by token.
+
+    The run is one of `bloblora train --task generation`; a record has a `prompt` and its `response`, or `messages` that
+    end in the assistant's. A line has the measures of `generate` but for `agreement` and `semantic_entropy`, which are
+    of several answers, and in `tokens` of each token: `texts`, `ids`, `log_probabilities` (under the mean of the
+    draws), `predictive_entropies` and `mutual_information` (nats), `ranks` (1: the most probable token) and
+    `draw_log_probabilities`, a list for each draw. `claims` are the parts of a response that a record's own `claims`
+    names, texts or [start, end] in characters, each with its scores in the whole text. Of a run that
+    `bloblora correctness` was given also `p_correct`.
+
+    With --output a stop loses little: the same command continues from what is in that file, and FILE.meta.json beside
+    it says of which run and records it is. Memory holds 256 texts at a time.
+
+    Examples:
+      bloblora score runs/answers --input answers.jsonl --output scores.jsonl --claims sentences
+      echo '{"prompt": "Which gas do plants take in?", "response": "oxygen"}' | bloblora score runs/answers --input -
+
+    Args:
+        directory: folder of a run.
+        input: records with a response, as `train` takes them; `-` reads JSON lines from standard input and scores them
+            64 at a time.
+        options: of the scores.
+        reading: columns of the data; default those of the training data, where they are there.
+        output: file to write; default standard output. A name that ends in .csv or .tsv makes it a table.
+        device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
+    """
+    logging.disable_progress_bar()
+    use_device(device)
+    runs.check_alone("score")
+    if output is not None:
+        runs.check_writable(output)
+    description = open_run(directory)
+    correctness = open_correctness(description, "score", options.how())
+    settings: dict[str, Any] = {"claims": options.claims, "correctness": correctness, "batch_size": options.batch_size}
+    known: dict[str, Any] = {"known": description.columns}
+    if output is not None and input != "-":
+        score_file(description, Reader(input, reading, **known), Path(output), options.how(), **settings)
+        return
+    run = None
+    lines = _lines_file(output)
+    with _writing(lines) as handle:
+        for records in read_batches(input, 64, reading, **known):
+            with _named(input):
+                check_generates(description.task, records)
+            run = run or runs.load_run(description)
+            _write_lines(handle, run.describe_scores(records, options.samples, options.seed, **settings))
+    if lines:
+        _as_table(lines, output)
+
+
+def correctness(
+    directory: str,
+    data: str,
+    options: GenerationOptions,
+    reading: ReadingOptions,
+    matcher: str = "normalized",
+    maps: list[str] = list(MAPS),  # noqa: B006  # never changed
+    json: bool = False,
+    device: str | None = None,
+) -> None:
+    """Fit the probability that a text is right on labelled texts, for `generate` or `score`.
+
+    Where records have `right`, true or false, their responses are scored, and `score` gives `p_correct` from then on.
+    Where they don't, the `response` is a reference: the run answers each prompt, --matcher says whether the answer is
+    right, and `generate` gives `p_correct`. Both maps can be there, each for its --samples, --seed and, of answers,
+    --max-new-tokens, --temperature and --top-p. They are saved in the run's folder as correctness.json.
+
+    The map is chosen by 5-fold cross-validation among Platt, beta and isotonic maps of each score and a Platt map of
+    all. The metrics are of texts that neither chose nor fitted the map that they got (nested cross-validation): NLL,
+    Brier score, ECE with the ECE floor of a perfectly calibrated model, AUROC of right texts against wrong ones, and
+    the risk (share of wrong texts) over all coverages (AURC) and at 80 % and 50 %. Texts that the run was trained on
+    make all of it worthless.
+
+    Examples:
+      bloblora correctness runs/answers --data held_out.jsonl
+      bloblora correctness runs/sums --data held_out.jsonl --matcher numeric --max-new-tokens 16
+      bloblora correctness runs/answers --data held_out.jsonl --matcher judge.py:same_meaning
+
+    Args:
+        directory: folder of a run of `bloblora train --task generation`.
+        data: labelled records, used for nothing else.
+        options: of the answers.
+        reading: columns of the data; default those of the training data, where they are there.
+        matcher: `exact`, `normalized` (but for case, punctuation, articles and white space), `numeric` (the last number
+            of the answer), or a function of answer and reference, `module:function` or `file.py:function`.
+        maps: to choose from: `platt`, `beta`, `isotonic`.
+        json: print JSON.
+        device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
+    """
+    logging.disable_progress_bar()
+    use_device(device)
+    runs.check_alone("correctness")
+    description = open_run(directory)
+    with _named(data):
+        _check_unseen(description, data)
+        records = read_records(data, reading, known=description.columns)
+        entry = calibrate_texts(
+            description,
+            records,
+            options.how(),
+            matcher=matcher,
+            maps=maps,
+            batch_size=options.batch_size,
+            progress=sys.stdout.isatty() and not json,
+            **options.of_transformers(),
+        )
+    if json:
+        print(dumped(entry))
+        return
+    fitted = entry["correctness"]
+    print(f"{fitted['num_right']} of {fitted['num_examples']} texts are right")
+    print(f"map: {fitted['kind']} of {', '.join(fitted['scores'])}")
+    print(", ".join(f"{name} {value:.4g}" for name, value in fitted["metrics"].items()))
+    command = f"bloblora {entry['of']} {directory} --input FILE"
+    print(f"saved to {Path(directory) / CORRECTNESS_FILE}; next: {command}")
 
 
 def _rescaled(rescaling: dict[str, Any]) -> str:
@@ -556,21 +716,16 @@ def _lines_file(output: str | None) -> Path | None:
     """Where lines are written to: the output, or of a table a hidden file beside it."""
     if output is None:
         return None
-    file = Path(output)
-    return file.with_name(f".{file.name}.jsonl") if _is_table(file) else file
+    return lines_file(Path(output))
 
 
 def _as_table(lines: Path, output: str | None) -> None:
     """Make the table of its lines, and remove these, where the output is one."""
-    if output is not None and _is_table(Path(output)):
+    if output is not None and lines != Path(output):
         try:
             write_table(lines, Path(output))
         finally:
             lines.unlink()
-
-
-def _is_table(file: Path) -> bool:
-    return file.suffix.lower() in (".csv", ".tsv")
 
 
 def _write_lines(handle: TextIO, lines: Iterator[dict[str, Any]]) -> None:

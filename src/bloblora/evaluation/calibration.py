@@ -72,7 +72,15 @@ def ece_floor(
     confidence says (consistency resampling; Bröcker & Smith 2007, Weather and Forecasting 22, 651-661). An ECE near the
     mean shows no miscalibration. Arguments and errors are those of `metrics`.
     """
-    confidence = checked(predicted, targets)[0].exp().amax(-1).sort().values  # so that the order has no effect
+    confidence = checked(predicted, targets)[0].exp().amax(-1)
+    return confidence_floor(confidence, num_bins, num_resamples=num_resamples, seed=seed)
+
+
+def confidence_floor(
+    confidence: Tensor, num_bins: int = 15, *, num_resamples: int = 1000, seed: int = 0
+) -> dict[str, float]:
+    """The same from each answer's confidence (n,), in [0, 1]."""
+    confidence = confidence.double().sort().values  # so that the order has no effect
     inside = one_hot(equal_width(confidence, num_bins), num_bins).double()
     generator, found = torch.Generator().manual_seed(seed), []
     for chunk in torch.arange(num_resamples).split(max(1, 2**22 // len(confidence))):

@@ -37,6 +37,7 @@ class Answers:
     draw_log_probs: Tensor
     entropies: Tensor
     expected_entropies: Tensor
+    ranks: Tensor
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Decoding:
         self._write_own(writers[1:], prompts.read, logits)
         (tokens, mask), *own = (writer.answer() for writer in writers)
         draw_tokens, draw_masks = (torch.stack(parts) for parts in zip(*own, strict=True))
-        draw_log_probs, entropies, expected = (torch.stack(parts, dim=-1) * mask for parts in zip(*scores, strict=True))
-        return Answers(tokens, mask, draw_tokens, draw_masks, draw_log_probs, entropies, expected)
+        of_tokens = (torch.stack(parts, dim=-1) * mask for parts in zip(*scores, strict=True))
+        return Answers(tokens, mask, draw_tokens, draw_masks, *of_tokens)
 
     def _write_averaged(self, writer: _Writer, read: list[_Sequences], logits: Tensor) -> list[tuple[Tensor, ...]]:
         """Write one answer that all draws read; `_token_scores` of each token."""
@@ -252,9 +253,34 @@ class _Writer:
         return self.tokens[:, self._start :], torch.stack(self._mask, dim=-1)
 
 
-def _token_scores(logits: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p_s (S, b) of a token, H[p̄] (b,) and the mean of H[p_s] (b,), of logits (S, b, V)."""
-    log_probs = logits.log_softmax(-1)
-    probs = log_probs.exp()
-    of_token = log_probs.gather(-1, token.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1)
-    return of_token, torch.special.entr(probs.mean(0)).sum(-1), torch.special.entr(probs).sum(-1).mean(0)
+def _token_scores(logits: Tensor, token: Tensor) -> tuple[Tensor, ...]:
+    """log p_s (S, b) of a token, H[p̄] (b,), the mean of H[p_s] (b,), and the token's rank (b,), of logits (S, b, V)."""
+    sums = TokenSums(token)
+    for of_draw in logits:
+        sums.add(of_draw)
+    return sums.result()
+
+
+class TokenSums:
+    """What is kept of the draws' logits (b, V) for b tokens, one draw after the other."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._tokens, self._log_probs = tokens.unsqueeze(-1), list[Tensor]()
+        self._probs: Tensor | float = 0.0
+        self._entropies: Tensor | float = 0.0
+
+    def add(self, logits: Tensor) -> None:
+        """The next draw."""
+        log_probs = logits.log_softmax(-1)
+        probs = log_probs.exp()
+        self._log_probs.append(log_probs.gather(-1, self._tokens).squeeze(-1))
+        self._entropies = self._entropies + torch.special.entr(probs).sum(-1)
+        self._probs = self._probs + probs
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log p_s of the tokens (S, b), H[p̄] (b,), the mean of H[p_s] (b,), and ranks from 1 under p̄ (b,)."""
+        draws = len(self._log_probs)
+        mean = torch.as_tensor(self._probs / draws)
+        ranks = 1 + (mean > mean.gather(-1, self._tokens)).sum(-1)
+        expected = torch.as_tensor(self._entropies / draws)
+        return torch.stack(self._log_probs), torch.special.entr(mean).sum(-1), expected, ranks

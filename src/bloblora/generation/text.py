@@ -1,6 +1,5 @@
 """Open-ended text under weight samples, each of them one function for a whole sequence, and how far they agree."""
 
-import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -17,22 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..contexts import eval_mode
 from ..prediction import Sampler, WeightDraws
-from ..prediction.prediction import check_num_samples, mutual_information, sampler_of
+from ..prediction.prediction import check_num_samples, sampler_of
 from ..prediction.sampler import StackedWeights
 from .decoding import Answers, Decoding, KeptDraws
+from .tokens import TokenScores
 
 Agree = Callable[[str, str], bool]
 """Whether two answers mean the same: a symmetric relation, so of an entailment model both directions."""
-_SCORES = (
-    "log_probability",
-    "sequence_log_probability",
-    "predictive_entropy",
-    "expected_entropy",
-    "mutual_information",
-    "log_probability_variance",
-    "agreement",
-    "semantic_entropy",
-)
 
 
 def normalized(text: str) -> str:
@@ -65,74 +55,25 @@ def clusters(texts: Sequence[str], agree: Agree = same_text) -> list[int]:
     return found
 
 
-@dataclass(frozen=True)
-class Generation:
-    r"""Answers to n prompts: of the averaged model and of each draw, with their uncertainty.
+@dataclass(frozen=True, kw_only=True)
+class Generation(TokenScores):
+    """Answers to n prompts: of the averaged model and of each draw, with their uncertainty.
 
-    The averaged answer y takes each token from :math:`\bar p_t = \frac1S\sum_s p_s(\cdot \mid y_{<t}, x)`, the
-    token-level Bayesian model average (product of expectations; Malinin & Gales, arXiv 2002.07650). All draws read the
-    same prefix; they keep equal weights, however probable it is under each. T is the number of tokens of the longest
-    answer, the end-of-text token counted; where an answer has ended, values are 0. Probabilities are the model's own,
-    before temperature, top-p and penalties.
+    The averaged answer takes each token from p̄_t. The draws keep equal weights, however probable its prefix is under
+    each. T is the number of tokens of the longest answer, the end-of-text token counted. Probabilities are the model's
+    own, before temperature, top-p and penalties. What `TokenScores` has is of the averaged answers.
 
     Attributes:
         texts: the averaged answers, n.
         draw_texts: for each prompt the answers of the S draws, each written on its own.
-        tokens: the averaged answers, (n, T); the pad token or 0 after their end.
-        draw_tokens: those of the draws, (S, n, T'), likewise.
-        mask: (n, T) bool, which tokens belong to the averaged answer.
-        draw_log_probs: log p_s of the averaged answer's tokens, (S, n, T) float32, nats.
-        entropies: H[p̄_t], (n, T), nats.
-        expected_entropies: the mean over draws of H[p_st], (n, T), nats.
-        num_samples: N; 0 is the posterior mean (S = 1).
+        draw_tokens: those of the draws, (S, n, T'); the pad token or 0 after their end, as in ``tokens``.
         agree: whether two answers mean the same.
     """
 
     texts: list[str]
     draw_texts: list[list[str]]
-    tokens: Tensor
     draw_tokens: Tensor
-    mask: Tensor
-    draw_log_probs: Tensor
-    entropies: Tensor
-    expected_entropies: Tensor
-    num_samples: int
     agree: Agree = same_text
-
-    @property
-    def log_probability(self) -> Tensor:
-        """Mean over tokens of log p̄_t(y_t), (n,), nats: the length-normalized log-probability of the answer."""
-        return self._token_mean(self._log_probs)
-
-    @property
-    def sequence_log_probability(self) -> Tensor:
-        """Sum over tokens of log p̄_t(y_t), (n,), nats: the log-probability of the whole answer.
-
-        Where an answer is decided at its first tokens and then spelled out, as a choice that stands in the prompt is,
-        the mean over tokens says more of its length than of its truth.
-        """
-        return (self._log_probs * self.mask).sum(-1)
-
-    @property
-    def predictive_entropy(self) -> Tensor:
-        """Mean over tokens of H[p̄_t], (n,), nats: total uncertainty."""
-        return self._token_mean(self.entropies)
-
-    @property
-    def expected_entropy(self) -> Tensor:
-        """Mean over tokens of the draws' mean entropy, (n,), nats: aleatoric uncertainty."""
-        return self._token_mean(self.expected_entropies)
-
-    @property
-    def mutual_information(self) -> Tensor:
-        """Mean over tokens of the epistemic uncertainty, (n,), nats: 0 for a single draw, which doesn't define it."""
-        draws = len(self.draw_log_probs)
-        return self._token_mean(mutual_information(self.entropies, self.expected_entropies, draws))
-
-    @property
-    def log_probability_variance(self) -> Tensor:
-        """Variance (S - 1) over draws of log p_s of the whole averaged answer, (n,), nats²; 0 for one draw."""
-        return self.draw_log_probs.sum(-1).var(0, correction=min(1, len(self.draw_log_probs) - 1))
 
     @property
     def agreement(self) -> Tensor:
@@ -149,15 +90,7 @@ class Generation:
 
     def scores(self) -> dict[str, Tensor]:
         """Every measure of uncertainty by its name, each (n,)."""
-        return {name: getattr(self, name) for name in _SCORES}
-
-    @property
-    def _log_probs(self) -> Tensor:
-        """log p̄_t(y_t), (n, T)."""
-        return torch.logsumexp(self.draw_log_probs, dim=0) - math.log(len(self.draw_log_probs))
-
-    def _token_mean(self, values: Tensor) -> Tensor:
-        return (values * self.mask).sum(-1) / self.mask.sum(-1)
+        return super().scores() | {"agreement": self.agreement, "semantic_entropy": self.semantic_entropy}
 
     def _of_draws(self, score: Callable[[list[str]], float]) -> Tensor:
         return torch.tensor([score(texts) for texts in self.draw_texts])
@@ -289,8 +222,8 @@ def _joined(
     draw_mask = joined.pop("draw_mask")
     of_draws = [texts(*draw) for draw in zip(joined["draw_tokens"], draw_mask, strict=True)]
     return Generation(
-        texts(joined["tokens"], joined["mask"]),
-        [*map(list, zip(*of_draws, strict=True))],
+        texts=texts(joined["tokens"], joined["mask"]),
+        draw_texts=[*map(list, zip(*of_draws, strict=True))],
         **joined,
         num_samples=num_samples,
         agree=agree,

@@ -21,7 +21,7 @@ from ..runs.folder import VALIDATION_FIGURE, is_remote, read_run_file, reason, w
 from .card import CARD_FILE, is_generated, model_card, public_base, public_name
 
 _PICTURES = ("reliability*.png", VALIDATION_FIGURE)
-_PATTERNS = ("run.json", "task.json", "decision.json", "distance.*", METRICS_FILE, *_PICTURES)
+_PATTERNS = ("run.json", "task.json", "decision.json", "correctness.json", "distance.*", METRICS_FILE, *_PICTURES)
 _PLACES = ("data", "validation", "output", "trunk_cache")
 
 

@@ -1,7 +1,7 @@
 """A run's decisions: calibrated on held-out records, kept in its folder, used by what predicts."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -150,7 +150,7 @@ def calibrate_on(
     file, how, state = description.folder / DECISION_FILE, _how(options), state_of(description)
     content = {**how, **state, **content}
     with locked(file):
-        others = [entry for entry in _entries(file) if _has(entry, state) and not _has(entry, how)]
+        others = [entry for entry in _entries(file) if has(entry, state) and not has(entry, how)]
         write_decisions(file, [*others, content])
     return content
 
@@ -175,7 +175,7 @@ def open_decision(description: RunDescription, options: PredictionOptions) -> De
     if not file.is_file():
         return None
     for entry, decision in entries:
-        if _has(entry, here):
+        if has(entry, here):
             return decision
     there = "; ".join(", ".join(f"{name} {entry.get(name)}" for name in here) for entry, _ in entries)
     now = ", ".join(f"{name} {value}" for name, value in here.items())
@@ -204,7 +204,7 @@ def open_realized(description: RunDescription, options: PredictionOptions) -> di
         RunError: as `open_decisions`.
     """
     here = _how(options)
-    return next((entry["realized"] for entry, _ in open_decisions(description) if _has(entry, here)), {})
+    return next((entry["realized"] for entry, _ in open_decisions(description) if has(entry, here)), {})
 
 
 def _checked(file: Path, state: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Decision]]:
@@ -244,7 +244,8 @@ def _check_place(description: RunDescription) -> None:
     check_writable(description.folder / DECISION_FILE)
 
 
-def _has(entry: dict[str, Any], values: dict[str, Any]) -> bool:
+def has(entry: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether an entry of a run's file has these values."""
     return all(entry.get(name) == value for name, value in values.items())
 
 

@@ -45,6 +45,11 @@ def columns_of(task: tasks.Task, record: dict[str, Any]) -> Sequence[str]:
     return [f"{index}: {column}" for index, column in enumerate(columns)] if alike else columns
 
 
+def lines_file(output: Path) -> Path:
+    """Where lines are written to: the output, or of a table, .csv or .tsv by its name, a hidden file beside it."""
+    return output.with_name(f".{output.name}.jsonl") if output.suffix.lower() in (".csv", ".tsv") else output
+
+
 def write_table(lines: Path, table: Path) -> None:
     """JSON lines as a table, .tsv or .csv by its name, whole or not at all.
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import models, tasks
 from ..data import as_records, unanswered
-from ..generation import Generation, posterior_generate
+from ..decision import Correctness
+from ..generation import Generation, TokenScores, posterior_generate, score
 from ..methods import Method
 from ..prediction import Prediction, Sampler, StoppingRule, Tempered, hidden_states, predict
 from ..quantized import dequantize
@@ -20,6 +21,7 @@ from .checks import check_sharded, num_labels
 from .config import RunConfig, RunError
 from .folder import RunDescription, open_run
 from .processes import processes, shard, sharded
+from .texts import response_examples, text_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,20 +154,49 @@ class Run:
         given = {"tokenizer": self.tokenizer, "sampler": self.sampler, **options}
         return posterior_generate(self.model, inputs, num_samples, seed, **given)
 
+    def score(
+        self, records: Any, num_samples: int = 10, seed: int = 0, *, batch_size: int = 16, progress: bool = False
+    ) -> TokenScores:
+        """What the weight samples say of the records' responses, token by token; see `bloblora.generation.score`.
+
+        Raises:
+            TaskError: a record has no response, or is over the task's ``max_length``.
+        """
+        examples = [*response_examples(self.task, self.records(records), self.tokenizer)]
+        prompts, responses = ([example[name] for example in examples] for name in ("prompt", "response"))
+        options: dict[str, Any] = {"sampler": self.sampler, "batch_size": batch_size, "progress": progress}
+        return score(self.model, prompts, responses, num_samples, seed, **options)
+
     def describe_texts(
-        self, records: Any, num_samples: int = 10, seed: int = 0, **options: Any
+        self,
+        records: Any,
+        num_samples: int = 10,
+        seed: int = 0,
+        *,
+        correctness: Correctness | None = None,
+        **options: Any,
     ) -> Iterator[dict[str, Any]]:
-        """For each record the averaged answer, those of the draws, and the uncertainty."""
+        """For each record the averaged answer, those of the draws, and the uncertainty, also of each token."""
         records = self.records(records)
         found = self.generate(records, num_samples, seed, **options)
-        scores = found.scores()
-        for i, record in enumerate(records):
-            yield {
-                **{key: record[key] for key in ("id", "prompt", "messages") if key in record},
-                "answer": found.texts[i],
-                "draws": found.draw_texts[i],
-                **{name: float(values[i]) for name, values in scores.items()},
-            }
+        answers = [{"answer": text, "draws": draws} for text, draws in zip(found.texts, found.draw_texts, strict=True)]
+        yield from text_lines(records, answers, found, self.tokenizer, correctness)
+
+    def describe_scores(
+        self,
+        records: Any,
+        num_samples: int = 10,
+        seed: int = 0,
+        *,
+        claims: str | None = None,
+        correctness: Correctness | None = None,
+        **options: Any,
+    ) -> Iterator[dict[str, Any]]:
+        """For each record the scores of its response, of each token, and of its claims; see `runs.texts.text_lines`."""
+        records = self.records(records)
+        found = self.score(records, num_samples, seed, **options)
+        responses = [{"response": record["response"]} if "response" in record else {} for record in records]
+        yield from text_lines(records, responses, found, self.tokenizer, correctness, claims)
 
     def _examples(self, records: Any) -> list[dict[str, Any]]:
         return tasks.encode_all(self.task, [unanswered(record) for record in self.records(records)], self.tokenizer)

@@ -1,0 +1,72 @@
+"""Whether an answer is right, by a reference."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from .text import same_text
+
+Matcher = Callable[[str, str], bool]
+"""Whether an answer is the reference; a ValueError where the reference is none for it."""
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|(?<![\w.])[-+−]?\.\d+"
+)
+
+
+def exact(answer: str, reference: str) -> bool:
+    """Whether the two are equal but for outer white space."""
+    return answer.strip() == reference.strip()
+
+
+def numeric(answer: str, reference: str) -> bool:
+    """Whether the answer's last number is the reference's, to 9 digits; 1,234.5 and -2e3 are numbers.
+
+    Raises:
+        ValueError: the reference has no number.
+    """
+    wanted = _last_number(reference)
+    if wanted is None:
+        raise ValueError(f"{reference!r} has no number in it; take another matcher than numeric")
+    found = _last_number(answer)
+    return found is not None and math.isclose(found, wanted, rel_tol=1e-9, abs_tol=1e-12)
+
+
+MATCHERS: Mapping[str, Matcher] = {"exact": exact, "normalized": same_text, "numeric": numeric}
+
+
+def find_matcher(name: str) -> Matcher:
+    """One of `MATCHERS`, or a user's function of answer and reference: ``module:function`` or ``file.py:function``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name in MATCHERS:
+        return MATCHERS[name]
+    place, _, function = name.rpartition(":")
+    known = f"matcher must be {', '.join(MATCHERS)}, module:function or file.py:function, got {name!r}"
+    if not place or not function:
+        raise ValueError(known)
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except (ImportError, OSError, SyntaxError) as error:
+        raise ValueError(f"{known}: {error}") from error
+    if not callable(found := getattr(module, function, None)):
+        raise ValueError(f"{known}: it has no function {function!r}")
+    return found
+
+
+def _last_number(text: str) -> float | None:
+    numbers = _NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "").replace("−", "-")) if numbers else None

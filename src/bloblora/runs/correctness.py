@@ -1,0 +1,175 @@
+"""A run's probability that a text is right: fitted on labelled texts, kept in its folder, used by what writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..decision import MAPS, Correctness, CorrectnessError, fit_correctness
+from ..decision.correctness import check_counts
+from ..files import json_sha256, read_json, write_json
+from ..generation import find_matcher
+from .checks import check_generates
+from .config import RunError
+from .decide import has
+from .folder import RunDescription, records_sha256
+from .predictions import state_of
+from .processes import CHUNK
+from .run import load_run
+from .texts import response_examples
+
+CORRECTNESS_FILE, _FORMAT_VERSION = "correctness.json", 1
+_WORDS = {"true": True, "right": True, "1": True, "false": False, "wrong": False, "0": False}
+
+
+def calibrate_texts(
+    description: RunDescription,
+    records: Sequence[dict[str, Any]],
+    how: Mapping[str, Any],
+    *,
+    matcher: str = "normalized",
+    maps: Sequence[str] = MAPS,
+    batch_size: int = 16,
+    progress: bool = False,
+    **generation: Any,
+) -> dict[str, Any]:
+    """Fit a map to the probability that a text is right, and save it in the run's folder.
+
+    Records with ``right``, true or false, are texts that are given: their responses are scored, and the map is for
+    `Run.score`. Of others the response is a reference: the run answers, a matcher says whether it is right, and the map
+    is for `Run.generate`. A map for other options stays there; those for another adapter go.
+
+    Args:
+        description: of the run.
+        records: labelled, used for nothing else.
+        how: ``num_samples`` and ``seed``, and what else decides the scores: ``max_new_tokens``, ``temperature``, ….
+        matcher: see `bloblora.generation.find_matcher`.
+        maps: see `bloblora.decision.fit_correctness`.
+        batch_size: texts a forward.
+        progress: show a bar.
+        generation: options of `Run.generate`.
+
+    Returns:
+        What the file says of the map.
+
+    Raises:
+        RunError: a run that isn't of text, or is on the hub; records of another kind, or without what they need.
+        CorrectnessError: too few texts are right or wrong; nothing is saved.
+        ValueError: there is no such matcher, or a reference that it can't use.
+    """
+    if description.remote:
+        raise RunError(f"{description.name}: is on the hub; fit a map in a folder, and push that")
+    check_generates(description.task, records)
+    given, agree = _given(records), find_matcher(matcher)
+    if given is not None:
+        check_counts(sum(given), len(given))
+    if given is None:
+        references = [_reference(record, number) for number, record in enumerate(records, start=1)]
+        for number, reference in enumerate(references, start=1):
+            try:
+                agree(reference, reference)
+            except Exception as error:  # a user's function may raise anything
+                raise RunError(f"record {number}: field 'response': matcher {matcher}: {error}") from error
+    kind = "generate" if given is None else "score"
+    place = _place(kind, how)
+    entries, state = _entries(description), state_of(description)
+    run = load_run(description)
+    if given is not None:  # all that is wrong, before the first is scored
+        for _ in response_examples(run.task, records, run.tokenizer):
+            pass
+    right, parts = [], []
+    for start in range(0, len(records), CHUNK):
+        chunk: Any = records[start : start + CHUNK]
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+        if given is not None:
+            right += given[start : start + CHUNK]
+            parts.append(run.score(chunk, how["num_samples"], how["seed"], **options).scores())
+            continue
+        written = run.generate(chunk, how["num_samples"], how["seed"], **options, **generation)
+        right += [agree(*pair) for pair in zip(written.texts, references[start : start + CHUNK], strict=True)]
+        parts.append(written.scores())
+    scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    fitted = fit_correctness(scores, torch.tensor(right).bool(), maps=maps)
+    entry = {**place, **state, "records_sha256": records_sha256(records)}
+    entry |= {"matcher": matcher if given is None else None, "correctness": fitted.to_dict()}
+    entry["sha256"] = json_sha256(entry)
+    others = [other for other in entries if has(other, state) and not has(other, place)]
+    file = description.folder / CORRECTNESS_FILE
+    write_json(file, {"format_version": _FORMAT_VERSION, "maps": [*others, entry]})
+    return entry
+
+
+def open_correctness(description: RunDescription, kind: str, how: Mapping[str, Any]) -> Correctness | None:
+    """The map in a finished run's folder for texts that are generated or given, or None where there is none.
+
+    Args:
+        description: of the run.
+        kind: ``generate`` or ``score``.
+        how: as for `calibrate_texts`.
+
+    Raises:
+        RunError: the maps of this kind are for other options or another adapter, or the file is damaged.
+    """
+    entries = [entry for entry in _entries(description) if entry["of"] == kind]
+    if not entries:
+        return None
+    file, wanted = description.folder / CORRECTNESS_FILE, {**_place(kind, how), **state_of(description)}
+    for entry in entries:
+        if has(entry, wanted):
+            return Correctness.from_dict(entry["correctness"])
+    there = "; ".join(", ".join(f"{name} {entry.get(name)}" for name in wanted) for entry in entries)
+    now = ", ".join(f"{name} {value}" for name, value in wanted.items())
+    raise RunError(
+        f"{file} is for other texts ({there} there, {now} now); run `bloblora correctness` again with these options, "
+        "or remove the file to do without p_correct"
+    )
+
+
+def _entries(description: RunDescription) -> list[dict[str, Any]]:
+    """What the file holds, checked; none where there is no file."""
+    file = description.folder / CORRECTNESS_FILE
+    if not file.is_file():
+        return []
+    stored = read_json(file, RunError)
+    again = "remove the file, and run `bloblora correctness` again"
+    if (version := stored.get("format_version")) != _FORMAT_VERSION:
+        raise RunError(f"{file}: format_version is {version!r}; this bloblora reads {_FORMAT_VERSION}: {again}")
+    entries = stored.get("maps")
+    try:
+        for entry in entries:  # type: ignore[union-attr]  # what is no list is an error
+            if entry["of"] not in ("generate", "score"):
+                raise CorrectnessError(f"of: {entry['of']!r} is neither generate nor score")
+            Correctness.from_dict(entry["correctness"])
+            if entry["sha256"] != json_sha256({name: value for name, value in entry.items() if name != "sha256"}):
+                raise CorrectnessError("its SHA-256 isn't the one in it: it was altered")
+    except (KeyError, TypeError, CorrectnessError) as error:
+        raise RunError(f"{file}: {error}; {again}") from error
+    return list(entries or ())
+
+
+def _place(kind: str, how: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("num_samples", "seed") if kind == "score" else how
+    return {"of": kind, "options": {name: how[name] for name in names}}
+
+
+def _given(records: Sequence[Mapping[str, Any]]) -> list[bool] | None:
+    """Whether each text that is given is right; None where no record says so."""
+    values = [record.get("right") for record in records]
+    if all(value in (None, "") for value in values):
+        return None
+    found = [_WORDS.get(str(value).strip().lower()) for value in values]
+    for number, (value, right) in enumerate(zip(values, found, strict=True), start=1):
+        if right is None:
+            raise RunError(f"record {number}: field 'right': {value!r} must be true or false, of all records or none")
+    return [bool(right) for right in found]
+
+
+def _reference(record: Mapping[str, Any], number: int) -> str:
+    messages = record.get("messages")
+    if messages and messages[-1]["role"] == "assistant":
+        return messages[-1]["content"]
+    if record.get("response") is None:
+        raise RunError(f"record {number}: it has no response, the reference, and no 'right'; give one of them")
+    return record["response"]

@@ -1,0 +1,70 @@
+"""Scores of a whole file of texts, which a stop doesn't lose."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from .. import models
+from ..data import MappedRows, write_rows
+from ..decision import Correctness
+from ..files import json_sha256
+from .checks import check_generates
+from .folder import RunDescription, records_sha256
+from .lines import lines_file, write_table
+from .predictions import state_of
+from .processes import append_lines
+from .run import Run, load_run
+from .texts import response_examples
+
+
+def score_file(
+    description: RunDescription,
+    records: Iterable[dict[str, Any]],
+    output: Path,
+    how: dict[str, Any],
+    *,
+    claims: str | None = None,
+    correctness: Correctness | None = None,
+    batch_size: int = 16,
+) -> None:
+    """Write the lines of `Run.describe_scores`, from where an earlier call was stopped; memory holds 256 texts.
+
+    All that can be wrong with the records is looked at before the model is loaded.
+
+    Args:
+        description: of the run.
+        records: each with a response.
+        output: JSON lines, with what they depend on in ``<output>.meta.json``; or a table, .csv or .tsv by its name.
+        how: ``num_samples`` and ``seed``.
+        claims: ``sentences``, or None for those that records have.
+        correctness: adds ``p_correct``.
+        batch_size: texts a forward.
+
+    Raises:
+        RunError: the run isn't of text, records are of another kind, or ``output`` holds something else.
+        DataError: records that can't be used.
+        TaskError: of responses that are missing or too long.
+    """
+    with TemporaryDirectory() as scratch:
+        write_rows(Path(scratch) / "records.arrow", records)
+        rows = MappedRows(Path(scratch) / "records.arrow")
+        check_generates(description.task, rows)
+        for _ in response_examples(description.task, rows, models.load_tokenizer(description.config.model), claims):
+            pass
+        of_claims = json_sha256({"claims": [row.get("claims") for row in rows], "by": claims})
+        identity = {**state_of(description), **how, "records_sha256": records_sha256(rows), "claims_sha256": of_claims}
+        identity |= {"correctness_sha256": None if correctness is None else json_sha256(correctness.to_dict())}
+        run: list[Run] = []
+
+        def described(chunk: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+            run[:] = run or [load_run(description)]
+            options: dict[str, Any] = {"claims": claims, "correctness": correctness, "batch_size": batch_size}
+            return run[0].describe_scores(chunk, how["num_samples"], how["seed"], **options)
+
+        lines = lines_file(output)
+        append_lines(lines, rows, described, identity)
+    if lines != output:
+        write_table(lines, output)
+        for file in (lines, lines.with_name(f"{lines.name}.meta.json")):
+            file.unlink()

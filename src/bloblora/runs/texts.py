@@ -1,0 +1,91 @@
+"""What a run says of texts that it writes or is given, as JSON lines have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .. import tasks
+from ..decision import Correctness
+from ..generation import TokenScores, claim_tokens
+from ..generation.claims import claims_of
+
+
+def response_examples(
+    task: tasks.Task,
+    records: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    claims: str | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Each record's ``prompt`` and ``response`` as token ids.
+
+    Raises:
+        TaskError: of all records that have no response, are over the task's ``max_length``, or have claims that their
+            response hasn't; after the last one.
+    """
+    problems = []
+    for number, record in enumerate(records, start=1):
+        try:
+            example = task.encode(record, tokenizer)
+            if "response" not in example:
+                name = "messages" if "messages" in record else "response"
+                raise tasks.TaskError(f"field '{name}': has no response to score; give the text that was written")
+            if cut := example["truncated"]:
+                total = task.length(example) + cut
+                raise tasks.TaskError(
+                    f"max_length: prompt and response have {total} tokens, the limit is {task.max_length}"
+                )
+            if spans := claims_of(record, text := response_of(record), claims):
+                claim_tokens(tokenizer, example["response"], text, spans)
+        except tasks.TaskError as error:
+            problems += [f"record {number}: {problem}" for problem in error.problems]
+            continue
+        yield example
+    if problems:
+        raise tasks.TaskError(*problems[:20], *([f"… and {len(problems) - 20} more"] if len(problems) > 20 else []))
+
+
+def response_of(record: Mapping[str, Any]) -> str:
+    """The text of a record's response."""
+    text: str = record["messages"][-1]["content"] if "messages" in record else record["response"]
+    return text.strip()
+
+
+def text_lines(
+    records: Sequence[Mapping[str, Any]],
+    texts: Sequence[Mapping[str, Any]],
+    found: TokenScores,
+    tokenizer: PreTrainedTokenizerBase,
+    correctness: Correctness | None = None,
+    claims: str | None = None,
+) -> Iterator[dict[str, Any]]:
+    """A line for each record.
+
+    Args:
+        records: that were answered, or whose responses were scored.
+        texts: what the line has of the text.
+        found: its scores.
+        tokenizer: of the tokens.
+        correctness: adds ``p_correct``.
+        claims: ``sentences``, or None for those that a record has; of responses that are given.
+    """
+    scores = found.scores()
+    right = None if correctness is None else correctness.probabilities(scores)
+    for i, (record, text) in enumerate(zip(records, texts, strict=True)):
+        tokens = found.token_lists(i)
+        line = {key: record[key] for key in ("id", "prompt", "messages") if key in record} | {**text}
+        if right is not None:
+            line["p_correct"] = float(right[i])
+        line |= {name: float(values[i]) for name, values in scores.items()}
+        line["draw_log_probabilities"] = found.draw_sequence_log_probs[:, i].tolist()
+        if "answer" not in text and (spans := claims_of(record, response := response_of(record), claims)):
+            masks = claim_tokens(tokenizer, tokens["ids"], response, spans)
+            parts = [found.part(i, mask).scores() for mask in masks]
+            line["claims"] = [
+                {"text": response[start:end], "start": start, "end": end}
+                | {name: float(value) for name, value in part.items()}
+                for (start, end), part in zip(spans, parts, strict=True)
+            ]
+        yield line | {"tokens": {"texts": tokenizer.batch_decode([[token] for token in tokens["ids"]]), **tokens}}
