@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
@@ -74,7 +75,9 @@ def dequantize(model: PreTrainedModel) -> None:
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether this is a linear layer of bitsandbytes, HQQ or torchao."""
+    """Whether this is a linear layer of bitsandbytes, HQQ or torchao, and not PEFT's around one."""
+    if isinstance(layer, BaseTunerLayer):
+        return False
     weight = type(getattr(layer, "weight", None))
     return weight.__name__ in _BITSANDBYTES or weight.__module__.startswith("torchao.") or hasattr(layer, "W_q")
 

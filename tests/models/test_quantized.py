@@ -151,7 +151,7 @@ def test_served(run):
     with serving(hosted) as client:
         answer = client.post("/v1/predict", json={"inputs": QUESTIONS[:1]}).json()
     expected = run.predict(QUESTIONS[:1], SETTINGS.samples, SETTINGS.seed).probabilities[0]
-    found = torch.tensor([*answer["predictions"][0]["probabilities"].values()])
+    found = torch.tensor([*answer["answers"][0]["probabilities"].values()])
     torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-4)
 
 
