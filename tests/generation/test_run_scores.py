@@ -22,7 +22,7 @@ from .conftest import RECORDS
 TEXTS = [
     {**RECORDS[0], "claims": ["dioxide", [0, 6]]},
     RECORDS[1],
-    {"prompt": RECORDS[0]["prompt"], "response": "the card. the money"},
+    {"prompt": RECORDS[0]["prompt"], "response": "the card. the carbon"},
 ]
 OPTIONS = ScoringOptions(samples=3)
 GENERATION = GenerationOptions(samples=2, max_new_tokens=16)
@@ -54,7 +54,7 @@ def test_the_command_scores_texts_and_claims(trained, tmp_path):
     assert "".join(tokens["texts"]).startswith(" carbon dioxide")
     assert len(tokens["draw_log_probabilities"]) == 3
     assert [claim["text"] for claim in lines[0]["claims"]] == ["dioxide", "carbon"]
-    assert [claim["text"] for claim in lines[2]["claims"]] == ["the card.", "the money"]
+    assert [claim["text"] for claim in lines[2]["claims"]] == ["the card.", "the carbon"]
     for line in (lines[0], lines[2]):  # of every token but the end of the text, each in one claim
         inside = sum(line["tokens"]["log_probabilities"][:-1])
         claimed = sum(claim["sequence_log_probability"] for claim in line["claims"])
