@@ -101,7 +101,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 def check_finite_tensors(tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise a FloatingPointError where a tensor has an entry that is NaN or infinite: before anything is written."""
     for name, tensor in tensors.items():
-        if not (finite := tensor.isfinite()).all():
+        if not tensor.is_meta and not (finite := tensor.isfinite()).all():
             raise FloatingPointError(
                 f"{what}: {name} has {int((~finite).sum())} of {tensor.numel()} entries that are NaN or infinite, so "
                 "nothing was written; train with a lower learning rate, or with dtype float32 or bfloat16 in the place "

@@ -148,7 +148,7 @@ def test_metrics_of_another_form_are_found_before_the_model_is_loaded(call, run,
 
 def test_a_folder_that_cannot_be_written_costs_no_evaluation(call, run, files, tmp_path):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
-    (folder / ".metrics.json.partial").mkdir()  # root may write into any folder
+    (folder / ".metrics.json.lock").mkdir()  # root may write into any folder
     status, out, err = call("evaluate", folder, "--data", files.texts, "--samples", "2", "--json")
     assert (status, json.loads(out)["num_examples"]) == (0, 4)
     assert "metrics aren't in the run's folder" in err

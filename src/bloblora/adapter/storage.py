@@ -133,7 +133,7 @@ def save_pretrained(model: PeftModel, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("state_dict") is None:
             _refuse_sharded(model)
     if options["is_main_process"]:
-        for name in names:
+        for name in (name for name in names if name in model.peft_config):  # PEFT says what it thinks of others
             check_finite_tensors(_numbers(model, name, kwargs.get("state_dict")), f"adapter {name!r}")
     type(model).save_pretrained(model, *args, **kwargs)
     if options["is_main_process"]:
