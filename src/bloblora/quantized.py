@@ -83,10 +83,11 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Switch off what bitsandbytes 0.50 does to 4-bit weights in a CPU's first forward without gradients.
+    """Switch off what bitsandbytes 0.50 does to 4-bit weights in a CPU's first forward in eval mode.
 
-    Where the CPU computes in bfloat16 it packs them anew, for a product in bfloat16 that has no gradient: a training
-    that was evaluated goes on without the gradients of what is below each layer, in silence.
+    Where the CPU computes in bfloat16 it packs them anew, for a product in bfloat16 that has no gradient
+    (``Linear4bit.forward`` and ``matmul_4bit``): a training that was evaluated would go on without the gradients of
+    what is below each layer.
 
     Raises:
         ValueError: it has happened already.

@@ -60,7 +60,7 @@ def test_the_command(trained, tmp_path, capsys, caplog):
     folder = shutil.copytree(trained.config.output, tmp_path / "run")
     stored = json.loads((folder / "run.json").read_text())
     stored["training"]["warnings"] = ["it learned nothing"]
-    (folder / "run.json").write_text(json.dumps(stored))
+    write_signed(folder / "run.json", stored)
     generate(str(folder), str(prompts), options, ReadingOptions(), output=str(output))
     assert "this run: it learned nothing" in caplog.messages
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]

@@ -160,6 +160,7 @@ def test_served(run):
     [
         ({"quantize": "3bit"}, "quantize must be one of none, 4bit, 8bit, hqq, torchao, got '3bit'"),
         ({"quantize": "4bit", "method": "full"}, "quantize '4bit': method 'full' trains the base model's own weights"),
+        ({"quantize": "hqq", "trunk_cache": "trunk", "top_blocks": 1}, "quantize 'hqq': trunk_cache isn't offered"),
     ],
 )
 def test_runs_that_cannot_be_quantized(options, message):

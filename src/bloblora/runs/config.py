@@ -367,6 +367,8 @@ class RunConfig:
         yield from self._wrong_validation(method)
         if self.quantize != "none" and method.whole_model:
             yield f"quantize {self.quantize!r}: method {method.name!r} trains the base model's own weights; use none"
+        if self.quantize != "none" and self.trunk_cache is not None:
+            yield f"quantize {self.quantize!r}: trunk_cache isn't offered with it; leave one of them out"
         if self.start_from is not None and not method.starts_from_lora:
             yield f"start_from isn't for method {method.name!r}"
         if self.prior_from is not None:
