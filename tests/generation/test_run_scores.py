@@ -1,5 +1,6 @@
 """`bloblora score` and `bloblora correctness` of a trained run."""
 
+import csv
 import io
 import json
 import shutil
@@ -101,7 +102,9 @@ def test_a_stream_and_a_table(trained, tmp_path, monkeypatch, capsys):
     assert [line["log_probability"] for line in streamed] == pytest.approx(expected, abs=1e-5)
     table = tmp_path / "scores.csv"
     score(trained.config.output, str(data), OPTIONS, ReadingOptions(), output=str(table))
-    assert len(table.read_text().splitlines()) == 4
+    with table.open(newline="") as handle:
+        rows = [*csv.DictReader(handle)]
+    assert [json.loads(row["tokens"])["ids"] for row in rows] == [line["tokens"]["ids"] for line in streamed]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["scores.csv", "texts.jsonl"]
 
 
