@@ -13,7 +13,7 @@ from bloblora import runs
 from bloblora.cli.run import GenerationOptions, generate
 from bloblora.data import ReadingOptions
 from bloblora.runs.checks import check_generates
-from tests.tiny_base import queries, write_jsonl
+from tests.tiny_base import queries, write_jsonl, write_signed
 
 from .conftest import RECORDS, SETTINGS
 

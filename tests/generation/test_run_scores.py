@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from bloblora.data import DataError, ReadingOptions
 from bloblora.decision import CorrectnessError
 from bloblora.evaluation import ood_metrics
 from bloblora.generation import find_matcher
-from bloblora.runs import processes, scoring
+from bloblora.runs import scoring
 from bloblora.tasks import TaskError
 from tests.tiny_base import queries, write_jsonl
 
@@ -65,7 +66,7 @@ def test_the_command_scores_texts_and_claims(trained, tmp_path):
 
 def test_a_stop_loses_no_more_than_a_chunk(trained, tmp_path, monkeypatch):
     """And the same command on another file, or with other options, is refused."""
-    monkeypatch.setattr(processes, "CHUNK", 2)
+    monkeypatch.setattr(sys.modules["bloblora.runs.processes"], "CHUNK", 2)  # `runs.processes` is a function
     data, output = write_jsonl(tmp_path / "texts.jsonl", TEXTS), tmp_path / "scores.jsonl"
     run_folder, given = trained.config.output, (OPTIONS, ReadingOptions(), str(output))
     score(run_folder, str(data), *given)
