@@ -69,7 +69,7 @@ def test_validation_records_in_memory(base, tmp_path):
 
 def test_records_that_cannot_be_trained_on(base, tmp_path):
     for records, message in (
-        (ALL, "row 1: field 'label': missing"),
+        (ALL, "row 1, 2, 3, 4: field 'label': missing"),
         ([{"text": "x", "label": "a"}, {"text": "", "label": "b"}], "row 2: field 'text': ''"),
     ):
         with pytest.raises(DataError, match=message):
@@ -94,7 +94,7 @@ def test_every_entry_point_takes_them(trained):
     assert calibrate(description, frame, ALL, TWO, **promises) == calibrate(
         description, queries(), queries(), TWO, **promises
     )
-    with pytest.raises(DataError, match="row 1: field 'label': missing"):
+    with pytest.raises(DataError, match="row 1, 2, 3, 4: field 'label': missing"):
         runs.evaluate(trained, ALL, None, TWO)
 
 

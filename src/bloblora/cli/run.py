@@ -464,7 +464,7 @@ def generate(
     runs.check_alone("generate")
     if output is not None:
         runs.check_writable(output)
-    description, run = open_run(directory), None
+    description, run = _opened(directory), None
     correctness = open_correctness(description, "generate", options.how())
     lines = _lines_file(output)
     with _alone(output):
@@ -538,7 +538,7 @@ def score(
     runs.check_alone("score")
     if output is not None:
         runs.check_writable(output)
-    description = open_run(directory)
+    description = _opened(directory)
     correctness = open_correctness(description, "score", options.how())
     settings: dict[str, Any] = {"claims": options.claims, "correctness": correctness, "batch_size": options.batch_size}
     known: dict[str, Any] = {"known": description.columns}
@@ -599,7 +599,7 @@ def correctness(
     logging.disable_progress_bar()
     use_device(device)
     runs.check_alone("correctness")
-    description = open_run(directory)
+    description = _opened(directory)
     with _named(data):
         _check_unseen(description, data)
         records = read_records(data, reading, known=description.columns)
