@@ -286,7 +286,7 @@ def read_tensors(file: Path, error_type: type[ValueError]) -> dict[str, Tensor]:
 
     try:
         return load_file(regular(file))
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's for a file that is deleted meanwhile
         raise error_type(f"{file}: not readable as safetensors (truncated?): {error}") from error
 
 

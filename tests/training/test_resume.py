@@ -1,6 +1,7 @@
 """A training that was stopped and goes on, against one that was not."""
 
 import functools
+import json
 import os
 import shutil
 import tempfile
@@ -167,6 +168,8 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, uninterrupted, tear):
     folder, _, _ = uninterrupted("joint", "random")
     for step in (1, 2, 10):
         shutil.copytree(folder / f"checkpoint-{min(step, 3)}", tmp_path / f"checkpoint-{step}")
+    state = tmp_path / "checkpoint-10" / "trainer_state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"global_step": 10}))
     assert last_checkpoint(tmp_path).name == "checkpoint-10"
     tear(tmp_path / "checkpoint-10")
     assert last_checkpoint(tmp_path).name == "checkpoint-2"

@@ -55,7 +55,7 @@ class Vbll(Method):
     )
     std_learning_rate: float | str | None = field(
         default="auto",
-        metadata={"help": "Learning rate of S, whose logarithms Adam moves by about it a step; `auto` is 16 / steps."},
+        metadata={"help": "Learning rate of S, whose logarithms Adam moves by about it a step; `auto`: see BLoB."},
     )
 
     name = "vbll"

@@ -55,8 +55,8 @@ class Objective:
         default="auto",
         metadata={
             "help": "Learning rate of Ω's parameter (`joint`); follows the same schedule. Of Ω = exp ρ it is a share: "
-            "at 0.02 a step changes Ω by about 2 %. `auto` is 16 / steps, with which Ω reaches the ELBO's optimum in a "
-            "training of any length, from wherever it starts. None: learning_rate."
+            "at 0.02 a step changes Ω by about 2 %. `auto` is 0.02, and below 800 steps, in which that would not bring "
+            "Ω to the ELBO's optimum, 16 / steps. None: learning_rate."
         },
     )
     num_weight_draws: int = field(
@@ -115,18 +115,14 @@ class BlobTrainingArguments(Objective, TrainingArguments):
         super().__post_init__()
 
 
-STD_PATH = 16.0
-"""By how much ``std_learning_rate: auto`` lets log Ω move, were the rate to stay as it starts.
-
-A linear schedule leaves half of that, 8. From a start at σp/40 to the prior it is ln 40 = 3.7, and Adam's steps are
-shorter than the rate once a gradient's sign changes. On the referee's problem (tests/training/test_referee.py) 8 to 32
-end equally near the optimum, from 100 steps to 2,000.
-"""
-
-
 def automatic_std_learning_rate(steps: int) -> float:
-    """The rate of log Ω for a training of this many steps: 16 / steps, at most 0.3."""
-    return min(STD_PATH / steps, 0.3)
+    """The rate of log Ω for a training of this many steps: 16 / steps, at least 0.02 and at most 0.3.
+
+    A linear schedule lets log Ω move by half of 16. From σp/40 to the prior it has ln 40 = 3.7 to go, and Adam's steps
+    are shorter than the rate where a gradient's sign changes. On the referee's problem (tests/training/test_referee.py)
+    8 to 64 / steps end equally near the optimum, from 100 steps to 2,000; below 0.02 small batches arrive late.
+    """
+    return min(max(16 / steps, 0.02), 0.3)
 
 
 OBJECTIVE = tuple(option.name for option in fields(Objective))
