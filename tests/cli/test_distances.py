@@ -70,7 +70,7 @@ def test_questions_are_one_class(trained, call, files, tmp_path):
 def test_what_is_wrong_is_said_before_the_model_loads(trained, call, files, monkeypatch):
     config = trained(queries())
     arguments = ("evaluate", config.output, "--data", files.texts, "--distances")
-    monkeypatch.setattr(runs, "load_run", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(runs, "load_run", lambda *_, **__: pytest.fail("the model was loaded"))
     assert "give some of the others with --ood" in call(*arguments)[2]
     write_jsonl(Path(config.data), queries()[:3])
     status, _, err = call(*arguments, "--ood", files.outside)

@@ -142,7 +142,7 @@ def test_metrics_of_each_data_set_are_kept(call, run, files, tmp_path):
 def test_metrics_of_another_form_are_found_before_the_model_is_loaded(call, run, files, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     (folder / "metrics.json").write_text('{"accuracy": 0.5}')
-    monkeypatch.setattr(runs, "load_run", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(runs, "load_run", lambda *_, **__: pytest.fail("the model was loaded"))
     fails(call("evaluate", folder, "--data", files.texts), "metrics.json: not what `bloblora evaluate` writes")
 
 

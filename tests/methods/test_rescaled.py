@@ -295,7 +295,7 @@ def test_more_folds_than_records(config):
 
 @pytest.mark.parametrize("option", [{"temperature_folds": 2}, {"temperature_scaling": True, "validation": 0.5}])
 def test_few_records_are_said_to_be_few_before_the_model_is_loaded(option, config, monkeypatch):
-    monkeypatch.setattr(runs.train.__globals__["models"], "load_tokenizer", lambda _: (_ for _ in ()).throw(Stop))
+    monkeypatch.setattr(runs.train.__globals__["models"], "load_tokenizer", lambda _, **__: (_ for _ in ()).throw(Stop))
     count = 9 if "temperature_folds" in option else 4
     records = [*queries() * 2, {"text": "hello", "label": "other"}]
     with pytest.warns(UserWarning, match="too few for a temperature") as warned, pytest.raises(Stop):
