@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .files import cache_folder, file_sha256, read_json, write_json
+from .messages import shortened
 
 DEFAULT_MODEL = "smollm2-135m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -224,7 +225,8 @@ def _explained(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         own_code = "trust_remote_code" in str(error)
-        reason = _OWN_CODE if own_code else (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+        reason = _OWN_CODE if own_code else shortened(said or type(error).__name__)
         raise ModelError(_unloadable(name, reason)) from error
 
 
