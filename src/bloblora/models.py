@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .files import cache_folder, file_sha256, read_json, write_json
+from .messages import shortened
 from .quantized import LIBRARIES, keep_differentiable, loading_options, quantize_hqq
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -303,7 +304,8 @@ def _explained(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         own_code = "trust_remote_code" in str(error)
-        reason = _OWN_CODE if own_code else (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+        reason = _OWN_CODE if own_code else shortened(said or type(error).__name__)
         raise ModelError(_unloadable(name, reason)) from error
 
 

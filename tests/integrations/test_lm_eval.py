@@ -157,7 +157,10 @@ def test_what_cannot_be_evaluated(train, run, tmp_path):
     for options, message in (
         ({"run": str(tmp_path)}, r"no run\.json in it"),
         ({"run": run, "samples": -1}, "samples must be 0 .* got -1"),
-        ({"run": run, "sample": 3}, "model_args: there is no sample; there are run, samples, seed, device, trust_remote_code, batch_size"),
+        (
+            {"run": run, "sample": 3},
+            "model_args: there is no sample; there are run, samples, seed, device, trust_remote_code, batch_size",
+        ),
         ({"run": train(queries())}, "the run's task is classification, whose head scores no text"),
         ({"run": train(QUESTIONS, temperature_scaling=True, validation=0.5)}, "temperature scaling and Laplace"),
     ):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..files import cache_folder, write_text
+from ..messages import escaped
 
 _DESCRIPTION = """usage: bloblora COMMAND [options]
 
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def fail(command: str, message: str) -> NoReturn:
     """One message on standard error, exit status 2."""
-    print(f"bloblora {command}".rstrip() + f": error: {message}", file=sys.stderr)
+    print(f"bloblora {command}".rstrip() + f": error: {escaped(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -159,6 +160,7 @@ class _Voice(logging.Handler):
         self.say(f"warning: {message}")
 
     def say(self, line: str) -> None:
+        line = escaped(line)
         if line not in self._said:
             self._said.add(line)
             bars = sys.modules.get("tqdm")  # which it moves out of the way

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from datetime import date, time
 from string import ascii_uppercase
 from typing import Any
 
@@ -128,7 +130,7 @@ def missing_hint(name: str, present: Sequence[str]) -> str:
 
 def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
     """A row as a record: fields from their columns, choices from lists, JSON or columns, answers as an index, numbers
-    and booleans as labels as text; null is missing.
+    and booleans as labels as text, an ``id`` of any type as JSON can hold it; null is missing.
     """
     moved = {name: row[column] for name, column in columns.items() if column in row}
     kind = _KIND_OF[next(iter(columns))] if columns else None
@@ -151,7 +153,27 @@ def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
     if isinstance(label := record.get("label"), (bool, int, float)):
         whole = isinstance(label, float) and label.is_integer()
         record["label"] = json.dumps(int(label) if whole else label)
+    if "id" in record:
+        record["id"] = _json_value(record["id"])
     return record
+
+
+def _json_value(value: Any) -> Any:
+    """The value as JSON can hold it: dates and times in ISO 8601, bytes as UTF-8 or hexadecimal, others as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _json_value(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [*map(_json_value, value)]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value.hex()
+    return value.isoformat() if isinstance(value, date | time) else str(value)  # Decimal, timedelta, UUID, …
 
 
 class _Names:

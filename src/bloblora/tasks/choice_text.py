@@ -24,6 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from .encoding import check_template, collate_labels, continuation_ids, fit_prefix, fit_question, pad, prompt_ids
 from .task import Batch, Choice, Example, Record, Score, TaskError
 
+_MOST_TOKENS = 8192
+"""Of a row; the mask of one has as many entries as its square, 0.3 GB in float32."""
 _LONGEST = "the longest choice with the text after the blank"
 
 
@@ -31,6 +33,16 @@ class TreeChoice(Choice):
     """A choice as the branch of a tree."""
 
     scored_by: ClassVar[tuple[str, ...]] = ("echo",)
+
+    def encode(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
+        """As every task's; a TaskError also where the question with all its choices has too many tokens."""
+        example = super().encode(record, tokenizer)
+        if (tokens := self.length(example)) > _MOST_TOKENS:
+            raise TaskError(
+                f"field 'choices': {len(record['choices'])} choices have {tokens} tokens with the question, which are "
+                f"read together; at most {_MOST_TOKENS}: give fewer choices"
+            )
+        return example
 
     def length(self, example: Example) -> int:
         """Tokens of the question and all its choices."""

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from ..messages import shortened
 from .encoding import collate_labels, continuation_ids, fit_prefix, pad, pad_left, prompt_ids
 from .task import Batch, Example, Record, Task, TaskError
 
@@ -118,8 +118,9 @@ def _chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
     try:
         prompt = _render(tokenizer, messages[:-1] if answered else messages, add_generation_prompt=True)
         whole = _render(tokenizer, messages) if answered else prompt
-    except (TemplateError, ValueError) as error:
-        raise TaskError(f"field 'messages': the chat template can't be filled: {error}") from None
+    except Exception as error:  # a template is a program, which fails in any way
+        reason = shortened(str(error) or type(error).__name__)
+        raise TaskError(f"field 'messages': the chat template can't be filled: {reason}") from None
     if not whole.startswith(prompt):
         raise TaskError(
             "tokenizer: its chat template changes what precedes the last message; use 'prompt' and 'response'"
