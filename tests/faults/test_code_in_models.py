@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -14,8 +15,9 @@ import bloblora
 from bloblora import models, runs
 from bloblora.adapter import AdapterFileError, check_folder
 from bloblora.client import DrawClient
-from bloblora.export import export
+from bloblora.export import export, read_manifest
 from bloblora.models import ModelError
+from tests.tiny_base import give_base, write_signed
 
 CODE = """
 from pathlib import Path
@@ -58,9 +60,7 @@ def stranger(own, choice_run, tmp_path):
     """A run of such a model, which also says that its code is to be trusted."""
     folder = tmp_path / "stranger"
     shutil.copytree(choice_run, folder)
-    stored = json.loads((folder / "run.json").read_text())
-    stored["config"]["model"] = str(own[0])
-    (folder / "run.json").write_text(json.dumps(stored))
+    give_base(folder, own[0])
     return folder
 
 
@@ -136,13 +136,14 @@ def test_no_file_can_give_it(call, files, stranger, own, tmp_path):
         stored = json.loads((stranger / "run.json").read_text())
         stored[place]["trust_remote_code"] = True
         (tmp_path / "run.json").write_text((stranger / "run.json").read_text())
-        (stranger / "run.json").write_text(json.dumps(stored))
+        write_signed(stranger / "run.json", stored)
         assert call("predict", stranger, "--input", files.questions)[0] == 2
         shutil.move(tmp_path / "run.json", stranger / "run.json")
-    change(stranger / "run.json", trust_remote_code=True)
     options = tmp_path / "options.yaml"
     options.write_text(yaml.safe_dump({"trust_remote_code": True, "model": str(own[0]), "data": files.questions}))
     assert REFUSED in call("predict", stranger, "--input", files.questions)[2]
+    write_signed(stranger / "run.json", json.loads((stranger / "run.json").read_text()) | {"trust_remote_code": True})
+    assert "unknown field 'trust_remote_code'" in call("predict", stranger, "--input", files.questions)[2]
     status, _, err = call("train", "--config", options, "--output", tmp_path / "new")
     assert status == 2
     assert "trust_remote_code isn't taken from a file; give it on the command line" in err
@@ -155,6 +156,7 @@ def test_a_tokenizer_of_an_export(choice_run, own, tmp_path):
     shutil.copy(own[0] / "own.py", out / "tokenizer")
     change(out / "tokenizer" / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own.OwnTokenizer"]})
     change(out / "tokenizer" / "tokenizer_config.json", tokenizer_class="OwnTokenizer")
+    replace(read_manifest(out), files={}).write(out)  # as if it had been exported so
     with pytest.raises(ModelError, match=REFUSED):
         DrawClient(out, "http://localhost:1/v1")
     assert not own[1].exists()
