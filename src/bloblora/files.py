@@ -16,6 +16,8 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from .messages import quoted
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -180,7 +182,7 @@ def read_hashed_json(
         raise error_type(f"{file}: field 'sha256' is missing: bloblora before 0.2 wrote it, or it was altered")
     if (found := json_sha256(hashed(content))) != written:
         raise error_type(
-            f"{file}: its content has the SHA-256 {found}, but its field 'sha256' says {shown(written)}: it was "
+            f"{file}: its content has the SHA-256 {found}, but its field 'sha256' says {quoted(written)}: it was "
             "altered; restore it"
         )
     return content
@@ -215,21 +217,15 @@ def check_fields(
     for name, value in content.items():
         if name not in declared:
             if besides is None:
-                raise error_type(f"{place}: unknown field {shown(name)}; it has {', '.join(declared)}")
+                raise error_type(f"{place}: unknown field {quoted(name)}; it has {', '.join(declared)}")
             continue
         hint = hints[name]
         if not _is_of(value, hint):
-            raise error_type(f"{place}: field {name!r} must be {_words(hint)}, got {shown(value)}")
+            raise error_type(f"{place}: field {name!r} must be {_words(hint)}, got {quoted(value)}")
         nested: Any = next(filter(is_dataclass, (hint, *get_args(hint))), None)
         for item in value if isinstance(value, list) else [value]:
             if besides is None and nested and item is not None:
                 check_fields(item, nested, f"{place}: {name}", error_type)
-
-
-def shown(value: Any) -> str:
-    """A value as messages show it: control characters escaped, and no more than 200 characters."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def _levels(content: Any) -> int:

@@ -39,9 +39,9 @@ from ..files import (
     json_sha256,
     read_json,
     read_tensors,
-    shown,
     tensors_sha256,
 )
+from ..messages import quoted
 from .bayesianize import Posterior, bayesianize, find_posterior
 from .config import BlobConfig
 from .sharding import is_sharded, put_
@@ -485,7 +485,7 @@ def _check_peft(file: Path) -> None:
     if content.get("megatron_config"):  # PEFT would import what it names
         raise AdapterFileError(f"{file}: megatron_config isn't taken from a file; it must be null")
     if (found := content.get("peft_type")) not in [*PeftType]:
-        raise AdapterFileError(f"{file}: field 'peft_type' must be one of PEFT's, such as 'LORA', got {shown(found)}")
+        raise AdapterFileError(f"{file}: field 'peft_type' must be one of PEFT's, such as 'LORA', got {quoted(found)}")
     if found == PeftType.LORA:
         check_fields(content, LoraConfig, file, AdapterFileError, besides=_LORA_TYPES)
 
