@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 
 import pytest
@@ -20,6 +21,10 @@ from tests.tiny_base import write_jsonl
 
 def compare(study, folder, **options):
     return studies.compare(study, folder / "results", runs=folder / "runs", data=folder, **options)
+
+
+here = partial(compare, engine="debug")
+"""In this process, by submitit's engine for that: a process of its own takes seconds to import what it needs."""
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +92,7 @@ def test_methods_that_are_stopped_in_time_have_a_table_and_a_figure(content, wri
     content |= {"seeds": [0], "samples": [0], "methods": {"lora": {}, "in time": {"method": "lora"}}}
     content["methods"]["in time"] |= {"validation": "validation.jsonl", "eval_steps": 1}
     study = studies.read_study(write(content))
-    assert [outcome.error for outcome in compare(study, tmp_path)] == [None, None]
+    assert [outcome.error for outcome in here(study, tmp_path)] == [None, None]
     page = studies.report(tmp_path / "results").read_text()
     text = (tmp_path / "results" / "report.md").read_text()
     table = text.partition("The checkpoint with the lowest validation NLL, which was kept.")[2].partition("\n\n|")[2]
@@ -103,7 +108,7 @@ def test_models_and_budgets_are_compared_each_by_itself(content, base, write, tm
     content["datasets"] = {"the desk/ü": content["datasets"]["desk"]}
     content["datasets"]["the desk/ü"].pop("shifted")
     del content["methods"]["wide blob"]
-    outcomes = compare(studies.read_study(write(content)), tmp_path, workers=2)
+    outcomes = here(studies.read_study(write(content)), tmp_path)
     assert [outcome.error for outcome in outcomes] == [None] * 4
     results = list(studies.read_results(tmp_path / "results"))
     assert {(result.config["model"], result.training["final"]["step"]) for result in results} == {
@@ -120,7 +125,7 @@ def test_models_and_budgets_are_compared_each_by_itself(content, base, write, tm
 
 def test_an_ensemble_has_as_many_draws_as_members(content, write, tmp_path):
     content |= {"seeds": [0], "samples": [0, 2, 10], "methods": {"lora": {}, "ensemble": {"members": 2}}}
-    compare(studies.read_study(write(content)), tmp_path, workers=2)
+    here(studies.read_study(write(content)), tmp_path)
     text = studies.report(tmp_path / "results").with_suffix(".md").read_text()
     assert set(re.findall(r"^\| (ensemble.*?) \|", text, re.MULTILINE)) == {
         "ensemble, N = 0",
@@ -146,7 +151,7 @@ class Page(HTMLParser):
 def test_a_new_number_of_draws_needs_no_training(done):
     study, folder = done
     weights = {file: file.stat().st_mtime_ns for file in folder.glob("runs/*/adapter_model.safetensors")}
-    outcomes = compare(replace(study, samples=(0, 6), seeds=(1,)), folder)
+    outcomes = here(replace(study, samples=(0, 6), seeds=(1,)), folder)
     assert [outcome.error for outcome in outcomes] == [None] * 2
     result = studies.read_result(folder / "results", "desk--wide_blob--seed1")
     assert set(result.metrics["test"]) == {"0", "2", "4", "6"}
@@ -255,16 +260,16 @@ def test_results_of_other_versions(done, tmp_path):
 
 def test_models_are_deleted_where_the_study_says_so(content, write, tmp_path):
     content |= {"keep_runs": False, "seeds": [0], "samples": [0]}
-    compare(studies.read_study(write(content)), tmp_path)
+    here(studies.read_study(write(content)), tmp_path)
     assert {folder.name for folder in (tmp_path / "runs").iterdir()} == {"logs"}
     assert json.loads((tmp_path / "results" / "runs" / "desk--lora--seed0.json").read_text())["metrics"]["test"]["0"]
 
 
 def test_distances_are_added_where_the_study_says_so(content, write, tmp_path):
     content |= {"seeds": [0], "samples": [0, 2]}
-    compare(studies.read_study(write(content)), tmp_path)
+    here(studies.read_study(write(content)), tmp_path)
     study = studies.read_study(write(content | {"distances": True}))
-    outcomes = compare(study, tmp_path)
+    outcomes = here(study, tmp_path)
     assert [outcome.error for outcome in outcomes] == [None] * 2
     assert compare(study, tmp_path) == []
     for job in study.jobs(tmp_path / "runs", tmp_path):
