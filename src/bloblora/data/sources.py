@@ -48,10 +48,11 @@ def rows_of(source: str, say: Say) -> Iterator[tuple[Place, Row]]:
         yield from _numbered(source, read_paper_set(name, split or "train"))
     elif path.is_dir():
         yield from _numbered(source, _dataset_rows(path))
-    elif not path.is_file():
+    elif path.exists() and not path.is_file():
+        raise DataError([f"data {source!r}: is not a regular file"])
+    elif not path.exists():
         known = ", ".join(["support_desk", *PAPER_SETS, "mmlu/<subject>"])
-        found = "is not a regular file" if path.exists() else "no such file or folder"
-        raise DataError([f"data {source!r}: {found}, and not one of {known}"])
+        raise DataError([f"data {source!r}: no such file or folder, and not one of {known}"])
     else:
         yield from _file_rows(path, say)
 
