@@ -118,7 +118,7 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: it isn't JSON, has a key twice in an object, or more than `MOST_LEVELS` levels.
     """
     try:
-        content = json.loads(text, object_pairs_hook=once_each)
+        content = json.loads(text, object_pairs_hook=_once_each)
     except RecursionError:
         content, levels = None, MOST_LEVELS + 1
     else:
@@ -143,7 +143,7 @@ def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
     return content
 
 
-def once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object as ``object_pairs_hook`` of `json.loads`, which by itself takes the last of equal keys.
 
     Raises:
@@ -152,7 +152,7 @@ def once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)[:200]!r} is there twice")
+        raise ValueError(f"key {quoted(next(name for name in names if names.count(name) > 1))} is there twice")
     return content
 
 

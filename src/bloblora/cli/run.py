@@ -3,9 +3,10 @@
 import json as jsonlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -363,20 +364,16 @@ def predict(
         runs.check_writable(output)
     description = _opened(directory, options)
     decision = open_decision(description, options)
-    run, trusted = None, {"trust_remote_code": options.trust_remote_code}
-    lines = _lines_file(output)
     given: dict[str, Any] = {"known": description.columns, "require_labels": False}
-    with _alone(output):
-        with _writing(runs.part_of(lines) if lines else None) as handle:
-            for records in runs.share_of(read_batches(input, runs.CHUNK, reading, **given)):
-                with _named(input):
-                    runs.check_kind(description.task, records)
-                run = run or runs.load_run(description, options.approximate, **trusted)
-                _write_lines(handle, runs.describe(run, records, options, decision))
-        if lines:
-            runs.join_parts(lines)
-            if runs.processes().is_main_process:
-                _as_table(lines, output)
+    batches = runs.share_of(read_batches(input, runs.CHUNK, reading, **given))
+
+    def load() -> runs.Run:
+        return runs.load_run(description, options.approximate, trust_remote_code=options.trust_remote_code)
+
+    def lines(run: runs.Run, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        return runs.describe(run, records, options, decision)
+
+    _write(input, output, batches, partial(runs.check_kind, description.task), load, lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -464,19 +461,18 @@ def generate(
     runs.check_alone("generate")
     if output is not None:
         runs.check_writable(output)
-    description, run = _opened(directory), None
+    description = _opened(directory)
     correctness = open_correctness(description, "generate", options.how())
-    lines = _lines_file(output)
-    with _alone(output):
-        with _writing(lines) as handle:
-            for records in read_batches(input, 64, reading, known=description.columns, require_labels=False):
-                with _named(input):
-                    check_generates(description.task, records)
-                run = run or runs.load_run(description, trust_remote_code=trust_remote_code)
-                settings = {"batch_size": options.batch_size, "correctness": correctness, **options.of_transformers()}
-                _write_lines(handle, run.describe_texts(records, options.samples, options.seed, **settings))
-        if lines:
-            _as_table(lines, output)
+    settings = {"batch_size": options.batch_size, "correctness": correctness, **options.of_transformers()}
+    batches = read_batches(input, 64, reading, known=description.columns, require_labels=False)
+
+    def load() -> runs.Run:
+        return runs.load_run(description, trust_remote_code=trust_remote_code)
+
+    def lines(run: runs.Run, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        return run.describe_texts(records, options.samples, options.seed, **settings)
+
+    _write(input, output, batches, partial(check_generates, description.task), load, lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -545,16 +541,12 @@ def score(
     if output is not None and input != "-":
         score_file(description, Reader(input, reading, **known), Path(output), options.how(), **settings)
         return
-    run = None
-    lines = _lines_file(output)
-    with _writing(lines) as handle:
-        for records in read_batches(input, 64, reading, **known):
-            with _named(input):
-                check_generates(description.task, records)
-            run = run or runs.load_run(description)
-            _write_lines(handle, run.describe_scores(records, options.samples, options.seed, **settings))
-    if lines:
-        _as_table(lines, output)
+
+    def lines(run: runs.Run, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        return run.describe_scores(records, options.samples, options.seed, **settings)
+
+    batches, check = read_batches(input, 64, reading, **known), partial(check_generates, description.task)
+    _write(input, output, batches, check, partial(runs.load_run, description), lines)
 
 
 def correctness(
@@ -695,6 +687,30 @@ def _named(source: str | None) -> Iterator[None]:
         yield
     except RunError as error:
         raise RunError(f"{source}: {error}") from error
+
+
+def _write(
+    source: str,
+    output: str | None,
+    batches: Iterable[list[dict[str, Any]]],
+    check: Callable[[list[dict[str, Any]]], None],
+    load: Callable[[], runs.Run],
+    describe: Callable[[runs.Run, list[dict[str, Any]]], Iterator[dict[str, Any]]],
+) -> None:
+    """Write a line for each record of ``source``; the run is loaded once the first batch has been checked."""
+    run = None
+    lines = _lines_file(output)
+    with _alone(output):
+        with _writing(runs.part_of(lines) if lines else None) as handle:
+            for records in batches:
+                with _named(source):
+                    check(records)
+                run = run or load()
+                _write_lines(handle, describe(run, records))
+        if lines:
+            runs.join_parts(lines)
+            if runs.processes().is_main_process:
+                _as_table(lines, output)
 
 
 def _alone(output: str | None) -> AbstractContextManager[None]:

@@ -94,7 +94,7 @@ def _json_row(line: str | bytes) -> Row:
         return f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}"
     except json.JSONDecodeError as error:
         return f"not valid JSON: {error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists, a key twice
+    except ValueError as error:  # a number of thousands of digits, lists in lists, a key twice
         return f"not valid JSON: {error}"
     return _object(row)
 
@@ -105,7 +105,7 @@ def _json_rows(path: Path, say: Say) -> Iterator[Row]:
     except json.JSONDecodeError as error:
         lines = "; name a file of JSON lines .jsonl" if error.msg == "Extra data" else ""
         raise DataError([f"{path}:{error.lineno}: not valid JSON: {error.msg}{lines}"]) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError([f"{path}: not valid JSON: {error}"]) from error
     return (label_studio_row(row) if isinstance(row, dict) else _object(row) for row in _list_in(path, content, say))
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad as pad_tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..contexts import eval_mode
 from ..prediction import Sampler
 from ..prediction.forward import BatchForward
-from ..prediction.prediction import check_num_samples, eval_mode, sampler_of
+from ..prediction.prediction import check_num_samples, sampler_of
 from ..tasks import TaskError, TextGeneration
 from ..tasks.choice_text import check_model, collate_trees
 from ..tasks.encoding import pad
