@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HTTPError, RepositoryNotFoundError
 from rich.console import Console
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -175,13 +176,14 @@ def load_model(
 ) -> PreTrainedModel:
     """Base model: a causal language model, or with ``num_labels`` one with a fresh classification head.
 
-    The head is drawn from torch's global generator, so seed it before. Weights are read from safetensors alone.
+    The head is drawn from torch's global generator, so seed it before, and is in float32 whatever ``dtype`` is: it is
+    trained, and an AdamW step is smaller than what bfloat16 resolves. Weights are read from safetensors alone.
 
     Args:
         name: as `resolve` takes it.
         num_labels: outputs of the head.
-        dtype: one of `DTYPES`, of the weights, and where they are quantized of what is computed with them and of the
-            other weights.
+        dtype: one of `DTYPES`, of the weights below the head, and where they are quantized of what is computed with
+            them and of the other weights.
         quantize: ``4bit``, ``8bit``, ``hqq`` or ``torchao``: how the linear layers below the head are quantized.
         device: where a quantized model is loaded to, which can't be moved; default the CPU.
         trust_remote_code: run the Python code that the model comes with, where it needs some.
@@ -219,6 +221,8 @@ def load_model(
         keep_differentiable(model)
     if num_labels is not None:
         model.config.pad_token_id = load_tokenizer(name, trust_remote_code=trust_remote_code).pad_token_id
+        if dtype != "float32":
+            _keep_head_in_float32(model)
     return model
 
 
@@ -279,6 +283,17 @@ def layer_names(name: str, *, num_labels: int | None = None, trust_remote_code: 
 def _in_trunk(model: PreTrainedModel, key: str) -> bool:
     """Whether a weight is one of the model below its head."""
     return key.startswith(f"{model.base_model_prefix}.")
+
+
+def _keep_head_in_float32(model: PreTrainedModel) -> None:
+    """Cast what is above the trunk, and what it is given; PEFT's copies of it have the hook too."""
+    for name, module in model.named_children():
+        if name != model.base_model_prefix:
+            module.float().register_forward_pre_hook(_to_float32)
+
+
+def _to_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(each.float() for each in inputs)
 
 
 def _positions(config: Any) -> int | None:

@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig
 
 from bloblora.models import ModelError, load_model, load_tokenizer, resolve
@@ -137,6 +138,24 @@ def test_a_folder(base):
         expected = AutoModelForCausalLM.from_pretrained(base).eval()(tokens).logits
         assert torch.equal(load_model(str(base)).eval()(tokens).logits, expected)
     assert load_model(str(base), dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_head_is_in_float32_above_a_trunk_that_is_not(base, dtype):
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+    model = get_peft_model(load_model(str(base), num_labels=3, dtype=dtype), lora)
+    head = model.base_model.model.score.modules_to_save["default"]
+    assert head.weight.dtype == torch.float32
+    before = head.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    logits = model(torch.tensor([[5, 6, 7]])).logits
+    assert logits.dtype == torch.float32
+    logits[0, 1].backward()
+    # smaller than what the trunk's type resolves around a weight of 0.02
+    head.weight.grad.mul_(1e-7 / head.weight.grad.abs().max())
+    optimizer.step()
+    assert not torch.equal(head.weight, before)
+    assert torch.equal(head.weight.to(getattr(torch, dtype)), before.to(getattr(torch, dtype)))
 
 
 def test_a_classification_head_knows_the_padding(base):
