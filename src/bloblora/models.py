@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -264,6 +265,19 @@ def model_type(name: str) -> str:
     """
     with _explained(name):
         return AutoConfig.from_pretrained(resolve(name), trust_remote_code=False).model_type
+
+
+def is_half(name: str) -> bool:
+    """Whether a model's weights are in bfloat16 or float16, or in what is coarser: those of a .gguf file.
+
+    Raises:
+        ModelError: its configuration can't be read.
+    """
+    if name == DEFAULT_MODEL or name.lower().endswith(".gguf"):
+        return True
+    with _explained(name):
+        config, _ = PreTrainedConfig.get_config_dict(resolve(name))
+    return str(config.get("dtype", config.get("torch_dtype"))) in ("bfloat16", "float16")
 
 
 def layer_names(name: str, *, num_labels: int | None = None, trust_remote_code: bool = False) -> list[str]:

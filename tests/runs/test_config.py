@@ -66,7 +66,7 @@ def test_each_option_has_one_owner_and_is_said(trained):
         "max_steps", "per_device_train_batch_size", "weight_decay", "lr_scheduler_type", "adam_beta2"
     }  # fmt: skip
     given = yaml.safe_load((trained / "config.yaml").read_text())
-    assert given | {"validation": 0.0, "temperature_scaling": False} == stored["config"]
+    assert given | {"validation": 0.0, "temperature_scaling": False, "dtype": "float32"} == stored["config"]
 
 
 @pytest.mark.parametrize("method", METHODS)

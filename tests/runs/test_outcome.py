@@ -87,6 +87,19 @@ def trained(base, tmp_path):
     return build
 
 
+@pytest.mark.parametrize(("capability", "native"), [("avx512_bf16", "bfloat16"), ("avx2", "float32")])
+def test_the_dtype_is_one_that_model_and_device_have(monkeypatch, base, capability, native):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {capability: True})
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def dtype(**options):
+        return resolved(given(**options), records(20), 0).dtype
+
+    assert (dtype(), dtype(dtype="float16"), dtype(model=str(base))) == (native, "float16", "float32")
+    # AdamW's steps are lost in a bfloat16 weight
+    assert dtype(method="full") == "float32"
+
+
 def test_what_was_read_is_said_first(trained, caplog):
     rows = [*records(60), {"text": "one of its kind and a little longer than the others", "label": "rare"}]
     with caplog.at_level(logging.INFO, "bloblora"):
@@ -97,7 +110,7 @@ def test_what_was_read_is_said_first(trained, caplog):
         f"read 61 records with 5 labels, 1 to 15 each, the rarest 'rare'; the longest has {longest} tokens"
     )
     assert lines[1] == "12 records choose the checkpoint; 49 are trained on"
-    assert lines[2] == "4 steps of 4 records: 0.3 passes over them"
+    assert lines[2] == "4 steps of 4 records: 0.3 passes over them; base model in float32"
 
 
 def test_the_held_out_part_is_measured(trained):

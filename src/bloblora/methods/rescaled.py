@@ -5,11 +5,12 @@ r"""One scale τ of the posterior's width and one temperature T, fitted together
 
 It goes on top of any method. T alone is temperature scaling (Guo et al., arXiv 1706.04599); τ is searched where the
 spread of a method's draws can be scaled (`bloblora.prediction.ScalableWeights`). The noise E is the same for every τ,
-so that the objective is smooth: on a grid with τ = 0, the mean alone, and τ = 1.
+so that the objective is smooth. Each τ costs N passes over the records, more than a short training of a few: so τ is
+halved from 1, or doubled, while that helps, and compared with 0, the mean alone.
 
 Few records overfit two numbers. τ stays 1 unless another one's NLL is lower by more than a standard error of the paired
 difference: of models that the data can't tell apart, the simplest is taken (the one-standard-error rule of Breiman,
-Friedman, Olshen & Stone, Classification and Regression Trees, 1984). Only then is τ searched about the grid's best.
+Friedman, Olshen & Stone, Classification and Regression Trees, 1984). Only then is τ searched on in steps of √2.
 
 The records are those of validation, or all training records by cross-validation (Stone 1974): each is predicted by a
 model that was trained without it, and the run's own training has them all.
@@ -28,7 +29,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -38,9 +38,7 @@ from ..tasks.task import Example
 from .method import Draw, Method, Training, read_state, write_state
 
 _NUM_SAMPLES = 10
-_STEP = math.sqrt(10.0)
-_WIDTHS = (0.0, _STEP**-2, _STEP**-1, 1.0, _STEP)
-_WIDTH_ERROR = 0.1  # of log τ, as far as a few hundred records tell
+_MOST = 16.0  # times wider or narrower, beyond which τ isn't tried
 _NO_WIDTH = 1e-6  # what is saved for τ = 0: no draw shows it in float32, and the KL is finite
 # What is the inner method's: attributes, and functions.
 _INNERS = (
@@ -154,6 +152,8 @@ def fit_scales(parts: Sequence[_HeldOut]) -> tuple[Scales, dict[str, Any]]:
     tried: dict[float, Scales] = {}
 
     def at(width: float) -> float:
+        if width in tried:
+            return tried[width].nll.mean().item()
         log_probs = [part.log_probs(width) for part in parts]
         temperature = fit_temperature(log_probs, labels)
         nll, nll_of_width = (tempered_nll(log_probs, labels, value) for value in (temperature, 1.0))
@@ -167,12 +167,22 @@ def fit_scales(parts: Sequence[_HeldOut]) -> tuple[Scales, dict[str, Any]]:
         count = len(differences)
         return best, differences, differences.std().item() / math.sqrt(count) if count > 1 else math.inf
 
-    for width in _WIDTHS if parts[0].weights is not None else (1.0,):
-        at(width)
+    def climb(start: float, step: float) -> None:
+        """Try narrower τ as long as the NLL falls; wider ones where it didn't."""
+        for factor in (1 / step, step):
+            width = start
+            while 1 / _MOST < width < _MOST and at(width * factor) < at(width):
+                width *= factor
+            if width != start:
+                return
+
+    at(1.0)
+    if parts[0].weights is not None:
+        at(0.0)
+        climb(1.0, 2.0)
     best, differences, error = gain()
     if best.width > 0 and differences.mean() > error:
-        bounds = (math.log(best.width / _STEP), math.log(best.width * _STEP))
-        minimize_scalar(lambda x: at(math.exp(x)), bounds=bounds, method="bounded", options={"xatol": _WIDTH_ERROR})
+        climb(best.width, math.sqrt(2.0))
         best, differences, error = gain()
     one = tried[1.0]
     scales = best if differences.mean() > error else one

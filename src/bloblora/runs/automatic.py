@@ -1,4 +1,4 @@
-"""What a configuration leaves to the data: how long to train, what to hold out, whether to fit a temperature."""
+"""What a configuration leaves to data and device: steps, records held out, a temperature, the base model's dtype."""
 
 import math
 from collections.abc import Sequence
@@ -6,10 +6,10 @@ from typing import Any
 
 from accelerate.utils import parse_flag_from_env
 
-from .. import tasks
+from .. import models, tasks
 from .checks import FEWEST_FOR_TEMPERATURE, task_name
 from .config import SAVING, UNFIT, RunConfig
-from .processes import processes
+from .processes import computes_bfloat16, processes
 from .selection import label_counts, num_held_out
 
 _SHARE = 0.2
@@ -22,7 +22,7 @@ _EXAMPLES = 80
 
 
 def resolved(config: RunConfig, records: Sequence[dict[str, Any]], separate: int) -> RunConfig:
-    """The configuration with numbers in place of what is automatic, which depend on the records and nothing else.
+    """The configuration with values in place of what is automatic, which depend on the records and on the device.
 
     ``separate`` counts the validation records that aren't a share of the records.
     """
@@ -42,12 +42,15 @@ def resolved(config: RunConfig, records: Sequence[dict[str, Any]], separate: int
     options: dict[str, Any] = {"validation": validation, "temperature_scaling": temperature}
     if config.value("max_steps") == "auto":
         options["max_steps"] = _num_steps(config, task, len(records) - held_out)
+    if config.dtype == "auto":
+        half = not config.build_method().whole_model and computes_bfloat16() and models.is_half(config.model)
+        options["dtype"] = "bfloat16" if half else "float32"
     return config.with_options(**options)
 
 
 def left_open(config: RunConfig) -> tuple[str, ...]:
     """The options that `resolved` decides."""
-    options = {"validation": "auto", "temperature_scaling": None, "max_steps": "auto"}
+    options = {"validation": "auto", "temperature_scaling": None, "max_steps": "auto", "dtype": "auto"}
     return tuple(name for name, value in options.items() if config.value(name) == value)
 
 

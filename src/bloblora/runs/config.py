@@ -88,8 +88,13 @@ class RunConfig:
         default=models.DEFAULT_MODEL,
         metadata={"help": "Base model: `smollm2-135m`, a hub id, a folder, or a .gguf file."},
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Of the base model; the adapter is float32."}
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto",
+        metadata={
+            "help": "Of the base model; the adapter and a head are float32. `auto` is `bfloat16` for models that come "
+            "in half precision or as .gguf, where the training's device computes in it natively, and `float32` "
+            "elsewhere; the run keeps it."
+        },
     )
     quantize: Literal["none", "4bit", "8bit", "hqq", "torchao"] = field(
         default="none",

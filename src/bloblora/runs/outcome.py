@@ -26,8 +26,8 @@ _HARM = 0.01  # nats
 _TIMED_STEPS = 5
 
 
-def announce(records: Sequence[dict[str, Any]], training: Training, steps: int, batch: int) -> None:
-    """Say what was read, what is held out, and how long the training is."""
+def announce(records: Sequence[dict[str, Any]], training: Training, steps: int, batch: int, dtype: str) -> None:
+    """Say what was read, what is held out, how long the training is, and the base model's dtype."""
     task: Any = training.task
     texts, held_out = training.examples, training.validation or training.holdout
     longest = max(task.length(example) for part in (texts, held_out) for example in part)
@@ -37,7 +37,9 @@ def announce(records: Sequence[dict[str, Any]], training: Training, steps: int, 
         log.info(f"{len(training.validation)} records choose the checkpoint{fitted}; {len(texts)} are trained on")
     elif len(held_out):
         log.info(f"{len(held_out)} records are held out; {len(texts)} are trained on")
-    log.info(f"{steps} steps of {batch} records: {steps * batch / len(texts):.1f} passes over them")
+    log.info(
+        f"{steps} steps of {batch} records: {steps * batch / len(texts):.1f} passes over them; base model in {dtype}"
+    )
 
 
 def _labels(records: Iterable[dict[str, Any]]) -> str:

@@ -32,6 +32,14 @@ def on_cpu() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
+def computes_bfloat16() -> bool:
+    """Whether the processes' device multiplies matrices in bfloat16 natively: recent GPUs; AVX512-BF16 or AMX."""
+    if on_cpu():
+        found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch before 2.11 doesn't say
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def use_device(name: str | None) -> None:
     """Compute on a device from now on: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None is the GPU where there is one.
 

@@ -46,7 +46,7 @@ class Result:
         options: the method's options, with their defaults.
         training: ``seconds``, ``peak_memory_bytes``, ``num_examples``, ``final`` (the last log), ``curve`` (step and
             training NLL, mean since the log before), ``validation`` (of the best checkpoint, and a curve).
-        machine: see `machine`.
+        machine: see `machine`, and ``dtype``, the base model's.
         sets: ``data`` and ``limit`` of each set.
         metrics: by set, then N: see `bloblora.evaluation.summary`; of each set but ``test`` also how well uncertainty
             tells it from ``test`` (`bloblora.evaluation.ood_metrics`), which is all there is without labels.
@@ -236,7 +236,8 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
     result = read_result(results, job.name)
     if result is None or not result.scores:
         config, method = _described(job), job.config.build_method().described()
-        result = Result(job.name, job.dataset, job.label, config, method, trained.training, machine())
+        where = machine() | {"dtype": trained.config.dtype}
+        result = Result(job.name, job.dataset, job.label, config, method, trained.training, where)
     most, distance = max(job.samples), _distance(trained, job) if job.distances else None
     for key, chosen in job.sets.items():
         if not result.lacks(job, key):

@@ -341,10 +341,14 @@ def _cost(row: Row) -> dict[str, list[float]]:
     }
 
 
+def _versions(machine: Mapping[str, Any]) -> list[str]:
+    return [f"{name} {machine[name]}" for name in ("torch", "transformers", "peft")]
+
+
 def _setting(results: Sequence[Result]) -> Iterator[str]:
     """Machines, what all trainings share, and what each method adds."""
     machines = dict.fromkeys(
-        f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}, transformers {m['transformers']}, peft {m['peft']}"
+        ", ".join([m["cpu"], f"{m['threads']} threads", *([m["dtype"]] if "dtype" in m else []), *_versions(m)])
         for m in (result.machine for result in results)
     )
     yield f"\n## Setting\n\n- {len(results)} runs on {'; '.join(machines)}; all numbers are in {METRICS_FILE}."
