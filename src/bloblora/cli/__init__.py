@@ -107,7 +107,7 @@ def _show_help(command: str, arguments: Sequence[str]) -> None:
     file = _kept_help(command, arguments)
     if file is not None and file.is_file():
         print(file.read_text(encoding="utf-8"), end="")
-        return
+        sys.exit()  # as the parser does
     shown = io.StringIO()
     try:
         with redirect_stdout(shown):
