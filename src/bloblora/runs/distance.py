@@ -1,5 +1,6 @@
 """The distance of hidden states of a run: fitted on its training records, and kept in its folder."""
 
+import warnings
 from typing import Any
 
 from .. import data
@@ -67,11 +68,17 @@ def fit_distance(
 
     Raises:
         ValueError: there are too few records, or their hidden states are all equal.
+
+    Warns:
+        UserWarning: the folder can't be written, so that the distance isn't saved.
     """
     records = data.as_records(records, require_labels=True)
     states = run.hidden_states(records, batch_size=batch_size, progress=progress)
     classes = None if run.task.labels is None else targets_of(run.task, records)
     distance = Distance.fit(states, classes)
     if not description.remote:
-        write_state(description.folder, _STATE, {"adapter_sha256": description.adapter_sha256}, distance.tensors())
+        try:
+            write_state(description.folder, _STATE, {"adapter_sha256": description.adapter_sha256}, distance.tensors())
+        except OSError as error:  # a folder that others share, for reading
+            warnings.warn(f"the distance isn't in the run's folder, which can't be written: {error}", stacklevel=2)
     return distance
