@@ -50,7 +50,7 @@ def test_no_command_repeats_them(call, files, run, stored, tmp_path, value):
         ("train", *new, "--data", lines(value)),
         ("train", *new, "--data", lines({"text": [value], "label": "x"})),
         ("train", *new, "--data", lines({value: "a", f"{value}2": "b"})),
-        ("train", *new, "--data", lines({"question": "a", "choices": [value, "b"], "answer": value})),
+        ("train", *new, "--data", lines({"question": "a", "choices": [value, "b"], "answer": f"{value}?"})),
         ("train", *new, "--data", lines({"messages": [{"role": value, "content": value}]})),
         ("evaluate", run, "--data", lines(*labelled)),
         ("evaluate", value, *texts),
