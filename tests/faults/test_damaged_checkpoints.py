@@ -1,5 +1,6 @@
 """A training whose last checkpoint was damaged goes on from the one before, and says so."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -83,6 +84,15 @@ def test_the_one_before_is_taken(go_on, damage, problem):
     assert (status, equal) == (0, True), err
     assert "checkpoint-3: passed over, for a training can't go on from it: " in err
     assert re.search(problem, err)
+
+
+def test_what_is_hashed(stopped):
+    """No file that a callback writes after the Trainer's state, such as seconds.json."""
+    folder = stopped / "checkpoints" / "checkpoint-3"
+    found = json.loads((folder / TRAINER_STATE_NAME).read_text())["stateful_callbacks"][KEPT]["sha256"]
+    weights = {"adapter_model.safetensors", "posterior.safetensors"}
+    assert found.keys() == weights | {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}
+    assert found["optimizer.pt"] == hashlib.sha256((folder / "optimizer.pt").read_bytes()).hexdigest()
 
 
 def test_another_trainings_optimizer_without_hashes(go_on):

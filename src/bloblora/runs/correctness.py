@@ -46,7 +46,7 @@ class _File:
     maps: list[_Entry]
 
 
-_MAPS = EntriesFile(CORRECTNESS_FILE, _File, 1, "correctness")
+_MAPS = EntriesFile(_File, 1, "correctness")
 
 
 def calibrate_texts(

@@ -46,7 +46,7 @@ class _File:
     decisions: list[_Entry]
 
 
-DECISIONS = EntriesFile(DECISION_FILE, _File, 2, "calibrate")
+DECISIONS = EntriesFile(_File, 2, "calibrate")
 KEPT_PREDICTIONS = "calibration"
 """Folder in a run's own with the predictions of calibration records, which hold the records' texts."""
 

@@ -16,13 +16,11 @@ class EntriesFile:
     """Such a file, hashed and locked.
 
     Attributes:
-        name: of the file.
         kind: the dataclass of what it holds: ``format_version``, and the list of entries.
         version: of the format.
         command: that writes it.
     """
 
-    name: str
     kind: type[Any]
     version: int
     command: str

@@ -203,7 +203,8 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not file.is_file():
         raise DataError([f"predictions {quoted(str(file))}: no such file"])
     if (suffix := file.suffix.lower()) not in (".jsonl", ".csv", ".tsv"):
-        raise DataError([f"predictions {quoted(str(file))}: the ending {quoted(suffix)} isn't .jsonl, .csv or .tsv"])
+        ending = quoted(suffix)
+        raise DataError([f"predictions {quoted(str(file))}: the ending {ending} is not one of .jsonl, .csv, .tsv"])
     with file.open(encoding="utf-8-sig", newline="") as lines:
         if suffix != ".jsonl":
             reader = csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",")

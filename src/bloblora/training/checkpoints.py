@@ -22,6 +22,7 @@ KEPT = "bloblora"
 
 # What a training needs to go on exactly; FSDP and DeepSpeed write folders instead of optimizer.pt.
 _NEEDED = (("optimizer*", "global_step*"), ("scheduler.pt", "global_step*"), ("rng_state*.pth",))
+_TENSORS = (".pt", ".pth", ".bin", ".safetensors", ".distcp")
 _STATE_TYPES = {
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), float),  # shares of the steps may be given
     **{"log_history": list[dict[str, Any]], "stateful_callbacks": dict[str, Any] | None},
@@ -51,8 +52,8 @@ def is_complete(folder: Path) -> bool:
 
 
 def files_sha256(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """SHA-256 of each file of a checkpoint by its path, before the Trainer's state is written."""
-    files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+    """SHA-256 of each file of tensors in a checkpoint, by its path; what callbacks write later is JSON."""
+    files = sorted(file for file in Path(folder).rglob("*") if file.suffix in _TENSORS and file.is_file())
     return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
 
 
