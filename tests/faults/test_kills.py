@@ -21,7 +21,7 @@ import pytest
 from bloblora.cli import main
 from tests.tiny_base import queries, write_jsonl
 
-TRAINING = ("--steps", "4", "--save-steps", "1", "--batch-size", "2", "--r", "2", "--std-learning-rate", "0.5")
+TRAINING = ("--steps", "4", "--save-steps", "1", "--batch-size", "2", "--r", "2")
 COMMANDS = {
     "train": ("train", "--data", "texts.jsonl", "--model", "base", "--output", "out", *TRAINING),
     "predict": ("predict", "run", "--input", "many.jsonl", "--output", "out.csv", "--samples", "2"),

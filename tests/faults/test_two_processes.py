@@ -23,7 +23,8 @@ def write(file, **options):
 
 def test_the_second_writer_of_a_file_is_refused_and_a_killed_ones_partial_file_goes(tmp_path):
     file = tmp_path / "lines.jsonl"
-    (tmp_path / ".lines.jsonl.0123abcd.partial").touch()
+    for partial in (".lines.jsonl.0123abcd.partial", ".lines.jsonl.meta.json.0123abcd.partial"):
+        (tmp_path / partial).touch()
     with runs.alone(file):
         with pytest.raises(runs.RunError, match=r"lines\.jsonl: another process is at work in it"):
             write(file)

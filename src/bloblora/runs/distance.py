@@ -6,6 +6,7 @@ from typing import Any
 from .. import data
 from ..adapter import AdapterFileError
 from ..evaluation import Distance
+from ..files import locked
 from ..methods.method import read_state, write_state
 from .config import RunError
 from .evaluate import targets_of
@@ -77,8 +78,10 @@ def fit_distance(
     classes = None if run.task.labels is None else targets_of(run.task, records)
     distance = Distance.fit(states, classes)
     if not description.remote:
+        folder, values = description.folder, {"adapter_sha256": description.adapter_sha256}
         try:
-            write_state(description.folder, _STATE, {"adapter_sha256": description.adapter_sha256}, distance.tensors())
+            with locked(folder / f"{_STATE}.json"), locked(folder / f"{_STATE}.safetensors"):
+                write_state(folder, _STATE, values, distance.tensors())
         except OSError as error:  # a folder that others share, for reading
             warnings.warn(f"the distance isn't in the run's folder, which can't be written: {error}", stacklevel=2)
     return distance

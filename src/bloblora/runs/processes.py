@@ -138,19 +138,20 @@ def append_lines(
         RunError: the file is of something else, has lines of other rows or more of them than there are rows, or another
             process writes it.
     """
-    with alone(file):
-        _append_lines(file, rows, describe, identity, is_of, progress)
+    meta = file.with_name(f"{file.name}.meta.json")
+    with alone(file), alone(meta):
+        _append_lines(file, meta, rows, describe, identity, is_of, progress)
 
 
 def _append_lines(
     file: Path,
+    meta: Path,
     rows: Sequence[T],
     describe: Callable[[Sequence[T]], Iterable[dict[str, Any]]],
     identity: dict[str, Any],
     is_of: Callable[[dict[str, Any], T], bool],
     progress: bool,
 ) -> None:
-    meta = file.with_name(f"{file.name}.meta.json")
     if meta.is_file():
         _check_same(file, read_json(meta, RunError), identity)
     elif file.exists():
