@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .messages import quoted
+
 try:
     import httpx
 except ModuleNotFoundError as error:
@@ -178,7 +180,7 @@ class DrawClient:
             score = top.get(f"token_id:{token}", top.get(text))
             if score is None:
                 raise ServerError(
-                    f"{self._servers[name].base_url}, model {name!r}: {text!r} isn't among the {len(top)} most "
+                    f"{self._servers[name].base_url}, model {name!r}: {quoted(text)} isn't among the {len(top)} most "
                     "probable tokens that the server gave; give more top_logprobs, or leave it out"
                 )
             found.append(score)

@@ -16,13 +16,15 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .messages import quoted
+from .messages import quoted, shortened
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_LEVELS = 64
 """Of lists and objects in one another, in a JSON file: many more exhaust the stack of what reads or writes them."""
+MOST_REPEATED = 100_000
+"""Values that the aliases of a YAML file may repeat: a few lines of them can stand for billions."""
 _REMEMBERED = 64 << 20  # bytes of a file from which its hash is kept: 0.05 s
 _SETTLED = 2.0  # seconds; a file that was written later may change again within one tick of its clock
 
@@ -73,6 +75,20 @@ def locked(output: Path, *, inside: bool = False, wait: bool = True) -> Iterator
             lock.unlink(missing_ok=True)  # before it is released, so that it can't be another's
 
 
+@contextmanager
+def as_os_error(place: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise an OSError where other libraries can't write: torch, safetensors and tokenizers have errors of their own.
+
+    Errors of what is to be written pass.
+    """
+    try:
+        yield
+    except (OSError, ValueError, ArithmeticError, NotImplementedError):
+        raise
+    except Exception as error:
+        raise OSError(f"{place}: can't be written: {shortened(str(error))}") from error
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with replacing(file) as partial:
@@ -96,7 +112,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all."""
     from safetensors.torch import save_file
 
-    with replacing(file) as partial:
+    with replacing(file) as partial, as_os_error(file):
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
 
 
@@ -141,6 +157,39 @@ def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise error_type(f"{file}: must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML document says.
+
+    Raises:
+        ValueError: it isn't YAML, or its aliases repeat more than `MOST_REPEATED` values.
+    """
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        sizes: dict[int, float] = {}
+        if node is not None and _size(node, sizes) > MOST_REPEATED + len(sizes):
+            raise ValueError(f"its aliases repeat more than {MOST_REPEATED} values")
+        return None if node is None else loader.construct_document(node)
+    except RecursionError as error:
+        raise ValueError("lists and mappings are nested too deep") from error
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    finally:
+        loader.dispose()
+
+
+def _size(node: Any, sizes: dict[int, float]) -> float:
+    """Values in a node of YAML with all that its aliases stand for; infinite where one stands for what it is in."""
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf  # while its parts are counted
+        parts = node.value if isinstance(node.value, list) else ()
+        pairs = (part if isinstance(part, tuple) else (part,) for part in parts)
+        sizes[id(node)] = 1 + sum(_size(part, sizes) for pair in pairs for part in pair)
+    return sizes[id(node)]
 
 
 def _once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

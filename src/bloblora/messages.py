@@ -4,6 +4,8 @@ from typing import Any
 
 LONGEST = 200
 """Characters of a value that a message repeats."""
+LONGEST_LINE = 2_000
+"""Characters of a line that is shown."""
 
 
 def quoted(value: Any) -> str:
@@ -17,9 +19,13 @@ def shortened(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """A text of which all but line ends and what is printed is escaped: no colours, no moves of the cursor."""
+    """A text of which all but line ends and what is printed is escaped: no colours, no moves of the cursor.
+
+    Lines are cut after `LONGEST_LINE` characters.
+    """
+    text = "\n".join(_cut(line, LONGEST_LINE) for line in text.split("\n"))
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+def _cut(text: str, longest: int = LONGEST) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"

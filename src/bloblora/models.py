@@ -29,8 +29,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .files import cache_folder, file_sha256, read_json, write_json
-from .messages import shortened
+from .files import as_os_error, cache_folder, file_sha256, read_json, write_json
+from .messages import quoted, shortened
 from .quantized import LIBRARIES, keep_differentiable, loading_options, quantize_hqq
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -78,12 +78,14 @@ def resolve(name: str, *, cache: Path | None = None, progress: bool = True) -> s
         return str(_convert_gguf(path, _gguf_folder(path, cache), progress))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"model {name!r}: the folder has no config.json")
+            raise ModelError(f"model {quoted(name)}: the folder has no config.json")
+        if pipes := [file for file in path.iterdir() if file.exists() and not (file.is_file() or file.is_dir())]:
+            raise ModelError(f"model {quoted(name)}: {quoted(pipes[0].name)} in it is not a regular file")
         return str(path)
     if path.is_file():
-        raise ModelError(f"model {name!r}: a file, but not a .gguf one; give a folder, a .gguf file or a hub id")
+        raise ModelError(f"model {quoted(name)}: a file, but not a .gguf one; give a folder, a .gguf file or a hub id")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"model {name!r}: no such folder")
+        raise ModelError(f"model {quoted(name)}: no such folder")
     _check_on_hub(name)
     return name
 
@@ -131,8 +133,8 @@ def check_fingerprint(name: str, expected: Mapping[str, str]) -> None:
     for file in sorted({*found, *expected} if whole else found.keys() & expected.keys()):
         if (there := expected.get(file)) != (here := found.get(file)):
             raise ModelError(
-                f"model {name!r}: its file {file} isn't the one that the run was trained with (SHA-256 {there} there, "
-                f"{here} now): it was altered, or is of another model; restore it"
+                f"model {quoted(name)}: its file {file} isn't the one that the run was trained with (SHA-256 {there} "
+                f"there, {here} now): it was altered, or is of another model; restore it"
             )
 
 
@@ -194,7 +196,7 @@ def load_model(
             unknown, or needs a library that isn't installed.
     """
     if dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        raise ModelError(f"dtype {quoted(dtype)} is not one of {', '.join(DTYPES)}")
     check_quantize(quantize)
     device = device or torch.device("cpu")
     kind, options = _auto_class(num_labels)
@@ -203,7 +205,7 @@ def load_model(
         path = resolve(name)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if quantize != "none" and hasattr(config, "quantization_config"):
-            raise ModelError(f"quantize {quantize!r}: model {name!r} is quantized already; leave quantize out")
+            raise ModelError(f"quantize {quantize!r}: model {quoted(name)} is quantized already; leave quantize out")
         options |= loading_options(quantize, DTYPES[dtype], device)
         logging.set_verbosity_error()  # it warns that the head is new, which is what was asked for
         try:
@@ -230,7 +232,7 @@ def load_model(
 def check_quantize(kind: str) -> None:
     """Raise a ModelError for a kind of quantization that is unknown, or whose library isn't installed."""
     if kind not in QUANTIZATIONS:
-        raise ModelError(f"quantize {kind!r} is not one of {', '.join(QUANTIZATIONS)}")
+        raise ModelError(f"quantize {quoted(kind)} is not one of {', '.join(QUANTIZATIONS)}")
     if kind != "none" and find_spec(library := LIBRARIES[kind]) is None:
         raise ModelError(f"quantize {kind!r} needs {library}, which isn't installed: pip install 'bloblora[quantized]'")
 
@@ -339,7 +341,8 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def _unloadable(name: str, reason: str) -> str:
-    return f"model {name!r} can't be loaded: {reason} (give {DEFAULT_MODEL!r}, a hub id, a folder, or a .gguf file)"
+    forms = f"give {DEFAULT_MODEL!r}, a hub id, a folder, or a .gguf file"
+    return f"model {quoted(name)} can't be loaded: {reason} ({forms})"
 
 
 def _bundled_model(folder: Path, progress: bool) -> Path:
@@ -375,7 +378,7 @@ def _download(folder: Path) -> Path:
 def _gguf_folder(gguf: Path, cache: Path) -> Path:
     """Where the conversion of a GGUF file belongs: named by its content."""
     if not gguf.is_file():
-        raise ModelError(f"model {str(gguf)!r}: no such file")
+        raise ModelError(f"model {quoted(str(gguf))}: no such file")
     with gguf.open("rb") as handle:
         if handle.read(4) != b"GGUF":
             raise ModelError(f"{gguf}: not a GGUF file (it doesn't start with 'GGUF')")
@@ -417,8 +420,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     clean = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
     clean.load_state_dict(model.state_dict())
-    clean.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with as_os_error(folder):
+        clean.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     _complete(folder, gguf.name)
 
 

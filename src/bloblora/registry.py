@@ -8,6 +8,8 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
+from .messages import quoted
+
 T = TypeVar("T")
 
 
@@ -56,7 +58,7 @@ class Registry(Mapping[str, T]):
             error: there is none; the message names the field and all that there are.
         """
         if not isinstance(name, str) or name not in self:
-            raise error(f"{field} {name!r} is not one of {', '.join(self)}")
+            raise error(f"{field} {quoted(name)} is not one of {', '.join(self)}")
         return self[name]
 
     @cached_property

@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
 from bloblora.data import DataError, kind_of, read_batches, read_records
+from bloblora.messages import quoted
 
 TEXTS = [{"text": "wo ist mein päckchen, bitte?", "label": "parcel"}, {"text": 'a "quote"\nand a line', "label": "7"}]
 QUESTIONS = [
@@ -136,7 +137,7 @@ def test_answers_that_are_no_index(answer, tmp_path):
     with pytest.raises(DataError) as caught:
         read_records(file)
     text = ", nor the letter or the text of exactly one" if isinstance(answer, str) else ""
-    problem = f"{file}:2: field 'answer': {answer!r} is not an index into 3 choices (0..2){text}"
+    problem = f"{file}:2: field 'answer': {quoted(answer)} is not an index into 3 choices (0..2){text}"
     assert caught.value.problems == [problem]
 
 

@@ -1,10 +1,13 @@
 """Two processes on one output: the second stops with an error, and what is read back is checked."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 
 from bloblora import runs
+from bloblora.runs.entries import EntriesFile
 from bloblora.runs.processes import append_lines
 
 ROWS = list(range(3))
@@ -20,13 +23,36 @@ def write(file, **options):
 
 def test_the_second_writer_of_a_file_is_refused_and_a_killed_ones_partial_file_goes(tmp_path):
     file = tmp_path / "lines.jsonl"
-    (tmp_path / ".lines.jsonl.0123abcd.partial").touch()
+    for partial in (".lines.jsonl.0123abcd.partial", ".lines.jsonl.meta.json.0123abcd.partial"):
+        (tmp_path / partial).touch()
     with runs.alone(file):
         with pytest.raises(runs.RunError, match=r"lines\.jsonl: another process is at work in it"):
             write(file)
         assert not file.exists()
     write(file)
     assert {path.name for path in tmp_path.iterdir()} == {"lines.jsonl", "lines.jsonl.meta.json"}
+
+
+@dataclass(frozen=True)
+class Numbers:
+    format_version: int
+    numbers: list[dict]
+
+
+def test_two_writers_of_a_runs_entries_lose_none(tmp_path):
+    file, numbers = tmp_path / "numbers.json", EntriesFile(Numbers, 1, "count")
+
+    def put(number):
+        numbers.put(file, {"number": number, "state": 0}, {"number": number}, {"state": 0})
+
+    with ThreadPoolExecutor(4) as pool:
+        [*pool.map(put, range(20))]
+    assert sorted(entry["number"] for entry in numbers.read(file)) == [*range(20)]
+    numbers.put(file, {"number": 3, "state": 1}, {"number": 3}, {"state": 1})  # of another state of the run
+    assert numbers.read(file) == [{"number": 3, "state": 1}]
+    file.write_text(file.read_text().replace("3", "4"))
+    with pytest.raises(runs.RunError, match=r"numbers\.json: .* it was altered"):
+        numbers.read(file)
 
 
 @pytest.mark.parametrize(

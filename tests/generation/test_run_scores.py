@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from transformers import dynamic_module_utils
 
 from bloblora import runs
 from bloblora.cli.run import GenerationOptions, ScoringOptions, correctness, generate, score
@@ -15,9 +16,11 @@ from bloblora.data import DataError, ReadingOptions
 from bloblora.decision import CorrectnessError
 from bloblora.evaluation import ood_metrics
 from bloblora.generation import find_matcher
+from bloblora.models import ModelError
 from bloblora.runs import scoring
 from bloblora.tasks import TaskError
-from tests.tiny_base import queries, write_jsonl
+from tests.faults.test_code_in_models import CLASSES, CODE, REFUSED, change
+from tests.tiny_base import give_base, queries, write_jsonl
 
 from .conftest import RECORDS
 
@@ -75,8 +78,8 @@ def test_a_stop_loses_no_more_than_a_chunk(trained, tmp_path, monkeypatch):
     described = []
     load = scoring.load_run
 
-    def loaded(description):
-        run = load(description)
+    def loaded(description, **options):
+        run = load(description, **options)
         before = run.describe_scores
         run.describe_scores = lambda chunk, *a, **o: described.extend(chunk) or before(chunk, *a, **o)
         return run
@@ -177,7 +180,7 @@ def test_a_map_of_answers_and_references(folder, tmp_path, capsys):
     stored = json.loads(file.read_text())
     stored["maps"][0]["correctness"]["num_right"] = 12
     file.write_text(json.dumps(stored))
-    with pytest.raises(runs.RunError, match="its SHA-256 isn't the one in it"):
+    with pytest.raises(runs.RunError, match=r"its field 'sha256' says .*it was altered"):
         generate(folder, str(data), GENERATION, ReadingOptions())
 
 
@@ -216,3 +219,25 @@ def test_labelled_texts_that_carry_no_map(records, options, message, folder, tmp
 )
 def test_matchers(matcher, answer, reference, right):
     assert find_matcher(matcher)(answer, reference) == right
+
+
+def test_a_base_with_code_of_its_own(trained, folder, tmp_path, monkeypatch):
+    """It is run only where that is asked for, by `score` from a file or standard input, and by `correctness`."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    base, marker = tmp_path / f"own_{tmp_path.name}", tmp_path / "was_run"
+    shutil.copytree(trained.config.model, base)
+    change(base / "config.json", model_type="own", auto_map=CLASSES)
+    (base / "own.py").write_text(CODE.format(marker=str(marker)))
+    give_base(tmp_path / "run", base)
+    data = write_jsonl(tmp_path / "texts.jsonl", right_and_wrong())
+    output, meant = str(tmp_path / "scores.jsonl"), {"trust_remote_code": True}
+    for options in ({}, {"output": output}):
+        with pytest.raises(ModelError, match=REFUSED):
+            score(folder, str(data), OPTIONS, ReadingOptions(), **options)
+    with pytest.raises(ModelError, match=REFUSED):
+        correctness(folder, str(data), GENERATION, ReadingOptions())
+    assert not marker.exists()
+    correctness(folder, str(data), GenerationOptions(samples=1, **meant), ReadingOptions(), maps=["platt"])
+    score(folder, str(data), ScoringOptions(samples=1, **meant), ReadingOptions(), output=output)
+    assert len(lines_of(tmp_path / "scores.jsonl")) == len(right_and_wrong())

@@ -15,8 +15,9 @@ Several files can't be replaced at once, so a save goes through two hidden folde
 import inspect
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.metadata import version
@@ -24,15 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftType
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import posterior as q
 from ..files import (
+    as_os_error,
     check_fields,
     check_finite_tensors,
     file_sha256,
@@ -41,7 +44,8 @@ from ..files import (
     read_tensors,
     tensors_sha256,
 )
-from ..messages import quoted
+from ..limits import time_limit
+from ..messages import quoted, shortened
 from .bayesianize import Posterior, bayesianize, find_posterior
 from .config import BlobConfig
 from .sharding import is_sharded, put_
@@ -90,7 +94,7 @@ def save(
     """
     _refuse_sharded(model)
     adapter_name = adapter_name or model.active_adapter
-    with _replacing(Path(directory)) as staging:
+    with _replacing(Path(directory)) as staging, as_os_error(directory):
         save_pretrained(
             model, str(staging), selected_adapters=[adapter_name], save_embedding_layers=save_embedding_layers
         )
@@ -173,6 +177,7 @@ def load(
             "from_pretrained, or model.unload()"
         )
     folder = _current(directory) if checked else check_folder(directory)
+    _check_patterns(folder, base_model)
     try:
         model = PeftModel.from_pretrained(base_model, str(folder), adapter_name, is_trainable=is_trainable)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
@@ -191,6 +196,7 @@ def load_beside(model: PeftModel, directory: str | os.PathLike[str], adapter_nam
         AdapterFileError: as for `load`.
     """
     folder = check_folder(directory)
+    _check_patterns(folder, model)
     try:
         model.load_adapter(str(folder), adapter_name)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
@@ -223,8 +229,8 @@ def load_posterior(model: PeftModel, directory: str | os.PathLike[str], adapter_
     description, config = _read_description(folder / BLOB_CONFIG)
     if (saved := config.std_parameterization) != (wanted := posterior.config.std_parameterization):
         raise AdapterFileError(
-            f"{folder / BLOB_CONFIG}: std_parameterization is {saved!r}, the model's posterior has {wanted!r}; "
-            f"bayesianize the model with BlobConfig(std_parameterization={saved!r})"
+            f"{folder / BLOB_CONFIG}: std_parameterization is {quoted(saved)}, the model's posterior has {wanted!r}; "
+            f"bayesianize the model with BlobConfig(std_parameterization={quoted(saved)})"
         )
     _copy_std_parameters(folder / POSTERIOR_FILE, posterior, config)
     _copy_prior(folder, description, posterior)
@@ -298,8 +304,8 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
     for key, name in files.items():
         if description[key] != hashes[key]:
             raise AdapterFileError(
-                f"{folder / name}: its SHA-256 is {hashes[key]}, but {BLOB_CONFIG} ({key}) says {description[key]!r}: "
-                "the file was altered, or comes from another save; restore it or save again"
+                f"{folder / name}: its SHA-256 is {hashes[key]}, but {BLOB_CONFIG} ({key}) says "
+                f"{quoted(description[key])}: it was altered, or comes from another save; restore it or save again"
             )
     return folder
 
@@ -405,7 +411,8 @@ def _read_description(file: Path) -> tuple[dict[str, Any], BlobConfig]:
     writer = libraries.get("bloblora") if isinstance(libraries, dict) else None
     versions = f"bloblora {writer or 'of an unknown version'} wrote it, this is {version('bloblora')}"
     if (found := description.get("format_version")) != FORMAT_VERSION:
-        raise AdapterFileError(f"{file}: format_version is {found!r}; this bloblora reads {FORMAT_VERSION}; {versions}")
+        reads = f"this bloblora reads {FORMAT_VERSION}"
+        raise AdapterFileError(f"{file}: format_version is {quoted(found)}; {reads}; {versions}")
 
     def check_known(found: Set[str], known: Set[str], place: str) -> None:
         if unknown := sorted(found - known):
@@ -417,7 +424,7 @@ def _read_description(file: Path) -> tuple[dict[str, Any], BlobConfig]:
     if missing := sorted(set(_DESCRIPTION) - description.keys()):
         raise AdapterFileError(f"{file}: missing fields {missing}; restore it or save again")
     if not isinstance(description["config"], dict):
-        raise AdapterFileError(f"{file}: field 'config' must be an object, got {description['config']!r}")
+        raise AdapterFileError(f"{file}: field 'config' must be an object, got {quoted(description['config'])}")
     check_known(description["config"].keys(), {field.name for field in fields(BlobConfig)}, "field 'config' has ")
     try:
         config = BlobConfig(**description["config"])
@@ -426,8 +433,9 @@ def _read_description(file: Path) -> tuple[dict[str, Any], BlobConfig]:
     content = {key: value for key, value in description.items() if key != "sha256"}
     if (found := json_sha256(content)) != description["sha256"]:
         raise AdapterFileError(
-            f"{file}: its content has the SHA-256 {found}, but its field 'sha256' says {description['sha256']!r}: it "
-            "was altered; restore it, or load the adapter with PEFT and bayesianize it with another BlobConfig"
+            f"{file}: its content has the SHA-256 {found}, but its field 'sha256' says "
+            f"{quoted(description['sha256'])}: it was altered; restore it, or load the adapter with PEFT and "
+            "bayesianize it with another BlobConfig"
         )
     return description, config
 
@@ -488,6 +496,33 @@ def _check_peft(file: Path) -> None:
         raise AdapterFileError(f"{file}: field 'peft_type' must be one of PEFT's, such as 'LORA', got {quoted(found)}")
     if found == PeftType.LORA:
         check_fields(content, LoraConfig, file, AdapterFileError, besides=_LORA_TYPES)
+
+
+def matching(lora: PeftConfig, names: Sequence[str]) -> list[str]:
+    """Those of a model's modules that an adapter's configuration names, alone or by a regular expression.
+
+    Raises:
+        ValueError: an expression isn't one, or doesn't end.
+    """
+    patterns = [*getattr(lora, "rank_pattern", {}), *getattr(lora, "alpha_pattern", {})]
+    try:
+        with time_limit("matching the names of the model's layers"):
+            for name in names:
+                get_pattern_key(patterns, name)
+            targets = getattr(lora, "target_modules", None)
+            return [name for name in names if targets and check_target_module_exists(lora, name)]
+    except (re.error, TimeoutError) as error:
+        raise ValueError(
+            f"target_modules, or another regular expression of the adapter's configuration: {shortened(str(error))}"
+        ) from error
+
+
+def _check_patterns(folder: Path, model: PreTrainedModel | PeftModel) -> None:
+    """Raise an AdapterFileError for what `matching` raises, before the model is changed."""
+    try:
+        matching(PeftConfig.from_pretrained(str(folder)), [name for name, _ in model.named_modules()])
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterFileError(f"{folder / MEAN_CONFIG}: {error}") from error
 
 
 def _sort_sets(file: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..files import cache_folder, write_text
-from ..messages import escaped
+from ..messages import escaped, quoted
 
 _DESCRIPTION = """usage: bloblora COMMAND [options]
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif command == "--version":
             print(f"bloblora {version('bloblora')}")
         elif command not in COMMANDS:
-            fail("", f"a command must be one of {', '.join(COMMANDS)}, got {command!r}; see bloblora --help")
+            fail("", f"a command must be one of {', '.join(COMMANDS)}, got {quoted(command)}; see bloblora --help")
         elif {"-h", "--help", "--help-all"} & {*rest}:
             _show_help(command, rest)
         else:

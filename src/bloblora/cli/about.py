@@ -49,7 +49,7 @@ def methods(json: bool = False) -> None:
     Console().print(table)
 
 
-def info(directory: str | None = None, json: bool = False, trust_remote_code: bool = False) -> None:
+def info(code: runs.CodeOptions, directory: str | None = None, json: bool = False) -> None:
     """Show versions and the machine, or what a run's folder holds: settings, labels, posterior, training.
 
     Examples:
@@ -57,9 +57,9 @@ def info(directory: str | None = None, json: bool = False, trust_remote_code: bo
       bloblora info runs/desk
 
     Args:
+        code: of the base model.
         directory: folder of a run.
         json: print JSON.
-        trust_remote_code: run the Python code that the base model comes with, where it needs some; never stored.
     """
     logging.disable_progress_bar()
     if directory is None:
@@ -71,7 +71,7 @@ def info(directory: str | None = None, json: bool = False, trust_remote_code: bo
             "cache": str(cache_folder()),
         }
     else:
-        run = runs.load_run(directory, trust_remote_code=trust_remote_code)
+        run = runs.load_run(directory, trust_remote_code=code.trust_remote_code)
         posterior = find_posterior(run.model)
         result = {
             "config": run.config.given(),

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import pairwise
+from pathlib import Path
 from textwrap import dedent, fill
 from typing import Any, Literal, NoReturn, get_type_hints
 
@@ -20,6 +21,7 @@ from peft import LoraConfig
 
 from .. import tasks
 from ..data import ReadingOptions
+from ..files import parse_yaml, regular
 from ..methods import METHODS
 from ..runs.config import (
     LORA,
@@ -216,9 +218,8 @@ def _normalized(arguments: Sequence[str]) -> list[str]:
 def _read_options(file: str) -> dict[str, Any]:
     """The options in a YAML file, each by its name alone."""
     try:
-        with open(file, encoding="utf-8") as lines:
-            content = yaml.safe_load(lines) or {}
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        content = parse_yaml(regular(Path(file)).read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError) as error:
         raise RunError(f"--config {file}: not readable as YAML: {error}") from error
     if not isinstance(content, dict):
         raise RunError(f"--config {file}: must hold a mapping of names to values, got {type(content).__name__}")

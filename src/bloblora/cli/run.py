@@ -4,7 +4,7 @@ import json as jsonlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,11 @@ from ..data import Reader, ReadingOptions, read_batches, read_records
 from ..decision import MAPS, check_promises
 from ..decision.conformal import Kind, Score
 from ..files import replacing
-from ..runs import PredictionOptions, RunConfig, RunDescription, RunError, open_run
+from ..messages import quoted
+from ..runs import CodeOptions, PredictionOptions, RunConfig, RunDescription, RunError, open_run
 from ..runs.checks import check_generates
 from ..runs.correctness import CORRECTNESS_FILE, calibrate_texts, open_correctness
-from ..runs.decide import DECISION_FILE, calibrate_on, open_decision, write_decisions
+from ..runs.decide import DECISION_FILE, DECISIONS, calibrate_on, open_decision
 from ..runs.decide import calibrate as calibrate_run
 from ..runs.evaluate import METRICS_FILE, read_metrics, save_metrics
 from ..runs.lines import lines_file, write_table
@@ -42,10 +43,10 @@ def dumped(content: Any) -> str:
 
 def train(
     config: RunConfig,
+    code: CodeOptions,
     json: bool = False,
     tensorboard: str | None = None,
     device: str | None = None,
-    trust_remote_code: bool = False,
 ) -> None:
     """Fine-tune a base model on labelled data, as a Bayesian LoRA or a plain one.
 
@@ -71,15 +72,15 @@ def train(
 
     Args:
         config: of the run.
+        code: of the base model.
         json: print JSON.
         tensorboard: folder for TensorBoard: the losses, and histograms of the posterior's Ω, M and |M|/Ω.
         device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
-        trust_remote_code: run the Python code that the base model comes with, where it needs some; never stored.
     """
     logging.disable_progress_bar()
     use_device(device)
     callbacks = _histograms(tensorboard) if tensorboard else ()
-    run = runs.train(config, callbacks=callbacks, trust_remote_code=trust_remote_code)
+    run = runs.train(config, callbacks=callbacks, trust_remote_code=code.trust_remote_code)
     if not runs.processes().is_main_process:
         return
     summary = posterior_summary(run)
@@ -173,7 +174,8 @@ def calibrate(
     if output is not None:
         runs.check_writable(output)
         if directory is not None and Path(output).absolute() == (Path(directory) / DECISION_FILE).absolute():
-            raise RunError(f"output {output!r}: the rules are saved there anyway, and for other N beside; leave it out")
+            there = "the rules are saved there anyway, and for other N beside; leave it out"
+            raise RunError(f"output {quoted(output)}: {there}")
     promises = {"risk": risk, "level": confidence, "coverage": coverage, "false_alarm": false_alarm}
     kinds: dict[str, Any] = {"kind": label_sets, "score": score}
     description = _opened(directory, options) if directory is not None else None
@@ -189,7 +191,7 @@ def calibrate(
         bars = sys.stdout.isatty() and not json
         content = calibrate_run(description, records, outside, options, progress=bars, **promises, **kinds)
     if output is not None:
-        write_decisions(Path(output), [content])
+        DECISIONS.write(Path(output), [content])
     if json:
         print(dumped(content))
         return
@@ -284,7 +286,8 @@ def evaluate(
             runs.check_writable(file)
     description = _opened(directory, options)
     if output and Path(output).absolute() == (description.folder / METRICS_FILE).absolute():
-        raise RunError(f"output {output!r}: metrics are written there anyway, those of other data too; leave it out")
+        there = "metrics are written there anyway, those of other data too; leave it out"
+        raise RunError(f"output {quoted(output)}: {there}")
     if not description.remote:
         read_metrics(description.folder)  # what is added to must be readable
     records, outside = _read(description, data, ood, reading)
@@ -293,7 +296,7 @@ def evaluate(
     training = runs.training_records(description) if distances and distance is None else None
     run = runs.load_run(description, options.approximate, trust_remote_code=options.trust_remote_code)
     if _is_training_data(description, data):
-        print(f"data {data!r}: the run was trained on these; its metrics say little of others", file=sys.stderr)
+        print(f"data {quoted(data)}: the run was trained on these; its metrics say little of others", file=sys.stderr)
     bars = sys.stdout.isatty() and not json  # the bar goes to standard output
     if training is not None:
         distance = runs.fit_distance(run, description, training, batch_size=options.batch_size, progress=bars)
@@ -377,7 +380,7 @@ def predict(
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
+class GenerationOptions(CodeOptions):
     """How a run writes."""
 
     samples: int = field(default=10, metadata={"help": "Weight samples N; 0 is the posterior mean."})
@@ -428,7 +431,6 @@ def generate(
     reading: ReadingOptions,
     output: str | None = None,
     device: str | None = None,
-    trust_remote_code: bool = False,
 ) -> None:
     """Write a JSON line for each prompt: the answer, the answers of the weight samples, and the uncertainty.
 
@@ -454,7 +456,6 @@ def generate(
         output: file to write, which appears when it is complete; default standard output. A name that ends in .csv or
             .tsv makes it a table.
         device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
-        trust_remote_code: run the Python code that the base model comes with, where it needs some; never stored.
     """
     logging.disable_progress_bar()
     use_device(device)
@@ -467,7 +468,7 @@ def generate(
     batches = read_batches(input, 64, reading, known=description.columns, require_labels=False)
 
     def load() -> runs.Run:
-        return runs.load_run(description, trust_remote_code=trust_remote_code)
+        return runs.load_run(description, trust_remote_code=options.trust_remote_code)
 
     def lines(run: runs.Run, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         return run.describe_texts(records, options.samples, options.seed, **settings)
@@ -476,7 +477,7 @@ def generate(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringOptions:
+class ScoringOptions(CodeOptions):
     """How a run scores texts."""
 
     samples: int = field(default=10, metadata={"help": "Weight samples N; 0 is the posterior mean."})
@@ -537,16 +538,17 @@ def score(
     description = _opened(directory)
     correctness = open_correctness(description, "score", options.how())
     settings: dict[str, Any] = {"claims": options.claims, "correctness": correctness, "batch_size": options.batch_size}
+    trusted: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     known: dict[str, Any] = {"known": description.columns}
     if output is not None and input != "-":
-        score_file(description, Reader(input, reading, **known), Path(output), options.how(), **settings)
+        score_file(description, Reader(input, reading, **known), Path(output), options.how(), **settings, **trusted)
         return
 
     def lines(run: runs.Run, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         return run.describe_scores(records, options.samples, options.seed, **settings)
 
     batches, check = read_batches(input, 64, reading, **known), partial(check_generates, description.task)
-    _write(input, output, batches, check, partial(runs.load_run, description), lines)
+    _write(input, output, batches, check, partial(runs.load_run, description, **trusted), lines)
 
 
 def correctness(
@@ -603,6 +605,7 @@ def correctness(
             maps=maps,
             batch_size=options.batch_size,
             progress=sys.stdout.isatty() and not json,
+            trust_remote_code=options.trust_remote_code,
             **options.of_transformers(),
         )
     if json:
@@ -645,10 +648,11 @@ def _opened(directory: str, options: PredictionOptions | None = None) -> RunDesc
 
 
 def _check_unseen(description: RunDescription, data: str) -> None:
+    other = "calibrate on records that it has not seen"
     if _is_training_data(description, data):
-        raise RunError(f"data {data!r}: the run was trained on these; calibrate on records that it has not seen")
+        raise RunError(f"data {quoted(data)}: the run was trained on these; {other}")
     if data == description.config.validation_data:
-        raise RunError(f"data {data!r}: they chose the run's checkpoint; calibrate on records that it has not seen")
+        raise RunError(f"data {quoted(data)}: they chose the run's checkpoint; {other}")
 
 
 def _is_training_data(description: RunDescription, data: str) -> bool:
@@ -700,7 +704,7 @@ def _write(
     """Write a line for each record of ``source``; the run is loaded once the first batch has been checked."""
     run = None
     lines = _lines_file(output)
-    with _alone(output):
+    with _alone(output, lines):
         with _writing(runs.part_of(lines) if lines else None) as handle:
             for records in batches:
                 with _named(source):
@@ -713,9 +717,15 @@ def _write(
                 _as_table(lines, output)
 
 
-def _alone(output: str | None) -> AbstractContextManager[None]:
-    """For the first process, which puts the output in its place, the lock of it where it is a file."""
-    return runs.alone(Path(output)) if output and runs.processes().is_main_process else nullcontext()
+@contextmanager
+def _alone(output: str | None, lines: Path | None) -> Iterator[None]:
+    """The locks of what this process writes: its part of the lines, and where it is the first all that they become."""
+    with ExitStack() as stack:
+        if output and lines:
+            joined = [Path(output), lines] if runs.processes().is_main_process else []
+            for file in dict.fromkeys([*joined, runs.part_of(lines)]):
+                stack.enter_context(runs.alone(file))
+        yield
 
 
 @contextmanager

@@ -6,18 +6,18 @@ from transformers.utils import logging
 
 from ..hub import push as push_run
 from ..hub import write_card
-from ..runs import RunError
+from ..runs import CodeOptions, RunError
 
 
 def export(
     directory: str,
     output: str,
+    code: CodeOptions,
     format: Literal["lora", "merged", "gguf"] = "lora",
     samples: int = 10,
     seed: int = 0,
     draw: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    trust_remote_code: bool = False,
 ) -> None:
     """Write a run for other programs: its mean and draws as ordinary LoRAs, or one of them as a whole model.
 
@@ -35,18 +35,18 @@ def export(
     Args:
         directory: folder of a run.
         output: folder to make; it appears when it is complete.
+        code: of the base model.
         format: `lora`, `merged` or `gguf`.
         samples: weight draws N of `lora` and `gguf`; 0 is the mean alone.
         seed: of the draws.
         draw: which one to merge, counted from 0; default the mean.
         dtype: of the tensors of `lora`; `merged` has the base model's, `gguf` float32.
-        trust_remote_code: run the Python code that the base model comes with, where it needs some; never stored.
     """
     logging.disable_progress_bar()
     from ..export import export as export_run
 
     try:
-        more: dict[str, Any] = {"draw": draw, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        more: dict[str, Any] = {"draw": draw, "dtype": dtype, "trust_remote_code": code.trust_remote_code}
         manifest = export_run(directory, output, format, samples, seed, **more)
     except NotImplementedError as error:  # a quantized base that PEFT can't merge
         raise RunError(f"{directory}: {error}") from error
@@ -78,11 +78,11 @@ def card(directory: str, to: str | None = None, base_model: str | None = None) -
 def push(
     directory: str,
     to: str,
+    code: CodeOptions,
     revision: str | None = None,
     base_model: str | None = None,
     private: bool = False,
     update: bool = False,
-    trust_remote_code: bool = False,
 ) -> None:
     """Upload a run to the Hugging Face hub, with its model card; `hub:user/name` is then as good as its folder.
 
@@ -97,13 +97,13 @@ def push(
     Args:
         directory: folder of a run.
         to: name on the hub, `user/name`.
+        code: of the base model.
         revision: branch to commit to, made where it is missing; default main.
         base_model: hub id of the base model, needed where the run was trained from a folder or a file.
         private: make a private repository.
         update: commit to a repository that exists already.
-        trust_remote_code: run the Python code that the base model comes with, where it needs some; never stored.
     """
     logging.disable_progress_bar()
     how: dict[str, Any] = {"private": private, "revision": revision, "update": update, "base_model": base_model}
-    address = push_run(directory, to, trust_remote_code=trust_remote_code, **how)
+    address = push_run(directory, to, trust_remote_code=code.trust_remote_code, **how)
     print(f"uploaded: {address}; next: bloblora predict hub:{to}{f'@{revision}' if revision else ''} --input FILE")

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.utils import logging
 
 from .. import evaluation, runs, studies
+from ..messages import quoted
 from ..studies import Job, Outcome
 
 
@@ -177,8 +178,8 @@ def tune(
     console.print(evaluation.rich_table(rows, title=f"{len(found)} trials, the best first", columns=columns))
     if not found[0].feasible:
         raise runs.RunError(
-            f"no trial is within {within} of the accuracy of {read.baseline!r}; trial {found[0].number + 1} comes "
-            "nearest. Try more trials, other ranges, or a larger `within`"
+            f"no trial is within {within} of the accuracy of {quoted(read.baseline)}; trial {found[0].number + 1} "
+            "comes nearest. Try more trials, other ranges, or a larger `within`"
         )
     print("".join(f"{name}: {evaluation.short_number(value)}\n" for name, value in found[0].options.items()), end="")
 

@@ -12,6 +12,7 @@ from datetime import date, time
 from string import ascii_uppercase
 from typing import Any
 
+from ..messages import quoted
 from .records import DataError, Record, record_kind
 
 
@@ -119,7 +120,7 @@ def said_of(found: Mapping[str, str], given: Mapping[str, str], known: Mapping[s
     guessed = {name: column for name, column in found.items() if name not in given and known.get(name) != column}
     if not guessed:
         return None
-    taken = ", ".join(f"{name} is column {column!r}" for name, column in guessed.items())
+    taken = ", ".join(f"{name} is column {quoted(column)}" for name, column in guessed.items())
     return f"{taken} ({', '.join(map(_option, guessed))} to choose otherwise)"
 
 
@@ -225,7 +226,7 @@ def _the_given(source: str, name: str, column: str, present: Sequence[str]) -> s
     same = [other for other in present if _normal(other) == _normal(column)]
     if column in present or len(same) == 1:
         return column if column in present else same[0]
-    raise DataError([f"{source}: {_option(name)} {column!r}: there is no such column; it has {_listed(present)}"])
+    raise DataError([f"{source}: {_option(name)} {quoted(column)}: there is no such column; it has {_listed(present)}"])
 
 
 def _option(name: str) -> str:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from ..files import parse_yaml
+from ..messages import quoted
 from .records import DataError, Record
 
 # Rasa marks entities: [Berlin](city) and [Berlin]{"entity": "city"}
@@ -18,12 +20,10 @@ def rasa_rows(source: str, text: str) -> Iterator[Record | str]:
     Raises:
         DataError: not YAML, or no list ``nlu``.
     """
-    import yaml
-
     try:
-        content = yaml.safe_load(text)
-    except (RecursionError, yaml.YAMLError) as error:
-        raise DataError([f"{source}: not readable as YAML: {' '.join(str(error).split())}"]) from error
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise DataError([f"{source}: not readable as YAML: {error}"]) from error
     if not isinstance(content, dict) or not isinstance(content.get("nlu"), list):
         raise DataError([f"{source}: must be Rasa's NLU data, with a list 'nlu' of an intent and examples each"])
     for item in content["nlu"]:
@@ -55,5 +55,5 @@ def label_studio_row(row: Record) -> Record | str:
         for choice in result["value"]["choices"]
     }
     if len(chosen) > 1:
-        return f"annotated with several choices: {', '.join(sorted(map(repr, chosen)))}; a record has one label"
+        return f"annotated with several choices: {', '.join(sorted(map(quoted, chosen)))}; a record has one label"
     return {**data, **({"id": row["id"]} if "id" in row else {}), **({"label": chosen.pop()} if chosen else {})}

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..messages import quoted
 from .reading import Reader
 from .records import DataError, Place, Record
 from .sources import Row, with_names
@@ -44,7 +45,7 @@ class _Held(Reader):
             if isinstance(row, Mapping):
                 yield ("row ", number), {str(name): _plain(value) for name, value in row.items()}
             else:
-                yield ("row ", number), f"{row!r} is neither a dict nor a text"
+                yield ("row ", number), f"{quoted(row)} is neither a dict nor a text"
 
     def _hint(self, problem: str) -> str:
         return ""  # no option names a column here
@@ -52,7 +53,7 @@ class _Held(Reader):
 
 def _rows(source: Any) -> Iterator[Any]:
     if isinstance(source, Mapping) and any(hasattr(value, "column_names") for value in source.values()):
-        raise DataError([f"the data has several splits; give one of {', '.join(map(repr, source))}"])
+        raise DataError([f"the data has several splits; give one of {', '.join(map(quoted, source))}"])
     if isinstance(source, str | Mapping):
         yield source
     elif hasattr(source, "to_dicts"):  # Polars
@@ -65,7 +66,7 @@ def _rows(source: Any) -> Iterator[Any]:
         yield from source
     else:
         kinds = "a list of dicts or texts, a table, or a datasets.Dataset"
-        raise DataError([f"{source!r} of type {type(source).__name__} holds no records; give {kinds}"])
+        raise DataError([f"{quoted(source)} of type {type(source).__name__} holds no records; give {kinds}"])
 
 
 def _dataset_rows(source: Any) -> Iterator[Record]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
+from ..messages import quoted
 from .columns import ReadingOptions, find_columns, missing_hint, said_of, to_record
 from .records import DataError, Place, Problems, Record, first_field, record_kind, record_problems
 from .sources import Row, Say, rows_of
@@ -180,7 +181,7 @@ def _same_but_for_case(labels: set[str]) -> str:
     groups: dict[str, list[str]] = {}
     for label in sorted(labels):
         groups.setdefault(label.casefold(), []).append(label)
-    same = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
+    same = [" and ".join(map(quoted, group)) for group in groups.values() if len(group) > 1]
     return ", ".join(same[:5]) + (f" and {len(same) - 5} more" if len(same) > 5 else "")
 
 

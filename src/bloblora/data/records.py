@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from ..messages import quoted
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -113,7 +115,7 @@ def record_problems(record: Mapping[str, Any], kind: str | None, *, require_answ
     ``require_answer``.
     """
     if (found := record.get("id")) is not None and _half_a_pair(found):
-        return [f"field 'id': {found!r} has half a surrogate pair, which is no text"]
+        return [f"field 'id': {quoted(found)} has half a surrogate pair, which is no text"]
     if kind == "classification":
         pair = _text_problems(record["text_pair"], "field 'text_pair'") if "text_pair" in record else []
         return [
@@ -144,8 +146,8 @@ def _text_problems(value: Any, where: str) -> list[str]:
     if value is None:
         return [f"{where}: missing; it must be a text that isn't empty"]
     if not isinstance(value, str) or not value.strip():
-        return [f"{where}: {value!r} must be a text that isn't empty"]
-    return [f"{where}: {value!r} has half a surrogate pair, which is no text"] if _half_a_pair(value) else []
+        return [f"{where}: {quoted(value)} must be a text that isn't empty"]
+    return [f"{where}: {quoted(value)} has half a surrogate pair, which is no text"] if _half_a_pair(value) else []
 
 
 def _half_a_pair(value: Any) -> bool:
@@ -174,21 +176,21 @@ def _answer_problems(record: Mapping[str, Any], name: str, required: bool) -> li
     count = len(record["choices"])
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < count:
         text = ", nor the letter or the text of exactly one" if isinstance(answer, str) else ""
-        return [f"field 'answer': {answer!r} is not an index into {count} choices (0..{count - 1}){text}"]
+        return [f"field 'answer': {quoted(answer)} is not an index into {count} choices (0..{count - 1}){text}"]
     return []
 
 
 def _message_problems(messages: Any, required: bool) -> list[str]:
     if not isinstance(messages, list | tuple) or not messages:
-        return [f"field 'messages': {messages!r} must be a list of at least one message"]
+        return [f"field 'messages': {quoted(messages)} must be a list of at least one message"]
     for number, message in enumerate(messages):
         where = f"field 'messages', item {number}"
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            return [f"{where}: {message!r} must have 'role' and 'content'"]
+            return [f"{where}: {quoted(message)} must have 'role' and 'content'"]
         if problems := [p for name in ("role", "content") for p in _text_problems(message[name], f"{where}: '{name}'")]:
             return problems
     if required and (role := messages[-1]["role"]) != "assistant":
-        return [f"field 'messages': the last one's role is {role!r}; in training records it must be 'assistant'"]
+        return [f"field 'messages': the last one's role is {quoted(role)}; in training records it must be 'assistant'"]
     return []
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import files
 from typing import Any
 
+from ..messages import quoted
 from .records import DataError, Record
 
 Row = Mapping[str, Any]
@@ -18,7 +19,7 @@ def support_desk(split: str = "train") -> list[Record]:
         DataError: ``split`` is not one of ``SPLITS``.
     """
     if split not in SPLITS:
-        raise DataError([f"support_desk: split {split!r} is not one of {', '.join(SPLITS)}"])
+        raise DataError([f"support_desk: split {quoted(split)} is not one of {', '.join(SPLITS)}"])
     text = (files(__package__) / "support_desk" / f"{split}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -105,7 +106,7 @@ def _converted(source: str, rows: Iterable[Row], convert: Callable[[Row], Record
         try:
             records.append(convert(row))
         except (KeyError, ValueError, TypeError) as error:
-            problems.append(f"{source}: row {number}: not of the form that is known: {error!r} in {dict(row)!r}")
+            problems.append(f"{source}: row {number}: not of the form that is known: {error!r} in {quoted(dict(row))}")
     if problems:
         raise DataError(problems)
     return records

@@ -17,6 +17,7 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from ..files import parse_json
+from ..messages import quoted
 from .columns import obvious_kind
 from .exports import label_studio_row, rasa_rows
 from .records import DataError, Place, Record
@@ -49,10 +50,10 @@ def rows_of(source: str, say: Say) -> Iterator[tuple[Place, Row]]:
     elif path.is_dir():
         yield from _numbered(source, _dataset_rows(path))
     elif path.exists() and not path.is_file():
-        raise DataError([f"data {source!r}: is not a regular file"])
+        raise DataError([f"data {quoted(source)}: is not a regular file"])
     elif not path.exists():
         known = ", ".join(["support_desk", *PAPER_SETS, "mmlu/<subject>"])
-        raise DataError([f"data {source!r}: no such file or folder, and not one of {known}"])
+        raise DataError([f"data {quoted(source)}: no such file or folder, and not one of {known}"])
     else:
         yield from _file_rows(path, say)
 
@@ -73,7 +74,8 @@ def _file_rows(path: Path, say: Say) -> Iterator[tuple[Place, Row]]:
     elif suffix == ".parquet":
         yield from _numbered(source, _parquet_rows(path))
     else:
-        raise DataError([f"data {source!r}: the ending {path.suffix!r} is not one of {', '.join(SUFFIXES)}"])
+        ending = quoted(path.suffix)
+        raise DataError([f"data {quoted(source)}: the ending {ending} is not one of {', '.join(SUFFIXES)}"])
 
 
 def _numbered(source: str, rows: Iterable[Row], what: str = "row") -> Iterator[tuple[Place, Row]]:
@@ -124,7 +126,7 @@ def _list_in(path: Path, content: Any, say: Say) -> Sequence[Any]:
     if len(lists) != 1:
         found = f"several: {', '.join(lists)}" if lists else f"it has {', '.join(content) or 'nothing'}"
         raise DataError([f"{path}: must hold a list of objects, or an object with exactly one such list; {found}"])
-    say(f"{path}: the records are those of {lists[0]!r}")
+    say(f"{path}: the records are those of {quoted(lists[0])}")
     return content[lists[0]]
 
 
@@ -164,7 +166,7 @@ def _all_objects(values: list[Any]) -> bool:
 
 
 def _object(row: Any) -> Row:
-    return row if isinstance(row, dict) else f"{row!r} is not a JSON object"
+    return row if isinstance(row, dict) else f"{quoted(row)} is not a JSON object"
 
 
 def _table_rows(path: Path, suffix: str, say: Say) -> Iterator[tuple[Place, Row]]:
@@ -177,7 +179,7 @@ def _table_rows(path: Path, suffix: str, say: Say) -> Iterator[tuple[Place, Row]
                 blank += 1
                 continue
             surplus = row.pop(None, None)  # where DictReader puts cells without a name
-            problem = f"more cells than the header has columns: {surplus!r}; quote cells that hold {delimiter!r}"
+            problem = f"more cells than the header has columns: {quoted(surplus)}; quote cells that hold {delimiter!r}"
             yield (f"{path}:", reader.line_num), problem if surplus else row
     except csv.Error as error:
         raise DataError([f"{path}:{reader.line_num}: not a table: {error}"]) from error

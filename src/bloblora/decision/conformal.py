@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.inputs import check_scores, checked_probabilities
+from ..messages import quoted
 
 
 class PromiseError(ValueError):
@@ -190,12 +191,12 @@ def check_numbers(rule: object, *names: str) -> None:
     for name in ("threshold", *names):
         value = getattr(rule, name)
         if not isinstance(value, int | float) or not math.isfinite(value) or (name in names and value < 0):
-            raise ValueError(f"{name} must be a number{' of 0 or more' if name in names else ''}, got {value!r}")
+            raise ValueError(f"{name} must be a number{' of 0 or more' if name in names else ''}, got {quoted(value)}")
 
 
 def _check_name(name: str, value: str, kinds: object) -> None:
     if value not in get_args(kinds):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(kinds))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(get_args(kinds))}, got {quoted(value)}")
 
 
 def _scores(probabilities: Tensor, kind: Kind, penalty: float, free_ranks: int) -> Tensor:

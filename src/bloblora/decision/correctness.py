@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation import confidence_bins, confidence_floor, ood_metrics, risk_coverage
+from ..messages import quoted
 
 MAPS = ("platt", "beta", "isotonic")
 _SIGNS = {
@@ -70,7 +71,7 @@ class Correctness:
 
     def __post_init__(self) -> None:
         if self.kind not in MAPS or not self.scores or any(name not in _SIGNS for name in self.scores):
-            raise CorrectnessError(f"correctness: no map {self.kind!r} of {', '.join(map(str, self.scores))}")
+            raise CorrectnessError(f"correctness: no map {quoted(self.kind)} of {', '.join(map(str, self.scores))}")
         if not 0 < self.num_right < self.num_examples:
             raise CorrectnessError(f"num_right must be in 1..{self.num_examples - 1}, got {self.num_right}")
         if self.kind == "isotonic":
@@ -82,7 +83,7 @@ class Correctness:
             features = 2 if self.kind == "beta" else len(self.scores)
             valid = numbers.shape == (features + 1,) and bool(np.isfinite(numbers).all())
         if not valid or (self.kind != "platt" and len(self.scores) != 1):
-            raise CorrectnessError(f"parameters: {self.parameters} are not those of a map {self.kind!r}")
+            raise CorrectnessError(f"parameters: {self.parameters} are not those of a map {quoted(self.kind)}")
 
     def probabilities(self, scores: Mapping[str, Tensor]) -> Tensor:
         """The probability that each of n texts is right, (n,) float64.

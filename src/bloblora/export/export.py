@@ -15,7 +15,8 @@ from peft import PeftModel
 
 from .. import models, tasks
 from ..adapter.storage import library_versions
-from ..files import check_fields, file_sha256, read_hashed_json, write_hashed_json
+from ..files import as_os_error, check_fields, file_sha256, read_hashed_json, write_hashed_json
+from ..messages import quoted
 from ..methods.method import MEAN, Draw
 from ..models import DTYPES
 from ..runs import PredictionOptions, Run, RunDescription, RunError, alone, check_writable, load_run, open_run
@@ -180,7 +181,7 @@ def read_manifest(directory: str | os.PathLike[str], *, check_files: str | None 
     file = Path(directory) / MANIFEST_FILE
     content = read_hashed_json(file, RunError)
     if (found := content.pop("format_version", None)) != FORMAT_VERSION:
-        raise RunError(f"{file}: format_version is {found!r}; this bloblora reads {FORMAT_VERSION}")
+        raise RunError(f"{file}: format_version is {quoted(found)}; this bloblora reads {FORMAT_VERSION}")
     check_fields(content, Manifest, file, RunError)
     try:
         manifest = Manifest(**content)
@@ -223,7 +224,8 @@ def _write_adapters(
                 write_gguf(folder / f"{draw.name}.gguf", model, draw.adapter_name)
             else:
                 write_lora(folder / draw.name, model, draw.adapter_name, dtype)
-    run.tokenizer.save_pretrained(folder / TOKENIZER)
+    with as_os_error(folder):
+        run.tokenizer.save_pretrained(folder / TOKENIZER)
     mean, *names = [draw.name for draw in draws]
     if format == "gguf":
         commands = {"llama.cpp": f"llama-server --model BASE.gguf --lora {[mean, *names][-1]}.gguf"}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import adapter, models
 from ..adapter.storage import MEAN_FILE
 from ..adapter.variant import mean_of
-from ..files import check_finite_tensors, write_tensors
+from ..files import as_os_error, check_finite_tensors, write_tensors
 from ..methods import Draw
 from ..runs import Run, RunDescription, RunError
 
@@ -120,8 +120,9 @@ def write_merged(run: Run, draw: Draw, folder: Path) -> None:
     if run.task.labels is not None:
         model.config.id2label = dict(enumerate(run.task.labels))
         model.config.label2id = {label: index for index, label in enumerate(run.task.labels)}
-    model.save_pretrained(folder)
-    run.tokenizer.save_pretrained(folder)
+    with as_os_error(folder):
+        model.save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
 
 
 def _permuted(b: Tensor, heads: int) -> Tensor:

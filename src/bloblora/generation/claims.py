@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..messages import quoted
 from ..tasks import TaskError
 
 Span = tuple[int, int]
@@ -38,7 +39,7 @@ def claims_of(record: Mapping[str, Any], text: str, by: str | None) -> list[Span
     if (claims := record.get("claims")) is None:
         return sentences(text) if by == "sentences" else []
     if not isinstance(claims, list | tuple):
-        raise TaskError(f"field 'claims': {claims!r} must be a list of texts or of [start, end]")
+        raise TaskError(f"field 'claims': {quoted(claims)} must be a list of texts or of [start, end]")
     return [_span(claim, number, text) for number, claim in enumerate(claims)]
 
 
@@ -57,7 +58,7 @@ def claim_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, 
 
 
 def _span(claim: Any, number: int, text: str) -> Span:
-    where = f"field 'claims', item {number}: {claim!r}"
+    where = f"field 'claims', item {number}: {quoted(claim)}"
     if isinstance(claim, str):
         if not claim.strip() or (start := text.find(claim)) < 0:
             raise TaskError(f"{where} must be a part of the response, {text[:40]!r}")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ..messages import quoted
 from .text import same_text
 
 Matcher = Callable[[str, str], bool]
@@ -31,7 +32,7 @@ def numeric(answer: str, reference: str) -> bool:
     """
     wanted = _last_number(reference)
     if wanted is None:
-        raise ValueError(f"{reference!r} has no number in it; take another matcher than numeric")
+        raise ValueError(f"{quoted(reference)} has no number in it; take another matcher than numeric")
     found = _last_number(answer)
     return found is not None and math.isclose(found, wanted, rel_tol=1e-9, abs_tol=1e-12)
 
@@ -48,7 +49,7 @@ def find_matcher(name: str) -> Matcher:
     if name in MATCHERS:
         return MATCHERS[name]
     place, _, function = name.rpartition(":")
-    known = f"matcher must be {', '.join(MATCHERS)}, module:function or file.py:function, got {name!r}"
+    known = f"matcher must be {', '.join(MATCHERS)}, module:function or file.py:function, got {quoted(name)}"
     if not place or not function:
         raise ValueError(known)
     try:
@@ -63,7 +64,7 @@ def find_matcher(name: str) -> Matcher:
     except (ImportError, OSError, SyntaxError) as error:
         raise ValueError(f"{known}: {error}") from error
     if not callable(found := getattr(module, function, None)):
-        raise ValueError(f"{known}: it has no function {function!r}")
+        raise ValueError(f"{known}: it has no function {quoted(function)}")
     return found
 
 

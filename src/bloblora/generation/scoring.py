@@ -15,6 +15,7 @@ from torch.nn.functional import pad as pad_tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..contexts import eval_mode
+from ..messages import quoted
 from ..prediction import Sampler
 from ..prediction.forward import BatchForward
 from ..prediction.prediction import check_num_samples, sampler_of
@@ -215,14 +216,14 @@ def _pairs(
     """Token ids of each prompt and its response."""
     for name, given in (("prompts", prompts), ("responses", responses)):
         if isinstance(given, str):
-            raise ValueError(f"{name}: {given!r} is one text; give a list of them")
+            raise ValueError(f"{name}: {quoted(given)} is one text; give a list of them")
     if len(prompts) != len(responses) or not len(prompts):
         raise ValueError(f"there must be a response to each prompt, got {len(prompts)} and {len(responses)}")
     task = TextGeneration(pad_token_id=0)
     for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         for name, given in (("prompts", prompt), ("responses", response)):
             if not len(given) or (isinstance(given, str) and not given.strip()):
-                raise ValueError(f"{name}: item {number} is {given!r}, of which there is nothing to score")
+                raise ValueError(f"{name}: item {number} is {quoted(given)}, of which there is nothing to score")
         if isinstance(prompt, str) and isinstance(response, str):
             if tokenizer is None:
                 raise ValueError(f"prompts: item {number} is a text; give its tokenizer, or token ids")

@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..adapter.storage import MEAN_CONFIG
 from ..files import read_json, write_json, write_text
+from ..messages import quoted
 from ..models import DEFAULT_MODEL
 from ..runs import RunDescription, RunError, load_run, open_run
 from ..runs.evaluate import METRICS_FILE, read_metrics
@@ -61,13 +62,13 @@ def push(
     description = open_run(directory)
     config = description.config
     if (base_model or public_base(config.model)) is None:
-        raise RunError(f"the base model {config.model!r} is on this machine only; give its hub id as base_model")
+        raise RunError(f"the base model {quoted(config.model)} is on this machine only; give its hub id as base_model")
     with _explained(repo_id):
         validate_repo_id(repo_id)
         api = HfApi()
         api.whoami()
         if (exists := api.repo_exists(repo_id)) and not update:
-            raise RunError(f"{repo_id!r} exists already; give another name, or `update` to commit to it")
+            raise RunError(f"{quoted(repo_id)} exists already; give another name, or `update` to commit to it")
     with tempfile.TemporaryDirectory() as scratch:
         staging = Path(scratch)
         stage(description, staging)
@@ -126,4 +127,4 @@ def _explained(repo_id: str) -> Iterator[None]:
     except RunError:
         raise
     except (OSError, ValueError, RuntimeError, HTTPError) as error:
-        raise RunError(f"{repo_id!r} on {constants.ENDPOINT}: {reason(error)}") from error
+        raise RunError(f"{quoted(repo_id)} on {constants.ENDPOINT}: {reason(error)}") from error

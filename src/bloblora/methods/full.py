@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..adapter import AdapterFileError
-from ..files import check_finite_tensors
+from ..files import as_os_error, check_finite_tensors
 from ..prediction import Point, Sampler
 from .method import Method
 
@@ -41,7 +41,8 @@ class Full(Method):
         """Write the whole model as ``from_pretrained`` takes it, in one file."""
         check_finite_tensors(dict(model.named_parameters()), "the model")
         partial = folder / ".full"
-        model.save_pretrained(partial, max_shard_size="1TB")  # type: ignore[operator]
+        with as_os_error(folder):
+            model.save_pretrained(partial, max_shard_size="1TB")  # type: ignore[operator]
         for file in partial.iterdir():
             file.replace(folder / file.name)
         shutil.rmtree(partial)

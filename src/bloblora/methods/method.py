@@ -24,6 +24,7 @@ from ..prediction.prediction import check_finite
 from ..tasks import Task
 from ..tasks.task import Example
 from ..training import BlobTrainingArguments, last_checkpoint
+from ..training.checkpoints import remove_torn
 
 if TYPE_CHECKING:
     from ..training import BlobTrainer
@@ -257,6 +258,8 @@ class Training:
         if self.validation and self.patience is not None:
             loop.add_callback(EarlyStoppingCallback(self.patience))
         checkpoint = last_checkpoint(arguments["output_dir"])
+        if checkpoint is None and loop.args.should_save and loop.args.save_total_limit is not None:
+            remove_torn(arguments["output_dir"], None)
         loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.logs = [log for log in loop.state.log_history if "nll" in log]
         self.problems += loop.problems

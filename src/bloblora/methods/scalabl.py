@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from .. import adapter
 from .. import posterior as q
+from ..messages import quoted
 from ..prediction import Sampler, WeightDraws
 from ..training import BlobTrainer, check_positive
 from ..training.arguments import KlWeighting, kl_weight, rescaled_dataset_size
@@ -71,7 +72,7 @@ class Scalabl(ScaledMethod):
         check_positive(self, "prior_std", "init_std")
         check_positive(self, "kl_learning_rate", or_zero=True)
         if self.kl_weighting not in (known := get_args(KlWeighting)):
-            raise ValueError(f"kl_weighting must be one of {', '.join(known)}, got {self.kl_weighting!r}")
+            raise ValueError(f"kl_weighting must be one of {', '.join(known)}, got {quoted(self.kl_weighting)}")
 
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """The base with a LoRA that has scales."""

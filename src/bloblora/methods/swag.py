@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..adapter import AdapterFileError, BlobConfig, bayesianize, find_posterior
 from ..files import read_tensors, write_tensors
+from ..messages import quoted
 from ..prediction import Sampler, WeightDraws
 from ..prediction.approximations import OfPosterior
 from ..training import BlobTrainer, check_positive
@@ -96,21 +97,21 @@ class Swag(GaussianMethod):
 
     def __post_init__(self) -> None:
         if not 0 <= self.burn_in < 1:
-            raise ValueError(f"burn_in must be in [0, 1), got {self.burn_in!r}")
+            raise ValueError(f"burn_in must be in [0, 1), got {quoted(self.burn_in)}")
         check_count("num_iterates", self.num_iterates, 2)
         check_count("covariance_rank", self.covariance_rank, 0)
         if self.covariance_rank == 1:
             raise ValueError("covariance_rank must be 0, or at least 2, got 1")
         check_positive(self, "collect_rate", "covariance_scale")
         if self.collect_schedule not in (known := get_args(Cycles)):
-            raise ValueError(f"collect_schedule must be one of {', '.join(known)}, got {self.collect_schedule!r}")
+            raise ValueError(f"collect_schedule must be one of {', '.join(known)}, got {quoted(self.collect_schedule)}")
 
     def check_run(self, lora: Mapping[str, Any], training: Mapping[str, Any]) -> None:
         """Raises: there is another learning rate schedule, or too few steps."""
         if (schedule := training["lr_scheduler_type"]) != _SCHEDULE:
             raise ValueError(
                 f"lr_scheduler_type must be {_SCHEDULE!r} for method 'swag', which says how the rate falls; "
-                f"got {schedule!r}"
+                f"got {quoted(schedule)}"
             )
         if isinstance(training["max_steps"], int) and training["max_steps"] > 0:
             self.collected(training["max_steps"])

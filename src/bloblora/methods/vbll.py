@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..contexts import hooked
+from ..messages import quoted
 from ..prediction import Sampler
 from ..prediction.hidden import mean_where_read, with_states
 from ..prediction.sampler import Forward
@@ -69,7 +70,7 @@ class Vbll(Method):
         check_std_learning_rate(self)
         check_positive(self, "kl_scale", or_zero=True)
         if self.covariance not in ("diagonal", "dense"):
-            raise ValueError(f"covariance must be diagonal or dense, got {self.covariance!r}")
+            raise ValueError(f"covariance must be diagonal or dense, got {quoted(self.covariance)}")
 
     def check_draws(self, num_samples: int) -> None:
         """Raises: draws differ in the head, and one adapter is exported of it."""

@@ -12,13 +12,14 @@ from .distance import fit_distance, open_distance, training_records
 from .evaluate import describe, evaluate, targets_of
 from .folder import RunDescription, alone, check_writable, open_run
 from .processes import CHUNK, check_alone, join_parts, part_of, processes, share_of
-from .run import PredictionOptions, Run, load_run
+from .run import CodeOptions, PredictionOptions, Run, load_run
 from .selection import select, unused
 from .train import peak_memory, train
 
 __all__ = [
     "CHUNK",
     "Approximation",
+    "CodeOptions",
     "PredictionOptions",
     "Run",
     "RunConfig",

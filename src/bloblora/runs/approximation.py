@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..adapter import Posterior
+from ..messages import quoted
 from ..methods import Method
 from ..prediction import Linearized, Sampler, StoppingRule, TopBlocks, WeightDraws
 from .config import RunError
@@ -44,8 +45,8 @@ class Approximation:
                 error, tolerance = map(float, values or (StoppingRule.error, StoppingRule.tolerance))
                 return cls(name, kind, stop=StoppingRule(error, tolerance, _LOOKS[kind]))
         except ValueError as problem:
-            raise RunError(f"approximate: {name!r}: {problem}") from problem
-        raise RunError(f"approximate: {name!r}; it must be {_FORMS}")
+            raise RunError(f"approximate: {quoted(name)}: {problem}") from problem
+        raise RunError(f"approximate: {quoted(name)}; it must be {_FORMS}")
 
     def check(self, method: Method) -> None:
         """Raise a RunError where a method's draws don't allow it: known before a model is loaded."""

@@ -11,9 +11,10 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
 from .. import models, tasks
-from ..adapter import BlobConfig, check_folder, continue_from, find_posterior, posterior_config
+from ..adapter import BlobConfig, check_folder, continue_from, find_posterior, matching, posterior_config
 from ..data import KINDS, kind_of
 from ..files import read_json
+from ..messages import quoted
 from ..methods import METHODS, Method
 from .config import RunConfig, RunError
 from .folder import RUN_FILE, TASK_FILE, open_run, read_run_file
@@ -43,14 +44,24 @@ def check_task(config: RunConfig, records: Sequence[dict[str, Any]]) -> None:
 
 
 def check_targets(config: RunConfig, task: tasks.Task, trust_remote_code: bool = False) -> None:
-    """Raise a RunError for a layer that the model hasn't: PEFT would say so only once the weights are loaded."""
-    targets = config.lora.get("target_modules")
-    if not isinstance(targets, list):  # PEFT's choice, "all-linear", or a pattern
+    """Raise a RunError for a layer that the model hasn't: PEFT would say so only once the weights are loaded.
+
+    So for a regular expression that isn't one, matches nothing, or doesn't end, and for all that `lora_of` raises.
+    """
+    start, targets = lora_of(config), config.lora.get("target_modules")
+    if start is None and not {"target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"} & {*config.lora}:
         return
     trusted = {"trust_remote_code": trust_remote_code}
     layers = models.layer_names(config.model, num_labels=num_labels(task), **trusted)
+    try:
+        found = matching(start or config.build_lora(), layers)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    if isinstance(targets, str) and targets != "all-linear" and not found:
+        raise RunError(f"target_modules {quoted(targets)}: the expression matches no whole name of a layer")
     # by PEFT's rule: a whole name, or its end
-    unknown = [t for t in targets if not any(layer == t or layer.endswith(f".{t}") for layer in layers)]
+    named = targets if isinstance(targets, list) else []
+    unknown = [t for t in named if not any(layer == t or layer.endswith(f".{t}") for layer in layers)]
     if unknown:
         last = sorted({layer.rpartition(".")[2] for layer in layers if not layer.rpartition(".")[2].isdigit()} - {""})
         raise RunError(f"target_modules: the model has no layer {', '.join(unknown)}; its layers: {', '.join(last)}")
@@ -63,7 +74,7 @@ def check_validation(
 
     Warns where some are training records too, and where they are too few, unless there may be ``few``.
     """
-    source = f"validation {config.source('validation')!r}"
+    source = f"validation {quoted(config.source('validation'))}"
     if not len(training) or not len(validation):
         side, other = ("training", "smaller") if len(validation) else ("validation", "larger")
         count = len(training) + len(validation)
@@ -73,7 +84,7 @@ def check_validation(
         raise RunError(f"{source}: must have records with {KINDS[there]}, as the training data, not {KINDS[here]}")
     known = {record.get("label") for record in training}.union(config.task.get("labels") or ())
     if unknown := sorted({str(record["label"]) for record in validation if record.get("label") not in known}):
-        names = ", ".join(map(repr, unknown[:10])) + (", …" if len(unknown) > 10 else "")
+        names = ", ".join(map(quoted, unknown[:10])) + (", …" if len(unknown) > 10 else "")
         raise RunError(f"{source}: field 'label': {names} not among the training records' labels; add such records")
     counts = Counter(json.dumps(record, sort_keys=True) for record in validation)
     seen = {text for record in training if (text := json.dumps(record, sort_keys=True)) in counts}
@@ -169,11 +180,11 @@ def lora_of(config: RunConfig) -> LoraConfig | None:
     folder = Path(given)
     if not folder.is_dir():
         kind = "a run's" if name == "prior_from" else "a run's, or one that PEFT saved"
-        raise RunError(f"{name} {given!r}: there is no such folder; give {kind}")
+        raise RunError(f"{name} {quoted(given)}: there is no such folder; give {kind}")
     posterior = _posterior_of(folder) if name == "prior_from" else None
     lora = PeftConfig.from_pretrained(str(check_folder(folder)))
     if not isinstance(lora, LoraConfig):
-        raise RunError(f"{name} {given!r}: is of type {lora.peft_type}; it must be LORA")
+        raise RunError(f"{name} {quoted(given)}: is of type {lora.peft_type}; it must be LORA")
     fresh = config.build_lora()
     pairs: dict[str, tuple[Any, Any]] = {"r": (lora.r, fresh.r), "lora_alpha": (lora.lora_alpha, fresh.lora_alpha)}
     if posterior is not None:
@@ -182,7 +193,7 @@ def lora_of(config: RunConfig) -> LoraConfig | None:
         stored = read_run_file(folder).config
         pairs["model"] = (stored.get("model", models.DEFAULT_MODEL), config.model)
     if wrong := [f"{option} {there}, not {here}" for option, (there, here) in pairs.items() if there != here]:
-        raise RunError(f"{name} {given!r}: it has {', '.join(wrong)}; give the same")
+        raise RunError(f"{name} {quoted(given)}: it has {', '.join(wrong)}; give the same")
     options = [*(["top_blocks"] if config.top_blocks is not None else []), *config.lora]
     if ours := [option for option in options if option not in ("r", "lora_alpha", "lora_dropout")]:
         raise RunError(f"{ours[0]}: {name} says which layers are adapted, and how; leave it out")
@@ -197,7 +208,8 @@ def check_start(config: RunConfig, task: tasks.Task) -> None:
     labels = tasks.task_from_dict(read_json(file, RunError)).labels
     if labels != task.labels:
         there, here = (", ".join(names) if names else "none" for names in (labels, task.labels))
-        raise RunError(f"{start[0]} {start[1]!r}: its labels are {there}, the data's {here}; `labels` takes its own")
+        name, folder = start
+        raise RunError(f"{name} {quoted(folder)}: its labels are {there}, the data's {here}; `labels` takes its own")
 
 
 def load_start(model: Any, config: RunConfig) -> None:
@@ -217,10 +229,10 @@ def load_start(model: Any, config: RunConfig) -> None:
     try:
         result: Any = set_peft_model_state_dict(model, fresh | weights)  # a head may have what a plain one lacks
     except RuntimeError as error:  # of another size
-        raise RunError(f"{name} {folder!r}: doesn't fit the model: {error}") from error
+        raise RunError(f"{name} {quoted(folder)}: doesn't fit the model: {error}") from error
     if missing or result.unexpected_keys:
         names = ", ".join([*missing, *result.unexpected_keys][:3])
-        raise RunError(f"{name} {folder!r}: doesn't fit the model: {names} are in one of them only")
+        raise RunError(f"{name} {quoted(folder)}: doesn't fit the model: {names} are in one of them only")
     if (posterior := find_posterior(model)) is None:
         return
     if name == "prior_from":
@@ -246,7 +258,7 @@ def _posterior_of(folder: Path) -> BlobConfig:
     if not method.gaussian:
         known = ", ".join(name for name, kind in METHODS.items() if kind.gaussian)
         raise RunError(
-            f"prior_from {str(folder)!r}: method {method.name!r} has no posterior of independent Gaussian entries; "
-            f"give a run of {known}"
+            f"prior_from {quoted(str(folder))}: method {method.name!r} has no posterior of independent Gaussian "
+            f"entries; give a run of {known}"
         )
     return posterior_config(folder)

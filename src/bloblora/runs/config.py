@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftConfig
 
 from .. import models, tasks
 from ..data import IN_MEMORY, ReadingOptions, as_records
+from ..messages import quoted
 from ..methods import METHODS, TEMPERED_NLL, Method, Rescaled
 from ..training import OBJECTIVE, BlobTrainingArguments
 
@@ -321,7 +322,7 @@ class RunConfig:
         """Of methods, tasks, and options in sections."""
         for name, registry in (("method", METHODS), ("task", {"auto": None, **tasks.TASKS})):
             if (value := getattr(self, name).get("name")) not in registry:
-                yield f"{name} {value!r} is not one of {', '.join(registry)}"
+                yield f"{name} {quoted(value)} is not one of {', '.join(registry)}"
                 return
         places = _places(self.method["name"], self.task["name"])
         for place in _SECTIONS:
@@ -338,25 +339,25 @@ class RunConfig:
         }
         for name, (right, range_) in _ranges().items():
             if (value := given.get(name)) not in (None, TRAINING.get(name)) and not right(value):
-                yield f"{name} must be {range_}, got {value!r}"
+                yield f"{name} must be {range_}, got {quoted(value)}"
         for name in ("data", "output", "model"):
             value = getattr(self, name)
             if not (isinstance(value, str) and value) and not (name == "data" and isinstance(value, list)):
-                yield f"{name} must be a name that isn't empty, got {value!r}"
+                yield f"{name} must be a name that isn't empty, got {quoted(value)}"
         if [] in (self.data, self.validation):
             yield "data and validation must have at least one record"
         if isinstance(share := self.validation, (int, float)) and (isinstance(share, bool) or not 0 <= share < 1):
-            yield f"validation must be a file, NAME:split, or a share in [0, 1), got {share!r}"
+            yield f"validation must be a file, NAME:split, or a share in [0, 1), got {quoted(share)}"
         if share == "":
             yield "validation must be a name that isn't empty, got ''"
         for name, value in self.reading.items():
             if name.endswith("_column") and (not isinstance(value, str) or not value):
-                yield f"{name} must be the name of a column, got {value!r}"
+                yield f"{name} must be the name of a column, got {quoted(value)}"
         if self.lora.get("target_modules") == []:
             yield "target_modules must name at least one layer, or be left out"
         for name in ("dtype", "quantize"):
             if (value := getattr(self, name)) not in (known := get_args(get_type_hints(RunConfig)[name])):
-                yield f"{name} must be one of {', '.join(known)}, got {value!r}"
+                yield f"{name} must be one of {', '.join(known)}, got {quoted(value)}"
 
     def _wrong_combinations(self) -> Iterator[str]:
         try:
@@ -389,7 +390,7 @@ class RunConfig:
             yield f"prior_from isn't for method {method.name!r}; it is for {known}"
             return
         if (family := self.method.get("prior", "normal")) != "normal":
-            yield f"prior must be 'normal' with prior_from, whose posterior is Gaussian, got {family!r}"
+            yield f"prior must be 'normal' with prior_from, whose posterior is Gaussian, got {quoted(family)}"
         for name in ("prior_mean", "prior_std", "init_std"):
             default = METHODS[self.method["name"]].options()[name].default
             if self.method.get(name, default) != default:
@@ -471,7 +472,7 @@ def different(old: Mapping[str, Any], new: Mapping[str, Any], *, besides: tuple[
     flat_old, flat_new = _flat(old), _flat(new)
     names = [name for name in {**flat_old, **flat_new} if name not in besides]
     pairs = {name: (_effective(old, name), _effective(new, name)) for name in names}
-    return [f"{name}: {there!r} there, {now!r} now" for name, (there, now) in pairs.items() if there != now]
+    return [f"{name}: {quoted(there)} there, {quoted(now)} now" for name, (there, now) in pairs.items() if there != now]
 
 
 def read_preset(name: str) -> dict[str, Any]:
@@ -481,7 +482,7 @@ def read_preset(name: str) -> dict[str, Any]:
         RunError: there is no such preset.
     """
     if name not in presets():
-        raise RunError(f"preset {name!r} is not one of {', '.join(presets())}")
+        raise RunError(f"preset {quoted(name)} is not one of {', '.join(presets())}")
     return yaml.safe_load((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
@@ -495,7 +496,7 @@ def _section(name: str, value: Any) -> dict[str, Any]:
     if isinstance(value, str) and name in ("method", "task"):
         return {"name": value}
     if not isinstance(value, Mapping):
-        raise RunError(f"{name}: {value!r}; it must be a mapping of names to values")
+        raise RunError(f"{name}: {quoted(value)}; it must be a mapping of names to values")
     return {key: item for key, item in value.items() if item is not None}
 
 
@@ -506,7 +507,7 @@ def _places(method: str, task: str) -> dict[str, str]:
     for place, options in options_of(method, task).items():
         for name in options:
             if (other := places.setdefault(name, place)) != place:
-                raise RunError(f"{method!r}: option {name!r} is of both {other} and {place}; rename one")
+                raise RunError(f"{quoted(method)}: option {quoted(name)} is of both {other} and {place}; rename one")
     return places
 
 
@@ -515,10 +516,10 @@ def unknown_option(name: str, known: Collection[str], method: str, where: str = 
     close = difflib.get_close_matches(name, known, 1)
     owners = [other for other, kind in METHODS.items() if name in kind.options()]
     if close:
-        return f"{where}unknown option {name!r}; did you mean {close[0]!r}?"
+        return f"{where}unknown option {quoted(name)}; did you mean {close[0]!r}?"
     if owners:
-        return f"{where}method {method!r} has no option {name!r}; it is of {', '.join(owners)}"
-    return f"{where}unknown option {name!r}"
+        return f"{where}method {quoted(method)} has no option {quoted(name)}; it is of {', '.join(owners)}"
+    return f"{where}unknown option {quoted(name)}"
 
 
 def _flat(given: Mapping[str, Any]) -> dict[str, Any]:

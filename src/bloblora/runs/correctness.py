@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
 from ..decision import MAPS, Correctness, CorrectnessError, fit_correctness
 from ..decision.correctness import check_counts
-from ..files import json_sha256, read_json, write_json
 from ..generation import find_matcher
+from ..messages import quoted
 from .checks import check_generates
 from .config import RunError
-from .decide import has
-from .folder import RunDescription, records_sha256
+from .entries import EntriesFile, has
+from .folder import RunDescription, check_writable, records_sha256
 from .predictions import state_of
 from .processes import CHUNK
 from .run import load_run
-from .texts import response_examples
+from .texts import response_examples, response_of
 
-CORRECTNESS_FILE, _FORMAT_VERSION = "correctness.json", 1
+CORRECTNESS_FILE = "correctness.json"
 _WORDS = {"true": True, "right": True, "1": True, "false": False, "wrong": False, "0": False}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A map and which texts it is for, as the file has them."""
+
+    of: Literal["generate", "score"]
+    options: dict[str, Any]
+    adapter_sha256: str
+    files_sha256: str
+    records_sha256: str
+    matcher: str | None
+    correctness: Correctness
+    temperature: float | None = None
+    width: float | None = None
+
+
+@dataclass(frozen=True)
+class _File:
+    format_version: int
+    maps: list[_Entry]
+
+
+_MAPS = EntriesFile(_File, 1, "correctness")
 
 
 def calibrate_texts(
@@ -33,6 +58,7 @@ def calibrate_texts(
     maps: Sequence[str] = MAPS,
     batch_size: int = 16,
     progress: bool = False,
+    trust_remote_code: bool = False,
     **generation: Any,
 ) -> dict[str, Any]:
     """Fit a map to the probability that a text is right, and save it in the run's folder.
@@ -49,13 +75,15 @@ def calibrate_texts(
         maps: see `bloblora.decision.fit_correctness`.
         batch_size: texts a forward.
         progress: show a bar.
+        trust_remote_code: as of `load_run`.
         generation: options of `Run.generate`.
 
     Returns:
         What the file says of the map.
 
     Raises:
-        RunError: a run that isn't of text, or is on the hub; records of another kind, or without what they need.
+        RunError: a run that isn't of text, is on the hub, or whose folder can't be written; records of another kind, or
+            without what they need.
         CorrectnessError: too few texts are right or wrong; nothing is saved.
         ValueError: there is no such matcher, or a reference that it can't use.
     """
@@ -66,16 +94,20 @@ def calibrate_texts(
     if given is not None:
         check_counts(sum(given), len(given))
     if given is None:
-        references = [_reference(record, number) for number, record in enumerate(records, start=1)]
+        references = [response_of(record) for record in records]
         for number, reference in enumerate(references, start=1):
+            if not reference:
+                raise RunError(f"record {number}: it has no response, the reference, and no 'right'; give one of them")
             try:
                 agree(reference, reference)
             except Exception as error:  # a user's function may raise anything
                 raise RunError(f"record {number}: field 'response': matcher {matcher}: {error}") from error
     kind = "generate" if given is None else "score"
     place = _place(kind, how)
-    entries, state = _entries(description), state_of(description)
-    run = load_run(description)
+    file, state = description.folder / CORRECTNESS_FILE, state_of(description)
+    check_writable(file)
+    _MAPS.read(file)  # what is added to must be readable
+    run = load_run(description, trust_remote_code=trust_remote_code)
     if given is not None:  # all that is wrong, before the first is scored
         for _ in response_examples(run.task, records, run.tokenizer):
             pass
@@ -94,10 +126,7 @@ def calibrate_texts(
     fitted = fit_correctness(scores, torch.tensor(right).bool(), maps=maps)
     entry = {**place, **state, "records_sha256": records_sha256(records)}
     entry |= {"matcher": matcher if given is None else None, "correctness": fitted.to_dict()}
-    entry["sha256"] = json_sha256(entry)
-    others = [other for other in entries if has(other, state) and not has(other, place)]
-    file = description.folder / CORRECTNESS_FILE
-    write_json(file, {"format_version": _FORMAT_VERSION, "maps": [*others, entry]})
+    _MAPS.put(file, entry, place, state)
     return entry
 
 
@@ -112,41 +141,22 @@ def open_correctness(description: RunDescription, kind: str, how: Mapping[str, A
     Raises:
         RunError: the maps of this kind are for other options or another adapter, or the file is damaged.
     """
-    entries = [entry for entry in _entries(description) if entry["of"] == kind]
+    file, wanted = description.folder / CORRECTNESS_FILE, {**_place(kind, how), **state_of(description)}
+    entries = [entry for entry in _MAPS.read(file) if entry["of"] == kind]
     if not entries:
         return None
-    file, wanted = description.folder / CORRECTNESS_FILE, {**_place(kind, how), **state_of(description)}
     for entry in entries:
         if has(entry, wanted):
-            return Correctness.from_dict(entry["correctness"])
+            try:
+                return Correctness.from_dict(entry["correctness"])
+            except CorrectnessError as error:
+                raise RunError(f"{file}: {error}; remove the file, and run `bloblora correctness` again") from error
     there = "; ".join(", ".join(f"{name} {entry.get(name)}" for name in wanted) for entry in entries)
     now = ", ".join(f"{name} {value}" for name, value in wanted.items())
     raise RunError(
         f"{file} is for other texts ({there} there, {now} now); run `bloblora correctness` again with these options, "
         "or remove the file to do without p_correct"
     )
-
-
-def _entries(description: RunDescription) -> list[dict[str, Any]]:
-    """What the file holds, checked; none where there is no file."""
-    file = description.folder / CORRECTNESS_FILE
-    if not file.is_file():
-        return []
-    stored = read_json(file, RunError)
-    again = "remove the file, and run `bloblora correctness` again"
-    if (version := stored.get("format_version")) != _FORMAT_VERSION:
-        raise RunError(f"{file}: format_version is {version!r}; this bloblora reads {_FORMAT_VERSION}: {again}")
-    entries = stored.get("maps")
-    try:
-        for entry in entries:  # type: ignore[union-attr]  # what is no list is an error
-            if entry["of"] not in ("generate", "score"):
-                raise CorrectnessError(f"of: {entry['of']!r} is neither generate nor score")
-            Correctness.from_dict(entry["correctness"])
-            if entry["sha256"] != json_sha256({name: value for name, value in entry.items() if name != "sha256"}):
-                raise CorrectnessError("its SHA-256 isn't the one in it: it was altered")
-    except (KeyError, TypeError, CorrectnessError) as error:
-        raise RunError(f"{file}: {error}; {again}") from error
-    return list(entries or ())
 
 
 def _place(kind: str, how: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,14 +172,5 @@ def _given(records: Sequence[Mapping[str, Any]]) -> list[bool] | None:
     found = [_WORDS.get(str(value).strip().lower()) for value in values]
     for number, (value, right) in enumerate(zip(values, found, strict=True), start=1):
         if right is None:
-            raise RunError(f"record {number}: field 'right': {value!r} must be true or false, of all records or none")
+            raise RunError(f"record {number}: field 'right': {quoted(value)} must be true or false, of all or none")
     return [bool(right) for right in found]
-
-
-def _reference(record: Mapping[str, Any], number: int) -> str:
-    messages = record.get("messages")
-    if messages and messages[-1]["role"] == "assistant":
-        return messages[-1]["content"]
-    if record.get("response") is None:
-        raise RunError(f"record {number}: it has no response, the reference, and no 'right'; give one of them")
-    return record["response"]

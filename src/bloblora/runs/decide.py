@@ -1,7 +1,7 @@
 """A run's decisions: calibrated on held-out records, kept in its folder, used by what predicts."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,16 +11,17 @@ from torch import Tensor
 
 from ..data import as_records
 from ..decision import Decision, fit_decision
-from ..files import json_sha256, locked, read_hashed_json, write_hashed_json
+from ..files import json_sha256
 from ..prediction import Prediction
 from .checks import check_kind
 from .config import RunError
+from .entries import EntriesFile, has
 from .evaluate import targets_of
 from .folder import RunDescription, check_writable
 from .predictions import Averages, identity_of, keep_predictions, state_of
 from .run import PredictionOptions, Run, load_run
 
-DECISION_FILE, FORMAT_VERSION = "decision.json", 2
+DECISION_FILE = "decision.json"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class _File:
     decisions: list[_Entry]
 
 
+DECISIONS = EntriesFile(_File, 2, "calibrate")
 KEPT_PREDICTIONS = "calibration"
 """Folder in a run's own with the predictions of calibration records, which hold the records' texts."""
 
@@ -149,15 +151,8 @@ def calibrate_on(
         return content
     file, how, state = description.folder / DECISION_FILE, _how(options), state_of(description)
     content = {**how, **state, **content}
-    with locked(file):
-        others = [entry for entry in _entries(file) if has(entry, state) and not has(entry, how)]
-        write_decisions(file, [*others, content])
+    DECISIONS.put(file, content, how, state)
     return content
-
-
-def write_decisions(file: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """Write what `calibrate_on` returned, of each N, seed and approximation."""
-    write_hashed_json(file, {"format_version": FORMAT_VERSION, "decisions": [*entries]})
 
 
 def open_decision(description: RunDescription, options: PredictionOptions) -> Decision | None:
@@ -208,7 +203,7 @@ def open_realized(description: RunDescription, options: PredictionOptions) -> di
 
 
 def _checked(file: Path, state: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Decision]]:
-    for entry in _entries(file):
+    for entry in DECISIONS.read(file):
         different = [
             f"{name} {entry.get(name)} there, {state.get(name)} now"
             for name in ("adapter_sha256", "temperature", "width", "files_sha256")
@@ -225,28 +220,10 @@ def _checked(file: Path, state: dict[str, Any]) -> Iterator[tuple[dict[str, Any]
             raise RunError(f"{file}: not what this version of bloblora writes: {error}") from error
 
 
-def _entries(file: Path) -> list[dict[str, Any]]:
-    """What the file holds, as it stands; none where there is no file."""
-    if not file.is_file():
-        return []
-    stored = read_hashed_json(file, RunError, _File)
-    if (found := stored["format_version"]) != FORMAT_VERSION:
-        raise RunError(
-            f"{file}: format_version is {found!r}; this bloblora reads {FORMAT_VERSION}: remove the file, and run "
-            "`bloblora calibrate` again"
-        )
-    return stored["decisions"]
-
-
 def _check_place(description: RunDescription) -> None:
     if description.remote:
         raise RunError(f"{description.name}: is on the hub; calibrate in a folder, and push that")
     check_writable(description.folder / DECISION_FILE)
-
-
-def has(entry: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Whether an entry of a run's file has these values."""
-    return all(entry.get(name) == value for name, value in values.items())
 
 
 def _how(options: PredictionOptions) -> dict[str, Any]:

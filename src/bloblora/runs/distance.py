@@ -1,10 +1,12 @@
 """The distance of hidden states of a run: fitted on its training records, and kept in its folder."""
 
+import warnings
 from typing import Any
 
 from .. import data
 from ..adapter import AdapterFileError
 from ..evaluation import Distance
+from ..files import locked
 from ..methods.method import read_state, write_state
 from .config import RunError
 from .evaluate import targets_of
@@ -67,11 +69,19 @@ def fit_distance(
 
     Raises:
         ValueError: there are too few records, or their hidden states are all equal.
+
+    Warns:
+        UserWarning: the folder can't be written, so that the distance isn't saved.
     """
     records = data.as_records(records, require_labels=True)
     states = run.hidden_states(records, batch_size=batch_size, progress=progress)
     classes = None if run.task.labels is None else targets_of(run.task, records)
     distance = Distance.fit(states, classes)
     if not description.remote:
-        write_state(description.folder, _STATE, {"adapter_sha256": description.adapter_sha256}, distance.tensors())
+        folder, values = description.folder, {"adapter_sha256": description.adapter_sha256}
+        try:
+            with locked(folder / f"{_STATE}.json"), locked(folder / f"{_STATE}.safetensors"):
+                write_state(folder, _STATE, values, distance.tensors())
+        except OSError as error:  # a folder that others share, for reading
+            warnings.warn(f"the distance isn't in the run's folder, which can't be written: {error}", stacklevel=2)
     return distance

@@ -16,6 +16,7 @@ from ..data import as_records
 from ..decision import Decision
 from ..evaluation import Distance, reliability, reliability_diagram, summary
 from ..files import locked, read_json, write_json
+from ..messages import quoted
 from .checks import check_kind
 from .config import RunError
 from .folder import RunDescription, records_sha256
@@ -107,7 +108,7 @@ def targets_of(task: tasks.Task, records: Sequence[dict[str, Any]]) -> torch.Ten
         return torch.tensor([record["answer"] for record in records])
     index = {label: i for i, label in enumerate(task.labels)}
     unknown = [
-        f"record {number}: field 'label': {record['label']!r}"
+        f"record {number}: field 'label': {quoted(record['label'])}"
         for number, record in enumerate(records, start=1)
         if record["label"] not in index
     ]

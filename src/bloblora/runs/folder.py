@@ -212,8 +212,8 @@ def _read_config(file: Path, stored: RunFile) -> tuple[RunConfig, Method]:
 def check_writable(file: str | os.PathLike[str]) -> None:
     """Make a file's folder, and raise a RunError when the file can't be written there: before hours of work."""
     file = Path(file)
-    if file.is_dir():
-        raise RunError(f"{file}: is a folder; give a file to write")
+    if file.exists() and not file.is_file():  # a device or a pipe would be replaced by a file
+        raise RunError(f"{file}: is {'a folder' if file.is_dir() else 'no regular file'}; give a file to write")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..evaluation import example_scores, metrics
+from ..messages import quoted
 from ..methods import TEMPERED_NLL, Training
 from ..prediction import Prediction, predict
 from .run import Run
@@ -48,7 +49,7 @@ def _labels(records: Iterable[dict[str, Any]]) -> str:
         return ""
     rarest, few = min(counts.items(), key=lambda pair: pair[1])
     most = max(counts.values())
-    each = f"{few} each" if few == most else f"{few} to {most} each, the rarest {rarest!r}"
+    each = f"{few} each" if few == most else f"{few} to {most} each, the rarest {quoted(rarest)}"
     return f" with {len(counts)} labels, {each}"
 
 

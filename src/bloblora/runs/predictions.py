@@ -16,6 +16,7 @@ from .. import tasks
 from ..data import DataError
 from ..decision import Decision
 from ..files import json_sha256, parse_json, read_json
+from ..messages import quoted
 from ..prediction import Prediction
 from ..prediction.prediction import check_finite
 from .config import RunError
@@ -200,9 +201,10 @@ def check_made_by(file: Path, description: RunDescription, options: PredictionOp
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line with its place."""
     if not file.is_file():
-        raise DataError([f"predictions {str(file)!r}: no such file"])
+        raise DataError([f"predictions {quoted(str(file))}: no such file"])
     if (suffix := file.suffix.lower()) not in (".jsonl", ".csv", ".tsv"):
-        raise DataError([f"predictions {str(file)!r}: the ending {suffix!r} is not one of .jsonl, .csv, .tsv"])
+        ending = quoted(suffix)
+        raise DataError([f"predictions {quoted(str(file))}: the ending {ending} is not one of .jsonl, .csv, .tsv"])
     with file.open(encoding="utf-8-sig", newline="") as lines:
         if suffix != ".jsonl":
             reader = csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",")
@@ -222,7 +224,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except ValueError as error:
                 raise DataError([f"{file}:{number}: not valid JSON: {error}"]) from error
             if not isinstance(found, dict):
-                raise DataError([f"{file}:{number}: {found!r} is not a JSON object"])
+                raise DataError([f"{file}:{number}: {quoted(found)} is not a JSON object"])
             yield f"{file}:{number}", found
 
 
@@ -231,7 +233,7 @@ def _read_row(row: Mapping[str, Any], labels: Sequence[str] | None) -> tuple[dic
     given = row.get("probabilities")
     names = [*map(str, given)] if isinstance(given, dict) else []
     if not isinstance(given, dict | list) or len(given) < 2:
-        raise ValueError(f"field 'probabilities': {given!r} must be at least 2 numbers, by label or as a list")
+        raise ValueError(f"field 'probabilities': {quoted(given)} must be at least 2 numbers, by label or as a list")
     if labels is not None and (len(given) != len(labels) or (names and {*names} != {*labels})):
         raise ValueError(
             f"field 'probabilities': of {', '.join(names) or len(given)}; the run's labels are {', '.join(labels)}"
@@ -240,7 +242,7 @@ def _read_row(row: Mapping[str, Any], labels: Sequence[str] | None) -> tuple[dic
         _number(value, "probabilities") for value in (given.values() if isinstance(given, dict) else given)
     ]
     if min(probabilities) < 0 or not math.isclose(total := math.fsum(probabilities), 1, abs_tol=1e-3):
-        raise ValueError(f"field 'probabilities': {given!r} must be at least 0, with a sum of 1")
+        raise ValueError(f"field 'probabilities': {quoted(given)} must be at least 0, with a sum of 1")
     log_probabilities = row.get("log_probabilities") or [math.log(p / total) if p else -math.inf for p in probabilities]
     there = [name for name in ("mutual_information", "expected_entropy") if row.get(name) not in (None, "")]
     scores = {name: _number(row[name], name) for name in there}
@@ -255,7 +257,8 @@ def _read_row(row: Mapping[str, Any], labels: Sequence[str] | None) -> tuple[dic
     elif str(target).isdecimal() and int(target) < len(probabilities):
         column = int(target)
     else:
-        raise ValueError(f"field 'target': {target!r} is none of the {len(probabilities)} labels {', '.join(known)}")
+        wrong = f"field 'target': {quoted(target)}"
+        raise ValueError(f"{wrong} is none of the {len(probabilities)} labels {', '.join(known)}")
     return {"log_probabilities": log_probabilities, **scores, **counts}, column
 
 
@@ -265,5 +268,5 @@ def _number(value: Any, name: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"field {name!r}: {value!r} must be a number")
+        raise ValueError(f"field {name!r}: {quoted(value)} must be a number")
     return number

@@ -18,6 +18,7 @@ from rich.progress import track
 from torch import nn
 
 from ..files import parse_json, read_json, replacing, write_json
+from ..messages import quoted
 from .config import RunError
 from .folder import alone
 
@@ -51,14 +52,14 @@ def use_device(name: str | None) -> None:
     if name is None:
         return
     if not (known := re.fullmatch(r"cpu|mps|cuda(?::(\d+))?", name)):
-        raise RunError(f"device must be cpu, cuda, cuda:N or mps, got {name!r}")
+        raise RunError(f"device must be cpu, cuda, cuda:N or mps, got {quoted(name)}")
     if name == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
         return
     there = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
     there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if ("cuda:0" if name == "cuda" else name) not in there:
-        raise RunError(f"device {name!r}: PyTorch sees no such device here, only {', '.join(there)}")
+        raise RunError(f"device {quoted(name)}: PyTorch sees no such device here, only {', '.join(there)}")
     if (index := known[1]) is not None:
         # Of all that are visible, so that the Trainer doesn't split its batches over the others.
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_device(index, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
@@ -145,19 +146,20 @@ def append_lines(
         RunError: the file is of something else, has lines of other rows or more of them than there are rows, or another
             process writes it.
     """
-    with alone(file):
-        _append_lines(file, rows, describe, identity, is_of, progress)
+    meta = file.with_name(f"{file.name}.meta.json")
+    with alone(file), alone(meta):
+        _append_lines(file, meta, rows, describe, identity, is_of, progress)
 
 
 def _append_lines(
     file: Path,
+    meta: Path,
     rows: Sequence[T],
     describe: Callable[[Sequence[T]], Iterable[dict[str, Any]]],
     identity: dict[str, Any],
     is_of: Callable[[dict[str, Any], T], bool],
     progress: bool,
 ) -> None:
-    meta = file.with_name(f"{file.name}.meta.json")
     if meta.is_file():
         _check_same(file, read_json(meta, RunError), identity)
     elif file.exists():

@@ -25,7 +25,17 @@ from .texts import response_examples, text_lines
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictionOptions:
+class CodeOptions:
+    """Whether a base model's own code is run: an option of all commands that load one."""
+
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the Python code that the base model comes with, where it needs some; never stored."},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionOptions(CodeOptions):
     """How a run predicts: options of all commands that do.
 
     Raises:
@@ -43,10 +53,6 @@ class PredictionOptions:
             "blocks only), `stop` (no more samples for an input whose answer is settled; `stop:ERROR:TOLERANCE`), or "
             "`mirrored-stop` (both; try it with N = 4)."
         },
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run the Python code that the base model comes with, where it needs some; never stored."},
     )
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Scores of a whole file of texts, which a stop doesn't lose."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,7 +11,7 @@ from ..data import MappedRows, write_rows
 from ..decision import Correctness
 from ..files import json_sha256
 from .checks import check_generates
-from .folder import RunDescription, records_sha256
+from .folder import RunDescription, alone, records_sha256
 from .lines import lines_file, write_table
 from .predictions import state_of
 from .processes import append_lines
@@ -27,6 +28,7 @@ def score_file(
     claims: str | None = None,
     correctness: Correctness | None = None,
     batch_size: int = 16,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write the lines of `Run.describe_scores`, from where an earlier call was stopped; memory holds 256 texts.
 
@@ -40,6 +42,7 @@ def score_file(
         claims: ``sentences``, or None for those that records have.
         correctness: adds ``p_correct``.
         batch_size: texts a forward.
+        trust_remote_code: as of `load_run`.
 
     Raises:
         RunError: the run isn't of text, records are of another kind, or ``output`` holds something else.
@@ -50,7 +53,8 @@ def score_file(
         write_rows(Path(scratch) / "records.arrow", records)
         rows = MappedRows(Path(scratch) / "records.arrow")
         check_generates(description.task, rows)
-        for _ in response_examples(description.task, rows, models.load_tokenizer(description.config.model), claims):
+        tokenizer = models.load_tokenizer(description.config.model, trust_remote_code=trust_remote_code)
+        for _ in response_examples(description.task, rows, tokenizer, claims):
             pass
         of_claims = json_sha256({"claims": [row.get("claims") for row in rows], "by": claims})
         identity = {**state_of(description), **how, "records_sha256": records_sha256(rows), "claims_sha256": of_claims}
@@ -58,13 +62,14 @@ def score_file(
         run: list[Run] = []
 
         def described(chunk: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-            run[:] = run or [load_run(description)]
+            run[:] = run or [load_run(description, trust_remote_code=trust_remote_code)]
             options: dict[str, Any] = {"claims": claims, "correctness": correctness, "batch_size": batch_size}
             return run[0].describe_scores(chunk, how["num_samples"], how["seed"], **options)
 
         lines = lines_file(output)
-        append_lines(lines, rows, described, identity)
-    if lines != output:
-        write_table(lines, output)
-        for file in (lines, lines.with_name(f"{lines.name}.meta.json")):
-            file.unlink()
+        with nullcontext() if lines == output else alone(output):
+            append_lines(lines, rows, described, identity)
+            if lines != output:
+                write_table(lines, output)
+                for file in (lines, lines.with_name(f"{lines.name}.meta.json")):
+                    file.unlink()

@@ -48,9 +48,9 @@ def response_examples(
 
 
 def response_of(record: Mapping[str, Any]) -> str:
-    """The text of a record's response."""
-    text: str = record["messages"][-1]["content"] if "messages" in record else record["response"]
-    return text.strip()
+    """The text of a record's response without white space around it; "" where it has none."""
+    last = (record.get("messages") or [{}])[-1]
+    return (last["content"] if last.get("role") == "assistant" else record.get("response") or "").strip()
 
 
 def text_lines(

@@ -28,6 +28,7 @@ from .. import methods, models, tasks
 from ..adapter.sharding import gather_
 from ..evaluation import lines_figure, save_figure
 from ..files import read_json, write_json, write_text
+from ..messages import quoted
 from ..prediction.trunk_cache import IndexedExamples, cache_trunk
 from ..training import BlobTrainingArguments, last_checkpoint
 from .automatic import left_open, resolved
@@ -93,7 +94,7 @@ def train(
     """
     output = Path(config.output)
     if output.exists() and not output.is_dir():
-        raise RunError(f"output {config.output!r}: is a file; give a folder")
+        raise RunError(f"output {quoted(config.output)}: is a file; give a folder")
     there = read_description(output, config, besides=left_open(config))
     finished = there is not None and bool(there.training)
     if not finished:
@@ -135,7 +136,6 @@ def train(
         task_options = {name: value for name, value in config.task.items() if name != "name"}
         task = tasks.build_task(config.task["name"], records, tokenizer, **task_options)
         check_targets(config, task, trust_remote_code)
-        lora_of(config)
         check_start(config, task)
         if method.holdout and not len(held_out) and not len(validation):
             raise RunError(f"holdout {method.holdout} of {len(records)} records holds none out; give a larger share")
@@ -144,7 +144,7 @@ def train(
         arguments = _arguments(config, len(examples), progress)
         training = methods.Training(task, examples, arguments, patience=config.patience)
         if len(validation):
-            with _named(f"validation {config.source('validation')!r}"):
+            with _named(f"validation {quoted(config.source('validation'))}"):
                 encoded = _mapped(scratch / "validation.arrow", partial(encode, validation))
             training.validation = _longest_first(task, encoded)
             training.holdout = training.validation if method.holdout else ()
@@ -263,7 +263,7 @@ def _validation(config: RunConfig, scratch: Path, columns: dict[str, str]) -> An
     if (source := config.validation_data) is None:
         return []
     options = datasets_.ReadingOptions(skip_invalid=config.reading_options().skip_invalid)
-    with _named(f"validation {config.source('validation')!r}"):
+    with _named(f"validation {quoted(config.source('validation'))}"):
         reader = source if isinstance(source, list) else datasets_.Reader(source, options, known=columns)
         return _mapped(scratch / "validation_records.arrow", partial(_read, reader))
 
@@ -335,7 +335,7 @@ def _check_sharded(config: RunConfig) -> None:
         raise RunError(f"quantize {config.quantize!r} isn't offered under FSDP; leave it out, or use DDP")
     check_sharded(config.build_method())
     if config.trunk_cache is not None:
-        raise RunError(f"trunk_cache {config.trunk_cache!r} isn't offered under FSDP; leave it out, or use DDP")
+        raise RunError(f"trunk_cache {quoted(config.trunk_cache)} isn't offered under FSDP; leave it out, or use DDP")
     if config.validation not in ("auto", 0):
         raise RunError(f"validation {config.source('validation')!r} isn't offered under FSDP; leave it out, or use DDP")
 

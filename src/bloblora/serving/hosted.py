@@ -14,6 +14,7 @@ from ..contexts import TOKENIZING
 from ..data import KINDS, kind_of, read_records
 from ..decision import Decision
 from ..files import finite_numbers
+from ..messages import quoted
 from ..prediction import predict
 from ..runs import PredictionOptions, Run, RunDescription, RunError, load_run, open_run
 from ..runs.decide import open_decision, open_realized
@@ -169,11 +170,11 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Run
         name = given if equals else description.name
         if not re.fullmatch(r"[\w.-]+", name):
             raise RunError(
-                f"{directory}: the name {name!r} must be letters, digits, '_', '.' and '-'; give NAME=FOLDER"
+                f"{directory}: the name {quoted(name)} must be letters, digits, '_', '.' and '-'; give NAME=FOLDER"
             )
         if name in opened:
             raise RunError(
-                f"{opened[name].folder} and {place} are both called {name!r}; give NAME=FOLDER for one of them"
+                f"{opened[name].folder} and {place} are both called {quoted(name)}; give NAME=FOLDER for one of them"
             )
         if description.task.kind == "generation":
             raise RunError(f"{place}: the run's task is generation, which isn't served; use `bloblora generate`")
@@ -185,7 +186,7 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Run
     if settings.examples:
         kind = kind_of(_read_examples(settings.examples))
         if kind not in {description.task.kind for description in opened.values()}:
-            raise RunError(f"examples {settings.examples!r}: records with {KINDS[kind]}; no run takes these")
+            raise RunError(f"examples {quoted(settings.examples)}: records with {KINDS[kind]}; no run takes these")
     return opened
 
 
@@ -216,7 +217,7 @@ def _read_examples(file: str) -> list[dict[str, Any]]:
     """The inputs in a file, without labels; a RunError where there are too many."""
     records = read_records(file, require_labels=False)
     if len(records) > _MAX_EXAMPLES:
-        raise RunError(f"examples {file!r}: {len(records)} records; give at most {_MAX_EXAMPLES}")
+        raise RunError(f"examples {quoted(file)}: {len(records)} records; give at most {_MAX_EXAMPLES}")
     return [{name: record[name] for name in ("text", "question", "choices") if name in record} for record in records]
 
 

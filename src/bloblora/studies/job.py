@@ -26,6 +26,7 @@ from .. import evaluation, runs
 from ..adapter import library_versions
 from ..data import ReadingOptions, kind_of, read_records
 from ..files import read_json, write_json, write_tensors, write_text
+from ..messages import quoted
 from ..prediction import Prediction
 from .study import EvalSet, Job
 
@@ -165,12 +166,12 @@ def _result(content: dict[str, Any], file: Path) -> Result:
     if unknown := content.keys() - known:
         written = content.get("machine", {}).get("bloblora", "another version")
         raise runs.RunError(
-            f"{file}: unknown key {min(unknown)!r}: it was written by bloblora {written}, this is "
+            f"{file}: unknown key {quoted(min(unknown))}: it was written by bloblora {written}, this is "
             f"{library_versions()['bloblora']}"
         )
     required = [name for name, option in known.items() if option.default_factory is MISSING]
     if missing := [name for name in required if name not in content]:
-        raise runs.RunError(f"{file}: key {missing[0]!r} is missing; delete the file to run again")
+        raise runs.RunError(f"{file}: key {quoted(missing[0])} is missing; delete the file to run again")
     return Result(**content)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import evaluation
 from ..files import read_json, write_text
+from ..messages import quoted
 from ..runs import RunError
 from .job import METRICS_FILE, RUNS, STUDY_FILE, Result, read_metrics, read_results, write_metrics
 from .study import Study, file_name
@@ -102,7 +103,7 @@ def report(folder: Path, html: Path | None = None, baseline: str | None = None, 
         raise RunError(f"{folder}: no results in it; give a folder that `bloblora compare` wrote")
     labels = {result.label: None for result in results}
     if baseline is not None and baseline not in labels:
-        raise RunError(f"baseline {baseline!r} is not one of the methods {', '.join(labels)}")
+        raise RunError(f"baseline {quoted(baseline)} is not one of the methods {', '.join(labels)}")
     given = [part for pair in {"--baseline": baseline, "--title": title}.items() if pair[1] for part in pair]
     file = folder / RUNS / STUDY_FILE
     study = read_json(file, RunError) if file.is_file() else read_metrics(folder).get("study", {})

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..files import parse_yaml, regular
+from ..messages import quoted
 from ..runs import RunConfig, RunError
 
 _OWN_OPTIONS = {
@@ -188,8 +188,8 @@ def read_study(file: str | os.PathLike[str]) -> Study:
         RunError: the file can't be read, or a field is missing, unknown or of the wrong kind; the message names it.
     """
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        content = parse_yaml(regular(Path(file)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise RunError(f"{file}: not readable as YAML: {error}") from error
     try:
         return _study(_mapping(content, "the file"), Path(file).stem)
@@ -201,7 +201,7 @@ def _study(content: Mapping[str, Any], stem: str) -> Study:
     _check_fields(content, Study, "the file")
     for name in ("methods", "datasets"):
         if not content.get(name):
-            raise RunError(f"field {name!r} is missing; it lists what to compare")
+            raise RunError(f"field {quoted(name)} is missing; it lists what to compare")
     methods = {
         str(label): _options(options or {}, f"methods: {label}")
         for label, options in _mapping(content["methods"], "methods").items()
@@ -221,14 +221,14 @@ def _study(content: Mapping[str, Any], stem: str) -> Study:
         }
     )
     if study.baseline not in study.methods:
-        raise RunError(f"baseline {study.baseline!r} is not one of the methods {', '.join(study.methods)}")
+        raise RunError(f"baseline {quoted(study.baseline)} is not one of the methods {', '.join(study.methods)}")
     if study.samples[0] < 0:
         raise RunError(f"samples: {study.samples[0]} is negative; N is 0 (the mean) or more")
     if type(study.batch_size) is not int or study.batch_size < 1:
-        raise RunError(f"batch_size: {study.batch_size!r}; it must be a number of inputs, at least 1")
+        raise RunError(f"batch_size: {quoted(study.batch_size)}; it must be a number of inputs, at least 1")
     for name in ("distances", "keep_runs"):
         if type(value := getattr(study, name)) is not bool:
-            raise RunError(f"{name}: {value!r}; it must be true or false")
+            raise RunError(f"{name}: {quoted(value)}; it must be true or false")
     return study
 
 
@@ -238,13 +238,13 @@ def _dataset(value: Any, name: str) -> DataSet:
     _check_fields(content, DataSet, where)
     for part in ("train", "test"):
         if part not in content:
-            raise RunError(f"{where}: field {part!r} is missing")
+            raise RunError(f"{where}: field {quoted(part)} is missing")
     train = _options(content["train"], f"{where}: train")
     if "data" not in train:
         raise RunError(f"{where}: train: field 'data' is missing")
     shifted = _mapping(content.get("shifted") or {}, f"{where}: shifted")
     if taken := {"test", "out_of_scope", "validation"} & shifted.keys():
-        raise RunError(f"{where}: shifted: {taken.pop()!r} is the name of another set; choose one of its own")
+        raise RunError(f"{where}: shifted: {quoted(taken.pop())} is the name of another set; choose one of its own")
     single = {
         part: _eval_set(content[part], f"{where}: {part}", labelled=part != "out_of_scope")
         for part in ("test", "out_of_scope", "validation")
@@ -260,7 +260,7 @@ def _eval_set(value: Any, where: str, labelled: bool = True) -> EvalSet:
     content = {"data": value} if isinstance(value, str) else _mapping(value, where)
     _check_fields(content, EvalSet, where)
     if not isinstance(content.get("data"), str):
-        raise RunError(f"{where}: field 'data': {content.get('data')!r}; it must name a file or a data set")
+        raise RunError(f"{where}: field 'data': {quoted(content.get('data'))}; it must name a file or a data set")
     return EvalSet(**{"labelled": labelled, **content})
 
 
@@ -269,7 +269,7 @@ def _options(value: Any, where: str) -> dict[str, Any]:
     options = dict(_mapping(value, where))
     for name, instead in _OWN_OPTIONS.items():
         if name in options:
-            raise RunError(f"{where}: {name!r} is for a single run; {instead}")
+            raise RunError(f"{where}: {quoted(name)} is for a single run; {instead}")
     return options
 
 
@@ -279,21 +279,21 @@ def _check_fields(content: Mapping[str, Any], kind: type, where: str) -> None:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, 1)
             meant = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-            raise RunError(f"{where}: unknown field {name!r}{meant}")
+            raise RunError(f"{where}: unknown field {quoted(name)}{meant}")
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise RunError(f"{where}: {value!r}; it must be a mapping of names to values")
+        raise RunError(f"{where}: {quoted(value)}; it must be a mapping of names to values")
     return value
 
 
 def _sequence(value: Any, kind: type, where: str) -> tuple[Any, ...]:
     values = value if isinstance(value, (list, tuple)) else [value]
     if not values or not all(type(item) is kind for item in values):
-        raise RunError(f"{where}: {value!r}; it must be a list of {kind.__name__}")
+        raise RunError(f"{where}: {quoted(value)}; it must be a list of {kind.__name__}")
     if len(set(values)) < len(values):
-        raise RunError(f"{where}: {value!r}; each must be there once")
+        raise RunError(f"{where}: {quoted(value)}; each must be there once")
     return tuple(values)
 
 

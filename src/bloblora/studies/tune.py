@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import evaluation
+from ..messages import quoted
 from ..runs import RunError, alone
 from ..training import DivergedError
 from . import job as jobs
@@ -128,9 +129,9 @@ def _trials(search: Any) -> list[Trial]:
 
 def _job(study: Study, dataset: str, label: str, seed: int, output: Path, data: Path) -> Job:
     if dataset not in study.datasets:
-        raise RunError(f"data set {dataset!r} is not one of the study's: {', '.join(study.datasets)}")
+        raise RunError(f"data set {quoted(dataset)} is not one of the study's: {', '.join(study.datasets)}")
     if label not in study.methods:
-        raise RunError(f"method {label!r} is not one of the study's: {', '.join(study.methods)}")
+        raise RunError(f"method {quoted(label)} is not one of the study's: {', '.join(study.methods)}")
     if (validation := study.datasets[dataset].validation) is None:
         raise RunError(f"datasets: {dataset}: field 'validation' is missing; a search never looks at test data")
     only = replace(study, models=study.models[:1], samples=(max(study.samples),))

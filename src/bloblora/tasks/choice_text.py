@@ -21,6 +21,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..messages import quoted
 from .encoding import check_template, collate_labels, continuation_ids, fit_prefix, fit_question, pad, prompt_ids
 from .task import Batch, Choice, Example, Record, Score, TaskError
 
@@ -79,7 +80,7 @@ class ChoiceText(TreeChoice):
         super().__post_init__()
         check_template(self.template, "question")
         if self.normalization not in ("sum", "length"):
-            raise TaskError(f"normalization: {self.normalization!r}; it must be 'sum' or 'length'")
+            raise TaskError(f"normalization: {quoted(self.normalization)}; it must be 'sum' or 'length'")
 
     @classmethod
     def fits(cls, records: Sequence[Record]) -> bool:
@@ -141,10 +142,10 @@ def _split(question: str) -> tuple[str, str]:
     """The texts before and after the blank."""
     parts = re.split("_+", question)
     if len(parts) != 2:
-        raise TaskError(f"field 'question': {question!r} has {len(parts) - 1} blanks '_'; it must have one")
+        raise TaskError(f"field 'question': {quoted(question)} has {len(parts) - 1} blanks '_'; it must have one")
     before, after = parts[0], parts[1].rstrip()
     if not after:
-        raise TaskError(f"field 'question': {question!r} has no text after '_', which is what is scored")
+        raise TaskError(f"field 'question': {quoted(question)} has no text after '_', which is what is scored")
     return before, after
 
 

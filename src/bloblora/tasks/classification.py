@@ -11,6 +11,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..messages import quoted
 from .encoding import collate_labels, pad
 from .task import Batch, Example, Record, Task, TaskError
 
@@ -63,7 +64,7 @@ class Classification(Task):
         if unknown := sorted(found.difference(given or found)):
             raise TaskError(f"field 'label': {', '.join(unknown)} not among labels; add them to it")
         if len(found) < 2 and given is None:
-            raise TaskError(f"field 'label': all are {found.pop()!r}; there must be at least 2 labels")
+            raise TaskError(f"field 'label': all are {quoted(found.pop())}; there must be at least 2 labels")
 
     def columns(self, record: Record) -> list[str]:
         """The labels, the same for every record."""
@@ -74,7 +75,7 @@ class Classification(Task):
         label = record.get("label")
         if label is not None and label not in self.labels:
             known = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
-            raise TaskError(f"field 'label': {label!r} is not one of the {len(self.labels)} labels ({known})")
+            raise TaskError(f"field 'label': {quoted(label)} is not one of the {len(self.labels)} labels ({known})")
         return None if label is None else self.labels.index(label)
 
     def tokenize(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:

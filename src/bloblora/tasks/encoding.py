@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..messages import quoted
 from .task import Batch, Example, TaskError
 
 
@@ -17,12 +18,12 @@ def check_template(template: str, *fields: str) -> None:
     try:
         found = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise TaskError(f"template: {template!r}: {error}; write literal braces as '{{{{' and '}}}}'") from None
+        raise TaskError(f"template: {quoted(template)}: {error}; write literal braces as '{{{{' and '}}}}'") from None
     wanted = " and ".join(f"{{{field}}}" for field in fields)
     if sorted(found) != sorted(fields):
-        raise TaskError(f"template: {template!r}; it must have {wanted}, each once, and no other field")
+        raise TaskError(f"template: {quoted(template)}; it must have {wanted}, each once, and no other field")
     if template != template.rstrip(" "):
-        raise TaskError(f"template: {template!r} ends in a space, which belongs to the answer; leave it out")
+        raise TaskError(f"template: {quoted(template)} ends in a space, which belongs to the answer; leave it out")
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from ..limits import time_limit
 from ..messages import shortened
 from .encoding import collate_labels, continuation_ids, fit_prefix, pad, pad_left, prompt_ids
 from .task import Batch, Example, Record, Task, TaskError
@@ -116,8 +117,11 @@ def _chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
         raise TaskError("field 'messages': the only one is the assistant's; there must be one that it answers")
     answered = messages[-1]["role"] == "assistant"
     try:
-        prompt = _render(tokenizer, messages[:-1] if answered else messages, add_generation_prompt=True)
-        whole = _render(tokenizer, messages) if answered else prompt
+        with time_limit("tokenizer: filling its chat template"):
+            prompt = _render(tokenizer, messages[:-1] if answered else messages, add_generation_prompt=True)
+            whole = _render(tokenizer, messages) if answered else prompt
+    except TimeoutError:  # of any record
+        raise
     except Exception as error:  # a template is a program, which fails in any way
         reason = shortened(str(error) or type(error).__name__)
         raise TaskError(f"field 'messages': the chat template can't be filled: {reason}") from None

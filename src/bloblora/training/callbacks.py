@@ -13,9 +13,8 @@ from transformers.integrations import TensorBoardCallback
 from ..adapter import Posterior, find_posterior
 from ..adapter.sharding import is_sharded
 from ..posterior import separate_noise
+from .checkpoints import KEPT
 
-LOGS = "bloblora"
-"""Where the Trainer's state keeps what its next log is made of."""
 _RANK_STRIDE = 1_000_003
 
 
@@ -71,7 +70,7 @@ class ElboCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Give each process its own noise; a resumed run then loads the generator that the checkpoint holds."""
         torch.manual_seed(args.seed + _RANK_STRIDE * args.process_index)
-        if isinstance(state.stateful_callbacks, dict) and (kept := state.stateful_callbacks.get(LOGS)):
+        if isinstance(state.stateful_callbacks, dict) and (kept := state.stateful_callbacks.get(KEPT)):
             self.trainer.restore_logs(kept)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

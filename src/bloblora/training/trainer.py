@@ -2,9 +2,10 @@
 
 import copy
 import math
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +28,8 @@ from ..adapter import Posterior, find_posterior, load_posterior
 from ..adapter.sharding import trained_state
 from ..adapter.storage import adapter_folder
 from ..adapter.variant import STD_PARAMETER
+from ..files import as_os_error
+from ..messages import shortened
 from ..posterior import separate_noise, stack
 from .arguments import (
     OBJECTIVE,
@@ -37,8 +40,8 @@ from .arguments import (
     kl_weight,
     rescaled_dataset_size,
 )
-from .callbacks import LOGS, ElboCallback
-from .checkpoints import last_checkpoint, remove_torn
+from .callbacks import ElboCallback
+from .checkpoints import KEPT, files_sha256, last_checkpoint, remove_torn
 from .divergence import (
     DivergedError,
     all_finite,
@@ -200,6 +203,7 @@ class BlobTrainerMixin(_Host):
         """
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._nll_sum += loss  # its share of the step's
+        self._loss_sum += loss
         if not self.accelerator.sync_gradients:
             return loss
         self._nll_count += 1
@@ -237,11 +241,11 @@ class BlobTrainerMixin(_Host):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the parts of the ELBO and the state of the posterior to a training log.
 
-        ``nll`` and ``kl_weight`` are means over the steps since the last log, ``nll`` over the processes too.
+        ``nll`` and ``kl_weight`` are means over the steps since the last log, ``nll`` over the processes too. So is
+        ``loss``, of which the Trainer's own lacks the steps before a resume.
         """
         if "loss" in logs and self._nll_count:
-            nll: Any = self.accelerator.reduce(self._nll_sum / self._nll_count, reduction="mean")
-            logs["nll"] = nll.item()
+            logs["nll"], logs["loss"] = (total / self._nll_count for total in self._mean_sums())
             if self.posterior is not None and self._kl_weights:
                 summary = self.posterior.summary()
                 logs["kl"], logs["kl_weight"] = summary["kl"], sum(self._kl_weights) / len(self._kl_weights)
@@ -450,18 +454,24 @@ class BlobTrainerMixin(_Host):
             ) from error
 
     def _reset_logs(self) -> None:
-        self._nll_sum, self._nll_count = torch.zeros((), device=self.args.device), 0
+        self._nll_sum, self._loss_sum = torch.zeros(2, device=self.args.device)
+        self._nll_count = 0
         self._kl_weights: list[float] = []
 
     def _kept_logs(self) -> dict[str, Any]:
-        """What the next log is made of, for a checkpoint; the NLL as its mean over the processes."""
-        nll_sum: Any = self.accelerator.reduce(self._nll_sum, reduction="mean")
-        return {"nll_sum": nll_sum.item(), "nll_count": self._nll_count, "kl_weights": self._kl_weights}
+        """What the next log is made of, for a checkpoint; losses as their means over the processes."""
+        return {"sums": self._mean_sums(), "nll_count": self._nll_count, "kl_weights": self._kl_weights}
 
     def restore_logs(self, kept: Mapping[str, Any]) -> None:
         """Go on with what the steps before a checkpoint left for the next log."""
-        self._nll_sum += kept["nll_sum"]
+        self._nll_sum += kept["sums"][0]
+        self._loss_sum += kept["sums"][1]
         self._nll_count, self._kl_weights = kept["nll_count"], [*kept["kl_weights"]]
+
+    def _mean_sums(self) -> list[float]:
+        """Sums of the NLL and of the loss since the last log, as means over the processes."""
+        sums: Any = self.accelerator.reduce(torch.stack([self._nll_sum, self._loss_sum]), reduction="mean")
+        return sums.tolist()
 
     def _with_kl(self, *styles: str) -> Posterior | None:
         """The posterior where it has a KL to minimize, in one of these styles."""
@@ -514,17 +524,33 @@ class BlobTrainerMixin(_Host):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_weights()  # before older, good checkpoints are deleted in favour of this one
-        self.state.stateful_callbacks[LOGS] = self._kept_logs()  # type: ignore[index, call-overload]
+        self.state.stateful_callbacks[KEPT] = self._kept_logs()  # type: ignore[index, call-overload]
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             # A folder of an earlier run that is written again must not look complete meanwhile.
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        try:
+            with as_os_error(folder):
+                super()._save_checkpoint(model, trial)
+        except OSError:
+            if self.args.should_save and not (folder / TRAINER_STATE_NAME).is_file():
+                shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the space
+            raise
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         # What makes a checkpoint complete is written next, by one process: not before all have saved their generators.
         self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.stateful_callbacks[KEPT]["sha256"] = files_sha256(output_dir)  # type: ignore[index, call-overload]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _restoring("generators", checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _restoring("optimizer or scheduler", checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -557,6 +583,18 @@ class BlobTrainer(BlobTrainerMixin, Trainer):
     """
 
     args: BlobTrainingArguments
+
+
+@contextmanager
+def _restoring(what: str, checkpoint: str | None) -> Iterator[None]:
+    """Raise a ValueError where a checkpoint's file is another training's: torch has many errors for that."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{checkpoint}: its {what} can't be restored: {shortened(f'{type(error).__name__}: {error}')}; remove the "
+            "folder to go on from an earlier checkpoint, or from the start"
+        ) from error
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
