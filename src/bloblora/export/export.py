@@ -237,7 +237,7 @@ def _write_adapters(
         commands = {"vllm": _vllm_command(base, [mean, *names], rank)}
     warnings = []
     if run.task.labels is not None:
-        config = copy.deepcopy(model.get_base_model().config)
+        config: Any = copy.deepcopy(model.get_base_model().config)
         name_labels(config, run)
         config.save_pretrained(folder)
         warnings = [_HEAD]
