@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     Llama4ForCausalLM,
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from bloblora import BlobConfig, bayesianize
+from bloblora.methods import METHODS
 from tests.conftest import tiny_llama, with_lora
 
 SHARED = ["shared_expert.up_proj", "shared_expert.gate_proj"]
@@ -74,6 +76,22 @@ def test_flattened_tokens_have_the_noise_of_their_example(base, target, estimato
     for k in range(3):
         assert same_weights(noise[48 * k : 48 * k + 48], x[48 * k : 48 * k + 48])
     assert not same_weights(noise, x)
+
+
+@pytest.mark.parametrize("method", ["scalabl", "c-lora"])
+def test_other_noise_of_flattened_tokens(method):
+    """Tokens that repeat have one value in an example, another in the next."""
+    method = METHODS[method]()
+    model = method.prepare(qwen_moe(num_hidden_layers=1), LoraConfig(r=4, target_modules=SHARED[:1]))
+    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(2, 1, 32).expand(2, 6, 32).flatten(0, 1)
+    model.train()(torch.randint(3, 97, (2, 6)))
+    found = (layer(x) - layer.base_layer(x)).unflatten(0, (2, 6)).detach()
+    torch.testing.assert_close(found, found[:, :1].expand_as(found), rtol=1e-3, atol=1e-4)
+    same = x[:6].repeat(2, 1)
+    found = (layer(same) - layer.base_layer(same)).unflatten(0, (2, 6)).detach()
+    assert (found[0] - found[1]).abs().max() > 1e-3
 
 
 class Routed(nn.Module):

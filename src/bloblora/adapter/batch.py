@@ -19,8 +19,8 @@ class Batch:
     Attributes:
         rows: b; None before the first forward.
         tokens: b·T of each input that has tokens.
-        lengths: tokens of each text, where rows hold several; None elsewhere, and under ``torch.compile``, which can't
-            look at them.
+        lengths: tokens of each text, where rows hold several and there is no attention mask; None elsewhere, and under
+            ``torch.compile``, which can't look at them.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,9 @@ class Batch:
         if shapes:
             self.rows, self.tokens = shapes[0][0], tuple(rows * length for rows, length in shapes)
         positions = options.get("position_ids")
-        packed = isinstance(positions, Tensor) and positions.ndim == 2 and not torch.compiler.is_compiling()
+        # With a mask they may be those of a tree of choices, which are one example.
+        packed = isinstance(positions, Tensor) and positions.ndim == 2 and options.get("attention_mask") is None
+        packed &= not torch.compiler.is_compiling()
         self.lengths = _lengths(positions) if packed else None  # type: ignore[arg-type]
 
     def parts(self, x: Tensor, routed: bool) -> int | list[int] | None:
@@ -59,6 +61,28 @@ class Batch:
         if x.ndim != 2 or self.rows is None or rows == self.rows:
             return None
         return self.rows if rows in self.tokens else 1
+
+    def noise(self, x: Tensor, routed: bool, *shape: int) -> Tensor:
+        """Standard normals for a layer's input (..., n), one draw for each of its parts: a shape that broadcasts.
+
+        Args:
+            x: the input.
+            routed: as of `parts`.
+            shape: of a draw.
+        """
+        parts = self.parts(x, routed)
+        if parts is None:
+            return torch.randn(len(x), *[1] * (x.ndim - 2), *shape, dtype=x.dtype, device=x.device)
+        rows = x.shape[:-1].numel()
+        lengths = [rows // parts] * parts if isinstance(parts, int) else parts
+        draws = torch.randn(len(lengths), *shape, dtype=x.dtype, device=x.device)
+        of_row = torch.arange(len(lengths), device=x.device).repeat_interleave(torch.tensor(lengths, device=x.device))
+        return draws[of_row].reshape(*x.shape[:-1], *shape)
+
+
+def is_routed(layer: str) -> bool:
+    """Whether a layer is an expert's, by its name: what it sees are some tokens of the batch."""
+    return "experts" in layer.split(".")
 
 
 def follow(model: nn.Module) -> Batch:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import posterior as q
 from ..contexts import in_context
 from ..quantized import keep_differentiable
-from .batch import follow
+from .batch import follow, is_routed
 from .config import BlobConfig
 from .sharding import changing, is_sharded, whole
 from .variant import BlobVariant, Drawn, mean_of
@@ -319,7 +319,7 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     embedding = _embedding_weight(model.get_base_model())
     batch = follow(model.get_base_model())
     for name, layer in layers.items():
-        variant = BlobVariant(config, batch, "experts" in name.split("."))
+        variant = BlobVariant(config, batch, is_routed(name))
         variant.prior_at_start |= moved and config.prior_mean == "auto"
         # A quantized layer may have no `weight`.
         if embedding is not None and getattr(layer.get_base_layer(), "weight", None) is embedding:
