@@ -355,7 +355,7 @@ def test_a_base_layer_without_a_weight_and_a_base_without_embeddings():
         (dict(target_modules=["q_proj"], use_dora=True), "q_proj: uses .* switch it off in LoraConfig"),
         (
             dict(target_modules=[], target_parameters=["q_proj.weight"]),
-            "class ParamWrapper isn't supported .* remove it from the targets",
+            r"q_proj: LoRA on the parameter 'weight'.* has no product to draw",
         ),
         (dict(target_modules=["embed_tokens", "q_proj"]), "embed_tokens: LoRA on an embedding"),
         (dict(target_modules=["q_proj"], use_dora=True), "variant Dora"),

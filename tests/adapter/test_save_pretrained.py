@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, Trainer, TrainingArguments
 
 from bloblora import BlobConfig, bayesianize, find_posterior, load, save
 from bloblora.adapter import AdapterFileError, debayesianize
@@ -94,6 +94,55 @@ def test_embeddings_are_saved_too(tokens, tmp_path):
     assert sum("embed_tokens" in name for name in load_file(tmp_path / "adapter_model.safetensors")) == 1
     assert_same(load(tiny_llama(), tmp_path), model, tokens)
     assert torch.equal(stock(tmp_path, tokens), model(tokens).logits)
+
+
+def test_what_differs_from_the_base_models_files_is_saved(tmp_path):
+    """Resized embeddings, or trained ones; and not those of a model whose head has a LoRA, as in the paper."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+
+    def base(size=100):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(size, mean_resizing=False)
+        return model
+
+    model = with_lora(base())
+    bayesianize(model)
+    tokens = torch.tensor([[5, 97, 98, 99]])
+    save(model, tmp_path / "resized")
+    torch.manual_seed(9)
+    assert torch.equal(load(base(), tmp_path / "resized")(tokens).logits, model.eval()(tokens).logits)
+    with pytest.raises(AdapterFileError, match=r"size mismatch for .*embed_tokens.weight.*\[100, 32\].*\[97, 32\]"):
+        load(base(97), tmp_path / "resized")
+
+    model = with_lora(base(97), ["q_proj", "lm_head"])
+    bayesianize(model)
+    save(model, tmp_path / "same")
+    assert all("lora_" in name for name in load_file(tmp_path / "same" / "adapter_model.safetensors"))
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match="PEFT doesn't save it beside a LoRA on lm_head"):
+        save(model, tmp_path / "same")
+
+    model = bayesian()
+    model.get_input_embeddings().weight.requires_grad_(True).data.mul_(2)
+    save(model, tmp_path / "trained")
+    assert_same(load(tiny_llama(), tmp_path / "trained"), model, torch.tensor([[5, 6]]))
+    model.get_input_embeddings().weight.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="embed_tokens"):
+        save(model, tmp_path / "trained")
+
+
+@pytest.mark.parametrize(
+    ("options", "lost"), [({}, True), ({"task_type": "SEQ_CLS"}, False), ({"modules_to_save": ["score"]}, False)]
+)
+def test_a_head_that_is_not_saved_is_named(tmp_path, options, lost):
+    model = with_lora(LlamaForSequenceClassification(tiny_llama().config), **options)
+    bayesianize(model)
+    for write in (save, lambda model, folder: model.save_pretrained(folder)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            write(model, tmp_path)
+        found = ["classification head 'score' of LlamaForSequenceClassification" in str(w.message) for w in said]
+        assert any(found) == lost
 
 
 def test_checkpoints_of_a_plain_trainer(tokens, tmp_path):

@@ -1,11 +1,12 @@
 """A Bayesian model in TRL's SFTTrainer."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from bloblora import BlobConfig, BlobTrainer, BlobTrainerMixin, BlobTrainingArguments, bayesianize, find_posterior, load
 from bloblora.generation import posterior_generate
@@ -164,3 +165,31 @@ def test_what_would_train_another_posterior_is_said(tokenizer, tmp_path):
     arguments = BlobSFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
     with pytest.raises(ValueError, match=r"peft_config: .* leave it out, and call .* bayesianize\(model, BlobConfig"):
         BlobSFTTrainer(tiny_causal(), arguments, peft_config=LoraConfig(), train_dataset=Dataset.from_list(RECORDS))
+
+
+def test_preferences(tokenizer, tmp_path):
+    """TRL's DPOTrainer has batches of its own; its first loss is log 2, whatever the noise, for B is 0."""
+
+    class BlobDPOTrainer(BlobTrainerMixin, trl.DPOTrainer):
+        """DPOTrainer's data and loss, and the KL."""
+
+    @dataclass
+    class BlobDPOConfig(Objective, trl.DPOConfig):
+        """Arguments of both."""
+
+        dataset_size: int | None = None
+
+    model = get_peft_model(tiny_causal(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    posterior = bayesianize(model, BlobConfig(init_std=0.09))
+    kl = posterior.kl().item()
+    pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " iron"} for r in RECORDS]
+    options = dict(max_steps=2, logging_steps=1, learning_rate=0.05, report_to=[], disable_tqdm=True, use_cpu=True)
+    arguments = BlobDPOConfig(
+        str(tmp_path), dataset_size=2, bf16=False, save_strategy="no", gradient_checkpointing=False, **options
+    )
+    trainer = BlobDPOTrainer(model, arguments, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
+    trainer.train()
+    first, second = [log for log in trainer.state.log_history if "nll" in log]
+    assert first["nll"] == pytest.approx(math.log(2), rel=1e-4)
+    assert second["nll"] != pytest.approx(math.log(2), rel=1e-4)
+    assert second["kl"] < kl

@@ -149,7 +149,8 @@ def test_exports(run, kind, tmp_path):
 def test_served(run):
     hosted = load_hosted(open_hosted([run.config.output], SETTINGS), SETTINGS)
     with serving(hosted) as client:
-        answer = client.post("/v1/predict", json={"inputs": QUESTIONS[:1]}).json()
+        asked = {name: QUESTIONS[0][name] for name in ("question", "choices")}
+        answer = client.post("/v1/predict", json={"inputs": asked}).json()
     expected = run.predict(QUESTIONS[:1], SETTINGS.samples, SETTINGS.seed).probabilities[0]
     found = torch.tensor([*answer["answers"][0]["probabilities"].values()])
     torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-4)

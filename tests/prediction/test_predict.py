@@ -13,12 +13,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
 
 from bloblora import BlobConfig, bayesianize, find_posterior, predict
 from bloblora.posterior import ESTIMATORS
 from bloblora.prediction import average_draws
 from bloblora.tasks import ChoiceLetter, encode_all
-from tests.tasks.conftest import tiny_causal, with_lora
+from tests.conftest import tiny_llama
+from tests.tasks.conftest import tiny_causal, train_tokenizer, with_lora
 
 from .conftest import TASKS, tiny_classifier
 
@@ -269,3 +271,29 @@ def test_clear_errors(case_of):
             predict(case.model, inputs, **arguments)
     with pytest.raises(ValueError, match=r"num_samples must be 0 \(the mean\) or more, got -1"):
         average_draws(lambda: torch.zeros(1, 2), None, -1)
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "message"),
+    [
+        (LlamaForCausalLM, {}, r"its logits must be \(n, C\).* they are \(\d+, \d, 400\); for answers in text use"),
+        (LlamaForTokenClassification, {}, r"its logits must be \(n, C\)"),
+        (
+            LlamaForSequenceClassification,
+            {"num_labels": 1},
+            r"it has one label \(num_labels=1\), whose softmax is always 1",
+        ),
+        (
+            LlamaForSequenceClassification,
+            {"problem_type": "multi_label_classification"},
+            "'multi_label.*', for which a softmax",
+        ),
+    ],
+)
+def test_models_whose_logits_are_not_those_of_classes(base, options, message):
+    config = tiny_llama(vocab_size=400).config.to_dict()
+    model = with_lora(base(LlamaConfig(**config | options)), "q_proj")
+    texts = dict(inputs=["a card", "which gas"], tokenizer=train_tokenizer())
+    for arguments in (dict(inputs={"input_ids": torch.tensor([[5, 6], [7, 8]])}), texts):
+        with pytest.raises(ValueError, match=message):
+            predict(model, **arguments)

@@ -51,6 +51,16 @@ def test_a_post_hoc_method_leaves_the_lora_as_it_is(folder, base, method):
         assert all(torch.equal(found[key], given[key]) for key in given)
 
 
+def test_a_post_hoc_method_on_choices(folder, base):
+    """Whose examples have no input_ids, by whose length the Trainer would group them."""
+    lora = train(folder, base, "lora-choices", "questions", method="lora", validation=0)
+    options = {"method": "tfb", "start_from": lora.config.output, "validation": 0}
+    run = train(folder, base, "tfb-choices", "questions", **options)
+    assert run.config.value("train_sampling_strategy") == "group_by_length"
+    expected = lora.predict(QUESTIONS, 0).log_probs
+    torch.testing.assert_close(run.predict(QUESTIONS, 0).log_probs, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("subset", ["all", "last_layer"])
 def test_tfb_around_the_mean_of_a_bayesian_run(folder, base, subset):
     blob = train(folder, base, f"blob-{subset}", method="blob", init_std=0.25)

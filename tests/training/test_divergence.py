@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from bloblora import find_posterior
+from bloblora import BlobTrainer, find_posterior
 from bloblora.training import DivergedError, last_checkpoint
 
-from .conftest import classifier, make_trainer
+from .conftest import arguments, classifier, make_trainer
+from .test_plain import language_model, texts
 
 LAYER = "base_model.model.model.layers.1.self_attn.q_proj"
 SAVE = dict(save_strategy="steps", save_steps=1, save_total_limit=1, max_steps=6)
@@ -114,9 +115,22 @@ def test_a_base_weight_is_found_by_what_it_makes(tmp_path):
     model = classifier()
     with torch.no_grad():
         model.get_parameter("base_model.model.model.layers.1.mlp.up_proj.weight")[0, 0] = torch.inf
-    assert "first in the output of base_model.model.model.layers.1.mlp.up_proj" in diverge(
-        make_trainer(tmp_path, model), step=1
-    )
+    message = diverge(make_trainer(tmp_path, model), step=1)
+    assert "first in the output of base_model.model.model.layers.1.mlp.up_proj. The learning rate has no" in message
+    assert "float16" not in message
+
+
+def test_a_base_that_overflows_is_not_a_learning_rate(tmp_path):
+    model = language_model(bayesian=True)
+    for name, weight in model.named_parameters():
+        if "up_proj" in name or "gate_proj" in name:
+            weight.data *= 5000
+        if not weight.requires_grad:
+            weight.data = weight.data.half()
+    trainer = BlobTrainer(model, arguments(tmp_path, dataset_size=28), train_dataset=texts(4))
+    message = diverge(trainer, step=1)
+    assert "no step was made: it overflows in float16; load the base model in bfloat16 or float32" in message
+    assert "halve" not in message
 
 
 def test_a_plain_lora_names_no_posterior(tmp_path):

@@ -1,5 +1,6 @@
 """Turning a LoRA into a distribution over LoRAs, in place."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -8,21 +9,29 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding
+from peft.tuners.lora.layer import Embedding, ParamWrapper
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from .. import posterior as q
 from ..contexts import in_context
 from ..quantized import keep_differentiable
+from .batch import follow, is_routed
 from .config import BlobConfig
 from .sharding import changing, is_sharded, whole
 from .variant import BlobVariant, Drawn, mean_of
 from .watch import KlWatch
 
 # Starts that move a part of the base weight into B A, so that without the LoRA the model isn't the base.
-_MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # PEFT's layer classes that ask `lora_variant` in their forward: the others would ignore the posterior in silence.
 _SUPPORTED_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear", "TorchaoLoraLinear"}
+# Of experts that stand in one parameter: the linear layers that it is made of, by the names that targets have.
+_FUSED = {
+    "gate_up_proj": ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3"),
+    "down_proj": ("down_proj", "w2"),
+    "up_proj": ("up_proj",),
+}
 _AT_PRIOR_TOLERANCE = 0.05
 
 Weights = dict[str, dict[str, Tensor]]
@@ -290,6 +299,9 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
         TypeError: ``model`` is no PEFT model.
         ValueError: the adapter isn't there, isn't LoRA, is Bayesian already, or has a part that can't be Bayesian, or
             by `bloblora.quantized.keep_differentiable`.
+
+    Warns:
+        UserWarning: all linear layers have a LoRA, and experts of a mixture that aren't linear layers have none.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(
@@ -299,13 +311,15 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
 
     adapter_name = adapter_name or model.active_adapter
     layers = check_layers(model, adapter_name)
+    _warn_of_experts(model, layers)
     keep_differentiable(model)
     config = config or BlobConfig()
     lora: Any = model.peft_config[adapter_name]
-    moved = str(lora.init_lora_weights).lower().startswith(_MOVING_STARTS)
+    moved = str(lora.init_lora_weights).lower().startswith(MOVING_STARTS)
     embedding = _embedding_weight(model.get_base_model())
-    for layer in layers.values():
-        variant = BlobVariant(config)
+    batch = follow(model.get_base_model())
+    for name, layer in layers.items():
+        variant = BlobVariant(config, batch, is_routed(name))
         variant.prior_at_start |= moved and config.prior_mean == "auto"
         # A quantized layer may have no `weight`.
         if embedding is not None and getattr(layer.get_base_layer(), "weight", None) is embedding:
@@ -373,12 +387,47 @@ def check_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
         layers[name] = module
         if problem := _problem(module, adapter_name):
             problems.append(f"{name}: {problem}")
+    problems += _experts_without_adapter(model, adapter_name)
     if problems:
         more = f"\n… and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError("these layers can't be Bayesian:\n" + "\n".join(problems[:5]) + more)
     if not layers:
         raise ValueError(f"adapter {adapter_name!r} has no LoRA layer")
     return layers
+
+
+def _warn_of_experts(model: PeftModel, layers: Mapping[str, LoraLayer]) -> None:
+    """Warn where every linear layer below the head has a LoRA, as 'all-linear' asks, and experts have none."""
+    base = model.get_base_model()
+    adapted = {layer.get_base_layer() for layer in layers.values()}
+    heads = {module for name, module in base.named_children() if isinstance(module, nn.Linear)}
+    lora = {part for layer in layers.values() for part in (*layer.lora_A.values(), *layer.lora_B.values())}
+    if {m for m in base.modules() if isinstance(m, nn.Linear)} - adapted - heads - lora:
+        return
+    names = [n for n, p in base.named_parameters() if p.ndim == 3 and n.rpartition(".")[2] in _FUSED]
+    if names:
+        warnings.warn(
+            f"all linear layers have a LoRA, but the experts have none: {names[0]} and {len(names) - 1} more are "
+            "parameters without linear layers, which 'all-linear' doesn't find and a posterior can't be on",
+            stacklevel=3,
+        )
+
+
+def _experts_without_adapter(model: PeftModel, adapter_name: str) -> list[str]:
+    """Experts that stand in one parameter, without a linear layer that PEFT could have found by its name."""
+    config: Any = model.peft_config[adapter_name]
+    problems = []
+    for name, parameter in model.get_base_model().named_parameters():
+        place, _, own = name.rpartition(".")
+        meant = [part for part in _FUSED.get(own, ()) if check_target_module_exists(config, f"{place}.{part}")]
+        if parameter.ndim == 3 and meant:
+            problems.append(
+                f"{name}: {len(parameter)} experts in one parameter have no linear layers, so target_modules "
+                f"{meant[0]!r} doesn't adapt them; give paths that are those of linear layers only, such as "
+                f"'self_attn.q_proj' or 'shared_expert.{meant[0]}', or exclude_modules=['{place.rpartition('.')[2]}."
+                f"{meant[0]}']"
+            )
+    return problems
 
 
 def _problem(layer: LoraLayer, adapter_name: str) -> str | None:
@@ -390,6 +439,12 @@ def _problem(layer: LoraLayer, adapter_name: str) -> str | None:
     if variant is not None:
         kind = type(variant).__name__.removesuffix("LinearVariant").removesuffix("Variant")
         return f"uses the LoRA variant {kind}, which defines its own forward; switch it off in LoraConfig"
+    if isinstance(layer, ParamWrapper):
+        return (
+            f"LoRA on the parameter {layer.parameter_name!r}, such as that of all experts, is added to the weight and "
+            "has no product to draw; leave it out of target_parameters and target_modules (PEFT makes 'all-linear' "
+            "and names of experts into parameters)"
+        )
     if type(layer).__name__ not in _SUPPORTED_LAYERS:
         supported = ", ".join(sorted(_SUPPORTED_LAYERS))
         return f"class {type(layer).__name__} isn't supported (only {supported}); remove it from the targets"

@@ -17,17 +17,18 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils import get_peft_model_state_dict
+from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -75,7 +76,7 @@ def save(
     directory: str | os.PathLike[str],
     adapter_name: str | None = None,
     *,
-    save_embedding_layers: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> None:
     """Write an adapter, Bayesian or plain, in place of the one that ``directory`` may hold.
 
@@ -86,14 +87,26 @@ def save(
         model: the PEFT model.
         directory: where to; made where it is missing. Files that aren't the adapter's stay, a README.md too.
         adapter_name: which adapter; default the active one.
-        save_embedding_layers: also write the base model's embeddings (needed only where they were resized or trained).
+        save_embedding_layers: also write the base model's embeddings. ``auto``: where they are trained, or resized: the
+            vocabulary isn't that of the base model's files. The base model must be resized before `load` as well.
 
     Raises:
         ValueError: FSDP has split the adapter over the processes.
         FloatingPointError: a number of it is NaN or infinite.
+
+    Warns:
+        UserWarning: as `save_pretrained`.
     """
     _refuse_sharded(model)
     adapter_name = adapter_name or model.active_adapter
+    if save_embedding_layers == "auto":
+        save_embedding_layers = _embeddings_differ(model)
+        if save_embedding_layers and any("lm_head" in name and "lora_A" in name for name, _ in model.named_modules()):
+            warnings.warn(
+                f"adapter {adapter_name!r}: the embedding was resized or trained, and PEFT doesn't save it beside a "
+                "LoRA on lm_head; make the adapter with modules_to_save=['embed_tokens']",
+                stacklevel=2,
+            )
     with _replacing(Path(directory)) as staging, as_os_error(directory):
         save_pretrained(
             model, str(staging), selected_adapters=[adapter_name], save_embedding_layers=save_embedding_layers
@@ -120,6 +133,9 @@ def save_pretrained(model: PeftModel, *args: Any, **kwargs: Any) -> None:
         ValueError: a Bayesian adapter is to be saved without safetensors, converted to another start, with a
             ``state_dict`` that lacks Ω, or while FSDP has split it over the processes.
         FloatingPointError: a number of an adapter is NaN or infinite.
+
+    Warns:
+        UserWarning: the model classifies sequences, and its head isn't saved.
     """
     given = _OF_PEFT.bind(model, *args, **kwargs)
     given.apply_defaults()
@@ -137,8 +153,10 @@ def save_pretrained(model: PeftModel, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("state_dict") is None:
             _refuse_sharded(model)
     if options["is_main_process"]:
+        embeddings = options["save_embedding_layers"] is True
         for name in (name for name in names if name in model.peft_config):  # PEFT says what it thinks of others
-            check_finite_tensors(_numbers(model, name, kwargs.get("state_dict")), f"adapter {name!r}")
+            check_finite_tensors(_numbers(model, name, kwargs.get("state_dict"), embeddings), f"adapter {name!r}")
+            _warn_of_head(model, name)
     type(model).save_pretrained(model, *args, **kwargs)
     if options["is_main_process"]:
         for posterior in posteriors:
@@ -392,11 +410,43 @@ def _split(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return stock, std_parameters
 
 
-def _numbers(model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """All that is saved of an adapter but embeddings: the LoRA, a head, Ω, and the prior of each entry."""
-    numbers = get_peft_model_state_dict(model, state_dict, adapter_name, save_embedding_layers=False)
+def _numbers(
+    model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor] | None, embeddings: bool
+) -> dict[str, Tensor]:
+    """All that is saved of an adapter: the LoRA, a head, Ω, the prior of each entry, and embeddings where asked for."""
+    numbers = get_peft_model_state_dict(model, state_dict, adapter_name, save_embedding_layers=embeddings)
     posterior = find_posterior(model, adapter_name)
     return numbers | (_of_priors(posterior) if posterior else {})
+
+
+def _embeddings_differ(model: PeftModel) -> bool:
+    """Whether the embedding is trained itself, or its vocabulary isn't that of the base model's files here."""
+    base: Any = model.get_base_model()
+    if not hasattr(base, "get_input_embeddings"):
+        return False
+    embedding = base.get_input_embeddings()
+    if getattr(getattr(embedding, "weight", None), "requires_grad", False):
+        return True
+    try:
+        stored = type(base.config).from_pretrained(base.name_or_path, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    return base.config.get_text_config().vocab_size != stored.get_text_config().vocab_size
+
+
+def _warn_of_head(model: PeftModel, adapter_name: str) -> None:
+    """Warn where a loaded model would have another classification head."""
+    base: Any = model.get_base_model()
+    kind = type(base).__name__
+    for name, head in base.named_children() if kind.endswith("ForSequenceClassification") else ():
+        saved = any(isinstance(part, AuxiliaryTrainingWrapper | BaseTunerLayer) for part in head.modules())
+        if name in ("score", "classifier") and not saved:
+            warnings.warn(
+                f"adapter {adapter_name!r}: the classification head {name!r} of {kind} is not part of "
+                "it and isn't saved: a loaded model has the base model's, which is random where its files have none. "
+                f"Make the adapter with LoraConfig(task_type='SEQ_CLS') or modules_to_save=[{name!r}]",
+                stacklevel=3,
+            )
 
 
 def _refuse_sharded(model: PeftModel) -> None:

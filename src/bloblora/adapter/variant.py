@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 
 from .. import posterior as q
 from ..contexts import state_of
+from .batch import Batch
 from .config import BlobConfig
 from .watch import KlWatch
 
@@ -67,10 +68,16 @@ class BlobVariant(LoraVariant):
         tied_config: the model's config where this layer's base weight is also the embedding; None otherwise.
         prior_at_start: whether the prior's mean is the factor's value at `init`.
         watch: of the first layer of an adapter, whose forwards stand for all; None otherwise.
+
+    Args:
+        config: the adapter's configuration.
+        batch: of the model.
+        routed: whether the layer is an expert's, which sees some tokens of the batch.
     """
 
-    def __init__(self, config: BlobConfig) -> None:
+    def __init__(self, config: BlobConfig, batch: Batch, routed: bool) -> None:
         self.config = config
+        self.batch, self.routed = batch, routed
         self.kept: Drawn | None = None
         self.tied_config: PretrainedConfig | None = None
         self.prior_at_start = config.prior_mean == "start"
@@ -168,7 +175,7 @@ class BlobVariant(LoraVariant):
         if self.watch is not None and parameter.requires_grad and not torch.compiler.is_compiling():
             self.watch.trained(parameter)
         std = q.std(parameter[rows], self.config.std_parameterization)
-        return q.project(x, mean, std, self.config.estimator)
+        return q.project(x, mean, std, self.config.estimator, self.batch.parts(x, self.routed))
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
         """``result`` + s·B(A x); shapes as ``result``."""

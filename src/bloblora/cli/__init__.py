@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from importlib import import_module
 from importlib.metadata import entry_points, version
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,6 +42,7 @@ COMMANDS: Mapping[str, str] = {
     "score": "run",
     "correctness": "run",
     "serve": "serve",
+    "import": "share",
     "export": "share",
     "card": "share",
     "push": "share",
@@ -95,7 +97,7 @@ def _run(command: str, arguments: Sequence[str]) -> None:
     with _one_voice():
         from .options import parsed
 
-        function = getattr(import_module(f".{COMMANDS[command]}", __name__), command)
+        function = getattr(import_module(f".{COMMANDS[command]}", __name__), command + "_" * iskeyword(command))
         function(**parsed(command, function, arguments))
 
 
@@ -140,7 +142,7 @@ def _help() -> str:
     for module in dict.fromkeys(COMMANDS.values()):
         tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-        lines |= {node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in functions}
+        lines |= {node.name.rstrip("_"): (ast.get_docstring(node) or "").partition("\n")[0] for node in functions}
     commands = "\n".join(f"  {command:<11} {lines[command]}" for command in COMMANDS)
     return f"{_DESCRIPTION}\n\ncommands, each with --help:\n{re.sub('``', '`', commands)}"
 

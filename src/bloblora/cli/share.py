@@ -6,7 +6,43 @@ from transformers.utils import logging
 
 from ..hub import push as push_run
 from ..hub import write_card
-from ..runs import CodeOptions, RunError
+from ..runs import CodeOptions, RunError, import_adapter
+
+
+def import_(
+    directory: str,
+    output: str,
+    code: CodeOptions,
+    model: str | None = None,
+    task: str = "choice_letter",
+    max_length: int = 300,
+    prior_std: float = 0.2,
+    std_parameterization: Literal["square", "softplus"] | None = None,
+) -> None:
+    """Make a run of an adapter that the published BLoB code saved (`--checkpoint` of Wang-ML-Lab/bayesian-peft).
+
+    The folder has adapter_config.json and adapter_model.safetensors with `lora_A_rho` of each layer. Only adapters of
+    language models can be imported, since of others that code saves no classification head.
+
+    Examples:
+      bloblora import checkpoints/blob/obqa --model meta-llama/Llama-2-7b-hf --output runs/obqa
+      bloblora evaluate runs/obqa --data openbookqa:test
+
+    Args:
+        directory: folder that the published code saved an adapter to.
+        output: folder of the run, new.
+        model: base model: a hub id or a folder; default the one that the adapter names.
+        task: how questions become logits, `choice_letter` as in the published code, or `choice_text`.
+        max_length: most tokens of a question.
+        prior_std: σp, its `--bayes-beta`.
+        std_parameterization: `square` for σ = ρ², `softplus` for a negative `--bayes-eps`; default by the sign of ρ.
+        code: of the base model.
+    """
+    logging.disable_progress_bar()
+    how: dict[str, Any] = {"prior_std": prior_std, "std_parameterization": std_parameterization}
+    how |= {"model": model, "task": task, "max_length": max_length, "trust_remote_code": code.trust_remote_code}
+    run = import_adapter(directory, output, **how)
+    print(f"{output}: a run of method {run.method.name}; next: bloblora evaluate {output} --data FILE")
 
 
 def export(

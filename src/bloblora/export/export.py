@@ -1,5 +1,6 @@
 """From a finished run to a folder that other programs read, and ``manifest.json``, which says what is in it."""
 
+import copy
 import math
 import os
 import shutil
@@ -20,7 +21,7 @@ from ..messages import quoted
 from ..methods.method import MEAN, Draw
 from ..models import DTYPES
 from ..runs import PredictionOptions, Run, RunDescription, RunError, alone, check_writable, load_run, open_run
-from .writers import check_gguf, in_force, write_gguf, write_lora, write_merged
+from .writers import beside, check_gguf, in_force, layers_of, name_labels, write_gguf, write_lora, write_merged
 
 MANIFEST_FILE, FORMAT_VERSION = "manifest.json", 1
 FORMATS = ("lora", "merged", "gguf")
@@ -29,8 +30,12 @@ _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as its largest rank (``MaxLoRARanks`` in vllm/config/lora.py, 0.32.0)."""
 
 _HEAD = (
-    "the adapters carry a classification head (modules_to_save): PEFT loads it, but servers of text completions have "
-    "no place for it; use --format merged, or `bloblora serve`"
+    "the adapters carry a classification head (modules_to_save): PEFT loads it onto a model with config.json of this "
+    "folder, which has the labels in the head's order, but servers of text completions have no place for it; use "
+    "--format merged, or `bloblora serve`"
+)
+_BESIDE = (
+    "the adapters have {} beside A and B: PEFT loads it, but servers such as vLLM do not; use --format merged for them"
 )
 _QUANTIZED = (
     "the adapters were trained on a base model quantized by {}: on another base model, also the same one unquantized, "
@@ -230,14 +235,17 @@ def _write_adapters(
     if format == "gguf":
         commands = {"llama.cpp": f"llama-server --model BASE.gguf --lora {[mean, *names][-1]}.gguf"}
     else:
-        commands = {"vllm": _vllm_command(base, [mean, *names], run.config.value("r"))}
-    has_head = run.task.labels is not None
-    return {
-        "mean": mean,
-        "draws": names,
-        "commands": {} if has_head else commands,
-        "warnings": [_HEAD] if has_head else [],
-    }
+        rank = max(layer.r[draw.adapter_name] for layer in layers_of(model, draw.adapter_name).values())
+        commands = {"vllm": _vllm_command(base, [mean, *names], rank)}
+    warnings = []
+    if run.task.labels is not None:
+        config: Any = copy.deepcopy(model.get_base_model().config)
+        name_labels(config, run)
+        config.save_pretrained(folder)
+        warnings = [_HEAD]
+    elif extra := beside(run.config.build_lora()):
+        warnings = [_BESIDE.format(", ".join(extra))]
+    return {"mean": mean, "draws": names, "commands": {} if warnings else commands, "warnings": warnings}
 
 
 def _write_merged(run: Run, folder: Path, number: int | None, seed: int) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 llama.cpp's ``convert_lora_to_gguf.py`` is in no package, so GGUF files are written here, for the families of models of
 which the tests compare them with what llama.cpp answers. A file holds A (r, n) and B (m, r) of each layer under
-llama.cpp's name of it; the update is scaled by α/r. Llama's rotary embedding turns neighbours there, and dimensions
-half a head apart in transformers, so the rows of q and k change places, in B as in the weights.
+llama.cpp's name of it; the update is scaled by α/r, with r of the layer. Llama's rotary embedding turns neighbours
+there, and dimensions half a head apart in transformers, so the rows of q and k change places, in B as in the weights.
 """
 
 from collections.abc import Iterator
@@ -13,15 +13,18 @@ from typing import Any
 
 import gguf
 import torch
-from peft import PeftModel
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from .. import adapter, models
-from ..adapter.storage import MEAN_FILE
+from ..adapter.bayesianize import MOVING_STARTS
+from ..adapter.storage import MEAN_CONFIG, MEAN_FILE
 from ..adapter.variant import mean_of
-from ..files import as_os_error, check_finite_tensors, write_tensors
+from ..files import as_os_error, check_finite_tensors, read_json, write_json, write_tensors
 from ..methods import Draw
 from ..runs import Run, RunDescription, RunError
 
@@ -57,9 +60,12 @@ def in_force(model: PeftModel, draw: Draw) -> Iterator[None]:
 
 
 def write_lora(folder: Path, model: PeftModel, adapter_name: str, dtype: torch.dtype) -> None:
-    """Write an adapter as PEFT does, its tensors in ``dtype``."""
+    """Write an adapter as PEFT does, its tensors in ``dtype``; all its layers have one rank and the scale α/r."""
     adapter.save(model, folder, adapter_name)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    lora: Any = model.peft_config[adapter_name]
+    if lora.use_rslora or lora.rank_pattern or lora.alpha_pattern:
+        _unify(folder, layers_of(model, adapter_name), adapter_name)
     if dtype != torch.float32:
         file = folder / MEAN_FILE
         tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
@@ -67,10 +73,52 @@ def write_lora(folder: Path, model: PeftModel, adapter_name: str, dtype: torch.d
         write_tensors(file, tensors)
 
 
+def layers_of(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+    """The layers that an adapter has a LoRA on, by their names, which are those of its files."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.scaling}
+
+
+def beside(lora: LoraConfig) -> list[str]:
+    """What adapters have beside A and B of layers, options of PEFT that servers of LoRAs don't know."""
+    start = str(lora.init_lora_weights).lower()
+    found = {
+        "lora_bias": lora.lora_bias,
+        "bias": lora.bias != "none",
+        "modules_to_save": lora.modules_to_save,
+        "trainable_token_indices": lora.trainable_token_indices,
+        f"init_lora_weights={start} (a part of the base weights)": start.startswith(MOVING_STARTS),
+    }
+    return [name for name, there in found.items() if there]
+
+
+def _unify(folder: Path, layers: dict[str, LoraLayer], adapter_name: str) -> None:
+    """Give a saved adapter one rank and one α: zeros fill A and B up, and B is multiplied by what the scales differ.
+
+    Servers know neither rsLoRA's scale nor ranks and alphas of single layers.
+    """
+    rank = max(layer.r[adapter_name] for layer in layers.values())
+    scale = max(layer.scaling[adapter_name] for layer in layers.values())
+    tensors = load_file(folder / MEAN_FILE)
+    for name, layer in layers.items():
+        factor, missing = layer.scaling[adapter_name] / scale, rank - layer.r[adapter_name]
+        for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
+            if f"{name}.{a}" in tensors:
+                tensors[f"{name}.{a}"] = F.pad(tensors[f"{name}.{a}"], (0, 0, 0, missing))
+                tensors[f"{name}.{b}"] = F.pad(tensors[f"{name}.{b}"] * factor, (0, missing))
+        if (bias := f"{name}.lora_B.bias") in tensors:
+            tensors[bias] = tensors[bias] * factor
+    write_tensors(folder / MEAN_FILE, tensors)
+    config = read_json(folder / MEAN_CONFIG, RunError)
+    one = {"r": rank, "lora_alpha": scale * rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    write_json(folder / MEAN_CONFIG, config | one)
+
+
 def check_gguf(description: RunDescription) -> None:
     """Raise a RunError where a run's adapters have no GGUF form that is known to be right."""
     if description.task.labels is not None:
         raise RunError("a classification head has no place in a LoRA's GGUF; use --format merged")
+    if extra := beside(description.config.build_lora()):
+        raise RunError(f"a LoRA's GGUF holds A and B alone, and this run has {', '.join(extra)}; use --format merged")
     kind = models.model_type(description.config.model)
     if kind not in _ARCHITECTURES:
         raise RunError(
@@ -93,6 +141,7 @@ def write_gguf(file: Path, model: PeftModel, adapter_name: str) -> None:
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.lora_alpha))
+    layers = layers_of(model, adapter_name)
     for key, tensor in model.state_dict().items():
         layer, found, factor = key.removeprefix("base_model.model.").rpartition(".lora_")
         if not found or not factor.endswith(f".{adapter_name}.weight"):
@@ -103,6 +152,9 @@ def write_gguf(file: Path, model: PeftModel, adapter_name: str) -> None:
         heads = _PERMUTED.get(name.rpartition(".")[2]) if architecture == gguf.MODEL_ARCH.LLAMA else None
         if heads and factor.startswith("B"):
             tensor = _permuted(tensor, getattr(config, heads))
+        if factor.startswith("B"):  # by what the layer's scale differs from α/r
+            own = layers[f"base_model.model.{layer}"]
+            tensor = tensor * (own.scaling[adapter_name] * own.r[adapter_name] / lora.lora_alpha)
         writer.add_tensor(f"{name}.weight.lora_{factor[0].lower()}", tensor.float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -111,18 +163,30 @@ def write_gguf(file: Path, model: PeftModel, adapter_name: str) -> None:
 
 
 def write_merged(run: Run, draw: Draw, folder: Path) -> None:
-    """Write model and tokenizer as ``from_pretrained`` takes them; the run's model is changed for good."""
+    """Write model and tokenizer as ``from_pretrained`` takes them; the run's model is changed for good.
+
+    Raises:
+        RunError: PEFT can't merge the adapter.
+    """
     model: Any = run.model
     if isinstance(model, PeftModel):
         with in_force(model, draw):
             _untie(model)
-            model = model.merge_and_unload()
-    if run.task.labels is not None:
-        model.config.id2label = dict(enumerate(run.task.labels))
-        model.config.label2id = {label: index for index, label in enumerate(run.task.labels)}
+            try:
+                model = model.merge_and_unload()
+            except RuntimeError as error:
+                raise RunError(f"the adapter can't be merged: {error}") from error
+    name_labels(model.config, run)
     with as_os_error(folder):
         model.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
+
+
+def name_labels(config: PretrainedConfig, run: Run) -> None:
+    """Give a model's configuration the names of its labels, in the order of its head's rows."""
+    if run.task.labels is not None:
+        config.id2label = dict(enumerate(run.task.labels))
+        config.label2id = {label: index for index, label in enumerate(run.task.labels)}
 
 
 def _permuted(b: Tensor, heads: int) -> Tensor:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import posterior as q
+from ..adapter.batch import Batch, follow, is_routed
 from ..adapter.bayesianize import check_layers
 from ..contexts import in_context, state_of
 from ..prediction import Sampler, WeightDraws
@@ -117,8 +118,9 @@ class CLora(Method):
 
     def _add_networks(self, model: nn.Module) -> None:
         assert isinstance(model, PeftModel)
-        for layer in check_layers(model, "default").values():
-            layer.lora_variant["default"] = _ContextualVariant(layer, self.network_width)
+        batch = follow(model.get_base_model())
+        for name, layer in check_layers(model, "default").items():
+            layer.lora_variant["default"] = _ContextualVariant(layer, self.network_width, batch, is_routed(name))
 
 
 @dataclass
@@ -148,7 +150,8 @@ class _ContextualVariant(LoraVariant):
         kl: where training forwards add their KL.
     """
 
-    def __init__(self, module: Any, width: int) -> None:
+    def __init__(self, module: Any, width: int, batch: Batch, routed: bool) -> None:
+        self.batch, self.routed = batch, routed
         weight = module.lora_A["default"].weight
         self.r = len(weight)
         network = nn.Sequential(nn.Linear(self.r, width), nn.ReLU(), nn.Linear(width, 2 * self.r**2))
@@ -168,7 +171,7 @@ class _ContextualVariant(LoraVariant):
         mean, root = self.gaussian(module, active_adapter, h)
         noise: Tensor | None = state_of(self)
         if noise is None and module.training:
-            noise = torch.randn(len(h), *[1] * (h.ndim - 2), *mean.shape[-2:], dtype=h.dtype, device=h.device)
+            noise = self.batch.noise(h, self.routed, *mean.shape[-2:])
             if self.kl is not None:
                 self.kl.add(mean, root)
         e = mean if noise is None else mean + q.std(root, "square") * noise.to(mean)

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from .. import adapter
 from .. import posterior as q
+from ..adapter.batch import Batch, follow, is_routed
 from ..messages import quoted
 from ..prediction import Sampler, WeightDraws
 from ..training import BlobTrainer, check_positive
@@ -77,8 +78,9 @@ class Scalabl(ScaledMethod):
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """The base with a LoRA that has scales."""
         model = super().prepare(base, lora)
-        for layer in _layers(model).values():
-            layer.lora_variant["default"] = _ScaledVariant(layer, self.init_std)
+        batch = follow(base)
+        for name, layer in _layers(model).items():
+            layer.lora_variant["default"] = _ScaledVariant(layer, self.init_std, batch, is_routed(name))
         return model
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
@@ -116,7 +118,8 @@ class Scalabl(ScaledMethod):
 class _ScaledVariant(LoraVariant):
     """y = W₀x + s·B (z∘(A x)), z one draw an example in train mode, μ in eval mode; one layer's, one adapter's."""
 
-    def __init__(self, module: Any, init_std: float) -> None:
+    def __init__(self, module: Any, init_std: float, batch: Batch, routed: bool) -> None:
+        self.batch, self.routed = batch, routed
         a = module.lora_A["default"].weight
         _, singular_values, vt = torch.linalg.svd(a.detach(), full_matrices=False)
         with torch.no_grad():
@@ -131,8 +134,8 @@ class _ScaledVariant(LoraVariant):
         h = module.lora_A[adapter_name](module.lora_dropout[adapter_name](x))
         scales = module.scalabl_mean[adapter_name]
         if module.training:
-            noise = torch.randn(x.shape[0], *[1] * (x.ndim - 2), len(scales), dtype=scales.dtype, device=x.device)
-            scales = scales + noise * q.std(module.scalabl_std_parameter[adapter_name], "square")
+            noise = self.batch.noise(h, self.routed, len(scales))
+            scales = scales + noise.to(scales) * q.std(module.scalabl_std_parameter[adapter_name], "square")
         return h * scales
 
     def expand(self, module: Any, adapter_name: str, h: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:

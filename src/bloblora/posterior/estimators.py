@@ -10,7 +10,7 @@ of the gradient. ``A_k`` is the weight that example k of the batch sees, for eve
   not see one function.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -23,7 +23,7 @@ ESTIMATORS = ("independent", "flipout", "shared", "local")
 _MAX_SLICES, _MIN_ROWS = 16, 128
 
 
-def project(x: Tensor, mean: Tensor, std: Tensor, estimator: str) -> Tensor:
+def project(x: Tensor, mean: Tensor, std: Tensor, estimator: str, parts: int | Sequence[int] | None = None) -> Tensor:
     """Multiply inputs by fresh draws of A, with noise from torch's global generator.
 
     The global generator is the one that gradient checkpointing replays and that checkpoints of a training save.
@@ -34,6 +34,8 @@ def project(x: Tensor, mean: Tensor, std: Tensor, estimator: str) -> Tensor:
         mean: M, (r, n).
         std: Ω, (r, n).
         estimator: one of ``ESTIMATORS``.
+        parts: of an x in which the first dimension is not the example, for ``independent`` and ``flipout``: into how
+            many equal parts all its rows are divided, or the lengths of the parts; each has a draw.
 
     Returns:
         h, (b, ..., r).
@@ -48,9 +50,15 @@ def project(x: Tensor, mean: Tensor, std: Tensor, estimator: str) -> Tensor:
         if estimator == "local":
             noise = torch.randn(*x.shape[:-1], len(mean), dtype=mean.dtype, device=mean.device)
             return _LocalLinear.apply(x, mean, std.square(), noise)
-        noise = _example_noise(x.shape[0], std, estimator)
-        h = _ExampleLinear.apply(x.reshape(x.shape[0], -1, x.shape[-1]), mean, std, noise)
-    return h.reshape(*x.shape[:-1], -1)
+        if isinstance(parts, Sequence):
+            weights = torch.addcmul(mean, _example_noise(len(parts), std, estimator), std)
+            pieces = x.flatten(0, -2).split([*parts])
+            h = torch.cat([F.linear(piece, weight) for piece, weight in zip(pieces, weights, strict=True)])
+        else:
+            b, rows = x.shape[0] if parts is None else parts, x.shape[:-1].numel()
+            grouped = x.reshape(b, rows // b if b else 0, x.shape[-1])  # an expert may see no row
+            h = _ExampleLinear.apply(grouped, mean, std, _example_noise(b, std, estimator))
+    return h.reshape(*x.shape[:-1], len(mean))
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class BatchForward:
         """Logits (copies·b, C) of the batch, repeated."""
         batch = {name: repeat_rows(tensor, copies) for name, tensor in self._batch.items()}
         with self._trunk.replayed(self._trunk_output) if self._trunk else nullcontext():
-            return _class_logits(self._model, batch) if self._task is None else self._task.logits(self._model, batch)
+            return class_logits(self._model, batch) if self._task is None else self._task.logits(self._model, batch)
 
     @property
     def rows(self) -> int:
@@ -164,12 +164,15 @@ def repeat_rows(value: Any, times: int) -> Any:
     return value.repeat(times, *[1] * (value.ndim - 1))
 
 
-def _class_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def class_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """A model's logits (b, C).
 
     Raises:
-        ValueError: they have another shape, or there are none.
+        ValueError: they have another shape, or there are none, or they aren't those of classes that exclude each other.
     """
+    config = getattr(model, "config", None)
+    if (kind := getattr(config, "problem_type", None)) in ("regression", "multi_label_classification"):
+        raise ValueError(f"model: its problem_type is {kind!r}, for which a softmax over its logits is wrong")
     logits = getattr(model(**batch), "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else "missing"
@@ -177,6 +180,8 @@ def _class_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             f"model: without a task its logits must be (n, C), as of one that classifies sequences; they are {found}; "
             "for answers in text use posterior_generate, for choices a task of bloblora.tasks"
         )
+    if logits.shape[1] == 1:
+        raise ValueError("model: it has one label (num_labels=1), whose softmax is always 1; it must have two or more")
     return logits
 
 

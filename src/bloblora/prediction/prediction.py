@@ -18,7 +18,7 @@ from ..adapter import Posterior, find_posterior
 from ..contexts import TOKENIZING, eval_mode
 from ..data import as_records
 from .approximations import StoppingRule
-from .forward import BatchForward, PredictionTask
+from .forward import BatchForward, PredictionTask, class_logits
 from .sampler import Forward, Point, Sampler, WeightDraws
 
 
@@ -157,7 +157,7 @@ def predict(
 
     Raises:
         ValueError: ``num_samples`` or ``batch_size`` is out of range, there is no input, a DataLoader shuffles, or a
-            tokenizer has no pad token or comes with a task.
+            tokenizer has no pad token or comes with a task; or, without a task, by `class_logits`.
         FloatingPointError: by `check_finite`, where a probability is NaN.
         DataError: inputs for the tokenizer are no texts.
     """
@@ -358,7 +358,7 @@ class _Texts:
         return dict(self.tokenizer.pad(list(examples), return_tensors="pt"))
 
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return model(**batch).logits
+        return class_logits(model, batch)
 
 
 def _cat(rows: list[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from .config import RunConfig, RunError, different
 from .distance import fit_distance, open_distance, training_records
 from .evaluate import describe, evaluate, targets_of
 from .folder import RunDescription, alone, check_writable, open_run
+from .importing import import_adapter
 from .processes import CHUNK, check_alone, join_parts, part_of, processes, share_of
 from .run import CodeOptions, PredictionOptions, Run, load_run
 from .selection import select, unused
@@ -33,6 +34,7 @@ __all__ = [
     "different",
     "evaluate",
     "fit_distance",
+    "import_adapter",
     "join_parts",
     "load_run",
     "open_distance",

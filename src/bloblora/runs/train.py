@@ -158,7 +158,7 @@ def train(
         run = _fit(config, method, training, tokenizer, progress, callbacks, trust_remote_code)
         if main:
             base = models.fingerprint(config.model) | description.base  # of the hub's more files may be here by now
-            _save(run, method, output, replace(description, base=base))
+            save_run(run, method, output, replace(description, base=base))
         processes().wait_for_everyone()
         return run
 
@@ -188,7 +188,7 @@ def _fit(
     task = training.task
     start = lora_of(config)
     base = base_model(config, task, trust_remote_code)
-    model = method.prepare(base, start or _lora(config, task, base))
+    model = method.prepare(base, start or fresh_lora(config, task, base))
     if start is not None:
         load_start(model, config)
         training.trained = method.post_hoc
@@ -236,7 +236,7 @@ def _fit(
     return run
 
 
-def _save(run: Run, method: methods.Method, output: Path, description: RunFile) -> None:
+def save_run(run: Run, method: methods.Method, output: Path, description: RunFile) -> None:
     """Write a trained run; its description last, which makes it a finished one."""
     method.save(run.model, run.sampler, output)
     write_json(output / TASK_FILE, run.task.to_dict())
@@ -355,8 +355,8 @@ def _above_trunk(model: Any, training: methods.Training, folder: Path, progress:
     )
 
 
-def _lora(config: RunConfig, task: tasks.Task, base: Any) -> LoraConfig:
-    """Raises a RunError where the model has fewer blocks than are to be adapted."""
+def fresh_lora(config: RunConfig, task: tasks.Task, base: Any) -> LoraConfig:
+    """LoRA's configuration on a base model; a RunError where that has fewer blocks than are to be adapted."""
     options: dict[str, Any] = {"task_type": task.task_type}
     if config.top_blocks is not None:
         blocks = base.config.get_text_config().num_hidden_layers

@@ -496,7 +496,15 @@ class BlobTrainerMixin(_Host):
         if (name := first_bad_weight(self._module)) is not None:
             return self._diverged("the loss", f"first in the weight {name}")
         if (name := first_bad_activation(self._module, forward)) is not None:
-            return self._diverged("the loss", f"first in the output of {name}")
+            where = f"first in the output of {name}"
+            if self.state.global_step == 0 and "lora_" not in name:
+                half = torch.float16 in {weight.dtype for weight in self._module.parameters()}
+                advice = "it overflows in float16; load the base model in bfloat16 or float32"
+                return DivergedError(
+                    f"the loss is not finite at step 1, {where}. The learning rate has no part in it, for no step was "
+                    f"made: {advice if half else 'look at the base model, and at this batch'}."
+                )
+            return self._diverged("the loss", where)
         return self._diverged("the loss", "though all weights and activations are: look at this batch's labels")
 
     def _diverged(self, what: str, where: str, step: int | None = None) -> DivergedError:
