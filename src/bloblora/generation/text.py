@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations
@@ -87,6 +88,21 @@ class Generation(TokenScores):
         The discrete form of Farquhar et al. 2024 (Nature 630, 625-630); in [0, log S].
         """
         return self._of_draws(lambda texts: _entropy_of_counts(clusters(texts, self.agree)))
+
+    @property
+    def ranked_answers(self) -> list[list[str]]:
+        """For each prompt the averaged answer, then those of draws that say something else, the most frequent first.
+
+        Each stands for all that agree with it; of equally frequent ones the earlier draw's is first.
+        """
+        ranked = []
+        for text, draws in zip(self.texts, self.draw_texts, strict=True):
+            numbers = clusters([text, *draws], self.agree)
+            others = sorted(
+                Counter(number for number in numbers if number).items(), key=lambda item: (-item[1], item[0])
+            )
+            ranked.append([text, *(draws[numbers.index(number) - 1] for number, _ in others)])
+        return ranked
 
     def scores(self) -> dict[str, Tensor]:
         """Every measure of uncertainty by its name, each (n,)."""

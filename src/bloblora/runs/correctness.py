@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..data import unanswered
 from ..decision import MAPS, Correctness, CorrectnessError, fit_correctness
 from ..decision.correctness import check_counts
 from ..files import json_sha256, read_json, write_json
-from ..generation import find_matcher
+from ..generation import Matcher, find_matcher
 from .checks import check_generates
 from .config import RunError
 from .decide import has
-from .folder import RunDescription, records_sha256
+from .folder import RunDescription, read_fields, records_sha256
 from .predictions import state_of
 from .processes import CHUNK
-from .run import load_run
+from .run import Run, load_run
 from .texts import response_examples
 
 CORRECTNESS_FILE, _FORMAT_VERSION = "correctness.json", 1
@@ -59,41 +62,15 @@ def calibrate_texts(
         CorrectnessError: too few texts are right or wrong; nothing is saved.
         ValueError: there is no such matcher, or a reference that it can't use.
     """
-    if description.remote:
-        raise RunError(f"{description.name}: is on the hub; fit a map in a folder, and push that")
-    check_generates(description.task, records)
-    given, agree = _given(records), find_matcher(matcher)
-    if given is not None:
-        check_counts(sum(given), len(given))
-    if given is None:
-        references = [_reference(record, number) for number, record in enumerate(records, start=1)]
-        for number, reference in enumerate(references, start=1):
-            try:
-                agree(reference, reference)
-            except Exception as error:  # a user's function may raise anything
-                raise RunError(f"record {number}: field 'response': matcher {matcher}: {error}") from error
-    kind = "generate" if given is None else "score"
-    place = _place(kind, how)
+    texts = LabelledTexts.of(description, records, matcher)
+    if texts.given is not None:
+        check_counts(sum(texts.given), len(records))
+    place = place_of(texts.kind, how)
     entries, state = _entries(description), state_of(description)
-    run = load_run(description)
-    if given is not None:  # all that is wrong, before the first is scored
-        for _ in response_examples(run.task, records, run.tokenizer):
-            pass
-    right, parts = [], []
-    for start in range(0, len(records), CHUNK):
-        chunk: Any = records[start : start + CHUNK]
-        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-        if given is not None:
-            right += given[start : start + CHUNK]
-            parts.append(run.score(chunk, how["num_samples"], how["seed"], **options).scores())
-            continue
-        written = run.generate(chunk, how["num_samples"], how["seed"], **options, **generation)
-        right += [agree(*pair) for pair in zip(written.texts, references[start : start + CHUNK], strict=True)]
-        parts.append(written.scores())
-    scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    fitted = fit_correctness(scores, torch.tensor(right).bool(), maps=maps)
-    entry = {**place, **state, "records_sha256": records_sha256(records)}
-    entry |= {"matcher": matcher if given is None else None, "correctness": fitted.to_dict()}
+    scores, right, _ = texts.read(load_run(description), how, batch_size=batch_size, progress=progress, **generation)
+    fitted = fit_correctness(scores, right, maps=maps)
+    entry = {**place, **state, "records_sha256": records_sha256(records), "prompts": texts.prompts}
+    entry |= {"matcher": matcher if texts.given is None else None, "correctness": fitted.to_dict()}
     entry["sha256"] = json_sha256(entry)
     others = [other for other in entries if has(other, state) and not has(other, place)]
     file = description.folder / CORRECTNESS_FILE
@@ -112,13 +89,19 @@ def open_correctness(description: RunDescription, kind: str, how: Mapping[str, A
     Raises:
         RunError: the maps of this kind are for other options or another adapter, or the file is damaged.
     """
+    entry = find_entry(description, kind, how)
+    return None if entry is None else Correctness.from_dict(entry["correctness"])
+
+
+def find_entry(description: RunDescription, kind: str, how: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The same, as the file has it."""
     entries = [entry for entry in _entries(description) if entry["of"] == kind]
     if not entries:
         return None
-    file, wanted = description.folder / CORRECTNESS_FILE, {**_place(kind, how), **state_of(description)}
+    file, wanted = description.folder / CORRECTNESS_FILE, {**place_of(kind, how), **state_of(description)}
     for entry in entries:
         if has(entry, wanted):
-            return Correctness.from_dict(entry["correctness"])
+            return entry
     there = "; ".join(", ".join(f"{name} {entry.get(name)}" for name in wanted) for entry in entries)
     now = ", ".join(f"{name} {value}" for name, value in wanted.items())
     raise RunError(
@@ -142,6 +125,7 @@ def _entries(description: RunDescription) -> list[dict[str, Any]]:
             if entry["of"] not in ("generate", "score"):
                 raise CorrectnessError(f"of: {entry['of']!r} is neither generate nor score")
             Correctness.from_dict(entry["correctness"])
+            set(entry["prompts"])  # which must be there
             if entry["sha256"] != json_sha256({name: value for name, value in entry.items() if name != "sha256"}):
                 raise CorrectnessError("its SHA-256 isn't the one in it: it was altered")
     except (KeyError, TypeError, CorrectnessError) as error:
@@ -149,7 +133,80 @@ def _entries(description: RunDescription) -> list[dict[str, Any]]:
     return list(entries or ())
 
 
-def _place(kind: str, how: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts that are known to be right or wrong: given ones, or the run's answers, which have references.
+
+    Attributes:
+        records: n of them.
+        given: whether the responses are right; None where they are references.
+        references: those, else empty.
+        agree: whether an answer is its reference.
+    """
+
+    records: Sequence[dict[str, Any]]
+    given: list[bool] | None
+    references: list[str]
+    agree: Matcher
+
+    @classmethod
+    def of(cls, description: RunDescription, records: Sequence[dict[str, Any]], matcher: str) -> LabelledTexts:
+        """Check the records, before a model is loaded; raises what `calibrate_texts` does."""
+        if description.remote:
+            raise RunError(f"{description.name}: is on the hub; calibrate in a folder, and push that")
+        check_generates(description.task, records)
+        given, agree = _given(records), find_matcher(matcher)
+        references = [] if given else [_reference(record, number) for number, record in enumerate(records, start=1)]
+        for number, reference in enumerate(references, start=1):
+            try:
+                agree(reference, reference)
+            except Exception as error:  # a user's function may raise anything
+                raise RunError(f"record {number}: field 'response': matcher {matcher}: {error}") from error
+        return cls(records, given, references, agree)
+
+    @property
+    def kind(self) -> str:
+        """Whose texts they are: ``generate``'s or ``score``'s."""
+        return "generate" if self.given is None else "score"
+
+    @property
+    def prompts(self) -> list[str]:
+        """A hash of each prompt, by which it is known again, 16 hexadecimal digits."""
+        return [json_sha256(read_fields(unanswered(record)))[:16] for record in self.records]
+
+    def read(
+        self, run: Run, how: Mapping[str, Any], *, batch_size: int, progress: bool, **generation: Any
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """What the run says of them.
+
+        Returns:
+            Its scores by name, each (n,); whether the texts are right, (n,) bool; and of answers the place of the first
+            right one in `Generation.ranked_answers`, (n,), infinite where there is none.
+        """
+        if self.given is not None:  # all that is wrong, before the first is scored
+            for _ in response_examples(run.task, self.records, run.tokenizer):
+                pass
+        right, ranks, parts = [], [], []
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+        for start in range(0, len(self.records), CHUNK):
+            chunk: Any = self.records[start : start + CHUNK]
+            if self.given is not None:
+                parts.append(run.score(chunk, how["num_samples"], how["seed"], **options).scores())
+                continue
+            written = run.generate(chunk, how["num_samples"], how["seed"], **options, **generation)
+            parts.append(written.scores())
+            for answers, reference in zip(written.ranked_answers, self.references[start : start + CHUNK], strict=True):
+                places = (i for i, answer in enumerate(answers, start=1) if self.agree(answer, reference))
+                ranks.append(float(next(places, torch.inf)))
+                right.append(ranks[-1] == 1)
+        scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if self.given is not None:
+            return scores, torch.tensor(self.given), None
+        return scores, torch.tensor(right), torch.tensor(ranks)
+
+
+def place_of(kind: str, how: Mapping[str, Any]) -> dict[str, Any]:
+    """Which texts something is for: ``of`` says whose, and ``options`` how."""
     names = ("num_samples", "seed") if kind == "score" else how
     return {"of": kind, "options": {name: how[name] for name in names}}
 

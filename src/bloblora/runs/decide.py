@@ -37,6 +37,8 @@ class _Entry:
     realized: dict[str, float]
     temperature: float | None = None
     width: float | None = None
+    text: dict[str, Any] | None = None
+    correctness_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def calibrate(
         PromiseError: none of the promises can be made on these records; nothing is saved.
         ValueError: a promise is out of its range.
     """
-    _check_place(description)
+    check_place(description)
     records = as_records(records, require_labels=True)
     outside = None if outside is None else as_records(outside)
     for side in (records, outside):
@@ -138,7 +140,7 @@ def calibrate_on(
         ValueError: a promise is out of its range.
     """
     if description is not None:
-        _check_place(description)
+        check_place(description)
     decision = fit_decision(inside, targets, **promises)
     content = {
         "decision": decision.to_dict(),
@@ -147,12 +149,17 @@ def calibrate_on(
     }
     if description is None:
         return content
-    file, how, state = description.folder / DECISION_FILE, _how(options), state_of(description)
-    content = {**how, **state, **content}
+    return save_decision(description, _how(options), content)
+
+
+def save_decision(description: RunDescription, how: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what was decided beside the decisions for other predictions than ``how`` says; the whole entry."""
+    file, state = description.folder / DECISION_FILE, state_of(description)
+    entry = {**how, **state, **content}
     with locked(file):
-        others = [entry for entry in _entries(file) if has(entry, state) and not has(entry, how)]
-        write_decisions(file, [*others, content])
-    return content
+        others = [other for other in _entries(file) if has(other, state) and not has(other, how)]
+        write_decisions(file, [*others, entry])
+    return entry
 
 
 def write_decisions(file: Path, entries: Sequence[dict[str, Any]]) -> None:
@@ -238,7 +245,8 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     return stored["decisions"]
 
 
-def _check_place(description: RunDescription) -> None:
+def check_place(description: RunDescription) -> None:
+    """Raise a RunError for a run on the hub, or one whose folder can't be written."""
     if description.remote:
         raise RunError(f"{description.name}: is on the hub; calibrate in a folder, and push that")
     check_writable(description.folder / DECISION_FILE)
