@@ -514,7 +514,7 @@ def generate(
     description = _opened(directory)
     correctness = open_correctness(description, "generate", options.how())
     decision = open_text_decision(description, "generate", options.how(), correctness)
-    settings = {"batch_size": options.batch_size, "correctness": correctness, "decision": decision}
+    settings: dict[str, Any] = {"batch_size": options.batch_size, "correctness": correctness, "decision": decision}
     settings |= options.of_transformers()
     batches = read_batches(input, 64, reading, known=description.columns, require_labels=False)
 

@@ -5,6 +5,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..contexts import eval_mode
 from ..prediction import Sampler, WeightDraws
 from ..prediction.prediction import check_num_samples, sampler_of
 from ..prediction.sampler import StackedWeights
-from .decoding import Answers, Decoding, KeptDraws
+from .decoding import Answers, Decoding, KeptDraws, Step
 from .tokens import TokenScores
 
 Agree = Callable[[str, str], bool]
@@ -66,7 +67,8 @@ class Generation(TokenScores):
 
     Attributes:
         texts: the averaged answers, n.
-        draw_texts: for each prompt the answers of the S draws, each written on its own.
+        draw_texts: for each prompt the answers of the S draws, each written on its own; none where they weren't asked
+            for.
         draw_tokens: those of the draws, (S, n, T'); the pad token or 0 after their end, as in ``tokens``.
         agree: whether two answers mean the same.
     """
@@ -105,7 +107,9 @@ class Generation(TokenScores):
         return ranked
 
     def scores(self) -> dict[str, Tensor]:
-        """Every measure of uncertainty by its name, each (n,)."""
+        """Every measure of uncertainty by its name, each (n,); those of draws' answers where these were written."""
+        if not len(self.draw_tokens):
+            return super().scores()
         return super().scores() | {"agreement": self.agreement, "semantic_entropy": self.semantic_entropy}
 
     def _of_draws(self, score: Callable[[list[str]], float]) -> Tensor:
@@ -124,6 +128,8 @@ def posterior_generate(
     agree: Agree = same_text,
     batch_size: int = 16,
     progress: bool = False,
+    draws: bool = True,
+    on_token: Callable[[Sequence[int], Step], None] | None = None,
     **options: Any,
 ) -> Generation:
     """Answers by the mean of the draws' next-token probabilities, and the answers of each draw.
@@ -145,6 +151,9 @@ def posterior_generate(
         agree: whether two answers mean the same; default, equal but for case, punctuation, articles and white space.
         batch_size: prompts a forward.
         progress: show a bar.
+        draws: also write the answer of each draw.
+        on_token: called with the rows of a batch and each `bloblora.generation.decoding.Step` of their averaged
+            answers, while they are written; what it raises ends the generation.
         **options: as for transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``,
             ``repetition_penalty``, ``stopping_criteria``, …; what is left open comes from the model's generation
             config. They act on the averaged probabilities, and on each draw's own for its answer.
@@ -166,7 +175,8 @@ def posterior_generate(
         for start in track(starts, "generating", disable=not progress, console=Console(stderr=True)):
             rows = order[start : start + batch_size]
             batch = {name: tensor.to(device) for name, tensor in _batch(model, inputs, rows).items()}
-            decoding: Any = Decoding(sampler, num_samples, seed, batch)
+            told = None if on_token is None else partial(on_token, rows)
+            decoding: Any = Decoding(sampler, num_samples, seed, batch, told, draws)
             parts.append(model.generate(**batch, **options, use_cache=True, custom_generate=decoding))  # type: ignore[operator]
     return _joined(parts, order, tokenizer, num_samples, agree)
 
@@ -239,7 +249,7 @@ def _joined(
     of_draws = [texts(*draw) for draw in zip(joined["draw_tokens"], draw_mask, strict=True)]
     return Generation(
         texts=texts(joined["tokens"], joined["mask"]),
-        draw_texts=[*map(list, zip(*of_draws, strict=True))],
+        draw_texts=[*map(list, zip(*of_draws, strict=True))] or [[] for _ in order],
         **joined,
         num_samples=num_samples,
         agree=agree,

@@ -78,6 +78,17 @@ def calibrate_texts(
     return entry
 
 
+def open_maps(description: RunDescription, kind: str) -> list[tuple[dict[str, Any], Correctness]]:
+    """The maps in a finished run's folder for texts that are generated or given, with their options.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    wanted = {"of": kind, **state_of(description)}
+    entries = [entry for entry in _entries(description) if has(entry, wanted)]
+    return [(entry["options"], Correctness.from_dict(entry["correctness"])) for entry in entries]
+
+
 def open_correctness(description: RunDescription, kind: str, how: Mapping[str, Any]) -> Correctness | None:
     """The map in a finished run's folder for texts that are generated or given, or None where there is none.
 

@@ -149,7 +149,13 @@ class Run:
         """Answers to records or prompts, in their order, whatever response they have; see
         `bloblora.posterior_generate`.
         """
-        batch = self.task.collate(self._examples(records))
+        return self.generate_encoded(self._examples(records), num_samples, seed, **options)
+
+    def generate_encoded(
+        self, examples: list[dict[str, Any]], num_samples: int = 10, seed: int = 0, **options: Any
+    ) -> Generation:
+        """The same of records as the task encodes them."""
+        batch = self.task.collate(examples)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         given = {"tokenizer": self.tokenizer, "sampler": self.sampler, **options}
         return posterior_generate(self.model, inputs, num_samples, seed, **given)

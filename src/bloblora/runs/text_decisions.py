@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from ..decision import Decision, check_text_promises, confidence_of, fit_text_de
 from ..decision.correctness import Correctness
 from ..files import json_sha256
 from .config import RunError
-from .correctness import CORRECTNESS_FILE, LabelledTexts, find_entry, place_of
+from .correctness import CORRECTNESS_FILE, LabelledTexts, find_entry, open_maps, place_of
 from .decide import DECISION_FILE, check_place, has, open_decisions, save_decision
 from .folder import RunDescription
 from .run import load_run
@@ -64,7 +65,7 @@ def promise_texts(
     )
     confidence = confidence_of(scores, by, correctness)
     decision = fit_text_decision(confidence, right, ranks, score=by, **promises)
-    content = {
+    content: dict[str, Any] = {
         "decision": decision.to_dict(),
         "promises": decision.promises,
         "realized": _realized(decision, confidence, right, ranks),
@@ -88,9 +89,7 @@ def open_text_decision(
     Raises:
         RunError: those of this kind are for other options, another adapter or another map, or the file is damaged.
     """
-    of_kind = [
-        (entry, rules) for entry, rules in open_decisions(description) if (entry.get("text") or {}).get("of") == kind
-    ]
+    of_kind = _of_kind(description, kind)
     if not of_kind:
         return None
     file, here = description.folder / DECISION_FILE, _place(kind, how)
@@ -106,6 +105,47 @@ def open_text_decision(
         f"{file} is for other texts ({there} there, {now} now); run `bloblora calibrate` again with these options, or "
         "remove the file to do without decisions"
     )
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """What is known of texts that are written in one way.
+
+    Attributes:
+        how: as for `calibrate_texts`.
+        correctness: the map to ``p_correct``.
+        decision: which texts to withhold, and sets of answers.
+    """
+
+    how: Mapping[str, Any]
+    correctness: Correctness | None
+    decision: Decision | None
+
+    @property
+    def of_draws(self) -> bool:
+        """Whether they need the answers of the draws."""
+        names = {*(self.correctness.scores if self.correctness else ())}
+        if self.decision and self.decision.answering:
+            names.add(self.decision.answering.score)
+        sets = self.decision is not None and self.decision.answer_sets is not None
+        return sets or not names.isdisjoint(("agreement", "semantic_entropy"))
+
+
+def open_text_rules(description: RunDescription) -> list[TextRules]:
+    """All maps and decisions in a finished run's folder for texts that it writes.
+
+    Raises:
+        RunError: decisions are for another adapter or another map, or a file is damaged.
+    """
+    maps = open_maps(description, "generate")
+    decided = [entry["text"]["options"] for entry, _ in _of_kind(description, "generate")]
+    rules = []
+    ways = [how for how, _ in maps]
+    for how in [*ways, *(how for how in decided if how not in ways)]:
+        correctness = next((found for options, found in maps if options == how), None)
+        decision = open_text_decision(description, "generate", how, correctness) if how in decided else None
+        rules.append(TextRules(how, correctness, decision))
+    return rules
 
 
 def _map_of_others(description: RunDescription, texts: LabelledTexts, how: Mapping[str, Any]) -> Correctness:
@@ -135,6 +175,11 @@ def _realized(decision: Decision, confidence: Tensor, right: Tensor, ranks: Tens
     if decision.answer_sets is not None and ranks is not None:
         result["set_coverage"] = (ranks <= decision.answer_sets.threshold).double().mean().item()
     return result
+
+
+def _of_kind(description: RunDescription, kind: str) -> list[tuple[dict[str, Any], Decision]]:
+    found = open_decisions(description)
+    return [(entry, decision) for entry, decision in found if (entry.get("text") or {}).get("of") == kind]
 
 
 def _place(kind: str, how: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,24 +1,32 @@
 """Runs in memory: opened and checked, loaded on shared base weights, and asked."""
 
+from __future__ import annotations
+
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..contexts import TOKENIZING
 from ..data import KINDS, kind_of, read_records
 from ..decision import Decision
 from ..files import finite_numbers
+from ..generation.decoding import Step
 from ..prediction import predict
+from ..prediction.prediction import mutual_information
 from ..runs import PredictionOptions, Run, RunDescription, RunError, load_run, open_run
 from ..runs.decide import open_decision, open_realized
 from ..runs.evaluate import read_metrics
 from ..runs.lines import lines_of
+from ..runs.text_decisions import TextRules, open_text_rules
+from ..runs.texts import decided_texts
 
 _MAX_EXAMPLES = 6
 _DESK = ("where is my parcel, it was due on monday", "i want out", "can you recommend a good pasta recipe")
@@ -54,6 +62,8 @@ class Settings(PredictionOptions):
     read_seconds: float = _option(
         30.0, "Longest time for a request's header to arrive, and then for its body, seconds."
     )
+    new_tokens: int = _option(64, "Most tokens of an answer in text, where a request names no other number.")
+    max_new_tokens: int = _option(512, "Largest number of tokens of an answer in text that a request may ask for.")
     title: str | None = _option(None, "Of the page and the schema; without it the page has the run's name.")
     description: str | None = _option(None, "What the model is for; without it the page says what run.json does.")
     examples: str | None = _option(
@@ -64,11 +74,13 @@ class Settings(PredictionOptions):
 
     def problems(self) -> list[str]:
         """What is out of its range, and what would be right."""
-        counts = ("queue", "max_inputs", "max_choices", "max_tokens", "max_body_bytes")
+        counts = ("queue", "max_inputs", "max_choices", "max_tokens", "max_body_bytes", "new_tokens")
         problems = super().problems()
         problems += [f"{name} must be at least 1, got {value}" for name in counts if (value := getattr(self, name)) < 1]
         if self.max_samples < self.samples:
             problems.append(f"max_samples must be at least samples, {self.samples}, got {self.max_samples}")
+        if self.max_new_tokens < self.new_tokens:
+            problems.append(f"max_new_tokens must be at least new_tokens, {self.new_tokens}, got {self.max_new_tokens}")
         if not (math.isfinite(self.max_wait_ms) and self.max_wait_ms >= 0):
             problems.append(f"max_wait_ms must be a finite number of at least 0, got {self.max_wait_ms}")
         if not (math.isfinite(self.read_seconds) and self.read_seconds > 0):
@@ -88,6 +100,7 @@ class Hosted:
             records.
         examples: inputs that the page offers.
         shared_parameters: entries of its weights that an earlier run holds too, and that are in memory once.
+        rules: of a run that writes text: what is known of texts that are written in one way or another.
     """
 
     name: str
@@ -97,16 +110,21 @@ class Hosted:
     detection: float | None
     examples: list[dict[str, Any]]
     shared_parameters: int = 0
+    rules: list[TextRules] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
-        """What its inputs are: ``text`` or ``choice``."""
+        """What its inputs are: ``text``, ``choice`` or ``prompt``."""
+        if self.run.task.kind == "generation":
+            return "prompt"
         return "choice" if self.run.task.labels is None else "text"
 
     @property
     def purpose(self) -> str:
         """What it is for, in a sentence."""
         labels = self.run.task.labels
+        if self.kind == "prompt":
+            return "Writes the answer to a prompt."
         if labels is None:
             return "Answers a question by one of the choices that come with it."
         return f"Sorts a text into one of {len(labels)} labels: {', '.join(labels[:8])}{', …' if labels[8:] else '.'}"
@@ -146,6 +164,124 @@ class Hosted:
             for line, std, num_draws, example in rows
         ]
 
+    def write(self, how: Way, answers: Sequence[Writing], settings: Settings) -> list[dict[str, Any]]:
+        """Write answers, and tell each `Writing` its tokens; then why it ended, and the scores and decisions of it.
+
+        Raises:
+            GoneError: nobody waits for any of them.
+        """
+        run, tokenizer = self.run, self.run.tokenizer
+        examples = [answer.example for answer in answers]
+        rules = self.rules_for(how)
+        width = max(len(example["prompt"]) for example in examples)
+
+        def told(rows: Sequence[int], step: Step) -> None:
+            draws = len(step.logits)
+            log_probs = step.log_probs.logsumexp(0) - math.log(draws)
+            epistemic = mutual_information(step.entropies, step.expected_entropies, draws)
+            top: Any = [[]] * len(rows)
+            if how.top:
+                values, ids = (step.logits.log_softmax(-1).logsumexp(0) - math.log(draws)).topk(how.top)
+                top = [[*zip(*pair, strict=True)] for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+            columns = (step.running.tolist(), step.tokens.tolist(), log_probs.tolist(), epistemic.tolist(), top)
+            for row, (running, *token) in zip(rows, zip(*columns, strict=True), strict=True):
+                if running:
+                    answers[row].send(Token(*token))
+
+        class Ended(StoppingCriteria):
+            def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+                if all(answer.gone.is_set() for answer in answers):
+                    raise GoneError("whoever asked has gone")
+                texts = (
+                    [tokenizer.decode(ids[width:], skip_special_tokens=True) for ids in input_ids] if how.stop else ()
+                )
+                ended = [any(stop in text for stop in how.stop) for text in texts] or [False] * len(input_ids)
+                return torch.tensor(ended, device=input_ids.device)
+
+        sampling = {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0} if how.temperature else {}
+        found = run.generate_encoded(
+            examples,
+            how.num_samples,
+            how.seed,
+            batch_size=len(examples),
+            draws=rules is not None and rules.of_draws,
+            on_token=told,
+            stopping_criteria=StoppingCriteriaList([Ended()]),
+            max_new_tokens=how.max_new_tokens,
+            do_sample=how.temperature > 0,
+            **sampling,
+        )
+        scores = found.scores()
+        decided: dict[str, list[Any]] = {}
+        if rules and rules.correctness:
+            decided["p_correct"] = rules.correctness.probabilities(scores).tolist()
+        if rules and rules.decision:
+            decided |= decided_texts(rules.decision, found, rules.correctness)
+            decided["promises"] = [rules.decision.promises] * len(answers)
+        ends = []
+        for row in range(len(answers)):
+            ids = found.tokens[row, found.mask[row]].tolist()
+            whole = len(ids) == how.max_new_tokens and ids[-1] != tokenizer.eos_token_id
+            stopped = any(stop in tokenizer.decode(ids, skip_special_tokens=True) for stop in how.stop)
+            ends.append(
+                {"finish_reason": "length" if whole and not stopped else "stop", "num_draws": len(found.draw_log_probs)}
+                | {name: values[row] for name, values in decided.items()}
+                | {"uncertainty": {name: float(values[row]) for name, values in scores.items()}}
+            )
+        return ends
+
+    def rules_for(self, how: Way) -> TextRules | None:
+        """What is known of texts that are written so; nothing of those that a stop cuts."""
+        wanted = {name: getattr(how, name) for name in _RULED}
+        return None if how.stop else next((rules for rules in self.rules if rules.how == wanted), None)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How texts are written; those that are written in one way share forwards.
+
+    Attributes:
+        name: of the run.
+        num_samples, seed, max_new_tokens, temperature, top_p: as for `bloblora generate`.
+        stop: texts before which an answer ends.
+        top: how many of the most probable tokens are named at each place.
+    """
+
+    name: str
+    num_samples: int
+    seed: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    stop: tuple[str, ...] = ()
+    top: int = 0
+
+
+_RULED = ("num_samples", "seed", "max_new_tokens", "temperature", "top_p")
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an answer: log p̄ and mutual information in nats, and ids and log p̄ of the most probable ones."""
+
+    id: int
+    log_probability: float
+    mutual_information: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(eq=False)
+class Writing:
+    """An answer that is asked for: its encoded prompt, who is told its tokens, and whether they have gone."""
+
+    example: dict[str, Any]
+    send: Callable[[Any], None]
+    gone: Event
+
+
+class GoneError(RuntimeError):
+    """Nobody waits for what is being written."""
+
 
 def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, RunDescription]:
     """Check runs before any model is loaded; what their folders say, by name.
@@ -156,8 +292,8 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Run
         settings: of the server.
 
     Raises:
-        RunError: a folder is no finished run, two have one name, a run writes text, its method can't be approximated
-            so, its decisions are for another N, seed, approximation or adapter, or no run takes the ``examples``.
+        RunError: a folder is no finished run, two have one name, a method can't be approximated so, decisions are for
+            another N, seed, approximation or adapter, or no run takes the ``examples``.
         DataError: the ``examples`` can't be read.
         AdapterFileError: an adapter's files are damaged.
     """
@@ -175,10 +311,13 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Run
             raise RunError(
                 f"{opened[name].folder} and {place} are both called {name!r}; give NAME=FOLDER for one of them"
             )
-        if description.task.kind == "generation":
-            raise RunError(f"{place}: the run's task is generation, which isn't served; use `bloblora generate`")
         settings.check(description.method)
-        open_decision(description, settings)
+        if description.task.kind != "generation":
+            open_decision(description, settings)
+        elif settings.approximate:
+            raise RunError(f"approximate: {place} writes text, which can't be approximated; serve it without")
+        else:
+            open_text_rules(description)
         opened[name] = description
     if not opened:
         raise RunError("directories: give at least one folder of a run")
@@ -202,6 +341,8 @@ def examples_for(description: RunDescription, file: str | None = None) -> list[d
     kind = description.task.kind
     if file and kind_of(given := _read_examples(file)) == kind:
         return given
+    if kind == "generation":
+        return [{"prompt": question} for question, _ in _QUESTIONS]
     if kind == "choice":
         return [{"question": question, "choices": [*choices]} for question, choices in _QUESTIONS]
     if description.config.source("data").partition(":")[0] == "support_desk":
@@ -217,7 +358,10 @@ def _read_examples(file: str) -> list[dict[str, Any]]:
     records = read_records(file, require_labels=False)
     if len(records) > _MAX_EXAMPLES:
         raise RunError(f"examples {file!r}: {len(records)} records; give at most {_MAX_EXAMPLES}")
-    return [{name: record[name] for name in ("text", "question", "choices") if name in record} for record in records]
+    return [
+        {name: record[name] for name in ("text", "question", "choices", "prompt") if name in record}
+        for record in records
+    ]
 
 
 def load_hosted(opened: dict[str, RunDescription], settings: Settings) -> dict[str, Hosted]:
@@ -231,10 +375,14 @@ def load_hosted(opened: dict[str, RunDescription], settings: Settings) -> dict[s
     pool: dict[str, list[nn.Parameter]] = {}
     for name, description in opened.items():
         run = load_run(description, settings.approximate, trust_remote_code=settings.trust_remote_code)
-        decision = open_decision(description, settings)
-        detection = open_realized(description, settings).get("detection")
         examples = examples_for(description, settings.examples)
         shared = share_weights(run.model, pool)
+        if description.task.kind == "generation":
+            rules = open_text_rules(description)
+            hosted[name] = Hosted(name, description.folder, run, None, None, examples, shared, rules)
+            continue
+        decision = open_decision(description, settings)
+        detection = open_realized(description, settings).get("detection")
         hosted[name] = Hosted(name, description.folder, run, decision, detection, examples, shared)
     return hosted
 
