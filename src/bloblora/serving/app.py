@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from ..runs.folder import RUN_FILE
 from .completions import answered, read_completion
-from .hosted import Hosted, Settings, Way, Writing
+from .hosted import Hosted, Settings
 from .problems import SHORT, InputsError, encoded, find_run, problem_of, samples_of, validated
 from .schema import (
     EXAMPLES,
@@ -41,6 +41,7 @@ from .schema import (
     failure,
 )
 from .server import DOCS_FILES, Access, Batcher, QueueFullError
+from .writing import Way, Writing, write
 
 _DESCRIPTION = "Answers of Bayesian LoRAs with their uncertainty: probabilities averaged over weight samples."
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -82,8 +83,8 @@ def create_app(
         metrics.batch(name, len(answers), sum(answer["num_draws"] for answer in answers))
         return answers
 
-    def write(how: Way, answers: list[Writing]) -> list[dict[str, Any]]:
-        ends = hosted[how.name].write(how, answers, settings)
+    def write_texts(how: Way, answers: list[Writing]) -> list[dict[str, Any]]:
+        ends = write(hosted[how.name].run, how, answers, hosted[how.name].rules_for(how))
         metrics.batch(how.name, len(ends), sum(end.pop("num_draws") for end in ends))
         return ends
 
@@ -94,9 +95,8 @@ def create_app(
         await to_thread.run_sync(writer.close)
 
     # Labels need not wait for texts, which take longer.
-    batcher, writer = (
-        Batcher(function, settings.batch_size, settings.max_wait_ms, settings.queue) for function in (answer, write)
-    )
+    limits = (settings.batch_size, settings.max_wait_ms, settings.queue)
+    batcher, writer = Batcher(answer, *limits), Batcher(write_texts, *limits)
     metrics = Metrics(lambda: len(batcher) + len(writer))
     about: dict[str, Any] = {
         "title": settings.title or "bloblora",

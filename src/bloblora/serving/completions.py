@@ -17,10 +17,11 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from ..messages import shortened
-from .hosted import Hosted, Settings, Token, Way, Writing
+from .hosted import Hosted, Settings
 from .problems import InputsError, encoded, find_run, problem_of, samples_of, validated
 from .schema import ChatRequest, CompletionRequest, failure
 from .server import Batcher
+from .writing import Token, Way, Writing
 
 
 @dataclass(frozen=True)

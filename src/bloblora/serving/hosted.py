@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..contexts import TOKENIZING
 from ..data import KINDS, kind_of, read_records
 from ..decision import Decision
 from ..files import finite_numbers
-from ..generation.decoding import Step
 from ..prediction import predict
-from ..prediction.prediction import mutual_information
 from ..runs import PredictionOptions, Run, RunDescription, RunError, load_run, open_run
 from ..runs.decide import open_decision, open_realized
 from ..runs.evaluate import read_metrics
 from ..runs.lines import lines_of
 from ..runs.text_decisions import TextRules, open_text_rules
-from ..runs.texts import decided_texts
+from .writing import Way
 
 _MAX_EXAMPLES = 6
 _DESK = ("where is my parcel, it was due on monday", "i want out", "can you recommend a good pasta recipe")
@@ -164,123 +160,9 @@ class Hosted:
             for line, std, num_draws, example in rows
         ]
 
-    def write(self, how: Way, answers: Sequence[Writing], settings: Settings) -> list[dict[str, Any]]:
-        """Write answers, and tell each `Writing` its tokens; then why it ended, and the scores and decisions of it.
-
-        Raises:
-            GoneError: nobody waits for any of them.
-        """
-        run, tokenizer = self.run, self.run.tokenizer
-        examples = [answer.example for answer in answers]
-        rules = self.rules_for(how)
-        width = max(len(example["prompt"]) for example in examples)
-
-        def told(rows: Sequence[int], step: Step) -> None:
-            draws = len(step.logits)
-            log_probs = step.log_probs.logsumexp(0) - math.log(draws)
-            epistemic = mutual_information(step.entropies, step.expected_entropies, draws)
-            top: Any = [[]] * len(rows)
-            if how.top:
-                values, ids = (step.logits.log_softmax(-1).logsumexp(0) - math.log(draws)).topk(how.top)
-                top = [[*zip(*pair, strict=True)] for pair in zip(ids.tolist(), values.tolist(), strict=True)]
-            columns = (step.running.tolist(), step.tokens.tolist(), log_probs.tolist(), epistemic.tolist(), top)
-            for row, (running, *token) in zip(rows, zip(*columns, strict=True), strict=True):
-                if running:
-                    answers[row].send(Token(*token))
-
-        class Ended(StoppingCriteria):
-            def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-                if all(answer.gone.is_set() for answer in answers):
-                    raise GoneError("whoever asked has gone")
-                texts = (
-                    [tokenizer.decode(ids[width:], skip_special_tokens=True) for ids in input_ids] if how.stop else ()
-                )
-                ended = [any(stop in text for stop in how.stop) for text in texts] or [False] * len(input_ids)
-                return torch.tensor(ended, device=input_ids.device)
-
-        sampling = {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0} if how.temperature else {}
-        found = run.generate_encoded(
-            examples,
-            how.num_samples,
-            how.seed,
-            batch_size=len(examples),
-            draws=rules is not None and rules.of_draws,
-            on_token=told,
-            stopping_criteria=StoppingCriteriaList([Ended()]),
-            max_new_tokens=how.max_new_tokens,
-            do_sample=how.temperature > 0,
-            **sampling,
-        )
-        scores = found.scores()
-        decided: dict[str, list[Any]] = {}
-        if rules and rules.correctness:
-            decided["p_correct"] = rules.correctness.probabilities(scores).tolist()
-        if rules and rules.decision:
-            decided |= decided_texts(rules.decision, found, rules.correctness)
-            decided["promises"] = [rules.decision.promises] * len(answers)
-        ends = []
-        for row in range(len(answers)):
-            ids = found.tokens[row, found.mask[row]].tolist()
-            whole = len(ids) == how.max_new_tokens and ids[-1] != tokenizer.eos_token_id
-            stopped = any(stop in tokenizer.decode(ids, skip_special_tokens=True) for stop in how.stop)
-            ends.append(
-                {"finish_reason": "length" if whole and not stopped else "stop", "num_draws": len(found.draw_log_probs)}
-                | {name: values[row] for name, values in decided.items()}
-                | {"uncertainty": {name: float(values[row]) for name, values in scores.items()}}
-            )
-        return ends
-
     def rules_for(self, how: Way) -> TextRules | None:
         """What is known of texts that are written so; nothing of those that a stop cuts."""
-        wanted = {name: getattr(how, name) for name in _RULED}
-        return None if how.stop else next((rules for rules in self.rules if rules.how == wanted), None)
-
-
-@dataclass(frozen=True)
-class Way:
-    """How texts are written; those that are written in one way share forwards.
-
-    Attributes:
-        name: of the run.
-        num_samples, seed, max_new_tokens, temperature, top_p: as for `bloblora generate`.
-        stop: texts before which an answer ends.
-        top: how many of the most probable tokens are named at each place.
-    """
-
-    name: str
-    num_samples: int
-    seed: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    stop: tuple[str, ...] = ()
-    top: int = 0
-
-
-_RULED = ("num_samples", "seed", "max_new_tokens", "temperature", "top_p")
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token of an answer: log p̄ and mutual information in nats, and ids and log p̄ of the most probable ones."""
-
-    id: int
-    log_probability: float
-    mutual_information: float
-    top: list[tuple[int, float]]
-
-
-@dataclass(eq=False)
-class Writing:
-    """An answer that is asked for: its encoded prompt, who is told its tokens, and whether they have gone."""
-
-    example: dict[str, Any]
-    send: Callable[[Any], None]
-    gone: Event
-
-
-class GoneError(RuntimeError):
-    """Nobody waits for what is being written."""
+        return None if how.stop else next((rules for rules in self.rules if rules.how == how.options()), None)
 
 
 def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, RunDescription]:

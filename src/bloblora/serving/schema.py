@@ -85,13 +85,14 @@ def _form(value: Any) -> str:
     return "<text>" if "text" in (value if isinstance(value, dict) else dir(value)) else "<choice>"
 
 
+_ONE_OR_MANY = Discriminator(lambda value: "<many>" if isinstance(value, list) else "<one>")
 Input = Annotated[
     Annotated[Text, Tag("<plain>")] | Annotated[TextInput, Tag("<text>")] | Annotated[ChoiceInput, Tag("<choice>")],
     Discriminator(_form),
 ]
 Inputs = Annotated[
     Annotated[Input, Tag("<one>")] | Annotated[list[Input], Field(min_length=1), _at_most("max_inputs"), Tag("<many>")],
-    Discriminator(lambda value: "<many>" if isinstance(value, list) else "<one>"),
+    _ONE_OR_MANY,
 ]
 
 
@@ -111,12 +112,14 @@ class PredictRequest(_Strict):
     )
 
 
-def _one_or_many(one: Any, many: Any) -> Any:
-    """A text or a list of something, in whose errors' places no tag shows."""
-    return Annotated[
-        Annotated[one, Tag("<one>")] | Annotated[many, Tag("<many>")],
-        Discriminator(lambda value: "<many>" if isinstance(value, list) else "<one>"),
-    ]
+Stops = Annotated[
+    Annotated[Text | None, Tag("<one>")] | Annotated[list[Text], Field(min_length=1, max_length=4), Tag("<many>")],
+    _ONE_OR_MANY,
+]
+Prompts = Annotated[
+    Annotated[Text, Tag("<one>")] | Annotated[list[Text], Field(min_length=1), _at_most("max_inputs"), Tag("<many>")],
+    _ONE_OR_MANY,
+]
 
 
 class StreamOptions(_Strict):
@@ -141,9 +144,7 @@ class _Writing(_Strict):
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = _field(
         "of the weight samples and of sampled tokens: equal requests get equal answers", 0, default=None
     )
-    stop: _one_or_many(Text | None, Annotated[list[Text], Field(min_length=1, max_length=4)]) = _field(  # type: ignore[valid-type]
-        "texts before which the answer ends", ["\n"], default=None
-    )
+    stop: Stops = _field("texts before which the answer ends", ["\n"], default=None)
     stream: bool | None = _field("send the answer as server-sent events while it is written", False, default=None)
     stream_options: StreamOptions | None = _field("with `stream`", {"include_usage": True}, default=None)
     samples: Annotated[int, Field(ge=0)] | None = _field(
@@ -158,9 +159,7 @@ class _Writing(_Strict):
 class CompletionRequest(_Writing):
     """Prompts whose continuation is asked for."""
 
-    prompt: _one_or_many(Text, Annotated[list[Text], Field(min_length=1), _at_most("max_inputs")]) = _field(  # type: ignore[valid-type]
-        "a text, or a list of texts", "Question: Which gas do plants take in?\nAnswer:"
-    )
+    prompt: Prompts = _field("a text, or a list of texts", "Question: Which gas do plants take in?\nAnswer:")
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = _field(
         "log-probabilities of the answer's tokens, and of so many most probable ones", 2, default=None
     )
@@ -173,13 +172,18 @@ class TextPart(_Strict):
     text: Text = _field("not blank", _CHOICE)
 
 
+Content = Annotated[
+    Annotated[Text, Tag("<one>")] | Annotated[list[TextPart], Field(min_length=1), Tag("<many>")], _ONE_OR_MANY
+]
+
+
 class ChatMessage(_Strict):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"] = _field(
         "who says it; the last is not the assistant's", "user"
     )
-    content: _one_or_many(Text, Annotated[list[TextPart], Field(min_length=1)]) = _field("what is said", _CHOICE)
+    content: Content = _field("what is said", _CHOICE)
 
 
 class ChatRequest(_Writing):
