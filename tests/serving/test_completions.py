@@ -12,6 +12,8 @@ import pytest
 
 from bloblora import runs
 from bloblora.serving import load_hosted, open_hosted
+from bloblora.serving.completions import _Text
+from bloblora.serving.writing import Token
 from tests.generation.conftest import RECORDS
 from tests.serving.conftest import TEXT_SETTINGS, serving
 
@@ -214,6 +216,18 @@ def test_other_refusals_have_the_same_form(hosted, server):
         assert client_of(locked, "right").completions.create(model="answers", prompt=PROMPT).choices[0].text
     response = server.post("/v1/predict", json={"inputs": "where is it", "model": "answers"})
     assert "writes text; ask it at /v1/completions" in response.json()["problems"][0]["message"]
+
+
+def test_a_character_of_several_tokens_comes_whole(hosted):
+    tokenizer = hosted["answers"].run.tokenizer
+    ids = tokenizer("a€b")["input_ids"]
+    assert len(ids) == 5
+    text, pieces = _Text(tokenizer, ["zz"]), []
+    for token in ids:
+        text.add(Token(token, 0.0, 0.0, []))
+        pieces.append(text.take(ended=False))
+    assert [new for new, _ in pieces] == ["a", "", "", "€", "b"]
+    assert [len(tokens) for _, tokens in pieces] == [1, 0, 0, 3, 1]
 
 
 def test_without_a_chat_template_a_chat_is_refused(client, hosted, monkeypatch):

@@ -30,6 +30,7 @@ MAPS = ("platt", "beta", "isotonic")
 _SIGNS = {
     "log_probability": 1,
     "sequence_log_probability": 1,
+    "mixture_log_probability": 1,
     "agreement": 0,
     "predictive_entropy": -1,
     "expected_entropy": -1,
@@ -167,6 +168,26 @@ def check_counts(num_right: int, num_examples: int) -> None:
         raise CorrectnessError(f"{counts}; a map needs at least {_FOLDS} of each")
 
 
+def confidence_of(scores: Mapping[str, Tensor], name: str, correctness: Correctness | None) -> Tensor:
+    """What n texts are ranked by, (n,) float64: ``p_correct``, or the confidence c that a score stands for.
+
+    Args:
+        scores: by name, each (n,).
+        name: ``p_correct``, or one of the scores.
+        correctness: the map, for ``p_correct``.
+
+    Raises:
+        CorrectnessError: there is no such score, or map.
+    """
+    if name == "p_correct" and correctness is not None:
+        return correctness.probabilities(scores)
+    if name not in scores or name not in _SIGNS:
+        known = ", ".join(["p_correct", *(score for score in scores if score in _SIGNS)])
+        raise CorrectnessError(f"by: must be one of {known}, got {name!r}")
+    values = scores[name].double().cpu()
+    return (values * sign).exp() if (sign := _SIGNS[name]) else values
+
+
 _Columns = dict[str, np.ndarray]
 
 
@@ -237,26 +258,6 @@ def _fitted(
         weights = model.coef_[0] / std
         parameters = {"weights": weights.tolist(), "intercept": float(model.intercept_[0] - weights @ mean)}
     return Correctness(kind, names, parameters, len(right), int(right.sum()), metrics or {})
-
-
-def confidence_of(scores: Mapping[str, Tensor], name: str, correctness: Correctness | None) -> Tensor:
-    """What n texts are ranked by, (n,) float64 in [0, 1]: ``p_correct``, or the confidence c that a score stands for.
-
-    Args:
-        scores: by name, each (n,).
-        name: ``p_correct``, or one of the scores.
-        correctness: the map, for ``p_correct``.
-
-    Raises:
-        CorrectnessError: there is no such score, or map.
-    """
-    if name == "p_correct" and correctness is not None:
-        return correctness.probabilities(scores)
-    if name not in scores or name not in _SIGNS:
-        known = ", ".join(["p_correct", *(score for score in scores if score in _SIGNS)])
-        raise CorrectnessError(f"by: must be one of {known}, got {name!r}")
-    values = scores[name].double().cpu()
-    return (values * sign).exp() if (sign := _SIGNS[name]) else values
 
 
 def _log_confidence(name: str, values: np.ndarray) -> np.ndarray:

@@ -203,14 +203,12 @@ def check_promises(
     )
 
 
-def check_text_promises(n: int, *, risk: float, level: float, coverage: float) -> None:
-    """The same for `fit_text_decision`."""
-    _kept(
-        {
-            "answering": lambda: check_answering(n, risk, level),
-            "answer_sets": lambda: check_enough(n, "coverage", coverage, coverage),
-        }
-    )
+def check_text_promises(n: int, *, risk: float, level: float, coverage: float, sets: bool) -> None:
+    """The same for `fit_text_decision`, with or without answer ``sets``."""
+    rules: dict[str, Callable[[], Any]] = {"answering": lambda: check_answering(n, risk, level)}
+    if sets:
+        rules["answer_sets"] = lambda: check_enough(n, "coverage", coverage, coverage)
+    _kept(rules)
 
 
 def _kept(rules: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:

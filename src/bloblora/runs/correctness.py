@@ -82,10 +82,12 @@ def open_maps(description: RunDescription, kind: str) -> list[tuple[dict[str, An
     """The maps in a finished run's folder for texts that are generated or given, with their options.
 
     Raises:
-        RunError: the file is damaged.
+        RunError: they are for another adapter, or the file is damaged.
     """
-    wanted = {"of": kind, **state_of(description)}
-    entries = [entry for entry in _entries(description) if has(entry, wanted)]
+    entries, state = [entry for entry in _entries(description) if entry["of"] == kind], state_of(description)
+    if not all(has(entry, state) for entry in entries):
+        file = description.folder / CORRECTNESS_FILE
+        raise RunError(f"{file} is for another adapter; run `bloblora correctness` again, or remove the file")
     return [(entry["options"], Correctness.from_dict(entry["correctness"])) for entry in entries]
 
 

@@ -58,7 +58,7 @@ def promise_texts(
     check_place(description)
     texts = LabelledTexts.of(description, records, matcher)
     promises = {"risk": risk, "level": level, "coverage": coverage}
-    check_text_promises(len(records), **promises)
+    check_text_promises(len(records), sets=texts.given is None, **promises)
     correctness = _map_of_others(description, texts, how) if by == "p_correct" else None
     scores, right, ranks = texts.read(
         load_run(description), how, batch_size=batch_size, progress=progress, **generation

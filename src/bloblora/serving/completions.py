@@ -15,11 +15,12 @@ from uuid import uuid4
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from ..messages import shortened
 from .hosted import Hosted, Settings
 from .problems import InputsError, encoded, find_run, problem_of, samples_of, validated
-from .schema import ChatRequest, CompletionRequest, failure
+from .schema import OPENAI_PATHS, ChatRequest, CompletionRequest, failure
 from .server import Batcher
 from .writing import Token, Way, Writing
 
@@ -82,7 +83,7 @@ async def answered(asked: Asked, request: Request, writer: Batcher) -> Response:
     """The answers, whole or as a stream; a client that goes away ends them."""
     answers = _Answers(asked, writer)
     if asked.stream:
-        return StreamingResponse(_events(asked, answers), media_type="text/event-stream")
+        return _Stream(asked, answers)
     whole, gone = asyncio.ensure_future(_whole(asked, answers)), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -102,15 +103,11 @@ def _records(request: Any, chat: bool) -> list[tuple[str, dict[str, Any]]]:
     if request.messages[-1].role == "assistant":
         last = f"messages[{len(request.messages) - 1}].role"
         raise InputsError(problem_of(last, "assistant", "the last message must be one that it answers"))
-    messages = [
-        {
-            "role": "system" if message.role == "developer" else message.role,
-            "content": message.content
-            if isinstance(message.content, str)
-            else "".join(p.text for p in message.content),
-        }
-        for message in request.messages
-    ]
+    messages = []
+    for message in request.messages:
+        parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content]
+        role = "system" if message.role == "developer" else message.role  # which templates know
+        messages.append({"role": role, "content": "".join(parts)})
     return [("messages", {"messages": messages})]
 
 
@@ -138,7 +135,8 @@ class _Text:
 
     def add(self, token: Token) -> None:
         """One more token, with its own text and where it starts in the answer."""
-        self.held.append((token, self.tokenizer.decode([token.id]), len(self.text)))
+        start = len(self.text.rstrip("\N{REPLACEMENT CHARACTER}"))  # which stands for bytes of the same character
+        self.held.append((token, self.tokenizer.decode([token.id]), start))
         self.ids.append(token.id)
         self.text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
 
@@ -172,19 +170,16 @@ class _Answers:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, str, list[Any], dict[str, Any] | None]]:
         left = len(self._futures)
-        try:
-            while left:
-                index, item = await self._queue.get()
-                text, end = self._texts[index], None
-                if isinstance(item, Future):
-                    end, left = item.result(), left - 1
-                else:
-                    text.add(item)
-                new, tokens = text.take(end is not None)
-                if tokens or end is not None:
-                    yield index, new, tokens, end
-        finally:
-            self.leave()
+        while left:
+            index, item = await self._queue.get()
+            text, end = self._texts[index], None
+            if isinstance(item, Future):
+                end, left = item.result(), left - 1
+            else:
+                text.add(item)
+            new, tokens = text.take(end is not None)
+            if tokens or end is not None:
+                yield index, new, tokens, end
 
     def leave(self) -> None:
         """Nobody waits any more."""
@@ -196,6 +191,20 @@ class _Answers:
     def num_tokens(self) -> int:
         """Tokens that were written."""
         return sum(len(text.ids) for text in self._texts)
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events of answers, for which nobody waits once it has ended in any way."""
+
+    def __init__(self, asked: Asked, answers: _Answers) -> None:
+        super().__init__(_events(asked, answers), media_type="text/event-stream")
+        self._leave = answers.leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._leave()
 
 
 async def _whole(asked: Asked, answers: _Answers) -> dict[str, Any]:
@@ -223,10 +232,8 @@ async def _events(asked: Asked, answers: _Answers) -> AsyncIterator[str]:
         yield "data: [DONE]\n\n"
     except Exception as error:
         message = f"{type(error).__name__} on the server, whose log says more: {shortened(str(error))}"
-        yield _event(failure("/v1/completions", 500, message))
+        yield _event(failure(OPENAI_PATHS[0], 500, message))
         raise
-    finally:
-        answers.leave()
 
 
 def _event(content: dict[str, Any]) -> str:
