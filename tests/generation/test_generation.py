@@ -50,6 +50,7 @@ def test_by_hand():
             / 2,
         ],
         "agreement": [1 / 3, 1],
+        "self_consistency": [2 / 3, 1],
         "semantic_entropy": [math.log(3) - 2 / 3 * math.log(2), 0],
     }
     assert scores.keys() == expected.keys()

@@ -483,12 +483,13 @@ def generate(
 
     The run is one of `bloblora train --task generation`. A line has, in the inputs' order: `answer`, each token by the
     mean probabilities of all draws; `draws`, what each draw writes on its own; `agreement` (share of pairs of draws
-    that say the same) and `semantic_entropy` (nats, over what they say); and as means over the answer's tokens
-    `log_probability`, `predictive_entropy` (all uncertainty, nats), of it `mutual_information` (what the model doesn't
-    know) and `expected_entropy` (what the prompt leaves open); `sequence_log_probability` is that of the whole answer,
-    `draw_log_probabilities` the same under each draw, and `log_probability_variance` their variance. `tokens` has the
-    answer's tokens with their values, as `bloblora score` gives them. Of a run that `bloblora correctness` was given
-    also `p_correct`, the probability that the answer is right; and of one that `bloblora calibrate` was given
+    that say the same), `self_consistency` (share that says what most say) and `semantic_entropy` (nats, over what they
+    say); and as means over the answer's tokens `log_probability`, `predictive_entropy` (all uncertainty, nats), of it
+    `mutual_information` (what the model doesn't know) and `expected_entropy` (what the prompt leaves open);
+    `sequence_log_probability` is that of the whole answer, `draw_log_probabilities` the same under each draw,
+    `mixture_log_probability` the log of their mean probability, and `log_probability_variance` their variance. `tokens`
+    has the answer's tokens with their values, as `bloblora score` gives them. Of a run that `bloblora correctness` was
+    given also `p_correct`, the probability that the answer is right; and of one that `bloblora calibrate` was given
     `abstain` (whether to withhold the answer), `answer_set` and `promises`, what these two promise.
 
     Examples:
@@ -558,7 +559,7 @@ def score(
     """Write a JSON line for each text that is given: its probability under the weight samples, token by token.
 
     The run is one of `bloblora train --task generation`; a record has a `prompt` and its `response`, or `messages` that
-    end in the assistant's. A line has the measures of `generate` but for `agreement` and `semantic_entropy`, which are
+    end in the assistant's. A line has the measures of `generate` but for those of what the draws say, which are
     of several answers, and in `tokens` of each token: `texts`, `ids`, `log_probabilities` (under the mean of the
     draws), `predictive_entropies` and `mutual_information` (nats), `ranks` (1: the most probable token) and
     `draw_log_probabilities`, a list for each draw. `claims` are the parts of a response that a record's own `claims`

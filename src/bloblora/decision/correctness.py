@@ -32,6 +32,7 @@ _SIGNS = {
     "sequence_log_probability": 1,
     "mixture_log_probability": 1,
     "agreement": 0,
+    "self_consistency": 0,
     "predictive_entropy": -1,
     "expected_entropy": -1,
     "mutual_information": -1,

@@ -23,6 +23,8 @@ from ..prediction.sampler import StackedWeights
 from .decoding import Answers, Decoding, KeptDraws, Step
 from .tokens import TokenScores
 
+DRAW_SCORES = ("agreement", "self_consistency", "semantic_entropy")
+"""The measures that compare the answers of draws."""
 Agree = Callable[[str, str], bool]
 """Whether two answers mean the same: a symmetric relation, so of an entailment model both directions."""
 
@@ -92,6 +94,15 @@ class Generation(TokenScores):
         return self._of_draws(lambda texts: _entropy_of_counts(clusters(texts, self.agree)))
 
     @property
+    def self_consistency(self) -> Tensor:
+        """Share of draws in the largest cluster of answers that agree, (n,), in [1/S, 1].
+
+        The vote of Wang et al. 2023 (arXiv 2203.11171), whose answers are sampled: here each draw writes one, and
+        samples its tokens where that is asked for.
+        """
+        return self._of_draws(lambda texts: max(Counter(clusters(texts, self.agree)).values()) / len(texts))
+
+    @property
     def ranked_answers(self) -> list[list[str]]:
         """For each prompt the averaged answer, then those of draws that say something else, the most frequent first.
 
@@ -110,7 +121,7 @@ class Generation(TokenScores):
         """Every measure of uncertainty by its name, each (n,); those of draws' answers where these were written."""
         if not len(self.draw_tokens):
             return super().scores()
-        return super().scores() | {"agreement": self.agreement, "semantic_entropy": self.semantic_entropy}
+        return super().scores() | {name: getattr(self, name) for name in DRAW_SCORES}
 
     def _of_draws(self, score: Callable[[list[str]], float]) -> Tensor:
         return torch.tensor([score(texts) for texts in self.draw_texts])

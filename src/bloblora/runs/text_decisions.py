@@ -11,6 +11,7 @@ from torch import Tensor
 from ..decision import Decision, check_text_promises, confidence_of, fit_text_decision
 from ..decision.correctness import Correctness
 from ..files import json_sha256
+from ..generation.text import DRAW_SCORES
 from .config import RunError
 from .correctness import CORRECTNESS_FILE, LabelledTexts, find_entry, open_maps, place_of
 from .decide import DECISION_FILE, check_place, has, open_decisions, save_decision
@@ -128,7 +129,7 @@ class TextRules:
         if self.decision and self.decision.answering:
             names.add(self.decision.answering.score)
         sets = self.decision is not None and self.decision.answer_sets is not None
-        return sets or not names.isdisjoint(("agreement", "semantic_entropy"))
+        return sets or not names.isdisjoint(DRAW_SCORES)
 
 
 def open_text_rules(description: RunDescription) -> list[TextRules]:
