@@ -32,6 +32,7 @@ def test_by_hand():
         # p̄ = (0.5, 0.5) and 0.5
         "log_probability": [math.log(0.5), math.log(0.5)],
         "sequence_log_probability": [2 * math.log(0.5), math.log(0.5)],
+        "mixture_log_probability": [math.log((1 / 4 + 1 / 8 + 3 / 8) / 3), math.log(0.5)],
         "predictive_entropy": [0.7, 0.7],
         "expected_entropy": [0.5, 0.7],
         "mutual_information": [0.3, 0.0],  # of 3 draws: 1.5 times the difference
@@ -49,11 +50,25 @@ def test_by_hand():
             / 2,
         ],
         "agreement": [1 / 3, 1],
+        "self_consistency": [2 / 3, 1],
         "semantic_entropy": [math.log(3) - 2 / 3 * math.log(2), 0],
     }
     assert scores.keys() == expected.keys()
     for name, values in expected.items():
         assert scores[name].tolist() == pytest.approx(values, abs=1e-6), name
+
+
+def test_a_mixture_of_whole_texts_is_no_product_of_means():
+    # ½(0.81 + 0.01) of the mixture, and 0.5 · 0.5 token by token
+    two = generation(draw_log_probs=torch.tensor([[[0.9, 0.9], [1, 1]], [[0.1, 0.1], [1, 1]]]).log())
+    assert two.mixture_log_probability[0].exp().item() == pytest.approx(0.41)
+    assert two.sequence_log_probability[0].exp().item() == pytest.approx(0.25)
+
+
+def test_answers_in_their_order():
+    assert generation().ranked_answers == [["The sun", "moon"], ["iron"]]
+    four = generation(texts=["a1", "iron"], draw_texts=[["b", "c", "C.", "a1", "d"], ["rust"]])
+    assert four.ranked_answers == [["a1", "c", "b", "d"], ["iron", "rust"]]
 
 
 def test_one_draw_is_certain_of_itself():

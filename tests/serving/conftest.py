@@ -1,19 +1,28 @@
 """Tiny trained runs, and real servers on loopback."""
 
+import shutil
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Thread
 
 import httpx
 import pytest
 
 from bloblora import runs
-from bloblora.data import support_desk
+from bloblora.cli.run import GenerationOptions, WritingOptions, correctness
+from bloblora.cli.run import calibrate as calibrate_command
+from bloblora.data import ReadingOptions, support_desk
 from bloblora.runs.decide import calibrate
 from bloblora.serving import Server, Settings, bind, create_app, load_hosted, open_hosted
+from tests.generation.conftest import RECORDS
+from tests.generation.conftest import trained as text_run
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
+__all__ = ["text_run"]
+
 SETTINGS = Settings(samples=3, batch_size=4, max_wait_ms=2.0, queue=64, max_inputs=32, max_tokens=64, max_samples=20)
+TEXT_SETTINGS = replace(SETTINGS, new_tokens=16, max_new_tokens=60, max_tokens=200)
 OPTIONS = {"steps": 2, "batch_size": 2, "r": 2, "learning_rate": 0.01}
 LAX = {"risk": 0.9, "level": 0.5, "coverage": 0.6, "false_alarm": 0.3}
 
@@ -38,6 +47,28 @@ def folders(base, tmp_path_factory):
     ]
     calibrate(runs.open_run(folders["desk"]), held_out[:60], options=SETTINGS, **LAX)
     return folders
+
+
+@pytest.fixture(scope="session")
+def writer_folder(text_run, tmp_path_factory):
+    """The run with a map to p_correct and promises, for the server's options; half of the references are others."""
+    place = tmp_path_factory.mktemp("served")
+    folder = shutil.copytree(text_run.config.output, place / "answers")
+    options = GenerationOptions(samples=3, max_new_tokens=16)
+    for number, record in enumerate(RECORDS):
+        references = [
+            {"prompt": record["prompt"], "response": text} for text in (record["response"], "iron") for _ in range(6)
+        ]
+        data = str(write_jsonl(place / f"{number}.jsonl", references))
+        if number:
+            writing, lax = WritingOptions(max_new_tokens=16), {"risk": 0.7, "confidence": 0.6, "coverage": 0.4}
+            predicting = runs.PredictionOptions(samples=3)
+            calibrate_command(predicting, ReadingOptions(), writing, str(folder), data, **lax)
+        else:
+            references = [*references, {"prompt": "Which sand?", "response": "no such thing"}]  # of another score
+            data = str(write_jsonl(place / f"{number}.jsonl", references))
+            correctness(str(folder), data, options, ReadingOptions(), maps=["platt"])
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

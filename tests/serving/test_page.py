@@ -18,7 +18,8 @@ from PIL import Image
 from bloblora.evaluation import reliability, reliability_diagram
 from bloblora.runs import targets_of
 from bloblora.serving import load_hosted, open_hosted
-from tests.serving.conftest import SETTINGS, serving
+from tests.generation.conftest import RECORDS
+from tests.serving.conftest import SETTINGS, TEXT_SETTINGS, serving
 from tests.tiny_base import queries, write_signed
 
 ROOT = Path(__file__).parents[2]
@@ -247,6 +248,25 @@ def test_questions(page):
     page.get_by_role("textbox", name="List").fill('{"question": "What?", "choices": ["a"]}')
     send.click()
     page.get_by_text("inputs[0].choices: ['a']").wait_for()
+
+
+def test_written_answers(opened, writer_folder):
+    with serving(load_hosted(open_hosted([writer_folder], TEXT_SETTINGS), TEXT_SETTINGS), TEXT_SETTINGS) as client:
+        page = opened(str(client.base_url))
+        page.get_by_role("textbox", name="Prompt").fill(prompt := RECORDS[0]["prompt"])
+        page.get_by_role("button", name="Answer", exact=True).click()
+        article = page.get_by_role("article").first
+        assert article.locator(".written").inner_text().strip() == "carbon dioxide"
+        assert article.locator(".decision").inner_text() == DECISIONS["answer"]
+        assert "The rule behind this: at most 0.7 of the answered are wrong" in article.inner_text()
+        assert "with probability" in said(article)["Right"]
+        tints = article.locator(".written span").evaluate_all("spans => spans.map(s => s.getAttribute('style'))")
+        assert len(tints) > 2
+        assert article.locator("h3").inner_text().split() == prompt.split()
+        assert page.get_by_text("Answer sets: at least 0.4 of the answer sets").is_visible()
+        page.get_by_role("textbox", name="Prompt").fill("where is it " * 100)
+        page.get_by_role("button", name="Answer", exact=True).click()
+        page.get_by_role("alert").filter(has_text="must be at most 200 tokens").wait_for()
 
 
 def test_a_plain_lora_has_no_doubt_and_no_weight_samples(page):

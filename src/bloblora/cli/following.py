@@ -27,8 +27,13 @@ def after_training(config: RunConfig, task: tasks.Task) -> str:
     return f"{command} evaluate {run} {_other_records(str(config.source('data')))}"
 
 
-def after_calibration(directory: str) -> str:
-    """The command that follows a calibration: what became of the promises on records that it hasn't seen."""
+def after_calibration(directory: str, of_text: str | None = None) -> str:
+    """The command that follows a calibration: what became of the promises on records that it hasn't seen.
+
+    Of texts, which `evaluate` doesn't read, it is the one whose texts they are, ``generate`` or ``score``.
+    """
+    if of_text is not None:
+        return f"{program()} {of_text} {shlex.quote(directory)} --input FILE"
     return f"{program()} evaluate {shlex.quote(directory)} --data OTHER_FILE"
 
 

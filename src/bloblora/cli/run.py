@@ -1,11 +1,13 @@
 """One run: train, calibrate, evaluate, predict, generate."""
 
+from __future__ import annotations
+
 import json as jsonlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -32,6 +34,7 @@ from ..runs.outcome import log
 from ..runs.predictions import check_made_by, read_predictions
 from ..runs.processes import use_device
 from ..runs.scoring import score_file
+from ..runs.text_decisions import open_text_decision, promise_texts
 from ..training import PosteriorHistograms
 from .following import after_calibration, after_training
 
@@ -115,6 +118,7 @@ def posterior_summary(run: runs.Run) -> dict[str, float] | None:
 def calibrate(
     options: PredictionOptions,
     reading: ReadingOptions,
+    writing: WritingOptions,
     directory: str | None = None,
     data: str | None = None,
     predictions: str | None = None,
@@ -125,6 +129,8 @@ def calibrate(
     label_sets: Kind = "lac",
     false_alarm: float = 0.05,
     score: Score = "predictive_entropy",
+    matcher: str = "normalized",
+    by: str = "p_correct",
     output: str | None = None,
     json: bool = False,
     device: str | None = None,
@@ -145,8 +151,16 @@ def calibrate(
     that added; or a .csv with a column for each label and `target`. With --data the right labels are those of its
     records, in the same order.
 
+    Of a run that writes text, data are as for `bloblora correctness`, but other records than it was given. The rules
+    are for `generate`, or where records have `right` for `score`, with the same --samples and --seed, and of answers
+    --max-new-tokens, --temperature and --top-p:
+      abstain or not      at most --risk of the texts that are not withheld are wrong, with probability --confidence
+      answer set          at least --coverage of the sets hold a right answer: the answer, and the first of the other
+                          answers of the weight samples, the most frequent first; not of texts that are given
+
     Examples:
       bloblora calibrate runs/desk --data held_out.jsonl --risk 0.1
+      bloblora calibrate runs/answers --data held_out.jsonl --risk 0.2 --coverage 0.6 --matcher numeric
       bloblora calibrate runs/desk --data support_desk:validation --risk 0.2 --ood support_desk:out_of_scope
       bloblora calibrate --predictions other_model.csv --risk 0.1 --output decision.json
 
@@ -155,6 +169,7 @@ def calibrate(
         data: labelled records in scope, in the forms that `train` takes, used for nothing else.
         options: of the predictions.
         reading: columns of the data; default those of the training data, where they are there.
+        writing: of answers, for a run that writes text.
         predictions: what was predicted of records in scope elsewhere.
         ood: out-of-scope records, labels not needed; adds how many of them are flagged. With --predictions a file of
             predictions too, whose targets say nothing.
@@ -164,6 +179,9 @@ def calibrate(
         label_sets: `lac` for the smallest sets, `aps` for sets that grow where the model is less sure, `raps` between.
         false_alarm: share of inputs in scope that are flagged as out of it.
         score: what flags them.
+        matcher: of answers, as for `bloblora correctness`.
+        by: what decides whether to withhold a text: `p_correct`, as `bloblora correctness` fitted it, or one of the
+            scores of `generate`, such as `sequence_log_probability`.
         output: write the rules also to this JSON file.
         json: print JSON: what the rules are for, their thresholds and promises.
         device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
@@ -179,7 +197,17 @@ def calibrate(
     promises = {"risk": risk, "level": confidence, "coverage": coverage, "false_alarm": false_alarm}
     kinds: dict[str, Any] = {"kind": label_sets, "score": score}
     description = _opened(directory, options) if directory is not None else None
-    if predictions is not None:
+    bars = sys.stdout.isatty() and not json
+    if description is not None and description.task.kind == "generation":
+        given = {"predictions": predictions, "ood": ood, "approximate": options.approximate}
+        if data is None or any(given.values()):
+            wrong = ", ".join(f"--{name}" for name, value in given.items() if value) or "nothing"
+            raise RunError(f"a run that writes text is calibrated on --data FILE, and with nothing else; got {wrong}")
+        del promises["false_alarm"]
+        names = ("samples", "seed", "batch_size", "trust_remote_code")
+        written = GenerationOptions(**{name: getattr(options, name) for name in names}, **asdict(writing))
+        content = _calibrate_texts(description, data, reading, written, bars, matcher=matcher, by=by, **promises)
+    elif predictions is not None:
         content = _calibrate_predictions(Path(predictions), description, options, data, ood, **promises, **kinds)
     elif description is None or data is None:
         missing = "the folder of a run" if description is None else "--data FILE"
@@ -188,7 +216,6 @@ def calibrate(
         records, outside = _read(description, data, ood, reading)
         _check_unseen(description, data)
         check_promises(len(records), **promises)
-        bars = sys.stdout.isatty() and not json
         content = calibrate_run(description, records, outside, options, progress=bars, **promises, **kinds)
     if output is not None:
         DECISIONS.write(Path(output), [content])
@@ -201,7 +228,25 @@ def calibrate(
         print(f"{name.replace('_', ' ')}: not promised, and left out: {why}")
     Console().print(_realized(content["decision"], content["realized"], "on the calibration records"))
     if directory is not None:
-        print(f"saved to {Path(directory) / DECISION_FILE}; next: {after_calibration(directory)}")
+        of_text = (content.get("text") or {}).get("of")
+        print(f"saved to {Path(directory) / DECISION_FILE}; next: {after_calibration(directory, of_text)}")
+
+
+def _calibrate_texts(
+    description: RunDescription,
+    data: str,
+    reading: ReadingOptions,
+    options: GenerationOptions,
+    progress: bool,
+    **promises: Any,
+) -> dict[str, Any]:
+    """`calibrate` of a run that writes text."""
+    with _named(data):
+        _check_unseen(description, data)
+        records = read_records(data, reading, known=description.columns)
+        settings: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
+        settings["trust_remote_code"] = options.trust_remote_code
+        return promise_texts(description, records, options.how(), **settings, **promises, **options.of_transformers())
 
 
 def _calibrate_predictions(
@@ -380,12 +425,9 @@ def predict(
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions(CodeOptions):
-    """How a run writes."""
+class WritingOptions:
+    """Which tokens a run writes."""
 
-    samples: int = field(default=10, metadata={"help": "Weight samples N; 0 is the posterior mean."})
-    seed: int = field(default=0, metadata={"help": "Of the weight samples, and of sampled tokens."})
-    batch_size: int = field(default=16, metadata={"help": "Prompts a forward pass."})
     max_new_tokens: int = field(default=64, metadata={"help": "Most tokens of an answer."})
     temperature: float = field(
         default=0.0,
@@ -397,7 +439,6 @@ class GenerationOptions(CodeOptions):
     )
 
     def __post_init__(self) -> None:
-        PredictionOptions(samples=self.samples, seed=self.seed, batch_size=self.batch_size)
         problems = []
         if self.max_new_tokens < 1:
             problems.append(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
@@ -408,20 +449,28 @@ class GenerationOptions(CodeOptions):
         if problems:
             raise RunError("\n".join(problems))
 
-    def how(self) -> dict[str, Any]:
-        """What an answer and its scores depend on."""
-        return {
-            "num_samples": self.samples,
-            "seed": self.seed,
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-        }
-
     def of_transformers(self) -> dict[str, Any]:
         """As transformers' ``generate`` takes them."""
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature else {}
         return {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0, **sampling}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(WritingOptions, CodeOptions):
+    """How a run writes."""
+
+    samples: int = field(default=10, metadata={"help": "Weight samples N; 0 is the posterior mean."})
+    seed: int = field(default=0, metadata={"help": "Of the weight samples, and of sampled tokens."})
+    batch_size: int = field(default=16, metadata={"help": "Prompts a forward pass."})
+
+    def __post_init__(self) -> None:
+        PredictionOptions(samples=self.samples, seed=self.seed, batch_size=self.batch_size)
+        super().__post_init__()
+
+    def how(self) -> dict[str, Any]:
+        """What an answer and its scores depend on."""
+        names = ("max_new_tokens", "temperature", "top_p")
+        return {"num_samples": self.samples, "seed": self.seed} | {name: getattr(self, name) for name in names}
 
 
 def generate(
@@ -436,12 +485,14 @@ def generate(
 
     The run is one of `bloblora train --task generation`. A line has, in the inputs' order: `answer`, each token by the
     mean probabilities of all draws; `draws`, what each draw writes on its own; `agreement` (share of pairs of draws
-    that say the same) and `semantic_entropy` (nats, over what they say); and as means over the answer's tokens
-    `log_probability`, `predictive_entropy` (all uncertainty, nats), of it `mutual_information` (what the model doesn't
-    know) and `expected_entropy` (what the prompt leaves open); `sequence_log_probability` is that of the whole answer,
-    `draw_log_probabilities` the same under each draw, and `log_probability_variance` their variance. `tokens` has the
-    answer's tokens with their values, as `bloblora score` gives them. Of a run that `bloblora correctness` was given
-    also `p_correct`, the probability that the answer is right.
+    that say the same), `self_consistency` (share that says what most say) and `semantic_entropy` (nats, over what they
+    say); and as means over the answer's tokens `log_probability`, `predictive_entropy` (all uncertainty, nats), of it
+    `mutual_information` (what the model doesn't know) and `expected_entropy` (what the prompt leaves open);
+    `sequence_log_probability` is that of the whole answer, `draw_log_probabilities` the same under each draw,
+    `mixture_log_probability` the log of their mean probability, and `log_probability_variance` their variance. `tokens`
+    has the answer's tokens with their values, as `bloblora score` gives them. Of a run that `bloblora correctness` was
+    given also `p_correct`, the probability that the answer is right; and of one that `bloblora calibrate` was given
+    `abstain` (whether to withhold the answer), `answer_set` and `promises`, what these two promise.
 
     Examples:
       bloblora generate runs/answers --input prompts.jsonl --output answers.jsonl
@@ -464,7 +515,9 @@ def generate(
         runs.check_writable(output)
     description = _opened(directory)
     correctness = open_correctness(description, "generate", options.how())
-    settings = {"batch_size": options.batch_size, "correctness": correctness, **options.of_transformers()}
+    decision = open_text_decision(description, "generate", options.how(), correctness)
+    settings: dict[str, Any] = {"batch_size": options.batch_size, "correctness": correctness, "decision": decision}
+    settings |= options.of_transformers()
     batches = read_batches(input, 64, reading, known=description.columns, require_labels=False)
 
     def load() -> runs.Run:
@@ -507,12 +560,13 @@ def score(
     """Write a JSON line for each text that is given: its probability under the weight samples, token by token.
 
     The run is one of `bloblora train --task generation`; a record has a `prompt` and its `response`, or `messages` that
-    end in the assistant's. A line has the measures of `generate` but for `agreement` and `semantic_entropy`, which are
+    end in the assistant's. A line has the measures of `generate` but for those of what the draws say, which are
     of several answers, and in `tokens` of each token: `texts`, `ids`, `log_probabilities` (under the mean of the
     draws), `predictive_entropies` and `mutual_information` (nats), `ranks` (1: the most probable token) and
     `draw_log_probabilities`, a list for each draw. `claims` are the parts of a response that a record's own `claims`
     names, texts or [start, end] in characters, each with its scores in the whole text. Of a run that
-    `bloblora correctness` was given also `p_correct`.
+    `bloblora correctness` was given also `p_correct`, and of one that `bloblora calibrate` was given `abstain`, whether
+    to withhold the text, and `promises`.
 
     With --output a stop loses little: the same command continues from what is in that file, and FILE.meta.json beside
     it says of which run and records it is. Memory holds 256 texts at a time.
@@ -537,8 +591,10 @@ def score(
         runs.check_writable(output)
     description = _opened(directory)
     correctness = open_correctness(description, "score", options.how())
-    settings: dict[str, Any] = {"claims": options.claims, "correctness": correctness, "batch_size": options.batch_size}
     trusted: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    decision = open_text_decision(description, "score", options.how(), correctness)
+    settings: dict[str, Any] = {"claims": options.claims, "correctness": correctness, "decision": decision}
+    settings["batch_size"] = options.batch_size
     known: dict[str, Any] = {"known": description.columns}
     if output is not None and input != "-":
         score_file(description, Reader(input, reading, **known), Path(output), options.how(), **settings, **trusted)
@@ -762,15 +818,16 @@ def _write_lines(handle: TextIO, lines: Iterator[dict[str, Any]]) -> None:
 
 def _realized(decision: dict[str, Any], result: dict[str, Any], title: str) -> Table:
     """What was promised and what became of it, of the rules that are there."""
+    of_sets = "answer_sets" if "answer_sets" in decision else "label_sets"
     promised = {
         "selective_risk": ("answering", "≤", "risk"),
-        "set_coverage": ("label_sets", "≥", "coverage"),
+        "set_coverage": (of_sets, "≥", "coverage"),
         "false_alarm": ("scope", "≤", "false_alarm"),
     }
     names = {
         "answered": "answered",
         "selective_risk": "errors among answers",
-        "set_coverage": "sets with the right label",
+        "set_coverage": "sets with the right label" if of_sets == "label_sets" else "sets with a right answer",
         "set_size": "labels a set",
         "false_alarm": "flagged in scope",
         "detection": "flagged out of scope",

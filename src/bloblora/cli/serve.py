@@ -24,11 +24,12 @@ def serve(
     grace_seconds: float = GRACE_SECONDS,
     device: str | None = None,
 ) -> None:
-    """Answer over HTTP: POST /v1/predict, and a page at / to try it on.
+    """Answer over HTTP: POST /v1/predict, OpenAI's /v1/completions and /v1/chat/completions, and a page to try it on.
 
     A run is called by its folder's name, or NAME=FOLDER says what it is called; weights that runs have in common are in
     memory once. Inputs of requests that come together share forwards. /v1/models, /health, /ready, /metrics
-    (Prometheus) and /openapi.json say the rest; docs/serve.md has examples. SIGTERM or Ctrl-C finishes what is held.
+    (Prometheus) and /openapi.json say the rest; docs/serve.md has examples. SIGTERM or Ctrl-C finishes what is held. A
+    run that writes text is asked as OpenAI's models are.
 
     Examples:
       bloblora serve runs/desk

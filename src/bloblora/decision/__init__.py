@@ -4,13 +4,14 @@ Each decision is fitted on held-out labelled records, and says what it promises 
 and however few the records.
 """
 
-from .answering import Answering, fit_answering
-from .conformal import LabelSets, PromiseError, Scope, fit_label_sets, fit_scope
-from .correctness import MAPS, Correctness, CorrectnessError, fit_correctness
-from .decision import Decided, Decision, check_promises, fit_decision
+from .answering import Answering, fit_answering, fit_answering_by
+from .conformal import AnswerSets, LabelSets, PromiseError, Scope, fit_answer_sets, fit_label_sets, fit_scope
+from .correctness import MAPS, Correctness, CorrectnessError, confidence_of, fit_correctness
+from .decision import Decided, Decision, check_promises, check_text_promises, fit_decision, fit_text_decision
 
 __all__ = [
     "MAPS",
+    "AnswerSets",
     "Answering",
     "Correctness",
     "CorrectnessError",
@@ -20,9 +21,14 @@ __all__ = [
     "PromiseError",
     "Scope",
     "check_promises",
+    "check_text_promises",
+    "confidence_of",
+    "fit_answer_sets",
     "fit_answering",
+    "fit_answering_by",
     "fit_correctness",
     "fit_decision",
     "fit_label_sets",
     "fit_scope",
+    "fit_text_decision",
 ]

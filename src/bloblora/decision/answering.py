@@ -50,6 +50,7 @@ class Answering:
         num_answered: calibration records that are answered.
         num_wrong: of them, answered wrongly.
         num_examples: calibration records, n.
+        score: name of the confidence.
     """
 
     risk: float
@@ -58,6 +59,7 @@ class Answering:
     num_answered: int
     num_wrong: int
     num_examples: int
+    score: str = "confidence"
 
     def __post_init__(self) -> None:
         check_share("risk", self.risk)
@@ -94,8 +96,26 @@ def fit_answering(probabilities: Tensor, targets: Tensor, risk: float = 0.05, le
     check_answering(len(targets), risk, level)
     probabilities, targets = checked_probabilities(probabilities, targets)
     confidence, labels = probabilities.max(-1)
+    return fit_answering_by(confidence, labels == targets, risk, level)
+
+
+def fit_answering_by(
+    confidence: Tensor, right: Tensor, risk: float = 0.05, level: float = 0.95, score: str = "confidence"
+) -> Answering:
+    """The same for answers of any kind that are right or wrong, such as texts.
+
+    Args:
+        confidence: (n,), 0 or more, higher for answers that are right more often; one of 0 is never answered.
+        right: (n,) bool.
+        risk, level: as for `fit_answering`, which says what it raises.
+        score: name of the confidence.
+    """
+    check_answering(len(right), risk, level)
+    confidence, right = confidence.detach().cpu().double(), right.cpu().bool()
+    if confidence.shape != right.shape or not ((confidence >= 0) & confidence.isfinite()).all():
+        raise ValueError(f"{score}: must be {len(right)} finite numbers of 0 or more, one for each answer")
     ranked, order = confidence.sort(descending=True)
-    wrong = (labels != targets)[order].cumsum(0)
+    wrong = (~right)[order].cumsum(0)
     below = torch.cat([ranked[1:], torch.zeros(1)])
     ends = (ranked > below).nonzero()[:, 0]  # records of equal confidence are answered together
     counts, errors = (ends + 1).numpy(), wrong[ends].numpy()
@@ -103,7 +123,7 @@ def fit_answering(probabilities: Tensor, targets: Tensor, risk: float = 0.05, le
     if last is None:
         raise PromiseError(_no_threshold(counts, errors, risk, level))
     threshold = below[ends[last]].item()
-    return Answering(risk, level, threshold, int(counts[last]), int(errors[last]), len(targets))
+    return Answering(risk, level, threshold, int(counts[last]), int(errors[last]), len(right), score)
 
 
 def check_answering(n: int, risk: float, level: float) -> None:

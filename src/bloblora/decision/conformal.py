@@ -14,6 +14,11 @@ calibration records. With p the probabilities and ranks counted from the most pr
 - ``raps``: the same and a penalty for each rank beyond the first few, against a long tail of improbable labels
   (Angelopoulos et al. 2021, arXiv 2009.14193).
 
+**Answer sets** are the first answers of a list that was sampled, as many as the k-th smallest of n calibration records
+needs to hold a right one. Where a list holds none that number is infinite; so no coverage is promised above the share
+of records, of n + 1, whose list holds one. It is the simplest case of Quach et al. 2023 (Conformal Language Modeling,
+arXiv 2306.10193), whose rules also say when to stop the sampling.
+
 No score is randomized, so that an input has one set; and a set that would be empty gets the most probable label.
 Neither can lower the coverage.
 
@@ -79,11 +84,31 @@ class LabelSets:
     @property
     def promise(self) -> str:
         """What is promised, as a sentence."""
-        low = _share_below(self.num_examples, self.coverage)
-        return (
-            f"at least {self.coverage:.4g} of the label sets hold the right label on average, and at least {low:.3g} "
-            f"with probability 0.95, on data like the {self.num_examples} calibration records"
-        )
+        return _promised_coverage("label sets hold the right label", self.coverage, self.num_examples)
+
+
+@dataclass(frozen=True)
+class AnswerSets:
+    """The first answers of a list.
+
+    Attributes:
+        coverage: share of sets that hold a right answer, as promised.
+        threshold: how many answers are in a set, where the list has as many.
+        num_examples: calibration records, n.
+    """
+
+    coverage: float
+    threshold: int
+    num_examples: int
+
+    def __post_init__(self) -> None:
+        check_share("coverage", self.coverage)
+        check_numbers(self, "num_examples")
+
+    @property
+    def promise(self) -> str:
+        """What is promised, as a sentence."""
+        return _promised_coverage("answer sets hold a right answer", self.coverage, self.num_examples)
 
 
 @dataclass(frozen=True)
@@ -152,6 +177,32 @@ def fit_label_sets(
         share = right.isinf().double().mean().item()
         raise PromiseError(f"coverage {coverage:.6g} can't be promised: {share:.4g} of right labels have probability 0")
     return LabelSets(kind, coverage, threshold, len(targets), penalty, free_ranks)
+
+
+def fit_answer_sets(ranks: Tensor, coverage: float = 0.9) -> AnswerSets:
+    """The size of set that keeps the promise.
+
+    Args:
+        ranks: place of the first right answer in the list of each record, (n,), from 1; infinite where none is right.
+        coverage: share of sets that hold a right answer, in (0, 1).
+
+    Raises:
+        PromiseError: records are too few, or too many lists hold no right answer: the message says which coverage could
+            be promised.
+        ValueError: an argument is wrong.
+    """
+    check_enough(n := len(ranks), "coverage", coverage, coverage)
+    if not (ranks >= 1).all():
+        raise ValueError("ranks must be 1 or more, infinite where no answer is right")
+    threshold = _quantile(ranks.double(), coverage)
+    if threshold == torch.inf:
+        held = int(ranks.isfinite().sum())
+        most = math.floor(1000 * held / (n + 1)) / 1000
+        could = f"the most that could be is {most:.3f}" if most else "no coverage could be"
+        raise PromiseError(
+            f"coverage {coverage:.6g} can't be promised: for {n - held} of {n} records no answer is right; {could}"
+        )
+    return AnswerSets(coverage, int(threshold), n)
 
 
 def fit_scope(scores: Tensor, false_alarm: float = 0.05, score: Score = "predictive_entropy") -> Scope:
@@ -226,6 +277,14 @@ def _share_below(n: int, level: float, probability: float = 0.95) -> float:
     """
     k = _rank(n, level)
     return float(scipy.stats.beta.ppf(1 - probability, k, n + 1 - k))
+
+
+def _promised_coverage(what: str, coverage: float, n: int) -> str:
+    low = _share_below(n, coverage)
+    return (
+        f"at least {coverage:.4g} of the {what} on average, and at least {low:.3g} with probability 0.95, on data like "
+        f"the {n} calibration records"
+    )
 
 
 def _rank(n: int, level: float) -> int:

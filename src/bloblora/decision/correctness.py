@@ -31,7 +31,9 @@ MAPS = ("platt", "beta", "isotonic")
 _SIGNS = {
     "log_probability": 1,
     "sequence_log_probability": 1,
+    "mixture_log_probability": 1,
     "agreement": 0,
+    "self_consistency": 0,
     "predictive_entropy": -1,
     "expected_entropy": -1,
     "mutual_information": -1,
@@ -166,6 +168,26 @@ def check_counts(num_right: int, num_examples: int) -> None:
     if min(num_right, num_wrong := num_examples - num_right) < _FOLDS:
         counts = f"of {num_examples} texts {num_right} are right and {num_wrong} wrong"
         raise CorrectnessError(f"{counts}; a map needs at least {_FOLDS} of each")
+
+
+def confidence_of(scores: Mapping[str, Tensor], name: str, correctness: Correctness | None) -> Tensor:
+    """What n texts are ranked by, (n,) float64: ``p_correct``, or the confidence c that a score stands for.
+
+    Args:
+        scores: by name, each (n,).
+        name: ``p_correct``, or one of the scores.
+        correctness: the map, for ``p_correct``.
+
+    Raises:
+        CorrectnessError: there is no such score, or map.
+    """
+    if name == "p_correct" and correctness is not None:
+        return correctness.probabilities(scores)
+    if name not in scores or name not in _SIGNS:
+        known = ", ".join(["p_correct", *(score for score in scores if score in _SIGNS)])
+        raise CorrectnessError(f"by: must be one of {known}, got {name!r}")
+    values = scores[name].double().cpu()
+    return (values * sign).exp() if (sign := _SIGNS[name]) else values
 
 
 _Columns = dict[str, np.ndarray]

@@ -1,4 +1,4 @@
-"""The three rules together, on predictions."""
+"""The rules together, on predictions or on texts."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -8,8 +8,19 @@ from torch import Tensor
 
 from ..files import check_fields
 from ..prediction import Prediction
-from .answering import Answering, check_answering, fit_answering
-from .conformal import Kind, LabelSets, PromiseError, Scope, Score, check_enough, fit_label_sets, fit_scope
+from .answering import Answering, check_answering, fit_answering, fit_answering_by
+from .conformal import (
+    AnswerSets,
+    Kind,
+    LabelSets,
+    PromiseError,
+    Scope,
+    Score,
+    check_enough,
+    fit_answer_sets,
+    fit_label_sets,
+    fit_scope,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,8 @@ class Decision:
     """When to answer, which labels to name, what to call out of scope. Each promise holds by itself.
 
     Attributes:
-        answering, label_sets, scope: the rules; None of one that the calibration records carry no promise of.
+        answering, label_sets, scope, answer_sets: the rules; None of one that the calibration records carry no promise
+            of. Texts have no label sets and no scope, and labels no answer sets.
         refused: why, by the rule's name.
     """
 
@@ -40,10 +52,11 @@ class Decision:
     label_sets: LabelSets | None = None
     scope: Scope | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
+    answer_sets: AnswerSets | None = None
 
     def __post_init__(self) -> None:
         if not self.promises:
-            raise ValueError("a decision needs at least one of answering, label_sets and scope")
+            raise ValueError("a decision needs at least one of answering, label_sets, scope and answer_sets")
 
     def decide(self, prediction: Prediction) -> Decided:
         """Decide on n inputs, from the probabilities averaged over the draws."""
@@ -142,6 +155,38 @@ def fit_decision(
     )
 
 
+def fit_text_decision(
+    confidence: Tensor,
+    right: Tensor,
+    ranks: Tensor | None = None,
+    *,
+    score: str = "p_correct",
+    risk: float = 0.05,
+    level: float = 0.95,
+    coverage: float = 0.9,
+) -> Decision:
+    """Fit the rules for texts, on labelled ones that were used for nothing else; ``refused`` says which can't be.
+
+    Args:
+        confidence: of n texts, (n,), see `fit_answering_by`.
+        right: whether they are, (n,) bool.
+        ranks: of the first right one among the answers to each prompt, (n,), see `fit_answer_sets`; None for texts that
+            are given, which have no answer sets.
+        score: name of the confidence.
+        risk: largest share of wrong texts among those that aren't withheld.
+        level: probability that the share is no larger.
+        coverage: share of answer sets that hold a right answer.
+
+    Raises:
+        PromiseError: these data carry none of the promises.
+        ValueError: an argument is out of its range.
+    """
+    rules: dict[str, Callable[[], Any]] = {"answering": lambda: fit_answering_by(confidence, right, risk, level, score)}
+    if ranks is not None:
+        rules["answer_sets"] = lambda: fit_answer_sets(ranks, coverage)
+    return Decision(**_kept(rules))
+
+
 def check_promises(
     n: int, *, risk: float = 0.05, level: float = 0.95, coverage: float = 0.9, false_alarm: float = 0.05
 ) -> None:
@@ -156,6 +201,14 @@ def check_promises(
             "scope": lambda: check_enough(n, "false_alarm", false_alarm, 1 - false_alarm),
         }
     )
+
+
+def check_text_promises(n: int, *, risk: float, level: float, coverage: float, sets: bool) -> None:
+    """The same for `fit_text_decision`, with or without answer ``sets``."""
+    rules: dict[str, Callable[[], Any]] = {"answering": lambda: check_answering(n, risk, level)}
+    if sets:
+        rules["answer_sets"] = lambda: check_enough(n, "coverage", coverage, coverage)
+    _kept(rules)
 
 
 def _kept(rules: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
@@ -176,4 +229,4 @@ def _share(which: Tensor) -> float:
     return which.double().mean().item()
 
 
-_RULES: dict[str, Any] = {"answering": Answering, "label_sets": LabelSets, "scope": Scope}
+_RULES: dict[str, Any] = {"answering": Answering, "label_sets": LabelSets, "scope": Scope, "answer_sets": AnswerSets}

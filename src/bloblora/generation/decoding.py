@@ -41,13 +41,42 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A token of each of b averaged answers, as it is written.
+
+    Attributes:
+        tokens: (b,); the pad token where an answer has ended.
+        running: (b,) bool, which tokens belong to answers.
+        logits: of the draws, (S, b, V).
+        log_probs: log p_s of the tokens, (S, b), nats.
+        entropies, expected_entropies: H[p̄] and the mean of H[p_s], (b,), nats.
+    """
+
+    tokens: Tensor
+    running: Tensor
+    logits: Tensor
+    log_probs: Tensor
+    entropies: Tensor
+    expected_entropies: Tensor
+
+
+@dataclass(frozen=True)
 class Decoding:
-    """A decoding method for transformers' ``generate``, which prepares what it is called with."""
+    """A decoding method for transformers' ``generate``, which prepares what it is called with.
+
+    Attributes:
+        sampler, num_samples, seed: of the draws.
+        batch: the prompts.
+        on_token: called with each `Step` of the averaged answers.
+        draws: also write the answer of each draw; S is 0 in those tensors otherwise.
+    """
 
     sampler: Sampler
     num_samples: int
     seed: int
     batch: Mapping[str, Tensor]
+    on_token: Callable[[Step], None] | None = None
+    draws: bool = True
 
     def __call__(
         self,
@@ -66,12 +95,16 @@ class Decoding:
             prompts = _Prompts(model, input_ids, arguments, self.batch, together=1)
             logits = self._logits(prompts)
         # Seeded apart from the weights, whose generator takes the seed itself.
-        noises = np.random.SeedSequence([self.seed, 1]).spawn(1 + len(logits))
+        noises = np.random.SeedSequence([self.seed, 1]).spawn(1 + len(logits) * self.draws)
         writers = [_Writer(input_ids, logits_processor, stopping_criteria, generation_config, n) for n in noises]
         scores = self._write_averaged(writers[0], [read.copy() for read in prompts.read], logits)
-        self._write_own(writers[1:], prompts.read, logits)
+        if self.draws:
+            self._write_own(writers[1:], prompts.read, logits)
         (tokens, mask), *own = (writer.answer() for writer in writers)
+        own = own or [(tokens[:, :0], mask[:, :0])]
         draw_tokens, draw_masks = (torch.stack(parts) for parts in zip(*own, strict=True))
+        if not self.draws:
+            draw_tokens, draw_masks = draw_tokens[:0], draw_masks[:0]
         of_tokens = (torch.stack(parts, dim=-1) * mask for parts in zip(*scores, strict=True))
         return Answers(tokens, mask, draw_tokens, draw_masks, *of_tokens)
 
@@ -79,7 +112,10 @@ class Decoding:
         """Write one answer that all draws read; `_token_scores` of each token."""
         scores: list[tuple[Tensor, ...]] = []
         while True:
-            scores.append(_token_scores(logits, writer.write(logits)))
+            running, token = writer.running, writer.write(logits)
+            scores.append(_token_scores(logits, token))
+            if self.on_token:
+                self.on_token(Step(token, running, logits, *scores[-1][:3]))
             if not writer.running.any():
                 return scores
             logits = self._logits(_Step(read, [writer] * len(logits)))

@@ -2,8 +2,10 @@
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -18,9 +20,11 @@ from ..contexts import eval_mode
 from ..prediction import Sampler, WeightDraws
 from ..prediction.prediction import check_num_samples, sampler_of
 from ..prediction.sampler import StackedWeights
-from .decoding import Answers, Decoding, KeptDraws
+from .decoding import Answers, Decoding, KeptDraws, Step
 from .tokens import TokenScores
 
+DRAW_SCORES = ("agreement", "self_consistency", "semantic_entropy")
+"""The measures that compare the answers of draws."""
 Agree = Callable[[str, str], bool]
 """Whether two answers mean the same: a symmetric relation, so of an entailment model both directions."""
 
@@ -65,7 +69,8 @@ class Generation(TokenScores):
 
     Attributes:
         texts: the averaged answers, n.
-        draw_texts: for each prompt the answers of the S draws, each written on its own.
+        draw_texts: for each prompt the answers of the S draws, each written on its own; none where they weren't asked
+            for.
         draw_tokens: those of the draws, (S, n, T'); the pad token or 0 after their end, as in ``tokens``.
         agree: whether two answers mean the same.
     """
@@ -88,9 +93,35 @@ class Generation(TokenScores):
         """
         return self._of_draws(lambda texts: _entropy_of_counts(clusters(texts, self.agree)))
 
+    @property
+    def self_consistency(self) -> Tensor:
+        """Share of draws in the largest cluster of answers that agree, (n,), in [1/S, 1].
+
+        The vote of Wang et al. 2023 (arXiv 2203.11171), whose answers are sampled: here each draw writes one, and
+        samples its tokens where that is asked for.
+        """
+        return self._of_draws(lambda texts: max(Counter(clusters(texts, self.agree)).values()) / len(texts))
+
+    @property
+    def ranked_answers(self) -> list[list[str]]:
+        """For each prompt the averaged answer, then those of draws that say something else, the most frequent first.
+
+        Each stands for all that agree with it; of equally frequent ones the earlier draw's is first.
+        """
+        ranked = []
+        for text, draws in zip(self.texts, self.draw_texts, strict=True):
+            numbers = clusters([text, *draws], self.agree)
+            others = sorted(
+                Counter(number for number in numbers if number).items(), key=lambda item: (-item[1], item[0])
+            )
+            ranked.append([text, *(draws[numbers.index(number) - 1] for number, _ in others)])
+        return ranked
+
     def scores(self) -> dict[str, Tensor]:
-        """Every measure of uncertainty by its name, each (n,)."""
-        return super().scores() | {"agreement": self.agreement, "semantic_entropy": self.semantic_entropy}
+        """Every measure of uncertainty by its name, each (n,); those of draws' answers where these were written."""
+        if not len(self.draw_tokens):
+            return super().scores()
+        return super().scores() | {name: getattr(self, name) for name in DRAW_SCORES}
 
     def _of_draws(self, score: Callable[[list[str]], float]) -> Tensor:
         return torch.tensor([score(texts) for texts in self.draw_texts])
@@ -108,6 +139,8 @@ def posterior_generate(
     agree: Agree = same_text,
     batch_size: int = 16,
     progress: bool = False,
+    draws: bool = True,
+    on_token: Callable[[Sequence[int], Step], None] | None = None,
     **options: Any,
 ) -> Generation:
     """Answers by the mean of the draws' next-token probabilities, and the answers of each draw.
@@ -129,6 +162,9 @@ def posterior_generate(
         agree: whether two answers mean the same; default, equal but for case, punctuation, articles and white space.
         batch_size: prompts a forward.
         progress: show a bar.
+        draws: also write the answer of each draw.
+        on_token: called with the rows of a batch and each `bloblora.generation.decoding.Step` of their averaged
+            answers, while they are written; what it raises ends the generation.
         **options: as for transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``,
             ``repetition_penalty``, ``stopping_criteria``, …; what is left open comes from the model's generation
             config. They act on the averaged probabilities, and on each draw's own for its answer.
@@ -150,7 +186,8 @@ def posterior_generate(
         for start in track(starts, "generating", disable=not progress, console=Console(stderr=True)):
             rows = order[start : start + batch_size]
             batch = {name: tensor.to(device) for name, tensor in _batch(model, inputs, rows).items()}
-            decoding: Any = Decoding(sampler, num_samples, seed, batch)
+            told = None if on_token is None else partial(on_token, rows)
+            decoding: Any = Decoding(sampler, num_samples, seed, batch, told, draws)
             parts.append(model.generate(**batch, **options, use_cache=True, custom_generate=decoding))  # type: ignore[operator]
     return _joined(parts, order, tokenizer, num_samples, agree)
 
@@ -223,7 +260,7 @@ def _joined(
     of_draws = [texts(*draw) for draw in zip(joined["draw_tokens"], draw_mask, strict=True)]
     return Generation(
         texts=texts(joined["tokens"], joined["mask"]),
-        draw_texts=[*map(list, zip(*of_draws, strict=True))],
+        draw_texts=[*map(list, zip(*of_draws, strict=True))] or [[] for _ in order],
         **joined,
         num_samples=num_samples,
         agree=agree,

@@ -18,6 +18,7 @@ SCORES = (
     "expected_entropy",
     "mutual_information",
     "log_probability_variance",
+    "mixture_log_probability",
 )
 """The measures of a text that follow from its tokens."""
 
@@ -95,6 +96,16 @@ class TokenScores:
     def log_probability_variance(self) -> Tensor:
         """Variance (S - 1) over draws of log p_s of the whole text, (n,), nats²; 0 for one draw."""
         return self.draw_sequence_log_probs.var(0, correction=min(1, len(self.draw_log_probs) - 1))
+
+    @property
+    def mixture_log_probability(self) -> Tensor:
+        r"""Log of the mean over draws of the probability of the whole text, (n,), nats.
+
+        :math:`\log \frac1S\sum_s \prod_t p_s(y_t \mid y_{<t}, x)`, the expectation of products of Malinin & Gales
+        (arXiv 2002.07650), where `sequence_log_probability` is the product of expectations. The two differ where a
+        text's first tokens say which draw it is from.
+        """
+        return self.draw_sequence_log_probs.logsumexp(0) - math.log(len(self.draw_log_probs))
 
     def scores(self) -> dict[str, Tensor]:
         """Every measure of uncertainty by its name, each (n,)."""

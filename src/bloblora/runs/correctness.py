@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from ..data import unanswered
 from ..decision import MAPS, Correctness, CorrectnessError, fit_correctness
 from ..decision.correctness import check_counts
-from ..generation import find_matcher
+from ..files import json_sha256
+from ..generation import Matcher, find_matcher
 from ..messages import quoted
 from .checks import check_generates
 from .config import RunError
 from .entries import EntriesFile, has
-from .folder import RunDescription, check_writable, records_sha256
+from .folder import RunDescription, check_writable, read_fields, records_sha256
 from .predictions import state_of
 from .processes import CHUNK
-from .run import load_run
+from .run import Run, load_run
 from .texts import response_examples, response_of
 
 CORRECTNESS_FILE = "correctness.json"
@@ -34,6 +38,7 @@ class _Entry:
     adapter_sha256: str
     files_sha256: str
     records_sha256: str
+    prompts: list[str]
     matcher: str | None
     correctness: Correctness
     temperature: float | None = None
@@ -87,47 +92,32 @@ def calibrate_texts(
         CorrectnessError: too few texts are right or wrong; nothing is saved.
         ValueError: there is no such matcher, or a reference that it can't use.
     """
-    if description.remote:
-        raise RunError(f"{description.name}: is on the hub; fit a map in a folder, and push that")
-    check_generates(description.task, records)
-    given, agree = _given(records), find_matcher(matcher)
-    if given is not None:
-        check_counts(sum(given), len(given))
-    if given is None:
-        references = [response_of(record) for record in records]
-        for number, reference in enumerate(references, start=1):
-            if not reference:
-                raise RunError(f"record {number}: it has no response, the reference, and no 'right'; give one of them")
-            try:
-                agree(reference, reference)
-            except Exception as error:  # a user's function may raise anything
-                raise RunError(f"record {number}: field 'response': matcher {matcher}: {error}") from error
-    kind = "generate" if given is None else "score"
-    place = _place(kind, how)
-    file, state = description.folder / CORRECTNESS_FILE, state_of(description)
+    texts = LabelledTexts.of(description, records, matcher)
+    if texts.given is not None:
+        check_counts(sum(texts.given), len(records))
+    place, state, file = place_of(texts.kind, how), state_of(description), description.folder / CORRECTNESS_FILE
     check_writable(file)
     _MAPS.read(file)  # what is added to must be readable
     run = load_run(description, trust_remote_code=trust_remote_code)
-    if given is not None:  # all that is wrong, before the first is scored
-        for _ in response_examples(run.task, records, run.tokenizer):
-            pass
-    right, parts = [], []
-    for start in range(0, len(records), CHUNK):
-        chunk: Any = records[start : start + CHUNK]
-        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-        if given is not None:
-            right += given[start : start + CHUNK]
-            parts.append(run.score(chunk, how["num_samples"], how["seed"], **options).scores())
-            continue
-        written = run.generate(chunk, how["num_samples"], how["seed"], **options, **generation)
-        right += [agree(*pair) for pair in zip(written.texts, references[start : start + CHUNK], strict=True)]
-        parts.append(written.scores())
-    scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    fitted = fit_correctness(scores, torch.tensor(right).bool(), maps=maps)
-    entry = {**place, **state, "records_sha256": records_sha256(records)}
-    entry |= {"matcher": matcher if given is None else None, "correctness": fitted.to_dict()}
+    scores, right, _ = texts.read(run, how, batch_size=batch_size, progress=progress, **generation)
+    fitted = fit_correctness(scores, right, maps=maps)
+    entry = {**place, **state, "records_sha256": records_sha256(records), "prompts": texts.prompts}
+    entry |= {"matcher": matcher if texts.given is None else None, "correctness": fitted.to_dict()}
     _MAPS.put(file, entry, place, state)
     return entry
+
+
+def open_maps(description: RunDescription, kind: str) -> list[tuple[dict[str, Any], Correctness]]:
+    """The maps in a finished run's folder for texts that are generated or given, with their options.
+
+    Raises:
+        RunError: they are for another adapter, or the file is damaged.
+    """
+    file, state = description.folder / CORRECTNESS_FILE, state_of(description)
+    entries = [entry for entry in _MAPS.read(file) if entry["of"] == kind]
+    if not all(has(entry, state) for entry in entries):
+        raise RunError(f"{file} is for another adapter; run `bloblora correctness` again, or remove the file")
+    return [(entry["options"], map_of(file, entry)) for entry in entries]
 
 
 def open_correctness(description: RunDescription, kind: str, how: Mapping[str, Any]) -> Correctness | None:
@@ -141,16 +131,27 @@ def open_correctness(description: RunDescription, kind: str, how: Mapping[str, A
     Raises:
         RunError: the maps of this kind are for other options or another adapter, or the file is damaged.
     """
-    file, wanted = description.folder / CORRECTNESS_FILE, {**_place(kind, how), **state_of(description)}
+    entry = find_entry(description, kind, how)
+    return None if entry is None else map_of(description.folder / CORRECTNESS_FILE, entry)
+
+
+def map_of(file: Path, entry: Mapping[str, Any]) -> Correctness:
+    """The map of an entry of the file; a RunError where its numbers can't be one's."""
+    try:
+        return Correctness.from_dict(entry["correctness"])
+    except CorrectnessError as error:
+        raise RunError(f"{file}: {error}; remove the file, and run `bloblora correctness` again") from error
+
+
+def find_entry(description: RunDescription, kind: str, how: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The same, as the file has it."""
+    file, wanted = description.folder / CORRECTNESS_FILE, {**place_of(kind, how), **state_of(description)}
     entries = [entry for entry in _MAPS.read(file) if entry["of"] == kind]
     if not entries:
         return None
     for entry in entries:
         if has(entry, wanted):
-            try:
-                return Correctness.from_dict(entry["correctness"])
-            except CorrectnessError as error:
-                raise RunError(f"{file}: {error}; remove the file, and run `bloblora correctness` again") from error
+            return entry
     there = "; ".join(", ".join(f"{name} {entry.get(name)}" for name in wanted) for entry in entries)
     now = ", ".join(f"{name} {value}" for name, value in wanted.items())
     raise RunError(
@@ -159,7 +160,82 @@ def open_correctness(description: RunDescription, kind: str, how: Mapping[str, A
     )
 
 
-def _place(kind: str, how: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts that are known to be right or wrong: given ones, or the run's answers, which have references.
+
+    Attributes:
+        records: n of them.
+        given: whether the responses are right; None where they are references.
+        references: those, else empty.
+        agree: whether an answer is its reference.
+    """
+
+    records: Sequence[dict[str, Any]]
+    given: list[bool] | None
+    references: list[str]
+    agree: Matcher
+
+    @classmethod
+    def of(cls, description: RunDescription, records: Sequence[dict[str, Any]], matcher: str) -> LabelledTexts:
+        """Check the records, before a model is loaded; raises what `calibrate_texts` does."""
+        if description.remote:
+            raise RunError(f"{description.name}: is on the hub; calibrate in a folder, and push that")
+        check_generates(description.task, records)
+        given, agree = _given(records), find_matcher(matcher)
+        references = [] if given else [response_of(record) for record in records]
+        for number, reference in enumerate(references, start=1):
+            if not reference:
+                raise RunError(f"record {number}: it has no response, the reference, and no 'right'; give one of them")
+            try:
+                agree(reference, reference)
+            except Exception as error:  # a user's function may raise anything
+                raise RunError(f"record {number}: field 'response': matcher {matcher}: {error}") from error
+        return cls(records, given, references, agree)
+
+    @property
+    def kind(self) -> str:
+        """Whose texts they are: ``generate``'s or ``score``'s."""
+        return "generate" if self.given is None else "score"
+
+    @property
+    def prompts(self) -> list[str]:
+        """A hash of each prompt, by which it is known again, 16 hexadecimal digits."""
+        return [json_sha256(read_fields(unanswered(record)))[:16] for record in self.records]
+
+    def read(
+        self, run: Run, how: Mapping[str, Any], *, batch_size: int, progress: bool, **generation: Any
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """What the run says of them.
+
+        Returns:
+            Its scores by name, each (n,); whether the texts are right, (n,) bool; and of answers the place of the first
+            right one in `Generation.ranked_answers`, (n,), infinite where there is none.
+        """
+        if self.given is not None:  # all that is wrong, before the first is scored
+            for _ in response_examples(run.task, self.records, run.tokenizer):
+                pass
+        right, ranks, parts = [], [], []
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+        for start in range(0, len(self.records), CHUNK):
+            chunk: Any = self.records[start : start + CHUNK]
+            if self.given is not None:
+                parts.append(run.score(chunk, how["num_samples"], how["seed"], **options).scores())
+                continue
+            written = run.generate(chunk, how["num_samples"], how["seed"], **options, **generation)
+            parts.append(written.scores())
+            for answers, reference in zip(written.ranked_answers, self.references[start : start + CHUNK], strict=True):
+                places = (i for i, answer in enumerate(answers, start=1) if self.agree(answer, reference))
+                ranks.append(float(next(places, torch.inf)))
+                right.append(ranks[-1] == 1)
+        scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if self.given is not None:
+            return scores, torch.tensor(self.given), None
+        return scores, torch.tensor(right), torch.tensor(ranks)
+
+
+def place_of(kind: str, how: Mapping[str, Any]) -> dict[str, Any]:
+    """Which texts something is for: ``of`` says whose, and ``options`` how."""
     names = ("num_samples", "seed") if kind == "score" else how
     return {"of": kind, "options": {name: how[name] for name in names}}
 

@@ -1,7 +1,7 @@
 """A run's decisions: calibrated on held-out records, kept in its folder, used by what predicts."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,6 +38,8 @@ class _Entry:
     realized: dict[str, float]
     temperature: float | None = None
     width: float | None = None
+    text: dict[str, Any] | None = None
+    correctness_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def calibrate(
         PromiseError: none of the promises can be made on these records; nothing is saved.
         ValueError: a promise is out of its range.
     """
-    _check_place(description)
+    check_place(description)
     records = as_records(records, require_labels=True)
     outside = None if outside is None else as_records(outside)
     for side in (records, outside):
@@ -140,7 +142,7 @@ def calibrate_on(
         ValueError: a promise is out of its range.
     """
     if description is not None:
-        _check_place(description)
+        check_place(description)
     decision = fit_decision(inside, targets, **promises)
     content = {
         "decision": decision.to_dict(),
@@ -149,10 +151,15 @@ def calibrate_on(
     }
     if description is None:
         return content
-    file, how, state = description.folder / DECISION_FILE, _how(options), state_of(description)
-    content = {**how, **state, **content}
-    DECISIONS.put(file, content, how, state)
-    return content
+    return save_decision(description, _how(options), content)
+
+
+def save_decision(description: RunDescription, how: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what was decided beside the decisions for other predictions than ``how`` says; the whole entry."""
+    state = state_of(description)
+    entry = {**how, **state, **content}
+    DECISIONS.put(description.folder / DECISION_FILE, entry, how, state)
+    return entry
 
 
 def open_decision(description: RunDescription, options: PredictionOptions) -> Decision | None:
@@ -220,7 +227,8 @@ def _checked(file: Path, state: dict[str, Any]) -> Iterator[tuple[dict[str, Any]
             raise RunError(f"{file}: not what this version of bloblora writes: {error}") from error
 
 
-def _check_place(description: RunDescription) -> None:
+def check_place(description: RunDescription) -> None:
+    """Raise a RunError for a run on the hub, or one whose folder can't be written."""
     if description.remote:
         raise RunError(f"{description.name}: is on the hub; calibrate in a folder, and push that")
     check_writable(description.folder / DECISION_FILE)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import models, tasks
 from ..data import as_records, unanswered
-from ..decision import Correctness
+from ..decision import Correctness, Decision
 from ..generation import Generation, TokenScores, posterior_generate, score
 from ..methods import Method
 from ..prediction import Prediction, Sampler, StoppingRule, Tempered, hidden_states, predict
@@ -155,7 +155,13 @@ class Run:
         """Answers to records or prompts, in their order, whatever response they have; see
         `bloblora.posterior_generate`.
         """
-        batch = self.task.collate(self._examples(records))
+        return self.generate_encoded(self._examples(records), num_samples, seed, **options)
+
+    def generate_encoded(
+        self, examples: list[dict[str, Any]], num_samples: int = 10, seed: int = 0, **options: Any
+    ) -> Generation:
+        """The same of records as the task encodes them."""
+        batch = self.task.collate(examples)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         given = {"tokenizer": self.tokenizer, "sampler": self.sampler, **options}
         return posterior_generate(self.model, inputs, num_samples, seed, **given)
@@ -180,13 +186,14 @@ class Run:
         seed: int = 0,
         *,
         correctness: Correctness | None = None,
+        decision: Decision | None = None,
         **options: Any,
     ) -> Iterator[dict[str, Any]]:
         """For each record the averaged answer, those of the draws, and the uncertainty, also of each token."""
         records = self.records(records)
         found = self.generate(records, num_samples, seed, **options)
         answers = [{"answer": text, "draws": draws} for text, draws in zip(found.texts, found.draw_texts, strict=True)]
-        yield from text_lines(records, answers, found, self.tokenizer, correctness)
+        yield from text_lines(records, answers, found, self.tokenizer, correctness, decision=decision)
 
     def describe_scores(
         self,
@@ -196,13 +203,14 @@ class Run:
         *,
         claims: str | None = None,
         correctness: Correctness | None = None,
+        decision: Decision | None = None,
         **options: Any,
     ) -> Iterator[dict[str, Any]]:
         """For each record the scores of its response, of each token, and of its claims; see `runs.texts.text_lines`."""
         records = self.records(records)
         found = self.score(records, num_samples, seed, **options)
         responses = [{"response": record["response"]} if "response" in record else {} for record in records]
-        yield from text_lines(records, responses, found, self.tokenizer, correctness, claims)
+        yield from text_lines(records, responses, found, self.tokenizer, correctness, claims, decision)
 
     def _examples(self, records: Any) -> list[dict[str, Any]]:
         return tasks.encode_all(self.task, [unanswered(record) for record in self.records(records)], self.tokenizer)

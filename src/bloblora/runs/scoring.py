@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import models
 from ..data import MappedRows, write_rows
-from ..decision import Correctness
+from ..decision import Correctness, Decision
 from ..files import json_sha256
 from .checks import check_generates
 from .folder import RunDescription, alone, records_sha256
@@ -27,6 +27,7 @@ def score_file(
     *,
     claims: str | None = None,
     correctness: Correctness | None = None,
+    decision: Decision | None = None,
     batch_size: int = 16,
     trust_remote_code: bool = False,
 ) -> None:
@@ -41,6 +42,7 @@ def score_file(
         how: ``num_samples`` and ``seed``.
         claims: ``sentences``, or None for those that records have.
         correctness: adds ``p_correct``.
+        decision: adds ``abstain`` and ``promises``.
         batch_size: texts a forward.
         trust_remote_code: as of `load_run`.
 
@@ -58,13 +60,14 @@ def score_file(
             pass
         of_claims = json_sha256({"claims": [row.get("claims") for row in rows], "by": claims})
         identity = {**state_of(description), **how, "records_sha256": records_sha256(rows), "claims_sha256": of_claims}
-        identity |= {"correctness_sha256": None if correctness is None else json_sha256(correctness.to_dict())}
+        for name, rules in (("correctness", correctness), ("decision", decision)):
+            identity[f"{name}_sha256"] = None if rules is None else json_sha256(rules.to_dict())
         run: list[Run] = []
 
         def described(chunk: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
             run[:] = run or [load_run(description, trust_remote_code=trust_remote_code)]
-            options: dict[str, Any] = {"claims": claims, "correctness": correctness, "batch_size": batch_size}
-            return run[0].describe_scores(chunk, how["num_samples"], how["seed"], **options)
+            options: dict[str, Any] = {"claims": claims, "correctness": correctness, "decision": decision}
+            return run[0].describe_scores(chunk, how["num_samples"], how["seed"], batch_size=batch_size, **options)
 
         lines = lines_file(output)
         with nullcontext() if lines == output else alone(output):

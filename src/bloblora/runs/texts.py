@@ -8,8 +8,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .. import tasks
-from ..decision import Correctness
-from ..generation import TokenScores, claim_tokens
+from ..decision import Correctness, Decision, confidence_of
+from ..generation import Generation, TokenScores, claim_tokens
 from ..generation.claims import claims_of
 
 
@@ -47,6 +47,17 @@ def response_examples(
         raise tasks.TaskError(*problems[:20], *([f"… and {len(problems) - 20} more"] if len(problems) > 20 else []))
 
 
+def decided_texts(decision: Decision, found: TokenScores, correctness: Correctness | None) -> dict[str, list[Any]]:
+    """``abstain``, whether to withhold each text, and ``answer_set`` of each prompt; of the rules that are there."""
+    result: dict[str, list[Any]] = {}
+    if (rule := decision.answering) is not None:
+        answers = rule.answers(confidence_of(found.scores(), rule.score, correctness))
+        result["abstain"] = (~answers).tolist()
+    if decision.answer_sets is not None and isinstance(found, Generation):
+        result["answer_set"] = [answers[: decision.answer_sets.threshold] for answers in found.ranked_answers]
+    return result
+
+
 def response_of(record: Mapping[str, Any]) -> str:
     """The text of a record's response without white space around it; "" where it has none."""
     last = (record.get("messages") or [{}])[-1]
@@ -60,6 +71,7 @@ def text_lines(
     tokenizer: PreTrainedTokenizerBase,
     correctness: Correctness | None = None,
     claims: str | None = None,
+    decision: Decision | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A line for each record.
 
@@ -70,14 +82,19 @@ def text_lines(
         tokenizer: of the tokens.
         correctness: adds ``p_correct``.
         claims: ``sentences``, or None for those that a record has; of responses that are given.
+        decision: adds ``abstain``, ``answer_set`` and ``promises``, of the rules that it has.
     """
     scores = found.scores()
+    decided = {} if decision is None else decided_texts(decision, found, correctness)
     right = None if correctness is None else correctness.probabilities(scores)
     for i, (record, text) in enumerate(zip(records, texts, strict=True)):
         tokens = found.token_lists(i)
         line = {key: record[key] for key in ("id", "prompt", "messages") if key in record} | {**text}
         if right is not None:
             line["p_correct"] = float(right[i])
+        line |= {name: values[i] for name, values in decided.items()}
+        if decision is not None:
+            line["promises"] = decision.promises
         line |= {name: float(values[i]) for name, values in scores.items()}
         line["draw_log_probabilities"] = found.draw_sequence_log_probs[:, i].tolist()
         if "answer" not in text and (spans := claims_of(record, response := response_of(record), claims)):

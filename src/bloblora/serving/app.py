@@ -1,7 +1,6 @@
 """The HTTP interface: predictions, models, health, metrics and the page."""
 
 import asyncio
-import reprlib
 from base64 import b64encode
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -17,25 +16,32 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from jinja2 import Environment
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from ..tasks import TaskError
+from ..runs.folder import RUN_FILE
+from .completions import answered, read_completion
 from .hosted import Hosted, Settings
+from .problems import SHORT, InputsError, encoded, find_run, problem_of, samples_of, validated
 from .schema import (
     EXAMPLES,
+    OPENAI_PATHS,
     Answer,
     AnyBody,
+    AnyChat,
+    AnyCompletion,
     Failure,
     Metrics,
     Model,
     Models,
+    OpenAIFailure,
     PredictRequest,
     PredictResponse,
-    Problem,
     Status,
+    Writer,
+    failure,
 )
 from .server import DOCS_FILES, Access, Batcher, QueueFullError
+from .writing import Way, Writing, write
 
 _DESCRIPTION = "Answers of Bayesian LoRAs with their uncertainty: probabilities averaged over weight samples."
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -47,21 +53,19 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     422: {"model": Failure, "description": "fields that can't be used"},
     429: {"model": Failure, "description": "the queue is full; Retry-After says when to come again"},
 }
-
-_MAX_PROBLEMS = 20
-_CHARACTERS_A_TOKEN = 16  # three to four times those of prose in any language: what has more isn't tokenized
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel = 2
-
-
-class InputsError(HTTPException):
-    """A request that can't be answered; `problems` says what of it, by field, for the first of them."""
-
-    def __init__(self, *problems: Problem, more: int = 0) -> None:
-        self.problems = problems[:_MAX_PROBLEMS]
-        fields = [*dict.fromkeys(problem.field for problem in self.problems)]
-        more += len(problems) - len(self.problems)
-        super().__init__(422, f"can't be used: {', '.join(fields)}" + (f", and {more} problems more" if more else ""))
+_OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {**error, "model": OpenAIFailure} for status, error in _ERRORS.items() if status != 422
+} | {
+    400: {"model": OpenAIFailure, "description": "no JSON, or fields that can't be used"},
+    404: {"model": OpenAIFailure, "description": "no such run, or one that writes no text"},
+    "default": {"model": OpenAIFailure, "description": "something else went wrong"},
+}
+_TEXT = {
+    200: {
+        "description": "the answer, whole; with `stream` in server-sent events of its parts, as OpenAI's API has them",
+        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
+    }
+}
 
 
 def create_app(
@@ -79,13 +83,21 @@ def create_app(
         metrics.batch(name, len(answers), sum(answer["num_draws"] for answer in answers))
         return answers
 
+    def write_texts(how: Way, answers: list[Writing]) -> list[dict[str, Any]]:
+        ends = write(hosted[how.name].run, how, answers, hosted[how.name].rules_for(how))
+        metrics.batch(how.name, len(ends), sum(end.pop("num_draws") for end in ends))
+        return ends
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await to_thread.run_sync(batcher.close)
+        await to_thread.run_sync(writer.close)
 
-    batcher = Batcher(answer, settings.batch_size, settings.max_wait_ms, settings.queue)
-    metrics = Metrics(batcher.__len__)
+    # Labels need not wait for texts, which take longer.
+    limits = (settings.batch_size, settings.max_wait_ms, settings.queue)
+    batcher, writer = Batcher(answer, *limits), Batcher(write_texts, *limits)
+    metrics = Metrics(lambda: len(batcher) + len(writer))
     about: dict[str, Any] = {
         "title": settings.title or "bloblora",
         "description": settings.description or _DESCRIPTION,
@@ -99,8 +111,10 @@ def create_app(
     }
     app = FastAPIOffline(**about, **pages, static_url=DOCS_FILES, lifespan=lifespan)
     app.state.stopping, app.state.batcher, app.state.read_seconds = False, batcher, settings.read_seconds
+    app.state.writer = writer
     guards = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the schema: `Access` decides
     _add_predict(app, hosted, settings, guards)
+    _add_completions(app, hosted, settings, guards)
     _add_models(app, hosted, settings, guards)
     _add_status(app, metrics)
     _add_page(app, settings)
@@ -128,19 +142,46 @@ def _add_predict(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings,
         return PredictResponse(model=name, samples=num_samples, answers=[Answer(**answer) for answer in answers])
 
 
+def _add_completions(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, guards: list[Any]) -> None:
+    options: dict[str, Any] = {
+        "responses": {**_TEXT, **_OPENAI_ERRORS},
+        "dependencies": guards,
+        "response_class": Response,
+    }
+
+    @app.post(OPENAI_PATHS[0], operation_id="complete", **options)
+    async def complete(body: Annotated[AnyCompletion, Body()], request: Request) -> Response:
+        """Continue prompts, as OpenAI's completions do; choices have `tokens`, `p_correct` and `abstain` besides."""
+        asked = await to_thread.run_sync(read_completion, body, hosted, settings, False)
+        return await answered(asked, request, app.state.writer)
+
+    @app.post(OPENAI_PATHS[1], operation_id="chat", **options)
+    async def chat(body: Annotated[AnyChat, Body()], request: Request) -> Response:
+        """Answer a chat, as OpenAI's chat completions do; likewise."""
+        asked = await to_thread.run_sync(read_completion, body, hosted, settings, True)
+        return await answered(asked, request, app.state.writer)
+
+
 def _add_models(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, guards: list[Any]) -> None:
-    models = Models(models=[_model(run, settings) for run in hosted.values()])
+    writers = {run.name: _writer(run) for run in hosted.values() if run.kind == "prompt"}
+    models = Models(models=[_model(run, settings) for run in hosted.values()], object="list", data=[*writers.values()])
 
     @app.get("/v1/models", responses={401: _ERRORS[401]}, operation_id="models", dependencies=guards)
     async def list_models() -> Models:
         """The runs that are served."""
         return models
 
+    @app.get("/v1/models/{name}", include_in_schema=False, dependencies=guards)
+    async def find_model(name: str) -> Writer:
+        if name not in writers:
+            raise HTTPException(404, f"there is no run {SHORT.repr(name)} that writes text")
+        return writers[name]
+
     @app.get("/v1/models/{name}/reliability.png", include_in_schema=False)
     async def diagram(name: str) -> FileResponse:
         """A run's reliability diagram, as `bloblora evaluate --diagram` made it."""
         if name not in hosted or not hosted[name].diagram.is_file():
-            raise HTTPException(404, f"there is no diagram of a run {_SHORT.repr(name)}")
+            raise HTTPException(404, f"there is no diagram of a run {SHORT.repr(name)}")
         return FileResponse(hosted[name].diagram, media_type="image/png")
 
 
@@ -178,41 +219,41 @@ def _add_page(app: FastAPI, settings: Settings) -> None:
 
 
 def _add_errors(app: FastAPI) -> None:
-    def failed(status: int, message: str, headers: Mapping[str, str] | None = None, *problems: Problem) -> JSONResponse:
-        return JSONResponse(Failure(message=message, problems=[*problems]).model_dump(), status, headers)
+    def failed(
+        request: Request, status: int, message: str, headers: Mapping[str, str] | None = None, **details: Any
+    ) -> JSONResponse:
+        path = request.url.path
+        status = 400 if status == 422 and path in OPENAI_PATHS else status
+        return JSONResponse(failure(path, status, message, **details), status, headers)
 
     @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        return failed(error.status_code, str(error.detail), error.headers, *getattr(error, "problems", ()))
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        details = {"problems": error.problems, "code": error.code} if isinstance(error, InputsError) else {}
+        return failed(request, error.status_code, str(error.detail), error.headers, **details)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:  # there is no JSON
-        return await refused(request, InputsError(*(_problem("body", None, part["msg"]) for part in error.errors())))
+        return await refused(request, InputsError(*(problem_of("body", None, part["msg"]) for part in error.errors())))
 
     @app.exception_handler(QueueFullError)
-    async def full(_: Request, error: QueueFullError) -> JSONResponse:
-        return failed(429, str(error), {"Retry-After": str(error.retry_after)})
+    async def full(request: Request, error: QueueFullError) -> JSONResponse:
+        return failed(request, 429, str(error), {"Retry-After": str(error.retry_after)})
 
     @app.exception_handler(Exception)
-    async def broken(_: Request, error: Exception) -> JSONResponse:
+    async def broken(request: Request, error: Exception) -> JSONResponse:
         # uvicorn, which gets the error too, closes the connection: a client must not send its next request on it.
-        return failed(500, f"{type(error).__name__} on the server, whose log says more", {"Connection": "close"})
+        return failed(
+            request, 500, f"{type(error).__name__} on the server, whose log says more", {"Connection": "close"}
+        )
 
 
 def _read(body: Any, hosted: Mapping[str, Hosted], settings: Settings) -> tuple[str, int, list[tuple[Any, Any]]]:
     """The run that a request is for, its N, and each record with its encoding; an InputsError if it can't be used."""
-    try:
-        request = PredictRequest.model_validate(body, context=settings)
-    except ValidationError as error:
-        parts = error.errors(include_url=False)
-        problems = [_problem(_field(part["loc"]), part["input"], part["msg"]) for part in parts[:_MAX_PROBLEMS]]
-        raise InputsError(*problems, more=len(parts) - len(problems)) from error
-    name = next(iter(hosted)) if request.model is None and len(hosted) == 1 else request.model
-    if (run := hosted.get(name or "")) is None:
-        raise InputsError(_problem("model", name, f"must be one of {', '.join(hosted)}"))
-    num_samples = settings.samples if request.samples is None else request.samples
-    if num_samples > settings.max_samples:
-        raise InputsError(_problem("samples", num_samples, f"must be at most {settings.max_samples}"))
+    request = validated(PredictRequest, body, settings)
+    run = find_run(request.model, hosted)
+    if run.kind == "prompt":
+        raise InputsError(problem_of("model", run.name, "writes text; ask it at /v1/completions"))
+    num_samples = samples_of(request.samples, settings)
     given = request.inputs if isinstance(request.inputs, list) else [request.inputs]
     records = [{"text": one} if isinstance(one, str) else one.model_dump(exclude_none=True) for one in given]
     return run.name, num_samples, _encoded(run, records, settings)
@@ -220,31 +261,36 @@ def _read(body: Any, hosted: Mapping[str, Hosted], settings: Settings) -> tuple[
 
 def _encoded(run: Hosted, records: Sequence[dict[str, Any]], settings: Settings) -> list[tuple[Any, Any]]:
     """Each record with its encoding; an InputsError where some can't be used or are too long."""
-    problems, encoded = [], []
+    problems, found = [], []
     wanted = {"text": "'text'", "choice": "'question' and 'choices'"}[run.kind]
-    most = settings.max_tokens * _CHARACTERS_A_TOKEN
     for number, record in enumerate(records):
         field = f"inputs[{number}]"
         characters = sum(len("".join(value)) for value in record.values())  # of a text or of choices
         if ("text" in record) != (run.kind == "text"):
-            problems.append(_problem(field, record, f"the run {run.name!r} needs {wanted}"))
-            continue
-        if characters > most:
-            limit = f"must be at most {most} characters, {_CHARACTERS_A_TOKEN} for each of {settings.max_tokens} tokens"
-            problems.append(_problem(field, f"{characters} characters", limit))
+            problems.append(problem_of(field, record, f"the run {run.name!r} needs {wanted}"))
             continue
         try:
-            example = run.encode(record)
-        except TaskError as error:
-            problems += [_problem(field, record, problem) for problem in error.problems]
-            continue
-        tokens = run.run.task.length(example) + example["truncated"]
-        if tokens > settings.max_tokens:
-            problems.append(_problem(field, f"{tokens} tokens", f"must be at most {settings.max_tokens} tokens"))
-        encoded.append((record, example))
+            found.append((record, encoded(run, record, field, characters, settings)))
+        except InputsError as error:
+            problems += error.problems
     if problems:
         raise InputsError(*problems)
-    return encoded
+    return found
+
+
+def _writer(hosted: Hosted) -> Writer:
+    trained = (hosted.folder / RUN_FILE).stat().st_mtime
+    return Writer(id=hosted.name, object="model", created=int(trained), owned_by="bloblora")
+
+
+def _promises(hosted: Hosted, settings: Settings) -> dict[str, str] | None:
+    """Of the calibrated decisions for a request that asks for nothing else."""
+    decision = hosted.decision
+    if hosted.kind == "prompt":
+        usual = Way(hosted.name, settings.samples, settings.seed, settings.new_tokens, 0.0, 1.0)
+        rules = hosted.rules_for(usual)
+        decision = rules.decision if rules else None
+    return decision.promises if decision else None
 
 
 def _model(hosted: Hosted, settings: Settings) -> Model:
@@ -261,7 +307,7 @@ def _model(hosted: Hosted, settings: Settings) -> Model:
         deterministic=run.method.deterministic,
         temperature=run.scales.get("temperature"),
         width=run.scales.get("width"),
-        promises=hosted.decision.promises if hosted.decision else None,
+        promises=_promises(hosted, settings),
         detection=hosted.detection,
         warnings=run.training.get("warnings", []),
         examples=hosted.examples,  # type: ignore[arg-type]
@@ -270,14 +316,3 @@ def _model(hosted: Hosted, settings: Settings) -> Model:
         adapter_sha256=run.adapter_sha256,
         shared_parameters=hosted.shared_parameters,
     )
-
-
-def _problem(field: str, value: Any, message: str) -> Problem:
-    shown = _SHORT.repr(value)  # which also escapes halves of surrogate pairs
-    return Problem(field=field, value=shown if len(shown) <= 80 else f"{shown[:79]}…", message=message)
-
-
-def _field(place: Sequence[Any]) -> str:
-    """``inputs[0].text`` of a place in the body, without the schema's tags of alternatives."""
-    parts = [part for part in place if not str(part).startswith("<")]
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in parts).lstrip(".") or "body"

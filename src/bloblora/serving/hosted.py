@@ -1,5 +1,7 @@
 """Runs in memory: opened and checked, loaded on shared base weights, and asked."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Sequence
@@ -20,6 +22,8 @@ from ..runs import PredictionOptions, Run, RunDescription, RunError, load_run, o
 from ..runs.decide import open_decision, open_realized
 from ..runs.evaluate import read_metrics
 from ..runs.lines import lines_of
+from ..runs.text_decisions import TextRules, open_text_rules
+from .writing import Way
 
 _MAX_EXAMPLES = 6
 _DESK = ("where is my parcel, it was due on monday", "i want out", "can you recommend a good pasta recipe")
@@ -55,6 +59,8 @@ class Settings(PredictionOptions):
     read_seconds: float = _option(
         30.0, "Longest time for a request's header to arrive, and then for its body, seconds."
     )
+    new_tokens: int = _option(64, "Most tokens of an answer in text, where a request names no other number.")
+    max_new_tokens: int = _option(512, "Largest number of tokens of an answer in text that a request may ask for.")
     title: str | None = _option(None, "Of the page and the schema; without it the page has the run's name.")
     description: str | None = _option(None, "What the model is for; without it the page says what run.json does.")
     examples: str | None = _option(
@@ -65,11 +71,13 @@ class Settings(PredictionOptions):
 
     def problems(self) -> list[str]:
         """What is out of its range, and what would be right."""
-        counts = ("queue", "max_inputs", "max_choices", "max_tokens", "max_body_bytes")
+        counts = ("queue", "max_inputs", "max_choices", "max_tokens", "max_body_bytes", "new_tokens")
         problems = super().problems()
         problems += [f"{name} must be at least 1, got {value}" for name in counts if (value := getattr(self, name)) < 1]
         if self.max_samples < self.samples:
             problems.append(f"max_samples must be at least samples, {self.samples}, got {self.max_samples}")
+        if self.max_new_tokens < self.new_tokens:
+            problems.append(f"max_new_tokens must be at least new_tokens, {self.new_tokens}, got {self.max_new_tokens}")
         if not (math.isfinite(self.max_wait_ms) and self.max_wait_ms >= 0):
             problems.append(f"max_wait_ms must be a finite number of at least 0, got {self.max_wait_ms}")
         if not (math.isfinite(self.read_seconds) and self.read_seconds > 0):
@@ -89,6 +97,7 @@ class Hosted:
             records.
         examples: inputs that the page offers.
         shared_parameters: entries of its weights that an earlier run holds too, and that are in memory once.
+        rules: of a run that writes text: what is known of texts that are written in one way or another.
     """
 
     name: str
@@ -98,16 +107,21 @@ class Hosted:
     detection: float | None
     examples: list[dict[str, Any]]
     shared_parameters: int = 0
+    rules: list[TextRules] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
-        """What its inputs are: ``text`` or ``choice``."""
+        """What its inputs are: ``text``, ``choice`` or ``prompt``."""
+        if self.run.task.kind == "generation":
+            return "prompt"
         return "choice" if self.run.task.labels is None else "text"
 
     @property
     def purpose(self) -> str:
         """What it is for, in a sentence."""
         labels = self.run.task.labels
+        if self.kind == "prompt":
+            return "Writes the answer to a prompt."
         if labels is None:
             return "Answers a question by one of the choices that come with it."
         return f"Sorts a text into one of {len(labels)} labels: {', '.join(labels[:8])}{', …' if labels[8:] else '.'}"
@@ -147,6 +161,10 @@ class Hosted:
             for line, std, num_draws, example in rows
         ]
 
+    def rules_for(self, how: Way) -> TextRules | None:
+        """What is known of texts that are written so; nothing of those that a stop cuts."""
+        return None if how.stop else next((rules for rules in self.rules if rules.how == how.options()), None)
+
 
 def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, RunDescription]:
     """Check runs before any model is loaded; what their folders say, by name.
@@ -157,8 +175,8 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Run
         settings: of the server.
 
     Raises:
-        RunError: a folder is no finished run, two have one name, a run writes text, its method can't be approximated
-            so, its decisions are for another N, seed, approximation or adapter, or no run takes the ``examples``.
+        RunError: a folder is no finished run, two have one name, a method can't be approximated so, decisions are for
+            another N, seed, approximation or adapter, or no run takes the ``examples``.
         DataError: the ``examples`` can't be read.
         AdapterFileError: an adapter's files are damaged.
     """
@@ -176,10 +194,13 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Run
             raise RunError(
                 f"{opened[name].folder} and {place} are both called {quoted(name)}; give NAME=FOLDER for one of them"
             )
-        if description.task.kind == "generation":
-            raise RunError(f"{place}: the run's task is generation, which isn't served; use `bloblora generate`")
         settings.check(description.method)
-        open_decision(description, settings)
+        if description.task.kind != "generation":
+            open_decision(description, settings)
+        elif settings.approximate:
+            raise RunError(f"approximate: {place} writes text, which can't be approximated; serve it without")
+        else:
+            open_text_rules(description)
         opened[name] = description
     if not opened:
         raise RunError("directories: give at least one folder of a run")
@@ -203,6 +224,8 @@ def examples_for(description: RunDescription, file: str | None = None) -> list[d
     kind = description.task.kind
     if file and kind_of(given := _read_examples(file)) == kind:
         return given
+    if kind == "generation":
+        return [{"prompt": question} for question, _ in _QUESTIONS]
     if kind == "choice":
         return [{"question": question, "choices": [*choices]} for question, choices in _QUESTIONS]
     if description.config.source("data").partition(":")[0] == "support_desk":
@@ -218,7 +241,10 @@ def _read_examples(file: str) -> list[dict[str, Any]]:
     records = read_records(file, require_labels=False)
     if len(records) > _MAX_EXAMPLES:
         raise RunError(f"examples {quoted(file)}: {len(records)} records; give at most {_MAX_EXAMPLES}")
-    return [{name: record[name] for name in ("text", "question", "choices") if name in record} for record in records]
+    return [
+        {name: record[name] for name in ("text", "question", "choices", "prompt") if name in record}
+        for record in records
+    ]
 
 
 def load_hosted(opened: dict[str, RunDescription], settings: Settings) -> dict[str, Hosted]:
@@ -232,10 +258,14 @@ def load_hosted(opened: dict[str, RunDescription], settings: Settings) -> dict[s
     pool: dict[str, list[nn.Parameter]] = {}
     for name, description in opened.items():
         run = load_run(description, settings.approximate, trust_remote_code=settings.trust_remote_code)
-        decision = open_decision(description, settings)
-        detection = open_realized(description, settings).get("detection")
         examples = examples_for(description, settings.examples)
         shared = share_weights(run.model, pool)
+        if description.task.kind == "generation":
+            rules = open_text_rules(description)
+            hosted[name] = Hosted(name, description.folder, run, None, None, examples, shared, rules)
+            continue
+        decision = open_decision(description, settings)
+        detection = open_realized(description, settings).get("detection")
         hosted[name] = Hosted(name, description.folder, run, decision, detection, examples, shared)
     return hosted
 

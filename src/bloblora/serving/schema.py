@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from pydantic import (
@@ -72,6 +72,12 @@ class ChoiceInput(_Strict):
     choices: Annotated[list[Text], _at_most("max_choices"), _field("none blank", _CHOICES, min_length=2)]
 
 
+class PromptInput(_Strict):
+    """A prompt to answer."""
+
+    prompt: Text = _field("not blank", _CHOICE)
+
+
 def _form(value: Any) -> str:
     """Which form of one input a value has: its tag, which `app` leaves out of an error's place."""
     if isinstance(value, str):
@@ -79,13 +85,14 @@ def _form(value: Any) -> str:
     return "<text>" if "text" in (value if isinstance(value, dict) else dir(value)) else "<choice>"
 
 
+_ONE_OR_MANY = Discriminator(lambda value: "<many>" if isinstance(value, list) else "<one>")
 Input = Annotated[
     Annotated[Text, Tag("<plain>")] | Annotated[TextInput, Tag("<text>")] | Annotated[ChoiceInput, Tag("<choice>")],
     Discriminator(_form),
 ]
 Inputs = Annotated[
     Annotated[Input, Tag("<one>")] | Annotated[list[Input], Field(min_length=1), _at_most("max_inputs"), Tag("<many>")],
-    Discriminator(lambda value: "<many>" if isinstance(value, list) else "<one>"),
+    _ONE_OR_MANY,
 ]
 
 
@@ -105,8 +112,97 @@ class PredictRequest(_Strict):
     )
 
 
+Stops = Annotated[
+    Annotated[Text | None, Tag("<one>")] | Annotated[list[Text], Field(min_length=1, max_length=4), Tag("<many>")],
+    _ONE_OR_MANY,
+]
+Prompts = Annotated[
+    Annotated[Text, Tag("<one>")] | Annotated[list[Text], Field(min_length=1), _at_most("max_inputs"), Tag("<many>")],
+    _ONE_OR_MANY,
+]
+
+
+class StreamOptions(_Strict):
+    """What a stream has besides."""
+
+    include_usage: bool | None = _field("whether a last event counts the tokens", True, default=None)
+
+
+class _Writing(_Strict):
+    """What completions and chat completions have in common: OpenAI's fields, and `samples`."""
+
+    model: str | None = _field(
+        "name of a run; needed where several that write text are served", "answers", default=None
+    )
+    max_tokens: Annotated[int, Field(ge=1)] | None = _field("most tokens of the answer", 64, default=None)
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = _field(
+        "0 takes the most probable token, and is the default; above it tokens are sampled", 0.0, default=None
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = _field(
+        "sample only among the most probable tokens that have this probability together", 1.0, default=None
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = _field(
+        "of the weight samples and of sampled tokens: equal requests get equal answers", 0, default=None
+    )
+    stop: Stops = _field("texts before which the answer ends", ["\n"], default=None)
+    stream: bool | None = _field("send the answer as server-sent events while it is written", False, default=None)
+    stream_options: StreamOptions | None = _field("with `stream`", {"include_usage": True}, default=None)
+    samples: Annotated[int, Field(ge=0)] | None = _field(
+        "bloblora's own: weight samples N; 0 is the posterior mean", 10, default=None
+    )
+    n: Annotated[int, Field(ge=1, le=1)] | None = _field("answers a prompt: there is one", 1, default=None)
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = _field("there is none", 0.0, default=None)
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = _field("there is none", 0.0, default=None)
+    user: str | None = _field("who asks; it changes nothing", "me", default=None)
+
+
+class CompletionRequest(_Writing):
+    """Prompts whose continuation is asked for."""
+
+    prompt: Prompts = _field("a text, or a list of texts", "Question: Which gas do plants take in?\nAnswer:")
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = _field(
+        "log-probabilities of the answer's tokens, and of so many most probable ones", 2, default=None
+    )
+
+
+class TextPart(_Strict):
+    """A part of a message."""
+
+    type: Literal["text"] = _field("text is all that is read", "text")
+    text: Text = _field("not blank", _CHOICE)
+
+
+Content = Annotated[
+    Annotated[Text, Tag("<one>")] | Annotated[list[TextPart], Field(min_length=1), Tag("<many>")], _ONE_OR_MANY
+]
+
+
+class ChatMessage(_Strict):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"] = _field(
+        "who says it; the last is not the assistant's", "user"
+    )
+    content: Content = _field("what is said", _CHOICE)
+
+
+class ChatRequest(_Writing):
+    """A chat whose next message is asked for, in the template of the run's tokenizer."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1), _at_most("max_inputs")] = _field(
+        "from the first to the last", [{"role": "user", "content": _CHOICE}]
+    )
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = _field("the same as `max_tokens`", 64, default=None)
+    logprobs: bool | None = _field("log-probabilities of the answer's tokens", True, default=None)
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = _field(
+        "and of so many most probable ones", 2, default=None
+    )
+
+
 class AnyBody:
     """JSON with the schema of `PredictRequest`, which isn't validated by FastAPI: that would block the event loop."""
+
+    model: ClassVar[type[BaseModel]] = PredictRequest
 
     @classmethod
     def __get_pydantic_core_schema__(cls, *_: Any) -> CoreSchema:
@@ -114,7 +210,19 @@ class AnyBody:
 
     @classmethod
     def __get_pydantic_json_schema__(cls, _: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return handler(PredictRequest.__pydantic_core_schema__)
+        return handler(cls.model.__pydantic_core_schema__)
+
+
+class AnyCompletion(AnyBody):
+    """The same with the schema of `CompletionRequest`."""
+
+    model = CompletionRequest
+
+
+class AnyChat(AnyBody):
+    """The same with the schema of `ChatRequest`."""
+
+    model = ChatRequest
 
 
 EXAMPLES: dict[str, Any] = {
@@ -167,7 +275,9 @@ class Model(BaseModel):
     method: str = _field("how its posterior was made, as `bloblora train --method` has it", "blob")
     base_model: str = _field("the pretrained model below its adapter", "smollm2-135m")
     task: str = _field("how inputs become logits", "classification")
-    kind: Literal["text", "choice"] = _field("which inputs it takes", "text")
+    kind: Literal["text", "choice", "prompt"] = _field(
+        "which inputs it takes; of prompts it writes the answers", "text"
+    )
     labels: list[str] | None = _field("None: each question has its own choices", ["parcel", "refund"])
     samples: int = _field("N of a request that names none", 10)
     deterministic: bool = _field("whether it has one set of weights, and so no weight samples that differ", False)
@@ -178,17 +288,28 @@ class Model(BaseModel):
         "share of the out-of-scope records of `bloblora calibrate --ood` that were flagged; None without them", 0.4
     )
     warnings: list[str] = _field("of its training, where that ended badly", ["the posterior is the prior"])
-    examples: list[TextInput | ChoiceInput] = _field("inputs to try", [{"text": _TEXT}])
+    examples: list[TextInput | ChoiceInput | PromptInput] = _field("inputs to try", [{"text": _TEXT}])
     metrics: dict[str, float] = _field("what metrics.json in its folder says", {"accuracy": 0.81, "ece": 0.05})
     diagram: bool = _field("whether its folder has a reliability.png", True)
     adapter_sha256: str | None = _field("of the trained weights' file", "d99e6bd2acc406b2")
     shared_parameters: int = _field("entries of its weights that an earlier run holds too", 134_515_008)
 
 
+class Writer(BaseModel):
+    """A run that writes text, as OpenAI's clients know models."""
+
+    id: str = _field("what requests call it", "answers")
+    object: Literal["model"] = _field("what this is", "model")
+    created: int = _field("when its training ended, seconds since 1970", 1_790_000_000)
+    owned_by: str = _field("who made it", "bloblora")
+
+
 class Models(BaseModel):
     """All runs that are served."""
 
     models: list[Model] = Field(description="in the order of the command line")
+    object: Literal["list"] = _field("what this is for OpenAI's clients", "list")
+    data: list[Writer] = Field(description="those that write text, as OpenAI's clients know models")
 
 
 class Status(BaseModel):
@@ -212,7 +333,40 @@ class Failure(BaseModel):
     problems: list[Problem] = Field([], description="by field, where fields are wrong")
 
 
-_PATHS = ("/", "/v1/predict", "/v1/models", "/health", "/ready", "/metrics", "/docs", "/openapi.json")
+class OpenAIError(BaseModel):
+    """What is wrong, as OpenAI's servers say it."""
+
+    message: str = _field("what is wrong", "max_tokens: 0: Input should be greater than or equal to 1")
+    type: str = _field("what kind of error it is", "invalid_request_error")
+    param: str | None = _field("the field that is wrong", "max_tokens")
+    code: str | None = _field("a word for it, of some", "context_length_exceeded")
+
+
+class OpenAIFailure(BaseModel):
+    """Why there is no answer, as OpenAI's servers say it."""
+
+    error: OpenAIError = Field(description="what is wrong")
+
+
+OPENAI_PATHS = ("/v1/completions", "/v1/chat/completions")
+_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
+_CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
+
+
+def failure(path: str, status: int, message: str, problems: Sequence[Problem] = (), code: str | None = None) -> dict:
+    """Why a request to a path has no answer, in that path's own form."""
+    if path not in OPENAI_PATHS:
+        return Failure(message=message, problems=[*problems]).model_dump()
+    if problems:
+        message = "; ".join(f"{problem.field}: {problem.value}: {problem.message}" for problem in problems)
+    kind = _TYPES.get(status, "invalid_request_error")
+    error = OpenAIError(
+        message=message, type=kind, param=problems[0].field if problems else None, code=code or _CODES.get(status)
+    )
+    return OpenAIFailure(error=error).model_dump()
+
+
+_PATHS = ("/", "/v1/predict", *OPENAI_PATHS, "/v1/models", "/health", "/ready", "/metrics", "/docs", "/openapi.json")
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 

@@ -26,6 +26,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..runs import RunError
+from .schema import failure
 
 DOCS_FILES = "/docs/files"
 GRACE_SECONDS = 30.0
@@ -167,13 +168,13 @@ class Access:
         is_open = path in _OPEN or path.startswith(f"{DOCS_FILES}/")
         if self._digests and not is_open and not self._known(headers.get("authorization", "")):
             message = "no valid API key: send the header 'Authorization: Bearer KEY'"
-            app = _refusal(401, message, {"WWW-Authenticate": "Bearer"})
+            app = _refusal(path, 401, message, {"WWW-Authenticate": "Bearer"})
         elif not self._digests and host is not None and not self._ours(host):
             app = _refusal(
-                421, f"host {host[:80]!r}: not a name of this server; add it to --allowed-hosts, or use keys"
+                path, 421, f"host {host[:80]!r}: not a name of this server; add it to --allowed-hosts, or use keys"
             )
         elif length.isdecimal() and int(length) > self._max_body_bytes:
-            app = _refusal(413, self._too_large(length), _CLOSE)
+            app = _refusal(path, 413, self._too_large(length), _CLOSE)
         await app(scope, self._limited(receive), send)
 
     def _known(self, authorization: str) -> bool:
@@ -213,8 +214,8 @@ class Access:
         return f"the body has {length} bytes; at most {self._max_body_bytes} are taken"
 
 
-def _refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"message": message, "problems": []}, status, headers)
+def _refusal(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(failure(path, status, message), status, headers)
 
 
 class QueueFullError(RuntimeError):

@@ -1,0 +1,195 @@
+"""A run's promises about texts: which to withhold, and sets of answers; kept with its decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..decision import Decision, check_text_promises, confidence_of, fit_text_decision
+from ..decision.correctness import Correctness
+from ..files import json_sha256
+from ..generation.text import DRAW_SCORES
+from .config import RunError
+from .correctness import CORRECTNESS_FILE, LabelledTexts, find_entry, map_of, open_maps, place_of
+from .decide import DECISION_FILE, check_place, open_decisions, save_decision
+from .entries import has
+from .folder import RunDescription
+from .run import load_run
+
+
+def promise_texts(
+    description: RunDescription,
+    records: Sequence[dict[str, Any]],
+    how: Mapping[str, Any],
+    *,
+    matcher: str = "normalized",
+    by: str = "p_correct",
+    risk: float = 0.05,
+    level: float = 0.95,
+    coverage: float = 0.9,
+    batch_size: int = 16,
+    progress: bool = False,
+    trust_remote_code: bool = False,
+    **generation: Any,
+) -> dict[str, Any]:
+    """Fit a run's decisions about texts on labelled ones, and save them in its folder.
+
+    Args:
+        description: of the run.
+        records: labelled as for `bloblora.runs.correctness.calibrate_texts`, used for nothing else: not for the map to
+            ``p_correct`` either.
+        how: as there.
+        matcher: as there.
+        by: the confidence that an answer needs: ``p_correct``, or the name of a score.
+        risk, level, coverage: see `bloblora.decision.fit_text_decision`.
+        batch_size: texts a forward.
+        progress: show a bar.
+        trust_remote_code: as of `load_run`.
+        generation: options of `Run.generate`.
+
+    Returns:
+        What the file says of the decisions: as `bloblora.runs.decide.calibrate_on`.
+
+    Raises:
+        RunError: as for `calibrate_texts`; or there is no map to ``p_correct``, or records that it was fitted on.
+        CorrectnessError: ``by`` is no score of these texts.
+        PromiseError: none of the promises can be made; nothing is saved.
+        ValueError: there is no such matcher, or an argument is out of its range.
+    """
+    check_place(description)
+    texts = LabelledTexts.of(description, records, matcher)
+    promises = {"risk": risk, "level": level, "coverage": coverage}
+    check_text_promises(len(records), sets=texts.given is None, **promises)
+    correctness = _map_of_others(description, texts, how) if by == "p_correct" else None
+    run = load_run(description, trust_remote_code=trust_remote_code)
+    scores, right, ranks = texts.read(run, how, batch_size=batch_size, progress=progress, **generation)
+    confidence = confidence_of(scores, by, correctness)
+    decision = fit_text_decision(confidence, right, ranks, score=by, **promises)
+    content: dict[str, Any] = {
+        "decision": decision.to_dict(),
+        "promises": decision.promises,
+        "realized": _realized(decision, confidence, right, ranks),
+    }
+    if correctness is not None:
+        content["correctness_sha256"] = json_sha256(correctness.to_dict())
+    return save_decision(description, _place(texts.kind, how), content)
+
+
+def open_text_decision(
+    description: RunDescription, kind: str, how: Mapping[str, Any], correctness: Correctness | None
+) -> Decision | None:
+    """The decisions in a finished run's folder about texts that are generated or given, or None where there are none.
+
+    Args:
+        description: of the run.
+        kind: ``generate`` or ``score``.
+        how: as for `calibrate_texts`.
+        correctness: the map to ``p_correct`` that is in force.
+
+    Raises:
+        RunError: those of this kind are for other options, another adapter or another map, or the file is damaged.
+    """
+    of_kind = _of_kind(description, kind)
+    if not of_kind:
+        return None
+    file, here = description.folder / DECISION_FILE, _place(kind, how)
+    for entry, decision in of_kind:
+        if not has(entry, here):
+            continue
+        wanted = entry.get("correctness_sha256")
+        if wanted and (correctness is None or wanted != json_sha256(correctness.to_dict())):
+            raise RunError(f"{file} is for another map to p_correct; run `bloblora calibrate` again")
+        return decision
+    there, now = ("; ".join(map(_words, entries)) for entries in ([entry for entry, _ in of_kind], [here]))
+    raise RunError(
+        f"{file} is for other texts ({there} there, {now} now); run `bloblora calibrate` again with these options, or "
+        "remove the file to do without decisions"
+    )
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """What is known of texts that are written in one way.
+
+    Attributes:
+        how: as for `calibrate_texts`.
+        correctness: the map to ``p_correct``.
+        decision: which texts to withhold, and sets of answers.
+    """
+
+    how: Mapping[str, Any]
+    correctness: Correctness | None
+    decision: Decision | None
+
+    @property
+    def of_draws(self) -> bool:
+        """Whether they need the answers of the draws."""
+        names = {*(self.correctness.scores if self.correctness else ())}
+        if self.decision and self.decision.answering:
+            names.add(self.decision.answering.score)
+        sets = self.decision is not None and self.decision.answer_sets is not None
+        return sets or not names.isdisjoint(DRAW_SCORES)
+
+
+def open_text_rules(description: RunDescription) -> list[TextRules]:
+    """All maps and decisions in a finished run's folder for texts that it writes.
+
+    Raises:
+        RunError: decisions are for another adapter or another map, or a file is damaged.
+    """
+    maps = open_maps(description, "generate")
+    decided = [entry["text"]["options"] for entry, _ in _of_kind(description, "generate")]
+    rules = []
+    ways = [how for how, _ in maps]
+    for how in [*ways, *(how for how in decided if how not in ways)]:
+        correctness = next((found for options, found in maps if options == how), None)
+        decision = open_text_decision(description, "generate", how, correctness) if how in decided else None
+        rules.append(TextRules(how, correctness, decision))
+    return rules
+
+
+def _map_of_others(description: RunDescription, texts: LabelledTexts, how: Mapping[str, Any]) -> Correctness:
+    """The map to ``p_correct``, which none of these records decided."""
+    entry = find_entry(description, texts.kind, how)
+    if entry is None:
+        raise RunError(
+            f"by: there is no map to p_correct for `bloblora {texts.kind}` in {description.folder}; run `bloblora "
+            "correctness` on other records first, or give --by log_probability or another score"
+        )
+    known = set(entry["prompts"])
+    if seen := [number for number, prompt in enumerate(texts.prompts, start=1) if prompt in known]:
+        raise RunError(
+            f"record {seen[0]}: its prompt, and those of {len(seen)} records of {len(texts.records)}, are among those "
+            f"that {CORRECTNESS_FILE} was fitted on; a promise needs other records"
+        )
+    return map_of(description.folder / CORRECTNESS_FILE, entry)
+
+
+def _realized(decision: Decision, confidence: Tensor, right: Tensor, ranks: Tensor | None) -> dict[str, float]:
+    """What became of the promises on texts, with the names of `Decision.realized`."""
+    result: dict[str, float] = {}
+    if (answering := decision.answering) is not None:
+        answered = answering.answers(confidence)
+        result["answered"] = answered.double().mean().item()
+        result["selective_risk"] = int((answered & ~right).sum()) / max(1, int(answered.sum()))
+    if decision.answer_sets is not None and ranks is not None:
+        result["set_coverage"] = (ranks <= decision.answer_sets.threshold).double().mean().item()
+    return result
+
+
+def _of_kind(description: RunDescription, kind: str) -> list[tuple[dict[str, Any], Decision]]:
+    found = open_decisions(description)
+    return [(entry, decision) for entry, decision in found if (entry.get("text") or {}).get("of") == kind]
+
+
+def _place(kind: str, how: Mapping[str, Any]) -> dict[str, Any]:
+    """What the decisions are for."""
+    of = {"num_samples": how["num_samples"], "seed": how["seed"], "approximate": None}
+    return {**of, "text": place_of(kind, how)}
+
+
+def _words(entry: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in entry["text"]["options"].items())

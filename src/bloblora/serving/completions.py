@@ -1,0 +1,300 @@
+"""OpenAI's completions and chat completions, of runs that write text: whole, or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Event
+from typing import Any
+from uuid import uuid4
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ..messages import shortened
+from .hosted import Hosted, Settings
+from .problems import InputsError, encoded, find_run, problem_of, samples_of, validated
+from .schema import OPENAI_PATHS, ChatRequest, CompletionRequest, failure
+from .server import Batcher
+from .writing import Token, Way, Writing
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request for answers in text.
+
+    Attributes:
+        run: that writes.
+        how: it writes.
+        examples: the encoded prompts.
+        chat: whether they are chats.
+        logprobs: whether log-probabilities are asked for.
+        stream: whether the answers are sent while they are written.
+        usage: whether a stream's last event counts tokens.
+    """
+
+    run: Hosted
+    how: Way
+    examples: list[dict[str, Any]]
+    chat: bool
+    logprobs: bool
+    stream: bool
+    usage: bool
+
+
+def read_completion(body: Any, hosted: Mapping[str, Hosted], settings: Settings, chat: bool) -> Asked:
+    """What a body asks for; an InputsError where it can't be answered."""
+    request: Any = validated(ChatRequest if chat else CompletionRequest, body, settings)
+    writers = {name: run for name, run in hosted.items() if run.kind == "prompt"}
+    if request.model in hosted and request.model not in writers:
+        raise InputsError(problem_of("model", request.model, "writes no text; ask it at /v1/predict"), status=404)
+    run = find_run(request.model, writers, status=404)
+    name = "max_completion_tokens" if chat and request.max_completion_tokens else "max_tokens"
+    new_tokens = getattr(request, name) or settings.new_tokens
+    if new_tokens > settings.max_new_tokens:
+        raise InputsError(problem_of(name, new_tokens, f"must be at most {settings.max_new_tokens}"))
+    stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    top = (request.top_logprobs if chat else request.logprobs) or 0
+    if chat and top and not request.logprobs:
+        raise InputsError(problem_of("top_logprobs", top, "needs logprobs: true"))
+    how = Way(
+        run.name,
+        samples_of(request.samples, settings),
+        settings.seed if request.seed is None else request.seed,
+        new_tokens,
+        request.temperature or 0.0,
+        1.0 if request.top_p is None else request.top_p,
+        stop,
+        top,
+    )
+    logprobs = bool(request.logprobs) if chat else request.logprobs is not None
+    examples = [_fitting(run, record, place, how, settings) for place, record in _records(request, chat)]
+    usage = bool(request.stream_options and request.stream_options.include_usage)
+    return Asked(run, how, examples, chat, logprobs, bool(request.stream), usage)
+
+
+async def answered(asked: Asked, request: Request, writer: Batcher) -> Response:
+    """The answers, whole or as a stream; a client that goes away ends them."""
+    answers = _Answers(asked, writer)
+    if asked.stream:
+        return _Stream(asked, answers)
+    whole, gone = asyncio.ensure_future(_whole(asked, answers)), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return JSONResponse(await whole) if whole.done() else Response(status_code=499)  # which nobody reads
+    finally:
+        answers.leave()
+        whole.cancel()
+        gone.cancel()
+
+
+def _records(request: Any, chat: bool) -> list[tuple[str, dict[str, Any]]]:
+    """The prompts as records, and the field of each."""
+    if not chat:
+        if isinstance(request.prompt, str):
+            return [("prompt", {"prompt": request.prompt})]
+        return [(f"prompt[{number}]", {"prompt": text}) for number, text in enumerate(request.prompt)]
+    if request.messages[-1].role == "assistant":
+        last = f"messages[{len(request.messages) - 1}].role"
+        raise InputsError(problem_of(last, "assistant", "the last message must be one that it answers"))
+    messages = []
+    for message in request.messages:
+        parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content]
+        role = "system" if message.role == "developer" else message.role  # which templates know
+        messages.append({"role": role, "content": "".join(parts)})
+    return [("messages", {"messages": messages})]
+
+
+def _fitting(run: Hosted, record: dict[str, Any], place: str, how: Way, settings: Settings) -> dict[str, Any]:
+    """A record's encoding, whose answer has room after it."""
+    texts = [record["prompt"]] if "prompt" in record else [message["content"] for message in record["messages"]]
+    example = encoded(run, record, place, sum(map(len, texts)), settings)
+    tokens, most = run.run.task.length(example) + example["truncated"], run.run.task.max_length
+    if most is not None and tokens + how.max_new_tokens > most:
+        limit = f"with {how.max_new_tokens} more of the answer must be at most {most}, which the model reads"
+        raise InputsError(problem_of(place, f"{tokens} tokens", limit), code="context_length_exceeded")
+    return example
+
+
+@dataclass
+class _Text:
+    """An answer as it grows, of which no part of a stop is shown."""
+
+    tokenizer: Any
+    stop: Sequence[str]
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    shown: int = 0
+    held: list[tuple[Token, str, int]] = field(default_factory=list)
+
+    def add(self, token: Token) -> None:
+        """One more token, with its own text and where it starts in the answer."""
+        start = len(self.text.rstrip("\N{REPLACEMENT CHARACTER}"))  # which stands for bytes of the same character
+        self.held.append((token, self.tokenizer.decode([token.id]), start))
+        self.ids.append(token.id)
+        self.text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+
+    def take(self, ended: bool) -> tuple[str, list[tuple[Token, str, int]]]:
+        """What can be shown that wasn't, with its tokens: nothing while a character or a stop may be incomplete."""
+        end = min((place for stop in self.stop if (place := self.text.find(stop)) >= 0), default=len(self.text))
+        if not ended:
+            parts = [stop[:length] for stop in self.stop for length in range(1, len(stop))]
+            if self.text.endswith(("\N{REPLACEMENT CHARACTER}", *parts)):
+                return "", []
+        new, self.shown = self.text[self.shown : end], end
+        tokens, self.held = [one for one in self.held if one[2] < end], []
+        return new, tokens
+
+
+class _Answers:
+    """The answers to one request while they are written: pieces of text with tokens, and how each ended."""
+
+    def __init__(self, asked: Asked, writer: Batcher) -> None:
+        loop, self._queue, self._gone = asyncio.get_running_loop(), asyncio.Queue[Any](), Event()
+
+        def send(index: int, item: Any) -> None:
+            loop.call_soon_threadsafe(self._queue.put_nowait, (index, item))
+
+        examples = [*enumerate(asked.examples)]
+        writings = [Writing(example, partial(send, index), self._gone) for index, example in examples]
+        self._texts = [_Text(asked.run.run.tokenizer, asked.how.stop) for _ in examples]
+        self._futures = writer.submit(asked.how, writings)
+        for index, future in enumerate(self._futures):
+            future.add_done_callback(partial(send, index))
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, str, list[Any], dict[str, Any] | None]]:
+        left = len(self._futures)
+        while left:
+            index, item = await self._queue.get()
+            text, end = self._texts[index], None
+            if isinstance(item, Future):
+                end, left = item.result(), left - 1
+            else:
+                text.add(item)
+            new, tokens = text.take(end is not None)
+            if tokens or end is not None:
+                yield index, new, tokens, end
+
+    def leave(self) -> None:
+        """Nobody waits any more."""
+        self._gone.set()
+        for future in self._futures:
+            future.cancel()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were written."""
+        return sum(len(text.ids) for text in self._texts)
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events of answers, for which nobody waits once it has ended in any way."""
+
+    def __init__(self, asked: Asked, answers: _Answers) -> None:
+        super().__init__(_events(asked, answers), media_type="text/event-stream")
+        self._leave = answers.leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._leave()
+
+
+async def _whole(asked: Asked, answers: _Answers) -> dict[str, Any]:
+    texts: list[Any] = [["", [], {}] for _ in asked.examples]
+    async for index, new, tokens, end in answers:
+        texts[index][0] += new
+        texts[index][1] += tokens
+        texts[index][2] = end
+    choices = [_choice(asked, index, *parts) for index, parts in enumerate(texts)]
+    return {**_head(asked), "choices": choices, "usage": _usage(asked, answers)}
+
+
+async def _events(asked: Asked, answers: _Answers) -> AsyncIterator[str]:
+    """The lines of a stream; what goes wrong on the way is its last event."""
+    head = _head(asked)
+    nothing: dict[str, Any] = {"usage": None} if asked.usage else {}
+    try:
+        if asked.chat:
+            start = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            yield _event({**head, "choices": [start], **nothing})
+        async for index, new, tokens, end in answers:
+            yield _event({**head, "choices": [_choice(asked, index, new, tokens, end)], **nothing})
+        if asked.usage:
+            yield _event({**head, "choices": [], "usage": _usage(asked, answers)})
+        yield "data: [DONE]\n\n"
+    except Exception as error:
+        message = f"{type(error).__name__} on the server, whose log says more: {shortened(str(error))}"
+        yield _event(failure(OPENAI_PATHS[0], 500, message))
+        raise
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def _head(asked: Asked) -> dict[str, Any]:
+    kind = ("chat.completion.chunk" if asked.stream else "chat.completion") if asked.chat else "text_completion"
+    prefix = "chatcmpl" if asked.chat else "cmpl"
+    return {"id": f"{prefix}-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": asked.run.name}
+
+
+def _usage(asked: Asked, answers: _Answers) -> dict[str, int]:
+    prompt, answer = sum(len(example["prompt"]) for example in asked.examples), answers.num_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def _choice(
+    asked: Asked, index: int, text: str, tokens: Sequence[tuple[Token, str, int]], end: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A choice of the answer or of an event: OpenAI's fields, then our own."""
+    content: dict[str, Any] = {"text": text}
+    if asked.chat and asked.stream:
+        content = {"delta": {"content": text} if text else {}}
+    elif asked.chat:
+        content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+    own = {
+        "texts": [shown for _, shown, _ in tokens],
+        "log_probabilities": [token.log_probability for token, _, _ in tokens],
+        "mutual_information": [token.mutual_information for token, _, _ in tokens],
+    }
+    logprobs = _logprobs(asked, tokens) if asked.logprobs else None
+    ended = {"finish_reason": None} if end is None else end
+    return {"index": index, **content, "logprobs": logprobs, **ended, "tokens": own}
+
+
+def _logprobs(asked: Asked, tokens: Sequence[tuple[Token, str, int]]) -> dict[str, Any]:
+    """Log-probabilities as OpenAI's two endpoints have them."""
+    tokenizer = asked.run.run.tokenizer
+
+    def text_of(token: int) -> str:
+        return str(tokenizer.decode([token]))
+
+    if not asked.chat:
+        return {
+            "tokens": [text for _, text, _ in tokens],
+            "token_logprobs": [token.log_probability for token, _, _ in tokens],
+            "top_logprobs": [{text_of(i): value for i, value in token.top} for token, _, _ in tokens],
+            "text_offset": [start for _, _, start in tokens],
+        }
+
+    def entry(text: str, value: float) -> dict[str, Any]:
+        return {"token": text, "logprob": value, "bytes": [*text.encode()]}
+
+    content = [
+        entry(text, token.log_probability) | {"top_logprobs": [entry(text_of(i), value) for i, value in token.top]}
+        for token, text, _ in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,280 @@
+"""Text over HTTP, asked with OpenAI's own client."""
+
+import json
+import shutil
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bloblora import runs
+from bloblora.serving import load_hosted, open_hosted
+from bloblora.serving.completions import _Text
+from bloblora.serving.writing import Token
+from tests.generation.conftest import RECORDS
+from tests.serving.conftest import TEXT_SETTINGS, serving
+
+openai = pytest.importorskip("openai")
+
+PROMPT, OTHER = (record["prompt"] for record in RECORDS)
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+BAD, LONG = "BadRequestError", "context_length_exceeded"
+
+
+@pytest.fixture(scope="module")
+def hosted(writer_folder, folders):
+    loaded = load_hosted(open_hosted([writer_folder, folders["desk"]], TEXT_SETTINGS), TEXT_SETTINGS)
+    loaded["answers"].run.tokenizer.chat_template = TEMPLATE
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def server(hosted):
+    with serving(hosted, TEXT_SETTINGS) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return client_of(server)
+
+
+def client_of(server, key="none"):
+    return openai.OpenAI(base_url=f"{server.base_url}/v1", api_key=key, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def expected(hosted):
+    """What the run itself says."""
+    run = hosted["answers"].run
+    return {
+        prompt: next(run.describe_texts([{"prompt": prompt}], 3, max_new_tokens=16, do_sample=False))
+        for prompt in (PROMPT, OTHER)
+    }
+
+
+def test_a_completion_is_what_generate_writes(client, expected):
+    found = client.completions.create(model="answers", prompt=[PROMPT, OTHER], logprobs=2)
+    assert (found.object, found.model) == ("text_completion", "answers")
+    assert [choice.text for choice in found.choices] == [line["answer"] for line in expected.values()]
+    assert [choice.finish_reason for choice in found.choices] == ["stop", "stop"]
+    for choice, line in zip(found.choices, expected.values(), strict=True):
+        tokens = line["tokens"]
+        assert choice.logprobs.tokens == tokens["texts"][:-1]  # without the end of the text
+        assert choice.logprobs.token_logprobs == pytest.approx(tokens["log_probabilities"][:-1], abs=1e-4)
+        assert "".join(choice.logprobs.tokens) == choice.text
+        assert choice.logprobs.text_offset[0] == 0
+        for name, value, top in zip(
+            choice.logprobs.tokens, choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True
+        ):
+            assert len(top) == 2
+            assert top[name] == pytest.approx(value, abs=1e-5) == max(top.values())  # the most probable was taken
+        assert choice.tokens["mutual_information"] == pytest.approx(tokens["mutual_information"][:-1], abs=1e-4)
+        assert choice.uncertainty["sequence_log_probability"] == pytest.approx(
+            line["sequence_log_probability"], abs=1e-3
+        )
+        assert 0 < choice.p_correct < 1
+        assert choice.abstain is False
+        assert choice.answer_set == [choice.text]
+        assert choice.promises["answering"].startswith("at most 0.7 of the answered are wrong")
+    lengths = sum(len(line["tokens"]["ids"]) for line in expected.values())
+    assert found.usage.completion_tokens == lengths
+    assert found.usage.total_tokens == found.usage.prompt_tokens + lengths
+
+
+def test_a_stream_is_the_same_answer_in_parts(client):
+    whole = client.completions.create(model="answers", prompt=PROMPT, logprobs=0).choices[0]
+    events = [
+        *client.completions.create(
+            model="answers", prompt=PROMPT, logprobs=0, stream=True, stream_options={"include_usage": True}
+        )
+    ]
+    *parts, usage = events
+    assert usage.choices == []
+    assert usage.usage.completion_tokens == len(whole.logprobs.tokens) + 1
+    assert len(parts) == len(whole.logprobs.tokens) + 1
+    assert "".join(part.choices[0].text for part in parts) == whole.text
+    assert [part.choices[0].finish_reason for part in parts] == [None] * (len(parts) - 1) + ["stop"]
+    log_probs = [value for part in parts for value in part.choices[0].logprobs.token_logprobs]
+    assert log_probs == pytest.approx(whole.logprobs.token_logprobs, abs=1e-4)
+    assert parts[-1].choices[0].p_correct == pytest.approx(whole.p_correct, abs=1e-4)
+
+
+def test_a_chat(client, hosted):
+    messages = [
+        {"role": "developer", "content": "Be short."},
+        {"role": "user", "content": [{"type": "text", "text": "Which gas"}, {"type": "text", "text": "?"}]},
+    ]
+    options = dict(model="answers", messages=messages, max_completion_tokens=8)
+    found = client.chat.completions.create(**options, logprobs=True, top_logprobs=3)
+    record = {"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Which gas?"}]}
+    line = next(hosted["answers"].run.describe_texts([record], 3, max_new_tokens=8, do_sample=False))
+    choice = found.choices[0]
+    assert (choice.message.role, choice.message.content) == ("assistant", line["answer"])
+    entries = choice.logprobs.content
+    assert "".join(entry.token for entry in entries) == line["answer"]
+    assert [entry.logprob for entry in entries] == pytest.approx(
+        line["tokens"]["log_probabilities"][: len(entries)], abs=1e-4
+    )
+    assert all(bytes(entry.bytes).decode() == entry.token and len(entry.top_logprobs) == 3 for entry in entries)
+    assert not hasattr(choice, "p_correct")  # the map is for answers of up to 16 tokens
+    with client.chat.completions.stream(**options) as stream:
+        assert stream.get_final_completion().choices[0].message.content == line["answer"]
+
+
+def test_sampling_and_limits(client, hosted):
+    options = dict(model="answers", prompt="Which sand?", temperature=2.0, top_p=0.9, max_tokens=5)
+    one, again, other = (client.completions.create(**options, seed=seed).choices[0] for seed in (1, 1, 2))
+    run = hosted["answers"].run
+    how = dict(do_sample=True, temperature=2.0, top_p=0.9, top_k=0, max_new_tokens=5)
+    assert one.text == again.text == run.generate([{"prompt": "Which sand?"}], 3, 1, **how).texts[0]
+    assert other.text == run.generate([{"prompt": "Which sand?"}], 3, 2, **how).texts[0] != one.text
+    whole = client.completions.create(model="answers", prompt=PROMPT)
+    for stream in (False, True):
+        found = client.completions.create(model="answers", prompt=PROMPT, stop=["xide", "zz"], stream=stream)
+        parts = [part.choices[0] for part in found] if stream else found.choices
+        assert "".join(part.text for part in parts) == whole.choices[0].text.partition("xide")[0] != ""
+        assert parts[-1].finish_reason == "stop"
+        assert not hasattr(parts[-1], "p_correct")  # of a text that was cut nothing is known
+    short = client.completions.create(model="answers", prompt=PROMPT, max_tokens=2, extra_body={"samples": 0})
+    assert short.choices[0].finish_reason == "length"
+    assert short.usage.completion_tokens == 2
+
+
+def test_models(client, server):
+    assert [model.id for model in client.models.list()] == ["answers"]
+    assert client.models.retrieve("answers").owned_by == "bloblora"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("desk")
+    answers = server.get("/v1/models").json()["models"][0]
+    assert (answers["kind"], answers["labels"]) == ("prompt", None)
+    assert answers["promises"].keys() == {"answering", "answer_sets"}
+    assert answers["examples"][0] == {"prompt": "Which gas do plants take in?"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "param", "code", "message"),
+    [
+        (
+            {"prompt": "where is it " * 100},
+            BAD,
+            "prompt",
+            "context_length_exceeded",
+            "at most 200 tokens",
+        ),
+        ({"prompt": "x" * 9999}, BAD, "prompt", LONG, "at most 3200 characters"),
+        ({"prompt": ""}, BAD, "prompt", None, "at least 1 character"),
+        ({"prompt": [" "]}, BAD, "prompt[0]", None, "must be a text that isn't empty"),
+        ({"model": "nobody"}, "NotFoundError", "model", "model_not_found", "must be one of answers"),
+        ({"model": "desk"}, "NotFoundError", "model", "model_not_found", "writes no text"),
+        ({"max_tokens": 61}, BAD, "max_tokens", None, "must be at most 60"),
+        ({"max_tokens": 0}, BAD, "max_tokens", None, "greater than or equal to 1"),
+        ({"temperature": -1}, BAD, "temperature", None, "greater than or equal to 0"),
+        ({"n": 2}, BAD, "n", None, "less than or equal to 1"),
+        ({"logit_bias": {"5": 1}}, BAD, "logit_bias", None, "Extra inputs are not permitted"),
+        ({"extra_body": {"samples": 21}}, BAD, "samples", None, "must be at most 20"),
+        ({"messages": []}, BAD, "messages", None, "at least 1 item"),
+        (
+            {"messages": [{"role": "assistant", "content": "no"}]},
+            BAD,
+            "messages[0].role",
+            None,
+            "answers",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2},
+            BAD,
+            "top_logprobs",
+            None,
+            "needs logprobs",
+        ),
+    ],
+)
+def test_what_is_refused(client, fields, error, param, code, message):
+    create = client.chat.completions.create if "messages" in fields else client.completions.create
+    usual = {"model": "answers"} | ({} if "messages" in fields else {"prompt": PROMPT})
+    with pytest.raises(getattr(openai, error), match=message) as raised:
+        create(**{**usual, **fields})
+    body = raised.value.body
+    assert (body["type"], body["param"], body["code"]) == ("invalid_request_error", param, code)
+
+
+def test_other_refusals_have_the_same_form(hosted, server):
+    assert server.post("/v1/completions", content=b"{").json()["error"]["param"] == "body"
+    large = server.post("/v1/chat/completions", content=b" " * (TEXT_SETTINGS.max_body_bytes + 1))
+    assert (large.status_code, large.json()["error"]["type"]) == (413, "invalid_request_error")
+    with serving(hosted, TEXT_SETTINGS, keys=("right",)) as locked:
+        with pytest.raises(openai.AuthenticationError) as raised:
+            client_of(locked, "wrong").completions.create(model="answers", prompt=PROMPT)
+        assert raised.value.body["code"] == "invalid_api_key"
+        assert client_of(locked, "right").completions.create(model="answers", prompt=PROMPT).choices[0].text
+    response = server.post("/v1/predict", json={"inputs": "where is it", "model": "answers"})
+    assert "writes text; ask it at /v1/completions" in response.json()["problems"][0]["message"]
+
+
+def test_a_character_of_several_tokens_comes_whole(hosted):
+    tokenizer = hosted["answers"].run.tokenizer
+    ids = tokenizer("a€b")["input_ids"]
+    assert len(ids) == 5
+    text, pieces = _Text(tokenizer, ["zz"]), []
+    for token in ids:
+        text.add(Token(token, 0.0, 0.0, []))
+        pieces.append(text.take(ended=False))
+    assert [new for new, _ in pieces] == ["a", "", "", "€", "b"]
+    assert [len(tokens) for _, tokens in pieces] == [1, 0, 0, 3, 1]
+
+
+def test_without_a_chat_template_a_chat_is_refused(client, hosted, monkeypatch):
+    monkeypatch.setattr(hosted["answers"].run.tokenizer, "chat_template", None)
+    with pytest.raises(openai.BadRequestError, match="has no chat template"):
+        client.chat.completions.create(model="answers", messages=[{"role": "user", "content": "hello"}])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_ends_the_generation(stream, hosted, server, monkeypatch):
+    """Of 60 tokens no more than a few are written; the next client has the thread."""
+    run, steps, left = hosted["answers"].run, [], threading.Event()
+    generate = run.generate_encoded
+
+    def slow(examples, *args, on_token, **options):
+        def told(rows, step):
+            steps.append(1)
+            on_token(rows, step)
+            left.wait(5 if len(steps) == 8 else 0)
+            time.sleep(0.05)
+
+        return generate(examples, *args, on_token=told, **options)
+
+    body = {"model": "answers", "prompt": "?", "max_tokens": 60, "temperature": 2, "stream": stream}
+    whole = server.post("/v1/completions", json={**body, "stream": False}).json()
+    assert whole["usage"]["completion_tokens"] > 30
+    monkeypatch.setattr(run, "generate_encoded", slow)
+    if stream:
+        with server.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            server.post("/v1/completions", json=body, timeout=1)
+    left.set()
+    for _ in range(100):
+        before = len(steps)
+        time.sleep(0.3)
+        if len(steps) == before:
+            break
+    assert 1 <= len(steps) < 30
+
+
+def test_rules_that_do_not_fit_are_found_before_the_model_is_loaded(writer_folder, tmp_path):
+    place = Path(shutil.copytree(writer_folder, tmp_path / "answers"))
+    with pytest.raises(runs.RunError, match="writes text, which can't be approximated"):
+        open_hosted([str(place)], replace(TEXT_SETTINGS, approximate="mirrored"))
+    stored = json.loads((place / "correctness.json").read_text())
+    (place / "correctness.json").write_text(json.dumps(stored | {"maps": []}))
+    with pytest.raises(runs.RunError, match=r"decision\.json is for another map to p_correct"):
+        open_hosted([str(place)], TEXT_SETTINGS)
