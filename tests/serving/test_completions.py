@@ -16,6 +16,7 @@ from bloblora.serving.completions import _Text
 from bloblora.serving.writing import Token
 from tests.generation.conftest import RECORDS
 from tests.serving.conftest import TEXT_SETTINGS, serving
+from tests.tiny_base import write_signed
 
 openai = pytest.importorskip("openai")
 
@@ -275,6 +276,6 @@ def test_rules_that_do_not_fit_are_found_before_the_model_is_loaded(writer_folde
     with pytest.raises(runs.RunError, match="writes text, which can't be approximated"):
         open_hosted([str(place)], replace(TEXT_SETTINGS, approximate="mirrored"))
     stored = json.loads((place / "correctness.json").read_text())
-    (place / "correctness.json").write_text(json.dumps(stored | {"maps": []}))
+    write_signed(place / "correctness.json", stored | {"maps": []})
     with pytest.raises(runs.RunError, match=r"decision\.json is for another map to p_correct"):
         open_hosted([str(place)], TEXT_SETTINGS)

@@ -16,13 +16,13 @@ class BlobConfig:
     """
 
     prior_std: float | Literal["auto"] = field(
-        default=0.2,
+        default=0.4,
         metadata={
             "help": "Standard deviation σp of the prior, whatever its family (`learned_normal` has its own). Larger "
             "allows more uncertainty and pulls the mean less; smaller keeps the posterior closer to a point, and the "
             "adapter to the base model. `auto`: for each layer the root mean square of A at the start, with PEFT's "
             "default start 1/√(3n) for n inputs, so that wider models have narrower priors; for B 1/√(3r).",
-            "search": (0.03, 0.6),
+            "search": (0.05, 1.0),
         },
     )
     prior_mean: Literal["auto", "zero", "start"] = field(

@@ -36,7 +36,7 @@ class Prior(ABC):
         ValueError: a field is out of its range.
     """
 
-    prior_std: float = 0.2
+    prior_std: float = 0.4
     num_pairs: int = 1
 
     def __post_init__(self) -> None:
@@ -233,7 +233,7 @@ class ScaleMixturePrior(Prior):
 
     Attributes:
         slab_weight: π in (0, 1); default the least of theirs.
-        spike_ratio: σ2/σp in (0, 1). By default σ2 = 0.05 at σp = 0.2: a step of 1e-3 is 0.4 σ2².
+        spike_ratio: σ2/σp in (0, 1). By default σ2 = 0.1 at σp = 0.4: a step of 1e-3 is 0.1 σ2².
     """
 
     slab_weight: float = 0.25
