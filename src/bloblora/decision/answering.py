@@ -107,7 +107,8 @@ def fit_answering_by(
     Args:
         confidence: (n,), 0 or more, higher for answers that are right more often; one of 0 is never answered.
         right: (n,) bool.
-        risk, level: as for `fit_answering`, which says what it raises.
+        risk: as for `fit_answering`, which says what it raises.
+        level: likewise.
         score: name of the confidence.
     """
     check_answering(len(right), risk, level)

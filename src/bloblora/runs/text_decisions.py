@@ -44,7 +44,9 @@ def promise_texts(
         how: as there.
         matcher: as there.
         by: the confidence that an answer needs: ``p_correct``, or the name of a score.
-        risk, level, coverage: see `bloblora.decision.fit_text_decision`.
+        risk: see `bloblora.decision.fit_text_decision`.
+        level: likewise.
+        coverage: likewise.
         batch_size: texts a forward.
         progress: show a bar.
         trust_remote_code: as of `load_run`.
