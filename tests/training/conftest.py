@@ -34,7 +34,9 @@ def classifier(bayesian: bool = True, seed: int = 7, **config):
     model = with_lora(base, modules_to_save=["score"])
     torch.manual_seed(seed)
     if bayesian:
-        bayesianize(model, BlobConfig(**{"init_std": 0.0025, "std_parameterization": "square", **config}))
+        bayesianize(
+            model, BlobConfig(**{"prior_std": 0.2, "init_std": 0.0025, "std_parameterization": "square", **config})
+        )
     return model
 
 

@@ -17,7 +17,7 @@ def language_model(bayesian: bool, **config):
     torch.manual_seed(2)
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     if bayesian:
-        bayesianize(model, BlobConfig(init_std=0.25, **config))
+        bayesianize(model, BlobConfig(prior_std=0.2, init_std=0.25, **config))
     return model
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
@@ -42,10 +43,18 @@ def resolved(config: RunConfig, records: Sequence[dict[str, Any]], separate: int
     options: dict[str, Any] = {"validation": validation, "temperature_scaling": temperature}
     if config.value("max_steps") == "auto":
         options["max_steps"] = _num_steps(config, task, len(records) - held_out)
-    if config.dtype == "auto":
-        half = not config.build_method().whole_model and computes_bfloat16() and models.is_half(config.model)
-        options["dtype"] = "bfloat16" if half else "float32"
-    return config.with_options(**options)
+    return with_dtype(config.with_options(**options))
+
+
+def with_dtype(config: RunConfig) -> RunConfig:
+    """The configuration with a dtype in place of ``auto``."""
+    if config.dtype != "auto":
+        return config
+    half = False
+    if not config.build_method().whole_model and computes_bfloat16():
+        with suppress(models.ModelError):  # who loads it says so, after the records have been checked
+            half = models.is_half(config.model)
+    return config.with_options(dtype="bfloat16" if half else "float32")
 
 
 def left_open(config: RunConfig) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from ..adapter.storage import MEAN_CONFIG, MEAN_FILE
 from ..data import IN_MEMORY
 from ..files import check_finite_tensors, read_json, read_tensors
 from ..methods.method import posterior_draws
+from .automatic import with_dtype
 from .config import RunConfig, RunError
 from .folder import alone, check_writable, described
 from .run import Run, base_model, load_run
@@ -72,7 +73,7 @@ def import_adapter(
     if (model := model or content.get("base_model_name_or_path")) is None:
         raise RunError(f"{folder / MEAN_CONFIG}: it names no base model; give one")
     middle = torch.cat([tensor.flatten() for tensor in rho.values()]).float().median()
-    config = RunConfig.of(
+    given = RunConfig.of(
         preset="paper",
         data=IN_MEMORY,
         output=str(output),
@@ -83,6 +84,7 @@ def import_adapter(
         task={"name": task, "max_length": max_length},
         lora={name: content[name] for name in _LORA if content.get(name) is not None},
     )
+    config = with_dtype(given)
     check_writable(output / "run.json")
     with alone(output):
         tokenizer = models.load_tokenizer(config.model, trust_remote_code=trust_remote_code)

@@ -119,8 +119,8 @@ def _degenerate(init_std: float, summary: dict[str, float]) -> str | None:
         )
     if summary["kl"] < 1:
         return (
-            f"the posterior is the prior: its KL is {summary['kl']:.2f} nats, so it has learned nothing. Lower "
-            "kl_scale or prior_std, raise the number of steps, or train on more data."
+            f"the posterior is the prior: its KL is {max(summary['kl'], 0):.2f} nats, so it has learned nothing. Lower "
+            "kl_scale, raise prior_std or the number of steps, or train on more data."
         )
     # 1/√n: three standard errors of a fresh median. A median at the prior is no start, but of another run's posterior.
     if summary["share_at_prior"] < 0.5 and abs(median / start - 1) < 0.02 + 1 / math.sqrt(summary["num_parameters"]):
