@@ -35,6 +35,7 @@ from ..runs.predictions import check_made_by, read_predictions
 from ..runs.processes import use_device
 from ..runs.scoring import score_file
 from ..runs.text_decisions import open_text_decision, promise_texts
+from ..runs.texts import generation_options
 from ..training import PosteriorHistograms
 from .following import after_calibration, after_training
 
@@ -451,8 +452,7 @@ class WritingOptions:
 
     def of_transformers(self) -> dict[str, Any]:
         """As transformers' ``generate`` takes them."""
-        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature else {}
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0, **sampling}
+        return generation_options(self.max_new_tokens, self.temperature, self.top_p)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,12 @@ def decided_texts(decision: Decision, found: TokenScores, correctness: Correctne
     return result
 
 
+def generation_options(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
+    """As transformers' ``generate`` takes them; a temperature of 0 takes the most probable token."""
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    return {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, **sampling}
+
+
 def response_of(record: Mapping[str, Any]) -> str:
     """The text of a record's response without white space around it; "" where it has none."""
     last = (record.get("messages") or [{}])[-1]

@@ -17,7 +17,7 @@ from ..generation.decoding import Step
 from ..prediction.prediction import mutual_information
 from ..runs import Run
 from ..runs.text_decisions import TextRules
-from ..runs.texts import decided_texts
+from ..runs.texts import decided_texts, generation_options
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,6 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
     """
     examples = [answer.example for answer in answers]
     width = max(len(example["prompt"]) for example in examples)
-    sampling = {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0} if how.temperature else {}
     found = run.generate_encoded(
         examples,
         how.num_samples,
@@ -90,9 +89,7 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
         draws=rules is not None and rules.of_draws,
         on_token=partial(_tell, answers, how.top),
         stopping_criteria=StoppingCriteriaList([_Ended(answers, run.tokenizer, width, how.stop)]),
-        max_new_tokens=how.max_new_tokens,
-        do_sample=how.temperature > 0,
-        **sampling,
+        **generation_options(how.max_new_tokens, how.temperature, how.top_p),
     )
     scores = found.scores()
     decided: dict[str, list[Any]] = {}
