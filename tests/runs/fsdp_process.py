@@ -93,13 +93,23 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+def settings_of(folder: Path, output: str):
+    """As `settings`, of a run's configuration."""
+    config = dict(data=f"{folder}/texts.jsonl", model=f"{folder}/base", output=f"{folder}/{output}")
+    return config | dict(steps=6, batch_size=BATCH // processes().num_processes, r=2, learning_rate=0.01)
+
+
 def run(folder: Path, output: str, *callbacks):
     """A run as `bloblora train` makes it."""
-    config = dict(data=f"{folder}/texts.jsonl", model=f"{folder}/base", output=f"{folder}/{output}")
-    config |= dict(
-        steps=6, batch_size=BATCH // processes().num_processes, r=2, learning_rate=0.01, save_steps=3
-    )  # settings()
-    return runs.train(runs.RunConfig.of(**config), progress=False, callbacks=callbacks)
+    config = runs.RunConfig.of(**settings_of(folder, output), save_steps=3)
+    return runs.train(config, progress=False, callbacks=callbacks)
+
+
+def validated(folder: Path, output: str):
+    """A run that validation stops: its best checkpoint, τ and T."""
+    config = settings_of(folder, output) | dict(validation=f"{folder}/validation.jsonl", eval_steps=2)
+    config["temperature_scaling"] = True
+    return runs.train(runs.RunConfig.of(**config), progress=False, callbacks=[Quiet()])
 
 
 def parts(model):
@@ -122,6 +132,7 @@ def everything(folder: Path):
         results[kind] = {name: all_of(weights) for name, weights in resumed(folder / kind, "random").items()}
     results["errors"] = errors(folder / "errors")
     run(folder, "quiet-two", Quiet())
+    validated(folder, "validated-two")
     try:
         run(folder, "stopped", Stop())
     except KeyboardInterrupt:

@@ -16,7 +16,7 @@ from bloblora.runs.checks import check_sharded
 from tests.tiny_base import queries, save_base, write_jsonl
 from tests.training.conftest import TASK, _base, _base_state, assert_close, assert_equal, examples
 
-from .fsdp_process import LOGGED, SAVED, TRAININGS, predict_of, quiet, run
+from .fsdp_process import LOGGED, SAVED, TRAININGS, predict_of, quiet, run, validated
 from .launched import Quiet, launch
 
 WEIGHTS = ("adapter_model.safetensors", "posterior.safetensors")
@@ -28,6 +28,7 @@ def folder(tmp_path_factory, one_thread):
     folder = tmp_path_factory.mktemp("fsdp")
     save_base(folder / "base")
     write_jsonl(folder / "texts.jsonl", queries() * 4)
+    write_jsonl(folder / "validation.jsonl", [{**r, "text": r["text"] + " again"} for r in queries()[::-1] * 2])
     launch(CONFIG, "tests.runs.fsdp_process", str(folder))
     return folder
 
@@ -87,6 +88,7 @@ def test_all_processes_say_what_is_wrong(ranks):
     ("named", "options"),
     [
         ("method 'laplace-lora'", {"method": "laplace-lora"}),
+        ("temperature_folds 3", {"temperature_folds": 3}),
         ("trunk_cache 'cache'", {"trunk_cache": "cache", "top_blocks": 1}),
     ],
 )
@@ -121,6 +123,22 @@ def test_a_run_is_that_of_one_process(folder):
     assert {file.name for file in two.iterdir()} == {file.name for file in one.iterdir()}
     for name in WEIGHTS:
         assert_close(load_file(two / name), load_file(one / name), rtol=1e-4, atol=1e-5)
+
+
+def test_validation_and_the_scales_are_those_of_one_process(folder):
+    validated(folder, "validated-one")
+    one, two = (
+        json.loads((folder / f"validated-{suffix}" / "run.json").read_text())["training"] for suffix in ("one", "two")
+    )
+    (one_curve,), (two_curve,) = (training["validation"]["trainings"] for training in (one, two))
+    assert two_curve["best_step"] == one_curve["best_step"]
+    for a, b in zip(one_curve["curve"], two_curve["curve"], strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    assert two["rescaling"] == pytest.approx(one["rescaling"], rel=1e-3)
+    assert two["held_out"]["by_num_samples"]["10"] == pytest.approx(one["held_out"]["by_num_samples"]["10"], rel=1e-3)
+    for name in WEIGHTS:
+        found, expected = (load_file(folder / f"validated-{suffix}" / name) for suffix in ("two", "one"))
+        assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_stopped_run_goes_on(folder, ranks):

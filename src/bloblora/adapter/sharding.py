@@ -64,6 +64,7 @@ def gather_(model: nn.Module) -> None:
 
     For after the training: the next forward brings the shards back.
     """
+    reshard(model)
     for name, parameter in [*model.named_parameters()]:
         if parameter.requires_grad and isinstance(parameter, DTensor):
             module, _, attribute = name.rpartition(".")

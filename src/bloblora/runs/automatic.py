@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from accelerate.utils import parse_flag_from_env
-
 from .. import models, tasks
 from .checks import FEWEST_FOR_TEMPERATURE, task_name
 from .config import SAVING, UNFIT, RunConfig
@@ -78,7 +76,7 @@ def _share(config: RunConfig, counts: Sequence[int]) -> float:
     """
     idle = config.start_from is not None and config.build_method().post_hoc
     idle |= config.training.get("eval_strategy") == "no" or not config.training.keys().isdisjoint((*SAVING, *UNFIT))
-    if idle or config.method.get("holdout") or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if idle or config.method.get("holdout"):
         return 0.0
     share = min(_SHARE, _MOST / sum(counts))
     return share if num_held_out(counts, share) >= _FEWEST else 0.0

@@ -202,7 +202,6 @@ def _fit(
     finally:
         bar.close()  # before what is said of an interrupt or an error
     model.eval()
-    gather_(model)
     seconds = clock.seconds()
     result: dict[str, Any] = {
         "seconds": seconds,
@@ -233,6 +232,7 @@ def _fit(
         result["warnings"] = problems
     for problem in problems[said:] if processes().is_main_process else ():
         warnings.warn(problem, stacklevel=2)
+    gather_(model)
     return run
 
 
@@ -334,10 +334,13 @@ def _check_sharded(config: RunConfig) -> None:
     if config.quantize != "none":
         raise RunError(f"quantize {config.quantize!r} isn't offered under FSDP; leave it out, or use DDP")
     check_sharded(config.build_method())
+    if config.temperature_folds is not None:
+        raise RunError(
+            f"temperature_folds {config.temperature_folds} isn't offered under FSDP, which splits one model; give "
+            "temperature_scaling with validation records, or use DDP"
+        )
     if config.trunk_cache is not None:
         raise RunError(f"trunk_cache {quoted(config.trunk_cache)} isn't offered under FSDP; leave it out, or use DDP")
-    if config.validation not in ("auto", 0):
-        raise RunError(f"validation {config.source('validation')!r} isn't offered under FSDP; leave it out, or use DDP")
 
 
 def _above_trunk(model: Any, training: methods.Training, folder: Path, progress: bool) -> methods.Training:
