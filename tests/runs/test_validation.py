@@ -178,7 +178,12 @@ def test_a_share_is_held_out_per_label(config):
 
 @pytest.mark.parametrize(
     ("options", "steps"),
-    [({"eval_steps": 0.5}, [3, 6]), ({"eval_steps": 4}, [4, 6]), ({"eval_strategy": "epoch", "epochs": 3}, [2, 4, 6])],
+    [
+        ({"eval_steps": 0.5}, [3, 6]),
+        ({"eval_steps": 4}, [4, 6]),
+        ({"eval_steps": 1000}, [6]),
+        ({"eval_strategy": "epoch", "epochs": 3}, [2, 4, 6]),
+    ],
     ids=str,
 )
 def test_how_often(options, steps, config):

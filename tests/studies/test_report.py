@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bloblora.studies.job import Result
-from bloblora.studies.report import Row, conclusion
+from bloblora.studies.report import Row, _chosen, conclusion
 
 NOISE = torch.linspace(-1, 1, 200)[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
 
@@ -53,3 +53,24 @@ def test_it_claims_no_more_than_the_intervals_do(rows, said):
 
 def test_it_says_of_how_many_seeds():
     assert conclusion("desk", [row("lora", 1 + NOISE, 3), row("better", NOISE, 3)], "lora").endswith("(3 seeds).")
+
+
+def validated(label, nlls, steps, **options):
+    """Of so many evaluated steps; a test NLL a seed."""
+    training = {"validation": {"trainings": [{"curve": [{"step": step} for step in steps]}]}}
+    config = {"method": {"name": label.partition(",")[0]}, "training": {"eval_steps": steps[0], **options}}
+    metrics = [{"test": {"0": {"nll": nll, "num_draws": 1}}} for nll in nlls]
+    return Row(label, label, 0, [Result("job", "desk", label, config, {}, training, {}, metrics=m) for m in metrics])
+
+
+def test_it_counts_how_often_the_steps_were_chosen_wrong():
+    chosen, fixed = validated("lora", [1.0, 0.9, 1.3], [10, 20]), validated("lora, all steps", [1.2, 1.2, 1.2], [20])
+    other = validated("lora, faster", [1.0, 1.0, 1.0], [20], learning_rate=0.1)  # another training: no pair
+    (table,) = _chosen([chosen, fixed, other])
+    rows = [
+        [cell.strip(" *|") for cell in line.split(" | ")] for line in table.splitlines() if line.startswith("| lora")
+    ]
+    assert [[name, *(cell.split(" ± ")[0] for cell in cells)] for name, *cells in rows] == [
+        ["lora", "1.200", "1.067", "-0.133", "0.333"]
+    ]
+    assert not [*_chosen([chosen, other])]

@@ -182,6 +182,7 @@ def _sections(dataset: str, results: Sequence[Result], baseline: str) -> Iterato
     yield from _differences(rows, baseline, "test")
     yield from _learning(dataset, most_draws)
     yield from _validation(dataset, most_draws)
+    yield from _chosen(list(most_draws.values()))
     yield from _pictures(dataset, rows, most_draws)
     for key in labelled:
         shifted = {row.label: row.values(key) for row in rows}
@@ -274,6 +275,29 @@ def _validation(dataset: str, most_draws: Mapping[str, Row]) -> Iterator[str | P
         yield _table("The checkpoint with the lowest validation NLL, which was kept.", rows, columns)
         figure = evaluation.lines_figure(curves, "step", "validation NLL")
         yield Picture.of(dataset, "validation NLL against step", figure, "validation", True)
+
+
+def _chosen(rows: Sequence[Row]) -> Iterator[str]:
+    """What it brought to choose the steps, beside the same training that was evaluated at its last step alone."""
+    pairs: dict[str, dict[bool, Row]] = {}
+    for row in rows:
+        found = [one for result in row.results for one in result.training.get("validation", {}).get("trainings", ())]
+        if found:
+            options = {**_flat(row.results[0].config), **row.results[0].options, "eval_steps": None, "seed": None}
+            at_end = all(len(one["curve"]) == 1 for one in found)
+            pairs.setdefault(json.dumps(options, sort_keys=True), {})[at_end] = row
+    table: dict[str, dict[str, list[float]]] = {}
+    for pair in pairs.values():
+        if len(pair) == 2 and len(pair[True].results) == len(pair[False].results):
+            chosen, fixed = (pair[which].values("test")["nll"] for which in (False, True))
+            differences = [a - b for a, b in zip(chosen, fixed, strict=True)]
+            wrong = [float(difference > 0) for difference in differences]
+            table[pair[False].label] = {"last step": fixed, "chosen step": chosen, "Δ": differences, "wrong": wrong}
+    if table:
+        text = (
+            "Test NLL at the last step and at the step that validation chose; wrong: share of seeds with a higher one."
+        )
+        yield _table(text, table, ["last step", "chosen step", "Δ", "wrong"])
 
 
 def _pictures(dataset: str, rows: Sequence[Row], most_draws: Mapping[str, Row]) -> Iterator[Picture]:
