@@ -413,3 +413,21 @@ def test_stds_are_set_by_name_or_all_alike(parameterization):
         torch.testing.assert_close(std, rows[name].expand_as(std))
     posterior.set_stds(0.05)
     assert all(torch.allclose(std, torch.tensor(0.05)) for std in posterior.named_stds().values())
+
+
+def test_the_priors_width_is_a_matter_of_units():
+    """σp, M and Ω times c, and B over c: the same functions and the same KL, for B has no prior."""
+    ids, found = torch.randint(0, 97, (2, 7), generator=torch.Generator().manual_seed(0)), []
+    for factor in (1.0, 3.0):
+        model = with_lora(tiny_llama())
+        posterior = bayesianize(model, BlobConfig(prior_std=0.2 * factor, init_std=0.1 * factor))
+        with torch.no_grad():
+            for layer in posterior.named_layers().values():
+                layer.lora_A["default"].weight.mul_(factor)
+                layer.lora_B["default"].weight.div_(factor)
+            posterior.set_stds(0.15 * factor)
+            with posterior.draw(5):
+                found.append((model.eval()(ids).logits, posterior.kl()))
+    (logits, kl), (expected, expected_kl) = found
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kl, expected_kl, rtol=1e-4, atol=0)

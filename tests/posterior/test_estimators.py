@@ -82,6 +82,52 @@ def test_gradient_of_an_elbo_against_finite_differences(estimator):
     assert torch.autograd.gradcheck(elbo, inputs, eps=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("estimator", PER_EXAMPLE)
+@pytest.mark.parametrize("parts", [None, 4, [3, 1, 2, 2]])
+def test_fisher_is_the_mean_of_the_squares_of_each_examples_gradient(estimator, parts):
+    """∂/∂Ω = Ω∘Σ_k (b·∂loss/∂A_k)²/b, of a loss that is the mean of b NLLs; M's gradient doesn't change."""
+    mean, std, x = layer(dtype=torch.float64)
+    flat = x if parts is None else x.flatten(0, 1)
+    lengths = parts if isinstance(parts, list) else [2] * 4
+    weight = torch.randn(8, 3, dtype=torch.float64)
+
+    def gradients(terms):
+        leaves = [tensor.clone().requires_grad_() for tensor in (mean, std)]
+        torch.manual_seed(0)
+        h = project(flat, *leaves, estimator, parts, terms).reshape(8, 3)
+        losses = [piece.square().sum() for piece in (h * weight).split(lengths)]
+        return h.detach(), torch.autograd.grad(sum(losses) / 4, leaves)
+
+    h, (of_mean, of_std) = gradients(4)
+    same, (expected_of_mean, reparameterized) = gradients(None)
+    torch.testing.assert_close(h, same)
+    torch.testing.assert_close(of_mean, expected_of_mean)
+    pieces = zip((2 * h * weight**2).split(lengths), x.flatten(0, 1).split(lengths), strict=True)
+    rows = [of_tokens.T @ tokens for of_tokens, tokens in pieces]
+    torch.testing.assert_close(of_std, std * torch.stack(rows).square().mean(0))
+    assert not torch.allclose(of_std, reparameterized)
+
+
+def test_fisher_has_the_expectation_of_the_other_estimate_and_less_noise():
+    """Logistic regression: with labels from the model the Fisher is the Hessian, on which no label has an influence."""
+    mean, std, x = layer(r=1, dtype=torch.float64)
+    count, generator, found = 4000, torch.Generator().manual_seed(1), {}
+    for terms in (None, count):
+        gradients = []
+        for _ in range(40):
+            leaf = std.clone().requires_grad_()
+            logits = project(x[:1, :1].expand(count, 1, -1), mean, leaf, "independent", terms=terms).flatten()
+            uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+            labels = torch.zeros_like(uniform) if terms is None else (uniform < logits.sigmoid()).double()
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+            gradients.append(torch.autograd.grad(loss, leaf)[0])
+        found[terms] = torch.stack(gradients)
+    squares, products = found[count], found[None]
+    error = ((squares.var(0) + products.var(0)) / len(squares)).sqrt()
+    assert ((squares.mean(0) - products.mean(0)).abs() < 4 * error).all()
+    assert (products.var(0) > 10 * squares.var(0)).all()
+
+
 class LargeTensors(TorchDispatchMode):
     """Counts the results with at least ``numel`` elements that don't share the input's memory."""
 

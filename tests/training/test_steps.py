@@ -39,7 +39,11 @@ def by_hand(model, batches, kl_weights, *, style="joint", lr=0.01, kl_lr=0.01, d
         inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
         nll = sum(F.cross_entropy(model(**inputs).logits, labels) for _ in range(draws)) / draws
         optimizer.zero_grad()
-        (nll + weight * closed_form_kl(posterior) if style == "joint" else nll).backward()
+        nll.backward()
+        for parameter in posterior.named_std_parameters().values():  # squares of a gradient that has 1/draws in it
+            parameter.grad *= draws if posterior.config.fisher else 1
+        if style == "joint":
+            (weight * closed_form_kl(posterior)).backward()
         optimizer.step()
         if style == "paper":
             gradients = torch.autograd.grad(weight * closed_form_kl(posterior), gaussians)
@@ -210,6 +214,27 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, *_, **__):
         self.seen.append([torch.cat([p.grad.double().flatten() for p in side]) for side in self.posterior.parameters()])
+
+
+@pytest.mark.parametrize("options", [dict(gradient_accumulation_steps=2), dict(num_weight_draws=2)])
+def test_squares_of_a_divided_loss_are_those_of_the_loss(tmp_path, options):
+    """With an Ω that is no noise: whichever way a batch of eight is computed, Ω's gradient is the same."""
+    found = []
+    for extra in ({}, options):
+        model = classifier(init_std=1e-6)
+        posterior, generator = find_posterior(model), torch.Generator().manual_seed(0)
+        for layer in posterior.named_layers().values():
+            layer.lora_B["default"].weight.data.normal_(generator=generator)
+        gradients = Gradients(posterior)
+        batch = 8 // extra.get("gradient_accumulation_steps", 1)
+        arguments = dict(max_steps=1, per_device_train_batch_size=batch, kl_scale=0.0, **extra)
+        make_trainer(
+            tmp_path, model, 8, callbacks=[gradients], train_sampling_strategy="sequential", **arguments
+        ).train()
+        found.append(gradients.seen[0][1])
+    expected, divided = found
+    assert (expected > 0).all()
+    torch.testing.assert_close(divided, expected, rtol=0.01, atol=expected.max().item() / 1000)
 
 
 @pytest.mark.parametrize("std_learning_rate", [None, 0.02])

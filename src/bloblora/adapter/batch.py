@@ -19,12 +19,14 @@ class Batch:
     Attributes:
         rows: b; None before the first forward.
         tokens: b·T of each input that has tokens.
+        labelled: number of label tokens, of which a language model's loss is the mean; None without such labels.
         lengths: tokens of each text, where rows hold several and there is no attention mask; None elsewhere, and under
             ``torch.compile``, which can't look at them.
     """
 
     def __init__(self) -> None:
         self.rows: int | None = None
+        self.labelled: Tensor | None = None
         self.tokens: tuple[int, ...] = ()
         self.lengths: list[int] | None = None
 
@@ -36,6 +38,9 @@ class Batch:
         shapes = [value.shape[:2] for value in inputs if isinstance(value, Tensor) and value.ndim > 1]
         if shapes:
             self.rows, self.tokens = shapes[0][0], tuple(rows * length for rows, length in shapes)
+        labels = options.get("labels")
+        counts = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
+        self.labelled = (labels != -100).sum() if counts else None  # type: ignore[union-attr]
         positions = options.get("position_ids")
         # With a mask they may be those of a tree of choices, which are one example.
         packed = isinstance(positions, Tensor) and positions.ndim == 2 and options.get("attention_mask") is None
@@ -61,6 +66,12 @@ class Batch:
         if x.ndim != 2 or self.rows is None or rows == self.rows:
             return None
         return self.rows if rows in self.tokens else 1
+
+    def terms(self, x: Tensor) -> int | Tensor:
+        """Of how many NLLs the loss is the mean: label tokens where the model was given them, else examples."""
+        if self.labelled is not None:
+            return self.labelled.to(x.device)
+        return len(x) if self.rows is None else self.rows
 
     def noise(self, x: Tensor, routed: bool, *shape: int) -> Tensor:
         """Standard normals for a layer's input (..., n), one draw for each of its parts: a shape that broadcasts.

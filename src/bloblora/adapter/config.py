@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
-from ..posterior import Prior, build_prior
+from ..posterior import PER_EXAMPLE, Prior, build_prior
 
 
 @dataclass(kw_only=True)
@@ -54,7 +54,14 @@ class BlobConfig:
             "paper's: shared noise, signs per example), `shared` (one draw a batch), `local` (activations, per token)."
         },
     )
-
+    std_gradient: Literal["auto", "fisher", "reparameterization"] = field(
+        default="auto",
+        metadata={
+            "help": "How the gradient of Ω is estimated: `fisher`, from the squares of each example's gradient (VOGN), "
+            "which has little noise and needs a draw an example; or `reparameterization` (the paper's), from the noise "
+            "times the gradient. `auto`: `fisher` for the estimators `independent` and `flipout`."
+        },
+    )
     factors: Literal["A", "B", "AB"] = field(
         default="A",
         metadata={
@@ -88,9 +95,20 @@ class BlobConfig:
                 raise ValueError(f"BlobConfig.{name} must be a finite number above 0, got {value!r}{word}")
         self.build_prior()
         hints = get_type_hints(type(self))
-        for name in ("prior_mean", "std_parameterization", "estimator", "factors"):
+        for name in ("prior_mean", "std_parameterization", "estimator", "std_gradient", "factors"):
             if (value := getattr(self, name)) not in (choices := get_args(hints[name])):
                 raise ValueError(f"BlobConfig.{name} must be one of {', '.join(choices)}, got {value!r}")
+
+        if self.std_gradient == "fisher" and self.estimator not in PER_EXAMPLE:
+            raise ValueError(
+                f"BlobConfig.std_gradient 'fisher' needs a draw for each example, got estimator {self.estimator!r}; "
+                f"use one of {', '.join(PER_EXAMPLE)}, or 'reparameterization'"
+            )
+
+    @property
+    def fisher(self) -> bool:
+        """Whether Ω's gradient is estimated from squares."""
+        return self.estimator in PER_EXAMPLE and self.std_gradient != "reparameterization"
 
     def start_std(self, width: float) -> float:
         """The largest Ω at the start, under a prior of this standard deviation."""

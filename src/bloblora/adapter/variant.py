@@ -175,7 +175,8 @@ class BlobVariant(LoraVariant):
         if self.watch is not None and parameter.requires_grad and not torch.compiler.is_compiling():
             self.watch.trained(parameter)
         std = q.std(parameter[rows], self.config.std_parameterization)
-        return q.project(x, mean, std, self.config.estimator, self.batch.parts(x, self.routed))
+        terms = self.batch.terms(x) if self.config.fisher else None
+        return q.project(x, mean, std, self.config.estimator, self.batch.parts(x, self.routed), terms)
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
         """``result`` + s·B(A x); shapes as ``result``."""

@@ -1,6 +1,6 @@
 """Distributions over LoRA's A: pure torch, no transformer, no PEFT."""
 
-from .estimators import ESTIMATORS, project, separate_noise
+from .estimators import ESTIMATORS, PER_EXAMPLE, project, separate_noise
 from .gaussian import (
     STD_PARAMETERIZATIONS,
     init_std_parameter,
@@ -27,6 +27,7 @@ from .priors import (
 
 __all__ = [
     "ESTIMATORS",
+    "PER_EXAMPLE",
     "PRIORS",
     "STD_PARAMETERIZATIONS",
     "LaplacePrior",

@@ -8,22 +8,43 @@ of the gradient. ``A_k`` is the weight that example k of the batch sees, for eve
 - ``shared``: A_k = M + E∘Ω, one E for the batch: a true draw of the weights;
 - ``local``: h ~ N(M x, Ω² x²) drawn afresh for every *token* (Kingma et al., arXiv 1506.02557), so a sequence does
   not see one function.
+
+The gradient that Ω is trained with has two estimates. ``reparameterization`` is E∘∂NLL/∂A_k: without bias, but noise of
+either sign, which on the thousands of entries of a layer drowns what few records say of each. ``fisher`` uses Price's
+theorem, and the squares of the examples' gradients for the Hessian (the empirical Fisher; VOGN, Khan et al., arXiv
+1806.04854, section 3):
+
+.. math:: \nabla_\Omega\, \mathbb E_q[\mathrm{NLL}] = \Omega \circ \mathbb E_q[\nabla^2_{AA}\,\mathrm{NLL}]
+          \approx \Omega \circ \frac1b \sum_k (\nabla_{A_k} \mathrm{NLL}_k)^2
+
+They are at hand, for each example has its own A_k, and have one sign. tests/training/test_referee.py shows how near the
+optimum of the bound each comes.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ESTIMATORS = ("independent", "flipout", "shared", "local")
+PER_EXAMPLE = ESTIMATORS[:2]
+"""Those that give each example a draw of its own."""
 
 # Slices of tokens: few, for they are launches on a GPU, and where they can be small enough for a processor's cache.
 _MAX_SLICES, _MIN_ROWS = 16, 128
 
 
-def project(x: Tensor, mean: Tensor, std: Tensor, estimator: str, parts: int | Sequence[int] | None = None) -> Tensor:
+def project(
+    x: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    estimator: str,
+    parts: int | Sequence[int] | None = None,
+    terms: int | Tensor | None = None,
+) -> Tensor:
     """Multiply inputs by fresh draws of A, with noise from torch's global generator.
 
     The global generator is the one that gradient checkpointing replays and that checkpoints of a training save.
@@ -36,6 +57,8 @@ def project(x: Tensor, mean: Tensor, std: Tensor, estimator: str, parts: int | S
         estimator: one of ``ESTIMATORS``.
         parts: of an x in which the first dimension is not the example, for ``independent`` and ``flipout``: into how
             many equal parts all its rows are divided, or the lengths of the parts; each has a draw.
+        terms: with ``independent`` and ``flipout``, the number of NLLs of which the loss is the mean: Ω's gradient is
+            the ``fisher`` estimate. None: ``reparameterization``.
 
     Returns:
         h, (b, ..., r).
@@ -51,13 +74,13 @@ def project(x: Tensor, mean: Tensor, std: Tensor, estimator: str, parts: int | S
             noise = torch.randn(*x.shape[:-1], len(mean), dtype=mean.dtype, device=mean.device)
             return _LocalLinear.apply(x, mean, std.square(), noise)
         if isinstance(parts, Sequence):
-            weights = torch.addcmul(mean, _example_noise(len(parts), std, estimator), std)
+            weights = _ExampleWeights.apply(mean, std, _example_noise(len(parts), std, estimator), terms)
             pieces = x.flatten(0, -2).split([*parts])
             h = torch.cat([F.linear(piece, weight) for piece, weight in zip(pieces, weights, strict=True)])
         else:
             b, rows = x.shape[0] if parts is None else parts, x.shape[:-1].numel()
             grouped = x.reshape(b, rows // b if b else 0, x.shape[-1])  # an expert may see no row
-            h = _ExampleLinear.apply(grouped, mean, std, _example_noise(b, std, estimator))
+            h = _ExampleLinear.apply(grouped, mean, std, _example_noise(b, std, estimator), terms)
     return h.reshape(*x.shape[:-1], len(mean))
 
 
@@ -89,17 +112,42 @@ class _ExampleLinear(torch.autograd.Function):
     """x_k (M + E_k∘Ω)ᵀ of each example k: autograd would take three times the operations, and as many more on E∘Ω."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x: Tensor, mean: Tensor, std: Tensor, noise: Tensor, terms: Any) -> Tensor:  # type: ignore[no-untyped-def]
         weights = torch.addcmul(mean, noise, std)
-        ctx.save_for_backward(x, weights, noise)
+        ctx.save_for_backward(x, weights, noise if terms is None else std)
+        ctx.terms = terms
         return torch.bmm(x, weights.mT)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
-        x, weights, noise = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
+        x, weights, kept = ctx.saved_tensors
         grad_x = torch.bmm(grad, weights) if ctx.needs_input_grad[0] else None
         grad_weights = torch.bmm(grad.mT, x)
-        return grad_x, grad_weights.sum(0), (grad_weights * noise).sum(0), None
+        return grad_x, grad_weights.sum(0), _std_gradient(grad_weights, kept, ctx.terms), None, None
+
+
+class _ExampleWeights(torch.autograd.Function):
+    """M + E_k∘Ω of each example k, (b, r, n)."""
+
+    @staticmethod
+    def forward(ctx, mean: Tensor, std: Tensor, noise: Tensor, terms: Any) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(noise if terms is None else std)
+        ctx.terms = terms
+        return torch.addcmul(mean, noise, std)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
+        return grad.sum(0), _std_gradient(grad, ctx.saved_tensors[0], ctx.terms), None, None
+
+
+def _std_gradient(grad_weights: Tensor, kept: Tensor, terms: int | Tensor | None) -> Tensor:
+    """Ω's gradient (r, n), from those of each example's A_k (b, r, n).
+
+    ``kept`` is the noise (b, r, n) where ``terms`` is None, and Ω otherwise.
+    """
+    if terms is None:
+        return (grad_weights * kept).sum(0)
+    return grad_weights.square().sum(0).mul_(kept).mul_(terms)
 
 
 class _LocalLinear(torch.autograd.Function):

@@ -208,9 +208,11 @@ class BlobTrainerMixin(_Host):
             return loss
         self._nll_count += 1
         scaler = self.accelerator.scaler
+        loss_scale = 1.0 if scaler is None else scaler.get_scale()
+        self._correct_squares(loss_scale)
         if not self.is_deepspeed_enabled and (posterior := self._with_kl("joint")):
             parameters, gradients = self._kl_gradients(posterior)
-            scale = self.current_kl_weight() * (1.0 if scaler is None else scaler.get_scale())
+            scale = self.current_kl_weight() * loss_scale
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 old = parameter.grad
                 parameter.grad = gradient * scale if old is None else old.add_(gradient, alpha=scale)
@@ -220,6 +222,16 @@ class BlobTrainerMixin(_Host):
         if scaler is None and (name := last_bad_gradient(self._module, self.optimizer)) is not None:
             raise self._diverged("a gradient", f"in {name}")
         return loss
+
+    def _correct_squares(self, loss_scale: float) -> None:
+        """Make squares of gradients of a loss that was scaled, or divided among forwards, those of the loss itself."""
+        factor = self.current_gradient_accumulation_steps * self.args.num_weight_draws / loss_scale
+        if self.posterior is not None and self.posterior.config.fisher and factor != 1:
+            if self.is_deepspeed_enabled:  # which keeps the gradients to itself
+                raise ValueError("std_gradient must be 'reparameterization' where DeepSpeed scales or divides the loss")
+            for parameter in self.std_parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
 
     def kl_step(self) -> None:
         """The second half of the paper's step: the weighted KL, on the mean and Ω alone.
