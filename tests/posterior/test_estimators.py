@@ -116,7 +116,7 @@ def test_fisher_has_the_expectation_of_the_other_estimate_and_less_noise():
         gradients = []
         for _ in range(40):
             leaf = std.clone().requires_grad_()
-            logits = project(x[:1, :1].expand(count, 1, -1), mean, leaf, "independent", terms=terms).flatten()
+            logits = project(x[:1, :1].expand(count, 1, -1), mean, leaf, "independent", squares=terms).flatten()
             uniform = torch.rand(count, generator=generator, dtype=torch.float64)
             labels = torch.zeros_like(uniform) if terms is None else (uniform < logits.sigmoid()).double()
             loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)

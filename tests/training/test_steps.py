@@ -37,8 +37,15 @@ def by_hand(model, batches, kl_weights, *, style="joint", lr=0.01, kl_lr=0.01, d
         schedule = 1 - i / len(batches)
         optimizer.param_groups[0]["lr"] = lr * schedule
         inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
-        nll = sum(F.cross_entropy(model(**inputs).logits, labels) for _ in range(draws)) / draws
         optimizer.zero_grad()
+        nll = 0
+        for _ in range(draws):
+            logits = model(**inputs).logits
+            nll += F.cross_entropy(logits, labels) / draws
+            if posterior.config.fisher:  # E‖p - e_y‖² of labels from p, over that of the labels
+                p = logits.detach().softmax(-1)
+                expected = (p * (1 - p)).sum(-1)
+                posterior.batch.squares *= expected / (p - F.one_hot(labels, 3)).square().sum(-1)
         nll.backward()
         for parameter in posterior.named_std_parameters().values():  # squares of a gradient that has 1/draws in it
             parameter.grad *= draws if posterior.config.fisher else 1

@@ -19,14 +19,16 @@ class Batch:
     Attributes:
         rows: b; None before the first forward.
         tokens: b·T of each input that has tokens.
-        labelled: number of label tokens, of which a language model's loss is the mean; None without such labels.
+        squares: factor of the square of each example's gradient, (b,): of how many NLLs the loss is the mean, label
+            tokens where the model is given them and examples otherwise. What is written into it before the backward
+            counts there.
         lengths: tokens of each text, where rows hold several and there is no attention mask; None elsewhere, and under
             ``torch.compile``, which can't look at them.
     """
 
     def __init__(self) -> None:
         self.rows: int | None = None
-        self.labelled: Tensor | None = None
+        self.squares = torch.ones(0)
         self.tokens: tuple[int, ...] = ()
         self.lengths: list[int] | None = None
 
@@ -38,9 +40,11 @@ class Batch:
         shapes = [value.shape[:2] for value in inputs if isinstance(value, Tensor) and value.ndim > 1]
         if shapes:
             self.rows, self.tokens = shapes[0][0], tuple(rows * length for rows, length in shapes)
-        labels = options.get("labels")
-        counts = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
-        self.labelled = (labels != -100).sum() if counts else None  # type: ignore[union-attr]
+            labels = options.get("labels")
+            tokens = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
+            terms = (labels != -100).sum() if tokens else self.rows  # type: ignore[union-attr]
+            device = next(value.device for value in inputs if isinstance(value, Tensor) and value.ndim > 1)
+            self.squares = torch.ones(self.rows, device=device) * terms
         positions = options.get("position_ids")
         # With a mask they may be those of a tree of choices, which are one example.
         packed = isinstance(positions, Tensor) and positions.ndim == 2 and options.get("attention_mask") is None
@@ -67,11 +71,12 @@ class Batch:
             return None
         return self.rows if rows in self.tokens else 1
 
-    def terms(self, x: Tensor) -> int | Tensor:
-        """Of how many NLLs the loss is the mean: label tokens where the model was given them, else examples."""
-        if self.labelled is not None:
-            return self.labelled.to(x.device)
-        return len(x) if self.rows is None else self.rows
+    def squares_of(self, x: Tensor, parts: int | list[int] | None) -> Tensor | int:
+        """Of `squares` those of the draws that `parts` says, (b,), or one number for all."""
+        if self.rows is None:
+            return len(x)
+        of_rows = len(x) == self.rows if parts is None else parts == self.rows
+        return (self.squares if of_rows else self.squares[0]).to(x.device)
 
     def noise(self, x: Tensor, routed: bool, *shape: int) -> Tensor:
         """Standard normals for a layer's input (..., n), one draw for each of its parts: a shape that broadcasts.

@@ -50,6 +50,7 @@ class Posterior:
         adapter_name: the Bayesian adapter.
         config: its configuration.
         prior: p, the same for all its entries, unless `named_priors` moves and scales it.
+        batch: the model's last batch in train mode.
         watch: warns when it is trained without its KL; ``watch.silent = True`` where that is meant.
     """
 
@@ -60,6 +61,7 @@ class Posterior:
         first = _variant(next(iter(self._layers.values())), adapter_name)
         self.config = first.config
         self.watch = first.watch = first.watch or KlWatch()
+        self.batch = first.batch
         self.prior = self.config.build_prior()
 
     def named_layers(self) -> dict[str, LoraLayer]:

@@ -175,8 +175,9 @@ class BlobVariant(LoraVariant):
         if self.watch is not None and parameter.requires_grad and not torch.compiler.is_compiling():
             self.watch.trained(parameter)
         std = q.std(parameter[rows], self.config.std_parameterization)
-        terms = self.batch.terms(x) if self.config.fisher else None
-        return q.project(x, mean, std, self.config.estimator, self.batch.parts(x, self.routed), terms)
+        parts = self.batch.parts(x, self.routed)
+        squares = self.batch.squares_of(x, parts) if self.config.fisher else None
+        return q.project(x, mean, std, self.config.estimator, parts, squares)
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
         """``result`` + s·B(A x); shapes as ``result``."""

@@ -43,7 +43,7 @@ def project(
     std: Tensor,
     estimator: str,
     parts: int | Sequence[int] | None = None,
-    terms: int | Tensor | None = None,
+    squares: int | Tensor | None = None,
 ) -> Tensor:
     """Multiply inputs by fresh draws of A, with noise from torch's global generator.
 
@@ -57,8 +57,9 @@ def project(
         estimator: one of ``ESTIMATORS``.
         parts: of an x in which the first dimension is not the example, for ``independent`` and ``flipout``: into how
             many equal parts all its rows are divided, or the lengths of the parts; each has a draw.
-        terms: with ``independent`` and ``flipout``, the number of NLLs of which the loss is the mean: Ω's gradient is
-            the ``fisher`` estimate. None: ``reparameterization``.
+        squares: with ``independent`` and ``flipout``, factor of the squares of the draws' gradients, one number or
+            (b,), of which what is in it at the backward counts: the number of NLLs of which the loss is the mean makes
+            Ω's gradient the ``fisher`` estimate. None: ``reparameterization``.
 
     Returns:
         h, (b, ..., r).
@@ -74,13 +75,13 @@ def project(
             noise = torch.randn(*x.shape[:-1], len(mean), dtype=mean.dtype, device=mean.device)
             return _LocalLinear.apply(x, mean, std.square(), noise)
         if isinstance(parts, Sequence):
-            weights = _ExampleWeights.apply(mean, std, _example_noise(len(parts), std, estimator), terms)
+            weights = _ExampleWeights.apply(mean, std, _example_noise(len(parts), std, estimator), squares)
             pieces = x.flatten(0, -2).split([*parts])
             h = torch.cat([F.linear(piece, weight) for piece, weight in zip(pieces, weights, strict=True)])
         else:
             b, rows = x.shape[0] if parts is None else parts, x.shape[:-1].numel()
             grouped = x.reshape(b, rows // b if b else 0, x.shape[-1])  # an expert may see no row
-            h = _ExampleLinear.apply(grouped, mean, std, _example_noise(b, std, estimator), terms)
+            h = _ExampleLinear.apply(grouped, mean, std, _example_noise(b, std, estimator), squares)
     return h.reshape(*x.shape[:-1], len(mean))
 
 
@@ -112,10 +113,10 @@ class _ExampleLinear(torch.autograd.Function):
     """x_k (M + E_k∘Ω)ᵀ of each example k: autograd would take three times the operations, and as many more on E∘Ω."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, mean: Tensor, std: Tensor, noise: Tensor, terms: Any) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x: Tensor, mean: Tensor, std: Tensor, noise: Tensor, squares: Any) -> Tensor:  # type: ignore[no-untyped-def]
         weights = torch.addcmul(mean, noise, std)
-        ctx.save_for_backward(x, weights, noise if terms is None else std)
-        ctx.terms = terms
+        ctx.save_for_backward(x, weights, noise if squares is None else std)
+        ctx.squares = squares
         return torch.bmm(x, weights.mT)
 
     @staticmethod
@@ -123,31 +124,34 @@ class _ExampleLinear(torch.autograd.Function):
         x, weights, kept = ctx.saved_tensors
         grad_x = torch.bmm(grad, weights) if ctx.needs_input_grad[0] else None
         grad_weights = torch.bmm(grad.mT, x)
-        return grad_x, grad_weights.sum(0), _std_gradient(grad_weights, kept, ctx.terms), None, None
+        return grad_x, grad_weights.sum(0), _std_gradient(grad_weights, kept, ctx.squares), None, None
 
 
 class _ExampleWeights(torch.autograd.Function):
     """M + E_k∘Ω of each example k, (b, r, n)."""
 
     @staticmethod
-    def forward(ctx, mean: Tensor, std: Tensor, noise: Tensor, terms: Any) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(noise if terms is None else std)
-        ctx.terms = terms
+    def forward(ctx, mean: Tensor, std: Tensor, noise: Tensor, squares: Any) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(noise if squares is None else std)
+        ctx.squares = squares
         return torch.addcmul(mean, noise, std)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
-        return grad.sum(0), _std_gradient(grad, ctx.saved_tensors[0], ctx.terms), None, None
+        return grad.sum(0), _std_gradient(grad, ctx.saved_tensors[0], ctx.squares), None, None
 
 
-def _std_gradient(grad_weights: Tensor, kept: Tensor, terms: int | Tensor | None) -> Tensor:
+def _std_gradient(grad_weights: Tensor, kept: Tensor, squares: int | Tensor | None) -> Tensor:
     """Ω's gradient (r, n), from those of each example's A_k (b, r, n).
 
-    ``kept`` is the noise (b, r, n) where ``terms`` is None, and Ω otherwise.
+    ``kept`` is the noise (b, r, n) where ``squares`` is None, and Ω otherwise.
     """
-    if terms is None:
+    if squares is None:
         return (grad_weights * kept).sum(0)
-    return grad_weights.square().sum(0).mul_(kept).mul_(terms)
+    squared = grad_weights.square()
+    if isinstance(squares, Tensor) and squares.ndim:
+        return torch.tensordot(squares.to(squared.dtype), squared, 1).mul_(kept)
+    return squared.sum(0).mul_(kept).mul_(squares)
 
 
 class _LocalLinear(torch.autograd.Function):

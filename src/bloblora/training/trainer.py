@@ -233,6 +233,21 @@ class BlobTrainerMixin(_Host):
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
 
+    def _expect_labels(self, posterior: Posterior, logits: Tensor, labels: Tensor) -> None:
+        r"""Make the squares of an example's gradient those of the labels that the model expects, where it has classes.
+
+        With :math:`\ell = -\log p_y`, :math:`\mathbb E_{y \sim p}\|\nabla_f \ell\|^2 = 1 - \sum_c p_c^2`, and
+        :math:`\|p - e_y\|^2` with the label that is there. Their ratio is 9 for an example that is fitted with p = 0.9,
+        of which little would hold Ω back otherwise, and it keeps a surprising label from counting as information.
+        """
+        kind = getattr(getattr(self.task, "task", self.task), "kind", None)
+        if kind == "generation" or len(logits) != len(posterior.batch.squares):
+            return
+        p = logits.float().softmax(-1)
+        squares = p.square().sum(-1)
+        there = squares - 2 * p.gather(-1, labels[:, None]).squeeze(-1) + 1
+        posterior.batch.squares.data.mul_((1 - squares) / there.clamp_min(1e-12))
+
     def kl_step(self) -> None:
         """The second half of the paper's step: the weighted KL, on the mean and Ω alone.
 
@@ -408,6 +423,8 @@ class BlobTrainerMixin(_Host):
                 f"train_dataset: a batch of {', '.join(inputs)} has no labels; give each example its label"
             )
         outputs = {"logits": self.task.logits(model, inputs)}
+        if self.posterior is not None and self.posterior.config.fisher and model.training:
+            self._expect_labels(self.posterior, outputs["logits"].detach(), labels)
         if self.compute_loss_func is None:
             loss = _cross_entropy(outputs["logits"], labels, self.args.label_smoothing_factor)
         else:
