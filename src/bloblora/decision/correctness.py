@@ -1,7 +1,7 @@
 r"""The probability that a text is right: a map of its measures of uncertainty, fitted on texts that are labelled.
 
 With c a confidence in (0, 1) that a score stands for, :math:`e^s` of a log-probability, :math:`e^{-s}` of an entropy or
-a variance, and the agreement as it is, the maps are
+a variance, and an agreement or P(True) as it is, the maps are
 
 - ``platt``: :math:`\sigma(b + \sum_j w_j s_j)`, over one score or several (Platt 1999, Advances in Large Margin
   Classifiers), with the usual ridge penalty on standardized scores;
@@ -38,7 +38,13 @@ _SIGNS = {
     "expected_entropy": -1,
     "mutual_information": -1,
     "log_probability_variance": -1,
+    "draw_semantic_entropy": -1,
     "semantic_entropy": -1,
+    "discrete_semantic_entropy": -1,
+    "p_true": 0,
+    "tokur_total": -1,
+    "tokur_aleatoric": -1,
+    "tokur_epistemic": -1,
 }
 """The scores that a map can be of: 1 where log c = s, -1 where log c = -s, 0 where c = s."""
 _FOLDS = 5

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.nn.functional import pad
 from transformers import Cache, GenerationConfig
 
 from ..adapter import UnevenPartsError
@@ -38,6 +39,15 @@ class Answers:
     entropies: Tensor
     expected_entropies: Tensor
     ranks: Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """M answers to each of b prompts, (M, b, T): which tokens belong to them, and log p of each by who wrote it."""
+
+    tokens: Tensor
+    mask: Tensor
+    log_probs: Tensor
 
 
 @dataclass(frozen=True)
@@ -88,12 +98,7 @@ class Decoding:
         **arguments: Any,
     ) -> Answers:
         """The averaged answers, and those of the draws."""
-        prompts = _Prompts(model, input_ids, arguments, self.batch)
-        try:
-            logits = self._logits(prompts)
-        except UnevenPartsError:
-            prompts = _Prompts(model, input_ids, arguments, self.batch, together=1)
-            logits = self._logits(prompts)
+        prompts, logits = self._read(model, input_ids, arguments)
         # Seeded apart from the weights, whose generator takes the seed itself.
         noises = np.random.SeedSequence([self.seed, 1]).spawn(1 + len(logits) * self.draws)
         writers = [_Writer(input_ids, logits_processor, stopping_criteria, generation_config, n) for n in noises]
@@ -107,6 +112,15 @@ class Decoding:
             draw_tokens, draw_masks = draw_tokens[:0], draw_masks[:0]
         of_tokens = (torch.stack(parts, dim=-1) * mask for parts in zip(*scores, strict=True))
         return Answers(tokens, mask, draw_tokens, draw_masks, *of_tokens)
+
+    def _read(self, model: Any, input_ids: Tensor, arguments: dict[str, Any]) -> tuple[_Prompts, Tensor]:
+        """The prompts, once read, and the logits (S, b, V) that follow them."""
+        prompts = _Prompts(model, input_ids, arguments, self.batch)
+        try:
+            return prompts, self._logits(prompts)
+        except UnevenPartsError:
+            prompts = _Prompts(model, input_ids, arguments, self.batch, together=1)
+            return prompts, self._logits(prompts)
 
     def _write_averaged(self, writer: _Writer, read: list[_Sequences], logits: Tensor) -> list[tuple[Tensor, ...]]:
         """Write one answer that all draws read; `_token_scores` of each token."""
@@ -134,6 +148,39 @@ class Decoding:
         logits = torch.stack([*self.sampler.logits(forward, self.num_samples, self.seed)])
         check_finite(logits.logsumexp(-1), forward.model)
         return logits
+
+
+@dataclass(frozen=True)
+class Sampling(Decoding):
+    """Samples answers: the m-th of draw m mod S, by its own probabilities.
+
+    Attributes:
+        num_answers: M.
+    """
+
+    num_answers: int = 1
+
+    def __call__(  # type: ignore[override]  # other answers
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Callable[[Tensor, Tensor], Tensor],
+        stopping_criteria: Callable[[Tensor, Any], Tensor],
+        generation_config: GenerationConfig,
+        **arguments: Any,
+    ) -> Samples:
+        """The sampled answers."""
+        prompts, logits = self._read(model, input_ids, arguments)
+        passes = -(-self.num_answers // len(logits))
+        # Seeded apart from the weights and from the answers of `Decoding`.
+        noises = np.random.SeedSequence([self.seed, 2]).spawn(passes * len(logits))
+        writers = [_Writer(input_ids, logits_processor, stopping_criteria, generation_config, n) for n in noises]
+        for start in range(0, len(writers), len(logits)):
+            self._write_own(writers[start : start + len(logits)], [read.copy() for read in prompts.read], logits)
+        written = [(*writer.answer(), writer.log_probs) for writer in writers[: self.num_answers]]
+        width = max(tokens.shape[-1] for tokens, *_ in written)
+        padded = ((pad(part, (0, width - part.shape[-1])) for part in parts) for parts in written)
+        return Samples(*(torch.stack(parts) for parts in zip(*padded, strict=True)))
 
 
 class KeptDraws(Sampler):
@@ -265,6 +312,7 @@ class _Writer:
         self._processors, self._criteria, self._config = processors, criteria, config
         self._generator = torch.Generator().manual_seed(int(noise.generate_state(1)[0]))
         self._mask: list[Tensor] = []
+        self._log_probs: list[Tensor] = []
         self.running = torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
 
     def write(self, logits: Tensor) -> Tensor:
@@ -277,9 +325,10 @@ class _Writer:
             uniform = torch.rand(scores.shape[-1], generator=self._generator, dtype=torch.float64)
             scores = scores - (-uniform.log()).log().to(scores)
         token = scores.argmax(-1)
-        if (pad := self._config._pad_token_tensor) is not None:
-            token = token.where(self.running, pad)
+        if (padding := self._config._pad_token_tensor) is not None:
+            token = token.where(self.running, padding)
         self._mask.append(self.running)
+        self._log_probs.append(log_mean.gather(-1, token.unsqueeze(-1)).squeeze(-1))
         self.tokens = torch.cat([self.tokens, token.unsqueeze(-1)], dim=-1)
         self.running = self.running & ~self._criteria(self.tokens, None)
         return token
@@ -287,6 +336,11 @@ class _Writer:
     def answer(self) -> tuple[Tensor, Tensor]:
         """Tokens without the prompt, (b, T), and which belong to the answer."""
         return self.tokens[:, self._start :], torch.stack(self._mask, dim=-1)
+
+    @property
+    def log_probs(self) -> Tensor:
+        """log p̄ of the answer's tokens, before temperature and the like, (b, T); 0 after its end."""
+        return torch.stack(self._log_probs, dim=-1) * torch.stack(self._mask, dim=-1)
 
 
 def _token_scores(logits: Tensor, token: Tensor) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from ..generation.decoding import Step
 from ..prediction.prediction import mutual_information
 from ..runs import Run
 from ..runs.text_decisions import TextRules
-from ..runs.texts import decided_texts, generation_options
+from ..runs.texts import WritingOptions, decided_texts
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,12 @@ class Way:
 
     def options(self) -> dict[str, Any]:
         """What a map to ``p_correct`` and decisions depend on."""
-        names = ("num_samples", "seed", "max_new_tokens", "temperature", "top_p")
-        return {name: getattr(self, name) for name in names}
+        return {"num_samples": self.num_samples, "seed": self.seed} | self.writing.writing()
+
+    @property
+    def writing(self) -> WritingOptions:
+        """The same as options of a run that writes."""
+        return WritingOptions(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
         draws=rules is not None and rules.of_draws,
         on_token=partial(_tell, answers, how.top),
         stopping_criteria=StoppingCriteriaList([_Ended(answers, run.tokenizer, width, how.stop)]),
-        **generation_options(how.max_new_tokens, how.temperature, how.top_p),
+        **how.writing.of_generation(),
     )
     scores = found.scores()
     decided: dict[str, list[Any]] = {}
