@@ -29,6 +29,7 @@ class Way:
         num_samples, seed, max_new_tokens, temperature, top_p: as for `bloblora generate`.
         stop: texts before which an answer ends.
         top: how many of the most probable tokens are named at each place.
+        draws: whether the answers of the draws are asked for.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Way:
     top_p: float
     stop: tuple[str, ...] = ()
     top: int = 0
+    draws: bool = False
 
     def options(self) -> dict[str, Any]:
         """What a map to ``p_correct`` and decisions depend on."""
@@ -77,8 +79,8 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
     """Write answers, and tell each `Writing` its tokens.
 
     Returns:
-        Of each answer ``finish_reason``, ``uncertainty`` (its scores by name), ``num_draws``, and of ``rules``
-        ``p_correct``, ``abstain``, ``answer_set`` and ``promises``.
+        Of each answer ``finish_reason``, ``uncertainty`` (its scores by name), ``num_draws``, ``draws`` (their answers)
+        where these are asked for, and of ``rules`` ``p_correct``, ``abstain``, ``answer_set`` and ``promises``.
 
     Raises:
         GoneError: nobody waits for any of them.
@@ -90,7 +92,7 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
         how.num_samples,
         how.seed,
         batch_size=len(examples),
-        draws=rules is not None and rules.of_draws,
+        draws=how.draws or (rules is not None and rules.of_draws),
         on_token=partial(_tell, answers, how.top),
         stopping_criteria=StoppingCriteriaList([_Ended(answers, run.tokenizer, width, how.stop)]),
         **how.writing.of_generation(),
@@ -102,6 +104,8 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
     if rules and rules.decision:
         decided |= decided_texts(rules.decision, found, rules.correctness)
         decided["promises"] = [rules.decision.promises] * len(answers)
+    if how.draws:
+        decided["draws"] = [[_before(text, how.stop) for text in texts] for texts in found.draw_texts]
     return [
         {"finish_reason": _reason(found.tokens[row, found.mask[row]], run.tokenizer, how)}
         | {name: values[row] for name, values in decided.items()}
@@ -145,6 +149,11 @@ class _Ended(StoppingCriteria):
 def _stopped(ids: Tensor, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> bool:
     text = str(tokenizer.decode(ids, skip_special_tokens=True)) if stop else ""
     return any(one in text for one in stop)
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+    """The part of a text before its first stop."""
+    return text[: min((place for one in stop if (place := text.find(one)) >= 0), default=len(text))]
 
 
 def _reason(ids: Tensor, tokenizer: PreTrainedTokenizerBase, how: Way) -> str:
