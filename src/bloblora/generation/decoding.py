@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -96,16 +97,20 @@ class Decoding:
         stopping_criteria: Callable[[Tensor, Any], Tensor],
         generation_config: GenerationConfig,
         **arguments: Any,
-    ) -> Answers:
-        """The averaged answers, and those of the draws."""
+    ) -> Answers | Samples:
+        """The averaged answers, and those of the draws; of `Sampling` the sampled ones."""
         prompts, logits = self._read(model, input_ids, arguments)
+        writer = partial(_Writer, input_ids, logits_processor, stopping_criteria, generation_config)
+        return self._write(prompts.read, logits, writer)
+
+    def _write(self, read: list[_Sequences], logits: Tensor, writer: _NewWriter) -> Answers | Samples:
         # Seeded apart from the weights, whose generator takes the seed itself.
         noises = np.random.SeedSequence([self.seed, 1]).spawn(1 + len(logits) * self.draws)
-        writers = [_Writer(input_ids, logits_processor, stopping_criteria, generation_config, n) for n in noises]
-        scores = self._write_averaged(writers[0], [read.copy() for read in prompts.read], logits)
+        writers = [*map(writer, noises)]
+        scores = self._write_averaged(writers[0], [part.copy() for part in read], logits)
         if self.draws:
-            self._write_own(writers[1:], prompts.read, logits)
-        (tokens, mask), *own = (writer.answer() for writer in writers)
+            self._write_own(writers[1:], read, logits)
+        (tokens, mask), *own = (one.answer() for one in writers)
         own = own or [(tokens[:, :0], mask[:, :0])]
         draw_tokens, draw_masks = (torch.stack(parts) for parts in zip(*own, strict=True))
         if not self.draws:
@@ -160,24 +165,14 @@ class Sampling(Decoding):
 
     num_answers: int = 1
 
-    def __call__(  # type: ignore[override]  # other answers
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Callable[[Tensor, Tensor], Tensor],
-        stopping_criteria: Callable[[Tensor, Any], Tensor],
-        generation_config: GenerationConfig,
-        **arguments: Any,
-    ) -> Samples:
-        """The sampled answers."""
-        prompts, logits = self._read(model, input_ids, arguments)
+    def _write(self, read: list[_Sequences], logits: Tensor, writer: _NewWriter) -> Samples:
         passes = -(-self.num_answers // len(logits))
         # Seeded apart from the weights and from the answers of `Decoding`.
         noises = np.random.SeedSequence([self.seed, 2]).spawn(passes * len(logits))
-        writers = [_Writer(input_ids, logits_processor, stopping_criteria, generation_config, n) for n in noises]
+        writers = [*map(writer, noises)]
         for start in range(0, len(writers), len(logits)):
-            self._write_own(writers[start : start + len(logits)], [read.copy() for read in prompts.read], logits)
-        written = [(*writer.answer(), writer.log_probs) for writer in writers[: self.num_answers]]
+            self._write_own(writers[start : start + len(logits)], [part.copy() for part in read], logits)
+        written = [(*one.answer(), one.log_probs) for one in writers[: self.num_answers]]
         width = max(tokens.shape[-1] for tokens, *_ in written)
         padded = ((pad(part, (0, width - part.shape[-1])) for part in parts) for parts in written)
         return Samples(*(torch.stack(parts) for parts in zip(*padded, strict=True)))
@@ -341,6 +336,9 @@ class _Writer:
     def log_probs(self) -> Tensor:
         """log p̄ of the answer's tokens, before temperature and the like, (b, T); 0 after its end."""
         return torch.stack(self._log_probs, dim=-1) * torch.stack(self._mask, dim=-1)
+
+
+_NewWriter = Callable[[np.random.SeedSequence], _Writer]
 
 
 def _token_scores(logits: Tensor, token: Tensor) -> tuple[Tensor, ...]:
