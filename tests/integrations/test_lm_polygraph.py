@@ -53,12 +53,10 @@ def managed(run, *estimators):
 
 @torch.no_grad()
 def allowed_log_prob(run, prompt, response):
-    """Under the mean, among what lm-polygraph lets a model write: no new line, and no end before the third token."""
-    tokenizer = run.tokenizer
+    """Under the mean, among what lm-polygraph lets a model write: no end before the third token."""
     with find_posterior(run.model).mean():
         logits = run.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double()
-    logits[:, [token for token in range(len(tokenizer)) if "\n" in tokenizer.decode([token])]] = -torch.inf
-    logits[:2, tokenizer.eos_token_id] = -torch.inf
+    logits[:2, run.tokenizer.eos_token_id] = -torch.inf
     return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).sum().item()
 
 
