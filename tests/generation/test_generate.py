@@ -177,7 +177,7 @@ def test_draws_of_a_narrow_posterior_are_the_mean():
     assert found.mutual_information.max() < 1e-6
     assert found.log_probability_variance.max() < 1e-6
     assert (found.agreement == 1).all()
-    assert (found.semantic_entropy == 0).all()
+    assert (found.draw_semantic_entropy == 0).all()
 
 
 def test_a_plain_lora_is_one_draw():

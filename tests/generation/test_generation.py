@@ -49,9 +49,12 @@ def test_by_hand():
             )
             / 2,
         ],
+        "tokur_total": [1.4, 0.7],
+        "tokur_aleatoric": [1.0, 0.7],
+        "tokur_epistemic": [0.4, 0.0],
         "agreement": [1 / 3, 1],
         "self_consistency": [2 / 3, 1],
-        "semantic_entropy": [math.log(3) - 2 / 3 * math.log(2), 0],
+        "draw_semantic_entropy": [math.log(3) - 2 / 3 * math.log(2), 0],
     }
     assert scores.keys() == expected.keys()
     for name, values in expected.items():
@@ -75,7 +78,7 @@ def test_one_draw_is_certain_of_itself():
     whole = generation()
     one = generation(draw_texts=[["sun"], ["iron"]], draw_log_probs=whole.draw_log_probs[:1], num_samples=0)
     assert one.agreement.tolist() == [1, 1]
-    assert one.semantic_entropy.tolist() == [0, 0]
+    assert one.draw_semantic_entropy.tolist() == [0, 0]
     assert one.log_probability_variance.tolist() == [0, 0]
     assert one.log_probability.tolist() == pytest.approx([math.log(0.5), math.log(0.25)])
 
@@ -83,4 +86,18 @@ def test_one_draw_is_certain_of_itself():
 def test_a_given_relation_decides():
     found = generation(agree=lambda first, second: "moon" not in (first, second) or True)
     assert found.agreement.tolist() == [1, 1]
-    assert found.semantic_entropy.tolist() == [0, 0]
+    assert found.draw_semantic_entropy.tolist() == [0, 0]
+
+
+def test_sampled_answers_by_hand():
+    """Clusters {a, A} and {b}: with length-normalized probabilities ½, ¼ and ¼ their shares are ¾ and ¼."""
+    log_probs = torch.tensor([[0.5, 1], [0.25, 1], [0.25, 1]]).log()
+    found = generation(sampled_texts=[["a b", "A b.", "c"], ["d", "d", "d"]], sampled_log_probs=log_probs)
+    assert found.semantic_entropy.tolist() == pytest.approx([-0.75 * math.log(0.75) - 0.25 * math.log(0.25), 0])
+    counted = -2 / 3 * math.log(2 / 3) - 1 / 3 * math.log(1 / 3)
+    assert found.discrete_semantic_entropy.tolist() == pytest.approx([counted, 0])
+    scored = generation(p_true=torch.tensor([0.25, 0.75])).scores()
+    assert scored["p_true"].tolist() == [0.25, 0.75]
+    assert not {"semantic_entropy", "discrete_semantic_entropy"} & scored.keys()
+    with pytest.raises(ValueError, match="answers: none were sampled"):
+        generation().semantic_entropy  # noqa: B018

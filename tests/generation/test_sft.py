@@ -167,29 +167,94 @@ def test_what_would_train_another_posterior_is_said(tokenizer, tmp_path):
         BlobSFTTrainer(tiny_causal(), arguments, peft_config=LoraConfig(), train_dataset=Dataset.from_list(RECORDS))
 
 
+PAIRS = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " iron"} for r in RECORDS]
+
+
+class BlobDPOTrainer(BlobTrainerMixin, trl.DPOTrainer):
+    """DPOTrainer's data and loss, and the KL."""
+
+
+@dataclass
+class BlobDPOConfig(Objective, trl.DPOConfig):
+    """Arguments of both."""
+
+    dataset_size: int | None = None
+
+
+def preference_trainer(model, tokenizer, folder, **options):
+    arguments = BlobDPOConfig(
+        str(folder),
+        dataset_size=2,
+        learning_rate=0.05,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        **options,
+    )
+    return BlobDPOTrainer(model, arguments, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer)
+
+
 def test_preferences(tokenizer, tmp_path):
     """TRL's DPOTrainer has batches of its own; its first loss is log 2, whatever the noise, for B is 0."""
-
-    class BlobDPOTrainer(BlobTrainerMixin, trl.DPOTrainer):
-        """DPOTrainer's data and loss, and the KL."""
-
-    @dataclass
-    class BlobDPOConfig(Objective, trl.DPOConfig):
-        """Arguments of both."""
-
-        dataset_size: int | None = None
-
     model = get_peft_model(tiny_causal(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     posterior = bayesianize(model, BlobConfig(init_std=0.09))
     kl = posterior.kl().item()
-    pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " iron"} for r in RECORDS]
-    options = dict(max_steps=2, logging_steps=1, learning_rate=0.05, report_to=[], disable_tqdm=True, use_cpu=True)
-    arguments = BlobDPOConfig(
-        str(tmp_path), dataset_size=2, bf16=False, save_strategy="no", gradient_checkpointing=False, **options
-    )
-    trainer = BlobDPOTrainer(model, arguments, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
+    trainer = preference_trainer(model, tokenizer, tmp_path, max_steps=2, logging_steps=1)
     trainer.train()
     first, second = [log for log in trainer.state.log_history if "nll" in log]
     assert first["nll"] == pytest.approx(math.log(2), rel=1e-4)
     assert second["nll"] != pytest.approx(math.log(2), rel=1e-4)
     assert second["kl"] < kl
+
+
+def test_the_reference_of_preferences_has_no_noise(tokenizer, tmp_path):
+    """Of an adapter that has an effect it is the posterior mean, before the training and at each of its steps."""
+    model, posterior = bayesian_model()
+    start = {name: mean.detach().clone() for name, mean in posterior.named_means().items()}
+    expected = [
+        [mean_log_prob(model, posterior, tokenizer, pair, side) for side in ("chosen", "rejected")] for pair in PAIRS
+    ]
+    trainer = preference_trainer(
+        model, tokenizer, tmp_path, max_steps=2, logging_steps=1, per_device_train_batch_size=2
+    )
+    seen = []
+    hook = model.register_forward_hook(
+        lambda module, args, out: seen.append((module.active_adapter, out.log_probs.sum(1)))
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    model.train()
+    with torch.no_grad():
+        for _ in range(2):
+            trainer.compute_loss(model, dict(batch))
+    trainer.train()
+    hook.remove()
+    reference = [log_probs for name, log_probs in seen if name == "ref"]
+    policy = [log_probs for name, log_probs in seen if name == "default"]
+    assert len(reference) == len(policy) == 4
+    assert not torch.allclose(policy[0], policy[1], atol=1e-3)  # other noise
+    wanted = sorted(value for pair in expected for value in pair)
+    for log_probs in reference:
+        assert sorted(log_probs.tolist()) == pytest.approx(wanted, abs=1e-3)
+    # what is trained is the posterior, and the copy stays
+    assert any((found - start[name]).abs().max() > 1e-3 for name, found in posterior.named_means().items())
+    assert all(p.requires_grad for p in posterior.named_std_parameters().values())
+    written = preference_trainer(
+        bayesian_model()[0], tokenizer, tmp_path / "before", max_steps=1, precompute_ref_log_probs=True
+    )
+    written.get_train_dataloader()
+    kept = written.train_dataset.to_list()
+    found = [[row["ref_chosen_logps"], row["ref_rejected_logps"]] for row in kept]
+    assert found == [pytest.approx(values, abs=1e-3) for values in expected]
+
+
+@torch.no_grad()
+def mean_log_prob(model, posterior, tokenizer, pair, side):
+    """log p of a completion and its end under the mean."""
+    prompt = tokenizer(pair["prompt"])["input_ids"]
+    ids = [*prompt, *tokenizer(pair[side])["input_ids"], tokenizer.eos_token_id]
+    with posterior.mean():
+        logits = model.eval()(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(logits[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))

@@ -21,6 +21,9 @@ from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
 SETTINGS = dict(steps=4, batch_size=2, r=2, learning_rate=0.01)
 PROMPT = "Question: {}\nAnswer:"
+PAIRS = [
+    {**question, "choices": choices} for question in QUESTIONS for choices in (["a", "i"], ["in", "on"], ["gas", "sun"])
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +45,23 @@ def run(train):
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """A multiple-choice task that is a YAML and a JSONL file."""
+    """Multiple-choice tasks, each a YAML and a JSONL file."""
     folder = tmp_path_factory.mktemp("tasks")
-    data = write_jsonl(folder / "data.jsonl", QUESTIONS)
-    task = {
-        "task": "tiny",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": PROMPT.format("{{question}}"),
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "answer",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(task))
+    kinds = (("tiny", QUESTIONS, "acc", "mean"), ("pairs", PAIRS, "brier_score", "brier_score"))
+    for name, records, metric, how in kinds:
+        data = write_jsonl(folder / f"{name}.jsonl", records)
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": PROMPT.format("{{question}}"),
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": metric, "aggregation": how, "higher_is_better": metric == "acc"}],
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
@@ -170,3 +175,22 @@ def test_what_cannot_be_evaluated(train, run, tmp_path):
 
 def instances(kind, arguments):
     return [Instance(kind, {}, args, index) for index, args in enumerate(arguments)]
+
+
+def test_the_brier_score_of_the_harness_is_of_the_mean_likelihoods(run, tasks):
+    """Σₛ pₛ(y) / Σₛ Σ_c pₛ(c), as the docs say, and not the mean of each draw's own normalized probabilities."""
+    options = {"model_args": f"run={run},samples=3,seed=7", "batch_size": 4}
+    found = simple_evaluate(model="bloblora", tasks=["pairs"], task_manager=tasks, bootstrap_iters=0, **options)
+    loaded, of_means, of_draws = runs.load_run(run), [], []
+    for question in PAIRS:
+        prompt = PROMPT.format(question["question"])
+        by_choice = [
+            [log_likelihood(loaded, prompt, " " + choice, seed=7, number=number) for number in range(3)]
+            for choice in question["choices"]
+        ]
+        draws, right = torch.tensor(by_choice), torch.eye(2)[question["answer"]]
+        of_means.append((draws.logsumexp(1).softmax(0) - right).square().sum().item())
+        of_draws.append((draws.softmax(0).mean(1) - right).square().sum().item())
+    score = found["results"]["pairs"]["brier_score,none"]
+    assert score == pytest.approx(sum(of_means) / len(PAIRS), abs=1e-4)
+    assert abs(score - sum(of_draws) / len(PAIRS)) > 1e-3

@@ -89,6 +89,23 @@ def test_a_completion_is_what_generate_writes(client, expected):
     assert found.usage.total_tokens == found.usage.prompt_tokens + lengths
 
 
+def test_the_answers_of_the_draws(client, expected):
+    asked = {"model": "answers", "prompt": [PROMPT, OTHER]}
+    found = client.completions.create(**asked, extra_body={"draws": True})
+    for choice, line in zip(found.choices, expected.values(), strict=True):
+        assert choice.text == line["answer"]
+        assert choice.draws == line["draws"]
+        assert choice.uncertainty["agreement"] == pytest.approx(line["agreement"])
+        assert 0 < choice.p_correct < 1
+    stopped = client.completions.create(**asked, stop="o", extra_body={"draws": True})
+    for choice, line in zip(stopped.choices, expected.values(), strict=True):
+        assert choice.draws == [text.split("o")[0] for text in line["draws"]]
+    *_, last = client.completions.create(model="answers", prompt=PROMPT, stream=True, extra_body={"draws": True})
+    assert last.choices[0].draws == expected[PROMPT]["draws"]
+    without = client.completions.create(model="answers", prompt=PROMPT).choices[0]
+    assert not hasattr(without, "draws")
+
+
 def test_a_stream_is_the_same_answer_in_parts(client):
     whole = client.completions.create(model="answers", prompt=PROMPT, logprobs=0).choices[0]
     events = [

@@ -260,6 +260,9 @@ def test_written_answers(opened, writer_folder):
         assert article.locator(".decision").inner_text() == DECISIONS["answer"]
         assert "The rule behind this: at most 0.7 of the answered are wrong" in article.inner_text()
         assert "with probability" in said(article)["Right"]
+        table = article.get_by_role("table")
+        assert f"{TEXT_SETTINGS.samples} weight samples writes by itself" in table.inner_text()
+        assert "carbon dioxide" in table.inner_text()
         tints = article.locator(".written span").evaluate_all("spans => spans.map(s => s.getAttribute('style'))")
         assert len(tints) > 2
         assert article.locator("h3").inner_text().split() == prompt.split()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,7 +34,7 @@ from ..runs.predictions import check_made_by, read_predictions
 from ..runs.processes import use_device
 from ..runs.scoring import score_file
 from ..runs.text_decisions import open_text_decision, promise_texts
-from ..runs.texts import generation_options
+from ..runs.texts import WritingOptions
 from ..training import PosteriorHistograms
 from .following import after_calibration, after_training
 
@@ -154,7 +153,7 @@ def calibrate(
 
     Of a run that writes text, data are as for `bloblora correctness`, but other records than it was given. The rules
     are for `generate`, or where records have `right` for `score`, with the same --samples and --seed, and of answers
-    --max-new-tokens, --temperature and --top-p:
+    how they are written (--max-new-tokens, --temperature, --answers …):
       abstain or not      at most --risk of the texts that are not withheld are wrong, with probability --confidence
       answer set          at least --coverage of the sets hold a right answer: the answer, and the first of the other
                           answers of the weight samples, the most frequent first; not of texts that are given
@@ -247,7 +246,7 @@ def _calibrate_texts(
         records = read_records(data, reading, known=description.columns)
         settings: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
         settings["trust_remote_code"] = options.trust_remote_code
-        return promise_texts(description, records, options.how(), **settings, **promises, **options.of_transformers())
+        return promise_texts(description, records, options.how(), **settings, **promises, **options.of_generation())
 
 
 def _calibrate_predictions(
@@ -426,36 +425,6 @@ def predict(
 
 
 @dataclass(frozen=True, kw_only=True)
-class WritingOptions:
-    """Which tokens a run writes."""
-
-    max_new_tokens: int = field(default=64, metadata={"help": "Most tokens of an answer."})
-    temperature: float = field(
-        default=0.0,
-        metadata={"help": "0 takes the most probable token; above it tokens are sampled: 1 by their probabilities."},
-    )
-    top_p: float = field(
-        default=1.0,
-        metadata={"help": "Sample only among the most probable tokens that have this probability together."},
-    )
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.max_new_tokens < 1:
-            problems.append(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            problems.append(f"temperature must be a finite number of at least 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p must be in (0, 1], got {self.top_p}")
-        if problems:
-            raise RunError("\n".join(problems))
-
-    def of_transformers(self) -> dict[str, Any]:
-        """As transformers' ``generate`` takes them."""
-        return generation_options(self.max_new_tokens, self.temperature, self.top_p)
-
-
-@dataclass(frozen=True, kw_only=True)
 class GenerationOptions(WritingOptions, CodeOptions):
     """How a run writes."""
 
@@ -469,8 +438,7 @@ class GenerationOptions(WritingOptions, CodeOptions):
 
     def how(self) -> dict[str, Any]:
         """What an answer and its scores depend on."""
-        names = ("max_new_tokens", "temperature", "top_p")
-        return {"num_samples": self.samples, "seed": self.seed} | {name: getattr(self, name) for name in names}
+        return {"num_samples": self.samples, "seed": self.seed} | self.writing()
 
 
 def generate(
@@ -485,9 +453,11 @@ def generate(
 
     The run is one of `bloblora train --task generation`. A line has, in the inputs' order: `answer`, each token by the
     mean probabilities of all draws; `draws`, what each draw writes on its own; `agreement` (share of pairs of draws
-    that say the same), `self_consistency` (share that says what most say) and `semantic_entropy` (nats, over what they
-    say); and as means over the answer's tokens `log_probability`, `predictive_entropy` (all uncertainty, nats), of it
-    `mutual_information` (what the model doesn't know) and `expected_entropy` (what the prompt leaves open);
+    that say the same), `self_consistency` (share that says what most say) and `draw_semantic_entropy` (nats, over what
+    they say); with --answers M `sampled`, M answers, and their `semantic_entropy` and `discrete_semantic_entropy`, as
+    published; with --p-true `p_true`; and as means over the answer's tokens `log_probability`, `predictive_entropy`
+    (all uncertainty, nats), of it `mutual_information` (what the model doesn't know) and `expected_entropy` (what the
+    prompt leaves open), whose sums by TokUR are `tokur_total`, `tokur_epistemic` and `tokur_aleatoric`;
     `sequence_log_probability` is that of the whole answer, `draw_log_probabilities` the same under each draw,
     `mixture_log_probability` the log of their mean probability, and `log_probability_variance` their variance. `tokens`
     has the answer's tokens with their values, as `bloblora score` gives them. Of a run that `bloblora correctness` was
@@ -517,7 +487,7 @@ def generate(
     correctness = open_correctness(description, "generate", options.how())
     decision = open_text_decision(description, "generate", options.how(), correctness)
     settings: dict[str, Any] = {"batch_size": options.batch_size, "correctness": correctness, "decision": decision}
-    settings |= options.of_transformers()
+    settings |= options.of_generation()
     batches = read_batches(input, 64, reading, known=description.columns, require_labels=False)
 
     def load() -> runs.Run:
@@ -621,8 +591,9 @@ def correctness(
 
     Where records have `right`, true or false, their responses are scored, and `score` gives `p_correct` from then on.
     Where they don't, the `response` is a reference: the run answers each prompt, --matcher says whether the answer is
-    right, and `generate` gives `p_correct`. Both maps can be there, each for its --samples, --seed and, of answers,
-    --max-new-tokens, --temperature and --top-p. They are saved in the run's folder as correctness.json.
+    right, and `generate` gives `p_correct`. Both maps can be there, each for its --samples, --seed and, of answers, how
+    they are written (--max-new-tokens, --temperature, --answers …). They are saved in the run's folder as
+    correctness.json.
 
     The map is chosen by 5-fold cross-validation among Platt, beta and isotonic maps of each score and a Platt map of
     all. The metrics are of texts that neither chose nor fitted the map that they got (nested cross-validation): NLL,
@@ -633,6 +604,7 @@ def correctness(
     Examples:
       bloblora correctness runs/answers --data held_out.jsonl
       bloblora correctness runs/sums --data held_out.jsonl --matcher numeric --max-new-tokens 16
+      bloblora correctness runs/sums --data held_out.jsonl --matcher numeric --answers 10 --agree numeric --p-true
       bloblora correctness runs/answers --data held_out.jsonl --matcher judge.py:same_meaning
 
     Args:
@@ -662,7 +634,7 @@ def correctness(
             batch_size=options.batch_size,
             progress=sys.stdout.isatty() and not json,
             trust_remote_code=options.trust_remote_code,
-            **options.of_transformers(),
+            **options.of_generation(),
         )
     if json:
         print(dumped(entry))

@@ -1,7 +1,7 @@
 r"""The probability that a text is right: a map of its measures of uncertainty, fitted on texts that are labelled.
 
 With c a confidence in (0, 1) that a score stands for, :math:`e^s` of a log-probability, :math:`e^{-s}` of an entropy or
-a variance, and the agreement as it is, the maps are
+a variance, and an agreement or P(True) as it is, the maps are
 
 - ``platt``: :math:`\sigma(b + \sum_j w_j s_j)`, over one score or several (Platt 1999, Advances in Large Margin
   Classifiers), with the usual ridge penalty on standardized scores;
@@ -28,7 +28,7 @@ from ..evaluation import confidence_bins, confidence_floor, ood_metrics, risk_co
 from ..messages import quoted
 
 MAPS = ("platt", "beta", "isotonic")
-_SIGNS = {
+SIGNS = {
     "log_probability": 1,
     "sequence_log_probability": 1,
     "mixture_log_probability": 1,
@@ -38,7 +38,13 @@ _SIGNS = {
     "expected_entropy": -1,
     "mutual_information": -1,
     "log_probability_variance": -1,
+    "draw_semantic_entropy": -1,
     "semantic_entropy": -1,
+    "discrete_semantic_entropy": -1,
+    "p_true": 0,
+    "tokur_total": -1,
+    "tokur_aleatoric": -1,
+    "tokur_epistemic": -1,
 }
 """The scores that a map can be of: 1 where log c = s, -1 where log c = -s, 0 where c = s."""
 _FOLDS = 5
@@ -72,7 +78,7 @@ class Correctness:
     metrics: dict[str, float]
 
     def __post_init__(self) -> None:
-        if self.kind not in MAPS or not self.scores or any(name not in _SIGNS for name in self.scores):
+        if self.kind not in MAPS or not self.scores or any(name not in SIGNS for name in self.scores):
             raise CorrectnessError(f"correctness: no map {quoted(self.kind)} of {', '.join(map(str, self.scores))}")
         if not 0 < self.num_right < self.num_examples:
             raise CorrectnessError(f"num_right must be in 1..{self.num_examples - 1}, got {self.num_right}")
@@ -147,8 +153,8 @@ def fit_correctness(
     wrong = [name for name in maps if name not in MAPS]
     if wrong or not maps:
         raise CorrectnessError(f"maps must be among {', '.join(MAPS)}, got {', '.join(wrong) or 'none'}")
-    if unknown := sorted(set(scores) - set(_SIGNS)):
-        raise CorrectnessError(f"scores must be among {', '.join(_SIGNS)}, got {', '.join(unknown)}")
+    if unknown := sorted(set(scores) - set(SIGNS)):
+        raise CorrectnessError(f"scores must be among {', '.join(SIGNS)}, got {', '.join(unknown)}")
     check_counts(int(right.sum()), len(right))
     columns = {name: values.double().cpu().numpy() for name, values in scores.items()}
     if broken := [name for name, values in columns.items() if not np.isfinite(values).all()]:
@@ -183,11 +189,11 @@ def confidence_of(scores: Mapping[str, Tensor], name: str, correctness: Correctn
     """
     if name == "p_correct" and correctness is not None:
         return correctness.probabilities(scores)
-    if name not in scores or name not in _SIGNS:
-        known = ", ".join(["p_correct", *(score for score in scores if score in _SIGNS)])
+    if name not in scores or name not in SIGNS:
+        known = ", ".join(["p_correct", *(score for score in scores if score in SIGNS)])
         raise CorrectnessError(f"by: must be one of {known}, got {name!r}")
     values = scores[name].double().cpu()
-    return (values * sign).exp() if (sign := _SIGNS[name]) else values
+    return (values * sign).exp() if (sign := SIGNS[name]) else values
 
 
 _Columns = dict[str, np.ndarray]
@@ -264,7 +270,7 @@ def _fitted(
 
 def _log_confidence(name: str, values: np.ndarray) -> np.ndarray:
     """log c."""
-    sign = _SIGNS[name]
+    sign = SIGNS[name]
     return sign * values if sign else np.log(values.clip(_SMALLEST))
 
 

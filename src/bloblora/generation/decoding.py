@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.nn.functional import pad
 from transformers import Cache, GenerationConfig
 
 from ..adapter import UnevenPartsError
@@ -38,6 +40,15 @@ class Answers:
     entropies: Tensor
     expected_entropies: Tensor
     ranks: Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """M answers to each of b prompts, (M, b, T): which tokens belong to them, and log p of each by who wrote it."""
+
+    tokens: Tensor
+    mask: Tensor
+    log_probs: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,27 +97,35 @@ class Decoding:
         stopping_criteria: Callable[[Tensor, Any], Tensor],
         generation_config: GenerationConfig,
         **arguments: Any,
-    ) -> Answers:
-        """The averaged answers, and those of the draws."""
-        prompts = _Prompts(model, input_ids, arguments, self.batch)
-        try:
-            logits = self._logits(prompts)
-        except UnevenPartsError:
-            prompts = _Prompts(model, input_ids, arguments, self.batch, together=1)
-            logits = self._logits(prompts)
+    ) -> Answers | Samples:
+        """The averaged answers, and those of the draws; of `Sampling` the sampled ones."""
+        prompts, logits = self._read(model, input_ids, arguments)
+        writer = partial(_Writer, input_ids, logits_processor, stopping_criteria, generation_config)
+        return self._write(prompts.read, logits, writer)
+
+    def _write(self, read: list[_Sequences], logits: Tensor, writer: _NewWriter) -> Answers | Samples:
         # Seeded apart from the weights, whose generator takes the seed itself.
         noises = np.random.SeedSequence([self.seed, 1]).spawn(1 + len(logits) * self.draws)
-        writers = [_Writer(input_ids, logits_processor, stopping_criteria, generation_config, n) for n in noises]
-        scores = self._write_averaged(writers[0], [read.copy() for read in prompts.read], logits)
+        writers = [*map(writer, noises)]
+        scores = self._write_averaged(writers[0], [part.copy() for part in read], logits)
         if self.draws:
-            self._write_own(writers[1:], prompts.read, logits)
-        (tokens, mask), *own = (writer.answer() for writer in writers)
+            self._write_own(writers[1:], read, logits)
+        (tokens, mask), *own = (one.answer() for one in writers)
         own = own or [(tokens[:, :0], mask[:, :0])]
         draw_tokens, draw_masks = (torch.stack(parts) for parts in zip(*own, strict=True))
         if not self.draws:
             draw_tokens, draw_masks = draw_tokens[:0], draw_masks[:0]
         of_tokens = (torch.stack(parts, dim=-1) * mask for parts in zip(*scores, strict=True))
         return Answers(tokens, mask, draw_tokens, draw_masks, *of_tokens)
+
+    def _read(self, model: Any, input_ids: Tensor, arguments: dict[str, Any]) -> tuple[_Prompts, Tensor]:
+        """The prompts, once read, and the logits (S, b, V) that follow them."""
+        prompts = _Prompts(model, input_ids, arguments, self.batch)
+        try:
+            return prompts, self._logits(prompts)
+        except UnevenPartsError:
+            prompts = _Prompts(model, input_ids, arguments, self.batch, together=1)
+            return prompts, self._logits(prompts)
 
     def _write_averaged(self, writer: _Writer, read: list[_Sequences], logits: Tensor) -> list[tuple[Tensor, ...]]:
         """Write one answer that all draws read; `_token_scores` of each token."""
@@ -134,6 +153,29 @@ class Decoding:
         logits = torch.stack([*self.sampler.logits(forward, self.num_samples, self.seed)])
         check_finite(logits.logsumexp(-1), forward.model)
         return logits
+
+
+@dataclass(frozen=True)
+class Sampling(Decoding):
+    """Samples answers: the m-th of draw m mod S, by its own probabilities.
+
+    Attributes:
+        num_answers: M.
+    """
+
+    num_answers: int = 1
+
+    def _write(self, read: list[_Sequences], logits: Tensor, writer: _NewWriter) -> Samples:
+        passes = -(-self.num_answers // len(logits))
+        # Seeded apart from the weights and from the answers of `Decoding`.
+        noises = np.random.SeedSequence([self.seed, 2]).spawn(passes * len(logits))
+        writers = [*map(writer, noises)]
+        for start in range(0, len(writers), len(logits)):
+            self._write_own(writers[start : start + len(logits)], [part.copy() for part in read], logits)
+        written = [(*one.answer(), one.log_probs) for one in writers[: self.num_answers]]
+        width = max(tokens.shape[-1] for tokens, *_ in written)
+        padded = ((pad(part, (0, width - part.shape[-1])) for part in parts) for parts in written)
+        return Samples(*(torch.stack(parts) for parts in zip(*padded, strict=True)))
 
 
 class KeptDraws(Sampler):
@@ -265,6 +307,7 @@ class _Writer:
         self._processors, self._criteria, self._config = processors, criteria, config
         self._generator = torch.Generator().manual_seed(int(noise.generate_state(1)[0]))
         self._mask: list[Tensor] = []
+        self._log_probs: list[Tensor] = []
         self.running = torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
 
     def write(self, logits: Tensor) -> Tensor:
@@ -277,9 +320,10 @@ class _Writer:
             uniform = torch.rand(scores.shape[-1], generator=self._generator, dtype=torch.float64)
             scores = scores - (-uniform.log()).log().to(scores)
         token = scores.argmax(-1)
-        if (pad := self._config._pad_token_tensor) is not None:
-            token = token.where(self.running, pad)
+        if (padding := self._config._pad_token_tensor) is not None:
+            token = token.where(self.running, padding)
         self._mask.append(self.running)
+        self._log_probs.append(log_mean.gather(-1, token.unsqueeze(-1)).squeeze(-1))
         self.tokens = torch.cat([self.tokens, token.unsqueeze(-1)], dim=-1)
         self.running = self.running & ~self._criteria(self.tokens, None)
         return token
@@ -287,6 +331,14 @@ class _Writer:
     def answer(self) -> tuple[Tensor, Tensor]:
         """Tokens without the prompt, (b, T), and which belong to the answer."""
         return self.tokens[:, self._start :], torch.stack(self._mask, dim=-1)
+
+    @property
+    def log_probs(self) -> Tensor:
+        """log p̄ of the answer's tokens, before temperature and the like, (b, T); 0 after its end."""
+        return torch.stack(self._log_probs, dim=-1) * torch.stack(self._mask, dim=-1)
+
+
+_NewWriter = Callable[[np.random.SeedSequence], _Writer]
 
 
 def _token_scores(logits: Tensor, token: Tensor) -> tuple[Tensor, ...]:

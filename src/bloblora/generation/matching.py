@@ -1,4 +1,4 @@
-"""Whether an answer is right, by a reference."""
+"""Whether an answer is right, by a reference, and whether two answers mean the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..messages import quoted
-from .text import same_text
+from .entailment import Entailment
+from .text import Agree, same_text
 
 Matcher = Callable[[str, str], bool]
 """Whether an answer is the reference; a ValueError where the reference is none for it."""
@@ -66,6 +67,32 @@ def find_matcher(name: str) -> Matcher:
     if not callable(found := getattr(module, function, None)):
         raise ValueError(f"{known}: it has no function {quoted(function)}")
     return found
+
+
+def find_agree(name: str) -> Agree:
+    """Whether two answers mean the same: a matcher, as `find_matcher` takes it, or ``nli:MODEL``, an `Entailment`.
+
+    Answers that a matcher can't use, as ``numeric`` one without a number, agree with none but themselves.
+
+    Raises:
+        ValueError: there is none.
+        ModelError: the model can't be loaded, or says nothing of entailment.
+    """
+    kind, _, model = name.partition(":")
+    if kind == "nli" and model:
+        return Entailment(model)
+    try:
+        matcher = find_matcher(name)
+    except ValueError as error:
+        raise ValueError(f"agree: {error}, or nli:MODEL") from error
+
+    def agree(first: str, second: str) -> bool:
+        try:
+            return first == second or matcher(first, second)
+        except ValueError:
+            return False
+
+    return agree
 
 
 def _last_number(text: str) -> float | None:

@@ -4,10 +4,10 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -20,11 +20,15 @@ from ..contexts import eval_mode
 from ..prediction import Sampler, WeightDraws
 from ..prediction.prediction import check_num_samples, sampler_of
 from ..prediction.sampler import StackedWeights
-from .decoding import Answers, Decoding, KeptDraws, Step
+from .asking import p_true as asked_p_true
+from .decoding import Answers, Decoding, KeptDraws, Samples, Sampling, Step
+from .entailment import Entailment
 from .tokens import TokenScores
 
-DRAW_SCORES = ("agreement", "self_consistency", "semantic_entropy")
+DRAW_SCORES = ("agreement", "self_consistency", "draw_semantic_entropy")
 """The measures that compare the answers of draws."""
+SAMPLE_SCORES = ("semantic_entropy", "discrete_semantic_entropy")
+"""The measures that compare sampled answers."""
 Agree = Callable[[str, str], bool]
 """Whether two answers mean the same: a symmetric relation, so of an entailment model both directions."""
 
@@ -73,12 +77,20 @@ class Generation(TokenScores):
             for.
         draw_tokens: those of the draws, (S, n, T'); the pad token or 0 after their end, as in ``tokens``.
         agree: whether two answers mean the same.
+        prompts: texts of the prompts, n, which an `Entailment` puts before answers; empty where they aren't known.
+        sampled_texts: for each prompt the M answers that were sampled; none where they weren't asked for.
+        sampled_log_probs: of these the mean over tokens of log p, by the draw that wrote them, (M, n), nats.
+        p_true: P(True) of the averaged answers, (n,); None where it wasn't asked for.
     """
 
     texts: list[str]
     draw_texts: list[list[str]]
     draw_tokens: Tensor
     agree: Agree = same_text
+    prompts: Sequence[str] = ()
+    sampled_texts: Sequence[list[str]] = ()
+    sampled_log_probs: Tensor | None = None
+    p_true: Tensor | None = None
 
     @property
     def agreement(self) -> Tensor:
@@ -86,12 +98,35 @@ class Generation(TokenScores):
         return self._of_draws(lambda texts: _share_of_pairs(texts, self.agree))
 
     @property
-    def semantic_entropy(self) -> Tensor:
+    def draw_semantic_entropy(self) -> Tensor:
         """Entropy of the draws over the clusters of answers that agree, (n,), nats; each draw counts the same.
 
-        The discrete form of Farquhar et al. 2024 (Nature 630, 625-630); in [0, log S].
+        How far the weights disagree, in [0, log S]: `discrete_semantic_entropy` of the answer that each draw writes
+        by the options that the averaged answer is written by, where the published one samples answers.
         """
         return self._of_draws(lambda texts: _entropy_of_counts(clusters(texts, self.agree)))
+
+    @property
+    def semantic_entropy(self) -> Tensor:
+        r"""Entropy of sampled answers over clusters of equal meaning, weighted by their likelihood, (n,), nats.
+
+        Kuhn, Gal & Farquhar (arXiv 2302.09664) as estimated by Farquhar et al. 2024 (Nature 630, 625-630):
+
+        .. math:: H = -\sum_c P(c) \log P(c), \quad P(c) \propto \sum_{y \in c} \exp \frac1{|y|} \sum_t \log p(y_t \mid
+            y_{<t}, x)
+
+        with the length-normalized probabilities of M sampled answers, those that are equal counted as often as they
+        came. Answer m is sampled from weight draw m mod S, so that all are from the posterior predictive, and p is that
+        draw's. With a single function (N = 0, or a plain model) it is the published estimate. In [0, log M].
+        """
+        numbers, log_probs = self._sampled_clusters(), self.sampled_log_probs
+        assert log_probs is not None
+        return torch.tensor([_entropy(own, log_probs[:, row]) for row, own in enumerate(numbers)])
+
+    @property
+    def discrete_semantic_entropy(self) -> Tensor:
+        """The same with each sampled answer counted once, (n,), nats: "discrete semantic entropy" of Farquhar et al."""
+        return torch.tensor([_entropy_of_counts(numbers) for numbers in self._sampled_clusters()])
 
     @property
     def self_consistency(self) -> Tensor:
@@ -109,8 +144,8 @@ class Generation(TokenScores):
         Each stands for all that agree with it; of equally frequent ones the earlier draw's is first.
         """
         ranked = []
-        for text, draws in zip(self.texts, self.draw_texts, strict=True):
-            numbers = clusters([text, *draws], self.agree)
+        for row, (text, draws) in enumerate(zip(self.texts, self.draw_texts, strict=True)):
+            numbers = clusters(self._compared(row, [text, *draws]), self.agree)
             others = sorted(
                 Counter(number for number in numbers if number).items(), key=lambda item: (-item[1], item[0])
             )
@@ -118,13 +153,24 @@ class Generation(TokenScores):
         return ranked
 
     def scores(self) -> dict[str, Tensor]:
-        """Every measure of uncertainty by its name, each (n,); those of draws' answers where these were written."""
-        if not len(self.draw_tokens):
-            return super().scores()
-        return super().scores() | {name: getattr(self, name) for name in DRAW_SCORES}
+        """Every measure of uncertainty by its name, each (n,); those of answers that were asked for."""
+        names = (*(DRAW_SCORES if len(self.draw_tokens) else ()), *(SAMPLE_SCORES if self.sampled_texts else ()))
+        asked = {} if self.p_true is None else {"p_true": self.p_true}
+        return super().scores() | {name: getattr(self, name) for name in names} | asked
 
     def _of_draws(self, score: Callable[[list[str]], float]) -> Tensor:
-        return torch.tensor([score(texts) for texts in self.draw_texts])
+        return torch.tensor([score(self._compared(row, texts)) for row, texts in enumerate(self.draw_texts)])
+
+    def _sampled_clusters(self) -> list[list[int]]:
+        if not self.sampled_texts:
+            raise ValueError("answers: none were sampled; ask for some, as with answers=10")
+        return [clusters(self._compared(row, texts), self.agree) for row, texts in enumerate(self.sampled_texts)]
+
+    def _compared(self, row: int, texts: list[str]) -> list[str]:
+        """Answers to a prompt as ``agree`` takes them."""
+        if isinstance(self.agree, Entailment) and self.prompts:
+            return [self.agree.after(self.prompts[row], text) for text in texts]
+        return texts
 
 
 @torch.no_grad()
@@ -140,6 +186,9 @@ def posterior_generate(
     batch_size: int = 16,
     progress: bool = False,
     draws: bool = True,
+    answers: int = 0,
+    answer_temperature: float = 1.0,
+    p_true: bool = False,
     on_token: Callable[[Sequence[int], Step], None] | None = None,
     **options: Any,
 ) -> Generation:
@@ -163,6 +212,10 @@ def posterior_generate(
         batch_size: prompts a forward.
         progress: show a bar.
         draws: also write the answer of each draw.
+        answers: M answers to sample for `Generation.semantic_entropy`, by M draws or by N in turns; each N of them cost
+            what the draws' answers cost.
+        answer_temperature: of these, above 0.
+        p_true: also ask the model whether its answer is true, which takes a tokenizer.
         on_token: called with the rows of a batch and each `bloblora.generation.decoding.Step` of their averaged
             answers, while they are written; what it raises ends the generation.
         **options: as for transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``,
@@ -173,15 +226,23 @@ def posterior_generate(
         The `Generation`, on the CPU, rows in the order of ``inputs``.
 
     Raises:
-        ValueError: ``num_samples`` or ``batch_size`` is out of range, there is no prompt or one is padded on the wrong
-            side, an option asks for several answers, or the sampler's draws are no weights (a linearized Laplace).
+        ValueError: an argument is out of its range, there is no prompt or one is padded on the wrong side, an option
+            asks for several answers, or the sampler's draws are no weights (a linearized Laplace).
     """
     _check(inputs, num_samples, batch_size, options)
-    sampler = _kept(sampler or sampler_of(model), num_samples, seed)
+    if answers < 0 or answer_temperature <= 0:
+        raise ValueError(f"answers must be 0 or more, at a temperature above 0; got {answers} at {answer_temperature}")
+    if p_true and tokenizer is None:
+        raise ValueError("p_true: the question to the model is a text; give the tokenizer")
+    all_draws = sampler or sampler_of(model)
+    sampler = _kept(all_draws, num_samples, seed)
+    of_answers = min(num_samples, answers)
+    answering = _kept(all_draws, of_answers, seed) if answers else sampler
+    sampling = options | {"do_sample": True, "temperature": answer_temperature, "top_k": 0, "top_p": 1.0}
     device = next(model.parameters()).device
     order = _order(inputs)
     starts = range(0, len(order), batch_size)
-    parts = []
+    parts, sampled = [], []
     with eval_mode(model):
         for start in track(starts, "generating", disable=not progress, console=Console(stderr=True)):
             rows = order[start : start + batch_size]
@@ -189,7 +250,20 @@ def posterior_generate(
             told = None if on_token is None else partial(on_token, rows)
             decoding: Any = Decoding(sampler, num_samples, seed, batch, told, draws)
             parts.append(model.generate(**batch, **options, use_cache=True, custom_generate=decoding))  # type: ignore[operator]
-    return _joined(parts, order, tokenizer, num_samples, agree)
+            if answers:
+                decoding = Sampling(answering, of_answers, seed, batch, num_answers=answers)
+                sampled.append(model.generate(**batch, **sampling, use_cache=True, custom_generate=decoding))  # type: ignore[operator]
+    found = _joined(parts, order, tokenizer, num_samples, agree)
+    prompts = _prompts(inputs)
+    if tokenizer is not None:
+        found = replace(found, prompts=tokenizer.batch_decode(prompts, skip_special_tokens=True))
+    if sampled:
+        found = replace(found, **_joined_samples(sampled, order, tokenizer))
+    if p_true and tokenizer is not None:
+        written = [row[kept].tolist() for row, kept in zip(found.tokens, found.mask, strict=True)]
+        asked = {"sampler": all_draws, "batch_size": batch_size, "progress": progress}
+        found = replace(found, p_true=asked_p_true(model, prompts, written, tokenizer, num_samples, seed, **asked))
+    return found
 
 
 def _kept(sampler: Sampler, num_samples: int, seed: int) -> Sampler:
@@ -234,6 +308,44 @@ def _batch(model: Any, inputs: Mapping[str, Tensor], rows: list[int]) -> dict[st
     return {name: tensor[:, used] if tensor.shape[1:] == (width,) else tensor for name, tensor in batch.items()}
 
 
+def _prompts(inputs: Mapping[str, Tensor]) -> list[list[int]]:
+    """Token ids of the prompts, without padding."""
+    ids = torch.as_tensor(inputs["input_ids"])
+    mask = torch.as_tensor(inputs.get("attention_mask", torch.ones_like(ids))).bool()
+    return [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+
+
+def _texts(tokens: Tensor, mask: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """Texts of answers (n, T); without a tokenizer their token ids."""
+    rows = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+    if tokenizer is None:
+        return [" ".join(map(str, row)) for row in rows]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def _in_order(parts: Sequence[Answers] | Sequence[Samples], order: list[int]) -> dict[str, Tensor]:
+    """All batches as one in the inputs' order, (…, n, T), with 0 after the end of the shorter ones."""
+    place = torch.tensor(order).argsort()
+    joined: dict[str, Tensor] = {}
+    for name in (field.name for field in fields(parts[0])):
+        tensors = [getattr(part, name) for part in parts]
+        width = max(tensor.shape[-1] for tensor in tensors)
+        padded = [pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
+        joined[name] = torch.cat(padded, dim=-2).cpu()[..., place, :]
+    return joined
+
+
+def _joined_samples(
+    parts: Sequence[Samples], order: list[int], tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
+    """What `Generation` has of sampled answers."""
+    joined = _in_order(parts, order)
+    tokens, mask = joined["tokens"], joined["mask"]
+    texts = [_texts(*answer, tokenizer) for answer in zip(tokens, mask, strict=True)]
+    log_probs = joined["log_probs"].sum(-1) / mask.sum(-1)
+    return {"sampled_texts": [*map(list, zip(*texts, strict=True))], "sampled_log_probs": log_probs}
+
+
 def _joined(
     parts: Sequence[Answers],
     order: list[int],
@@ -241,27 +353,14 @@ def _joined(
     num_samples: int,
     agree: Agree,
 ) -> Generation:
-    """All batches as one in the inputs' order, with 0 after the end of the shorter ones."""
-
-    def texts(tokens: Tensor, mask: Tensor) -> list[str]:
-        rows = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
-        if tokenizer is None:
-            return [" ".join(map(str, row)) for row in rows]
-        return tokenizer.batch_decode(rows, skip_special_tokens=True)
-
-    place = torch.tensor(order).argsort()
-    joined: dict[str, Tensor] = {}
-    for name in (field.name for field in fields(Answers)):
-        tensors = [getattr(part, name) for part in parts]
-        width = max(tensor.shape[-1] for tensor in tensors)
-        padded = [pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
-        joined[name] = torch.cat(padded, dim=-2).cpu()[..., place, :]
+    """The answers of all batches."""
+    joined = _in_order(parts, order)
     draw_mask = joined.pop("draw_mask")
-    of_draws = [texts(*draw) for draw in zip(joined["draw_tokens"], draw_mask, strict=True)]
+    of_draws = [_texts(*draw, tokenizer) for draw in zip(joined["draw_tokens"], draw_mask, strict=True)]
     return Generation(
-        texts=texts(joined["tokens"], joined["mask"]),
+        texts=_texts(joined["tokens"], joined["mask"], tokenizer),
         draw_texts=[*map(list, zip(*of_draws, strict=True))] or [[] for _ in order],
-        **joined,
+        **cast("dict[str, Any]", joined),
         num_samples=num_samples,
         agree=agree,
     )
@@ -273,5 +372,10 @@ def _share_of_pairs(texts: list[str], agree: Agree) -> float:
 
 
 def _entropy_of_counts(numbers: list[int]) -> float:
-    shares = torch.tensor(numbers).bincount() / len(numbers)
+    return _entropy(numbers, torch.zeros(len(numbers)))
+
+
+def _entropy(numbers: list[int], log_weights: Tensor) -> float:
+    """Entropy over clusters, whose members have their number and a weight each."""
+    shares = torch.tensor(numbers).bincount(log_weights.softmax(0))
     return torch.special.entr(shares).sum().item()

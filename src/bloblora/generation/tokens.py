@@ -19,6 +19,9 @@ SCORES = (
     "mutual_information",
     "log_probability_variance",
     "mixture_log_probability",
+    "tokur_total",
+    "tokur_aleatoric",
+    "tokur_epistemic",
 )
 """The measures of a text that follow from its tokens."""
 
@@ -106,6 +109,28 @@ class TokenScores:
         text's first tokens say which draw it is from.
         """
         return self.draw_sequence_log_probs.logsumexp(0) - math.log(len(self.draw_log_probs))
+
+    @property
+    def tokur_total(self) -> Tensor:
+        r"""Sum over tokens of H[p̄_t], (n,), nats: total uncertainty of a trace of reasoning by TokUR.
+
+        TokUR (Zhang et al., arXiv 2505.11737) adds low-rank noise to a model's weights, takes the uncertainties of each
+        token given the text before it, and sums them over the response: :math:`\tilde U(y \mid x) = \sum_t U(y_t \mid
+        y_{<t}, x)`, for U the total (H[p̄_t]), the aleatoric (the mean of H[p_st]) and the epistemic uncertainty (their
+        difference). Its noise is isotropic and not trained; here it is the adapter's posterior. The means over tokens
+        are `predictive_entropy`, `expected_entropy` and, but for the correction for few draws, `mutual_information`.
+        """
+        return self.entropies.sum(-1)
+
+    @property
+    def tokur_aleatoric(self) -> Tensor:
+        """Sum over tokens of the draws' mean entropy, (n,), nats: see `tokur_total`."""
+        return self.expected_entropies.sum(-1)
+
+    @property
+    def tokur_epistemic(self) -> Tensor:
+        """`tokur_total` without `tokur_aleatoric`, (n,), nats: 0 for a single draw, which doesn't define it."""
+        return self.tokur_total - self.tokur_aleatoric
 
     def scores(self) -> dict[str, Tensor]:
         """Every measure of uncertainty by its name, each (n,)."""

@@ -193,6 +193,8 @@ class Run:
         records = self.records(records)
         found = self.generate(records, num_samples, seed, **options)
         answers = [{"answer": text, "draws": draws} for text, draws in zip(found.texts, found.draw_texts, strict=True)]
+        if found.sampled_texts:
+            answers = [{**one, "sampled": texts} for one, texts in zip(answers, found.sampled_texts, strict=True)]
         yield from text_lines(records, answers, found, self.tokenizer, correctness, decision=decision)
 
     def describe_scores(

@@ -2,15 +2,87 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from .. import tasks
 from ..decision import Correctness, Decision, confidence_of
-from ..generation import Generation, TokenScores, claim_tokens
+from ..generation import Generation, TokenScores, claim_tokens, find_agree
 from ..generation.claims import claims_of
+from .config import RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions:
+    """Which tokens a run writes, and what its answers are compared with.
+
+    Raises:
+        RunError: one is out of its range; the message lists all.
+    """
+
+    max_new_tokens: int = field(default=64, metadata={"help": "Most tokens of an answer."})
+    temperature: float = field(
+        default=0.0,
+        metadata={"help": "0 takes the most probable token; above it tokens are sampled: 1 by their probabilities."},
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={"help": "Sample only among the most probable tokens that have this probability together."},
+    )
+    answers: int = field(
+        default=0,
+        metadata={
+            "help": "Also sample so many answers, each by one weight sample in turn (--samples 0: by the posterior "
+            "mean), for their semantic entropy (arXiv 2302.09664; Nature 630, 625)."
+        },
+    )
+    answer_temperature: float = field(default=1.0, metadata={"help": "Of --answers, above 0; 1 by the probabilities."})
+    agree: str = field(
+        default="normalized",
+        metadata={
+            "help": "When two answers mean the same: `exact`, `normalized` (but for case, punctuation, articles and "
+            "white space), `numeric` (the last number), `module:function` or `file.py:function`, or `nli:MODEL`: each "
+            "entails the other by a sequence classifier with a label `entailment`, a folder or a name on the hub."
+        },
+    )
+    p_true: bool = field(
+        default=False,
+        metadata={"help": "Also ask the model whether its answer is true (P(True), arXiv 2207.05221)."},
+    )
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            problems.append(f"temperature must be a finite number of at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.answers < 0:
+            problems.append(f"answers must be 0 (none) or more, got {self.answers}")
+        if not (math.isfinite(self.answer_temperature) and self.answer_temperature > 0):
+            problems.append(f"answer_temperature must be a finite number above 0, got {self.answer_temperature}")
+        if problems:
+            raise RunError("\n".join(problems))
+
+    def writing(self) -> dict[str, Any]:
+        """What an answer and its scores depend on, beside the weight samples."""
+        return {option.name: getattr(self, option.name) for option in fields(WritingOptions)}
+
+    def of_generation(self) -> dict[str, Any]:
+        """As `bloblora.posterior_generate` takes them; a temperature of 0 takes the most probable token.
+
+        Raises:
+            ValueError, ModelError: ``agree`` names no relation.
+        """
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature else {}
+        scores = {"answers": self.answers, "answer_temperature": self.answer_temperature, "p_true": self.p_true}
+        options = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0, **sampling, **scores}
+        return {**options, "agree": find_agree(self.agree)}
 
 
 def response_examples(
@@ -56,12 +128,6 @@ def decided_texts(decision: Decision, found: TokenScores, correctness: Correctne
     if decision.answer_sets is not None and isinstance(found, Generation):
         result["answer_set"] = [answers[: decision.answer_sets.threshold] for answers in found.ranked_answers]
     return result
-
-
-def generation_options(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
-    """As transformers' ``generate`` takes them; a temperature of 0 takes the most probable token."""
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    return {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, **sampling}
 
 
 def response_of(record: Mapping[str, Any]) -> str:

@@ -72,6 +72,7 @@ def read_completion(body: Any, hosted: Mapping[str, Hosted], settings: Settings,
         1.0 if request.top_p is None else request.top_p,
         stop,
         top,
+        bool(request.draws),
     )
     logprobs = bool(request.logprobs) if chat else request.logprobs is not None
     examples = [_fitting(run, record, place, how, settings) for place, record in _records(request, chat)]

@@ -150,6 +150,11 @@ class _Writing(_Strict):
     samples: Annotated[int, Field(ge=0)] | None = _field(
         "bloblora's own: weight samples N; 0 is the posterior mean", 10, default=None
     )
+    draws: bool | None = _field(
+        "bloblora's own: also what each weight sample writes by itself, and the measures that compare these answers",
+        True,
+        default=None,
+    )
     n: Annotated[int, Field(ge=1, le=1)] | None = _field("answers a prompt: there is one", 1, default=None)
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = _field("there is none", 0.0, default=None)
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = _field("there is none", 0.0, default=None)

@@ -17,7 +17,7 @@ from ..generation.decoding import Step
 from ..prediction.prediction import mutual_information
 from ..runs import Run
 from ..runs.text_decisions import TextRules
-from ..runs.texts import decided_texts, generation_options
+from ..runs.texts import WritingOptions, decided_texts
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Way:
         num_samples, seed, max_new_tokens, temperature, top_p: as for `bloblora generate`.
         stop: texts before which an answer ends.
         top: how many of the most probable tokens are named at each place.
+        draws: whether the answers of the draws are asked for.
     """
 
     name: str
@@ -39,11 +40,16 @@ class Way:
     top_p: float
     stop: tuple[str, ...] = ()
     top: int = 0
+    draws: bool = False
 
     def options(self) -> dict[str, Any]:
         """What a map to ``p_correct`` and decisions depend on."""
-        names = ("num_samples", "seed", "max_new_tokens", "temperature", "top_p")
-        return {name: getattr(self, name) for name in names}
+        return {"num_samples": self.num_samples, "seed": self.seed} | self.writing.writing()
+
+    @property
+    def writing(self) -> WritingOptions:
+        """The same as options of a run that writes."""
+        return WritingOptions(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,8 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
     """Write answers, and tell each `Writing` its tokens.
 
     Returns:
-        Of each answer ``finish_reason``, ``uncertainty`` (its scores by name), ``num_draws``, and of ``rules``
-        ``p_correct``, ``abstain``, ``answer_set`` and ``promises``.
+        Of each answer ``finish_reason``, ``uncertainty`` (its scores by name), ``num_draws``, ``draws`` (their answers)
+        where these are asked for, and of ``rules`` ``p_correct``, ``abstain``, ``answer_set`` and ``promises``.
 
     Raises:
         GoneError: nobody waits for any of them.
@@ -86,10 +92,10 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
         how.num_samples,
         how.seed,
         batch_size=len(examples),
-        draws=rules is not None and rules.of_draws,
+        draws=how.draws or (rules is not None and rules.of_draws),
         on_token=partial(_tell, answers, how.top),
         stopping_criteria=StoppingCriteriaList([_Ended(answers, run.tokenizer, width, how.stop)]),
-        **generation_options(how.max_new_tokens, how.temperature, how.top_p),
+        **how.writing.of_generation(),
     )
     scores = found.scores()
     decided: dict[str, list[Any]] = {}
@@ -98,6 +104,8 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
     if rules and rules.decision:
         decided |= decided_texts(rules.decision, found, rules.correctness)
         decided["promises"] = [rules.decision.promises] * len(answers)
+    if how.draws:
+        decided["draws"] = [[_before(text, how.stop) for text in texts] for texts in found.draw_texts]
     return [
         {"finish_reason": _reason(found.tokens[row, found.mask[row]], run.tokenizer, how)}
         | {name: values[row] for name, values in decided.items()}
@@ -141,6 +149,11 @@ class _Ended(StoppingCriteria):
 def _stopped(ids: Tensor, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> bool:
     text = str(tokenizer.decode(ids, skip_special_tokens=True)) if stop else ""
     return any(one in text for one in stop)
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+    """The part of a text before its first stop."""
+    return text[: min((place for one in stop if (place := text.find(one)) >= 0), default=len(text))]
 
 
 def _reason(ids: Tensor, tokenizer: PreTrainedTokenizerBase, how: Way) -> str:
