@@ -1,10 +1,10 @@
 """What a record is and what can be wrong with one; and rows that stay on the disk.
 
-A record is a plain dict: ``{"text", "label"}`` for classification, with ``text_pair`` where two texts are classified
-together, ``{"question", "choices", "answer"}`` for multiple
-choice with ``answer`` the index of the right choice, ``{"prompt", "response"}`` or ``{"messages"}`` for open text, with
-messages ``{"role", "content"}`` of which the assistant's is the last. For prediction, ``label``, ``answer``,
-``response`` and the assistant's last message may be missing.
+A record is a plain dict: ``{"text", "label"}`` for classification, ``{"text", "value"}`` for regression, each with
+``text_pair`` where two texts belong together, ``{"question", "choices", "answer"}`` for multiple choice with ``answer``
+the index of the right choice, ``{"prompt", "response"}`` or ``{"messages"}`` for open text, with messages
+``{"role", "content"}`` of which the last is the assistant's. For prediction the answer, or the last message,
+may be missing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -24,18 +25,24 @@ Record = dict[str, Any]
 Place = tuple[str, int]
 """Where a row stands: what goes before its number, and the number."""
 KINDS = {
-    "classification": "'text'",
+    "text": "'text'",
     "choice": "'question' and 'choices'",
     "generation": "'prompt' or 'messages'",
 }
-"""Kinds of records, and what records of each must have."""
-_KIND_OF = {"text": "classification", "messages": "generation", "prompt": "generation", "question": "choice"}
-_FORMS = "'text' (and 'label'), 'question' and 'choices' (and 'answer'), 'prompt' (and 'response'), or 'messages'"
+"""Kinds of records by what is asked, and what records of each must have."""
+_KIND_OF = {"text": "text", "messages": "generation", "prompt": "generation", "question": "choice"}
+_FORMS = (
+    "'text' (and 'label' or 'value'), 'question' and 'choices' (and 'answer'), 'prompt' (and 'response'), or 'messages'"
+)
+ANSWERS = ("label", "value", "answer", "response")
+"""The fields of which one is a record's answer, but for messages."""
 _SHOWN, _SHOWN_ROWS, _SHOWN_VALUES = 20, 5, 3
 _VALUE = re.compile(
     r"(field '\w+'(?:, item \d+)?: )(?!missing)(.+?)( must be | is not an index | has half a ).*", re.DOTALL
 )
+_MISSING = "field '{}': missing; each {} record needs one"
 _ROWS_AT_A_TIME = 1000
+_LARGEST = 1e30  # of a value: its square is a float64, and no float32 is made of it before it is standardized
 
 
 class DataError(ValueError):
@@ -116,13 +123,11 @@ def record_problems(record: Mapping[str, Any], kind: str | None, *, require_answ
     """
     if (found := record.get("id")) is not None and _half_a_pair(found):
         return [f"field 'id': {quoted(found)} has half a surrogate pair, which is no text"]
-    if kind == "classification":
+    if kind == "text":
         pair = _text_problems(record["text_pair"], "field 'text_pair'") if "text_pair" in record else []
-        return [
-            *_text_problems(record.get("text"), "field 'text'"),
-            *pair,
-            *_answer_problems(record, "label", require_answer),
-        ]
+        valued = "value" in record and "label" not in record
+        problems = _value_problems if valued else partial(_answer_problems, name="label")
+        return [*_text_problems(record.get("text"), "field 'text'"), *pair, *problems(record, required=require_answer)]
     if kind == "choice":
         choices = _choice_problems(record.get("choices")) or _answer_problems(record, "answer", require_answer)
         return _text_problems(record.get("question"), "field 'question'") + choices
@@ -135,8 +140,8 @@ def record_problems(record: Mapping[str, Any], kind: str | None, *, require_answ
 
 
 def unanswered(record: Mapping[str, Any]) -> Record:
-    """The record without its label, answer or response, or the assistant's last message."""
-    rest = {name: value for name, value in record.items() if name not in ("label", "answer", "response")}
+    """The record without its label, value, answer or response, or the assistant's last message."""
+    rest = {name: value for name, value in record.items() if name not in ANSWERS}
     if (messages := rest.get("messages")) and messages[-1]["role"] == "assistant":
         rest["messages"] = messages[:-1]
     return rest
@@ -170,7 +175,7 @@ def _answer_problems(record: Mapping[str, Any], name: str, required: bool) -> li
     answer = record.get(name)
     if answer is None:
         which = "training" if name == "response" else "training or evaluation"
-        return [f"field '{name}': missing; each {which} record needs one"] if required else []
+        return [_MISSING.format(name, which)] if required else []
     if name != "answer":
         return _text_problems(answer, f"field '{name}'")
     count = len(record["choices"])
@@ -178,6 +183,14 @@ def _answer_problems(record: Mapping[str, Any], name: str, required: bool) -> li
         text = ", nor the letter or the text of exactly one" if isinstance(answer, str) else ""
         return [f"field 'answer': {quoted(answer)} is not an index into {count} choices (0..{count - 1}){text}"]
     return []
+
+
+def _value_problems(record: Mapping[str, Any], required: bool) -> list[str]:
+    value = record["value"]
+    if value is None:
+        return [_MISSING.format("value", "training or evaluation")] if required else []
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return [] if number else [f"field 'value': {quoted(value)} must be a finite number, such as 3.5"]
 
 
 def _message_problems(messages: Any, required: bool) -> list[str]:

@@ -22,6 +22,10 @@ arXiv 2306.10193), whose rules also say when to stop the sampling.
 No score is randomized, so that an input has one set; and a set that would be empty gets the most probable label.
 Neither can lower the coverage.
 
+**Intervals** hold the right value with a stated probability: the mean ± c·std of the prediction, with c the k-th
+smallest |y − mean| / std of n calibration records (split conformal prediction with normalized residuals, Lei et al.
+2018, arXiv 1604.04173). They are as wide as the model is uncertain, and c corrects how wide that is.
+
 **Scope**: an input is flagged as out of scope where its uncertainty is above the k-th smallest of n calibration records
 in scope, with level 1 - α. That is where its conformal p-value, (1 + number of calibration scores at least as large) /
 (n + 1), is at most α (Bates et al. 2023, arXiv 2104.08279), so α is the rate of false alarms.
@@ -85,6 +89,34 @@ class LabelSets:
     def promise(self) -> str:
         """What is promised, as a sentence."""
         return _promised_coverage("label sets hold the right label", self.coverage, self.num_examples)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Values no further from the predictive mean than a number of predictive standard deviations.
+
+    Attributes:
+        coverage: share of intervals that hold the right value, as promised.
+        threshold: that number.
+        num_examples: calibration records, n.
+    """
+
+    coverage: float
+    threshold: float
+    num_examples: int
+
+    def __post_init__(self) -> None:
+        check_share("coverage", self.coverage)
+        check_numbers(self, "num_examples")
+
+    def intervals(self, mean: Tensor, std: Tensor) -> Tensor:
+        """The two ends of each interval, (n, 2), for predictive means and standard deviations (n,)."""
+        return torch.stack([mean - self.threshold * std, mean + self.threshold * std], dim=-1)
+
+    @property
+    def promise(self) -> str:
+        """What is promised, as a sentence."""
+        return _promised_coverage("intervals hold the right value", self.coverage, self.num_examples)
 
 
 @dataclass(frozen=True)
@@ -177,6 +209,28 @@ def fit_label_sets(
         share = right.isinf().double().mean().item()
         raise PromiseError(f"coverage {coverage:.6g} can't be promised: {share:.4g} of right labels have probability 0")
     return LabelSets(kind, coverage, threshold, len(targets), penalty, free_ranks)
+
+
+def fit_intervals(mean: Tensor, std: Tensor, targets: Tensor, coverage: float = 0.9) -> Intervals:
+    """The width that keeps the promise.
+
+    Args:
+        mean: predictive means, (n,).
+        std: predictive standard deviations, (n,), above 0.
+        targets: the right values, (n,).
+        coverage: share of intervals that hold the right value, in (0, 1).
+
+    Raises:
+        PromiseError: records are too few.
+        ValueError: an argument or shapes are wrong.
+    """
+    if not (mean.shape == std.shape == targets.shape and mean.ndim == 1):
+        shapes = ", ".join(str(tuple(part.shape)) for part in (mean, std, targets))
+        raise ValueError(f"mean, std and targets must be (n,), got {shapes}")
+    check_enough(len(targets), "coverage", coverage, coverage)
+    scores = (targets.double() - mean.double()).abs() / std.double()
+    check_scores("|target - mean| / std", scores)
+    return Intervals(coverage, _quantile(scores, coverage), len(targets))
 
 
 def fit_answer_sets(ranks: Tensor, coverage: float = 0.9) -> AnswerSets:

@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from ..files import check_fields
-from ..prediction import Prediction
+from ..prediction import Prediction, ValuePrediction
 from .answering import Answering, check_answering, fit_answering, fit_answering_by
 from .conformal import (
     AnswerSets,
+    Intervals,
     Kind,
     LabelSets,
     PromiseError,
@@ -18,6 +19,7 @@ from .conformal import (
     Score,
     check_enough,
     fit_answer_sets,
+    fit_intervals,
     fit_label_sets,
     fit_scope,
 )
@@ -31,11 +33,13 @@ class Decided:
         answers: whether to answer, (n,) bool.
         label_sets: which labels are in the set, (n, C) bool.
         out_of_scope: whether it is flagged, (n,) bool.
+        intervals: of a value, (n, 2).
     """
 
-    answers: Tensor | None
-    label_sets: Tensor | None
-    out_of_scope: Tensor | None
+    answers: Tensor | None = None
+    label_sets: Tensor | None = None
+    out_of_scope: Tensor | None = None
+    intervals: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Decision:
     """When to answer, which labels to name, what to call out of scope. Each promise holds by itself.
 
     Attributes:
-        answering, label_sets, scope, answer_sets: the rules; None of one that the calibration records carry no promise
-            of. Texts have no label sets and no scope, and labels no answer sets.
+        answering, label_sets, scope, answer_sets, intervals: the rules; None of one that the calibration records carry
+            no promise of. Texts have no label sets and no scope, labels no answer sets, and values intervals alone.
         refused: why, by the rule's name.
     """
 
@@ -53,13 +57,17 @@ class Decision:
     scope: Scope | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     answer_sets: AnswerSets | None = None
+    intervals: Intervals | None = None
 
     def __post_init__(self) -> None:
         if not self.promises:
-            raise ValueError("a decision needs at least one of answering, label_sets, scope and answer_sets")
+            raise ValueError(f"a decision needs at least one of {', '.join(_RULES)}")
 
     def decide(self, prediction: Prediction) -> Decided:
-        """Decide on n inputs, from the probabilities averaged over the draws."""
+        """Decide on n inputs, from what is averaged over the draws."""
+        if isinstance(prediction, ValuePrediction):
+            assert self.intervals is not None
+            return Decided(intervals=self.intervals.intervals(prediction.mean, prediction.std))
         return Decided(
             None if self.answering is None else self.answering.answers(prediction.confidence),
             None if self.label_sets is None else self.label_sets.sets(prediction.probabilities),
@@ -76,16 +84,21 @@ class Decision:
 
         Args:
             inside: of inputs in scope.
-            targets: (n,), class indices.
+            targets: (n,), class indices, or values.
             outside: of inputs out of scope.
 
         Returns:
             Of the rules that are there: ``answered`` (share), ``selective_risk`` (share of errors among them, 0 where
             none is answered), ``set_coverage``, ``set_size`` (mean number of labels), ``false_alarm``, and with
-            ``outside`` ``detection``.
+            ``outside`` ``detection``; of values ``promised_coverage`` and ``promised_width`` (mean).
         """
-        decided, targets = self.decide(inside), targets.to(inside.labels.device)
+        decided = self.decide(inside)
         result: dict[str, float] = {}
+        if (intervals := decided.intervals) is not None:
+            low, high = intervals.unbind(-1)
+            width = (high - low).mean().item()
+            return {"promised_coverage": _share((low <= targets) & (targets <= high)), "promised_width": width}
+        targets = targets.to(inside.labels.device)
         if (answers := decided.answers) is not None:
             wrong = answers & (inside.labels != targets)
             result |= {"answered": _share(answers), "selective_risk": int(wrong.sum()) / max(1, int(answers.sum()))}
@@ -125,14 +138,16 @@ def fit_decision(
     false_alarm: float = 0.05,
     score: Score = "predictive_entropy",
 ) -> Decision:
-    """Fit the three rules on labelled records that were used for nothing else; ``refused`` says which can't be.
+    """Fit the rules on labelled records that were used for nothing else; ``refused`` says which can't be.
+
+    Of classes there are three, of values intervals, for which ``coverage`` alone counts.
 
     Args:
         prediction: of n inputs in scope.
-        targets: (n,), class indices.
+        targets: (n,), class indices, or values.
         risk: largest share of errors among the answers.
         level: probability that the share is no larger.
-        coverage: share of label sets that hold the right label.
+        coverage: share of label sets that hold the right label, or of intervals that hold the right value.
         kind: of label sets.
         false_alarm: share of inputs in scope that are flagged as out of it.
         score: what flags them; mutual information needs several draws.
@@ -141,6 +156,8 @@ def fit_decision(
         PromiseError: these data carry none of the promises.
         ValueError: an argument is out of its range.
     """
+    if isinstance(prediction, ValuePrediction):
+        return Decision(intervals=fit_intervals(prediction.mean, prediction.std, targets, coverage))
     if score == "mutual_information" and int(prediction.num_draws.max()) < 2:
         raise ValueError("score mutual_information is not defined for a single draw; take predictive_entropy")
     probabilities = prediction.probabilities
@@ -188,12 +205,15 @@ def fit_text_decision(
 
 
 def check_promises(
-    n: int, *, risk: float = 0.05, level: float = 0.95, coverage: float = 0.9, false_alarm: float = 0.05
+    n: int, *, kind: str, risk: float = 0.05, level: float = 0.95, coverage: float = 0.9, false_alarm: float = 0.05
 ) -> None:
     """Raise a ValueError where these are out of range, and a PromiseError where n records are too few for any of them.
 
-    That is known before any prediction.
+    That is known before any prediction, of which ``kind`` is the likelihood's name.
     """
+    if kind == ValuePrediction.kind:
+        check_enough(n, "coverage", coverage, coverage)
+        return
     _kept(
         {
             "answering": lambda: check_answering(n, risk, level),
@@ -229,4 +249,10 @@ def _share(which: Tensor) -> float:
     return which.double().mean().item()
 
 
-_RULES: dict[str, Any] = {"answering": Answering, "label_sets": LabelSets, "scope": Scope, "answer_sets": AnswerSets}
+_RULES: dict[str, Any] = {
+    "answering": Answering,
+    "label_sets": LabelSets,
+    "scope": Scope,
+    "answer_sets": AnswerSets,
+    "intervals": Intervals,
+}

@@ -77,6 +77,7 @@ class LaplaceLora(Method):
 
     name = "laplace-lora"
     paper = "2308.13111"
+    likelihoods = ("categorical",)
     post_hoc = True
     writes_text = False
     files = (*Method.files, f"{_STATE}.json")

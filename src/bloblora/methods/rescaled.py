@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapter import AdapterFileError
-from ..prediction import Sampler, ScalableWeights, Tempered, fit_temperature, predict, tempered_nll
+from ..prediction import Sampler, ScalableWeights, Tempered, fit_temperature, predict_logits, tempered_nll
+from ..tasks.likelihood import Likelihood
 from ..tasks.task import Example
 from .method import Draw, Method, Training, read_state, write_state
 
@@ -44,7 +45,7 @@ _NO_WIDTH = 1e-6  # what is saved for τ = 0: no draw shows it in float32, and t
 _INNERS = (
     *("name", "paper", "training_defaults", "lora_defaults"),
     *("starts_from_lora", "post_hoc", "whole_model", "gaussian", "takes_prior", "deterministic", "needs_head"),
-    *("check_run", "check_draws", "described", "holdout", "prepare", "weights_file"),
+    *("likelihoods", "check_run", "check_draws", "described", "holdout", "prepare", "weights_file"),
 )
 
 
@@ -73,7 +74,8 @@ class Rescaled(Method):
         """Train, or K times without a fold and then on all; then fit τ and T."""
         parts = [*self._out_of_fold(model, training)] if self.folds else []
         sampler = self.inner.fit(model, training)
-        scales, report = fit_scales(parts or [_HeldOut(model, sampler, training.validation, training.task)])
+        parts = parts or [_HeldOut(model, sampler, training.validation, training.task)]
+        scales, report = fit_scales(parts, training.task.likelihood)
         if scales.width != 1:
             assert sampler.scalable is not None
             sampler.scalable.scale_(scales.width or _NO_WIDTH)
@@ -136,17 +138,17 @@ class _HeldOut:
         self.weights = sampler.scalable
         self._inputs: Any = {"model": model, "inputs": examples, "task": task, "sampler": sampler}
         if self.weights is None:  # the model isn't needed any more
-            self._log_probs, self._inputs = predict(**self._inputs, num_samples=_NUM_SAMPLES).log_probs, None
+            self._logits, self._inputs = predict_logits(**self._inputs, num_samples=_NUM_SAMPLES), None
 
-    def log_probs(self, width: float) -> Tensor:
+    def logits(self, width: float) -> Tensor:
         """Of each draw under a τ, (S, n, C)."""
         if self.weights is None:
-            return self._log_probs
+            return self._logits
         with _scaled(self.weights, width or 1.0):
-            return predict(**self._inputs, num_samples=_NUM_SAMPLES if width else 0).log_probs
+            return predict_logits(**self._inputs, num_samples=_NUM_SAMPLES if width else 0)
 
 
-def fit_scales(parts: Sequence[_HeldOut]) -> tuple[Scales, dict[str, Any]]:
+def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood) -> tuple[Scales, dict[str, Any]]:
     """τ and T with the lowest NLL of the parts' records together, and what ``run.json`` says of them."""
     labels = [part.labels for part in parts]
     tried: dict[float, Scales] = {}
@@ -154,9 +156,9 @@ def fit_scales(parts: Sequence[_HeldOut]) -> tuple[Scales, dict[str, Any]]:
     def at(width: float) -> float:
         if width in tried:
             return tried[width].nll.mean().item()
-        log_probs = [part.log_probs(width) for part in parts]
-        temperature = fit_temperature(log_probs, labels)
-        nll, nll_of_width = (tempered_nll(log_probs, labels, value) for value in (temperature, 1.0))
+        logits = [part.logits(width) for part in parts]
+        temperature = fit_temperature(logits, labels, likelihood)
+        nll, nll_of_width = (tempered_nll(logits, labels, value, likelihood) for value in (temperature, 1.0))
         tried[width] = Scales(width, temperature, nll, nll_of_width)
         return tried[width].nll.mean().item()
 

@@ -2,7 +2,8 @@
 
 from .approximations import Linearized, StoppingRule, TopBlocks
 from .hidden import hidden_states
-from .prediction import Prediction, average_draws, predict
+from .kinds import Prediction, ValuePrediction
+from .prediction import average_draws, predict, predict_logits
 from .sampler import Point, Sampler, ScalableWeights, Tempered, WeightDraws
 from .temperature import fit_temperature, tempered_nll
 
@@ -15,10 +16,12 @@ __all__ = [
     "StoppingRule",
     "Tempered",
     "TopBlocks",
+    "ValuePrediction",
     "WeightDraws",
     "average_draws",
     "fit_temperature",
     "hidden_states",
     "predict",
+    "predict_logits",
     "tempered_nll",
 ]

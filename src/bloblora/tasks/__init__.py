@@ -4,14 +4,21 @@ from .choice_letter import ChoiceLetter, label_logits
 from .choice_text import Blank, ChoiceText
 from .classification import Classification
 from .generation import TextGeneration
+from .likelihood import CATEGORICAL, Categorical, Gaussian, Likelihood
+from .regression import Regression
 from .task import TASKS, Task, TaskError, build_task, encode_all, encode_each, guess_task, task_from_dict
 
 __all__ = [
+    "CATEGORICAL",
     "TASKS",
     "Blank",
+    "Categorical",
     "ChoiceLetter",
     "ChoiceText",
     "Classification",
+    "Gaussian",
+    "Likelihood",
+    "Regression",
     "Task",
     "TaskError",
     "TextGeneration",

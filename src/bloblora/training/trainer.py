@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
@@ -31,6 +30,7 @@ from ..adapter.variant import STD_PARAMETER
 from ..files import as_os_error
 from ..messages import shortened
 from ..posterior import separate_noise, stack
+from ..tasks.likelihood import CATEGORICAL, Likelihood, likelihood_of
 from .arguments import (
     OBJECTIVE,
     BlobTrainingArguments,
@@ -66,6 +66,8 @@ class TrainingTask(Protocol):
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Logits (b, C) of a batch."""
 
+    # and, where it isn't `tasks.CATEGORICAL`, ``likelihood``: how probable labels are, given logits
+
 
 class BlobTrainerMixin(_Host):
     """Adds the KL to the loss of any Trainer: transformers' (`BlobTrainer`), TRL's, or one of your own.
@@ -84,7 +86,8 @@ class BlobTrainerMixin(_Host):
 
     Raises:
         TypeError: ``args`` lacks fields of `Objective`; or, when a class is made, the mixin stands after a Trainer.
-        ValueError: a field is out of its range; ``eval_num_samples`` without a task, and the model doesn't classify
+        ValueError: a field is out of its range; ``label_smoothing_factor`` with a task of other answers than classes;
+            ``eval_num_samples`` without a task, and the model doesn't classify
             sequences; ``peft_config``, whose adapter would have no posterior; or version 1 of FSDP. By ``train``: a
             Bayesian adapter and neither a length of the data nor ``dataset_size``.
         DivergedError: by ``train``, when a loss, a validation metric, a gradient or a weight is not finite. Checkpoints
@@ -116,6 +119,8 @@ class BlobTrainerMixin(_Host):
                 "peft_config: the adapter that the Trainer would add has no posterior; leave it out, and call "
                 "model = get_peft_model(model, peft_config) and bayesianize(model, BlobConfig()) before"
             )
+        if args.label_smoothing_factor and likelihood_of(task).name != CATEGORICAL.name:
+            raise ValueError("label_smoothing_factor is for classes and choices, and the task has none: leave it out")
         if task is not None:
             args.remove_unused_columns = False  # a task's columns are no arguments of the model
         # Otherwise the data's order hangs on whichever seed torch was given last, and that differs between processes.
@@ -350,7 +355,7 @@ class BlobTrainerMixin(_Host):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Evaluation on the posterior mean, or on the average over ``eval_num_samples`` draws."""
-        from ..prediction import average_draws
+        from ..prediction.prediction import draw_logits, sampler_of
 
         task, draws = self.task, getattr(self.args, "eval_num_samples", 0)
         if task is None and not draws:
@@ -363,10 +368,11 @@ class BlobTrainerMixin(_Host):
                 return task.logits(model, inputs)
             return model(**{name: tensor for name, tensor in inputs.items() if name != "labels"}).logits
 
+        likelihood = likelihood_of(task)
         with torch.no_grad(), self.compute_loss_context_manager():
-            log_probs = average_draws(forward, self.posterior, draws, self.args.seed)
-        loss = None if labels is None else F.nll_loss(log_probs, labels)
-        return (loss, None, None) if prediction_loss_only else (loss, log_probs, labels)
+            logits = draw_logits(forward, sampler_of(self.posterior), draws, self.args.seed)
+        loss = None if labels is None else -likelihood.averaged(logits, labels).mean()
+        return (loss, None, None) if prediction_loss_only else (loss, likelihood.merged(logits), labels)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -386,8 +392,8 @@ class BlobTrainerMixin(_Host):
     def _loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any) -> Any:
         """One forward: the loss of a task's logits, or of the Trainer below; as `compute_loss` returns it.
 
-        Of a task it is the mean NLL, smoothed by ``label_smoothing_factor``, or what ``compute_loss_func`` makes of
-        ``{"logits": (b, C)}``, the labels and the number of examples of the whole step.
+        Of a task it is the mean NLL by its likelihood, smoothed by ``label_smoothing_factor``, or what
+        ``compute_loss_func`` makes of ``{"logits": (b, C)}``, the labels and the number of examples of the whole step.
         """
         if self.task is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -397,7 +403,7 @@ class BlobTrainerMixin(_Host):
             )
         outputs = {"logits": self.task.logits(model, inputs)}
         if self.compute_loss_func is None:
-            loss = _cross_entropy(outputs["logits"], labels, self.args.label_smoothing_factor)
+            loss = _mean_nll(likelihood_of(self.task), outputs["logits"], labels, self.args.label_smoothing_factor)
         else:
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -605,9 +611,9 @@ def _restoring(what: str, checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Mean NLL of logits (b, C); a share of it is of the classes alike that an example has, whose logits are finite."""
-    nll = F.cross_entropy(logits, labels)
+def _mean_nll(likelihood: Likelihood, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Of logits (b, C); a share of it is of the classes alike that an example has, whose logits are finite."""
+    nll = -likelihood.log_prob(logits, labels).mean()
     if not smoothing:
         return nll
     finite = logits > -math.inf

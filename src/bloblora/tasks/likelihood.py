@@ -1,0 +1,138 @@
+r"""How probable an answer is, given a task's logits: what training maximizes, and what prediction averages.
+
+Logits are the natural parameters η of an exponential family, p(y | η) ∝ exp(η · t(y)), so that logits over T are its
+density to the power 1/T, normalized: a temperature means the same for each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Likelihood(ABC):
+    """A family of distributions over the answers of one kind of task."""
+
+    name: ClassVar[str]
+
+    def normalized(self, logits: Tensor) -> Tensor:
+        """The logits in a form in which equal distributions have equal numbers."""
+        return logits
+
+    @abstractmethod
+    def log_prob(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Log-probability or density of labels (b, …) as examples hold them, (…, b) for logits (…, b, C)."""
+
+    @abstractmethod
+    def merged(self, draws: Tensor) -> Tensor:
+        """Logits (b, C) of the average over draws (S, b, C), or of the member of the family that is closest to it."""
+
+    def averaged(self, draws: Tensor, labels: Tensor) -> Tensor:
+        """Log of the mean over draws (S, b, C) of the probability of labels, (b,)."""
+        return self.log_prob(draws, labels).logsumexp(0) - math.log(len(draws))
+
+    @abstractmethod
+    def targets(self, labels: Sequence[Any]) -> Tensor:
+        """The labels of examples as metrics take them, (n, …)."""
+
+    @abstractmethod
+    def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
+        """Mean NLL of labels under what fits the labels ``seen`` best without looking at an input, nats."""
+
+
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    """One of C classes, by their log-odds."""
+
+    name: ClassVar[str] = "categorical"
+
+    def normalized(self, logits: Tensor) -> Tensor:
+        """Log-probabilities."""
+        return logits.log_softmax(-1)
+
+    def log_prob(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of class indices (b,), or of probabilities (b, C): their cross-entropy."""
+        labels = labels.expand(*logits.shape[:-2], *labels.shape).flatten(0, logits.ndim - 2)
+        return -F.cross_entropy(logits.flatten(0, -2), labels, reduction="none").unflatten(0, logits.shape[:-1])
+
+    def merged(self, draws: Tensor) -> Tensor:
+        """Log of the mean probabilities."""
+        return draws.log_softmax(-1).logsumexp(0) - math.log(len(draws))
+
+    def targets(self, labels: Sequence[Any]) -> Tensor:
+        """Class indices, (n,)."""
+        return torch.tensor(labels)
+
+    def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
+        """By the shares of the classes."""
+        counts = Counter(seen)
+        return sum(-math.log(counts.get(label, 1) / len(seen)) for label in labels) / len(labels)
+
+
+@dataclass(frozen=True)
+class Gaussian(Likelihood):
+    r"""A number with normal noise, of natural parameters :math:`(\mu/\sigma^2, -1/(2\sigma^2))`.
+
+    Over T they have the same mean and the variance :math:`T\sigma^2`. Examples hold standardized numbers; targets are
+    in the units of the data.
+
+    Attributes:
+        center: mean of the training values.
+        scale: their standard deviation.
+    """
+
+    center: float = 0.0
+    scale: float = 1.0
+
+    name: ClassVar[str] = "gaussian"
+
+    @staticmethod
+    def of(mean: Tensor, precision: Tensor) -> Tensor:
+        """Logits (…, 2) of a mean and 1/σ²."""
+        return torch.stack([mean * precision, -precision / 2], dim=-1)
+
+    @staticmethod
+    def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance, standardized, each (…)."""
+        variance = -0.5 / logits[..., 1]
+        return logits[..., 0] * variance, variance
+
+    def log_prob(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Log-density of standardized numbers (b,)."""
+        mean, variance = self.moments(logits)
+        return -((labels - mean).square() / variance + variance.log() + math.log(2 * math.pi)) / 2
+
+    def merged(self, draws: Tensor) -> Tensor:
+        """Of the same mean and variance as the mixture."""
+        means, variances = self.moments(draws)
+        return self.of(means.mean(0), 1 / (variances.mean(0) + means.var(0, correction=0)))
+
+    def standardized(self, values: Any) -> Any:
+        """Numbers in the units of the data, as examples hold them."""
+        return (values - self.center) / self.scale
+
+    def targets(self, labels: Sequence[Any]) -> Tensor:
+        """The numbers in the units of the data, (n,) float64."""
+        return torch.tensor(labels, dtype=torch.float64) * self.scale + self.center
+
+    def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
+        """By the normal distribution with their mean and variance."""
+        known, asked = (torch.tensor(side, dtype=torch.float64) for side in (seen, labels))
+        variance = known.var(correction=0).clamp_min(1e-12)
+        return -self.log_prob(self.of(known.mean(), 1 / variance), asked).mean().item()
+
+
+CATEGORICAL = Categorical()
+
+
+def likelihood_of(task: Any) -> Likelihood:
+    """That of a task; classes where it says nothing else, and without a task."""
+    return getattr(task, "likelihood", CATEGORICAL)
