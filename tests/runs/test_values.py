@@ -120,7 +120,7 @@ def test_what_is_of_classes_is_refused_of_a_run(trained, tmp_path, capsys):
     for name in ("stop", "linearized"):
         with pytest.raises(runs.RunError, match=f"approximate '{name}' is for classes and choices"):
             runs.load_run(folder, name)
-    with pytest.raises(runs.RunError, match="ood: values have no rule"):
+    with pytest.raises(runs.RunError, match="ood: task 'regression' has no rule"):
         calibrate(runs.open_run(folder), test, test, OPTIONS)
     with pytest.raises(runs.RunError, match="top_k: the run's task is regression"):
         pipeline(trained)(test, top_k=1)

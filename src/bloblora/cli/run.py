@@ -59,6 +59,7 @@ def train(
     response; a file holds one of these kinds:
       {"text": "where is my parcel", "label": "track_order"}
       {"text": "the parcel came a week late", "value": 2.5}
+      {"text": "the parcel came late and was broken", "labels": ["late", "damaged"]}
       {"question": "Which gas do plants take in?", "choices": ["oxygen", "carbon dioxide"], "answer": 1}
       {"prompt": "Question: Which gas do plants take in?\\nAnswer:", "response": "carbon dioxide"}
     `answer` is the right choice's index, counted from 0. Tables have the same columns, choices as choice_0, choice_1, …
@@ -144,8 +145,9 @@ def calibrate(
       answer or abstain   at most --risk errors among the answers, with probability --confidence
       label set           at least --coverage of the sets hold the right label
       out of scope        at most --false-alarm of inputs in scope are flagged
-    Of a run that predicts values there is one rule:
+    Of a run that predicts values, or several labels at once, there is one rule:
       interval            at least --coverage of the intervals hold the right value
+      label thresholds    each label is named for at least --coverage of the inputs that have it
     `predict` and `evaluate` use them from then on, with the same --samples, --seed and --approximate; calibrate again
     with others to have rules for both. A rule that the data can't carry is left out, and the message says why; where
     they carry none, that is an error. The predictions are kept in the run's folder, so that other promises on the same
@@ -180,7 +182,8 @@ def calibrate(
             predictions too, whose targets say nothing.
         risk: largest share of errors among the answers.
         confidence: probability that the share is no larger.
-        coverage: share of label sets that hold the right label, or of intervals that hold the right value.
+        coverage: share of label sets that hold the right label, of intervals that hold the right value, or of
+            the inputs that have a label for which it is named.
         label_sets: `lac` for the smallest sets, `aps` for sets that grow where the model is less sure, `raps` between.
         false_alarm: share of inputs in scope that are flagged as out of it.
         score: what flags them.
@@ -296,8 +299,9 @@ def evaluate(
     """Measure accuracy and calibration of a run on labelled data.
 
     Of a run that predicts values the table has the NLL (nats, of values in units of the training values' standard
-    deviation), RMSE, MAE, CRPS, and coverage and mean width of the 90 % intervals. Of one with labels or choices it is
-    as follows.
+    deviation), RMSE, MAE, CRPS, and coverage and mean width of the 90 % intervals. Of one with several labels at once
+    it has the NLL (sum over the labels), micro and macro F1, the share of inputs whose labels are all right, and Brier
+    score and ECE as means over the labels. Of one with labels or choices it is as follows.
 
     Prints a table of accuracy, ECE (mean distance of confidence and accuracy), ECE floor (the ECE that a perfectly
     calibrated model would have on the same records; "at floor" where yours is no more than two standard deviations
@@ -397,7 +401,9 @@ def predict(
 
     Of a run that predicts values a line has `value` (the predictive mean), `std` (its standard deviation), of it
     `aleatoric_std` (what the input leaves open) and `epistemic_std` (what the model doesn't know), `interval` (90 % of
-    the predictive probability), and after `bloblora calibrate` `promised_interval`. With labels or choices:
+    the predictive probability), and after `bloblora calibrate` `promised_interval`. Of
+    one with several labels at once it has `labels` (more probable than not), `probabilities`, the entropies, and then
+    `promised_labels`. With labels or choices:
 
     A line has, in the inputs' order: `label`, `probabilities` (by label, or by choice), `confidence` (of that label),
     `predictive_entropy` (all uncertainty, nats) and of it `mutual_information` (what the model doesn't know; 0 for a
@@ -840,6 +846,7 @@ def _realized(decision: dict[str, Any], result: dict[str, Any], title: str) -> T
         "set_coverage": (of_sets, "≥", "coverage"),
         "false_alarm": ("scope", "≤", "false_alarm"),
         "promised_coverage": ("intervals", "≥", "coverage"),
+        "recall": ("label_thresholds", "≥", "coverage"),
     }
     names = {
         "answered": "answered",
@@ -850,6 +857,9 @@ def _realized(decision: dict[str, Any], result: dict[str, Any], title: str) -> T
         "detection": "flagged out of scope",
         "promised_coverage": "intervals with the right value",
         "promised_width": "width of an interval",
+        "recall": "labels named where they are right",
+        "least_recall": "the same of the worst label",
+        "named": "labels named",
     }
     table = Table("", "promised", "realized", title=title)
     for name in (name for name in names if name in result):

@@ -1,10 +1,10 @@
 """What a record is and what can be wrong with one; and rows that stay on the disk.
 
-A record is a plain dict: ``{"text", "label"}`` for classification, ``{"text", "value"}`` for regression, each with
-``text_pair`` where two texts belong together, ``{"question", "choices", "answer"}`` for multiple choice with ``answer``
-the index of the right choice, ``{"prompt", "response"}`` or ``{"messages"}`` for open text, with messages
-``{"role", "content"}`` of which the last is the assistant's. For prediction the answer, or the last message,
-may be missing.
+A record is a plain dict: ``{"text", "label"}`` for classification, ``{"text", "labels"}`` for several at once,
+``{"text", "value"}`` for regression, each with ``text_pair`` where two texts belong together,
+``{"question", "choices", "answer"}`` for multiple choice with ``answer`` the index of the right choice,
+``{"prompt", "response"}`` or ``{"messages"}`` for open text, with messages ``{"role", "content"}`` of which the last is
+the assistant's. For prediction the answer, or the last message, may be missing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -32,9 +31,10 @@ KINDS = {
 """Kinds of records by what is asked, and what records of each must have."""
 _KIND_OF = {"text": "text", "messages": "generation", "prompt": "generation", "question": "choice"}
 _FORMS = (
-    "'text' (and 'label' or 'value'), 'question' and 'choices' (and 'answer'), 'prompt' (and 'response'), or 'messages'"
+    "'text' (and 'label', 'labels' or 'value'), 'question' and 'choices' (and 'answer'), 'prompt' (and 'response'), or "
+    "'messages'"
 )
-ANSWERS = ("label", "value", "answer", "response")
+ANSWERS = ("label", "labels", "value", "answer", "response")
 """The fields of which one is a record's answer, but for messages."""
 _SHOWN, _SHOWN_ROWS, _SHOWN_VALUES = 20, 5, 3
 _VALUE = re.compile(
@@ -125,9 +125,10 @@ def record_problems(record: Mapping[str, Any], kind: str | None, *, require_answ
         return [f"field 'id': {quoted(found)} has half a surrogate pair, which is no text"]
     if kind == "text":
         pair = _text_problems(record["text_pair"], "field 'text_pair'") if "text_pair" in record else []
-        valued = "value" in record and "label" not in record
-        problems = _value_problems if valued else partial(_answer_problems, name="label")
-        return [*_text_problems(record.get("text"), "field 'text'"), *pair, *problems(record, required=require_answer)]
+        checks = {"labels": _labels_problems, "value": _value_problems}
+        answer = next((name for name in checks if name in record and "label" not in record), None)
+        wrong = checks[answer](record, require_answer) if answer else _answer_problems(record, "label", require_answer)
+        return [*_text_problems(record.get("text"), "field 'text'"), *pair, *wrong]
     if kind == "choice":
         choices = _choice_problems(record.get("choices")) or _answer_problems(record, "answer", require_answer)
         return _text_problems(record.get("question"), "field 'question'") + choices
@@ -183,6 +184,17 @@ def _answer_problems(record: Mapping[str, Any], name: str, required: bool) -> li
         text = ", nor the letter or the text of exactly one" if isinstance(answer, str) else ""
         return [f"field 'answer': {quoted(answer)} is not an index into {count} choices (0..{count - 1}){text}"]
     return []
+
+
+def _labels_problems(record: Mapping[str, Any], required: bool) -> list[str]:
+    labels = record["labels"]
+    if labels is None:
+        return [_MISSING.format("labels", "training or evaluation")] if required else []
+    if not isinstance(labels, list | tuple):
+        return [f"field 'labels': {quoted(labels)} must be a list of texts, which may be empty"]
+    if len({*map(str, labels)}) < len(labels):
+        return [f"field 'labels': {quoted(labels)} must be a list of texts that are all different"]
+    return [p for i, label in enumerate(labels) for p in _text_problems(label, f"field 'labels', item {i}")]
 
 
 def _value_problems(record: Mapping[str, Any], required: bool) -> list[str]:

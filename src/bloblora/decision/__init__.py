@@ -9,11 +9,13 @@ from .conformal import (
     AnswerSets,
     Intervals,
     LabelSets,
+    LabelThresholds,
     PromiseError,
     Scope,
     fit_answer_sets,
     fit_intervals,
     fit_label_sets,
+    fit_label_thresholds,
     fit_scope,
 )
 from .correctness import MAPS, Correctness, CorrectnessError, confidence_of, fit_correctness
@@ -29,6 +31,7 @@ __all__ = [
     "Decision",
     "Intervals",
     "LabelSets",
+    "LabelThresholds",
     "PromiseError",
     "Scope",
     "check_promises",
@@ -41,6 +44,7 @@ __all__ = [
     "fit_decision",
     "fit_intervals",
     "fit_label_sets",
+    "fit_label_thresholds",
     "fit_scope",
     "fit_text_decision",
 ]

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ..prediction import Prediction, ValuePrediction
+from ..prediction import MultiLabelPrediction, Prediction, ValuePrediction
 from ..prediction.kinds import INTERVAL
 from ..registry import Registry
 from .calibration import BinGaps, brier_parts, classwise_ece, ece_floor, equal_mass_ece, reliability
 from .distance import DISTANCES
-from .inputs import as_prediction, checked, checked_values
+from .inputs import as_prediction, checked, checked_labels, checked_values, equal_width
 from .ranking import ood_metrics, risk_coverage
 
 Table = Literal["main", "more", "asked"]
+_KINDS: tuple[type[Prediction], ...] = (Prediction, MultiLabelPrediction, ValuePrediction)
 
 COVERAGES = (0.5, 0.8, 0.9, 0.95)
 
@@ -44,7 +45,7 @@ class Metric:
             isn't there.
         marked: whether tables mark the best; not of a calibration error, which is least for a model that knows no more
             than its own accuracy.
-        of: kinds of predictions that it is of: ``categorical``, ``gaussian``; `summary` leaves it out of others.
+        of: kinds of predictions that it is of, ``categorical``, ``bernoulli`` or ``gaussian``; others don't have it.
         table: ``main`` is in every table and in `metrics`, ``more`` in a report's second table, ``asked`` where it is
             asked for.
     """
@@ -68,8 +69,8 @@ class Metric:
             ValueError: the function gave another shape.
         """
         values = torch.as_tensor(self.function(prediction, targets)).double()
-        if values.shape != targets.shape:
-            shapes = f"{tuple(targets.shape)}, got {tuple(values.shape)}"
+        if values.shape != targets.shape[:1]:
+            shapes = f"{tuple(targets.shape[:1])}, got {tuple(values.shape)}"
             raise ValueError(f"metric {self.name!r} is per_example: its function must give the shape {shapes}")
         return values
 
@@ -96,6 +97,15 @@ def metrics(predicted: Tensor | Prediction, targets: Tensor, num_bins: int = 15)
     - ``nll``: mean of -log p(target), nats; infinite where a target has probability 0;
     - ``brier``: mean over examples of :math:`\sum_c (p_c - 1[c = y])^2`, in [0, 2].
 
+    Of several labels at once, of which those are named whose probability is above 0.5:
+
+    - ``nll``: mean of the sum over labels of -log p(has it or not), nats;
+    - ``f1_micro``, ``f1_macro``: F1 of all pairs of input and label, and the mean over labels (0 for one that nobody
+      has or names);
+    - ``exact_match``: share of the inputs whose labels are all right;
+    - ``label_brier``, ``label_ece``: means over labels of the squared error of its probability, and of its ECE, the
+      mean distance of probability and frequency over bins.
+
     Of values, in the units of the data but for ``nll``:
 
     - ``nll``: mean of -log p(target) of standardized values, nats; plus log ``scale`` it is that of the data;
@@ -106,7 +116,7 @@ def metrics(predicted: Tensor | Prediction, targets: Tensor, num_bins: int = 15)
 
     Args:
         predicted: a prediction, or log-probabilities (n, C), normalized; -inf for a class that an example lacks.
-        targets: (n,), class indices, or values.
+        targets: (n,), class indices, or values; (n, L), whether inputs have each label.
         num_bins: equal-width bins on [0, 1].
 
     Returns:
@@ -167,9 +177,7 @@ def summary(
 
 
 def uncertainty(prediction: Prediction) -> dict[str, Tensor]:
-    """What tells inputs out of scope from others, of each input, (n,): of classes ``confidence``,
-    ``predictive_entropy`` and ``mutual_information``, of values ``std`` and ``epistemic_std``.
-    """
+    """What tells inputs out of scope from others, of each input, (n,): `Prediction.uncertainties`."""
     return {name: getattr(prediction, name) for name in prediction.uncertainties}
 
 
@@ -211,6 +219,8 @@ def _squared_calibration_error(prediction: Prediction, targets: Tensor, num_bins
 def _nll(prediction: Prediction, targets: Tensor) -> Tensor:
     if isinstance(prediction, ValuePrediction):
         return -prediction.log_prob(checked_values(prediction, targets))
+    if isinstance(prediction, MultiLabelPrediction):
+        return -prediction.likelihood.averaged(prediction.logits.double(), checked_labels(prediction, targets))
     log_probabilities, targets = checked(prediction, targets)
     return 0 - log_probabilities.gather(1, targets[:, None])[:, 0]  # 0 - x, because -x would give -0.0
 
@@ -218,6 +228,31 @@ def _nll(prediction: Prediction, targets: Tensor) -> Tensor:
 def _brier(prediction: Prediction, targets: Tensor) -> Tensor:
     log_probabilities, targets = checked(prediction, targets)
     return (log_probabilities.exp() - one_hot(targets, log_probabilities.shape[1])).square().sum(-1)
+
+
+def _f1(prediction: MultiLabelPrediction, targets: Tensor) -> dict[str, float]:
+    named, has = prediction.labels, checked_labels(prediction, targets).bool()
+    hits, misses = (named & has).sum(0).double(), (named ^ has).sum(0).double()
+
+    def score(hits: Tensor, misses: Tensor) -> Tensor:
+        return torch.where(hits + misses > 0, 2 * hits / (2 * hits + misses).clamp_min(1), 0)
+
+    return {"micro": score(hits.sum(), misses.sum()).item(), "macro": score(hits, misses).mean().item()}
+
+
+def _exact(prediction: MultiLabelPrediction, targets: Tensor) -> Tensor:
+    return (prediction.labels == checked_labels(prediction, targets).bool()).all(-1).double()
+
+
+def _label_brier(prediction: MultiLabelPrediction, targets: Tensor) -> Tensor:
+    return (prediction.probabilities.double() - checked_labels(prediction, targets)).square().mean(-1)
+
+
+def _label_ece(prediction: MultiLabelPrediction, targets: Tensor, num_bins: int) -> float:
+    gaps = checked_labels(prediction, targets).double() - prediction.probabilities.double()
+    bins = equal_width(prediction.probabilities.double(), num_bins)
+    sums = torch.zeros(num_bins, gaps.shape[1], dtype=torch.float64).scatter_add(0, bins, gaps)
+    return (sums.abs().sum(0) / len(gaps)).mean().item()
 
 
 def _errors(prediction: ValuePrediction, targets: Tensor) -> Tensor:
@@ -276,8 +311,14 @@ def _own() -> Iterator[Metric]:
     yield Metric("ece_floor", "ECE floor", ece_floor, None, share, "mean", takes=bins)
     yield Metric("ece_floor_std", "ECE floor, sd", ece_floor, None, share, "std", takes=bins, table="asked")
     yield Metric("squared_calibration_error", "CE²", _squared_calibration_error, range=(-1, 1), **error)
-    yield Metric("nll", "NLL", _nll, False, per_example=True, of=(Prediction.kind, ValuePrediction.kind))
+    yield Metric("nll", "NLL", _nll, False, per_example=True, of=tuple(kind.kind for kind in _KINDS))
     yield Metric("brier", "Brier", _brier, False, (0, 2), per_example=True)
+    several: dict[str, Any] = {"range": share, "of": (MultiLabelPrediction.kind,)}
+    yield Metric("f1_micro", "F1, micro", _f1, True, key="micro", **several)
+    yield Metric("f1_macro", "F1, macro", _f1, True, key="macro", **several)
+    yield Metric("exact_match", "all labels right", _exact, True, per_example=True, **several)
+    yield Metric("label_brier", "Brier of a label", _label_brier, False, per_example=True, **several)
+    yield Metric("label_ece", "ECE of a label", _label_ece, False, takes=bins, marked=False, **several)
     sizes: dict[str, Any] = {"range": (0.0, math.inf), "of": (ValuePrediction.kind,)}
     yield Metric("rmse", "RMSE", _rmse, False, **sizes)
     yield Metric("mae", "MAE", _errors, False, per_example=True, **sizes)
@@ -298,12 +339,16 @@ def _own() -> Iterator[Metric]:
     for part in COVERAGES:
         name, title = f"selective_accuracy_{part * 100:.0f}", f"accuracy at {part * 100:.0f} %"
         yield Metric(name, title, _selective, True, share, f"{part:.0%}", table="more" if part == 0.8 else "asked")
-    kinds: list[tuple[Mapping[str, str], Callable[..., Any], tuple[str, ...], tuple[str, ...]]] = [
-        *((kind.uncertainties, _ood, ("outside",), (kind.kind,)) for kind in (Prediction, ValuePrediction)),
-        (DISTANCES, _distances, ("outside", "distances"), (Prediction.kind, ValuePrediction.kind)),
+    shown = {name: short for kind in _KINDS for name, short in kind.uncertainties.items()}
+    of_score = {name: tuple(kind.kind for kind in _KINDS if name in kind.uncertainties) for name in shown}
+    of_score |= dict.fromkeys(DISTANCES, tuple(kind.kind for kind in _KINDS))
+    detection: list[tuple[Mapping[str, str], Callable[..., Any], tuple[str, ...]]] = [
+        (shown, _ood, ("outside",)),
+        (DISTANCES, _distances, ("outside", "distances")),
     ]
-    for scores, function, takes, of in kinds:
+    for scores, function, takes in detection:
         for score, short in scores.items():
+            of = of_score[score]
             auroc, fpr95 = f"auroc_{score}", f"fpr95_{score}"
             yield Metric(auroc, f"AUROC {short}", function, True, share, auroc, takes=takes, of=of)
             yield Metric(fpr95, f"FPR95 {short}", function, False, share, fpr95, takes=takes, table="more", of=of)

@@ -23,7 +23,7 @@ _MARK = "<!-- Made by `bloblora card`, which replaces this file; take this line 
 _PEFT_MARK = "# Model Card for Model ID"
 _DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of which `models` has the Q4_1 weights
 _OF_CLASSES = ("answered", "selective_risk", "set_coverage", "set_size", "false_alarm", "detection")
-_DECIDED = (*_OF_CLASSES, "promised_coverage", "promised_width")
+_DECIDED = (*_OF_CLASSES, "promised_coverage", "promised_width", "recall", "least_recall")
 _PLACES = ("data", "output", "model", "validation", "trunk_cache", "start_from", "prior_from")
 _NOT_SETTINGS = (*_PLACES, "task", "method", "lora", "training")
 

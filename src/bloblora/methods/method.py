@@ -91,7 +91,7 @@ class Method:
     """Whether it trains and predicts where FSDP splits the model: nothing looks at a part of a weight."""
     writes_text: ClassVar[bool] = True
     """Whether a draw is a model, which can write and score text; logits that are changed afterwards can't."""
-    likelihoods: ClassVar[tuple[str, ...]] = ("categorical", "gaussian")
+    likelihoods: ClassVar[tuple[str, ...]] = ("categorical", "bernoulli", "gaussian")
     """Names of the likelihoods that it trains and predicts with (`bloblora.tasks.Likelihood`)."""
     needs_head: ClassVar[bool] = False
     """Whether it is for tasks whose model has a classification head."""

@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 
 from ..adapter import AdapterFileError
 from ..prediction import Sampler, ScalableWeights, Tempered, fit_temperature, predict_logits, tempered_nll
-from ..tasks.likelihood import Likelihood
+from ..tasks.likelihood import CATEGORICAL, Likelihood, likelihood_of
 from ..tasks.task import Example
 from .method import Draw, Method, Training, read_state, write_state
 
@@ -75,7 +75,7 @@ class Rescaled(Method):
         parts = [*self._out_of_fold(model, training)] if self.folds else []
         sampler = self.inner.fit(model, training)
         parts = parts or [_HeldOut(model, sampler, training.validation, training.task)]
-        scales, report = fit_scales(parts, training.task.likelihood)
+        scales, report = fit_scales(parts, likelihood_of(training.task))
         if scales.width != 1:
             assert sampler.scalable is not None
             sampler.scalable.scale_(scales.width or _NO_WIDTH)
@@ -148,7 +148,7 @@ class _HeldOut:
             return predict_logits(**self._inputs, num_samples=_NUM_SAMPLES if width else 0)
 
 
-def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood) -> tuple[Scales, dict[str, Any]]:
+def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood = CATEGORICAL) -> tuple[Scales, dict[str, Any]]:
     """τ and T with the lowest NLL of the parts' records together, and what ``run.json`` says of them."""
     labels = [part.labels for part in parts]
     tried: dict[float, Scales] = {}
@@ -205,12 +205,12 @@ def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood) -> tuple[Scale
     return scales, report
 
 
-def folds(labels: Sequence[int], count: int, seed: int = 0) -> list[list[int]]:
+def folds(labels: Sequence[Any], count: int, seed: int = 0) -> list[list[int]]:
     """Positions in each of K folds of nearly equal sizes, with nearly equal counts of each label; rising."""
     generator = random.Random(seed)
-    groups: dict[int, list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for position, label in enumerate(labels):
-        groups.setdefault(label, []).append(position)
+        groups.setdefault(tuple(label) if isinstance(label, list) else label, []).append(position)
     dealt = [position for _, group in sorted(groups.items()) for position in generator.sample(group, len(group))]
     return [sorted(dealt[start::count]) for start in range(count)]
 

@@ -2,13 +2,14 @@
 
 from .approximations import Linearized, StoppingRule, TopBlocks
 from .hidden import hidden_states
-from .kinds import Prediction, ValuePrediction
+from .kinds import MultiLabelPrediction, Prediction, ValuePrediction
 from .prediction import average_draws, predict, predict_logits
 from .sampler import Point, Sampler, ScalableWeights, Tempered, WeightDraws
 from .temperature import fit_temperature, tempered_nll
 
 __all__ = [
     "Linearized",
+    "MultiLabelPrediction",
     "Point",
     "Prediction",
     "Sampler",

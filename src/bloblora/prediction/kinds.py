@@ -136,6 +136,11 @@ class OtherPrediction(Prediction, ABC):
         draws, rows = self.logits.shape[:2]
         return torch.full((rows,), draws)
 
+    @property
+    def confidence(self) -> Tensor:
+        """There is none: a TypeError."""
+        return self.log_probs
+
 
 class ValuePrediction(OtherPrediction):
     r"""Numbers, each with the mixture of the draws' normal distributions as its predictive distribution.
@@ -212,6 +217,63 @@ class ValuePrediction(OtherPrediction):
         return (dict(zip(numbers, row, strict=True)) for row in zip(*rows, strict=True))
 
 
+class MultiLabelPrediction(OtherPrediction):
+    """Which labels inputs have, each with a probability of its own, averaged over the draws; uncertainty in nats.
+
+    Entropies are sums over the labels, and so is the mutual information of each label and the weights.
+    """
+
+    kind = "bernoulli"
+    uncertainties: ClassVar[Mapping[str, str]] = {"predictive_entropy": "entropy", "mutual_information": "MI"}
+
+    @property
+    def draw_probabilities(self) -> Tensor:
+        """Of each draw, (S, n, L)."""
+        return self.logits.sigmoid()
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Averaged over the draws, (n, L)."""
+        return self.draw_probabilities.mean(0)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of each probability over the draws, (n, L); 0 for a single one."""
+        return self.draw_probabilities.std(0, correction=0)
+
+    @property
+    def labels(self) -> Tensor:
+        """Whether each label is more probable than not, (n, L) bool."""
+        return self.probabilities > 0.5
+
+    @cached_property
+    def predictive_entropy(self) -> Tensor:
+        """Total uncertainty, (n,)."""
+        return _binary_entropy(self.probabilities)
+
+    @cached_property
+    def expected_entropy(self) -> Tensor:
+        """Aleatoric uncertainty, (n,)."""
+        return _binary_entropy(self.draw_probabilities).mean(0)
+
+    def answers(self, columns: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
+        """Of each input its labels, the most probable first, the probability of each, and the uncertainty."""
+        probabilities = self.probabilities
+        scores = {name: getattr(self, name).tolist() for name in (*self.uncertainties, "expected_entropy")}
+        for i, names in enumerate(columns):
+            row = dict(zip(names, probabilities[i].tolist(), strict=True))
+            yield {
+                "labels": [name for name in sorted(row, key=lambda name: -row[name]) if row[name] > 0.5],
+                "probabilities": row,
+                **{name: values[i] for name, values in scores.items()},
+            }
+
+
+def _binary_entropy(probabilities: Tensor) -> Tensor:
+    """Sum over the last dimension."""
+    return (torch.special.entr(probabilities) + torch.special.entr(1 - probabilities)).sum(-1)
+
+
 def prediction_of(logits: Tensor, num_samples: int, likelihood: Likelihood) -> Prediction:
     """What draws' normalized logits (S, n, C) say, by their likelihood."""
     if likelihood.name == Prediction.kind:
@@ -242,4 +304,4 @@ def _entropy(log_probs: Tensor) -> Tensor:
     return torch.special.entr(log_probs.exp()).sum(-1)
 
 
-_OTHERS: dict[str, type[OtherPrediction]] = {kind.kind: kind for kind in (ValuePrediction,)}
+_OTHERS: dict[str, type[OtherPrediction]] = {kind.kind: kind for kind in (ValuePrediction, MultiLabelPrediction)}

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data import as_records
 from ..decision import Decision, fit_decision
 from ..files import json_sha256
-from ..prediction import Prediction, ValuePrediction
+from ..prediction import Prediction
 from .checks import check_kind
 from .config import RunError
 from .entries import EntriesFile, has
@@ -86,8 +86,8 @@ def calibrate(
         ValueError: a promise is out of its range.
     """
     check_place(description)
-    if outside is not None and description.task.family.name == ValuePrediction.kind:
-        raise RunError("ood: values have no rule for what is out of scope, only intervals; leave it out")
+    if outside is not None and (task := description.task).family.name != Prediction.kind:
+        raise RunError(f"ood: task {task.name!r} has no rule for what is out of scope; leave it out")
     records = as_records(records, require_labels=True)
     outside = None if outside is None else as_records(outside)
     for side in (records, outside):

@@ -75,7 +75,7 @@ def fit_distance(
     """
     records = data.as_records(records, require_labels=True)
     states = run.hidden_states(records, batch_size=batch_size, progress=progress)
-    classes = None if run.task.labels is None else targets_of(run.task, records)
+    classes = targets_of(run.task, records) if run.task.answer == "label" else None
     distance = Distance.fit(states, classes)
     if not description.remote:
         folder, values = description.folder, {"adapter_sha256": description.adapter_sha256}

@@ -81,6 +81,9 @@ def _decided(decided: Decided, index: int, answer: Mapping[str, Any]) -> dict[st
         result["label_set"] = [column for column in ranked if inside[column]]
     if decided.out_of_scope is not None:
         result["out_of_scope"] = bool(decided.out_of_scope[index])
+    if decided.named is not None:
+        names = zip(answer["probabilities"], decided.named[index].tolist(), strict=True)
+        result["promised_labels"] = [name for name, named in names if named]
     if decided.intervals is not None:
         result["promised_interval"] = decided.intervals[index].tolist()
     return result

@@ -13,12 +13,13 @@ from transformers import TrainerCallback
 from ..evaluation import example_scores, metrics
 from ..methods import TEMPERED_NLL, Training
 from ..prediction import Prediction, predict
+from ..tasks import Task
 from .run import Run
 
 log = logging.getLogger("bloblora")
 
 NUM_SAMPLES = 10
-_METRICS = ("accuracy", "nll", "ece", "rmse", "interval_coverage")
+_METRICS = ("accuracy", "nll", "ece", "f1_micro", "rmse", "interval_coverage")
 _STEADY = 0.01  # a fall of the validation NLL from one evaluation to the next that is no reason to train longer
 _HARM = 0.01  # nats
 _TIMED_STEPS = 5
@@ -67,7 +68,7 @@ def held_out_metrics(run: Run, training: Training) -> tuple[dict[str, Any], list
     """
     options: Any = {"task": training.task, "sampler": run.sampler}
     labels = [example["label"] for example in training.validation]
-    targets = training.task.likelihood.targets(labels)
+    targets = run.task.likelihood.targets(labels)
     counts = (0,) if run.method.deterministic else (0, NUM_SAMPLES)
     found = {n: predict(run.model, training.validation, n, run.config.seed, **options) for n in counts}
     by_samples = {}
@@ -75,7 +76,7 @@ def held_out_metrics(run: Run, training: Training) -> tuple[dict[str, Any], list
         values = metrics(prediction, targets)
         by_samples[str(n)] = {name: values[name] for name in _METRICS if name in values}
     nlls = [example_scores(prediction, targets)["nll"] for prediction in found.values()]
-    problems = [*_guessing(training, found[counts[-1]], labels, nlls[-1]), *_harm(*nlls)]
+    problems = [*_guessing(run.task, training, found[counts[-1]], labels, nlls[-1]), *_harm(*nlls)]
     return {"num_examples": len(targets), "by_num_samples": by_samples}, problems
 
 
@@ -92,10 +93,12 @@ def too_short(training: dict[str, Any]) -> Iterator[str]:
             return
 
 
-def _guessing(training: Training, prediction: Prediction, labels: Sequence[Any], nll: Tensor) -> Iterator[str]:
+def _guessing(
+    task: Task, training: Training, prediction: Prediction, labels: Sequence[Any], nll: Tensor
+) -> Iterator[str]:
     """Whether the model is no better than one that looks at no input: the labels' shares, or any choice alike."""
-    if training.task.head is not None:
-        guess = training.task.likelihood.guess([example["label"] for example in training.examples], labels)
+    if task.head is not None:
+        guess = task.likelihood.guess([example["label"] for example in training.examples], labels)
     else:
         guess = prediction.log_probabilities.isfinite().sum(-1).double().log().mean().item()
     if nll.mean() >= guess:

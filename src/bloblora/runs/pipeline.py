@@ -55,7 +55,7 @@ class AnswerPipeline:
         check_kind(self.run.task, records)
         prediction = self.run.predict(records, **self._options)
         if prediction.kind != Prediction.kind:
-            return [[answer] for answer in prediction.answers([[]] * len(records))]
+            return [[answer] for answer in prediction.answers([self.run.task.columns(r) for r in records])]
         spread = prediction.std.tolist()
         result = []
         for line, row in zip(lines_of(self.run.task, records, prediction, None), spread, strict=True):

@@ -272,9 +272,27 @@ class ValueAnswer(BaseModel):
     truncated_tokens: int = _field("tokens cut off because the model reads no more", 0)
 
 
-def answer_of(line: dict[str, Any]) -> Answer | ValueAnswer:
+class LabelsAnswer(BaseModel):
+    """What a run with several labels at once says of one input; uncertainty in nats, summed over the labels."""
+
+    labels: list[str] = _field("those that are more probable than not", ["late", "damaged"])
+    probabilities: dict[str, float] = _field("of each label, averaged", {"late": 0.9, "damaged": 0.6})
+    std: dict[str, float] = _field("their standard deviations over the weight samples", {"late": 0.1, "damaged": 0.2})
+    predictive_entropy: float = _field("total uncertainty", 0.99)
+    mutual_information: float = _field("of it epistemic: how far the weight samples disagree; 0 for one draw", 0.09)
+    expected_entropy: float = _field("of it aleatoric: what each weight sample leaves open", 0.9)
+    promised_labels: list[str] | None = _field("of a calibrated run", ["late", "damaged", "lost"], default=None)
+    num_draws: int = _field("weight samples that were used; 1 where there is a single function", 10)
+    truncated_tokens: int = _field("tokens cut off because the model reads no more", 0)
+
+
+AnyAnswer = Answer | LabelsAnswer | ValueAnswer
+
+
+def answer_of(line: dict[str, Any]) -> AnyAnswer:
     """The answer that a line of `Hosted.answer` holds."""
-    return (ValueAnswer if "value" in line else Answer)(**line)
+    kinds = {"value": ValueAnswer, "labels": LabelsAnswer, "label": Answer}
+    return next(kind for name, kind in kinds.items() if name in line)(**line)
 
 
 class PredictResponse(BaseModel):
@@ -282,7 +300,7 @@ class PredictResponse(BaseModel):
 
     model: str = _field("name of the run that answered", "desk")
     samples: int = _field("weight samples N that were asked for", 10)
-    answers: list[Answer | ValueAnswer] = Field(description="one for each input")
+    answers: list[AnyAnswer] = Field(description="one for each input")
 
 
 class Model(BaseModel):

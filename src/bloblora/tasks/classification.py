@@ -64,8 +64,7 @@ class Classification(TextHead):
     @property
     def purpose(self) -> str:
         """What it is for, in a sentence."""
-        more = ", …" if self.labels[8:] else "."
-        return f"Sorts a text into one of {len(self.labels)} labels: {', '.join(self.labels[:8])}{more}"
+        return f"Sorts a text into one of {shown_labels(self.labels)}"
 
     def about(self, records: Sequence[Record]) -> str:
         """How many labels there are, and how many records of each."""
@@ -95,6 +94,11 @@ class Classification(TextHead):
             known = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
             raise TaskError(f"field 'label': {quoted(label)} is not one of the {len(self.labels)} labels ({known})")
         return None if label is None else self.labels.index(label)
+
+
+def shown_labels(labels: Sequence[str]) -> str:
+    """How many there are, and the first of them, at the end of a sentence."""
+    return f"{len(labels)} labels: {', '.join(labels[:8])}{', …' if labels[8:] else '.'}"
 
 
 def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:

@@ -78,6 +78,35 @@ class Categorical(Likelihood):
 
 
 @dataclass(frozen=True)
+class Bernoulli(Likelihood):
+    """Each of L labels or not, independently given the logits, by their log-odds."""
+
+    name: ClassVar[str] = "bernoulli"
+
+    def log_prob(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of labels (b, L), 1 or 0: the sum over them."""
+        return F.logsigmoid(logits * (2 * labels - 1)).sum(-1)
+
+    def averaged(self, draws: Tensor, labels: Tensor) -> Tensor:
+        """The sum over labels of the logarithm of each one's averaged probability."""
+        return self.log_prob(self.merged(draws), labels)
+
+    def merged(self, draws: Tensor) -> Tensor:
+        """Log-odds of the mean probabilities of each label."""
+        return F.logsigmoid(draws).logsumexp(0) - F.logsigmoid(-draws).logsumexp(0)
+
+    def targets(self, labels: Sequence[Any]) -> Tensor:
+        """1 or 0, (n, L)."""
+        return torch.tensor(labels)
+
+    def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
+        """By the share of records that have each label, half a record more of both kinds."""
+        counts = torch.tensor(seen, dtype=torch.float64).sum(0) + 0.5
+        log_odds = (counts / (len(seen) + 1)).logit().expand(len(labels), -1)
+        return -self.log_prob(log_odds, torch.tensor(labels)).mean().item()
+
+
+@dataclass(frozen=True)
 class Gaussian(Likelihood):
     r"""A number with normal noise, of natural parameters :math:`(\mu/\sigma^2, -1/(2\sigma^2))`.
 

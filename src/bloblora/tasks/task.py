@@ -216,6 +216,7 @@ TASKS: Registry[type[Task]] = Registry(
     "bloblora.tasks",
     {
         "regression": "bloblora.tasks.regression:Regression",
+        "multi_label": "bloblora.tasks.multi_label:MultiLabel",
         "classification": "bloblora.tasks.classification:Classification",
         "choice_text": "bloblora.tasks.choice_text:ChoiceText",
         "choice_letter": "bloblora.tasks.choice_letter:ChoiceLetter",
@@ -231,8 +232,9 @@ def build_task(name: str, records: Sequence[Record], tokenizer: PreTrainedTokeni
     """The task of this name, or the one that fits the records for "auto".
 
     "auto" is for records with a `text` `regression` where each has a `value`, or a `label` that is a number and some of
-    these have fractions, otherwise `classification`; `generation` for records with a `prompt` or `messages`; for
-    choices it is `blank` when every question has two choices and a `_`, otherwise `choice_text`.
+    these have fractions, `multi_label` where each has `labels`, otherwise `classification`; `generation` for records
+    with a `prompt` or `messages`; for choices it is `blank` when every question has two choices and a `_`, otherwise
+    `choice_text`.
 
     Raises:
         TaskError: an unknown name or option, or records that fit no task.
