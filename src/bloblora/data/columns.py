@@ -279,8 +279,9 @@ def _listed(columns: Sequence[str]) -> str:
 
 
 def _is_missing(name: str, value: Any) -> bool:
-    """Null, and where an answer should be also an empty cell or the NaN that pandas writes for one; but an empty cell of
-    labels is none of them.
+    """Null, and where an answer should be also an empty cell or the NaN that pandas writes for one.
+
+    An empty cell of labels is none of them.
     """
     return value is None or (name in ANSWERS and name != "labels" and (value == "" or value != value))
 

@@ -93,6 +93,8 @@ class Method:
     """Whether a draw is a model, which can write and score text; logits that are changed afterwards can't."""
     likelihoods: ClassVar[tuple[str, ...]] = ("categorical", "bernoulli", "gaussian")
     """Names of the likelihoods that it trains and predicts with (`bloblora.tasks.Likelihood`)."""
+    weighs_classes: ClassVar[bool] = True
+    """Whether its loss is the task's likelihood, in which classes may have weights, and no other one."""
     needs_head: ClassVar[bool] = False
     """Whether it is for tasks whose model has a classification head."""
     files: ClassVar[tuple[str, ...]] = ("adapter_config.json", "blob_config.json", "*.safetensors")

@@ -31,6 +31,8 @@ def check_task(config: RunConfig, records: Sequence[dict[str, Any]]) -> None:
     if task.family.name not in method.likelihoods:
         others = ", ".join(name for name, kind in METHODS.items() if task.family.name in kind.likelihoods)
         raise RunError(f"method {method.name!r} is for classes and choices; train task {task.name!r} with {others}")
+    if config.task.get("class_weights", "none") != "none" and not method.weighs_classes:
+        raise RunError(f"class_weights: method {method.name!r} weighs all records alike; leave it out")
     if config.training.get("label_smoothing_factor") and task.family.name != "categorical":
         raise RunError(f"label_smoothing_factor is for classes and choices; task {task.name!r} has none: leave it out")
     if method.needs_head and task.task_type != "SEQ_CLS":

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -97,6 +98,7 @@ def _guessing(
     task: Task, training: Training, prediction: Prediction, labels: Sequence[Any], nll: Tensor
 ) -> Iterator[str]:
     """Whether the model is no better than one that looks at no input: the labels' shares, or any choice alike."""
+    nll = nll * task.likelihood.weight(torch.tensor(labels))
     if task.head is not None:
         guess = task.likelihood.guess([example["label"] for example in training.examples], labels)
     else:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from ..messages import quoted
+from .likelihood import Categorical
 from .task import Record, Task, TaskError
 from .text_head import TextHead
 
@@ -34,10 +35,22 @@ class Classification(TextHead):
         },
     )
 
+    class_weights: tuple[float, ...] | str = field(
+        default="none",
+        metadata={
+            "help": "How much a training record counts, by its label: `none`, each 1; `balanced`, in inverse "
+            "proportion to the label's share, 1 on average; or a number for each of `labels`. Probabilities are then "
+            "those of the weighted population, in which balanced labels are equally frequent."
+        },
+    )
+
     name: ClassVar[str] = "classification"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.class_weights, str):
+            object.__setattr__(self, "class_weights", tuple(map(float, self.class_weights)))
+        _check_weights(self.class_weights, len(self.labels))
         object.__setattr__(self, "labels", tuple(self.labels))
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
             raise TaskError(f"labels: {list(self.labels)}; there must be at least 2, all different")
@@ -47,11 +60,17 @@ class Classification(TextHead):
         """The task with the records' labels, sorted, unless `labels` is given."""
         found = {record["label"] for record in records if record.get("label") is not None}
         options.setdefault("labels", sorted_labels(map(str, found)))
+        if options.get("class_weights") == "balanced":
+            counts = Counter(record["label"] for record in records)
+            shares = [max(1, counts[label]) * len(options["labels"]) / len(records) for label in options["labels"]]
+            options["class_weights"] = tuple(1 / share for share in shares)
         return super().build(records, tokenizer, **options)
 
     @classmethod
     def check(cls, records: Sequence[Record], **options: Any) -> None:
         """Raise a TaskError also for labels that are not among those given, or fewer than two."""
+        if (weights := options.get("class_weights", "none")) != "balanced":
+            _check_weights(weights, None)
         super().check(records, **options)
         found, given = {record["label"] for record in records}, options.get("labels")
         if given is not None and not 2 <= len(given) == len(set(given)):
@@ -60,6 +79,11 @@ class Classification(TextHead):
             raise TaskError(f"field 'label': {', '.join(unknown)} not among labels; add them to it")
         if len(found) < 2 and given is None:
             raise TaskError(f"field 'label': all are {quoted(found.pop())}; there must be at least 2 labels")
+
+    @property
+    def likelihood(self) -> Categorical:
+        """Classes, with their weights."""
+        return Categorical(() if isinstance(self.class_weights, str) else self.class_weights)
 
     @property
     def purpose(self) -> str:
@@ -94,6 +118,15 @@ class Classification(TextHead):
             known = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
             raise TaskError(f"field 'label': {quoted(label)} is not one of the {len(self.labels)} labels ({known})")
         return None if label is None else self.labels.index(label)
+
+
+def _check_weights(weights: Any, count: int | None) -> None:
+    """Raise a TaskError unless class weights are none, or numbers above 0, as many as there are labels."""
+    if weights == "none":
+        return
+    numbers = not isinstance(weights, str) and all(isinstance(w, int | float) and w > 0 for w in weights)
+    if not numbers or (count is not None and len(weights) != count):
+        raise TaskError(f"class_weights: {quoted(weights)}; it must be none, balanced, or a number above 0 a label")
 
 
 def shown_labels(labels: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +39,10 @@ class Likelihood(ABC):
         """Log of the mean over draws (S, b, C) of the probability of labels, (b,)."""
         return self.log_prob(draws, labels).logsumexp(0) - math.log(len(draws))
 
+    def weight(self, labels: Tensor) -> Tensor:
+        """How much each of the labels (b, …) counts in a loss, (b,)."""
+        return torch.ones(len(labels), device=labels.device)
+
     @abstractmethod
     def targets(self, labels: Sequence[Any]) -> Tensor:
         """The labels of examples as metrics take them, (n, …)."""
@@ -50,9 +54,21 @@ class Likelihood(ABC):
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    """One of C classes, by their log-odds."""
+    """One of C classes, by their log-odds.
+
+    Attributes:
+        weights: how much a record of each class counts, where it isn't 1: its log-probability is times that.
+    """
+
+    weights: tuple[float, ...] = field(default=(), compare=False)
 
     name: ClassVar[str] = "categorical"
+
+    def weight(self, labels: Tensor) -> Tensor:
+        """Of class indices (b,); 1 of probabilities (b, C)."""
+        if not self.weights or labels.ndim > 1:
+            return super().weight(labels)
+        return torch.tensor(self.weights, device=labels.device)[labels]
 
     def normalized(self, logits: Tensor) -> Tensor:
         """Log-probabilities."""
@@ -60,8 +76,13 @@ class Categorical(Likelihood):
 
     def log_prob(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of class indices (b,), or of probabilities (b, C): their cross-entropy."""
-        labels = labels.expand(*logits.shape[:-2], *labels.shape).flatten(0, logits.ndim - 2)
-        return -F.cross_entropy(logits.flatten(0, -2), labels, reduction="none").unflatten(0, logits.shape[:-1])
+        repeated = labels.expand(*logits.shape[:-2], *labels.shape).flatten(0, logits.ndim - 2)
+        nll = F.cross_entropy(logits.flatten(0, -2), repeated, reduction="none").unflatten(0, logits.shape[:-1])
+        return -nll * self.weight(labels) if self.weights else -nll
+
+    def averaged(self, draws: Tensor, labels: Tensor) -> Tensor:
+        """Log of the mean probability, times the weight."""
+        return self.log_prob(self.merged(draws), labels)
 
     def merged(self, draws: Tensor) -> Tensor:
         """Log of the mean probabilities."""
@@ -72,9 +93,11 @@ class Categorical(Likelihood):
         return torch.tensor(labels)
 
     def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
-        """By the shares of the classes."""
-        counts = Counter(seen)
-        return sum(-math.log(counts.get(label, 1) / len(seen)) for label in labels) / len(labels)
+        """By the shares of the classes, as they count."""
+        weights = self.weights or [1.0] * (max([*seen, *labels]) + 1)
+        counts = {label: count * weights[label] for label, count in Counter(seen).items()}
+        total = sum(counts.values())
+        return sum(-weights[y] * math.log(counts.get(y, weights[y]) / total) for y in labels) / len(labels)
 
 
 @dataclass(frozen=True)

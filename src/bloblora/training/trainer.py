@@ -617,7 +617,7 @@ def _mean_nll(likelihood: Likelihood, logits: Tensor, labels: Tensor, smoothing:
     if not smoothing:
         return nll
     finite = logits > -math.inf
-    alike = logits.log_softmax(-1).where(finite, 0).sum(-1) / finite.sum(-1)
+    alike = logits.log_softmax(-1).where(finite, 0).sum(-1) / finite.sum(-1) * likelihood.weight(labels)
     return (1 - smoothing) * nll - smoothing * alike.mean()
 
 
