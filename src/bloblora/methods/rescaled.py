@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapter import AdapterFileError
-from ..prediction import Sampler, ScalableWeights, Tempered, fit_temperature, predict_logits, tempered_nll
+from ..prediction import Sampler, ScalableWeights, Tempered, fit_temperature, predict, tempered_nll
 from ..tasks.likelihood import CATEGORICAL, Likelihood, likelihood_of
 from ..tasks.task import Example
 from .method import Draw, Method, Training, read_state, write_state
@@ -138,14 +138,15 @@ class _HeldOut:
         self.weights = sampler.scalable
         self._inputs: Any = {"model": model, "inputs": examples, "task": task, "sampler": sampler}
         if self.weights is None:  # the model isn't needed any more
-            self._logits, self._inputs = predict_logits(**self._inputs, num_samples=_NUM_SAMPLES), None
+            self._logits = predict(**self._inputs, num_samples=_NUM_SAMPLES).draw_logits()
+            self._inputs = None
 
     def logits(self, width: float) -> Tensor:
         """Of each draw under a τ, (S, n, C)."""
         if self.weights is None:
             return self._logits
         with _scaled(self.weights, width or 1.0):
-            return predict_logits(**self._inputs, num_samples=_NUM_SAMPLES if width else 0)
+            return predict(**self._inputs, num_samples=_NUM_SAMPLES if width else 0).draw_logits()
 
 
 def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood = CATEGORICAL) -> tuple[Scales, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from .approximations import Linearized, StoppingRule, TopBlocks
 from .hidden import hidden_states
 from .kinds import MultiLabelPrediction, Prediction, ValuePrediction
-from .prediction import average_draws, predict, predict_logits
+from .prediction import average_draws, predict
 from .sampler import Point, Sampler, ScalableWeights, Tempered, WeightDraws
 from .temperature import fit_temperature, tempered_nll
 
@@ -23,6 +23,5 @@ __all__ = [
     "fit_temperature",
     "hidden_states",
     "predict",
-    "predict_logits",
     "tempered_nll",
 ]

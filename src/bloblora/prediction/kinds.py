@@ -50,6 +50,10 @@ class Prediction:
         """Draws that were made for each input, (n,): S, or fewer under a `StoppingRule`."""
         return (self.log_probs > -math.inf).any(-1).sum(0)
 
+    def draw_logits(self) -> Tensor:
+        """The likelihood's normalized parameters under each draw, (S, n, C): here ``log_probs``."""
+        return self.log_probs
+
     @cached_property
     def log_probabilities(self) -> Tensor:
         """log p̄, (n, C), averaged in log space."""
@@ -129,6 +133,10 @@ class OtherPrediction(Prediction, ABC):
     def log_probs(self) -> Tensor:
         """There are none: a TypeError."""
         raise TypeError(f"a {self.kind} prediction has no classes that exclude each other, which this needs")
+
+    def draw_logits(self) -> Tensor:
+        """The attribute ``logits``."""
+        return self.logits
 
     @property
     def num_draws(self) -> Tensor:

@@ -74,31 +74,6 @@ def predict(
         FloatingPointError: by `check_finite`, where a probability is NaN.
         DataError: inputs for the tokenizer are no texts.
     """
-    likelihood = likelihood_of(task)
-    options: dict[str, Any] = {"sampler": sampler, "stop": stop, "batch_size": batch_size, "progress": progress}
-    logits = predict_logits(model, inputs, num_samples, seed, task=task, tokenizer=tokenizer, **options)
-    return prediction_of(logits, num_samples, likelihood)
-
-
-@torch.no_grad()
-def predict_logits(
-    model: nn.Module,
-    inputs: Any,
-    num_samples: int = 10,
-    seed: int = 0,
-    *,
-    task: PredictionTask | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    sampler: Sampler | None = None,
-    stop: StoppingRule | None = None,
-    batch_size: int = 16,
-    progress: bool = False,
-) -> Tensor:
-    """The draws' logits that `predict`, which has the same arguments and errors, makes a prediction of.
-
-    Returns:
-        (S, n, C) float32, normalized by the task's likelihood: log-probabilities of classes.
-    """
     check_num_samples(num_samples)
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
@@ -122,7 +97,8 @@ def predict_logits(
     if not rows:
         raise ValueError("inputs: there is nothing to predict")
     logits = _cat(rows)
-    return logits if order is None else logits[:, torch.tensor(order).argsort()]
+    logits = logits if order is None else logits[:, torch.tensor(order).argsort()]
+    return prediction_of(logits, num_samples, likelihood)
 
 
 def average_draws(
