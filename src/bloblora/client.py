@@ -111,7 +111,8 @@ class DrawClient:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        from .prediction.prediction import Prediction, check_finite
+        from .prediction.kinds import Prediction
+        from .prediction.prediction import check_finite
 
         examples = [self._task.continuations(example) for example in self._encode(records)]
         ask = self._echoed if self._top_logprobs is None else self._letters

@@ -37,7 +37,7 @@ def train(call, files, tmp_path):
         (("--steps", "many"), ["--max-steps: expected int or 'auto'. Got value: many"]),
         (("--learning-rate", "fast"), ["--learning-rate: expected float. Got value: fast"]),
         (("--method", "nope"), ["method 'nope' is not one of lora, map, "]),
-        (("--task", "essay"), ["task 'essay' is not one of auto, classification, "]),
+        (("--task", "essay"), ["task 'essay' is not one of auto, regression, multi_label, classification, "]),
         (
             ("--steps", "0", "--limit", "-1"),
             ["max_steps must be at least 1", "limit must be at least 1, got -1"],
@@ -136,7 +136,7 @@ def lost_base(run, tmp_path):
 def test_data_that_does_not_fit_the_run(call, lost_base, files):
     folder = lost_base()
     for source, parts in (
-        (files.unknown, ["record 5: field 'label': 'other'", "it has parcel, refund"]),
+        (files.unknown, ["record 5: field 'label': 'other'", "is not one of the 2 labels (parcel, refund)"]),
         (files.questions, ["needs records with 'text', not 'question' and 'choices'"]),
         (files.bad, [":5: field 'text': ''"]),
         (files.outside, ["field 'label': missing"]),

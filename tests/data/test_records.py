@@ -163,7 +163,7 @@ def test_all_problems_at_once_with_line_field_and_value(tmp_path):
         '{"text": "", "label": "a"}',
         "",
         '{"text": "no label"}',
-        '{"text": 5, "label": ["a"]}',
+        '{"text": 5, "label": {"a": 1}}',
         "{oops}",
         '"a text alone"',
         "[1]",
@@ -175,12 +175,12 @@ def test_all_problems_at_once_with_line_field_and_value(tmp_path):
     assert problems_of(file, "\n".join(lines)) == [
         f"{file}:2, 5: field 'text': '', 5 must be a text that isn't empty",
         f"{file}:4: field 'label': missing; each training or evaluation record needs one",
-        f"{file}:5: field 'label': ['a'] must be a text that isn't empty",
+        f"{file}:5: field 'label': {{'a': 1}} must be a text that isn't empty",
         f"{file}:6: not valid JSON: Expecting property name enclosed in double quotes at column 2",
         f"{file}:7: 'a text alone' is not a JSON object",
         f"{file}:8: [1] is not a JSON object",
-        f"{file}:9: it has body; it must have 'text' (and 'label'), 'question' and 'choices' (and 'answer'), "
-        "'prompt' (and 'response'), or 'messages'",
+        f"{file}:9: it has body; it must have 'text' (and 'label', 'labels' or 'value'), 'question' and 'choices' "
+        "(and 'answer'), 'prompt' (and 'response'), or 'messages'",
         f"{file}:10: field 'choices': ['one'] must be a list of at least 2 texts",
         f"{file}:11: it has 'question', those before 'text'; keep the kinds in separate files",
         f"{file}:12: field 'text': 'half \\ud800' has half a surrogate pair, which is no text",
@@ -325,7 +325,7 @@ def test_batches_of_a_file(tmp_path):
 
 
 def test_kinds():
-    assert kind_of(TEXTS) == "classification"
+    assert kind_of(TEXTS) == "text"
     assert kind_of(QUESTIONS) == "choice"
     with pytest.raises(DataError, match="several kinds: some have 'question', some have 'text'"):
         kind_of([*TEXTS, *QUESTIONS])

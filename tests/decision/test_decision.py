@@ -40,7 +40,7 @@ def test_json_and_back(kind):
     assert list(decision.promises) == ["answering", "label_sets", "scope"]
     with pytest.raises(ValueError, match="decision: answering: field 'risk' is missing"):
         Decision.from_dict({"answering": {}, "label_sets": {}})
-    with pytest.raises(ValueError, match="at least one of answering, label_sets, scope and answer_sets"):
+    with pytest.raises(ValueError, match="at least one of answering, label_sets, scope, answer_sets"):
         Decision.from_dict({})
 
 

@@ -36,6 +36,12 @@ def place(tmp_path_factory):
     write_jsonl(place / "queries.jsonl", queries())
     for name in ("held_out", "validation", "test", "questions"):
         write_jsonl(place / f"{name}.jsonl", labelled)
+    valued = [{"text": text, "value": len(text) / 10} for text in texts]
+    for name in ("reviews", "held_out_reviews", "validation_reviews"):
+        write_jsonl(place / f"{name}.jsonl", valued)
+    tagged = [{"text": text, "labels": ["late", "damaged"][: i % 3]} for i, text in enumerate(texts)]
+    for name in ("tagged", "held_out_tagged", "validation_tagged"):
+        write_jsonl(place / f"{name}.jsonl", tagged)
     write_jsonl(place / "other.jsonl", support_desk("out_of_scope")[:20])
     write_jsonl(place / "choices.jsonl", QUESTIONS)
     (place / "tickets.csv").write_text(

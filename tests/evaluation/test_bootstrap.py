@@ -123,7 +123,10 @@ def test_one_example_and_an_infinite_nll():
 
 def test_errors_name_what_is_wrong():
     half, zero = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0])
-    with pytest.raises(ValueError, match="one of accuracy, squared_calibration_error, nll, brier, got 'f1'"):
+    with pytest.raises(
+        ValueError,
+        match=r"one of accuracy, squared_calibration_error, nll, brier, mae, .*, got 'f1'",
+    ):
         compare([half], [half], zero, "f1")
     with pytest.raises(ValueError, match=r"level must be in \(0, 1\), got 95"):
         compare([half], [half], zero, level=95)

@@ -1,12 +1,12 @@
 """A task of another installed package is one of ours; one that can't be used is named and skipped."""
 
 import sys
+from dataclasses import fields
 
 import pytest
 
 from bloblora import runs
 from bloblora.tasks import TASKS, TaskError, build_task, encode_all, task_from_dict
-from bloblora.tasks.task import Task
 from tests.tiny_base import queries, save_base, write_jsonl
 
 MODULE = '''
@@ -65,7 +65,7 @@ def test_what_cannot_be_used_is_named_and_skipped(package):
         ),
         (
             "bloblora.tasks: 'nameless' of package shouting (shouting:Nameless)",
-            "ValueError: its class must have name = 'nameless', and kind one of classification, choice, generation",
+            "ValueError: its class must have name = 'nameless', and kind one of text, choice, generation",
         ),
         (
             "bloblora.tasks: 'blank' of package shouting (shouting:Shouted)",
@@ -81,7 +81,7 @@ def test_it_encodes_and_is_read_back(package, tokenizer):
     assert [example["input_ids"] for example in encode_all(task, records, tokenizer)] == expected
     assert task_from_dict(task.to_dict()) == task
     assert build_task("auto", records, tokenizer).name == "classification"
-    with pytest.raises(TaskError, match=r"'shout' is not one of classification, .*, shouted"):
+    with pytest.raises(TaskError, match=r"'shout' is not one of regression, multi_label, classification, .*, shouted"):
         build_task("shout", records, tokenizer)
 
 
@@ -99,6 +99,6 @@ def test_it_trains_and_predicts(package, tmp_path):
 
 def test_the_options_of_every_task_have_a_help():
     for task in TASKS.values():
-        named = [name for name in task.__dataclass_fields__ if name not in Task.__annotations__ or name == "max_length"]
-        for name in named:
-            assert task.__dataclass_fields__[name].metadata["help"].endswith("."), (task.name, name)
+        for option in fields(task):
+            if option.name != "pad_token_id":
+                assert option.metadata["help"].endswith("."), (task.name, option.name)

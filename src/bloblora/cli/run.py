@@ -22,6 +22,7 @@ from ..decision import MAPS, check_promises
 from ..decision.conformal import Kind, Score
 from ..files import replacing
 from ..messages import quoted
+from ..prediction import Prediction
 from ..runs import CodeOptions, PredictionOptions, RunConfig, RunDescription, RunError, open_run
 from ..runs.checks import check_generates
 from ..runs.correctness import CORRECTNESS_FILE, calibrate_texts, open_correctness
@@ -53,9 +54,11 @@ def train(
 ) -> None:
     """Fine-tune a base model on labelled data, as a Bayesian LoRA or a plain one.
 
-    A record of the data is a text to classify, a question with choices, or a prompt with a response; a file holds one
-    of these kinds:
+    A record of the data is a text to classify or to give a number, a question with choices, or a prompt with a
+    response; a file holds one of these kinds:
       {"text": "where is my parcel", "label": "track_order"}
+      {"text": "the parcel came a week late", "value": 2.5}
+      {"text": "the parcel came late and was broken", "labels": ["late", "damaged"]}
       {"question": "Which gas do plants take in?", "choices": ["oxygen", "carbon dioxide"], "answer": 1}
       {"prompt": "Question: Which gas do plants take in?\\nAnswer:", "response": "carbon dioxide"}
     `answer` is the right choice's index, counted from 0. Tables have the same columns, choices as choice_0, choice_1, …
@@ -141,6 +144,9 @@ def calibrate(
       answer or abstain   at most --risk errors among the answers, with probability --confidence
       label set           at least --coverage of the sets hold the right label
       out of scope        at most --false-alarm of inputs in scope are flagged
+    Of a run that predicts values, or several labels at once, there is one rule:
+      interval            at least --coverage of the intervals hold the right value
+      label thresholds    each label is named for at least --coverage of the inputs that have it
     `predict` and `evaluate` use them from then on, with the same --samples, --seed and --approximate; calibrate again
     with others to have rules for both. A rule that the data can't carry is left out, and the message says why; where
     they carry none, that is an error. The predictions are kept in the run's folder, so that other promises on the same
@@ -175,7 +181,8 @@ def calibrate(
             predictions too, whose targets say nothing.
         risk: largest share of errors among the answers.
         confidence: probability that the share is no larger.
-        coverage: share of label sets that hold the right label.
+        coverage: share of label sets that hold the right label, of intervals that hold the right value, or of
+            the inputs that have a label for which it is named.
         label_sets: `lac` for the smallest sets, `aps` for sets that grow where the model is less sure, `raps` between.
         false_alarm: share of inputs in scope that are flagged as out of it.
         score: what flags them.
@@ -215,7 +222,7 @@ def calibrate(
     else:
         records, outside = _read(description, data, ood, reading)
         _check_unseen(description, data)
-        check_promises(len(records), **promises)
+        check_promises(len(records), kind=description.task.likelihood.name, **promises)
         content = calibrate_run(description, records, outside, options, progress=bars, **promises, **kinds)
     if output is not None:
         DECISIONS.write(Path(output), [content])
@@ -270,7 +277,8 @@ def _calibrate_predictions(
     if promises["score"] == "mutual_information" and inside.mutual_information.isnan().any():
         raise RunError(f"{file}: field 'mutual_information': missing; give it, or take --score predictive_entropy")
     outside = None if ood is None else read_predictions(Path(ood), task, options.samples, labelled=False)[0]
-    check_promises(len(targets), **{name: value for name, value in promises.items() if name not in ("kind", "score")})
+    shares = {name: value for name, value in promises.items() if name not in ("kind", "score")}
+    check_promises(len(targets), kind=inside.kind, **shares)
     return calibrate_on(inside, targets, outside, description, options, **promises)
 
 
@@ -288,6 +296,11 @@ def evaluate(
     device: str | None = None,
 ) -> None:
     """Measure accuracy and calibration of a run on labelled data.
+
+    Of a run that predicts values the table has the NLL (nats, of values in units of the training values' standard
+    deviation), RMSE, MAE, CRPS, and coverage and mean width of the 90 % intervals. Of one with several labels at once
+    it has the NLL (sum over the labels), micro and macro F1, the share of inputs whose labels are all right, and Brier
+    score and ECE as means over the labels. Of one with labels or choices it is as follows.
 
     Prints a table of accuracy, ECE (mean distance of confidence and accuracy), ECE floor (the ECE that a perfectly
     calibrated model would have on the same records; "at floor" where yours is no more than two standard deviations
@@ -330,6 +343,9 @@ def evaluate(
         if file is not None:
             runs.check_writable(file)
     description = _opened(directory, options)
+    if diagram is not None and description.task.family.name != Prediction.kind:
+        name = description.task.name
+        raise RunError(f"diagram: accuracy against confidence is of classes and choices; the run's task is {name}")
     if output and Path(output).absolute() == (description.folder / METRICS_FILE).absolute():
         there = "metrics are written there anyway, those of other data too; leave it out"
         raise RunError(f"output {quoted(output)}: {there}")
@@ -381,6 +397,12 @@ def predict(
     device: str | None = None,
 ) -> None:
     """Write a JSON line for each input: label, probabilities, confidence and uncertainty.
+
+    Of a run that predicts values a line has `value` (the predictive mean), `std` (its standard deviation), of it
+    `aleatoric_std` (what the input leaves open) and `epistemic_std` (what the model doesn't know), `interval` (90 % of
+    the predictive probability), and after `bloblora calibrate` `promised_interval`. Of
+    one with several labels at once it has `labels` (more probable than not), `probabilities`, the entropies, and then
+    `promised_labels`. With labels or choices:
 
     A line has, in the inputs' order: `label`, `probabilities` (by label, or by choice), `confidence` (of that label),
     `predictive_entropy` (all uncertainty, nats) and of it `mutual_information` (what the model doesn't know; 0 for a
@@ -669,7 +691,7 @@ def _opened(directory: str, options: PredictionOptions | None = None) -> RunDesc
     """A run's description, whose method allows the approximation; how its training ended badly is said again."""
     description = open_run(directory)
     if options is not None:
-        options.check(description.method)
+        options.check(description.method, description.task)
     for problem in description.training.get("warnings", ()):
         log.warning(f"this run: {problem}")
     return description
@@ -795,6 +817,8 @@ def _realized(decision: dict[str, Any], result: dict[str, Any], title: str) -> T
         "selective_risk": ("answering", "≤", "risk"),
         "set_coverage": (of_sets, "≥", "coverage"),
         "false_alarm": ("scope", "≤", "false_alarm"),
+        "promised_coverage": ("intervals", "≥", "coverage"),
+        "recall": ("label_thresholds", "≥", "coverage"),
     }
     names = {
         "answered": "answered",
@@ -803,6 +827,11 @@ def _realized(decision: dict[str, Any], result: dict[str, Any], title: str) -> T
         "set_size": "labels a set",
         "false_alarm": "flagged in scope",
         "detection": "flagged out of scope",
+        "promised_coverage": "intervals with the right value",
+        "promised_width": "width of an interval",
+        "recall": "labels named where they are right",
+        "least_recall": "the same of the worst label",
+        "named": "labels named",
     }
     table = Table("", "promised", "realized", title=title)
     for name in (name for name in names if name in result):

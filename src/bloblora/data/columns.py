@@ -13,7 +13,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from ..messages import quoted
-from .records import DataError, Record, record_kind
+from .records import ANSWERS, DataError, Record, record_kind
 
 
 def _column(what: str) -> Any:
@@ -31,6 +31,8 @@ class ReadingOptions:
     text_column: str | None = _column("`text`")
     text_pair_column: str | None = _column("`text_pair`, the second of two texts")
     label_column: str | None = _column("`label`")
+    labels_column: str | None = _column("`labels`, several at once")
+    value_column: str | None = _column("`value`, a number to predict")
     question_column: str | None = _column("`question`")
     choices_column: str | None = _column("`choices`")
     answer_column: str | None = _column("`answer`")
@@ -49,7 +51,7 @@ class ReadingOptions:
 
 
 _FIELDS = {
-    "classification": ("text", "text_pair", "label"),
+    "text": ("text", "text_pair", "label", "labels", "value"),
     "choice": ("question", "choices", "answer"),
     "generation": ("prompt", "response", "messages"),
 }
@@ -58,6 +60,8 @@ _DECIDING = ("text", "messages", "prompt", "question")  # the fields by which a 
 _OBVIOUS: Mapping[str, tuple[str, ...]] = {
     "text": ("query", "sentence", "utterance", "content", "message", "body", "input", "document", "question"),
     "label": ("intent", "category", "class", "target", "topic", "sentiment"),
+    "value": ("rating", "score", "price", "similarityscore"),
+    "labels": ("tags", "categories", "emotions"),
     "question": ("questionstem", "stem", "query"),
     "choices": ("options",),
     "answer": ("answerkey", "correctanswer", "label", "target"),
@@ -72,6 +76,8 @@ _PAIRS = (
     ("text1", "text2"),
     ("texta", "textb"),
 )
+_BEFORE = {"labels": ("label",), "value": ("label", "labels")}
+"""Fields that are a record's answer rather than another one, where both could be."""
 _CHOICE = re.compile(r"choice_\d+")
 
 
@@ -105,6 +111,8 @@ def find_columns(
     found = {name: column for name, column in found.items() if _KIND_OF[name] == kind}
     wanted = ("messages",) if kind == "generation" and names.of("messages") else _FIELDS[kind]
     for name in wanted:
+        if name in ("labels", "value") and any(other in found or names.of(other) for other in _BEFORE[name]):
+            continue  # of two answers the label is meant, unless the other is asked for
         if name not in found and (column := names.of(name, taken=found.values())) is not None:
             found[name] = column
     return {name: column for name, column in found.items() if column != name}
@@ -131,7 +139,8 @@ def missing_hint(name: str, present: Sequence[str]) -> str:
 
 def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
     """A row as a record: fields from their columns, choices from lists, JSON or columns, answers as an index, numbers
-    and booleans as labels as text, an ``id`` of any type as JSON can hold it; null is missing.
+    and booleans as labels as text, several labels as a list,
+    a value as a number, an ``id`` of any type as JSON can hold it; null is missing.
     """
     moved = {name: row[column] for name, column in columns.items() if column in row}
     kind = _KIND_OF[next(iter(columns))] if columns else None
@@ -141,6 +150,8 @@ def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
         if name not in columns.values() and not (kind and name in _DECIDING and _KIND_OF[name] != kind)
     }
     record = {name: value for name, value in (rest | moved).items() if not _is_missing(name, value)}
+    for name in {"labels", "value"} & {*rest, *moved}:
+        record.setdefault(name, None)  # so that it is what is said to be missing
     flat = sorted((name for name in record if _CHOICE.fullmatch(name)), key=lambda name: int(name[7:]))
     if flat and "choices" not in record:
         texts = [record.pop(name) for name in flat]
@@ -151,12 +162,41 @@ def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
     record, names = _named_choices(record)
     if "answer" in record:
         record["answer"] = _index(record["answer"], record.get("choices"), names)
-    if isinstance(label := record.get("label"), (bool, int, float)):
-        whole = isinstance(label, float) and label.is_integer()
-        record["label"] = json.dumps(int(label) if whole else label)
+    if isinstance(record.get("label"), list | tuple):
+        record["labels"] = record.pop("label")
+    if isinstance(record.get("labels"), bool | int | float):  # as transformers calls the class of an example
+        record["label"] = record.pop("labels")
+    if "label" in record:
+        record["label"] = _label(record["label"])
+    if record.get("labels") is not None:
+        record["labels"] = _labels(record["labels"])
+    if (value := record.get("value")) is not None and not isinstance(value, bool | int | float):
+        with suppress(ValueError, TypeError):  # what isn't a number is reported with its value
+            record["value"] = float(value)
     if "id" in record:
         record["id"] = _json_value(record["id"])
     return record
+
+
+def _label(value: Any) -> Any:
+    """A number or a boolean as the text that JSON has for it."""
+    if not isinstance(value, bool | int | float):
+        return value
+    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def _labels(value: Any) -> Any:
+    """Labels as a list: of JSON, or of a text in which ``|``, ``;`` or else a comma stands between them."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            if isinstance(found := json.loads(value), list):
+                value = found
+    if isinstance(value, str):
+        mark = next((mark for mark in "|;," if mark in value), "|")
+        value = [part for part in value.split(mark) if part.strip()]
+    if not isinstance(value, list | tuple):
+        return value
+    return [label.strip() if isinstance(label, str) else _label(label) for label in value]
 
 
 def _json_value(value: Any) -> Any:
@@ -213,8 +253,8 @@ class _Names:
             return "choice"
         if own is None and (self.of("messages") or self.of("prompt")):
             return "generation"
-        if self.of("text") and (own is None or self.of("label")):
-            return "classification"
+        if self.of("text") and (own is None or self.of("label") or self.of("labels") or self.of("value")):
+            return "text"
         return own
 
 
@@ -239,8 +279,11 @@ def _listed(columns: Sequence[str]) -> str:
 
 
 def _is_missing(name: str, value: Any) -> bool:
-    """Null, and where an answer of any kind should be also an empty cell or the NaN that pandas writes for one."""
-    return value is None or (name in ("label", "answer", "response") and (value == "" or value != value))
+    """Null, and where an answer should be also an empty cell or the NaN that pandas writes for one.
+
+    An empty cell of labels is none of them.
+    """
+    return value is None or (name in ANSWERS and name != "labels" and (value == "" or value != value))
 
 
 def _named_choices(record: Record) -> tuple[Record, list[str]]:

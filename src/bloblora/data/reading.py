@@ -86,7 +86,7 @@ class Reader:
                 resolved = True
             record = to_record(row, self.columns)
             kind = record_kind(record)
-            if kind == "classification" and isinstance(label := record.get("label"), str):
+            if kind == "text" and isinstance(label := record.get("label"), str):
                 record["label"] = label.strip()
                 stripped += record["label"] != label
                 if len(labels) < _MOST_LABELS:

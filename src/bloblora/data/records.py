@@ -1,10 +1,10 @@
 """What a record is and what can be wrong with one; and rows that stay on the disk.
 
-A record is a plain dict: ``{"text", "label"}`` for classification, with ``text_pair`` where two texts are classified
-together, ``{"question", "choices", "answer"}`` for multiple
-choice with ``answer`` the index of the right choice, ``{"prompt", "response"}`` or ``{"messages"}`` for open text, with
-messages ``{"role", "content"}`` of which the assistant's is the last. For prediction, ``label``, ``answer``,
-``response`` and the assistant's last message may be missing.
+A record is a plain dict: ``{"text", "label"}`` for classification, ``{"text", "labels"}`` for several at once,
+``{"text", "value"}`` for regression, each with ``text_pair`` where two texts belong together,
+``{"question", "choices", "answer"}`` for multiple choice with ``answer`` the index of the right choice,
+``{"prompt", "response"}`` or ``{"messages"}`` for open text, with messages ``{"role", "content"}`` of which the last is
+the assistant's. For prediction the answer, or the last message, may be missing.
 """
 
 from __future__ import annotations
@@ -24,18 +24,25 @@ Record = dict[str, Any]
 Place = tuple[str, int]
 """Where a row stands: what goes before its number, and the number."""
 KINDS = {
-    "classification": "'text'",
+    "text": "'text'",
     "choice": "'question' and 'choices'",
     "generation": "'prompt' or 'messages'",
 }
-"""Kinds of records, and what records of each must have."""
-_KIND_OF = {"text": "classification", "messages": "generation", "prompt": "generation", "question": "choice"}
-_FORMS = "'text' (and 'label'), 'question' and 'choices' (and 'answer'), 'prompt' (and 'response'), or 'messages'"
+"""Kinds of records by what is asked, and what records of each must have."""
+_KIND_OF = {"text": "text", "messages": "generation", "prompt": "generation", "question": "choice"}
+_FORMS = (
+    "'text' (and 'label', 'labels' or 'value'), 'question' and 'choices' (and 'answer'), 'prompt' (and 'response'), or "
+    "'messages'"
+)
+ANSWERS = ("label", "labels", "value", "answer", "response")
+"""The fields of which one is a record's answer, but for messages."""
 _SHOWN, _SHOWN_ROWS, _SHOWN_VALUES = 20, 5, 3
 _VALUE = re.compile(
     r"(field '\w+'(?:, item \d+)?: )(?!missing)(.+?)( must be | is not an index | has half a ).*", re.DOTALL
 )
+_MISSING = "field '{}': missing; each {} record needs one"
 _ROWS_AT_A_TIME = 1000
+_LARGEST = 1e30  # of a value: its square is a float64, and no float32 is made of it before it is standardized
 
 
 class DataError(ValueError):
@@ -116,13 +123,12 @@ def record_problems(record: Mapping[str, Any], kind: str | None, *, require_answ
     """
     if (found := record.get("id")) is not None and _half_a_pair(found):
         return [f"field 'id': {quoted(found)} has half a surrogate pair, which is no text"]
-    if kind == "classification":
+    if kind == "text":
         pair = _text_problems(record["text_pair"], "field 'text_pair'") if "text_pair" in record else []
-        return [
-            *_text_problems(record.get("text"), "field 'text'"),
-            *pair,
-            *_answer_problems(record, "label", require_answer),
-        ]
+        checks = {"labels": _labels_problems, "value": _value_problems}
+        answer = next((name for name in checks if name in record and "label" not in record), None)
+        wrong = checks[answer](record, require_answer) if answer else _answer_problems(record, "label", require_answer)
+        return [*_text_problems(record.get("text"), "field 'text'"), *pair, *wrong]
     if kind == "choice":
         choices = _choice_problems(record.get("choices")) or _answer_problems(record, "answer", require_answer)
         return _text_problems(record.get("question"), "field 'question'") + choices
@@ -135,8 +141,8 @@ def record_problems(record: Mapping[str, Any], kind: str | None, *, require_answ
 
 
 def unanswered(record: Mapping[str, Any]) -> Record:
-    """The record without its label, answer or response, or the assistant's last message."""
-    rest = {name: value for name, value in record.items() if name not in ("label", "answer", "response")}
+    """The record without its label, value, answer or response, or the assistant's last message."""
+    rest = {name: value for name, value in record.items() if name not in ANSWERS}
     if (messages := rest.get("messages")) and messages[-1]["role"] == "assistant":
         rest["messages"] = messages[:-1]
     return rest
@@ -170,7 +176,7 @@ def _answer_problems(record: Mapping[str, Any], name: str, required: bool) -> li
     answer = record.get(name)
     if answer is None:
         which = "training" if name == "response" else "training or evaluation"
-        return [f"field '{name}': missing; each {which} record needs one"] if required else []
+        return [_MISSING.format(name, which)] if required else []
     if name != "answer":
         return _text_problems(answer, f"field '{name}'")
     count = len(record["choices"])
@@ -178,6 +184,25 @@ def _answer_problems(record: Mapping[str, Any], name: str, required: bool) -> li
         text = ", nor the letter or the text of exactly one" if isinstance(answer, str) else ""
         return [f"field 'answer': {quoted(answer)} is not an index into {count} choices (0..{count - 1}){text}"]
     return []
+
+
+def _labels_problems(record: Mapping[str, Any], required: bool) -> list[str]:
+    labels = record["labels"]
+    if labels is None:
+        return [_MISSING.format("labels", "training or evaluation")] if required else []
+    if not isinstance(labels, list | tuple):
+        return [f"field 'labels': {quoted(labels)} must be a list of texts, which may be empty"]
+    if len({*map(str, labels)}) < len(labels):
+        return [f"field 'labels': {quoted(labels)} must be a list of texts that are all different"]
+    return [p for i, label in enumerate(labels) for p in _text_problems(label, f"field 'labels', item {i}")]
+
+
+def _value_problems(record: Mapping[str, Any], required: bool) -> list[str]:
+    value = record["value"]
+    if value is None:
+        return [_MISSING.format("value", "training or evaluation")] if required else []
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return [] if number else [f"field 'value': {quoted(value)} must be a finite number, such as 3.5"]
 
 
 def _message_problems(messages: Any, required: bool) -> list[str]:

@@ -5,7 +5,19 @@ and however few the records.
 """
 
 from .answering import Answering, fit_answering, fit_answering_by
-from .conformal import AnswerSets, LabelSets, PromiseError, Scope, fit_answer_sets, fit_label_sets, fit_scope
+from .conformal import (
+    AnswerSets,
+    Intervals,
+    LabelSets,
+    LabelThresholds,
+    PromiseError,
+    Scope,
+    fit_answer_sets,
+    fit_intervals,
+    fit_label_sets,
+    fit_label_thresholds,
+    fit_scope,
+)
 from .correctness import MAPS, Correctness, CorrectnessError, confidence_of, fit_correctness
 from .decision import Decided, Decision, check_promises, check_text_promises, fit_decision, fit_text_decision
 
@@ -17,7 +29,9 @@ __all__ = [
     "CorrectnessError",
     "Decided",
     "Decision",
+    "Intervals",
     "LabelSets",
+    "LabelThresholds",
     "PromiseError",
     "Scope",
     "check_promises",
@@ -28,7 +42,9 @@ __all__ = [
     "fit_answering_by",
     "fit_correctness",
     "fit_decision",
+    "fit_intervals",
     "fit_label_sets",
+    "fit_label_thresholds",
     "fit_scope",
     "fit_text_decision",
 ]

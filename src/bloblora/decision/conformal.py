@@ -22,6 +22,14 @@ arXiv 2306.10193), whose rules also say when to stop the sampling.
 No score is randomized, so that an input has one set; and a set that would be empty gets the most probable label.
 Neither can lower the coverage.
 
+**Intervals** hold the right value with a stated probability: the mean ± c·std of the prediction, with c the k-th
+smallest |y − mean| / std of n calibration records (split conformal prediction with normalized residuals, Lei et al.
+2018, arXiv 1604.04173). They are as wide as the model is uncertain, and c corrects how wide that is.
+
+**Several labels at once** have a threshold each: a label is named where its probability is at least that, which is one
+minus the k-th smallest 1 - p of the n calibration records that have the label. Given that an input has it, it is
+exchangeable with those, so that the label is named with the stated probability: its recall is promised.
+
 **Scope**: an input is flagged as out of scope where its uncertainty is above the k-th smallest of n calibration records
 in scope, with level 1 - α. That is where its conformal p-value, (1 + number of calibration scores at least as large) /
 (n + 1), is at most α (Bates et al. 2023, arXiv 2104.08279), so α is the rate of false alarms.
@@ -85,6 +93,74 @@ class LabelSets:
     def promise(self) -> str:
         """What is promised, as a sentence."""
         return _promised_coverage("label sets hold the right label", self.coverage, self.num_examples)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Values no further from the predictive mean than a number of predictive standard deviations.
+
+    Attributes:
+        coverage: share of intervals that hold the right value, as promised.
+        threshold: that number.
+        num_examples: calibration records, n.
+    """
+
+    coverage: float
+    threshold: float
+    num_examples: int
+
+    def __post_init__(self) -> None:
+        check_share("coverage", self.coverage)
+        check_numbers(self, "num_examples")
+
+    def intervals(self, mean: Tensor, std: Tensor) -> Tensor:
+        """The two ends of each interval, (n, 2), for predictive means and standard deviations (n,)."""
+        return torch.stack([mean - self.threshold * std, mean + self.threshold * std], dim=-1)
+
+    @property
+    def promise(self) -> str:
+        """What is promised, as a sentence."""
+        return _promised_coverage("intervals hold the right value", self.coverage, self.num_examples)
+
+
+@dataclass(frozen=True)
+class LabelThresholds:
+    """Which of several labels are named: those whose probability is at least a threshold.
+
+    Attributes:
+        coverage: of the inputs that have a label, the share for which it is named, as promised.
+        thresholds: of each label's probability; 0.5 where there is no promise.
+        num_examples: calibration records that have each label; too few carry no promise.
+    """
+
+    coverage: float
+    thresholds: list[float]
+    num_examples: list[int]
+
+    def __post_init__(self) -> None:
+        check_share("coverage", self.coverage)
+        if len(self.thresholds) != len(self.num_examples) or not all(0 <= value <= 1 for value in self.thresholds):
+            raise ValueError(f"thresholds must be in [0, 1], one a label, got {quoted(self.thresholds)}")
+
+    @property
+    def promised(self) -> list[bool]:
+        """Whether the promise is made of each label."""
+        return [_rank(n, self.coverage) <= n for n in self.num_examples]
+
+    def named(self, probabilities: Tensor) -> Tensor:
+        """Which labels are named, (n, L) bool, for probabilities (n, L)."""
+        return probabilities.double() >= torch.tensor(self.thresholds, dtype=torch.float64)
+
+    @property
+    def promise(self) -> str:
+        """What is promised, as a sentence."""
+        of = [n for n, promised in zip(self.num_examples, self.promised, strict=True) if promised]
+        low = min(_share_below(n, self.coverage) for n in of)
+        return (
+            f"of the inputs that have a label it is named for at least {self.coverage:.4g} on average, and at least "
+            f"{low:.3g} with probability 0.95 of a label; so for {len(of)} of {len(self.thresholds)} labels, which "
+            f"{min(of)} or more of the calibration records have, on data like these"
+        )
 
 
 @dataclass(frozen=True)
@@ -177,6 +253,53 @@ def fit_label_sets(
         share = right.isinf().double().mean().item()
         raise PromiseError(f"coverage {coverage:.6g} can't be promised: {share:.4g} of right labels have probability 0")
     return LabelSets(kind, coverage, threshold, len(targets), penalty, free_ranks)
+
+
+def fit_intervals(mean: Tensor, std: Tensor, targets: Tensor, coverage: float = 0.9) -> Intervals:
+    """The width that keeps the promise.
+
+    Args:
+        mean: predictive means, (n,).
+        std: predictive standard deviations, (n,), above 0.
+        targets: the right values, (n,).
+        coverage: share of intervals that hold the right value, in (0, 1).
+
+    Raises:
+        PromiseError: records are too few.
+        ValueError: an argument or shapes are wrong.
+    """
+    if not (mean.shape == std.shape == targets.shape and mean.ndim == 1):
+        shapes = ", ".join(str(tuple(part.shape)) for part in (mean, std, targets))
+        raise ValueError(f"mean, std and targets must be (n,), got {shapes}")
+    check_enough(len(targets), "coverage", coverage, coverage)
+    scores = (targets.double() - mean.double()).abs() / std.double()
+    check_scores("|target - mean| / std", scores)
+    return Intervals(coverage, _quantile(scores, coverage), len(targets))
+
+
+def fit_label_thresholds(probabilities: Tensor, targets: Tensor, coverage: float = 0.9) -> LabelThresholds:
+    """The thresholds that keep the promise.
+
+    Args:
+        probabilities: (n, L).
+        targets: whether inputs have each label, (n, L).
+        coverage: of the inputs that have a label, the share for which it is named, in (0, 1).
+
+    Raises:
+        PromiseError: of each label records are too few.
+        ValueError: an argument or shapes are wrong.
+    """
+    check_share("coverage", coverage)
+    if probabilities.shape != targets.shape or probabilities.ndim != 2:
+        shapes = f"{tuple(probabilities.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"probabilities and targets must be (n, L), got {shapes}")
+    counts = targets.bool().sum(0).tolist()
+    check_enough(max(counts), "coverage", coverage, coverage)
+    thresholds = [0.5] * len(counts)
+    for label, count in enumerate(counts):
+        if _rank(count, coverage) <= count:
+            thresholds[label] = -_quantile(-probabilities[targets[:, label].bool(), label].double(), coverage)
+    return LabelThresholds(coverage, thresholds, counts)
 
 
 def fit_answer_sets(ranks: Tensor, coverage: float = 0.9) -> AnswerSets:

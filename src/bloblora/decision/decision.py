@@ -4,21 +4,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..files import check_fields
-from ..prediction import Prediction
+from ..prediction import MultiLabelPrediction, Prediction, ValuePrediction
 from .answering import Answering, check_answering, fit_answering, fit_answering_by
 from .conformal import (
     AnswerSets,
+    Intervals,
     Kind,
     LabelSets,
+    LabelThresholds,
     PromiseError,
     Scope,
     Score,
     check_enough,
     fit_answer_sets,
+    fit_intervals,
     fit_label_sets,
+    fit_label_thresholds,
     fit_scope,
 )
 
@@ -31,11 +36,15 @@ class Decided:
         answers: whether to answer, (n,) bool.
         label_sets: which labels are in the set, (n, C) bool.
         out_of_scope: whether it is flagged, (n,) bool.
+        intervals: of a value, (n, 2).
+        named: which of several labels are, (n, L) bool.
     """
 
-    answers: Tensor | None
-    label_sets: Tensor | None
-    out_of_scope: Tensor | None
+    answers: Tensor | None = None
+    label_sets: Tensor | None = None
+    out_of_scope: Tensor | None = None
+    intervals: Tensor | None = None
+    named: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,9 @@ class Decision:
     """When to answer, which labels to name, what to call out of scope. Each promise holds by itself.
 
     Attributes:
-        answering, label_sets, scope, answer_sets: the rules; None of one that the calibration records carry no promise
-            of. Texts have no label sets and no scope, and labels no answer sets.
+        answering, label_sets, scope, answer_sets, intervals, label_thresholds: the rules; None of one that the
+            calibration records carry no promise of. Texts have no label sets and no scope, labels no answer sets,
+            values intervals alone, and several labels at once thresholds alone.
         refused: why, by the rule's name.
     """
 
@@ -53,13 +63,21 @@ class Decision:
     scope: Scope | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     answer_sets: AnswerSets | None = None
+    intervals: Intervals | None = None
+    label_thresholds: LabelThresholds | None = None
 
     def __post_init__(self) -> None:
         if not self.promises:
-            raise ValueError("a decision needs at least one of answering, label_sets, scope and answer_sets")
+            raise ValueError(f"a decision needs at least one of {', '.join(_RULES)}")
 
     def decide(self, prediction: Prediction) -> Decided:
-        """Decide on n inputs, from the probabilities averaged over the draws."""
+        """Decide on n inputs, from what is averaged over the draws."""
+        if isinstance(prediction, ValuePrediction):
+            assert self.intervals is not None
+            return Decided(intervals=self.intervals.intervals(prediction.mean, prediction.std))
+        if isinstance(prediction, MultiLabelPrediction):
+            assert self.label_thresholds is not None
+            return Decided(named=self.label_thresholds.named(prediction.probabilities))
         return Decided(
             None if self.answering is None else self.answering.answers(prediction.confidence),
             None if self.label_sets is None else self.label_sets.sets(prediction.probabilities),
@@ -76,22 +94,33 @@ class Decision:
 
         Args:
             inside: of inputs in scope.
-            targets: (n,), class indices.
+            targets: (n,), class indices, or values.
             outside: of inputs out of scope.
 
         Returns:
             Of the rules that are there: ``answered`` (share), ``selective_risk`` (share of errors among them, 0 where
             none is answered), ``set_coverage``, ``set_size`` (mean number of labels), ``false_alarm``, and with
-            ``outside`` ``detection``.
+            ``outside`` ``detection``; of values ``promised_coverage`` and ``promised_width`` (mean); of several
+            labels ``recall`` (mean over those with a promise), ``least_recall`` and ``named`` (labels an input).
         """
-        decided, targets = self.decide(inside), targets.to(inside.labels.device)
+        decided = self.decide(inside)
         result: dict[str, float] = {}
+        if (intervals := decided.intervals) is not None:
+            low, high = intervals.unbind(-1)
+            width = (high - low).mean().item()
+            return {"promised_coverage": _share((low <= targets) & (targets <= high)), "promised_width": width}
+        if (named := decided.named) is not None:
+            assert self.label_thresholds is not None
+            has = targets.bool() & torch.tensor(self.label_thresholds.promised)
+            recalls = (named & has).sum(0)[(any_ := has.any(0))] / has.sum(0)[any_]
+            return {"least_recall": recalls.min().item(), "recall": recalls.mean().item(), "named": _per_input(named)}
+        targets = targets.to(inside.labels.device)
         if (answers := decided.answers) is not None:
             wrong = answers & (inside.labels != targets)
             result |= {"answered": _share(answers), "selective_risk": int(wrong.sum()) / max(1, int(answers.sum()))}
         if (sets := decided.label_sets) is not None:
             result["set_coverage"] = _share(sets.gather(1, targets[:, None]))
-            result["set_size"] = sets.sum(-1).double().mean().item()
+            result["set_size"] = _per_input(sets)
         if decided.out_of_scope is not None:
             result["false_alarm"] = _share(decided.out_of_scope)
         if outside is not None and (flagged := self.decide(outside).out_of_scope) is not None:
@@ -125,14 +154,18 @@ def fit_decision(
     false_alarm: float = 0.05,
     score: Score = "predictive_entropy",
 ) -> Decision:
-    """Fit the three rules on labelled records that were used for nothing else; ``refused`` says which can't be.
+    """Fit the rules on labelled records that were used for nothing else; ``refused`` says which can't be.
+
+    Of classes there are three, of values intervals, of several labels at once thresholds; for these two ``coverage``
+    alone counts.
 
     Args:
         prediction: of n inputs in scope.
-        targets: (n,), class indices.
+        targets: (n,), class indices, or values.
         risk: largest share of errors among the answers.
         level: probability that the share is no larger.
-        coverage: share of label sets that hold the right label.
+        coverage: share of label sets that hold the right label, of intervals that hold the right value, or of the
+            inputs that have a label for which it is named.
         kind: of label sets.
         false_alarm: share of inputs in scope that are flagged as out of it.
         score: what flags them; mutual information needs several draws.
@@ -141,6 +174,10 @@ def fit_decision(
         PromiseError: these data carry none of the promises.
         ValueError: an argument is out of its range.
     """
+    if isinstance(prediction, ValuePrediction):
+        return Decision(intervals=fit_intervals(prediction.mean, prediction.std, targets, coverage))
+    if isinstance(prediction, MultiLabelPrediction):
+        return Decision(label_thresholds=fit_label_thresholds(prediction.probabilities, targets, coverage))
     if score == "mutual_information" and int(prediction.num_draws.max()) < 2:
         raise ValueError("score mutual_information is not defined for a single draw; take predictive_entropy")
     probabilities = prediction.probabilities
@@ -188,12 +225,21 @@ def fit_text_decision(
 
 
 def check_promises(
-    n: int, *, risk: float = 0.05, level: float = 0.95, coverage: float = 0.9, false_alarm: float = 0.05
+    n: int,
+    *,
+    kind: str = Prediction.kind,
+    risk: float = 0.05,
+    level: float = 0.95,
+    coverage: float = 0.9,
+    false_alarm: float = 0.05,
 ) -> None:
     """Raise a ValueError where these are out of range, and a PromiseError where n records are too few for any of them.
 
-    That is known before any prediction.
+    That is known before any prediction, of which ``kind`` is the likelihood's name.
     """
+    if kind != Prediction.kind:
+        check_enough(n, "coverage", coverage, coverage)
+        return
     _kept(
         {
             "answering": lambda: check_answering(n, risk, level),
@@ -225,8 +271,19 @@ def _kept(rules: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
     return found | {"refused": refused}
 
 
+def _per_input(which: Tensor) -> float:
+    return which.sum(-1).double().mean().item()
+
+
 def _share(which: Tensor) -> float:
     return which.double().mean().item()
 
 
-_RULES: dict[str, Any] = {"answering": Answering, "label_sets": LabelSets, "scope": Scope, "answer_sets": AnswerSets}
+_RULES: dict[str, Any] = {
+    "answering": Answering,
+    "label_sets": LabelSets,
+    "scope": Scope,
+    "answer_sets": AnswerSets,
+    "intervals": Intervals,
+    "label_thresholds": LabelThresholds,
+}

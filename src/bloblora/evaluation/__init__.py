@@ -13,7 +13,7 @@ from .calibration import (
 )
 from .comparison import Interval, markdown_table, paired_bootstrap, rich_table, short_number, table_cells
 from .distance import DISTANCES, Distance
-from .metrics import METRICS, UNCERTAINTIES, Metric, example_scores, metric_names, metrics, summary, uncertainty
+from .metrics import METRICS, Metric, example_scores, metric_names, metrics, summary, uncertainty
 from .plots import (
     lines_figure,
     pareto_figure,
@@ -29,7 +29,6 @@ from .ranking import RiskCoverage, ood_metrics, risk_coverage
 __all__ = [
     "DISTANCES",
     "METRICS",
-    "UNCERTAINTIES",
     "BinGaps",
     "Distance",
     "Interval",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..prediction import Prediction
+from ..prediction import MultiLabelPrediction, Prediction, ValuePrediction
 
 
 def as_prediction(predicted: Tensor | Prediction) -> Prediction:
@@ -38,6 +38,22 @@ def checked_probabilities(probabilities: Tensor, targets: Tensor) -> tuple[Tenso
     probabilities, targets = _checked("probabilities", probabilities, targets)
     _check_rows("probabilities", probabilities)
     return probabilities, targets
+
+
+def checked_values(prediction: ValuePrediction, targets: Tensor) -> Tensor:
+    """Targets (n,) of a prediction of values on the CPU, as float64; a ValueError where they are no such numbers."""
+    n = len(prediction.num_draws)
+    if targets.shape != (n,) or not n or not targets.isfinite().all():
+        raise ValueError(f"targets must be ({n},), finite numbers, n > 0, got {tuple(targets.shape)}")
+    return targets.detach().cpu().double()
+
+
+def checked_labels(prediction: MultiLabelPrediction, targets: Tensor) -> Tensor:
+    """Targets (n, L) of a prediction of several labels on the CPU, 1 or 0; a ValueError where they are none."""
+    shape = prediction.logits.shape[1:]
+    if targets.shape != shape or not len(targets) or not ((targets == 0) | (targets == 1)).all():
+        raise ValueError(f"targets must be {tuple(shape)} of 0 and 1, n > 0, got {tuple(targets.shape)}")
+    return targets.detach().cpu().long()
 
 
 def check_scores(name: str, scores: Tensor) -> None:

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ..prediction import Prediction
+from ..prediction import MultiLabelPrediction, Prediction, ValuePrediction
+from ..prediction.kinds import INTERVAL
 from ..registry import Registry
 from .calibration import BinGaps, brier_parts, classwise_ece, ece_floor, equal_mass_ece, reliability
 from .distance import DISTANCES
-from .inputs import as_prediction, checked
+from .inputs import as_prediction, checked, checked_labels, checked_values, equal_width
 from .ranking import ood_metrics, risk_coverage
 
 Table = Literal["main", "more", "asked"]
+_KINDS: tuple[type[Prediction], ...] = (Prediction, MultiLabelPrediction, ValuePrediction)
 
 COVERAGES = (0.5, 0.8, 0.9, 0.95)
-UNCERTAINTIES = {"confidence": "conf.", "predictive_entropy": "entropy", "mutual_information": "MI"}
-"""What tells inputs out of scope from others: properties of a `Prediction`, and what tables call them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Metric:
             isn't there.
         marked: whether tables mark the best; not of a calibration error, which is least for a model that knows no more
             than its own accuracy.
+        of: kinds of predictions that it is of, ``categorical``, ``bernoulli`` or ``gaussian``; others don't have it.
         table: ``main`` is in every table and in `metrics`, ``more`` in a report's second table, ``asked`` where it is
             asked for.
     """
@@ -58,6 +59,7 @@ class Metric:
     per_example: bool = False
     takes: tuple[str, ...] = ()
     marked: bool = True
+    of: tuple[str, ...] = (Prediction.kind,)
     table: Table = "main"
 
     def examples(self, prediction: Prediction, targets: Tensor) -> Tensor:
@@ -67,8 +69,8 @@ class Metric:
             ValueError: the function gave another shape.
         """
         values = torch.as_tensor(self.function(prediction, targets)).double()
-        if values.shape != targets.shape:
-            shapes = f"{tuple(targets.shape)}, got {tuple(values.shape)}"
+        if values.shape != targets.shape[:1]:
+            shapes = f"{tuple(targets.shape[:1])}, got {tuple(values.shape)}"
             raise ValueError(f"metric {self.name!r} is per_example: its function must give the shape {shapes}")
         return values
 
@@ -85,6 +87,8 @@ def metric_names(table: Table | None = None, outside: bool | None = None) -> lis
 def metrics(predicted: Tensor | Prediction, targets: Tensor, num_bins: int = 15) -> dict[str, float | int]:
     r"""Accuracy, calibration and proper scores of n predictions.
 
+    Of classes:
+
     - ``ece``: :math:`\sum_b \frac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b|` over equal-width bins of
       the top probability (Guo et al., arXiv 1706.04599); of one example, how far that is from 1 (right) or 0;
     - ``ece_floor``, ``ece_floor_std``: mean and standard deviation of the ECE that a perfectly calibrated model would
@@ -93,9 +97,26 @@ def metrics(predicted: Tensor | Prediction, targets: Tensor, num_bins: int = 15)
     - ``nll``: mean of -log p(target), nats; infinite where a target has probability 0;
     - ``brier``: mean over examples of :math:`\sum_c (p_c - 1[c = y])^2`, in [0, 2].
 
+    Of several labels at once, of which those are named whose probability is above 0.5:
+
+    - ``nll``: mean of the sum over labels of -log p(has it or not), nats;
+    - ``f1_micro``, ``f1_macro``: F1 of all pairs of input and label, and the mean over labels (0 for one that nobody
+      has or names);
+    - ``exact_match``: share of the inputs whose labels are all right;
+    - ``label_brier``, ``label_ece``: means over labels of the squared error of its probability, and of its ECE, the
+      mean distance of probability and frequency over bins.
+
+    Of values, in the units of the data but for ``nll``:
+
+    - ``nll``: mean of -log p(target) of standardized values, nats; plus log ``scale`` it is that of the data;
+    - ``rmse``, ``mae``: root mean squared and mean absolute error of the predictive mean;
+    - ``crps``: continuous ranked probability score of the mixture, in closed form (Grimit et al. 2006,
+      doi 10.1256/qj.05.235), which is the absolute error for a prediction without spread;
+    - ``interval_coverage``, ``interval_width``: share of the 90 % intervals that hold the target, and their mean width.
+
     Args:
         predicted: a prediction, or log-probabilities (n, C), normalized; -inf for a class that an example lacks.
-        targets: (n,), class indices.
+        targets: (n,), class indices, or values; (n, L), whether inputs have each label.
         num_bins: equal-width bins on [0, 1].
 
     Returns:
@@ -104,17 +125,21 @@ def metrics(predicted: Tensor | Prediction, targets: Tensor, num_bins: int = 15)
     Raises:
         ValueError: there is no example, or shapes, ranges or normalization are wrong.
     """
-    names = [name for name in METRICS if name in metric_names("main", outside=False) or name == "ece_floor_std"]
-    return _values(names, as_prediction(predicted), targets, num_bins=num_bins) | {"num_examples": len(targets)}
+    prediction, first = as_prediction(predicted), [*metric_names("main", outside=False), "ece_floor_std"]
+    names = [name for name in _of(prediction) if name in first]
+    return _values(names, prediction, targets, num_bins=num_bins) | {"num_examples": len(targets)}
 
 
 def example_scores(predicted: Tensor | Prediction, targets: Tensor) -> dict[str, Tensor]:
-    """Of each example the metrics that are means over examples, and ``confidence``, by name: (n,) float64.
+    """Of each example the metrics that are means over examples, and of classes ``confidence``, by name: (n,) float64.
 
     Arguments and errors are those of `metrics`.
     """
     prediction, targets = as_prediction(predicted), targets.cpu()
-    scores = {name: metric.examples(prediction, targets) for name, metric in METRICS.items() if metric.per_example}
+    means = [METRICS[name] for name in _of(prediction) if METRICS[name].per_example]
+    scores = {metric.name: metric.examples(prediction, targets) for metric in means}
+    if prediction.kind != Prediction.kind:
+        return scores
     return scores | {"confidence": checked(predicted, targets)[0].exp().amax(-1)}
 
 
@@ -127,7 +152,7 @@ def summary(
 ) -> dict[str, float | int]:
     """All metrics of a prediction of n inputs, and with ``outside`` how well it tells inputs out of scope.
 
-    None of ours is NaN; only ``nll`` may be infinite. Selective prediction is by confidence.
+    None of ours is NaN; of classes ``nll`` may be infinite. Selective prediction is by confidence.
 
     Args:
         inside: of inputs in scope.
@@ -146,14 +171,19 @@ def summary(
     first = metrics(inside, targets, num_bins)
     given = {"num_bins": num_bins, "outside": outside, "distances": distances}
     there = {name for name, value in given.items() if value is not None}
-    rest = [name for name, metric in METRICS.items() if name not in first and there.issuperset(metric.takes)]
-    counts = {"num_samples": inside.num_samples, "num_draws": len(inside.log_probs)}
+    rest = [name for name in _of(inside) if name not in first and there.issuperset(METRICS[name].takes)]
+    counts = {"num_samples": inside.num_samples, "num_draws": int(inside.num_draws.max())}
     return first | counts | _values(rest, inside, targets, **given)
 
 
 def uncertainty(prediction: Prediction) -> dict[str, Tensor]:
-    """``confidence``, ``predictive_entropy`` and ``mutual_information`` of each input, (n,)."""
-    return {name: getattr(prediction, name) for name in UNCERTAINTIES}
+    """What tells inputs out of scope from others, of each input, (n,): `Prediction.uncertainties`."""
+    return {name: getattr(prediction, name) for name in prediction.uncertainties}
+
+
+def _of(prediction: Prediction) -> list[str]:
+    """Names of the metrics of such a prediction."""
+    return [name for name, metric in METRICS.items() if prediction.kind in metric.of]
 
 
 def _values(names: list[str], prediction: Prediction, targets: Tensor, **options: Any) -> dict[str, float | int]:
@@ -187,6 +217,10 @@ def _squared_calibration_error(prediction: Prediction, targets: Tensor, num_bins
 
 
 def _nll(prediction: Prediction, targets: Tensor) -> Tensor:
+    if isinstance(prediction, ValuePrediction):
+        return -prediction.log_prob(checked_values(prediction, targets))
+    if isinstance(prediction, MultiLabelPrediction):
+        return -prediction.likelihood.averaged(prediction.logits.double(), checked_labels(prediction, targets))
     log_probabilities, targets = checked(prediction, targets)
     return 0 - log_probabilities.gather(1, targets[:, None])[:, 0]  # 0 - x, because -x would give -0.0
 
@@ -194,6 +228,64 @@ def _nll(prediction: Prediction, targets: Tensor) -> Tensor:
 def _brier(prediction: Prediction, targets: Tensor) -> Tensor:
     log_probabilities, targets = checked(prediction, targets)
     return (log_probabilities.exp() - one_hot(targets, log_probabilities.shape[1])).square().sum(-1)
+
+
+def _f1(prediction: MultiLabelPrediction, targets: Tensor) -> dict[str, float]:
+    named, has = prediction.labels, checked_labels(prediction, targets).bool()
+    hits, misses = (named & has).sum(0).double(), (named ^ has).sum(0).double()
+
+    def score(hits: Tensor, misses: Tensor) -> Tensor:
+        return torch.where(hits + misses > 0, 2 * hits / (2 * hits + misses).clamp_min(1), 0)
+
+    return {"micro": score(hits.sum(), misses.sum()).item(), "macro": score(hits, misses).mean().item()}
+
+
+def _exact(prediction: MultiLabelPrediction, targets: Tensor) -> Tensor:
+    return (prediction.labels == checked_labels(prediction, targets).bool()).all(-1).double()
+
+
+def _label_brier(prediction: MultiLabelPrediction, targets: Tensor) -> Tensor:
+    return (prediction.probabilities.double() - checked_labels(prediction, targets)).square().mean(-1)
+
+
+def _label_ece(prediction: MultiLabelPrediction, targets: Tensor, num_bins: int) -> float:
+    gaps = checked_labels(prediction, targets).double() - prediction.probabilities.double()
+    bins = equal_width(prediction.probabilities.double(), num_bins)
+    sums = torch.zeros(num_bins, gaps.shape[1], dtype=torch.float64).scatter_add(0, bins, gaps)
+    return (sums.abs().sum(0) / len(gaps)).mean().item()
+
+
+def _errors(prediction: ValuePrediction, targets: Tensor) -> Tensor:
+    return (checked_values(prediction, targets) - prediction.mean).abs()
+
+
+def _rmse(prediction: ValuePrediction, targets: Tensor) -> float:
+    return _errors(prediction, targets).square().mean().sqrt().item()
+
+
+def _crps(prediction: ValuePrediction, targets: Tensor) -> Tensor:
+    targets, (means, stds) = checked_values(prediction, targets), prediction.moments
+    between = [
+        _mean_distance(means - mean, (stds.square() + std.square()).sqrt()).mean(0)
+        for mean, std in zip(means, stds, strict=True)
+    ]
+    return _mean_distance(targets - means, stds).mean(0) - torch.stack(between).mean(0) / 2
+
+
+def _mean_distance(mean: Tensor, std: Tensor) -> Tensor:
+    """E|X| of a normal variable."""
+    z = mean / std
+    density = (-z.square() / 2).exp() / math.sqrt(2 * math.pi)
+    return mean * (2 * torch.special.ndtr(z) - 1) + 2 * std * density
+
+
+def _interval_coverage(prediction: ValuePrediction, targets: Tensor) -> Tensor:
+    return ((prediction.cdf(checked_values(prediction, targets)) - 0.5).abs() <= INTERVAL / 2).double()
+
+
+def _interval_width(prediction: ValuePrediction, targets: Tensor) -> Tensor:
+    checked_values(prediction, targets)
+    return prediction.interval().diff().squeeze(-1)
 
 
 def _selective(prediction: Prediction, targets: Tensor) -> dict[str, float]:
@@ -219,31 +311,47 @@ def _own() -> Iterator[Metric]:
     yield Metric("ece_floor", "ECE floor", ece_floor, None, share, "mean", takes=bins)
     yield Metric("ece_floor_std", "ECE floor, sd", ece_floor, None, share, "std", takes=bins, table="asked")
     yield Metric("squared_calibration_error", "CE²", _squared_calibration_error, range=(-1, 1), **error)
-    yield Metric("nll", "NLL", _nll, False, (0, math.inf), per_example=True)
+    yield Metric("nll", "NLL", _nll, False, per_example=True, of=tuple(kind.kind for kind in _KINDS))
     yield Metric("brier", "Brier", _brier, False, (0, 2), per_example=True)
+    several: dict[str, Any] = {"range": share, "of": (MultiLabelPrediction.kind,)}
+    yield Metric("f1_micro", "F1, micro", _f1, True, key="micro", **several)
+    yield Metric("f1_macro", "F1, macro", _f1, True, key="macro", **several)
+    yield Metric("exact_match", "all labels right", _exact, True, per_example=True, **several)
+    yield Metric("label_brier", "Brier of a label", _label_brier, False, per_example=True, **several)
+    yield Metric("label_ece", "ECE of a label", _label_ece, False, takes=bins, marked=False, **several)
+    sizes: dict[str, Any] = {"range": (0.0, math.inf), "of": (ValuePrediction.kind,)}
+    yield Metric("rmse", "RMSE", _rmse, False, **sizes)
+    yield Metric("mae", "MAE", _errors, False, per_example=True, **sizes)
+    yield Metric("crps", "CRPS", _crps, False, per_example=True, **sizes)
+    covered = f"{INTERVAL:.0%} interval"
+    coverage: dict[str, Any] = {"range": share, "per_example": True, "of": (ValuePrediction.kind,)}
+    yield Metric("interval_coverage", f"{covered}, coverage", _interval_coverage, None, **coverage)
+    yield Metric("interval_width", f"{covered}, width", _interval_width, None, per_example=True, **sizes)
     yield Metric("ece_equal_mass", "ECE, equal mass", equal_mass_ece, range=share, table="more", **error)
     yield Metric("ece_classwise", "ECE, classwise", classwise_ece, range=share, table="more", **error)
     better = {"uncertainty": None, "resolution": True, "reliability": False}
-    for part, higher in (better | {"within_bin_variance": None, "within_bin_covariance": None}).items():
-        title, bounds = f"Brier {part.replace('_', ' ')}", (-2 if part.endswith("covariance") else 0, 2)
+    for name, higher in (better | {"within_bin_variance": None, "within_bin_covariance": None}).items():
+        title, bounds = f"Brier {name.replace('_', ' ')}", (-2 if name.endswith("covariance") else 0, 2)
         table: Table = "asked" if higher is None else "more"
-        marked = part != "reliability"
-        yield Metric(f"brier_{part}", title, brier_parts, higher, bounds, part, takes=bins, table=table, marked=marked)
+        marked = name != "reliability"
+        yield Metric(f"brier_{name}", title, brier_parts, higher, bounds, name, takes=bins, table=table, marked=marked)
     yield Metric("aurc", "AURC", _selective, False, share, "aurc", table="more")
-    for coverage in COVERAGES:
-        name, title = f"selective_accuracy_{coverage * 100:.0f}", f"accuracy at {coverage * 100:.0f} %"
-        yield Metric(
-            name, title, _selective, True, share, f"{coverage:.0%}", table="more" if coverage == 0.8 else "asked"
-        )
-    detection: list[tuple[dict[str, str], Callable[..., Any], tuple[str, ...]]] = [
-        (UNCERTAINTIES, _ood, ("outside",)),
+    for part in COVERAGES:
+        name, title = f"selective_accuracy_{part * 100:.0f}", f"accuracy at {part * 100:.0f} %"
+        yield Metric(name, title, _selective, True, share, f"{part:.0%}", table="more" if part == 0.8 else "asked")
+    shown = {name: short for kind in _KINDS for name, short in kind.uncertainties.items()}
+    of_score = {name: tuple(kind.kind for kind in _KINDS if name in kind.uncertainties) for name in shown}
+    of_score |= dict.fromkeys(DISTANCES, tuple(kind.kind for kind in _KINDS))
+    detection: list[tuple[Mapping[str, str], Callable[..., Any], tuple[str, ...]]] = [
+        (shown, _ood, ("outside",)),
         (DISTANCES, _distances, ("outside", "distances")),
     ]
     for scores, function, takes in detection:
         for score, short in scores.items():
+            of = of_score[score]
             auroc, fpr95 = f"auroc_{score}", f"fpr95_{score}"
-            yield Metric(auroc, f"AUROC {short}", function, True, share, auroc, takes=takes)
-            yield Metric(fpr95, f"FPR95 {short}", function, False, share, fpr95, takes=takes, table="more")
+            yield Metric(auroc, f"AUROC {short}", function, True, share, auroc, takes=takes, of=of)
+            yield Metric(fpr95, f"FPR95 {short}", function, False, share, fpr95, takes=takes, table="more", of=of)
 
 
 _OWN = SimpleNamespace(**{metric.name: metric for metric in _own()})

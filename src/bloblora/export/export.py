@@ -238,7 +238,7 @@ def _write_adapters(
         rank = max(layer.r[draw.adapter_name] for layer in layers_of(model, draw.adapter_name).values())
         commands = {"vllm": _vllm_command(base, [mean, *names], rank)}
     warnings = []
-    if run.task.labels is not None:
+    if run.task.head is not None:
         config: Any = copy.deepcopy(model.get_base_model().config)
         name_labels(config, run)
         config.save_pretrained(folder)
@@ -258,7 +258,7 @@ def _write_merged(run: Run, folder: Path, number: int | None, seed: int) -> dict
         raise RunError(f"draw must be below {len(draws) - 1}, the functions that the run has; got {number}")
     draw = draws[count]
     write_merged(run, draw, folder)
-    commands = {} if run.task.labels is not None else {"vllm": f"vllm serve . --served-model-name {draw.name}"}
+    commands = {} if run.task.head is not None else {"vllm": f"vllm serve . --served-model-name {draw.name}"}
     drawn = number is not None
     return {"mean": None if drawn else MEAN, "draws": [draw.name] if drawn else [], "commands": commands}
 

@@ -115,7 +115,7 @@ def _unify(folder: Path, layers: dict[str, LoraLayer], adapter_name: str) -> Non
 
 def check_gguf(description: RunDescription) -> None:
     """Raise a RunError where a run's adapters have no GGUF form that is known to be right."""
-    if description.task.labels is not None:
+    if description.task.head is not None:
         raise RunError("a classification head has no place in a LoRA's GGUF; use --format merged")
     if extra := beside(description.config.build_lora()):
         raise RunError(f"a LoRA's GGUF holds A and B alone, and this run has {', '.join(extra)}; use --format merged")
@@ -183,10 +183,10 @@ def write_merged(run: Run, draw: Draw, folder: Path) -> None:
 
 
 def name_labels(config: PretrainedConfig, run: Run) -> None:
-    """Give a model's configuration the names of its labels, in the order of its head's rows."""
-    if run.task.labels is not None:
-        config.id2label = dict(enumerate(run.task.labels))
-        config.label2id = {label: index for index, label in enumerate(run.task.labels)}
+    """Give a model's configuration the names of its labels, or other outputs, in the order of its head's rows."""
+    if run.task.head is not None:
+        config.id2label = dict(enumerate(run.task.head))
+        config.label2id = {label: index for index, label in enumerate(run.task.head)}
 
 
 def _permuted(b: Tensor, heads: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..prediction.prediction import mutual_information
+from ..prediction.kinds import mutual_information
 
 SCORES = (
     "log_probability",

@@ -22,7 +22,8 @@ CARD_FILE = "README.md"
 _MARK = "<!-- Made by `bloblora card`, which replaces this file; take this line out to keep your own text. -->"
 _PEFT_MARK = "# Model Card for Model ID"
 _DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of which `models` has the Q4_1 weights
-_DECIDED = ("answered", "selective_risk", "set_coverage", "set_size", "false_alarm", "detection")
+_OF_CLASSES = ("answered", "selective_risk", "set_coverage", "set_size", "false_alarm", "detection")
+_DECIDED = (*_OF_CLASSES, "promised_coverage", "promised_width", "recall", "least_recall")
 _PLACES = ("data", "output", "model", "validation", "trunk_cache", "start_from", "prior_from")
 _NOT_SETTINGS = (*_PLACES, "task", "method", "lora", "training")
 
@@ -82,7 +83,7 @@ def model_card(
         bundled=base_model == _DEFAULT_BASE,
         method=description.method,
         task=task,
-        loader=f"AutoPeftModelFor{'SequenceClassification' if task.labels else 'CausalLM'}",
+        loader=f"AutoPeftModelFor{'SequenceClassification' if task.head else 'CausalLM'}",
         data=_table(data),
         settings=_table(_settings(description)),
         metrics=_metrics(measured),

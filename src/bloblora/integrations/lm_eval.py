@@ -66,7 +66,7 @@ class BlobLM(HFLM):
             known = ", ".join(("run", "samples", "seed", "device", "trust_remote_code", *_OPTIONS))
             raise RunError(f"model_args: there is no {', '.join(unknown)}; there are {known}")
         description = open_run(run)
-        if (task := description.task).labels is not None:
+        if (task := description.task).head is not None:
             raise RunError(f"{run}: the run's task is {task.name}, whose head scores no text; use `bloblora evaluate`")
         if not description.method.writes_text:
             raise RunError(f"{run}: temperature scaling and Laplace draw no weights; take a run of another method")

@@ -34,6 +34,7 @@ class Distilled(Blob):
 
     name = "distilled"
     paper = "1506.04416"
+    likelihoods = ("categorical",)
     deterministic = True
     gaussian = False
     sharded = False

@@ -77,6 +77,8 @@ class LaplaceLora(Method):
 
     name = "laplace-lora"
     paper = "2308.13111"
+    likelihoods = ("categorical",)
+    weighs_classes = False
     post_hoc = True
     writes_text = False
     files = (*Method.files, f"{_STATE}.json")

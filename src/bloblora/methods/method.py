@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +23,7 @@ from ..files import check_finite_tensors, file_sha256, read_hashed_json, read_te
 from ..prediction import Point, Sampler, WeightDraws, fit_temperature, tempered_nll
 from ..prediction.prediction import check_finite
 from ..tasks import Task
+from ..tasks.likelihood import CATEGORICAL, Likelihood, likelihood_of
 from ..tasks.task import Example
 from ..training import BlobTrainingArguments, last_checkpoint
 from ..training.checkpoints import remove_torn
@@ -89,6 +91,10 @@ class Method:
     """Whether it trains and predicts where FSDP splits the model: nothing looks at a part of a weight."""
     writes_text: ClassVar[bool] = True
     """Whether a draw is a model, which can write and score text; logits that are changed afterwards can't."""
+    likelihoods: ClassVar[tuple[str, ...]] = ("categorical", "bernoulli", "gaussian")
+    """Names of the likelihoods that it trains and predicts with (`bloblora.tasks.Likelihood`)."""
+    weighs_classes: ClassVar[bool] = True
+    """Whether its loss is the task's likelihood, in which classes may have weights, and no other one."""
     needs_head: ClassVar[bool] = False
     """Whether it is for tasks whose model has a classification head."""
     files: ClassVar[tuple[str, ...]] = ("adapter_config.json", "blob_config.json", "*.safetensors")
@@ -274,7 +280,7 @@ class Training:
         task: Any = self.task
         if not self.validation:
             arguments = arguments | {"eval_strategy": "no", "load_best_model_at_end": False}
-        classes = getattr(task, "task", task).kind != "generation" if self.validation else False
+        measured = self.validation and getattr(task, "task", task).kind != "generation"
         loop = (trainer or BlobTrainer)(
             model,
             BlobTrainingArguments(**arguments),
@@ -282,7 +288,7 @@ class Training:
             train_dataset=self.examples,
             eval_dataset=self.validation or None,
             data_collator=task.collate,
-            compute_metrics=_classified if classes else None,
+            compute_metrics=partial(_measured, likelihood_of(task)) if measured else None,
         )
         # The Trainer's own print each log on standard output, which belongs to results.
         loop.remove_callback(PrinterCallback)
@@ -298,7 +304,7 @@ class Validated:
         part: of the method's trainings, "" where there is one.
         best_step: of the checkpoint that was kept.
         nll: its NLL, nats an example.
-        accuracy: its accuracy; None for written text.
+        accuracy: its accuracy; None where answers aren't classes.
         stopped_early: whether patience ended the training.
         seconds: of all evaluations.
         curve: ``step``, ``nll``, ``accuracy`` and ``tempered_nll`` of each evaluation.
@@ -333,14 +339,14 @@ class _LogAtEvaluations(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-def _classified(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of the examples whose most probable column is right, and the NLL under the best temperature."""
-    log_probs, labels = (torch.as_tensor(values) for values in (prediction.predictions, prediction.label_ids))
-    temperature = fit_temperature([log_probs[None]], [labels])
-    return {
-        "accuracy": (log_probs.argmax(-1) == labels).double().mean().item(),
-        TEMPERED_NLL: tempered_nll([log_probs[None]], [labels], temperature).mean().item(),
-    }
+def _measured(likelihood: Likelihood, prediction: EvalPrediction) -> dict[str, float]:
+    """NLL under the best temperature, and of classes the share of the examples whose most probable one is right."""
+    logits, labels = (torch.as_tensor(values) for values in (prediction.predictions, prediction.label_ids))
+    temperature = fit_temperature([logits[None]], [labels], likelihood)
+    found = {TEMPERED_NLL: tempered_nll([logits[None]], [labels], temperature, likelihood).mean().item()}
+    if likelihood.name == CATEGORICAL.name:
+        found["accuracy"] = (logits.argmax(-1) == labels).double().mean().item()
+    return found
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 
 from ..adapter import AdapterFileError
 from ..prediction import Sampler, ScalableWeights, Tempered, fit_temperature, predict, tempered_nll
+from ..tasks.likelihood import CATEGORICAL, Likelihood, likelihood_of
 from ..tasks.task import Example
 from .method import Draw, Method, Training, read_state, write_state
 
@@ -44,8 +45,8 @@ _NO_WIDTH = 1e-6  # what is saved for τ = 0: no draw shows it in float32, and t
 _INNERS = (
     *("name", "paper", "training_defaults", "lora_defaults"),
     *("starts_from_lora", "post_hoc", "whole_model", "gaussian", "takes_prior", "deterministic", "needs_head"),
-    "sharded",
-    *("check_run", "check_draws", "described", "holdout", "prepare", "weights_file"),
+    *("sharded", "likelihoods", "weighs_classes", "check_run", "check_draws", "described", "holdout", "prepare"),
+    "weights_file",
 )
 
 
@@ -74,7 +75,8 @@ class Rescaled(Method):
         """Train, or K times without a fold and then on all; then fit τ and T."""
         parts = [*self._out_of_fold(model, training)] if self.folds else []
         sampler = self.inner.fit(model, training)
-        scales, report = fit_scales(parts or [_HeldOut(model, sampler, training.validation, training.task)])
+        parts = parts or [_HeldOut(model, sampler, training.validation, training.task)]
+        scales, report = fit_scales(parts, likelihood_of(training.task))
         if scales.width != 1:
             assert sampler.scalable is not None
             sampler.scalable.scale_(scales.width or _NO_WIDTH)
@@ -137,17 +139,18 @@ class _HeldOut:
         self.weights = sampler.scalable
         self._inputs: Any = {"model": model, "inputs": examples, "task": task, "sampler": sampler}
         if self.weights is None:  # the model isn't needed any more
-            self._log_probs, self._inputs = predict(**self._inputs, num_samples=_NUM_SAMPLES).log_probs, None
+            self._logits = predict(**self._inputs, num_samples=_NUM_SAMPLES).draw_logits()
+            self._inputs = None
 
-    def log_probs(self, width: float) -> Tensor:
+    def logits(self, width: float) -> Tensor:
         """Of each draw under a τ, (S, n, C)."""
         if self.weights is None:
-            return self._log_probs
+            return self._logits
         with _scaled(self.weights, width or 1.0):
-            return predict(**self._inputs, num_samples=_NUM_SAMPLES if width else 0).log_probs
+            return predict(**self._inputs, num_samples=_NUM_SAMPLES if width else 0).draw_logits()
 
 
-def fit_scales(parts: Sequence[_HeldOut]) -> tuple[Scales, dict[str, Any]]:
+def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood = CATEGORICAL) -> tuple[Scales, dict[str, Any]]:
     """τ and T with the lowest NLL of the parts' records together, and what ``run.json`` says of them."""
     labels = [part.labels for part in parts]
     tried: dict[float, Scales] = {}
@@ -155,9 +158,9 @@ def fit_scales(parts: Sequence[_HeldOut]) -> tuple[Scales, dict[str, Any]]:
     def at(width: float) -> float:
         if width in tried:
             return tried[width].nll.mean().item()
-        log_probs = [part.log_probs(width) for part in parts]
-        temperature = fit_temperature(log_probs, labels)
-        nll, nll_of_width = (tempered_nll(log_probs, labels, value) for value in (temperature, 1.0))
+        logits = [part.logits(width) for part in parts]
+        temperature = fit_temperature(logits, labels, likelihood)
+        nll, nll_of_width = (tempered_nll(logits, labels, value, likelihood) for value in (temperature, 1.0))
         tried[width] = Scales(width, temperature, nll, nll_of_width)
         return tried[width].nll.mean().item()
 
@@ -204,12 +207,12 @@ def fit_scales(parts: Sequence[_HeldOut]) -> tuple[Scales, dict[str, Any]]:
     return scales, report
 
 
-def folds(labels: Sequence[int], count: int, seed: int = 0) -> list[list[int]]:
+def folds(labels: Sequence[Any], count: int, seed: int = 0) -> list[list[int]]:
     """Positions in each of K folds of nearly equal sizes, with nearly equal counts of each label; rising."""
     generator = random.Random(seed)
-    groups: dict[int, list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for position, label in enumerate(labels):
-        groups.setdefault(label, []).append(position)
+        groups.setdefault(tuple(label) if isinstance(label, list) else label, []).append(position)
     dealt = [position for _, group in sorted(groups.items()) for position in generator.sample(group, len(group))]
     return [sorted(dealt[start::count]) for start in range(count)]
 

@@ -62,6 +62,7 @@ class Tfb(GaussianMethod):
 
     name = "tfb"
     paper = "2412.05723"
+    likelihoods = ("categorical",)
     post_hoc = True
 
     def __post_init__(self) -> None:

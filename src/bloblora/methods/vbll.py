@@ -61,6 +61,8 @@ class Vbll(Method):
 
     name = "vbll"
     paper = "2404.11599"
+    likelihoods = ("categorical",)
+    weighs_classes = False
     training_defaults = PRIOR_IN_LOSS
     writes_text = False
     needs_head = True

@@ -2,12 +2,14 @@
 
 from .approximations import Linearized, StoppingRule, TopBlocks
 from .hidden import hidden_states
-from .prediction import Prediction, average_draws, predict
+from .kinds import MultiLabelPrediction, Prediction, ValuePrediction
+from .prediction import average_draws, predict
 from .sampler import Point, Sampler, ScalableWeights, Tempered, WeightDraws
 from .temperature import fit_temperature, tempered_nll
 
 __all__ = [
     "Linearized",
+    "MultiLabelPrediction",
     "Point",
     "Prediction",
     "Sampler",
@@ -15,6 +17,7 @@ __all__ = [
     "StoppingRule",
     "Tempered",
     "TopBlocks",
+    "ValuePrediction",
     "WeightDraws",
     "average_draws",
     "fit_temperature",

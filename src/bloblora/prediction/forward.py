@@ -172,7 +172,10 @@ def class_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """
     config = getattr(model, "config", None)
     if (kind := getattr(config, "problem_type", None)) in ("regression", "multi_label_classification"):
-        raise ValueError(f"model: its problem_type is {kind!r}, for which a softmax over its logits is wrong")
+        raise ValueError(
+            f"model: its problem_type is {kind!r}, for which a softmax over its logits is wrong; give "
+            "a task of bloblora.tasks, Regression or MultiLabel"
+        )
     logits = getattr(model(**batch), "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else "missing"

@@ -1,10 +1,9 @@
-"""Prediction with N weight draws, and what they say about n inputs."""
+"""Prediction with N weight draws."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,98 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from ..adapter import Posterior, find_posterior
 from ..contexts import TOKENIZING, eval_mode
 from ..data import as_records
+from ..tasks.likelihood import CATEGORICAL, likelihood_of
 from .approximations import StoppingRule
 from .forward import BatchForward, PredictionTask, class_logits
+from .kinds import Prediction, prediction_of
 from .sampler import Forward, Point, Sampler, WeightDraws
-
-
-@dataclass(frozen=True)
-class Prediction:
-    r"""Class probabilities under each weight draw, and what follows from them.
-
-    With :math:`p_s` the probabilities of draw s and :math:`\bar p = \frac1S\sum_s p_s`:
-    total uncertainty :math:`H[\bar p]` = aleatoric :math:`\frac1S\sum_s H[p_s]` + epistemic (the mutual information of
-    answer and weights).
-
-    Attributes:
-        log_probs: (S, n, C) float32, log-probabilities of each draw; -inf where an input has no such class, and in all
-            classes for a draw that was not made for that input. S = 1 with ``num_samples`` 0.
-        num_samples: N; 0 is the posterior mean.
-    """
-
-    log_probs: Tensor
-    num_samples: int
-
-    @property
-    def num_draws(self) -> Tensor:
-        """Draws that were made for each input, (n,): S, or fewer under a `StoppingRule`."""
-        return (self.log_probs > -math.inf).any(-1).sum(0)
-
-    @cached_property
-    def log_probabilities(self) -> Tensor:
-        """log p̄, (n, C), averaged in log space."""
-        return torch.logsumexp(self.log_probs, dim=0) - self.num_draws.log().unsqueeze(-1)
-
-    @property
-    def probabilities(self) -> Tensor:
-        """p̄, (n, C)."""
-        return self.log_probabilities.exp()
-
-    @property
-    def draw_probabilities(self) -> Tensor:
-        """Probabilities of each draw, (S, n, C); 0 for one that was not made."""
-        return self.log_probs.exp()
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation of each probability over the draws that were made, (n, C); 0 for a single one."""
-        made = (self.log_probs > -math.inf).any(-1, keepdim=True)
-        deviations = (self.draw_probabilities - self.probabilities).where(made, 0)
-        return (deviations.square().sum(0) / self.num_draws[:, None]).sqrt()
-
-    @property
-    def labels(self) -> Tensor:
-        """Most probable class, (n,)."""
-        return self.log_probabilities.argmax(-1)
-
-    @property
-    def confidence(self) -> Tensor:
-        """Probability of that class, (n,)."""
-        return self.probabilities.amax(-1)
-
-    @cached_property
-    def predictive_entropy(self) -> Tensor:
-        """Total uncertainty H[p̄] in nats, (n,)."""
-        return _entropy(self.log_probabilities)
-
-    @cached_property
-    def expected_entropy(self) -> Tensor:
-        """Aleatoric uncertainty, the mean of H[p_s] in nats, (n,)."""
-        return _entropy(self.log_probs).sum(0) / self.num_draws
-
-    @property
-    def mutual_information(self) -> Tensor:
-        """Epistemic uncertainty in nats, (n,): 0 where draws agree, and for a single one, which doesn't define it."""
-        return mutual_information(self.predictive_entropy, self.expected_entropy, self.num_draws)
-
-
-def mutual_information(total: Tensor, aleatoric: Tensor, num_draws: Tensor | int) -> Tensor:
-    r"""Mutual information of answer and weights, in nats, without the bias of a finite number of draws.
-
-    .. math:: \frac{S}{S-1} \Big(H[\bar p] - \frac1S \sum_s H[p_s]\Big) \le H[\bar p]
-
-    To second order the bracket is the draws' mean of :math:`\sum_c (p_{sc} - \bar p_c)^2 / 2 \bar p_c`, and the mean
-    square of S independent deviations from their own mean is on average 1 - 1/S of the variance. So values from
-    different S can be compared. Mirrored and linearized draws, which have no such bias, get the factor as well.
-
-    Args:
-        total: H[p̄], any shape.
-        aleatoric: mean of H[p_s].
-        num_draws: S, of each value or of all; the result is 0 for 1, of which it is not defined.
-    """
-    draws = torch.as_tensor(num_draws, device=total.device)
-    estimate = (total - aleatoric).clamp_min(0) * draws / (draws - 1).clamp_min(1)
-    return torch.minimum(estimate, total).where(draws > 1, 0)
 
 
 @torch.no_grad()
@@ -125,7 +37,7 @@ def predict(
     batch_size: int = 16,
     progress: bool = False,
 ) -> Prediction:
-    """Class probabilities averaged over draws of the weights.
+    """What is said of each input, averaged over draws of the weights: class probabilities, or what a task predicts.
 
     Draw s of a seed is one function of the input: it depends neither on the batch, its order and its padding, nor on
     how many draws follow. Torch's global generator and the model's train or eval mode stay as they are.
@@ -153,7 +65,8 @@ def predict(
         progress: show a bar.
 
     Returns:
-        The `Prediction`, on the CPU, rows in the order of ``inputs``.
+        The `Prediction`, on the CPU, rows in the order of ``inputs``; of a task whose answers aren't classes the one of
+        its likelihood, such as `ValuePrediction`.
 
     Raises:
         ValueError: ``num_samples`` or ``batch_size`` is out of range, there is no input, a DataLoader shuffles, or a
@@ -170,18 +83,22 @@ def predict(
         task = _Texts(tokenizer)
         inputs = task.encode(inputs)
     sampler = sampler or sampler_of(model)
+    likelihood = likelihood_of(task)
+    if stop is not None and likelihood.name != Prediction.kind:
+        raise ValueError("stop: when no more draws are needed is known of classes that exclude each other only")
     order, rows = order_of(inputs, task), []
     with eval_mode(model):
         for forward in forwards(model, inputs, task, order, batch_size, progress):
             if stop is None or num_samples == 0:
-                log_probs = _draw_log_probs(forward, sampler, num_samples, seed).cpu()
+                logits = likelihood.normalized(draw_logits(forward, sampler, num_samples, seed)).cpu()
             else:
-                log_probs = _stopped_log_probs(forward, sampler, num_samples, seed, stop).cpu()
-            rows.append(check_finite(log_probs, model))
+                logits = _stopped_log_probs(forward, sampler, num_samples, seed, stop).cpu()
+            rows.append(check_finite(logits, model))
     if not rows:
         raise ValueError("inputs: there is nothing to predict")
-    log_probs = _cat(rows)
-    return Prediction(log_probs if order is None else log_probs[:, torch.tensor(order).argsort()], num_samples)
+    logits = _cat(rows)
+    logits = logits if order is None else logits[:, torch.tensor(order).argsort()]
+    return prediction_of(logits, num_samples, likelihood)
 
 
 def average_draws(
@@ -203,8 +120,7 @@ def average_draws(
         ValueError: ``num_samples`` is negative.
     """
     check_num_samples(num_samples)
-    log_probs = _draw_log_probs(forward, sampler_of(posterior), num_samples, seed)
-    return torch.logsumexp(log_probs, dim=0) - math.log(log_probs.shape[0])
+    return CATEGORICAL.merged(draw_logits(forward, sampler_of(posterior), num_samples, seed))
 
 
 def check_finite(values: Tensor, model: nn.Module | None = None) -> Tensor:
@@ -249,9 +165,9 @@ def sampler_of(source: nn.Module | Posterior | Sampler | None) -> Sampler:
     return WeightDraws(source) if isinstance(source, Posterior) else source
 
 
-def _draw_log_probs(forward: Forward, sampler: Sampler, num_samples: int, seed: int) -> Tensor:
-    """(S, b, C) log-probabilities of S draws: N, 1 for N = 0, or as many as there are."""
-    return torch.stack([logits.float().log_softmax(-1) for logits in sampler.logits(forward, num_samples, seed)])
+def draw_logits(forward: Forward, sampler: Sampler, num_samples: int, seed: int) -> Tensor:
+    """(S, b, C) float32 logits of S draws: N, 1 for N = 0, or as many as there are."""
+    return torch.stack([logits.float() for logits in sampler.logits(forward, num_samples, seed)])
 
 
 def _stopped_log_probs(
@@ -369,7 +285,3 @@ def _cat(rows: list[Tensor]) -> Tensor:
         for row in rows
     ]
     return torch.cat(padded, dim=1)
-
-
-def _entropy(log_probs: Tensor) -> Tensor:
-    return torch.special.entr(log_probs.exp()).sum(-1)

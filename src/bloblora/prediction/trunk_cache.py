@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..contexts import eval_mode
 from ..files import file_sha256
+from ..tasks.likelihood import Likelihood, likelihood_of
 from .forward import PredictionTask, Trunk, trunk_below
 
 _HIDDEN, _ROW = "trunk_hidden", "trunk_row"
@@ -48,6 +49,11 @@ class CachedTrunk:
     starts: np.ndarray
     dtype: torch.dtype
     padded_left: bool
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The task's."""
+        return likelihood_of(self.task)
 
     def length(self, example: Any) -> int:
         """As the task's."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from ..adapter import Posterior
 from ..messages import quoted
 from ..methods import Method
-from ..prediction import Linearized, Sampler, StoppingRule, TopBlocks, WeightDraws
+from ..prediction import Linearized, Prediction, Sampler, StoppingRule, TopBlocks, WeightDraws
+from ..tasks import Task
 from .config import RunError
 
 _FORMS = "'mirrored', 'linearized', 'top-blocks:K', or 'stop' or 'mirrored-stop', with or without ':ERROR:TOLERANCE'"
@@ -48,8 +49,10 @@ class Approximation:
             raise RunError(f"approximate: {quoted(name)}: {problem}") from problem
         raise RunError(f"approximate: {quoted(name)}; it must be {_FORMS}")
 
-    def check(self, method: Method) -> None:
-        """Raise a RunError where a method's draws don't allow it: known before a model is loaded."""
+    def check(self, method: Method, task: Task) -> None:
+        """Raise a RunError where a method's draws or a task don't allow it: known before a model is loaded."""
+        if task.family.name != Prediction.kind and (self.stop or self.kind == "linearized"):
+            raise RunError(f"approximate {self.name!r} is for classes and choices; the run's task is {task.name}")
         if self.kind != "stop" and not method.gaussian:
             raise RunError(f"approximate {self.name!r} needs a Gaussian over LoRA; method {method.name!r} has none")
 

@@ -26,7 +26,7 @@ def resolved(config: RunConfig, records: Sequence[dict[str, Any]], separate: int
     ``separate`` counts the validation records that aren't a share of the records.
     """
     task = tasks.TASKS[task_name(config, records)]
-    counts = label_counts(records)
+    counts = label_counts(config, records)
     validation = config.validation
     if validation == "auto":
         validation = _share(config, counts)

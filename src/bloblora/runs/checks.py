@@ -28,6 +28,13 @@ _FEW = 50  # a standard error of the accuracy of 0.07
 def check_task(config: RunConfig, records: Sequence[dict[str, Any]]) -> None:
     """Raise a RunError when the records can't be this task's; needs no tokenizer."""
     kind, task, method = kind_of(records), tasks.TASKS[task_name(config, records)], config.build_method()
+    if task.family.name not in method.likelihoods:
+        others = ", ".join(name for name, kind in METHODS.items() if task.family.name in kind.likelihoods)
+        raise RunError(f"method {method.name!r} is for classes and choices; train task {task.name!r} with {others}")
+    if config.task.get("class_weights", "none") != "none" and not method.weighs_classes:
+        raise RunError(f"class_weights: method {method.name!r} weighs all records alike; leave it out")
+    if config.training.get("label_smoothing_factor") and task.family.name != "categorical":
+        raise RunError(f"label_smoothing_factor is for classes and choices; task {task.name!r} has none: leave it out")
     if method.needs_head and task.task_type != "SEQ_CLS":
         raise RunError(
             f"method {method.name!r} is for texts with labels, whose model has a classification head; train task "
@@ -82,8 +89,9 @@ def check_validation(
     here, there = kind_of(validation), kind_of(training)
     if here != there:
         raise RunError(f"{source}: must have records with {KINDS[there]}, as the training data, not {KINDS[here]}")
-    known = {record.get("label") for record in training}.union(config.task.get("labels") or ())
-    if unknown := sorted({str(record["label"]) for record in validation if record.get("label") not in known}):
+    named = tasks.TASKS[task_name(config, training)].answer == "label"
+    known = {record.get("label") for record in training if named}.union(config.task.get("labels") or ())
+    if named and (unknown := sorted({str(r["label"]) for r in validation if r.get("label") not in known})):
         names = ", ".join(map(quoted, unknown[:10])) + (", …" if len(unknown) > 10 else "")
         raise RunError(f"{source}: field 'label': {names} not among the training records' labels; add such records")
     counts = Counter(json.dumps(record, sort_keys=True) for record in validation)
@@ -163,7 +171,7 @@ def task_name(config: RunConfig, records: Sequence[dict[str, Any]]) -> str:
 
 def num_labels(task: tasks.Task) -> int | None:
     """Outputs of the classification head; None for a task without one."""
-    return len(task.labels) if task.labels is not None else None
+    return len(task.head) if task.head is not None else None
 
 
 def lora_of(config: RunConfig) -> LoraConfig | None:
@@ -202,14 +210,19 @@ def lora_of(config: RunConfig) -> LoraConfig | None:
 
 
 def check_start(config: RunConfig, task: tasks.Task) -> None:
-    """Raise a RunError where a training starts from a run with other labels: its head would answer with wrong ones."""
+    """Raise a RunError where a training starts from a run with other labels, or another unit of values.
+
+    Its head would answer with wrong ones.
+    """
     if (start := _start(config)) is None or not (file := Path(start[1]) / TASK_FILE).is_file():
         return
-    labels = tasks.task_from_dict(read_json(file, RunError)).labels
-    if labels != task.labels:
-        there, here = (", ".join(names) if names else "none" for names in (labels, task.labels))
-        name, folder = start
+    before, (name, folder) = tasks.task_from_dict(read_json(file, RunError)), start
+    if before.head != task.head:
+        there, here = (", ".join(names) if names else "none" for names in (before.head, task.head))
         raise RunError(f"{name} {quoted(folder)}: its labels are {there}, the data's {here}; `labels` takes its own")
+    if before.likelihood != task.likelihood:
+        units = f"it has {before.likelihood}, the data {task.likelihood}"
+        raise RunError(f"{name} {quoted(folder)}: {units}; give its value_mean and value_std")
 
 
 def load_start(model: Any, config: RunConfig) -> None:

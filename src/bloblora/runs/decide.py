@@ -18,7 +18,7 @@ from .config import RunError
 from .entries import EntriesFile, has
 from .evaluate import targets_of
 from .folder import RunDescription, check_writable
-from .predictions import Averages, identity_of, keep_predictions, state_of
+from .predictions import identity_of, keep_predictions, kept_prediction, state_of
 from .run import PredictionOptions, Run, load_run
 
 DECISION_FILE = "decision.json"
@@ -86,6 +86,8 @@ def calibrate(
         ValueError: a promise is out of its range.
     """
     check_place(description)
+    if outside is not None and (task := description.task).family.name != Prediction.kind:
+        raise RunError(f"ood: task {task.name!r} has no rule for what is out of scope; leave it out")
     records = as_records(records, require_labels=True)
     outside = None if outside is None else as_records(outside)
     for side in (records, outside):
@@ -106,7 +108,7 @@ def calibrate(
         file.parent.mkdir(exist_ok=True)
         keep_predictions(file, description.task, side, predict, identity, progress=progress)
         with file.open(encoding="utf-8") as lines:
-            return Averages.of(map(json.loads, lines), options.samples)
+            return kept_prediction(map(json.loads, lines), options.samples, description.task)
 
     inside = kept(records)
     return calibrate_on(inside, targets, None if outside is None else kept(outside), description, options, **promises)

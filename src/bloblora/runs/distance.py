@@ -12,7 +12,7 @@ from .config import RunError
 from .evaluate import targets_of
 from .folder import RunDescription, read_fields, records_sha256
 from .run import Run
-from .selection import hold_out, select
+from .selection import hold_out, select_for
 
 _STATE = "distance"
 
@@ -48,7 +48,7 @@ def training_records(description: RunDescription) -> list[dict[str, Any]]:
             "runs.fit_distance(run, description, records) once, which saves the distance in the folder"
         )
     reader = data.Reader(source, config.reading_options(), silent=True)
-    records = select([*map(read_fields, reader)], config.limit, config.limit_seed)
+    records = select_for(config, [*map(read_fields, reader)])
     if description.records_sha256 not in (None, records_sha256(records)):
         raise RunError(f"{source}: changed since the run was trained on it; distances need the training records")
     return hold_out(config, description.method, records)[0]
@@ -75,7 +75,7 @@ def fit_distance(
     """
     records = data.as_records(records, require_labels=True)
     states = run.hidden_states(records, batch_size=batch_size, progress=progress)
-    classes = None if run.task.labels is None else targets_of(run.task, records)
+    classes = targets_of(run.task, records) if run.task.answer == "label" else None
     distance = Distance.fit(states, classes)
     if not description.remote:
         folder, values = description.folder, {"adapter_sha256": description.adapter_sha256}

@@ -16,12 +16,11 @@ from ..data import as_records
 from ..decision import Decision
 from ..evaluation import Distance, reliability, reliability_diagram, summary
 from ..files import locked, read_json, write_json
-from ..messages import quoted
 from .checks import check_kind
 from .config import RunError
 from .folder import RunDescription, records_sha256
 from .lines import lines_of
-from .predictions import Averages, keep_predictions, state_of
+from .predictions import keep_predictions, kept_prediction, state_of
 from .run import PredictionOptions, Run
 
 METRICS_FILE = "metrics.json"
@@ -76,8 +75,8 @@ def evaluate(
         keep_predictions(predictions, run.task, both, predict, identity, decision, progress=progress)
         with predictions.open(encoding="utf-8") as lines:
             rows = map(json.loads, lines)
-            inside = Averages.of(islice(rows, len(records)), options.samples)
-            far = None if outside is None else Averages.of(rows, options.samples)
+            inside = kept_prediction(islice(rows, len(records)), options.samples, run.task)
+            far = None if outside is None else kept_prediction(rows, options.samples, run.task)
     if diagram is not None:
         name = f"{run.config.method['name']}, N = {inside.num_samples}"
         reliability_diagram({name: reliability(inside.probabilities, targets)}, diagram)
@@ -96,27 +95,27 @@ def describe(
     options: PredictionOptions = PredictionOptions(),  # noqa: B008  # frozen
     decision: Decision | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """For each record its answer, the probability of each label or choice, the uncertainty in nats, and decisions."""
+    """For each record its answer, how uncertain it is, and decisions: what `Prediction.answers` says, and `Decided`."""
     records = run.records(records)
     prediction = run.predict(records, options.samples, options.seed, batch_size=options.batch_size)
     yield from lines_of(run.task, records, prediction, decision)
 
 
 def targets_of(task: tasks.Task, records: Sequence[dict[str, Any]]) -> torch.Tensor:
-    """Index of the right column of each labelled record, (n,)."""
-    if task.labels is None:
-        return torch.tensor([record["answer"] for record in records])
-    index = {label: i for i, label in enumerate(task.labels)}
-    unknown = [
-        f"record {number}: field 'label': {quoted(record['label'])}"
-        for number, record in enumerate(records, start=1)
-        if record["label"] not in index
-    ]
-    if unknown:
-        more = f"\n… and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        known = ", ".join(task.labels[:10]) + (", …" if len(task.labels) > 10 else "")
-        raise RunError("\n".join([f"labels that the model was not trained on (it has {known}):", *unknown[:10]]) + more)
-    return torch.tensor([index[record["label"]] for record in records])
+    """The right answer of each labelled record as metrics take it, (n,): the column's index, or the value."""
+    labels, wrong = [], []
+    for number, record in enumerate(records, start=1):
+        try:
+            labels.append(task.target(record))
+        except tasks.TaskError as error:
+            wrong.append(f"record {number}: {error}")
+            continue
+        if labels[-1] is None:
+            wrong.append(f"record {number}: field {task.answer!r}: missing")
+    if wrong:
+        more = f"\n… and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise RunError("\n".join(["answers that the run can't be measured by:", *wrong[:10]]) + more)
+    return task.likelihood.targets(labels)
 
 
 def metrics_source(data: str) -> str:

@@ -25,7 +25,19 @@ from .config import RunConfig, RunError, different
 TASK_FILE, RUN_FILE, CONFIG_FILE, CHECKPOINTS = "task.json", "run.json", "config.yaml", "checkpoints"
 VALIDATION_FIGURE = "validation.png"
 HUB = "hub:"
-_FIELDS = ("text", "text_pair", "label", "question", "choices", "answer", "prompt", "response", "messages")
+_FIELDS = (
+    "text",
+    "text_pair",
+    "label",
+    "labels",
+    "value",
+    "question",
+    "choices",
+    "answer",
+    "prompt",
+    "response",
+    "messages",
+)
 _HUB_FILES = ["*.json", "*.safetensors", "*.png"]  # nothing that could be run
 PLACES = ("model", "data", "validation", "output", "trunk_cache")
 """Options that may say where something lies, which can change: no hash is over them."""

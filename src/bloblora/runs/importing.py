@@ -89,7 +89,7 @@ def import_adapter(
     with alone(output):
         tokenizer = models.load_tokenizer(config.model, trust_remote_code=trust_remote_code)
         built = tasks.build_task(task, [], tokenizer, max_length=max_length)
-        if built.labels is not None:
+        if built.head is not None:
             raise RunError(f"task {task!r} has a classification head, which that code doesn't save")
         base = base_model(config, built, trust_remote_code)
         method = config.build_method()

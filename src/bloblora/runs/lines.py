@@ -6,11 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import tasks
 from ..decision import Decided, Decision
-from ..evaluation import uncertainty
 from ..files import replacing
 from ..prediction import Prediction
 
@@ -19,18 +16,10 @@ def lines_of(
     task: tasks.Task, records: Sequence[dict[str, Any]], prediction: Prediction, decision: Decision | None
 ) -> Iterator[dict[str, Any]]:
     """What `describe` says of each record, of a prediction that is at hand."""
-    probabilities, answers = prediction.probabilities, prediction.labels
-    scores = uncertainty(prediction) | {"expected_entropy": prediction.expected_entropy}
+    columns = [columns_of(task, record) for record in records]
     decided = decision.decide(prediction) if decision else None
-    for i, record in enumerate(records):
-        columns = columns_of(task, record)
-        yield {
-            **repeated(record),
-            "label": columns[int(answers[i])],
-            "probabilities": {column: float(probabilities[i, j]) for j, column in enumerate(columns)},
-            **{name: float(values[i]) for name, values in scores.items()},
-            **(_decided(decided, i, columns, probabilities[i]) if decided else {}),
-        }
+    for i, (record, answer) in enumerate(zip(records, prediction.answers(columns), strict=True)):
+        yield {**repeated(record), **answer, **(_decided(decided, i, answer) if decided else {})}
 
 
 def repeated(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,13 +71,19 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict | bool) else value
 
 
-def _decided(decided: Decided, index: int, columns: Sequence[str], probabilities: torch.Tensor) -> dict[str, Any]:
+def _decided(decided: Decided, index: int, answer: Mapping[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if decided.answers is not None:
         result["decision"] = "answer" if decided.answers[index] else "abstain"
     if decided.label_sets is not None:
-        ranked = probabilities.argsort(descending=True, stable=True).tolist()
-        result["label_set"] = [columns[j] for j in ranked if decided.label_sets[index, j]]
+        inside = dict(zip(answer["probabilities"], decided.label_sets[index].tolist(), strict=False))
+        ranked = sorted(inside, key=lambda column: -answer["probabilities"][column])
+        result["label_set"] = [column for column in ranked if inside[column]]
     if decided.out_of_scope is not None:
         result["out_of_scope"] = bool(decided.out_of_scope[index])
+    if decided.named is not None:
+        names = zip(answer["probabilities"], decided.named[index].tolist(), strict=True)
+        result["promised_labels"] = [name for name, named in names if named]
+    if decided.intervals is not None:
+        result["promised_interval"] = decided.intervals[index].tolist()
     return result

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +12,15 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..evaluation import example_scores, metrics
-from ..messages import quoted
 from ..methods import TEMPERED_NLL, Training
 from ..prediction import Prediction, predict
+from ..tasks import Task
 from .run import Run
 
 log = logging.getLogger("bloblora")
 
 NUM_SAMPLES = 10
-_METRICS = ("accuracy", "nll", "ece")
+_METRICS = ("accuracy", "nll", "ece", "f1_micro", "rmse", "interval_coverage")
 _STEADY = 0.01  # a fall of the validation NLL from one evaluation to the next that is no reason to train longer
 _HARM = 0.01  # nats
 _TIMED_STEPS = 5
@@ -32,7 +31,9 @@ def announce(records: Sequence[dict[str, Any]], training: Training, steps: int, 
     task: Any = training.task
     texts, held_out = training.examples, training.validation or training.holdout
     longest = max(task.length(example) for part in (texts, held_out) for example in part)
-    log.info(f"read {len(records)} records{_labels(records)}; the longest has {longest} tokens")
+    if task.assumed(records):
+        log.info(task.assumed(records))
+    log.info(f"read {len(records)} records{task.about(records)}; the longest has {longest} tokens")
     if len(training.validation):
         fitted = ", and fit the temperature" if "metric_for_best_model" in training.arguments else ""
         log.info(f"{len(training.validation)} records choose the checkpoint{fitted}; {len(texts)} are trained on")
@@ -41,16 +42,6 @@ def announce(records: Sequence[dict[str, Any]], training: Training, steps: int, 
     log.info(
         f"{steps} steps of {batch} records: {steps * batch / len(texts):.1f} passes over them; base model in {dtype}"
     )
-
-
-def _labels(records: Iterable[dict[str, Any]]) -> str:
-    counts = Counter(record["label"] for record in records if "label" in record)
-    if not counts:
-        return ""
-    rarest, few = min(counts.items(), key=lambda pair: pair[1])
-    most = max(counts.values())
-    each = f"{few} each" if few == most else f"{few} to {most} each, the rarest {quoted(rarest)}"
-    return f" with {len(counts)} labels, {each}"
 
 
 class ExpectedTime(TrainerCallback):
@@ -72,20 +63,21 @@ class ExpectedTime(TrainerCallback):
 
 
 def held_out_metrics(run: Run, training: Training) -> tuple[dict[str, Any], list[str]]:
-    """Accuracy, NLL (nats) and ECE of the validation records under the mean and under draws; and what is wrong.
+    """NLL (nats) and others of `_METRICS` of the validation records under the mean and under draws; and what is wrong.
 
     They chose the checkpoint, so that other records may be answered a little worse.
     """
     options: Any = {"task": training.task, "sampler": run.sampler}
-    targets = torch.tensor([example["label"] for example in training.validation])
+    labels = [example["label"] for example in training.validation]
+    targets = run.task.likelihood.targets(labels)
     counts = (0,) if run.method.deterministic else (0, NUM_SAMPLES)
     found = {n: predict(run.model, training.validation, n, run.config.seed, **options) for n in counts}
     by_samples = {}
     for n, prediction in found.items():
         values = metrics(prediction, targets)
-        by_samples[str(n)] = {name: values[name] for name in _METRICS}
+        by_samples[str(n)] = {name: values[name] for name in _METRICS if name in values}
     nlls = [example_scores(prediction, targets)["nll"] for prediction in found.values()]
-    problems = [*_guessing(training, found[counts[-1]], targets, nlls[-1]), *_harm(*nlls)]
+    problems = [*_guessing(run.task, training, found[counts[-1]], labels, nlls[-1]), *_harm(*nlls)]
     return {"num_examples": len(targets), "by_num_samples": by_samples}, problems
 
 
@@ -102,14 +94,15 @@ def too_short(training: dict[str, Any]) -> Iterator[str]:
             return
 
 
-def _guessing(training: Training, prediction: Prediction, targets: Tensor, nll: Tensor) -> Iterator[str]:
+def _guessing(
+    task: Task, training: Training, prediction: Prediction, labels: Sequence[Any], nll: Tensor
+) -> Iterator[str]:
     """Whether the model is no better than one that looks at no input: the labels' shares, or any choice alike."""
-    if getattr(training.task, "labels", None) is not None:
-        counts = Counter(example["label"] for example in training.examples)
-        total = sum(counts.values())
-        guess = sum(-math.log(counts.get(label, 1) / total) for label in targets.tolist()) / len(targets)
+    nll = nll * task.likelihood.weight(torch.tensor(labels))
+    if task.head is not None:
+        guess = task.likelihood.guess([example["label"] for example in training.examples], labels)
     else:
-        guess = torch.isfinite(prediction.log_probabilities).sum(-1).double().log().mean().item()
+        guess = prediction.log_probabilities.isfinite().sum(-1).double().log().mean().item()
     if nll.mean() >= guess:
         yield (
             f"the model has learned nothing that helps: the NLL of held-out records is {nll.mean():.3f}, and "

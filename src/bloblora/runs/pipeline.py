@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ..prediction import Prediction
 from .checks import check_kind
 from .config import RunError
 from .evaluate import lines_of
@@ -30,12 +31,14 @@ class AnswerPipeline:
             A list of ``{"label", "score", "std", "predictive_entropy", "mutual_information"}``: the probability
             averaged over the draws, its standard deviation over them, and the input's total and epistemic uncertainty
             in nats. Of several inputs a list of such lists; as in transformers, without ``top_k`` the best of each in
-            one list.
+            one list. Of a run that predicts values what `ValuePrediction.answers` says of each input, in one list.
 
         Raises:
             RunError: an input of the other kind, or ``top_k`` is below 1.
             DataError: an input can't be used.
         """
+        if top_k != "" and self.run.task.family.name != Prediction.kind:
+            raise RunError(f"top_k: the run's task is {self.run.task.name}, which has no labels to rank; leave it out")
         if isinstance(top_k, int) and top_k < 1:
             raise RunError(f"top_k must be at least 1, or None for all, got {top_k}")
         records = self.run.records(inputs)
@@ -51,6 +54,8 @@ class AnswerPipeline:
         """All labels or choices of each record, the most probable first."""
         check_kind(self.run.task, records)
         prediction = self.run.predict(records, **self._options)
+        if prediction.kind != Prediction.kind:
+            return [[answer] for answer in prediction.answers([self.run.task.columns(r) for r in records])]
         spread = prediction.std.tolist()
         result = []
         for line, row in zip(lines_of(self.run.task, records, prediction, None), spread, strict=True):

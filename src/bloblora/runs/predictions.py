@@ -18,6 +18,7 @@ from ..decision import Decision
 from ..files import json_sha256, parse_json, read_json
 from ..messages import quoted
 from ..prediction import Prediction
+from ..prediction.kinds import OtherPrediction, prediction_of
 from ..prediction.prediction import check_finite
 from .config import RunError
 from .folder import RunDescription, records_sha256
@@ -108,31 +109,54 @@ def keep_predictions(
     *,
     progress: bool = False,
 ) -> None:
-    """Write what isn't there yet of the records' lines: those of `describe`, and what `Averages` and `calibrate` read.
+    """Write what isn't there yet of the records' lines: those of `describe`, and what `kept_prediction` reads.
 
     Raises:
         RunError: the file holds predictions of another ``identity`` or of other records, or another process writes it.
     """
 
     def right(record: dict[str, Any]) -> dict[str, Any]:
-        target = record.get("answer" if task.labels is None else "label")
+        target = next((record[name] for name in (task.answer, "label") if record.get(name) is not None), None)
         return {} if target is None else {"target": target}
 
     def is_of(line: dict[str, Any], record: dict[str, Any]) -> bool:
         expected = json.loads(json.dumps(repeated(record) | right(record)))
+        if {**line, **expected} != line:
+            return False
+        if task.likelihood.name != Prediction.kind:
+            draws = torch.tensor(line["logits"])
+            return draws.shape[1:] == (len(task.head or ()),) and bool(draws.isfinite().all())
         columns, numbers = [*columns_of(task, record)], line["log_probabilities"]
-        same = {**line, **expected} == line and [*line["probabilities"]] == columns and len(numbers) == len(columns)
+        same = [*line["probabilities"]] == columns and len(numbers) == len(columns)
         return same and math.isclose(math.fsum(map(math.exp, numbers)), 1, abs_tol=1e-3)
 
     def described(chunk: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         prediction = predict(chunk)
         lines = lines_of(task, chunk, prediction, decision)
-        rows, draws = prediction.log_probabilities.tolist(), prediction.num_draws.tolist()
-        for record, line, row, count in zip(chunk, lines, rows, draws, strict=True):
-            exact = {"log_probabilities": row[: len(line["probabilities"])], "num_draws": count}
+        for record, line, exact in zip(chunk, lines, _exact(prediction), strict=True):
+            if "log_probabilities" in exact:  # a row is as wide as the chunk's longest
+                exact["log_probabilities"] = exact["log_probabilities"][: len(line["probabilities"])]
             yield line | right(record) | exact
 
     append_lines(file, records, described, identity, is_of=is_of, progress=progress)
+
+
+def _exact(prediction: Prediction) -> Iterator[dict[str, Any]]:
+    """What `kept_prediction` needs of each input."""
+    draws = prediction.num_draws.tolist()
+    if isinstance(prediction, OtherPrediction):
+        logits = prediction.logits.transpose(0, 1).tolist()
+        return ({"logits": row, "num_draws": count} for row, count in zip(logits, draws, strict=True))
+    rows = prediction.log_probabilities.tolist()
+    return ({"log_probabilities": row, "num_draws": count} for row, count in zip(rows, draws, strict=True))
+
+
+def kept_prediction(rows: Iterable[Mapping[str, Any]], num_samples: int, task: tasks.Task) -> Prediction:
+    """The prediction whose lines `keep_predictions` wrote."""
+    if task.likelihood.name == Prediction.kind:
+        return Averages.of(rows, num_samples)
+    logits = torch.tensor([row["logits"] for row in rows]).transpose(0, 1)
+    return prediction_of(check_finite(logits), num_samples, task.likelihood)
 
 
 def read_predictions(
@@ -161,8 +185,10 @@ def read_predictions(
 
     Raises:
         DataError: lists the lines that can't be used.
-        RunError: ``targets`` are more or fewer than the lines.
+        RunError: the task predicts no labels or choices, or ``targets`` are more or fewer than the lines.
     """
+    if task is not None and task.family.name != Prediction.kind:
+        raise RunError(f"predictions {quoted(str(file))}: only those of labels and choices are read; give --data")
     rows, columns, problems = [], [], []
     numbered = list(_rows(file))
     if targets is not None and len(targets) != len(numbered):

@@ -65,10 +65,10 @@ class PredictionOptions(CodeOptions):
         """What ``approximate`` names."""
         return None if self.approximate is None else Approximation.parse(self.approximate)
 
-    def check(self, method: Method) -> None:
-        """Raise a RunError where a method can't predict like this: known before a model is loaded."""
+    def check(self, method: Method, task: tasks.Task) -> None:
+        """Raise a RunError where a method or a task can't predict like this: known before a model is loaded."""
         if self.approximation:
-            self.approximation.check(method)
+            self.approximation.check(method, task)
 
     def problems(self) -> list[str]:
         """What is out of its range, and what would be right."""
@@ -244,7 +244,7 @@ def load_run(
     config, method, task = description.config, description.method, description.task
     approximation = None if approximate is None else Approximation.parse(approximate)
     if approximation:
-        approximation.check(method)
+        approximation.check(method, task)
     if split := sharded():
         check_sharded(method, approximate)
     models.check_fingerprint(config.model, description.base)

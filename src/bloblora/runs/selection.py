@@ -4,40 +4,53 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
-from .. import methods
+from .. import methods, tasks
 from ..data import MappedRows
+from .checks import task_name
 from .config import RunConfig
 
 Records = TypeVar("Records", list[dict[str, Any]], MappedRows)
 
 
-def select(records: Records, limit: int | None, seed: int = 0) -> Records:
+def select(records: Records, limit: int | None, seed: int = 0, by: str | None = "label") -> Records:
     """``limit`` random records, per label where records have one; all of them for None."""
-    return records if limit is None else _at(records, _chosen(records, limit, seed))
+    return records if limit is None else _at(records, _chosen(records, limit, seed, by))
+
+
+def select_for(config: RunConfig, records: Records) -> Records:
+    """Those that a configuration selects of the records of its data."""
+    if config.limit is None:
+        return records
+    return select(records, config.limit, config.limit_seed, groups_by(config, records))
 
 
 def unused(records: Records, limit: int, seed: int = 0) -> Records:
     """The records that `select` leaves out, in the given order."""
-    return _at(records, sorted({*range(len(records))}.difference(_chosen(records, limit, seed))))
+    return _at(records, sorted({*range(len(records))}.difference(_chosen(records, limit, seed, "label"))))
 
 
-def split(records: Records, share: float, seed: int = 0) -> tuple[Records, Records]:
+def split(records: Records, share: float, seed: int = 0, by: str | None = "label") -> tuple[Records, Records]:
     """Records to train on and a share that is held out, per label where records have one; each in the given order."""
     generator = random.Random(seed)
-    out = {i for group in _by_label(records) for i in generator.sample(group, num_held_out([len(group)], share))}
+    out = {i for group in _groups(records, by) for i in generator.sample(group, num_held_out([len(group)], share))}
     return _at(records, [i for i in range(len(records)) if i not in out]), _at(records, sorted(out))
 
 
 def hold_out(config: RunConfig, method: methods.Method, records: Records) -> tuple[Records, Records]:
     """Records to train on, and those held out: for validation, or, where there is none, what the method asks for."""
     if isinstance(config.validation, str | list):
-        return split(records, 0, config.limit_seed)
-    return split(records, config.validation or method.holdout, config.limit_seed)
+        return split(records, 0)
+    return split(records, config.validation or method.holdout, config.limit_seed, groups_by(config, records))
 
 
-def label_counts(records: Iterable[dict[str, Any]]) -> list[int]:
+def label_counts(config: RunConfig, records: Sequence[dict[str, Any]]) -> list[int]:
     """How many records each label has, by its name; the number of all where records have none."""
-    return [len(group) for group in _by_label(records)]
+    return [len(group) for group in _groups(records, groups_by(config, records))]
+
+
+def groups_by(config: RunConfig, records: Sequence[dict[str, Any]]) -> str | None:
+    """The field whose values are names that records share; None where the task has none."""
+    return "label" if tasks.TASKS[task_name(config, records)].answer == "label" else None
 
 
 def num_held_out(counts: Sequence[int], share: float) -> int:
@@ -45,16 +58,16 @@ def num_held_out(counts: Sequence[int], share: float) -> int:
     return sum(round(share * count) for count in counts)
 
 
-def _chosen(records: Records, limit: int, seed: int) -> list[int]:
+def _chosen(records: Records, limit: int, seed: int, by: str | None) -> list[int]:
     generator = random.Random(seed)
-    return [i for group in _by_label(records) for i in generator.sample(group, min(limit, len(group)))]
+    return [i for group in _groups(records, by) for i in generator.sample(group, min(limit, len(group)))]
 
 
-def _by_label(records: Iterable[dict[str, Any]]) -> list[list[int]]:
-    """Positions of the records of each label, by its name; all where records have none."""
+def _groups(records: Iterable[dict[str, Any]], by: str | None) -> list[list[int]]:
+    """Positions of the records of each value of a field, in their order; all where records have none."""
     groups: dict[str, list[int]] = {}
     for position, record in enumerate(records):
-        groups.setdefault(record.get("label", ""), []).append(position)
+        groups.setdefault(record.get(by, "") if by else "", []).append(position)
     return [group for _, group in sorted(groups.items())]
 
 

@@ -62,7 +62,7 @@ from .folder import (
 from .outcome import ExpectedTime, announce, held_out_metrics, too_short
 from .processes import on_cpu, processes
 from .run import Run, base_model, load_run
-from .selection import hold_out, select
+from .selection import hold_out, select_for
 
 _SCRATCH = ".data"
 
@@ -108,7 +108,7 @@ def train(
         reader = source if isinstance(source, list) else datasets_.Reader(source, options)
         everything = _mapped(scratch / "records.arrow", partial(_read, reader))
         columns = {} if isinstance(reader, list) else reader.columns
-        records = select(everything, config.limit, config.limit_seed)
+        records = select_for(config, everything)
         given = config
         check_task(given, records)
         _check_same_records(output, stored, "training", digest := records_sha256(records))

@@ -25,7 +25,6 @@ from .problems import SHORT, InputsError, encoded, find_run, problem_of, samples
 from .schema import (
     EXAMPLES,
     OPENAI_PATHS,
-    Answer,
     AnyBody,
     AnyChat,
     AnyCompletion,
@@ -38,6 +37,7 @@ from .schema import (
     PredictResponse,
     Status,
     Writer,
+    answer_of,
     failure,
 )
 from .server import DOCS_FILES, Access, Batcher, QueueFullError
@@ -139,7 +139,7 @@ def _add_predict(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings,
         name, num_samples, inputs = await to_thread.run_sync(_read, body, hosted, settings)
         futures = app.state.batcher.submit((name, num_samples), inputs)
         answers = await asyncio.gather(*map(asyncio.wrap_future, futures))
-        return PredictResponse(model=name, samples=num_samples, answers=[Answer(**answer) for answer in answers])
+        return PredictResponse(model=name, samples=num_samples, answers=[*map(answer_of, answers)])
 
 
 def _add_completions(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, guards: list[Any]) -> None:
@@ -297,7 +297,7 @@ def _model(hosted: Hosted, settings: Settings) -> Model:
     run = hosted.run
     return Model(
         name=hosted.name,
-        purpose=hosted.purpose,
+        purpose=hosted.run.task.purpose,
         method=run.method.name,
         base_model=run.config.model,
         task=run.task.name,

@@ -112,19 +112,7 @@ class Hosted:
     @property
     def kind(self) -> str:
         """What its inputs are: ``text``, ``choice`` or ``prompt``."""
-        if self.run.task.kind == "generation":
-            return "prompt"
-        return "choice" if self.run.task.labels is None else "text"
-
-    @property
-    def purpose(self) -> str:
-        """What it is for, in a sentence."""
-        labels = self.run.task.labels
-        if self.kind == "prompt":
-            return "Writes the answer to a prompt."
-        if labels is None:
-            return "Answers a question by one of the choices that come with it."
-        return f"Sorts a text into one of {len(labels)} labels: {', '.join(labels[:8])}{', …' if labels[8:] else '.'}"
+        return "prompt" if self.run.task.kind == "generation" else self.run.task.kind
 
     @property
     def diagram(self) -> Path:
@@ -154,12 +142,12 @@ class Hosted:
         prediction = predict(run.model, examples, num_samples, settings.seed, batch_size=settings.batch_size, **how)
         lines = lines_of(run.task, records, prediction, self.decision if num_samples == settings.samples else None)
         rows = zip(lines, prediction.std.tolist(), prediction.num_draws.tolist(), examples, strict=True)
-        return [
-            line
-            | {"std": dict(zip(line["probabilities"], std, strict=False))}  # a row is as wide as the batch's longest
-            | {"num_draws": num_draws, "truncated_tokens": example["truncated"]}
-            for line, std, num_draws, example in rows
-        ]
+        answers = []
+        for line, std, num_draws, example in rows:
+            if "probabilities" in line:  # a row is as wide as the batch's longest
+                line["std"] = dict(zip(line["probabilities"], std, strict=False))
+            answers.append(line | {"num_draws": num_draws, "truncated_tokens": example["truncated"]})
+        return answers
 
     def rules_for(self, how: Way) -> TextRules | None:
         """What is known of texts that are written so; nothing of those that a stop cuts."""
@@ -194,7 +182,7 @@ def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, Run
             raise RunError(
                 f"{opened[name].folder} and {place} are both called {quoted(name)}; give NAME=FOLDER for one of them"
             )
-        settings.check(description.method)
+        settings.check(description.method, description.task)
         if description.task.kind != "generation":
             open_decision(description, settings)
         elif settings.approximate:

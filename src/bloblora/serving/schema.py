@@ -264,12 +264,48 @@ class Answer(BaseModel):
     out_of_scope: bool | None = _field("of a calibrated run", False, default=None)
 
 
+class ValueAnswer(BaseModel):
+    """What a run that predicts numbers says of one input, in the units of its data."""
+
+    value: float = _field("the predictive mean", 3.4)
+    std: float = _field("predictive standard deviation", 0.5)
+    aleatoric_std: float = _field("of it what the input leaves open", 0.4)
+    epistemic_std: float = _field("of it how far the weight samples disagree; 0 for one draw", 0.3)
+    interval: tuple[float, float] = _field("what has 90 % of the predictive probability", [2.6, 4.2])
+    promised_interval: tuple[float, float] | None = _field("of a calibrated run", [2.4, 4.4], default=None)
+    num_draws: int = _field("weight samples that were used; 1 where there is a single function", 10)
+    truncated_tokens: int = _field("tokens cut off because the model reads no more", 0)
+
+
+class LabelsAnswer(BaseModel):
+    """What a run with several labels at once says of one input; uncertainty in nats, summed over the labels."""
+
+    labels: list[str] = _field("those that are more probable than not", ["late", "damaged"])
+    probabilities: dict[str, float] = _field("of each label, averaged", {"late": 0.9, "damaged": 0.6})
+    std: dict[str, float] = _field("their standard deviations over the weight samples", {"late": 0.1, "damaged": 0.2})
+    predictive_entropy: float = _field("total uncertainty", 0.99)
+    mutual_information: float = _field("of it epistemic: how far the weight samples disagree; 0 for one draw", 0.09)
+    expected_entropy: float = _field("of it aleatoric: what each weight sample leaves open", 0.9)
+    promised_labels: list[str] | None = _field("of a calibrated run", ["late", "damaged", "lost"], default=None)
+    num_draws: int = _field("weight samples that were used; 1 where there is a single function", 10)
+    truncated_tokens: int = _field("tokens cut off because the model reads no more", 0)
+
+
+AnyAnswer = Answer | LabelsAnswer | ValueAnswer
+
+
+def answer_of(line: dict[str, Any]) -> AnyAnswer:
+    """The answer that a line of `Hosted.answer` holds."""
+    kinds = {"value": ValueAnswer, "labels": LabelsAnswer, "label": Answer}
+    return next(kind for name, kind in kinds.items() if name in line)(**line)
+
+
 class PredictResponse(BaseModel):
     """The answers, in the order of the inputs."""
 
     model: str = _field("name of the run that answered", "desk")
     samples: int = _field("weight samples N that were asked for", 10)
-    answers: list[Answer] = Field(description="one for each input")
+    answers: list[AnyAnswer] = Field(description="one for each input")
 
 
 class Model(BaseModel):

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..generation.decoding import Step
-from ..prediction.prediction import mutual_information
+from ..prediction.kinds import mutual_information
 from ..runs import Run
 from ..runs.text_decisions import TextRules
 from ..runs.texts import WritingOptions, decided_texts

@@ -24,10 +24,12 @@ from torch import Tensor
 
 from .. import evaluation, runs
 from ..adapter import library_versions
-from ..data import ReadingOptions, kind_of, read_records
+from ..data import ReadingOptions, read_records
 from ..files import read_json, write_json, write_tensors, write_text
 from ..messages import quoted
 from ..prediction import Prediction
+from ..runs.checks import task_name
+from ..tasks import TASKS
 from .study import EvalSet, Job
 
 RUNS = "runs"
@@ -216,8 +218,10 @@ def check_data(job: Job) -> None:
         DataError: a file can't be used.
         RunError: its records are prompts, whose answers can't be scored as labels or choices are.
     """
-    if kind_of(read_records(job.config.source("data"), job.config.reading_options())) == "generation":
-        raise runs.RunError(f"{job.config.data}: a study compares labels and choices, and these are prompts to answer")
+    records = read_records(job.config.source("data"), job.config.reading_options())
+    task = TASKS[task_name(job.config, records)]
+    if task.kind == "generation" or task.family.name != Prediction.kind:
+        raise runs.RunError(f"{job.config.data}: a study compares labels and choices; task {task.name!r} has none")
     if (validation := job.config.validation_data) is not None:
         _read(str(validation), job.config)
     for chosen in job.sets.values():

@@ -4,14 +4,24 @@ from .choice_letter import ChoiceLetter, label_logits
 from .choice_text import Blank, ChoiceText
 from .classification import Classification
 from .generation import TextGeneration
+from .likelihood import CATEGORICAL, Bernoulli, Categorical, Gaussian, Likelihood
+from .multi_label import MultiLabel
+from .regression import Regression
 from .task import TASKS, Task, TaskError, build_task, encode_all, encode_each, guess_task, task_from_dict
 
 __all__ = [
+    "CATEGORICAL",
     "TASKS",
+    "Bernoulli",
     "Blank",
+    "Categorical",
     "ChoiceLetter",
     "ChoiceText",
     "Classification",
+    "Gaussian",
+    "Likelihood",
+    "MultiLabel",
+    "Regression",
     "Task",
     "TaskError",
     "TextGeneration",

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from accelerate.utils import extract_model_from_parallel
-from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..messages import quoted
-from .encoding import collate_labels, pad
-from .task import Batch, Example, Record, Task, TaskError
+from .likelihood import Categorical
+from .task import Record, Task, TaskError
+from .text_head import TextHead
 
-_OF_TOKENS = ("input_ids", "token_type_ids")
+_WHOLE = re.compile("[+-]?[0-9]{1,18}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(Task):
-    """A text's label from an `AutoModelForSequenceClassification`; a text that is too long loses its end.
+class Classification(TextHead):
+    """A text's label.
 
     Args:
         labels: names of the logits' columns, in order.
@@ -35,14 +35,22 @@ class Classification(Task):
         },
     )
 
+    class_weights: tuple[float, ...] | str = field(
+        default="none",
+        metadata={
+            "help": "How much a training record counts, by its label: `none`, each 1; `balanced`, in inverse "
+            "proportion to the label's share, 1 on average; or a number for each of `labels`. Probabilities are then "
+            "those of the weighted population, in which balanced labels are equally frequent."
+        },
+    )
+
     name: ClassVar[str] = "classification"
-    kind: ClassVar[str] = "classification"
-    pipeline_tag: ClassVar[str] = "text-classification"
-    task_type: ClassVar[str] = "SEQ_CLS"
-    truncates: ClassVar[str] = "the end of the text"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.class_weights, str):
+            object.__setattr__(self, "class_weights", tuple(map(float, self.class_weights)))
+        _check_weights(self.class_weights, len(self.labels))
         object.__setattr__(self, "labels", tuple(self.labels))
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
             raise TaskError(f"labels: {list(self.labels)}; there must be at least 2, all different")
@@ -52,11 +60,17 @@ class Classification(Task):
         """The task with the records' labels, sorted, unless `labels` is given."""
         found = {record["label"] for record in records if record.get("label") is not None}
         options.setdefault("labels", sorted_labels(map(str, found)))
+        if options.get("class_weights") == "balanced":
+            counts = Counter(record["label"] for record in records)
+            shares = [max(1, counts[label]) * len(options["labels"]) / len(records) for label in options["labels"]]
+            options["class_weights"] = tuple(1 / share for share in shares)
         return super().build(records, tokenizer, **options)
 
     @classmethod
     def check(cls, records: Sequence[Record], **options: Any) -> None:
         """Raise a TaskError also for labels that are not among those given, or fewer than two."""
+        if (weights := options.get("class_weights", "none")) != "balanced":
+            _check_weights(weights, None)
         super().check(records, **options)
         found, given = {record["label"] for record in records}, options.get("labels")
         if given is not None and not 2 <= len(given) == len(set(given)):
@@ -65,6 +79,33 @@ class Classification(Task):
             raise TaskError(f"field 'label': {', '.join(unknown)} not among labels; add them to it")
         if len(found) < 2 and given is None:
             raise TaskError(f"field 'label': all are {quoted(found.pop())}; there must be at least 2 labels")
+
+    @property
+    def likelihood(self) -> Categorical:
+        """Classes, with their weights."""
+        return Categorical(() if isinstance(self.class_weights, str) else self.class_weights)
+
+    @property
+    def purpose(self) -> str:
+        """What it is for, in a sentence."""
+        return f"Sorts a text into one of {shown_labels(self.labels)}"
+
+    def about(self, records: Sequence[Record]) -> str:
+        """How many labels there are, and how many records of each."""
+        counts = Counter(record["label"] for record in records)
+        rarest, few = min(counts.items(), key=lambda pair: pair[1])
+        most = max(counts.values())
+        each = f"{few} each" if few == most else f"{few} to {most} each, the rarest {quoted(rarest)}"
+        return f" with {len(counts)} labels, {each}"
+
+    def assumed(self, records: Sequence[Record]) -> str | None:
+        """Names, where all are numbers, of which there are more than two."""
+        if len(self.labels) < 3 or not all(map(_WHOLE.fullmatch, self.labels)):
+            return None
+        return (
+            f"all labels are whole numbers, which are taken for the names of {len(self.labels)} classes; for a number "
+            "to predict give --task regression"
+        )
 
     def columns(self, record: Record) -> list[str]:
         """The labels, the same for every record."""
@@ -78,56 +119,23 @@ class Classification(Task):
             raise TaskError(f"field 'label': {quoted(label)} is not one of the {len(self.labels)} labels ({known})")
         return None if label is None else self.labels.index(label)
 
-    def tokenize(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
-        """`input_ids` of the record's `text`, with the tokenizer's special tokens; with `text_pair` those of both.
 
-        A pair is encoded as the tokenizer does, with `token_type_ids` where it has them; one that puts nothing between
-        two texts gets a line break there. Of a pair that is too long the longer text is cut first.
-        """
-        texts = [record["text"], *([record["text_pair"]] if "text_pair" in record else [])]
-        counts = [tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True)]
-        if len(texts) > 1 and counts[0] == counts[1]:
-            texts = ["\n".join(texts)]
-        ids = tokenizer(*texts)["input_ids"]
-        encoded = tokenizer(*texts, truncation=self.max_length is not None, max_length=self.max_length)
-        names = [name for name in _OF_TOKENS[: len(texts)] if name in encoded]
-        return {name: encoded[name] for name in names} | {"truncated": len(ids) - len(encoded["input_ids"])}
+def _check_weights(weights: Any, count: int | None) -> None:
+    """Raise a TaskError unless class weights are none, or numbers above 0, as many as there are labels."""
+    if weights == "none":
+        return
+    numbers = not isinstance(weights, str) and all(isinstance(w, int | float) and w > 0 for w in weights)
+    if not numbers or (count is not None and len(weights) != count):
+        raise TaskError(f"class_weights: {quoted(weights)}; it must be none, balanced, or a number above 0 a label")
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        """`input_ids` and `attention_mask` (b, T), padded on the right; of pairs also `token_type_ids`."""
-        rows = [example["input_ids"] for example in examples]
-        types = [example.get("token_type_ids", [0] * len(row)) for example, row in zip(examples, rows, strict=True)]
-        return {
-            **({"token_type_ids": pad(types, 0, side="right")} if any(map(any, types)) else {}),
-            "input_ids": pad(rows, self.pad_token_id, side="right"),
-            "attention_mask": pad([[1] * len(row) for row in rows], 0, side="right"),
-            **collate_labels(examples),
-        }
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The head's logits (b, C), float32.
-
-        Raises:
-            TaskError: a model with another pad token (it finds a text's end by it) or number of labels.
-        """
-        pad_token_id = extract_model_from_parallel(model).config.get_text_config().pad_token_id
-        if pad_token_id != self.pad_token_id:
-            raise TaskError(
-                f"model: config.pad_token_id is {pad_token_id}; the tokenizer pads with {self.pad_token_id}, "
-                "so set it to that"
-            )
-        inputs = {name: batch[name] for name in (*_OF_TOKENS, "attention_mask") if name in batch}
-        logits = model(**inputs).logits.float()
-        if logits.shape != (len(batch["input_ids"]), len(self.labels)):
-            raise TaskError(
-                f"model: its logits have the shape {tuple(logits.shape)}, but the task has "
-                f"{len(self.labels)} labels; load a sequence classification model with that num_labels"
-            )
-        return logits
+def shown_labels(labels: Sequence[str]) -> str:
+    """How many there are, and the first of them, at the end of a sentence."""
+    return f"{len(labels)} labels: {', '.join(labels[:8])}{', …' if labels[8:] else '.'}"
 
 
 def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """Labels in order: as numbers where all are whole numbers, 2 before 10."""
     found = [*labels]
-    numbers = all(re.fullmatch(r"[+-]?[0-9]{1,18}", label) for label in found)
+    numbers = all(map(_WHOLE.fullmatch, found))
     return tuple(sorted(found, key=lambda label: (int(label) if numbers else 0, label)))

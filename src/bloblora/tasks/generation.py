@@ -37,7 +37,13 @@ class TextGeneration(Task):
 
     name: ClassVar[str] = "generation"
     kind: ClassVar[str] = "generation"
+    answer: ClassVar[str] = "response"
     pipeline_tag: ClassVar[str] = "text-generation"
+
+    @property
+    def purpose(self) -> str:
+        """What it is for, in a sentence."""
+        return "Writes the answer to a prompt."
 
     def columns(self, record: Record) -> list[str]:
         """The record's response, and whatever else could be written."""

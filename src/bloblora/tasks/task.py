@@ -16,6 +16,7 @@ from ..contexts import TOKENIZING
 from ..data.records import KINDS, record_kind, record_problems
 from ..files import check_fields
 from ..registry import Registry
+from .likelihood import Categorical, Likelihood
 
 Record = Mapping[str, Any]
 Example = dict[str, Any]
@@ -68,6 +69,10 @@ class Task:
     """What of a long record is cut off."""
     labels: ClassVar[tuple[str, ...] | None] = None
     """The columns where they are the same for all records: the outputs of the model's head."""
+    answer: ClassVar[str] = "label"
+    """The field of a record that holds its answer; of ``label`` records are held out for each value alike."""
+    family: ClassVar[type[Likelihood]] = Categorical
+    """What kind of likelihood it has."""
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 1:
@@ -107,12 +112,35 @@ class Task:
         if unknown := sorted(set(options) - set(known)):
             raise TaskError(*(f"{cls.name} has no option '{name}'; it has {', '.join(known)}" for name in unknown))
 
+    def about(self, records: Sequence[Record]) -> str:
+        """What the answers of training records are, for a message that begins with how many there are."""
+        return ""
+
+    def assumed(self, records: Sequence[Record]) -> str | None:
+        """What "auto" took the answers of training records for, where another task could be meant."""
+        return None
+
+    @property
+    def head(self) -> tuple[str, ...] | None:
+        """Names of the outputs of the head that the model needs, by default the labels; None for a task without one."""
+        return self.labels
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """How probable an answer is, given the logits."""
+        return self.family()
+
+    @property
+    def purpose(self) -> str:
+        """What it is for, in a sentence."""
+        return "Answers a question by one of the choices that come with it."
+
     def columns(self, record: Record) -> list[str]:
         """Name of each column of this record's logits, in order."""
         raise NotImplementedError
 
-    def target(self, record: Record) -> int | None:
-        """The column that is right, None where the record has no answer.
+    def target(self, record: Record) -> Any:
+        """The answer as examples hold it, by default the column that is right; None where the record has none.
 
         Raises:
             TaskError: it is none of the columns.
@@ -164,6 +192,7 @@ class Choice(Task):
     """A question and its choices, each a column."""
 
     kind: ClassVar[str] = "choice"
+    answer: ClassVar[str] = "answer"
     pipeline_tag: ClassVar[str] = "multiple-choice"
 
     def columns(self, record: Record) -> list[str]:
@@ -186,6 +215,8 @@ def _problem(name: str, task: Any) -> str | None:
 TASKS: Registry[type[Task]] = Registry(
     "bloblora.tasks",
     {
+        "regression": "bloblora.tasks.regression:Regression",
+        "multi_label": "bloblora.tasks.multi_label:MultiLabel",
         "classification": "bloblora.tasks.classification:Classification",
         "choice_text": "bloblora.tasks.choice_text:ChoiceText",
         "choice_letter": "bloblora.tasks.choice_letter:ChoiceLetter",
@@ -200,8 +231,10 @@ TASKS: Registry[type[Task]] = Registry(
 def build_task(name: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Task:
     """The task of this name, or the one that fits the records for "auto".
 
-    "auto" is `classification` for records with a `text`, `generation` for records with a `prompt` or `messages`; for
-    choices it is `blank` when every question has two choices and a `_`, otherwise `choice_text`.
+    "auto" is for records with a `text` `regression` where each has a `value`, or a `label` that is a number and some of
+    these have fractions, `multi_label` where each has `labels`, otherwise `classification`; `generation` for records
+    with a `prompt` or `messages`; for choices it is `blank` when every question has two choices and a `_`, otherwise
+    `choice_text`.
 
     Raises:
         TaskError: an unknown name or option, or records that fit no task.

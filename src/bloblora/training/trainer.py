@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
@@ -31,6 +30,7 @@ from ..adapter.variant import STD_PARAMETER
 from ..files import as_os_error
 from ..messages import shortened
 from ..posterior import separate_noise, stack
+from ..tasks.likelihood import CATEGORICAL, Likelihood, likelihood_of
 from .arguments import (
     OBJECTIVE,
     BlobTrainingArguments,
@@ -66,6 +66,8 @@ class TrainingTask(Protocol):
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Logits (b, C) of a batch."""
 
+    # and, where it isn't `tasks.CATEGORICAL`, ``likelihood``: how probable labels are, given logits
+
 
 class BlobTrainerMixin(_Host):
     """Adds the KL to the loss of any Trainer: transformers' (`BlobTrainer`), TRL's, or one of your own.
@@ -84,7 +86,8 @@ class BlobTrainerMixin(_Host):
 
     Raises:
         TypeError: ``args`` lacks fields of `Objective`; or, when a class is made, the mixin stands after a Trainer.
-        ValueError: a field is out of its range; ``eval_num_samples`` without a task, and the model doesn't classify
+        ValueError: a field is out of its range; ``label_smoothing_factor`` with a task of other answers than classes;
+            ``eval_num_samples`` without a task, and the model doesn't classify
             sequences; ``peft_config``, whose adapter would have no posterior; or version 1 of FSDP. By ``train``: a
             Bayesian adapter and neither a length of the data nor ``dataset_size``.
         DivergedError: by ``train``, when a loss, a validation metric, a gradient or a weight is not finite. Checkpoints
@@ -116,6 +119,8 @@ class BlobTrainerMixin(_Host):
                 "peft_config: the adapter that the Trainer would add has no posterior; leave it out, and call "
                 "model = get_peft_model(model, peft_config) and bayesianize(model, BlobConfig()) before"
             )
+        if args.label_smoothing_factor and likelihood_of(task).name != CATEGORICAL.name:
+            raise ValueError("label_smoothing_factor is for classes and choices, and the task has none: leave it out")
         if task is not None:
             args.remove_unused_columns = False  # a task's columns are no arguments of the model
         # Otherwise the data's order hangs on whichever seed torch was given last, and that differs between processes.
@@ -233,20 +238,16 @@ class BlobTrainerMixin(_Host):
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
 
-    def _expect_labels(self, posterior: Posterior, logits: Tensor, labels: Tensor) -> None:
-        r"""Make the squares of an example's gradient those of the labels that the model expects, where it has classes.
+    def _expect_labels(self, logits: Tensor, labels: Tensor) -> None:
+        """Make the squares of examples' gradients those of the labels that the model expects.
 
-        With :math:`\ell = -\log p_y`, :math:`\mathbb E_{y \sim p}\|\nabla_f \ell\|^2 = 1 - \sum_c p_c^2`, and
-        :math:`\|p - e_y\|^2` with the label that is there. Their ratio is 9 for an example that is fitted with p = 0.9,
-        of which little would hold Ω back otherwise, and it keeps a surprising label from counting as information.
+        A text's label is the text, and what it is told from is no answer: there the squares stay.
         """
-        kind = getattr(getattr(self.task, "task", self.task), "kind", None)
-        if kind == "generation" or len(logits) != len(posterior.batch.squares):
+        posterior, kind = self.posterior, getattr(getattr(self.task, "task", self.task), "kind", None)
+        if posterior is None or not posterior.config.fisher or kind == "generation":
             return
-        p = logits.float().softmax(-1)
-        squares = p.square().sum(-1)
-        there = squares - 2 * p.gather(-1, labels[:, None]).squeeze(-1) + 1
-        posterior.batch.squares.data.mul_((1 - squares) / there.clamp_min(1e-12))
+        if len(logits) == len(squares := posterior.batch.squares):
+            squares.data.mul_(likelihood_of(self.task).expected_square(logits, labels))
 
     def kl_step(self) -> None:
         """The second half of the paper's step: the weighted KL, on the mean and Ω alone.
@@ -377,7 +378,7 @@ class BlobTrainerMixin(_Host):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Evaluation on the posterior mean, or on the average over ``eval_num_samples`` draws."""
-        from ..prediction import average_draws
+        from ..prediction.prediction import draw_logits, sampler_of
 
         task, draws = self.task, getattr(self.args, "eval_num_samples", 0)
         if task is None and not draws:
@@ -390,10 +391,11 @@ class BlobTrainerMixin(_Host):
                 return task.logits(model, inputs)
             return model(**{name: tensor for name, tensor in inputs.items() if name != "labels"}).logits
 
+        likelihood = likelihood_of(task)
         with torch.no_grad(), self.compute_loss_context_manager():
-            log_probs = average_draws(forward, self.posterior, draws, self.args.seed)
-        loss = None if labels is None else F.nll_loss(log_probs, labels)
-        return (loss, None, None) if prediction_loss_only else (loss, log_probs, labels)
+            logits = draw_logits(forward, sampler_of(self.posterior), draws, self.args.seed)
+        loss = None if labels is None else -likelihood.averaged(logits, labels).mean()
+        return (loss, None, None) if prediction_loss_only else (loss, likelihood.merged(logits), labels)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -413,8 +415,8 @@ class BlobTrainerMixin(_Host):
     def _loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any) -> Any:
         """One forward: the loss of a task's logits, or of the Trainer below; as `compute_loss` returns it.
 
-        Of a task it is the mean NLL, smoothed by ``label_smoothing_factor``, or what ``compute_loss_func`` makes of
-        ``{"logits": (b, C)}``, the labels and the number of examples of the whole step.
+        Of a task it is the mean NLL by its likelihood, smoothed by ``label_smoothing_factor``, or what
+        ``compute_loss_func`` makes of ``{"logits": (b, C)}``, the labels and the number of examples of the whole step.
         """
         if self.task is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -423,10 +425,10 @@ class BlobTrainerMixin(_Host):
                 f"train_dataset: a batch of {', '.join(inputs)} has no labels; give each example its label"
             )
         outputs = {"logits": self.task.logits(model, inputs)}
-        if self.posterior is not None and self.posterior.config.fisher and model.training:
-            self._expect_labels(self.posterior, outputs["logits"].detach(), labels)
+        if model.training:
+            self._expect_labels(outputs["logits"].detach(), labels)
         if self.compute_loss_func is None:
-            loss = _cross_entropy(outputs["logits"], labels, self.args.label_smoothing_factor)
+            loss = _mean_nll(likelihood_of(self.task), outputs["logits"], labels, self.args.label_smoothing_factor)
         else:
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -634,13 +636,13 @@ def _restoring(what: str, checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Mean NLL of logits (b, C); a share of it is of the classes alike that an example has, whose logits are finite."""
-    nll = F.cross_entropy(logits, labels)
+def _mean_nll(likelihood: Likelihood, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Of logits (b, C); a share of it is of the classes alike that an example has, whose logits are finite."""
+    nll = -likelihood.log_prob(logits, labels).mean()
     if not smoothing:
         return nll
     finite = logits > -math.inf
-    alike = logits.log_softmax(-1).where(finite, 0).sum(-1) / finite.sum(-1)
+    alike = logits.log_softmax(-1).where(finite, 0).sum(-1) / finite.sum(-1) * likelihood.weight(labels)
     return (1 - smoothing) * nll - smoothing * alike.mean()
 
 

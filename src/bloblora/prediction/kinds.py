@@ -1,0 +1,315 @@
+"""What N draws of the weights say about n inputs: a class of prediction for each kind of answer."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..tasks.likelihood import Gaussian, Likelihood
+
+INTERVAL = 0.9
+"""Share of the predictive probability in the interval of a value."""
+_BISECTIONS = 60
+
+
+@dataclass(frozen=True)
+class Prediction:
+    r"""Class probabilities under each weight draw, and what follows from them.
+
+    With :math:`p_s` the probabilities of draw s and :math:`\bar p = \frac1S\sum_s p_s`:
+    total uncertainty :math:`H[\bar p]` = aleatoric :math:`\frac1S\sum_s H[p_s]` + epistemic (the mutual information of
+    answer and weights).
+
+    Attributes:
+        log_probs: (S, n, C) float32, log-probabilities of each draw; -inf where an input has no such class, and in all
+            classes for a draw that was not made for that input. S = 1 with ``num_samples`` 0.
+        num_samples: N; 0 is the posterior mean.
+    """
+
+    log_probs: Tensor
+    num_samples: int
+
+    kind: ClassVar[str] = "categorical"
+    """Name of the likelihood that it is a prediction of."""
+    uncertainties: ClassVar[Mapping[str, str]] = {
+        "confidence": "conf.",
+        "predictive_entropy": "entropy",
+        "mutual_information": "MI",
+    }
+    """The properties that tell inputs out of scope from others, and what tables call them."""
+
+    @property
+    def num_draws(self) -> Tensor:
+        """Draws that were made for each input, (n,): S, or fewer under a `StoppingRule`."""
+        return (self.log_probs > -math.inf).any(-1).sum(0)
+
+    def draw_logits(self) -> Tensor:
+        """The likelihood's normalized parameters under each draw, (S, n, C): here ``log_probs``."""
+        return self.log_probs
+
+    @cached_property
+    def log_probabilities(self) -> Tensor:
+        """log p̄, (n, C), averaged in log space."""
+        return torch.logsumexp(self.log_probs, dim=0) - self.num_draws.log().unsqueeze(-1)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """p̄, (n, C)."""
+        return self.log_probabilities.exp()
+
+    @property
+    def draw_probabilities(self) -> Tensor:
+        """Probabilities of each draw, (S, n, C); 0 for one that was not made."""
+        return self.log_probs.exp()
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of each probability over the draws that were made, (n, C); 0 for a single one."""
+        made = (self.log_probs > -math.inf).any(-1, keepdim=True)
+        deviations = (self.draw_probabilities - self.probabilities).where(made, 0)
+        return (deviations.square().sum(0) / self.num_draws[:, None]).sqrt()
+
+    @property
+    def labels(self) -> Tensor:
+        """Most probable class, (n,)."""
+        return self.log_probabilities.argmax(-1)
+
+    @property
+    def confidence(self) -> Tensor:
+        """Probability of that class, (n,)."""
+        return self.probabilities.amax(-1)
+
+    @cached_property
+    def predictive_entropy(self) -> Tensor:
+        """Total uncertainty H[p̄] in nats, (n,)."""
+        return _entropy(self.log_probabilities)
+
+    @cached_property
+    def expected_entropy(self) -> Tensor:
+        """Aleatoric uncertainty, the mean of H[p_s] in nats, (n,)."""
+        return _entropy(self.log_probs).sum(0) / self.num_draws
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """Epistemic uncertainty in nats, (n,): 0 where draws agree, and for a single one, which doesn't define it."""
+        return mutual_information(self.predictive_entropy, self.expected_entropy, self.num_draws)
+
+    def answers(self, columns: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
+        """Of each input the label, the probability of each of its columns, and the uncertainty in nats."""
+        probabilities, labels = self.probabilities, self.labels
+        scores = {name: getattr(self, name) for name in (*self.uncertainties, "expected_entropy")}
+        for i, names in enumerate(columns):
+            yield {
+                "label": names[int(labels[i])],
+                "probabilities": {name: float(probabilities[i, j]) for j, name in enumerate(names)},
+                **{name: float(values[i]) for name, values in scores.items()},
+            }
+
+
+class OtherPrediction(Prediction, ABC):
+    """What draws say of answers that aren't classes, of which there are no probabilities, confidence or entropy.
+
+    Attributes:
+        logits: (S, n, C) float32, of each draw.
+        num_samples: N; 0 is the posterior mean.
+        likelihood: of the answers, given the logits.
+    """
+
+    logits: Tensor
+    likelihood: Likelihood
+    __repr__ = object.__repr__
+
+    def __init__(self, logits: Tensor, num_samples: int, likelihood: Likelihood) -> None:
+        self.__dict__ |= {"logits": logits, "num_samples": num_samples, "likelihood": likelihood}
+
+    @property
+    def log_probs(self) -> Tensor:
+        """There are none: a TypeError."""
+        raise TypeError(f"a {self.kind} prediction has no classes that exclude each other, which this needs")
+
+    def draw_logits(self) -> Tensor:
+        """The attribute ``logits``."""
+        return self.logits
+
+    @property
+    def num_draws(self) -> Tensor:
+        """Draws that were made for each input, (n,)."""
+        draws, rows = self.logits.shape[:2]
+        return torch.full((rows,), draws)
+
+    @property
+    def confidence(self) -> Tensor:
+        """There is none: a TypeError."""
+        return self.log_probs
+
+
+class ValuePrediction(OtherPrediction):
+    r"""Numbers, each with the mixture of the draws' normal distributions as its predictive distribution.
+
+    With mean :math:`\mu_s` and noise :math:`\sigma_s` of draw s, by the law of total variance:
+    :math:`\mathrm{std}^2` = aleatoric :math:`\frac1S\sum_s \sigma_s^2` + epistemic
+    :math:`\frac1S\sum_s (\mu_s - \bar\mu)^2`. All are in the units of the data, (n,) float64.
+    """
+
+    kind = "gaussian"
+    uncertainties: ClassVar[Mapping[str, str]] = {"std": "sd", "epistemic_std": "epistemic sd"}
+    likelihood: Gaussian
+
+    @cached_property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation under each draw, (S, n)."""
+        mean, variance = self.likelihood.moments(self.logits.double())
+        return mean * self.likelihood.scale + self.likelihood.center, variance.sqrt() * self.likelihood.scale
+
+    @property
+    def mean(self) -> Tensor:
+        """Predictive mean."""
+        return self.moments[0].mean(0)
+
+    @property
+    def aleatoric_std(self) -> Tensor:
+        """Root of the draws' mean noise variance: what the input leaves open."""
+        return self.moments[1].square().mean(0).sqrt()
+
+    @property
+    def epistemic_std(self) -> Tensor:
+        """Standard deviation of the draws' means: what the model doesn't know; 0 for a single draw."""
+        return self.moments[0].std(0, correction=0)
+
+    @property
+    def std(self) -> Tensor:
+        """Predictive standard deviation."""
+        return (self.aleatoric_std.square() + self.epistemic_std.square()).sqrt()
+
+    def log_prob(self, values: Tensor) -> Tensor:
+        """Log-density, nats, of the standardized values; of the values themselves it is less by log ``scale``."""
+        standardized = self.likelihood.standardized(values.double())
+        return self.likelihood.averaged(self.logits.double(), standardized)
+
+    def cdf(self, values: Tensor) -> Tensor:
+        """Probability of at most these values."""
+        means, stds = self.moments
+        return torch.special.ndtr((values.double() - means) / stds).mean(0)
+
+    def quantile(self, probability: float) -> Tensor:
+        """The values of a cumulative probability in (0, 1), by bisection."""
+        means, stds = self.moments
+        ends = means + stds * torch.special.ndtri(torch.tensor(probability, dtype=torch.float64))
+        low, high = ends.amin(0), ends.amax(0)  # where each draw has it
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            below = self.cdf(middle) < probability
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+    def interval(self, share: float = INTERVAL) -> Tensor:
+        """The central interval that has a share of the predictive probability, (n, 2)."""
+        return torch.stack([self.quantile((1 - share) / 2), self.quantile((1 + share) / 2)], dim=-1)
+
+    def answers(self, columns: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
+        """Of each input the mean, the standard deviation and its parts, and the interval."""
+        numbers = {"value": self.mean, "std": self.std}
+        numbers |= {
+            "aleatoric_std": self.aleatoric_std,
+            "epistemic_std": self.epistemic_std,
+            "interval": self.interval(),
+        }
+        rows = [values.tolist() for values in numbers.values()]
+        return (dict(zip(numbers, row, strict=True)) for row in zip(*rows, strict=True))
+
+
+class MultiLabelPrediction(OtherPrediction):
+    """Which labels inputs have, each with a probability of its own, averaged over the draws; uncertainty in nats.
+
+    Entropies are sums over the labels, and so is the mutual information of each label and the weights.
+    """
+
+    kind = "bernoulli"
+    uncertainties: ClassVar[Mapping[str, str]] = {"predictive_entropy": "entropy", "mutual_information": "MI"}
+
+    @property
+    def draw_probabilities(self) -> Tensor:
+        """Of each draw, (S, n, L)."""
+        return self.logits.sigmoid()
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Averaged over the draws, (n, L)."""
+        return self.draw_probabilities.mean(0)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of each probability over the draws, (n, L); 0 for a single one."""
+        return self.draw_probabilities.std(0, correction=0)
+
+    @property
+    def labels(self) -> Tensor:
+        """Whether each label is more probable than not, (n, L) bool."""
+        return self.probabilities > 0.5
+
+    @cached_property
+    def predictive_entropy(self) -> Tensor:
+        """Total uncertainty, (n,)."""
+        return _binary_entropy(self.probabilities)
+
+    @cached_property
+    def expected_entropy(self) -> Tensor:
+        """Aleatoric uncertainty, (n,)."""
+        return _binary_entropy(self.draw_probabilities).mean(0)
+
+    def answers(self, columns: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
+        """Of each input its labels, the most probable first, the probability of each, and the uncertainty."""
+        probabilities = self.probabilities
+        scores = {name: getattr(self, name).tolist() for name in (*self.uncertainties, "expected_entropy")}
+        for i, names in enumerate(columns):
+            row = dict(zip(names, probabilities[i].tolist(), strict=True))
+            yield {
+                "labels": [name for name in sorted(row, key=lambda name: -row[name]) if row[name] > 0.5],
+                "probabilities": row,
+                **{name: values[i] for name, values in scores.items()},
+            }
+
+
+def _binary_entropy(probabilities: Tensor) -> Tensor:
+    """Sum over the last dimension."""
+    return (torch.special.entr(probabilities) + torch.special.entr(1 - probabilities)).sum(-1)
+
+
+def prediction_of(logits: Tensor, num_samples: int, likelihood: Likelihood) -> Prediction:
+    """What draws' normalized logits (S, n, C) say, by their likelihood."""
+    if likelihood.name == Prediction.kind:
+        return Prediction(logits, num_samples)
+    return _OTHERS[likelihood.name](logits, num_samples, likelihood)
+
+
+def mutual_information(total: Tensor, aleatoric: Tensor, num_draws: Tensor | int) -> Tensor:
+    r"""Mutual information of answer and weights, in nats, without the bias of a finite number of draws.
+
+    .. math:: \frac{S}{S-1} \Big(H[\bar p] - \frac1S \sum_s H[p_s]\Big) \le H[\bar p]
+
+    To second order the bracket is the draws' mean of :math:`\sum_c (p_{sc} - \bar p_c)^2 / 2 \bar p_c`, and the mean
+    square of S independent deviations from their own mean is on average 1 - 1/S of the variance. So values from
+    different S can be compared. Mirrored and linearized draws, which have no such bias, get the factor as well.
+
+    Args:
+        total: H[p̄], any shape.
+        aleatoric: mean of H[p_s].
+        num_draws: S, of each value or of all; the result is 0 for 1, of which it is not defined.
+    """
+    draws = torch.as_tensor(num_draws, device=total.device)
+    estimate = (total - aleatoric).clamp_min(0) * draws / (draws - 1).clamp_min(1)
+    return torch.minimum(estimate, total).where(draws > 1, 0)
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    return torch.special.entr(log_probs.exp()).sum(-1)
+
+
+_OTHERS: dict[str, type[OtherPrediction]] = {kind.kind: kind for kind in (ValuePrediction, MultiLabelPrediction)}

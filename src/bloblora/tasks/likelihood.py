@@ -1,0 +1,214 @@
+r"""How probable an answer is, given a task's logits: what training maximizes, and what prediction averages.
+
+Logits are the natural parameters η of an exponential family, p(y | η) ∝ exp(η · t(y)), so that logits over T are its
+density to the power 1/T, normalized: a temperature means the same for each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Likelihood(ABC):
+    """A family of distributions over the answers of one kind of task."""
+
+    name: ClassVar[str]
+
+    def normalized(self, logits: Tensor) -> Tensor:
+        """The logits in a form in which equal distributions have equal numbers."""
+        return logits
+
+    @abstractmethod
+    def log_prob(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Log-probability or density of labels (b, …) as examples hold them, (…, b) for logits (…, b, C)."""
+
+    @abstractmethod
+    def merged(self, draws: Tensor) -> Tensor:
+        """Logits (b, C) of the average over draws (S, b, C), or of the member of the family that is closest to it."""
+
+    def averaged(self, draws: Tensor, labels: Tensor) -> Tensor:
+        """Log of the mean over draws (S, b, C) of the probability of labels, (b,)."""
+        return self.log_prob(draws, labels).logsumexp(0) - math.log(len(draws))
+
+    def weight(self, labels: Tensor) -> Tensor:
+        """How much each of the labels (b, …) counts in a loss, (b,)."""
+        return torch.ones(len(labels), device=labels.device)
+
+    def expected_square(self, logits: Tensor, labels: Tensor) -> Tensor:
+        r"""By how much the squared gradient of an example grows with labels from the model in place of ``labels``, (b,).
+
+        :math:`\mathbb E_{t' \sim p}\|t' - \bar t\|^2 / \|t - \bar t\|^2`, with :math:`\bar t = \mathbb E_p[t(y)]`. It makes the
+        square about what the Hessian is, also where an example is fitted or its label is a surprise. 1 where a
+        likelihood doesn't say.
+        """
+        return torch.ones(len(labels), device=labels.device)
+
+    @abstractmethod
+    def targets(self, labels: Sequence[Any]) -> Tensor:
+        """The labels of examples as metrics take them, (n, …)."""
+
+    @abstractmethod
+    def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
+        """Mean NLL of labels under what fits the labels ``seen`` best without looking at an input, nats."""
+
+
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    """One of C classes, by their log-odds.
+
+    Attributes:
+        weights: how much a record of each class counts, where it isn't 1: its log-probability is times that.
+    """
+
+    weights: tuple[float, ...] = field(default=(), compare=False)
+
+    name: ClassVar[str] = "categorical"
+
+    def weight(self, labels: Tensor) -> Tensor:
+        """Of class indices (b,); 1 of probabilities (b, C)."""
+        if not self.weights or labels.ndim > 1:
+            return super().weight(labels)
+        return torch.tensor(self.weights, device=labels.device)[labels]
+
+    def normalized(self, logits: Tensor) -> Tensor:
+        """Log-probabilities."""
+        return logits.log_softmax(-1)
+
+    def log_prob(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of class indices (b,), or of probabilities (b, C): their cross-entropy."""
+        repeated = labels.expand(*logits.shape[:-2], *labels.shape).flatten(0, logits.ndim - 2)
+        nll = F.cross_entropy(logits.flatten(0, -2), repeated, reduction="none").unflatten(0, logits.shape[:-1])
+        return -nll * self.weight(labels) if self.weights else -nll
+
+    def averaged(self, draws: Tensor, labels: Tensor) -> Tensor:
+        """Log of the mean probability, times the weight."""
+        return self.log_prob(self.merged(draws), labels)
+
+    def expected_square(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """1 - Σp² over ‖p - y‖², over the weight, of which the square has one too many."""
+        p = logits.float().softmax(-1)
+        y = labels if labels.ndim > 1 else F.one_hot(labels, p.shape[-1])
+        return _ratio((p * (1 - p)).sum(-1), (p - y).square().sum(-1)) / self.weight(labels)
+
+    def merged(self, draws: Tensor) -> Tensor:
+        """Log of the mean probabilities."""
+        return draws.log_softmax(-1).logsumexp(0) - math.log(len(draws))
+
+    def targets(self, labels: Sequence[Any]) -> Tensor:
+        """Class indices, (n,)."""
+        return torch.tensor(labels)
+
+    def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
+        """By the shares of the classes, as they count."""
+        weights = self.weights or [1.0] * (max([*seen, *labels]) + 1)
+        counts = {label: count * weights[label] for label, count in Counter(seen).items()}
+        total = sum(counts.values())
+        return sum(-weights[y] * math.log(counts.get(y, weights[y]) / total) for y in labels) / len(labels)
+
+
+@dataclass(frozen=True)
+class Bernoulli(Likelihood):
+    """Each of L labels or not, independently given the logits, by their log-odds."""
+
+    name: ClassVar[str] = "bernoulli"
+
+    def log_prob(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of labels (b, L), 1 or 0: the sum over them."""
+        return F.logsigmoid(logits * (2 * labels - 1)).sum(-1)
+
+    def averaged(self, draws: Tensor, labels: Tensor) -> Tensor:
+        """The sum over labels of the logarithm of each one's averaged probability."""
+        return self.log_prob(self.merged(draws), labels)
+
+    def expected_square(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Σp(1 - p) over ‖p - y‖²."""
+        p = logits.float().sigmoid()
+        return _ratio((p * (1 - p)).sum(-1), (p - labels).square().sum(-1))
+
+    def merged(self, draws: Tensor) -> Tensor:
+        """Log-odds of the mean probabilities of each label."""
+        return F.logsigmoid(draws).logsumexp(0) - F.logsigmoid(-draws).logsumexp(0)
+
+    def targets(self, labels: Sequence[Any]) -> Tensor:
+        """1 or 0, (n, L)."""
+        return torch.tensor(labels)
+
+    def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
+        """By the share of records that have each label, half a record more of both kinds."""
+        counts = torch.tensor(seen, dtype=torch.float64).sum(0) + 0.5
+        log_odds = (counts / (len(seen) + 1)).logit().expand(len(labels), -1)
+        return -self.log_prob(log_odds, torch.tensor(labels)).mean().item()
+
+
+@dataclass(frozen=True)
+class Gaussian(Likelihood):
+    r"""A number with normal noise, of natural parameters :math:`(\mu/\sigma^2, -1/(2\sigma^2))`.
+
+    Over T they have the same mean and the variance :math:`T\sigma^2`. Examples hold standardized numbers; targets are
+    in the units of the data.
+
+    Attributes:
+        center: mean of the training values.
+        scale: their standard deviation.
+    """
+
+    center: float = 0.0
+    scale: float = 1.0
+
+    name: ClassVar[str] = "gaussian"
+
+    @staticmethod
+    def of(mean: Tensor, precision: Tensor) -> Tensor:
+        """Logits (…, 2) of a mean and 1/σ²."""
+        return torch.stack([mean * precision, -precision / 2], dim=-1)
+
+    @staticmethod
+    def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance, standardized, each (…)."""
+        variance = -0.5 / logits[..., 1]
+        return logits[..., 0] * variance, variance
+
+    def log_prob(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Log-density of standardized numbers (b,)."""
+        mean, variance = self.moments(logits)
+        return -((labels - mean).square() / variance + variance.log() + math.log(2 * math.pi)) / 2
+
+    def merged(self, draws: Tensor) -> Tensor:
+        """Of the same mean and variance as the mixture."""
+        means, variances = self.moments(draws)
+        return self.of(means.mean(0), 1 / (variances.mean(0) + means.var(0, correction=0)))
+
+    def standardized(self, values: Any) -> Any:
+        """Numbers in the units of the data, as examples hold them."""
+        return (values - self.center) / self.scale
+
+    def targets(self, labels: Sequence[Any]) -> Tensor:
+        """The numbers in the units of the data, (n,) float64."""
+        return torch.tensor(labels, dtype=torch.float64) * self.scale + self.center
+
+    def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
+        """By the normal distribution with their mean and variance."""
+        known, asked = (torch.tensor(side, dtype=torch.float64) for side in (seen, labels))
+        variance = known.var(correction=0).clamp_min(1e-12)
+        return -self.log_prob(self.of(known.mean(), 1 / variance), asked).mean().item()
+
+
+def _ratio(expected: Tensor, there: Tensor) -> Tensor:
+    return expected / there.clamp_min(torch.finfo(there.dtype).tiny)
+
+
+CATEGORICAL = Categorical()
+
+
+def likelihood_of(task: Any) -> Likelihood:
+    """That of a task; classes where it says nothing else, and without a task."""
+    return getattr(task, "likelihood", CATEGORICAL)

@@ -1,0 +1,154 @@
+"""A run that predicts numbers, from a table to intervals with a promise, and what it doesn't offer."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from bloblora import pipeline, runs
+from bloblora.cli import main
+from bloblora.runs.decide import calibrate, open_decision
+from bloblora.serving import load_hosted, open_hosted
+from tests.serving.conftest import SETTINGS, serving
+from tests.tiny_base import write_jsonl
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WORDS = ["card", "refund", "the", "payment", "air", "parcel", "gas", "twice"]
+OPTIONS = runs.PredictionOptions(samples=3)
+
+
+def records(count, seed=0):
+    """The value is ten times the number of words, and noise."""
+    generator = random.Random(seed)
+    for _ in range(count):
+        words = generator.choices(WORDS, k=generator.randint(1, 8))
+        yield {"text": " ".join(words), "value": 10 * len(words) + generator.gauss(0, 2)}
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """The run, and its folder."""
+    folder = tmp_path_factory.mktemp("values")
+    config = {"steps": 120, "batch_size": 16, "r": 4, "learning_rate": 0.01, "model": str(base)}
+    data = str(write_jsonl(folder / "train.jsonl", [*records(150)]))
+    return runs.train(runs.RunConfig.of(data=data, output=str(folder / "run"), **config), progress=False)
+
+
+def test_it_learns_is_loaded_again_and_is_measured(trained):
+    assert trained.task.name == "regression"
+    assert {"nll", "rmse", "interval_coverage"} == {*trained.training["held_out"]["by_num_samples"]["10"]}
+    rescaling = trained.training["rescaling"]
+    assert rescaling["nll"] <= rescaling["nll_before"]
+    test = [*records(60, seed=1)]
+    loaded = runs.load_run(trained.config.output)
+    here, there = (run.predict(test, 3, seed=2) for run in (trained, loaded))
+    assert torch.equal(here.logits, there.logits)
+    assert (here.epistemic_std > 0).all()
+    found = runs.evaluate(loaded, test, options=OPTIONS)
+    values = torch.tensor([record["value"] for record in test])
+    assert found["rmse"] < 0.8 * values.std().item()
+    assert 0.7 < found["interval_coverage"] <= 1
+
+
+def test_kept_predictions_give_the_same_metrics(trained, tmp_path):
+    test, outside = [*records(20, seed=1)], ["an entirely other thing", "what?"]
+    file = tmp_path / "kept.jsonl"
+    kept = runs.evaluate(trained, test, outside, OPTIONS, predictions=file)
+    assert kept == pytest.approx(runs.evaluate(trained, test, outside, OPTIONS), rel=1e-5)
+    assert "auroc_epistemic_std" in kept
+    lines = file.read_text().splitlines()
+    assert json.loads(lines[0])["target"] == test[0]["value"]
+    file.write_text("".join(f"{line}\n" for line in lines[:5]))  # as a stop leaves it
+    assert runs.evaluate(trained, test, outside, OPTIONS, predictions=file) == kept
+    assert file.read_text().splitlines() == lines
+
+
+def test_promised_intervals_are_used_and_served(trained, tmp_path_factory):
+    folder, held_out, test = trained.config.output, [*records(60, seed=3)], [*records(60, seed=4)]
+    entry = calibrate(runs.open_run(folder), held_out, options=SETTINGS, coverage=0.8)
+    assert entry["realized"]["promised_coverage"] == 49 / 60  # ⌈61 · 0.8⌉
+    decision = open_decision(runs.open_run(folder), SETTINGS)
+    (line,) = runs.describe(trained, test[:1], SETTINGS, decision)
+    low, high = line["promised_interval"]
+    threshold = entry["decision"]["intervals"]["threshold"]
+    assert (low + high) / 2 == pytest.approx(line["value"])
+    assert (high - low) / 2 == pytest.approx(threshold * line["std"])
+    assert line["std"] ** 2 == pytest.approx(line["aleatoric_std"] ** 2 + line["epistemic_std"] ** 2)
+    hosted = load_hosted(open_hosted([f"values={folder}"], SETTINGS), SETTINGS)
+    with serving(hosted) as client:
+        (served,) = client.post("/v1/predict", json={"inputs": test[0]["text"]}).json()["answers"]
+        (model,) = client.get("/v1/models").json()["models"]
+        assert client.get("/openapi.json").status_code == 200
+    for name in ("value", "std", "aleatoric_std", "epistemic_std", "interval", "promised_interval"):
+        assert served[name] == pytest.approx(line[name], rel=1e-4)
+    assert served["num_draws"] == SETTINGS.samples
+    assert model["labels"] is None
+    assert model["purpose"].startswith("Predicts a number for a text")
+    assert pipeline(trained, num_samples=3)(test[0]["text"])[0]["value"] == pytest.approx(line["value"], rel=1e-4)
+
+
+def test_a_table_of_ratings_from_the_command_line(base, tmp_path, capsys):
+    rows = "".join(f"{record['text']},{record['value']:.2f}\n" for record in records(60))
+    (tmp_path / "ratings.csv").write_text(f"review,stars\n{rows}")
+    columns = ["--text-column", "review", "--label-column", "stars"]
+    train = ["--steps", "4", "--batch-size", "8", "--output", str(tmp_path / "run"), "--model", str(base), "--r", "2"]
+    data = ["--data", str(tmp_path / "ratings.csv")]
+    main(["train", *data, *columns, *train])
+    said = capsys.readouterr().err
+    assert "all labels are numbers, some with fractions: a number is predicted" in said
+    main(["evaluate", str(tmp_path / "run"), *data, "--samples", "2"])
+    assert "RMSE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "tfb"}, "method 'tfb' is for classes and choices; train task 'regression' with lora, map"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+    ],
+)
+def test_what_is_of_classes_is_refused_before_training(base, tmp_path, options, message):
+    data = [*records(20)]
+    config = runs.RunConfig.of(data=data, output=str(tmp_path / "run"), model=str(base), steps=1, **options)
+    with pytest.raises(runs.RunError, match=message):
+        runs.train(config, progress=False)
+
+
+def test_what_is_of_classes_is_refused_of_a_run(trained, tmp_path, capsys):
+    folder, test = trained.config.output, [*records(4)]
+    for name in ("stop", "linearized"):
+        with pytest.raises(runs.RunError, match=f"approximate '{name}' is for classes and choices"):
+            runs.load_run(folder, name)
+    with pytest.raises(runs.RunError, match="ood: task 'regression' has no rule"):
+        calibrate(runs.open_run(folder), test, test, OPTIONS)
+    with pytest.raises(runs.RunError, match="top_k: the run's task is regression"):
+        pipeline(trained)(test, top_k=1)
+    mirrored = runs.load_run(folder, "mirrored").predict(test, 4)
+    assert mirrored.logits.shape == (4, 4, 2)
+    file = str(write_jsonl(tmp_path / "test.jsonl", test))
+    for command, message in (
+        (["generate", folder, "--input", file], "the run's task is regression, which writes no text"),
+        (["evaluate", folder, "--data", file, "--diagram", str(tmp_path / "a.png")], "diagram: accuracy against conf"),
+        (["calibrate", folder, "--predictions", file], "only those of labels and choices are read"),
+    ):
+        with pytest.raises(SystemExit):
+            main(command)
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["ensemble", "swag", "mc-dropout"])
+def test_other_methods_predict_values_too(base, tmp_path, method):
+    config = runs.RunConfig.of(
+        data=[*records(24)],
+        output=str(tmp_path / "run"),
+        model=str(base),
+        method=method,
+        steps=4,
+        batch_size=8,
+        r=2,
+        validation=0,
+    )
+    run = runs.train(config, progress=False)
+    found = runs.load_run(config.output).predict([*records(3, seed=1)], 3)
+    assert torch.equal(found.logits, run.predict([*records(3, seed=1)], 3).logits)
