@@ -44,10 +44,10 @@ class Likelihood(ABC):
         return torch.ones(len(labels), device=labels.device)
 
     def expected_square(self, logits: Tensor, labels: Tensor) -> Tensor:
-        r"""By how much the squared gradient of an example grows with labels from the model in place of ``labels``, (b,).
+        r"""Factor that makes an example's squared gradient that of labels from the model in place of ``labels``, (b,).
 
-        :math:`\mathbb E_{t' \sim p}\|t' - \bar t\|^2 / \|t - \bar t\|^2`, with :math:`\bar t = \mathbb E_p[t(y)]`. It makes the
-        square about what the Hessian is, also where an example is fitted or its label is a surprise. 1 where a
+        :math:`\mathbb E_{t' \sim p}\|t' - \bar t\|^2 / \|t - \bar t\|^2`, with :math:`\bar t = \mathbb E_p[t(y)]`.
+        The square is then about the Hessian, also where an example is fitted or its label is a surprise. 1 where a
         likelihood doesn't say.
         """
         return torch.ones(len(labels), device=labels.device)
