@@ -193,10 +193,10 @@ def _sections(dataset: str, results: Sequence[Result], baseline: str) -> Iterato
 
 
 def _measured(rows: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """Columns of a first table: the main metrics, and those of detection that any row has."""
+    """Columns of a first table: of the main metrics and those of detection those that any row has."""
     found = {name for row in rows.values() for name in row}
-    detection = [name for name in evaluation.metric_names(outside=True) if name in found]
-    return [*evaluation.metric_names("main", outside=False), *detection]
+    names = [*evaluation.metric_names("main", outside=False), *evaluation.metric_names(outside=True)]
+    return [name for name in names if name in found]
 
 
 def _rows(results: Sequence[Result]) -> list[Row]:
