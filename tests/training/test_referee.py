@@ -70,7 +70,7 @@ def optimum(x, y, kl_scale):
     return torch.tensor(found.x[features:]).exp(), found.fun
 
 
-def trained(folder, x, y, std_gradient="auto", **options):
+def trained(folder, x, y, std_gradient="reparameterization", **options):
     """The posterior and its trainer, by the defaults where nothing else is said."""
     torch.manual_seed(0)
     model = get_peft_model(Logistic(x.shape[1]), LoraConfig(r=1, lora_alpha=1, target_modules=["linear"]))
@@ -106,7 +106,7 @@ def test_default_training_reaches_the_bounds_optimum(tmp_path, size, batch, lear
     (mean,), std = posterior.named_means().values(), stds(posterior)
     mean = mean.detach()[0].double()
     assert bound(x, y, mean, std, kl_scale) <= 1.02 * best
-    assert (std / best_std).log().square().mean().sqrt() <= 0.05
+    assert (std / best_std).log().square().mean().sqrt() <= 0.1
     assert logs(trainer, "drift_std")[0] > 1.4
     for name in ("drift_mean", "drift_std"):
         assert 0.5 < np.mean(logs(trainer, name)[-20:]) < 1.3, name
@@ -122,19 +122,28 @@ def test_the_width_arrives_in_a_training_of_any_length(tmp_path, steps):
     assert (stds(posterior) / best_std).log().square().mean().sqrt() <= 0.2
 
 
+@pytest.mark.parametrize("size", [100, 500])
+def test_squares_come_nearer(tmp_path, size):
+    """Labels are the model's here, as the empirical Fisher takes them to be."""
+    x, y = problem(size)
+    options = dict(learning_rate=2e-3, max_steps=2000, per_device_train_batch_size=8)
+    posterior, _ = trained(tmp_path, x, y, "fisher", **options)
+    best_std, _ = optimum(x, y, 1.0)
+    assert (stds(posterior) / best_std).log().square().mean().sqrt() <= 0.04
+
+
 @pytest.mark.parametrize(("kl_scale", "steps"), [(1.0, 200), (0.1, 1000)])
 def test_the_width_of_many_weights_of_which_the_data_say_little(tmp_path, kl_scale, steps):
     """As in a language model: 4,000 weights and 300 records. Squares arrive; products with the noise are noise."""
     x, y = problem(300, WIDE)
     best_std, best = optimum(x, y, kl_scale)
     far, bounds = {}, {}
-    for std_gradient in ("auto", "reparameterization"):
+    for std_gradient in ("fisher", "reparameterization"):
         options = dict(learning_rate=2e-3, kl_scale=kl_scale, max_steps=steps, per_device_train_batch_size=8)
         posterior, _ = trained(tmp_path, x, y, std_gradient, **options)
         (mean,), std = posterior.named_means().values(), stds(posterior)
         far[std_gradient] = (std / best_std).log().square().mean().sqrt()
         bounds[std_gradient] = bound(x, y, mean.detach()[0].double(), std, kl_scale) - best
-    print(far, bounds, best, best_std.min(), best_std.max())
-    assert far["auto"] <= 0.05
-    assert far["reparameterization"] > 3 * far["auto"]
-    assert bounds["auto"] < 0.8 * bounds["reparameterization"]
+    assert far["fisher"] <= 0.05
+    assert far["reparameterization"] > 3 * far["fisher"]
+    assert bounds["fisher"] < 0.8 * bounds["reparameterization"]

@@ -81,11 +81,12 @@ def batches(count, size=4):
 
 @pytest.mark.parametrize("style", ["joint", "paper", "paper_flow"])
 @pytest.mark.parametrize("weighting", ["uniform", "reweighted"])
-@pytest.mark.parametrize(("estimator", "draws"), [*((e, 1) for e in ESTIMATORS), ("independent", 3)])
+@pytest.mark.parametrize(("estimator", "draws"), [*((e, 1) for e in ESTIMATORS), ("independent", 3), ("fisher", 3)])
 def test_steps_and_logs_equal_a_loop_by_hand(tmp_path, style, weighting, estimator, draws):
     """Ten examples in batches of four: the last batch of the pass has two."""
     # Ω of 0.19 to 0.38, so that the noise matters and some entries are at the prior.
-    model, expected = (classifier(estimator=estimator, init_std=0.3844) for _ in range(2))
+    noise = {"std_gradient": "fisher"} if estimator == "fisher" else {"estimator": estimator}
+    model, expected = (classifier(**noise, init_std=0.3844) for _ in range(2))
     weights = [1 / 10] * 3 if weighting == "uniform" else [1 / 7, 2 / 7, 4 / 7]
     options = dict(optimizer_style=style, kl_weighting=weighting, num_weight_draws=draws)
     trainer = make_trainer(tmp_path, model, 10, train_sampling_strategy="sequential", **options)
@@ -228,7 +229,7 @@ def test_squares_of_a_divided_loss_are_those_of_the_loss(tmp_path, options):
     """With an Ω that is no noise: whichever way a batch of eight is computed, Ω's gradient is the same."""
     found = []
     for extra in ({}, options):
-        model = classifier(init_std=1e-6)
+        model = classifier(init_std=1e-6, std_gradient="fisher")
         posterior, generator = find_posterior(model), torch.Generator().manual_seed(0)
         for layer in posterior.named_layers().values():
             layer.lora_B["default"].weight.data.normal_(generator=generator)

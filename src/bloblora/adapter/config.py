@@ -54,12 +54,12 @@ class BlobConfig:
             "paper's: shared noise, signs per example), `shared` (one draw a batch), `local` (activations, per token)."
         },
     )
-    std_gradient: Literal["auto", "fisher", "reparameterization"] = field(
-        default="auto",
+    std_gradient: Literal["reparameterization", "fisher"] = field(
+        default="reparameterization",
         metadata={
-            "help": "How the gradient of Ω is estimated: `fisher`, from the squares of each example's gradient (VOGN), "
-            "which has little noise and needs a draw an example; or `reparameterization` (the paper's), from the noise "
-            "times the gradient. `auto`: `fisher` for the estimators `independent` and `flipout`."
+            "help": "How the gradient of Ω is estimated: `reparameterization` (the paper's), the noise times the "
+            "gradient, which has no bias; or `fisher`, from the squares of each example's gradient (VOGN), which has "
+            "little noise and needs a draw an example: estimator `independent` or `flipout`."
         },
     )
     factors: Literal["A", "B", "AB"] = field(
@@ -108,7 +108,7 @@ class BlobConfig:
     @property
     def fisher(self) -> bool:
         """Whether Ω's gradient is estimated from squares."""
-        return self.estimator in PER_EXAMPLE and self.std_gradient != "reparameterization"
+        return self.std_gradient == "fisher"
 
     def start_std(self, width: float) -> float:
         """The largest Ω at the start, under a prior of this standard deviation."""
