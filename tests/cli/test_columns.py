@@ -25,7 +25,8 @@ def test_columns_of_a_run(files, table, call, tmp_path):
     assert status == 2
     assert error.splitlines()[-1:] == [
         f"bloblora train: error: {data}: its columns are query, body, and none is obvious; give --text-column, "
-        "--text-pair-column, --label-column; or --question-column, --choices-column, --answer-column; or "
+        "--text-pair-column, --label-column, --labels-column, --value-column; or --question-column, "
+        "--choices-column, --answer-column; or "
         "--prompt-column, --response-column, --messages-column"
     ]
     train += ["--label-column", "body"]

@@ -125,7 +125,7 @@ def test_errors_name_what_is_wrong():
     half, zero = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0])
     with pytest.raises(
         ValueError,
-        match=r"one of accuracy, squared_calibration_error, nll, brier, mae, .*, got 'f1'",
+        match=r"one of accuracy, squared_calibration_error, nll, brier, exact_match, .*, got 'f1'",
     ):
         compare([half], [half], zero, "f1")
     with pytest.raises(ValueError, match=r"level must be in \(0, 1\), got 95"):

@@ -292,7 +292,9 @@ def test_an_empty_folder_has_no_report(tmp_path):
 
 def test_prompts_are_refused_before_anything_is_trained(content, write, tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "Say yes.", "response": "yes"}] * 2)
-    with pytest.raises(RunError, match=r"train\.jsonl: a study compares labels and choices, and these are prompts"):
+    with pytest.raises(
+        RunError, match=r"train\.jsonl: a study compares labels and choices; task 'generation' has none"
+    ):
         compare(studies.read_study(write(content)), tmp_path)
     assert not (tmp_path / "runs").exists()
 
