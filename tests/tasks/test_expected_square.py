@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bloblora.tasks.likelihood import Bernoulli, Categorical, Gaussian
+from bloblora.tasks.generation import TextGeneration
+from bloblora.tasks.likelihood import Bernoulli, Categorical, Gaussian, Text
 
 
 @pytest.mark.parametrize("likelihood", [Categorical(), Categorical(weights=(1.0, 2.0, 4.0)), Bernoulli()])
@@ -40,3 +41,9 @@ def test_it_is_finite_where_an_example_is_fitted_exactly():
 
 def test_where_a_likelihood_does_not_say_it_is_1():
     assert Gaussian().expected_square(torch.zeros(2, 2), torch.zeros(2)).tolist() == [1.0, 1.0]
+
+
+def test_a_text_is_told_from_no_answer():
+    logits = torch.tensor([[-30.0, -1e-13], [-0.1, -2.4]])
+    assert Text().expected_square(logits, torch.zeros(2, dtype=torch.long)).tolist() == [1.0, 1.0]
+    assert TextGeneration.family is Text

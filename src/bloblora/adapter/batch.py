@@ -21,14 +21,15 @@ class Batch:
         tokens: b·T of each input that has tokens.
         squares: factor of the square of each example's gradient, (b,): of how many NLLs the loss is the mean, label
             tokens where the model is given them and examples otherwise. What is written into it before the backward
-            counts there.
+            counts there. None before a layer asks for it.
         lengths: tokens of each text, where rows hold several and there is no attention mask; None elsewhere, and under
             ``torch.compile``, which can't look at them.
     """
 
     def __init__(self) -> None:
         self.rows: int | None = None
-        self.squares = torch.ones(0)
+        self.squares: Tensor | None = None
+        self._labels: Any = None
         self.tokens: tuple[int, ...] = ()
         self.lengths: list[int] | None = None
 
@@ -40,11 +41,7 @@ class Batch:
         shapes = [value.shape[:2] for value in inputs if isinstance(value, Tensor) and value.ndim > 1]
         if shapes:
             self.rows, self.tokens = shapes[0][0], tuple(rows * length for rows, length in shapes)
-            labels = options.get("labels")
-            tokens = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
-            terms = (labels != -100).sum() if tokens else self.rows  # type: ignore[union-attr]
-            device = next(value.device for value in inputs if isinstance(value, Tensor) and value.ndim > 1)
-            self.squares = torch.ones(self.rows, device=device) * terms
+            self.squares, self._labels = None, options.get("labels")
         positions = options.get("position_ids")
         # With a mask they may be those of a tree of choices, which are one example.
         packed = isinstance(positions, Tensor) and positions.ndim == 2 and options.get("attention_mask") is None
@@ -75,6 +72,11 @@ class Batch:
         """Of `squares` those of the draws that `parts` says, (b,), or one number for all."""
         if self.rows is None:
             return len(x)
+        if self.squares is None:
+            labels = self._labels
+            tokens = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
+            terms = (labels != -100).sum() if tokens else self.rows
+            self.squares = torch.ones(self.rows, device=x.device) * terms
         of_rows = len(x) == self.rows if parts is None else parts == self.rows
         return (self.squares if of_rows else self.squares[0]).to(x.device)
 

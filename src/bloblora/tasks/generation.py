@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ..limits import time_limit
 from ..messages import shortened
 from .encoding import collate_labels, continuation_ids, fit_prefix, pad, pad_left, prompt_ids
+from .likelihood import Likelihood, Text
 from .task import Batch, Example, Record, Task, TaskError
 
 _NO_TOKEN = -100
@@ -38,6 +39,7 @@ class TextGeneration(Task):
     name: ClassVar[str] = "generation"
     kind: ClassVar[str] = "generation"
     answer: ClassVar[str] = "response"
+    family: ClassVar[type[Likelihood]] = Text
     pipeline_tag: ClassVar[str] = "text-generation"
 
     @property

@@ -116,6 +116,15 @@ class Categorical(Likelihood):
 
 
 @dataclass(frozen=True)
+class Text(Categorical):
+    """A text, or anything else: the second class stands for no answer, whose gradient could be expected."""
+
+    def expected_square(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """1: the labels' own squares stay."""
+        return Likelihood.expected_square(self, logits, labels)
+
+
+@dataclass(frozen=True)
 class Bernoulli(Likelihood):
     """Each of L labels or not, independently given the logits, by their log-odds."""
 

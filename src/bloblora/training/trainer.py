@@ -239,14 +239,9 @@ class BlobTrainerMixin(_Host):
                     parameter.grad.mul_(factor)
 
     def _expect_labels(self, logits: Tensor, labels: Tensor) -> None:
-        """Make the squares of examples' gradients those of the labels that the model expects.
-
-        A text's label is the text, and what it is told from is no answer: there the squares stay.
-        """
-        posterior, kind = self.posterior, getattr(getattr(self.task, "task", self.task), "kind", None)
-        if posterior is None or not posterior.config.fisher or kind == "generation":
-            return
-        if len(logits) == len(squares := posterior.batch.squares):
+        """Make the squares of examples' gradients those of the labels that the model expects."""
+        squares = None if self.posterior is None else self.posterior.batch.squares
+        if squares is not None and len(logits) == len(squares):
             squares.data.mul_(likelihood_of(self.task).expected_square(logits, labels))
 
     def kl_step(self) -> None:
