@@ -5,6 +5,7 @@ import torch
 
 from bloblora.tasks.generation import TextGeneration
 from bloblora.tasks.likelihood import Bernoulli, Categorical, Gaussian, Text
+from bloblora.training.trainer import _mean_nll
 
 
 @pytest.mark.parametrize("likelihood", [Categorical(), Categorical(weights=(1.0, 2.0, 4.0)), Bernoulli()])
@@ -39,11 +40,19 @@ def test_it_is_finite_where_an_example_is_fitted_exactly():
     assert Categorical().expected_square(torch.tensor([[200.0, 0.0]]), torch.tensor([0])).isfinite().all()
 
 
-def test_where_a_likelihood_does_not_say_it_is_1():
-    assert Gaussian().expected_square(torch.zeros(2, 2), torch.zeros(2)).tolist() == [1.0, 1.0]
+def test_smoothed_labels_have_other_gradients():
+    """Whose squares are brought to the same expectation: that of labels from the model, which aren't smoothed."""
+    logits = torch.tensor([[0.5, -0.5, 1.0, -torch.inf]], dtype=torch.float64, requires_grad=True)
+    label, p = torch.tensor([1]), logits.detach().softmax(-1)
+    nll = _mean_nll(Categorical(), logits, label, 0.3)
+    gradient = torch.autograd.grad(nll, logits)[0]
+    factor = Categorical().expected_square(logits.detach(), label, 0.3)
+    torch.testing.assert_close((factor * gradient.square().sum()).double(), (p * (1 - p)).sum(-1), rtol=1e-5, atol=0)
 
 
-def test_a_text_is_told_from_no_answer():
-    logits = torch.tensor([[-30.0, -1e-13], [-0.1, -2.4]])
-    assert Text().expected_square(logits, torch.zeros(2, dtype=torch.long)).tolist() == [1.0, 1.0]
+def test_not_every_likelihood_says():
+    """Of a text only its own tokens were seen, and a number's variance is an output too."""
     assert TextGeneration.family is Text
+    assert [family.expects for family in (Categorical, Bernoulli, Gaussian, Text)] == [True, True, False, False]
+    with pytest.raises(NotImplementedError):
+        Gaussian().expected_square(torch.zeros(2, 2), torch.zeros(2))

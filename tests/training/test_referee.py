@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 from torch import nn
 
 from bloblora import BlobConfig, BlobTrainer, bayesianize
+from bloblora.tasks.likelihood import Bernoulli
 from bloblora.training import BlobTrainingArguments
 
 from .conftest import logs
@@ -24,16 +25,27 @@ _NODES, _WEIGHTS = (torch.tensor(values) for values in np.polynomial.hermite_e.h
 
 
 class Logistic(nn.Module):
-    """p(y | x) = σ(W x): W starts at 0, and LoRA is all there is of it; the loss is the mean NLL."""
+    """The logit W x: W starts at 0, and LoRA is all there is of it."""
 
     def __init__(self, features):
         super().__init__()
         self.linear = nn.Linear(features, 1, bias=False)
         nn.init.zeros_(self.linear.weight)
 
-    def forward(self, x, y):
-        logits = self.linear(x).squeeze(-1)
-        return {"loss": F.binary_cross_entropy_with_logits(logits, y), "logits": logits}
+    def forward(self, x):
+        return self.linear(x)
+
+
+class Task:
+    """p(y | x) = σ(W x), one label or none."""
+
+    likelihood = Bernoulli()
+
+    def length(self, example):
+        return 1
+
+    def logits(self, model, batch):
+        return model(batch["x"])
 
 
 def problem(size, features=FEATURES):
@@ -70,7 +82,7 @@ def optimum(x, y, kl_scale):
     return torch.tensor(found.x[features:]).exp(), found.fun
 
 
-def trained(folder, x, y, std_gradient="reparameterization", **options):
+def trained(folder, x, y, std_gradient="auto", **options):
     """The posterior and its trainer, by the defaults where nothing else is said."""
     torch.manual_seed(0)
     model = get_peft_model(Logistic(x.shape[1]), LoraConfig(r=1, lora_alpha=1, target_modules=["linear"]))
@@ -79,8 +91,9 @@ def trained(folder, x, y, std_gradient="reparameterization", **options):
         model.base_model.model.linear.lora_B["default"].weight.requires_grad_(False).fill_(1)
     options = {"kl_scale": 1.0, **options, "logging_steps": 20, "save_strategy": "no", "report_to": []}
     options |= dict(disable_tqdm=True, use_cpu=True)
-    data = [{"x": row, "y": target} for row, target in zip(x, y, strict=True)]
-    trainer = BlobTrainer(model, BlobTrainingArguments(output_dir=str(folder), **options), train_dataset=data)
+    data = [{"x": row, "labels": target[None]} for row, target in zip(x, y, strict=True)]
+    arguments = BlobTrainingArguments(output_dir=str(folder), **options)
+    trainer = BlobTrainer(model, arguments, task=Task(), train_dataset=data)
     trainer.train()
     return posterior, trainer
 
@@ -108,8 +121,8 @@ def test_default_training_reaches_the_bounds_optimum(tmp_path, size, batch, lear
     assert bound(x, y, mean, std, kl_scale) <= 1.02 * best
     assert (std / best_std).log().square().mean().sqrt() <= 0.1
     assert logs(trainer, "drift_std")[0] > 1.4
-    for name in ("drift_mean", "drift_std"):
-        assert 0.5 < np.mean(logs(trainer, name)[-20:]) < 1.3, name
+    for name in ("drift_mean", "drift_std"):  # below 1 where Adam still remembers larger gradients
+        assert 0.2 < np.mean(logs(trainer, name)[-20:]) < 1.1, name
     assert best_std.max() / best_std.min() > 2.5  # the data do say different things about different weights
 
 
@@ -122,28 +135,18 @@ def test_the_width_arrives_in_a_training_of_any_length(tmp_path, steps):
     assert (stds(posterior) / best_std).log().square().mean().sqrt() <= 0.2
 
 
-@pytest.mark.parametrize("size", [100, 500])
-def test_squares_come_nearer(tmp_path, size):
-    """Labels are the model's here, as the empirical Fisher takes them to be."""
-    x, y = problem(size)
-    options = dict(learning_rate=2e-3, max_steps=2000, per_device_train_batch_size=8)
-    posterior, _ = trained(tmp_path, x, y, "fisher", **options)
-    best_std, _ = optimum(x, y, 1.0)
-    assert (stds(posterior) / best_std).log().square().mean().sqrt() <= 0.04
-
-
 @pytest.mark.parametrize(("kl_scale", "steps"), [(1.0, 200), (0.1, 1000)])
 def test_the_width_of_many_weights_of_which_the_data_say_little(tmp_path, kl_scale, steps):
-    """As in a language model: 4,000 weights and 300 records. Squares arrive; products with the noise are noise."""
+    """As in a language model: 4,000 weights and 300 records. The default arrives; products with the noise are noise."""
     x, y = problem(300, WIDE)
     best_std, best = optimum(x, y, kl_scale)
     far, bounds = {}, {}
-    for std_gradient in ("fisher", "reparameterization"):
+    for std_gradient in ("auto", "reparameterization"):
         options = dict(learning_rate=2e-3, kl_scale=kl_scale, max_steps=steps, per_device_train_batch_size=8)
         posterior, _ = trained(tmp_path, x, y, std_gradient, **options)
         (mean,), std = posterior.named_means().values(), stds(posterior)
         far[std_gradient] = (std / best_std).log().square().mean().sqrt()
         bounds[std_gradient] = bound(x, y, mean.detach()[0].double(), std, kl_scale) - best
-    assert far["fisher"] <= 0.05
-    assert far["reparameterization"] > 3 * far["fisher"]
-    assert bounds["fisher"] < 0.8 * bounds["reparameterization"]
+    assert far["auto"] <= 0.06
+    assert far["reparameterization"] > 3 * far["auto"]
+    assert bounds["auto"] < 0.8 * bounds["reparameterization"]

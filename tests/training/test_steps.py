@@ -29,6 +29,8 @@ def by_hand(model, batches, kl_weights, *, style="joint", lr=0.01, kl_lr=0.01, d
     parameters = [p for p in model.parameters() if p.requires_grad]
     gaussians = [*posterior.named_means().values(), *posterior.named_std_parameters().values()]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0)
+    posterior.batch.expects_labels = True
+    squares = posterior.config.fisher(True)
     torch.manual_seed(seed)
     torch.empty((), dtype=torch.int64).random_()  # a DataLoader draws the seed of its workers when a pass begins
     model.train()
@@ -42,13 +44,13 @@ def by_hand(model, batches, kl_weights, *, style="joint", lr=0.01, kl_lr=0.01, d
         for _ in range(draws):
             logits = model(**inputs).logits
             nll += F.cross_entropy(logits, labels) / draws
-            if posterior.config.fisher:  # E‖p - e_y‖² of labels from p, over that of the labels
+            if squares:  # E‖p - e_y‖² of labels from p, over that of the labels
                 p = logits.detach().softmax(-1)
                 expected = (p * (1 - p)).sum(-1)
                 posterior.batch.squares *= expected / (p - F.one_hot(labels, 3)).square().sum(-1)
         nll.backward()
         for parameter in posterior.named_std_parameters().values():  # squares of a gradient that has 1/draws in it
-            parameter.grad *= draws if posterior.config.fisher else 1
+            parameter.grad *= draws if squares else 1
         if style == "joint":
             (weight * closed_form_kl(posterior)).backward()
         optimizer.step()
@@ -81,12 +83,16 @@ def batches(count, size=4):
 
 @pytest.mark.parametrize("style", ["joint", "paper", "paper_flow"])
 @pytest.mark.parametrize("weighting", ["uniform", "reweighted"])
-@pytest.mark.parametrize(("estimator", "draws"), [*((e, 1) for e in ESTIMATORS), ("independent", 3), ("fisher", 3)])
-def test_steps_and_logs_equal_a_loop_by_hand(tmp_path, style, weighting, estimator, draws):
+@pytest.mark.parametrize(
+    ("estimator", "std_gradient", "draws"),
+    [*((e, "auto", 1) for e in ESTIMATORS), ("flipout", "reparameterization", 1)]
+    + [("independent", how, 3) for how in ("auto", "reparameterization")],
+)
+def test_steps_and_logs_equal_a_loop_by_hand(tmp_path, style, weighting, estimator, std_gradient, draws):
     """Ten examples in batches of four: the last batch of the pass has two."""
     # Ω of 0.19 to 0.38, so that the noise matters and some entries are at the prior.
-    noise = {"std_gradient": "fisher"} if estimator == "fisher" else {"estimator": estimator}
-    model, expected = (classifier(**noise, init_std=0.3844) for _ in range(2))
+    noise = dict(estimator=estimator, std_gradient=std_gradient, init_std=0.3844)
+    model, expected = (classifier(**noise) for _ in range(2))
     weights = [1 / 10] * 3 if weighting == "uniform" else [1 / 7, 2 / 7, 4 / 7]
     options = dict(optimizer_style=style, kl_weighting=weighting, num_weight_draws=draws)
     trainer = make_trainer(tmp_path, model, 10, train_sampling_strategy="sequential", **options)
@@ -229,7 +235,7 @@ def test_squares_of_a_divided_loss_are_those_of_the_loss(tmp_path, options):
     """With an Ω that is no noise: whichever way a batch of eight is computed, Ω's gradient is the same."""
     found = []
     for extra in ({}, options):
-        model = classifier(init_std=1e-6, std_gradient="fisher")
+        model = classifier(init_std=1e-6)
         posterior, generator = find_posterior(model), torch.Generator().manual_seed(0)
         for layer in posterior.named_layers().values():
             layer.lora_B["default"].weight.data.normal_(generator=generator)

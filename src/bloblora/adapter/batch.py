@@ -22,6 +22,7 @@ class Batch:
         squares: factor of the square of each example's gradient, (b,): of how many NLLs the loss is the mean, label
             tokens where the model is given them and examples otherwise. What is written into it before the backward
             counts there. None before a layer asks for it.
+        expects_labels: whether a training writes into `squares` what makes them those of the model's own labels.
         lengths: tokens of each text, where rows hold several and there is no attention mask; None elsewhere, and under
             ``torch.compile``, which can't look at them.
     """
@@ -29,6 +30,7 @@ class Batch:
     def __init__(self) -> None:
         self.rows: int | None = None
         self.squares: Tensor | None = None
+        self.expects_labels = False
         self._labels: Any = None
         self.tokens: tuple[int, ...] = ()
         self.lengths: list[int] | None = None

@@ -54,12 +54,13 @@ class BlobConfig:
             "paper's: shared noise, signs per example), `shared` (one draw a batch), `local` (activations, per token)."
         },
     )
-    std_gradient: Literal["reparameterization", "fisher"] = field(
-        default="reparameterization",
+    std_gradient: Literal["auto", "reparameterization", "fisher"] = field(
+        default="auto",
         metadata={
             "help": "How the gradient of Ω is estimated: `reparameterization` (the paper's), the noise times the "
             "gradient, which has no bias; or `fisher`, from the squares of each example's gradient (VOGN), which has "
-            "little noise and needs a draw an example: estimator `independent` or `flipout`."
+            "little noise and needs a draw an example: estimator `independent` or `flipout`. `auto` is `fisher` where "
+            "there are such draws and a task of classes or labels, and `reparameterization` elsewhere."
         },
     )
     factors: Literal["A", "B", "AB"] = field(
@@ -105,10 +106,10 @@ class BlobConfig:
                 f"use one of {', '.join(PER_EXAMPLE)}, or 'reparameterization'"
             )
 
-    @property
-    def fisher(self) -> bool:
-        """Whether Ω's gradient is estimated from squares."""
-        return self.std_gradient == "fisher"
+    def fisher(self, expects_labels: bool) -> bool:
+        """Whether Ω's gradient is estimated from squares, which may or may not be of labels that the model expects."""
+        automatic = self.std_gradient == "auto" and expects_labels and self.estimator in PER_EXAMPLE
+        return automatic or self.std_gradient == "fisher"
 
     def start_std(self, width: float) -> float:
         """The largest Ω at the start, under a prior of this standard deviation."""

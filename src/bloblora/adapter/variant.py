@@ -176,7 +176,7 @@ class BlobVariant(LoraVariant):
             self.watch.trained(parameter)
         std = q.std(parameter[rows], self.config.std_parameterization)
         parts = self.batch.parts(x, self.routed)
-        squares = self.batch.squares_of(x, parts) if self.config.fisher else None
+        squares = self.batch.squares_of(x, parts) if self.config.fisher(self.batch.expects_labels) else None
         return q.project(x, mean, std, self.config.estimator, parts, squares)
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]

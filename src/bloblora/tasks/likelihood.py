@@ -22,6 +22,8 @@ class Likelihood(ABC):
     """A family of distributions over the answers of one kind of task."""
 
     name: ClassVar[str]
+    expects: ClassVar[bool] = False
+    """Whether it has an `expected_square`."""
 
     def normalized(self, logits: Tensor) -> Tensor:
         """The logits in a form in which equal distributions have equal numbers."""
@@ -43,14 +45,18 @@ class Likelihood(ABC):
         """How much each of the labels (b, …) counts in a loss, (b,)."""
         return torch.ones(len(labels), device=labels.device)
 
-    def expected_square(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def expected_square(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         r"""Factor that makes an example's squared gradient that of labels from the model in place of ``labels``, (b,).
 
         :math:`\mathbb E_{t' \sim p}\|t' - \bar t\|^2 / \|t - \bar t\|^2`, with :math:`\bar t = \mathbb E_p[t(y)]`.
-        The square is then about the Hessian, also where an example is fitted or its label is a surprise. 1 where a
-        likelihood doesn't say.
+        The square is then about the Hessian, also where an example is fitted or its label is a surprise.
+
+        Args:
+            logits: (b, C).
+            labels: (b, …), as examples hold them.
+            smoothing: share of the loss that is of the classes alike, where there are classes.
         """
-        return torch.ones(len(labels), device=labels.device)
+        raise NotImplementedError(f"{self.name}: no label to expect")
 
     @abstractmethod
     def targets(self, labels: Sequence[Any]) -> Tensor:
@@ -72,6 +78,7 @@ class Categorical(Likelihood):
     weights: tuple[float, ...] = field(default=(), compare=False)
 
     name: ClassVar[str] = "categorical"
+    expects: ClassVar[bool] = True
 
     def weight(self, labels: Tensor) -> Tensor:
         """Of class indices (b,); 1 of probabilities (b, C)."""
@@ -93,10 +100,13 @@ class Categorical(Likelihood):
         """Log of the mean probability, times the weight."""
         return self.log_prob(self.merged(draws), labels)
 
-    def expected_square(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def expected_square(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """1 - Σp² over ‖p - y‖², over the weight, of which the square has one too many."""
         p = logits.float().softmax(-1)
         y = labels if labels.ndim > 1 else F.one_hot(labels, p.shape[-1])
+        if smoothing:
+            finite = logits > -math.inf
+            y = (1 - smoothing) * y + smoothing * finite / finite.sum(-1, keepdim=True)
         return _ratio((p * (1 - p)).sum(-1), (p - y).square().sum(-1)) / self.weight(labels)
 
     def merged(self, draws: Tensor) -> Tensor:
@@ -119,9 +129,7 @@ class Categorical(Likelihood):
 class Text(Categorical):
     """A text, or anything else: the second class stands for no answer, whose gradient could be expected."""
 
-    def expected_square(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """1: the labels' own squares stay."""
-        return Likelihood.expected_square(self, logits, labels)
+    expects: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,7 @@ class Bernoulli(Likelihood):
     """Each of L labels or not, independently given the logits, by their log-odds."""
 
     name: ClassVar[str] = "bernoulli"
+    expects: ClassVar[bool] = True
 
     def log_prob(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of labels (b, L), 1 or 0: the sum over them."""
@@ -138,7 +147,7 @@ class Bernoulli(Likelihood):
         """The sum over labels of the logarithm of each one's averaged probability."""
         return self.log_prob(self.merged(draws), labels)
 
-    def expected_square(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def expected_square(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """Σp(1 - p) over ‖p - y‖²."""
         p = logits.float().sigmoid()
         return _ratio((p * (1 - p)).sum(-1), (p - labels).square().sum(-1))

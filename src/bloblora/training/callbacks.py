@@ -72,6 +72,8 @@ class ElboCallback(TrainerCallback):
         torch.manual_seed(args.seed + _RANK_STRIDE * args.process_index)
         if isinstance(state.stateful_callbacks, dict) and (kept := state.stateful_callbacks.get(KEPT)):
             self.trainer.restore_logs(kept)
+        if (posterior := self.trainer.posterior) is not None:
+            posterior.batch.expects_labels = self.trainer.expects_labels()
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Tell the sampler the epoch; the Trainer's own attempt misses it where it skips batches in many processes."""
@@ -88,6 +90,7 @@ class ElboCallback(TrainerCallback):
         """Look at the last step's weights, and at the posterior."""
         self.trainer._check_weights()
         if (posterior := self.trainer.posterior) is not None:
+            posterior.batch.expects_labels = False
             summary = posterior.summary()  # by all processes: each may hold a part of it
             if problem := _degenerate(posterior.start_std(), summary):
                 self.trainer.problems.append(problem)

@@ -231,18 +231,25 @@ class BlobTrainerMixin(_Host):
     def _correct_squares(self, loss_scale: float) -> None:
         """Make squares of gradients of a loss that was scaled, or divided among forwards, those of the loss itself."""
         factor = self.current_gradient_accumulation_steps * self.args.num_weight_draws / loss_scale
-        if self.posterior is not None and self.posterior.config.fisher and factor != 1:
+        posterior = self.posterior
+        if factor != 1 and posterior is not None and posterior.config.fisher(posterior.batch.expects_labels):
             if self.is_deepspeed_enabled:  # which keeps the gradients to itself
-                raise ValueError("std_gradient must be 'reparameterization' where DeepSpeed scales or divides the loss")
+                raise ValueError("std_gradient must not be 'fisher' where DeepSpeed scales or divides the loss")
             for parameter in self.std_parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
 
+    def expects_labels(self) -> bool:
+        """Whether the squares of examples' gradients can be made those of the labels that the model expects."""
+        known = self.task is not None and likelihood_of(self.task).expects
+        return known and self.compute_loss_func is None and not self.is_deepspeed_enabled
+
     def _expect_labels(self, logits: Tensor, labels: Tensor) -> None:
         """Make the squares of examples' gradients those of the labels that the model expects."""
-        squares = None if self.posterior is None else self.posterior.batch.squares
-        if squares is not None and len(logits) == len(squares):
-            squares.data.mul_(likelihood_of(self.task).expected_square(logits, labels))
+        batch = None if self.posterior is None else self.posterior.batch
+        if batch and batch.expects_labels and batch.squares is not None and len(logits) == len(batch.squares):
+            smoothing = self.args.label_smoothing_factor
+            batch.squares.data.mul_(likelihood_of(self.task).expected_square(logits, labels, smoothing))
 
     def kl_step(self) -> None:
         """The second half of the paper's step: the weighted KL, on the mean and Ω alone.
