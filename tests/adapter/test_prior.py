@@ -13,7 +13,7 @@ from bloblora import BlobConfig, bayesianize, find_posterior, load, save
 from bloblora.adapter import AdapterFileError, check_folder, debayesianize, load_posterior
 from tests.conftest import tiny_llama, with_lora
 
-CONFIG = BlobConfig(prior_mean="start", prior_std="auto")
+CONFIG = BlobConfig(prior_mean="start", prior_std="start")
 INPUTS, RANK = 32, 4
 
 
@@ -56,7 +56,7 @@ def test_the_start_is_the_mean_of_the_prior():
 @pytest.mark.parametrize("factors", ["A", "B", "AB"])
 def test_auto_is_as_wide_as_the_start_of_lora(factors):
     model = with_lora(tiny_llama(), trained=False)
-    posterior = bayesianize(model, BlobConfig(prior_std="auto", factors=factors))
+    posterior = bayesianize(model, BlobConfig(prior_std="start", factors=factors))
     priors, zero = posterior.named_priors(), torch.zeros(())
     for name, mean in posterior.named_means().items():
         if name.endswith("A"):
@@ -75,7 +75,7 @@ def test_auto_is_that_of_a_trained_adapter():
         for name, parameter in model.named_parameters():
             if "lora_A" in name:
                 parameter.fill_(0.05)
-    posterior = bayesianize(model, BlobConfig(prior_std="auto"))
+    posterior = bayesianize(model, BlobConfig(prior_std="start"))
     assert all(std.unique().item() == pytest.approx(0.05) for _, std in posterior.named_priors().values())
     with torch.no_grad():
         for mean in posterior.named_means().values():

@@ -65,7 +65,7 @@ def test_yesterdays_posterior_is_todays_prior_and_start(folder, base):
 
 def test_the_prior_of_a_run_that_starts_from_a_lora(folder, base):
     train(folder, base, "lora", method="lora")
-    options = {"start_from": str(folder / "lora"), "prior_mean": "start", "prior_std": "auto"}
+    options = {"start_from": str(folder / "lora"), "prior_mean": "start", "prior_std": "start"}
     posterior = find_posterior(train(folder, base, "from-lora", **options, **STILL).model)
     given = load_file(folder / "lora" / "adapter_model.safetensors")
     for name, (mean, std) in posterior.named_priors().items():

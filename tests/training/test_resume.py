@@ -65,7 +65,7 @@ def test_a_resumed_training_is_bit_identical(tmp_path, uninterrupted, style, sam
 
 
 def test_a_resumed_training_has_the_prior_of_its_start(tmp_path):
-    config = dict(prior_mean="start", prior_std="auto", std_parameterization="log", init_std=None)
+    config = dict(prior_mean="start", prior_std="start", std_parameterization="log", init_std=None)
     model, again = classifier(**config), classifier(seed=8, **config)
     trainer = make_trainer(tmp_path, model, 10, **OPTIONS)
     trainer.train()

@@ -88,6 +88,10 @@ class Posterior:
         """Ω of each, by the same names and of the same shapes."""
         return {n: q.std(p, self.config.std_parameterization) for n, p in self.named_std_parameters().items()}
 
+    def num_weights(self) -> int:
+        """How many Gaussian weights there are, in all processes together."""
+        return sum(mean.numel() for mean in self.named_means().values())
+
     def named_priors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The prior's mean μ and standard deviation s of each, by the same names and of the same shapes.
 
@@ -315,8 +319,8 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     layers = check_layers(model, adapter_name)
     _warn_of_experts(model, layers)
     keep_differentiable(model)
-    config = config or BlobConfig()
     lora: Any = model.peft_config[adapter_name]
+    config = (config or BlobConfig()).resolved(head=bool(lora.modules_to_save))
     moved = str(lora.init_lora_weights).lower().startswith(MOVING_STARTS)
     embedding = _embedding_weight(model.get_base_model())
     batch = follow(model.get_base_model())

@@ -1,10 +1,12 @@
 """What a user chooses about the posterior."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from ..posterior import PER_EXAMPLE, Prior, build_prior
+
+_STD_UNDER_HEAD, _STD = 0.4, 0.1
 
 
 @dataclass(kw_only=True)
@@ -15,13 +17,14 @@ class BlobConfig:
         ValueError: a field is out of its range; the message names the field, its value and the range.
     """
 
-    prior_std: float | Literal["auto"] = field(
-        default=0.4,
+    prior_std: float | Literal["auto", "start"] = field(
+        default="auto",
         metadata={
-            "help": "Standard deviation σp of the prior, whatever its family (`learned_normal` has its own). Larger "
-            "allows more uncertainty and pulls the mean less; smaller keeps the posterior closer to a point, and the "
-            "adapter to the base model. `auto`: for each layer the root mean square of A at the start, with PEFT's "
-            "default start 1/√(3n) for n inputs, so that wider models have narrower priors; for B 1/√(3r).",
+            "help": "Standard deviation σp of the prior, whatever its family (`learned_normal` has its own). Wider is "
+            "stronger noise in training, and a slower A. `auto`: 0.4 under a head that is trained from "
+            "nothing, which memorizes few records soon, and 0.1 where the base model's own outputs are trained. "
+            "`start`: for each layer the root mean square of A at the start, with PEFT's default start 1/√(3n) for n "
+            "inputs, so that wider models have narrower priors; for B 1/√(3r).",
             "search": (0.05, 1.0),
         },
     )
@@ -89,10 +92,10 @@ class BlobConfig:
     def __post_init__(self) -> None:
         for name in ("prior_std", "init_std"):
             value = getattr(self, name)
-            if (name, value) in (("init_std", None), ("prior_std", "auto")):
+            if (name, value) in (("init_std", None), ("prior_std", "auto"), ("prior_std", "start")):
                 continue
             if not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-                word = "; 'auto' is the only word that it may be" if name == "prior_std" else ""
+                word = ", 'auto' or 'start'" if name == "prior_std" else ""
                 raise ValueError(f"BlobConfig.{name} must be a finite number above 0, got {value!r}{word}")
         self.build_prior()
         hints = get_type_hints(type(self))
@@ -111,12 +114,16 @@ class BlobConfig:
         automatic = self.std_gradient == "auto" and expects_labels and self.estimator in PER_EXAMPLE
         return automatic or self.std_gradient == "fisher"
 
+    def resolved(self, head: bool) -> "BlobConfig":
+        """The configuration with a number where ``prior_std`` is ``auto``; with a head that is trained from nothing."""
+        return replace(self, prior_std=_STD_UNDER_HEAD if head else _STD) if self.prior_std == "auto" else self
+
     def start_std(self, width: float) -> float:
         """The largest Ω at the start, under a prior of this standard deviation."""
         return width / 40 if self.init_std is None else self.init_std
 
     def build_prior(self) -> Prior:
-        """The prior of one entry; with ``auto`` its family, to be scaled to each layer's width."""
+        """The prior of one entry; with ``start`` its family, to be scaled to each layer's width."""
         std = Prior.prior_std if isinstance(self.prior_std, str) else self.prior_std
         return build_prior(self.prior, std, self.prior_kwargs)
 

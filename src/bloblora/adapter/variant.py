@@ -107,7 +107,7 @@ class BlobVariant(LoraVariant):
                 module.adapter_layer_names = (*module.adapter_layer_names, name)
             mean = mean_of(module, adapter_name, factor)
             given = self.config.prior_std
-            width = _auto_std(mean, factor) if isinstance(given, str) else given
+            width = _start_std(mean, factor) if isinstance(given, str) else given
             if self.prior_at_start or width != given:
                 prior_mean = mean if self.prior_at_start else torch.zeros(())
                 self.set_prior(module, adapter_name, factor, prior_mean, torch.tensor(width))
@@ -241,7 +241,7 @@ def _delta_weight(module: Any, adapter_name: str) -> Tensor:
     return variant._delta(module, adapter_name, mean_of(module, adapter_name, "A"))
 
 
-def _auto_std(mean: Tensor, factor: str) -> float:
+def _start_std(mean: Tensor, factor: str) -> float:
     """Width of a prior as wide as LoRA's start of A; of B, which starts at 0, as that of an A with its r inputs."""
     default = 1 / math.sqrt(3 * mean.shape[1])  # Kaiming uniform's with a = √5, PEFT's
     return default if factor == "B" else mean.detach().float().square().mean().sqrt().item() or default

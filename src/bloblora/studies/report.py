@@ -324,7 +324,7 @@ def _by_prior_std(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
     """By method what was run with three or more σp and otherwise equal options: its rows."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        if row.results[0].options.get("prior_std") == "auto":
+        if isinstance(row.results[0].options.get("prior_std"), str):
             continue
         options = {**_flat(row.results[0].config), **row.results[0].options, "prior_std": None, "seed": None}
         groups.setdefault(json.dumps(options, sort_keys=True), []).append(row)

@@ -35,6 +35,7 @@ from .arguments import (
     OBJECTIVE,
     BlobTrainingArguments,
     Objective,
+    automatic_kl_scale,
     automatic_std_learning_rate,
     check_style,
     kl_weight,
@@ -186,18 +187,24 @@ class BlobTrainerMixin(_Host):
             nll = self.with_kl(nll, self.current_kl_weight() * posterior.kl())
         return (nll, *outputs) if return_outputs else nll
 
+    def kl_scale(self) -> float:
+        """Factor of the KL beside its weight: ``kl_scale``, or what it is for this many examples and weights."""
+        if isinstance(scale := self.args.kl_scale, str):
+            return automatic_kl_scale(self._dataset_size(), self.posterior.num_weights() if self.posterior else 1)
+        return scale
+
     def current_kl_weight(self) -> float:
         """Factor of the KL in this step's loss: s/D, or s·λ_i."""
         size = float(self._dataset_size())
         if self.args.dataset_rescaling:
             size = rescaled_dataset_size(size, self.args.gamma)
         if self.args.kl_weighting == "uniform":
-            return self.args.kl_scale / size
+            return self.kl_scale() / size
         whole = math.floor if self.args.dataloader_drop_last else math.ceil
         micro_batches = whole(size / (self._train_batch_size * self.args.world_size))
         num_batches = max(1, math.ceil(micro_batches / self.args.gradient_accumulation_steps))
         position = self.state.global_step % num_batches + 1
-        return self.args.kl_scale * kl_weight(position, num_batches, self.args.kl_weighting)
+        return self.kl_scale() * kl_weight(position, num_batches, self.args.kl_weighting)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in the Trainer; before an optimizer step the KL joins, and nothing that isn't finite passes.
@@ -450,7 +457,7 @@ class BlobTrainerMixin(_Host):
         self.posterior: Posterior | None = find_posterior(model)
         if self.posterior is not None:
             self.posterior.watch.silent = True
-        if self.posterior is not None and self.args.kl_scale > 0:
+        if self.posterior is not None and self.args.kl_scale != 0:
             check_style(self.args.optimizer_style, self.posterior.config.std_parameterization)
 
     def _problem(self) -> str | None:
@@ -466,7 +473,7 @@ class BlobTrainerMixin(_Host):
                 f"{name}: adapter {self._module.active_adapter!r} has no posterior, so a plain LoRA is trained: call "
                 "bayesianize(model, BlobConfig()) before"
             )
-        if self.args.kl_scale > 0 and getattr(self.args, "dataset_size", None) is None and _writes(self._module):
+        if self.args.kl_scale != 0 and getattr(self.args, "dataset_size", None) is None and _writes(self._module):
             return (
                 f"{name}: dataset_size is None, so the KL is divided by the {self._dataset_size()} examples, but a "
                 "language model's loss is a mean over tokens: set dataset_size of the arguments to the number of label "
@@ -508,7 +515,7 @@ class BlobTrainerMixin(_Host):
 
     def _with_kl(self, *styles: str) -> Posterior | None:
         """The posterior where it has a KL to minimize, in one of these styles."""
-        return self.posterior if self.args.kl_scale > 0 and self.args.optimizer_style in styles else None
+        return self.posterior if self.args.kl_scale != 0 and self.args.optimizer_style in styles else None
 
     def _kl_gradients(self, posterior: Posterior) -> tuple[list[Tensor], list[Tensor]]:
         """The means and Ω parameters, and the KL's gradients with respect to them."""
