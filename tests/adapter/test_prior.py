@@ -54,7 +54,7 @@ def test_the_start_is_the_mean_of_the_prior():
 
 
 @pytest.mark.parametrize("factors", ["A", "B", "AB"])
-def test_auto_is_as_wide_as_the_start_of_lora(factors):
+def test_start_is_as_wide_as_the_start_of_lora(factors):
     model = with_lora(tiny_llama(), trained=False)
     posterior = bayesianize(model, BlobConfig(prior_std="start", factors=factors))
     priors, zero = posterior.named_priors(), torch.zeros(())
@@ -69,7 +69,7 @@ def test_auto_is_as_wide_as_the_start_of_lora(factors):
     torch.testing.assert_close(posterior.kl(), kl(posterior, dict.fromkeys(widths, zero), widths))
 
 
-def test_auto_is_that_of_a_trained_adapter():
+def test_start_is_that_of_a_trained_adapter():
     model = with_lora(tiny_llama())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -160,7 +160,7 @@ def test_damage_is_noticed(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prior_std": "wide"}, r"prior_std must be a finite number above 0, got 'wide'; 'auto' is the only word"),
+        ({"prior_std": "wide"}, r"must be a finite number above 0, got 'wide'; 'auto' and 'start' are the only words"),
         ({"init_std": "auto"}, r"init_std must be a finite number above 0, got 'auto'"),
         ({"prior_mean": "zeros"}, r"prior_mean must be one of auto, zero, start, got 'zeros'"),
     ],
@@ -199,3 +199,13 @@ def test_other_starts_have_a_prior_around_zero():
     for start in (True, False, "gaussian", "orthogonal"):
         posterior = bayesianize(with_lora(tiny_llama(), trained=False, init_lora_weights=start))
         assert posterior.named_priors() == {}
+
+
+@pytest.mark.parametrize(("modules_to_save", "std"), [(None, 0.1), (["lm_head"], 0.4)])
+def test_auto_is_wider_under_a_head_of_its_own(modules_to_save, std, tmp_path):
+    model = with_lora(tiny_llama(), modules_to_save=modules_to_save)
+    posterior = bayesianize(model)
+    assert (posterior.config.prior_std, posterior.prior.prior_std) == (std, std)
+    assert not posterior.named_priors()
+    save(model, tmp_path)
+    assert find_posterior(load(tiny_llama(), tmp_path)).config == posterior.config

@@ -121,7 +121,7 @@ def test_an_unknown_option_says_who_wrote_it(trained, tmp_path, section):
 
 def test_configurations_are_compared_by_what_was_given():
     plain = runs.RunConfig.of(**GIVEN)
-    spelled = runs.RunConfig.of(**GIVEN, steps="auto", lora_alpha=16, prior_std=0.4, adam_beta2=0.999, seed=0)
+    spelled = runs.RunConfig.of(**GIVEN, steps="auto", lora_alpha=16, prior_std="auto", adam_beta2=0.999, seed=0)
     assert plain.given() != spelled.given()
     assert different(plain.given(), spelled.given()) == different(spelled.given(), plain.given()) == []
     other = runs.RunConfig.of(**GIVEN, lora_alpha=8, method="ivon")

@@ -150,3 +150,10 @@ def test_the_width_of_many_weights_of_which_the_data_say_little(tmp_path, kl_sca
     assert far["auto"] <= 0.06
     assert far["reparameterization"] > 3 * far["auto"]
     assert bounds["auto"] < 0.8 * bounds["reparameterization"]
+
+
+@pytest.mark.parametrize(("features", "weight"), [(WIDE, 0.4 / WIDE), (FEATURES, 0.1 / 100)])
+def test_the_automatic_scale_without_a_head(tmp_path, features, weight):
+    x, y = problem(100, features)
+    _, trainer = trained(tmp_path, x, y, kl_scale="auto", max_steps=1, logging_strategy="no")
+    assert trainer.current_kl_weight() == pytest.approx(weight)

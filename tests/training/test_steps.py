@@ -119,6 +119,7 @@ def test_the_kl_step_moves_the_mean_and_the_std_alone(tmp_path):
     [
         (dict(), [Fraction(1, 10)] * 3),
         (dict(kl_scale=0.5), [Fraction(1, 20)] * 3),
+        (dict(kl_scale="auto"), [Fraction(1, 100)] * 3),
         # The paper's λ_i, which over a pass sum to 1.
         (dict(kl_weighting="reweighted"), [Fraction(i, 7) for i in (1, 2, 4)]),
         (dict(kl_weighting="reweighted", kl_scale=0.5), [Fraction(i, 14) for i in (1, 2, 4)]),

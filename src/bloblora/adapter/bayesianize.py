@@ -88,6 +88,11 @@ class Posterior:
         """Ω of each, by the same names and of the same shapes."""
         return {n: q.std(p, self.config.std_parameterization) for n, p in self.named_std_parameters().items()}
 
+    @property
+    def under_head(self) -> bool:
+        """Whether whole modules are trained with the adapter, as a head is that starts from nothing."""
+        return _has_head(self.model, self.adapter_name)
+
     def num_weights(self) -> int:
         """How many Gaussian weights there are, in all processes together."""
         return sum(mean.numel() for mean in self.named_means().values())
@@ -320,7 +325,7 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     _warn_of_experts(model, layers)
     keep_differentiable(model)
     lora: Any = model.peft_config[adapter_name]
-    config = (config or BlobConfig()).resolved(head=bool(lora.modules_to_save))
+    config = (config or BlobConfig()).resolved(head=_has_head(model, adapter_name))
     moved = str(lora.init_lora_weights).lower().startswith(MOVING_STARTS)
     embedding = _embedding_weight(model.get_base_model())
     batch = follow(model.get_base_model())
@@ -357,6 +362,11 @@ def find_posterior(model: nn.Module, adapter_name: str | None = None) -> Posteri
         return None
     adapter_name = adapter_name or model.active_adapter
     return Posterior(model, adapter_name) if any(True for _ in _bayesian_layers(model, adapter_name)) else None
+
+
+def _has_head(model: PeftModel, adapter_name: str) -> bool:
+    lora: Any = model.peft_config[adapter_name]
+    return bool(lora.modules_to_save)
 
 
 def _variant(layer: LoraLayer, adapter_name: str) -> BlobVariant:

@@ -95,7 +95,7 @@ class BlobConfig:
             if (name, value) in (("init_std", None), ("prior_std", "auto"), ("prior_std", "start")):
                 continue
             if not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-                word = ", 'auto' or 'start'" if name == "prior_std" else ""
+                word = "; 'auto' and 'start' are the only words" if name == "prior_std" else ""
                 raise ValueError(f"BlobConfig.{name} must be a finite number above 0, got {value!r}{word}")
         self.build_prior()
         hints = get_type_hints(type(self))

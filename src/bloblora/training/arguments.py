@@ -25,9 +25,10 @@ class Objective:
         default="auto",
         metadata={
             "help": "Multiplies the KL: the temperature of the posterior, and the knob between accuracy and "
-            "calibration. 1 is the ELBO, which leaves a posterior over many more weights than records at its prior; "
-            "lower trusts the data more. `auto`: 0.4 D / P with D examples and P Gaussian weights, at most 1.",
-            "search": (0.00001, 0.1),
+            "calibration. 1 is the ELBO; lower trusts the data more. `auto`: 0.1 under a head that is trained from "
+            "nothing; where the base model's own outputs are trained 0.4 D / P with D examples and P Gaussian "
+            "weights, and at most 0.1.",
+            "search": (0.0001, 1.0),
         },
     )
     dataset_rescaling: bool = field(
@@ -117,16 +118,16 @@ class BlobTrainingArguments(Objective, TrainingArguments):
         super().__post_init__()
 
 
-def automatic_kl_scale(num_examples: float, num_weights: int) -> float:
-    r"""The ``kl_scale`` for D examples and P Gaussian weights: 0.4 D / P, at most 1.
+def automatic_kl_scale(num_examples: float, num_weights: int, head: bool) -> float:
+    r"""The ``kl_scale`` for D examples and P Gaussian weights: 0.1 under a fresh head, otherwise 0.4 D / P up to 0.1.
 
     At the optimum a weight of which the data say more than the prior has :math:`\Omega^2 = s / (D h)`, with h the
     NLL's mean curvature over the examples. Its noise then costs :math:`h\Omega^2/2 = s/(2D)` nats an example, and that
-    of all P weights s P / (2D). At s = 1 that is hundreds of nats where a few hundred examples have a million weights.
-    No NLL can pay them, so B shrinks until the noise does no harm, and with it what could be learned: all of Ω ends at
-    the prior. With this scale the noise costs at most 0.2 nats.
+    of all P weights s P / (2D). At s = 0.1 that is more than any NLL can pay where a few hundred examples have a
+    million weights, so that B shrinks until the noise does no harm. A head learns all the same, and less by heart.
+    Without one, B is all that learns: 0.4 D / P lets the noise cost 0.2 nats.
     """
-    return min(0.4 * num_examples / num_weights, 1.0)
+    return 0.1 if head else min(0.4 * num_examples / num_weights, 0.1)
 
 
 def automatic_std_learning_rate(steps: int) -> float:

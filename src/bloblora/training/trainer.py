@@ -52,6 +52,8 @@ from .divergence import (
     last_bad_gradient,
 )
 
+_EPSILON = 1e-15  # of Adam, for Ω
+
 if TYPE_CHECKING:
     _Host = Trainer
 else:
@@ -189,9 +191,10 @@ class BlobTrainerMixin(_Host):
 
     def kl_scale(self) -> float:
         """Factor of the KL beside its weight: ``kl_scale``, or what it is for this many examples and weights."""
-        if isinstance(scale := self.args.kl_scale, str):
-            return automatic_kl_scale(self._dataset_size(), self.posterior.num_weights() if self.posterior else 1)
-        return scale
+        if not isinstance(scale := self.args.kl_scale, str):
+            return scale
+        assert self.posterior is not None
+        return automatic_kl_scale(self._dataset_size(), self.posterior.num_weights(), self.posterior.under_head)
 
     def current_kl_weight(self) -> float:
         """Factor of the KL in this step's loss: s/D, or s·λ_i."""
@@ -311,7 +314,9 @@ class BlobTrainerMixin(_Host):
             for group in optimizer.param_groups:
                 group["params"] = [parameter for parameter in group["params"] if parameter not in moved]
             rate = self.args.learning_rate if rate == "auto" else rate  # until the scheduler knows the steps
-            optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
+            # Adam's own would hide a KL that weighs 1e-8 a weight, as with 10⁷ of them.
+            small = {"eps": _EPSILON} if "eps" in optimizer.defaults else {}
+            optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0, **small})
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
