@@ -51,8 +51,20 @@ def test_a_bayesian_language_model_by_its_own_loss(tmp_path, style):
     expected.forward = lambda input_ids: _Next(forward(input_ids).logits)
     batches = [default_data_collator(data[i : i + 4]) for i in (0, 4, 8)]
     batches = [{"input_ids": b["input_ids"], "labels": b["labels"][:, 1:].flatten()} for b in batches]
-    by_hand(expected, batches, [1 / 12] * 3, style=style)
+    by_hand(expected, batches, [1 / 12] * 3, style=style, expects=False)
     assert_close(trainable(model), trainable(expected), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2}])
+def test_a_classifier_by_its_own_loss_trains_as_with_a_task(tmp_path, options):
+    results = []
+    for task in (None, TASK):
+        torch.manual_seed(5)
+        model = classifier(init_std=0.3844)
+        given = arguments(tmp_path, train_sampling_strategy="sequential", max_steps=2, **options)
+        BlobTrainer(model, given, task=task, train_dataset=examples(12), data_collator=TASK.collate).train()
+        results.append(trainable(model))
+    assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
 class _Next:

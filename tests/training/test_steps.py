@@ -23,14 +23,14 @@ def closed_form_kl(posterior):
     return sum(torch_kl(Normal(m, g**2), Normal(0.0, PRIOR_STD)).sum() for m, g in pairs)
 
 
-def by_hand(model, batches, kl_weights, *, style="joint", lr=0.01, kl_lr=0.01, draws=1, seed=42):
+def by_hand(model, batches, kl_weights, *, style="joint", lr=0.01, kl_lr=0.01, draws=1, seed=42, expects=True):
     """One pass over ``batches`` with AdamW and a linear schedule; returns what the trainer should log."""
     posterior = find_posterior(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     gaussians = [*posterior.named_means().values(), *posterior.named_std_parameters().values()]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0)
-    posterior.batch.expects_labels = True
-    squares = posterior.config.fisher(True)
+    posterior.batch.expects_labels = expects
+    squares = posterior.config.fisher(expects)
     torch.manual_seed(seed)
     torch.empty((), dtype=torch.int64).random_()  # a DataLoader draws the seed of its workers when a pass begins
     model.train()

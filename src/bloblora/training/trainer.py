@@ -138,8 +138,9 @@ class BlobTrainerMixin(_Host):
                 f"eval_num_samples is {draws}; without a task it must be 0 (the mean), but for a model that classifies "
                 "sequences: draws are averaged over the probabilities of classes"
             )
+        self._trainers_loss = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
         sequences = _is_of(self._module, ("SEQ_CLS",), MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
-        sequences &= getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
+        sequences &= self._trainers_loss
         if task is not None or self.is_deepspeed_enabled or sequences:
             # The loss is a mean over the batch; models that classify sequences take a number of items and ignore it.
             self.model_accepts_loss_kwargs = False
@@ -251,8 +252,11 @@ class BlobTrainerMixin(_Host):
 
     def expects_labels(self) -> bool:
         """Whether the squares of examples' gradients can be made those of the labels that the model expects."""
-        known = self.task is not None and likelihood_of(self.task).expects
-        return known and self.compute_loss_func is None and not self.is_deepspeed_enabled
+        if self.compute_loss_func is not None or self.is_deepspeed_enabled:
+            return False
+        if self.task is None:
+            return self._trainers_loss and _classifies(self._module)
+        return likelihood_of(self.task).expects
 
     def _expect_labels(self, logits: Tensor, labels: Tensor) -> None:
         """Make the squares of examples' gradients those of the labels that the model expects."""
@@ -432,9 +436,13 @@ class BlobTrainerMixin(_Host):
         Of a task it is the mean NLL by its likelihood, smoothed by ``label_smoothing_factor``, or what
         ``compute_loss_func`` makes of ``{"logits": (b, C)}``, the labels and the number of examples of the whole step.
         """
+        labels = inputs.get("labels")
         if self.task is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if (labels := inputs.get("labels")) is None:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            if model.training and self.expects_labels() and labels is not None:
+                self._expect_labels(outputs["logits"].detach(), labels)
+            return (loss, outputs) if return_outputs else loss
+        if labels is None:
             raise ValueError(
                 f"train_dataset: a batch of {', '.join(inputs)} has no labels; give each example its label"
             )
