@@ -63,7 +63,7 @@ class BlobConfig:
             "help": "How the gradient of Ω is estimated: `reparameterization` (the paper's), the noise times the "
             "gradient, which has no bias; or `fisher`, from the squares of each example's gradient (VOGN), which has "
             "little noise and needs a draw an example: estimator `independent` or `flipout`. `auto` is `fisher` where "
-            "there are such draws and a task of classes or labels, and `reparameterization` elsewhere."
+            "there are such draws and the answers are classes or labels, and `reparameterization` elsewhere."
         },
     )
     factors: Literal["A", "B", "AB"] = field(
