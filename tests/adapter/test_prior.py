@@ -201,9 +201,16 @@ def test_other_starts_have_a_prior_around_zero():
         assert posterior.named_priors() == {}
 
 
-@pytest.mark.parametrize(("modules_to_save", "std"), [(None, 0.1), (["lm_head"], 0.4)])
-def test_auto_is_wider_under_a_head_of_its_own(modules_to_save, std, tmp_path):
-    model = with_lora(tiny_llama(), modules_to_save=modules_to_save)
+@pytest.mark.parametrize(
+    ("options", "std"),
+    [
+        ({}, 0.1),
+        ({"modules_to_save": ["lm_head"]}, 0.4),
+        ({"modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}, 0.1),
+    ],
+)
+def test_auto_is_wider_under_a_fresh_head(options, std, tmp_path):
+    model = with_lora(tiny_llama(), **options)
     posterior = bayesianize(model)
     assert (posterior.config.prior_std, posterior.prior.prior_std) == (std, std)
     assert not posterior.named_priors()

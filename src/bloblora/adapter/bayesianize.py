@@ -90,7 +90,7 @@ class Posterior:
 
     @property
     def under_head(self) -> bool:
-        """Whether whole modules are trained with the adapter, as a head is that starts from nothing."""
+        """Whether a head that starts from nothing is trained with the adapter."""
         return _has_head(self.model, self.adapter_name)
 
     def num_weights(self) -> int:
@@ -365,8 +365,9 @@ def find_posterior(model: nn.Module, adapter_name: str | None = None) -> Posteri
 
 
 def _has_head(model: PeftModel, adapter_name: str) -> bool:
+    """Language models may save an embedding, or the head that they came with."""
     lora: Any = model.peft_config[adapter_name]
-    return bool(lora.modules_to_save)
+    return bool(lora.modules_to_save) and lora.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 def _variant(layer: LoraLayer, adapter_name: str) -> BlobVariant:
