@@ -284,9 +284,8 @@ def _binary_entropy(probabilities: Tensor) -> Tensor:
 
 def prediction_of(logits: Tensor, num_samples: int, likelihood: Likelihood) -> Prediction:
     """What draws' normalized logits (S, n, C) say, by their likelihood."""
-    if likelihood.name == Prediction.kind:
-        return Prediction(logits, num_samples)
-    return _OTHERS[likelihood.name](logits, num_samples, likelihood)
+    kind = KINDS[likelihood.name]
+    return kind(logits, num_samples, likelihood) if issubclass(kind, OtherPrediction) else kind(logits, num_samples)
 
 
 def mutual_information(total: Tensor, aleatoric: Tensor, num_draws: Tensor | int) -> Tensor:
@@ -312,4 +311,5 @@ def _entropy(log_probs: Tensor) -> Tensor:
     return torch.special.entr(log_probs.exp()).sum(-1)
 
 
-_OTHERS: dict[str, type[OtherPrediction]] = {kind.kind: kind for kind in (ValuePrediction, MultiLabelPrediction)}
+KINDS: dict[str, type[Prediction]] = {kind.kind: kind for kind in (Prediction, MultiLabelPrediction, ValuePrediction)}
+"""Classes of predictions by the name of the likelihood."""

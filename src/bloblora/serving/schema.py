@@ -273,6 +273,7 @@ class ValueAnswer(BaseModel):
     epistemic_std: float = _field("of it how far the weight samples disagree; 0 for one draw", 0.3)
     interval: tuple[float, float] = _field("what has 90 % of the predictive probability", [2.6, 4.2])
     promised_interval: tuple[float, float] | None = _field("of a calibrated run", [2.4, 4.4], default=None)
+    out_of_scope: bool | None = _field("of a calibrated run", False, default=None)
     num_draws: int = _field("weight samples that were used; 1 where there is a single function", 10)
     truncated_tokens: int = _field("tokens cut off because the model reads no more", 0)
 
@@ -287,6 +288,7 @@ class LabelsAnswer(BaseModel):
     mutual_information: float = _field("of it epistemic: how far the weight samples disagree; 0 for one draw", 0.09)
     expected_entropy: float = _field("of it aleatoric: what each weight sample leaves open", 0.9)
     promised_labels: list[str] | None = _field("of a calibrated run", ["late", "damaged", "lost"], default=None)
+    out_of_scope: bool | None = _field("of a calibrated run", False, default=None)
     num_draws: int = _field("weight samples that were used; 1 where there is a single function", 10)
     truncated_tokens: int = _field("tokens cut off because the model reads no more", 0)
 

@@ -126,6 +126,11 @@ class Task:
         return self.labels
 
     @property
+    def head_note(self) -> str | None:
+        """What users of an exported head must know to read its outputs; None where they are logits of the labels."""
+        return None
+
+    @property
     def likelihood(self) -> Likelihood:
         """How probable an answer is, given the logits."""
         return self.family()
