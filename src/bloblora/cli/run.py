@@ -22,7 +22,8 @@ from ..decision import MAPS, changed, check_promises
 from ..decision.conformal import Kind, Score
 from ..files import replacing
 from ..messages import quoted
-from ..prediction import KINDS, Prediction
+from ..prediction import KINDS
+from ..prediction.kinds import CLASSES
 from ..runs import CodeOptions, PredictionOptions, RunConfig, RunDescription, RunError, open_run
 from ..runs.checks import check_generates
 from ..runs.correctness import CORRECTNESS_FILE, calibrate_texts, open_correctness
@@ -61,6 +62,7 @@ def train(
       {"text": "the parcel came late and was broken", "labels": ["late", "damaged"]}
       {"question": "Which gas do plants take in?", "choices": ["oxygen", "carbon dioxide"], "answer": 1}
       {"prompt": "Question: Which gas do plants take in?\\nAnswer:", "response": "carbon dioxide"}
+      {"prompt": "How do I return it?", "chosen": "Use the label in the box.", "rejected": "No."}
     `answer` is the right choice's index, counted from 0. Tables have the same columns, choices as choice_0, choice_1, …
     Columns of other names are found where that is obvious, or named by --text-column, --label-column, …
 
@@ -344,7 +346,7 @@ def evaluate(
         if file is not None:
             runs.check_writable(file)
     description = _opened(directory, options)
-    if diagram is not None and description.task.family.name != Prediction.kind:
+    if diagram is not None and description.task.family.name not in CLASSES:
         name = description.task.name
         raise RunError(f"diagram: accuracy against confidence is of classes and choices; the run's task is {name}")
     if output and Path(output).absolute() == (description.folder / METRICS_FILE).absolute():

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..files import check_fields
 from ..messages import quoted
 from ..prediction import MultiLabelPrediction, Prediction, ValuePrediction
-from ..prediction.kinds import OtherPrediction
+from ..prediction.kinds import CLASSES
 from .answering import Answering, check_answering, fit_answering, fit_answering_by
 from .conformal import (
     AnswerSets,
@@ -248,7 +248,7 @@ def check_promises(
         "coverage": lambda: check_enough(n, "coverage", coverage, coverage),
         "scope": lambda: check_enough(n, "false_alarm", false_alarm, 1 - false_alarm),
     }
-    if issubclass(predicted, OtherPrediction):
+    if predicted.kind not in CLASSES:
         del rules["answering"]
     _kept(rules)
 
@@ -260,7 +260,7 @@ def _check_used(
     scores: tuple[Score, ...] = tuple(name for name in get_args(Score) if name in predicted.uncertainties)
     if score is not None and score not in scores:
         raise ValueError(f"score {quoted(score)}: of a {predicted.kind} prediction it is one of {', '.join(scores)}")
-    if issubclass(predicted, OtherPrediction) and changed(risk=risk, level=level, kind=kind):
+    if predicted.kind not in CLASSES and changed(risk=risk, level=level, kind=kind):
         raise ValueError(
             "risk, confidence and label_sets are for classes that exclude each other, which a "
             f"{predicted.kind} prediction hasn't: leave them out"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from ..prediction import KINDS, MultiLabelPrediction, Prediction, ValuePrediction
-from ..prediction.kinds import INTERVAL
+from ..prediction.kinds import CLASSES, INTERVAL
 from ..registry import Registry
 from .calibration import BinGaps, brier_parts, classwise_ece, ece_floor, equal_mass_ece, reliability
 from .distance import DISTANCES
@@ -44,7 +44,7 @@ class Metric:
             isn't there.
         marked: whether tables mark the best; not of a calibration error, which is least for a model that knows no more
             than its own accuracy.
-        of: kinds of predictions that it is of, ``categorical``, ``bernoulli`` or ``gaussian``; others don't have it.
+        of: kinds of predictions that it is of, such as ``gaussian``; others don't have it.
         table: ``main`` is in every table and in `metrics`, ``more`` in a report's second table, ``asked`` where it is
             asked for.
     """
@@ -58,7 +58,7 @@ class Metric:
     per_example: bool = False
     takes: tuple[str, ...] = ()
     marked: bool = True
-    of: tuple[str, ...] = (Prediction.kind,)
+    of: tuple[str, ...] = CLASSES
     table: Table = "main"
 
     def examples(self, prediction: Prediction, targets: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def example_scores(predicted: Tensor | Prediction, targets: Tensor) -> dict[str,
     prediction, targets = as_prediction(predicted), targets.cpu()
     means = [METRICS[name] for name in _of(prediction) if METRICS[name].per_example]
     scores = {metric.name: metric.examples(prediction, targets) for metric in means}
-    if prediction.kind != Prediction.kind:
+    if prediction.kind not in CLASSES:
         return scores
     return scores | {"confidence": checked(predicted, targets)[0].exp().amax(-1)}
 

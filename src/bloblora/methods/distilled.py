@@ -19,7 +19,7 @@ from torch import Tensor, nn, tensor
 
 from ..adapter import debayesianize
 from ..prediction import Point, Sampler, WeightDraws, predict
-from ..tasks.likelihood import CATEGORICAL, likelihood_of
+from ..tasks.likelihood import Categorical, likelihood_of
 from ..tasks.task import Example
 from .blob import Blob
 from .method import Method, Training
@@ -79,7 +79,7 @@ class _SoftTargets:
 
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         logits = self._task.logits(model, batch)
-        if self.likelihood.name != CATEGORICAL.name:
+        if not isinstance(self.likelihood, Categorical):
             return logits
         logits = logits.clamp_min(_LOWEST_LOGIT)
         return nn.functional.pad(logits, (0, batch["labels"].shape[1] - logits.shape[1]), value=_LOWEST_LOGIT)

@@ -78,7 +78,7 @@ class LaplaceLora(Method):
 
     name = "laplace-lora"
     paper = "2308.13111"
-    likelihoods = ("categorical", "bernoulli")
+    likelihoods = ("categorical", "bradley_terry", "bernoulli")
     weighs_classes = False
     post_hoc = True
     writes_text = False

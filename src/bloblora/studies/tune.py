@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from .. import evaluation
 from ..messages import quoted
+from ..prediction.kinds import CLASSES
 from ..runs import RunError, alone
 from ..training import DivergedError
 from . import job as jobs
@@ -88,7 +89,7 @@ def tune(
     template = _job(study, dataset, method, seed, output, data)
     baseline = _job(study, dataset, study.baseline, seed, output, data)
     ranges = _ranges(template, ranges)
-    if (task := jobs.check_data(template)).family.name != "categorical" and aim == "ece":
+    if (task := jobs.check_data(template)).family.name not in CLASSES and aim == "ece":
         raise RunError(f"aim 'ece' is for classes that exclude each other; task {task.name!r} has none: take 'nll'")
     with alone(output, inside=True):
         least = _metrics(baseline, output)["accuracy"] - within if aim == "ece" else -math.inf

@@ -128,6 +128,18 @@ class Categorical(Likelihood):
 
 
 @dataclass(frozen=True)
+class BradleyTerry(Categorical):
+    """Which of C responses is preferred: classes whose logits are rewards, and stay what they are."""
+
+    name: ClassVar[str] = "bradley_terry"
+    problem_type: ClassVar[ProblemType] = "regression"
+
+    def normalized(self, logits: Tensor) -> Tensor:
+        """The rewards."""
+        return logits
+
+
+@dataclass(frozen=True)
 class Text(Categorical):
     """A text, or anything else: the second class stands for no answer, whose gradient could be expected."""
 
