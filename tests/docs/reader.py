@@ -36,7 +36,6 @@ QUICK = {
 WITHOUT = {
     "runs/stars": ("--risk", "--confidence"),
     "runs/tags": ("--risk", "--confidence"),
-    "runs/answers": ("--false-alarm",),
 }
 # What is read for something else: names of a model and of data that are elsewhere or large, and numbers of steps.
 INSTEAD = {
