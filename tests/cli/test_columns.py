@@ -27,7 +27,8 @@ def test_columns_of_a_run(files, table, call, tmp_path):
         f"bloblora train: error: {data}: its columns are query, body, and none is obvious; give --text-column, "
         "--text-pair-column, --label-column, --labels-column, --value-column; or --question-column, "
         "--choices-column, --answer-column; or "
-        "--prompt-column, --response-column, --messages-column"
+        "--prompt-column, --response-column, --messages-column; or "
+        "--chosen-column, --rejected-column, --responses-column, --prompt-column"
     ]
     train += ["--label-column", "body"]
     status, _, error = call(*train)

@@ -34,13 +34,18 @@ def test_the_threshold_is_the_order_statistic_of_the_finite_sample():
         fit_intervals(torch.zeros(9), torch.ones(9), torch.ones(9), 0.95)
 
 
-def test_a_decision_of_values_has_intervals_alone():
+def test_a_decision_of_values_has_intervals_and_scope():
     torch.manual_seed(0)
     likelihood = Gaussian(10.0, 2.0)
     prediction = ValuePrediction(Gaussian.of(torch.randn(4, 30), torch.ones(4, 30)), 4, likelihood)
     targets = prediction.mean + 2 * torch.randn(30)
-    decision = fit_decision(prediction, targets, coverage=0.7)
-    assert [*decision.promises] == ["intervals"]
+    decision = fit_decision(prediction, targets, coverage=0.7, false_alarm=0.2)
+    assert {*decision.promises} == {"intervals", "scope"}
+    assert decision.decide(prediction).out_of_scope.sum() == 5  # above the ⌈31 · 0.8⌉ = 25th
+    with pytest.raises(ValueError, match="risk, confidence and label_sets are for classes that exclude each other"):
+        fit_decision(prediction, targets, risk=0.1)
+    with pytest.raises(ValueError, match="score epistemic_std is not defined for a single draw; take std"):
+        fit_decision(ValuePrediction(prediction.logits[:1], 0, likelihood), targets, score="epistemic_std")
     assert Decision.from_dict(decision.to_dict()) == decision
     found = decision.realized(prediction, targets)
     assert found["promised_coverage"] == 22 / 30  # the k-th smallest of n, k = ⌈31 · 0.7⌉

@@ -44,5 +44,5 @@ def test_errors_say_what_would_be_right():
         fit_scope(torch.arange(18).double(), 5)
     with pytest.raises(ValueError, match="mutual_information: score 1 is NaN"):
         fit_scope(torch.tensor([0.0, torch.nan]), 0.5, "mutual_information")
-    with pytest.raises(ValueError, match="score must be one of mutual_information, predictive_entropy, got 'labels'"):
+    with pytest.raises(ValueError, match="score must be one of predictive_entropy, mutual_information, std"):
         fit_scope(torch.zeros(20), 0.5, "labels")

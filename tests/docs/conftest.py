@@ -42,6 +42,9 @@ def place(tmp_path_factory):
     tagged = [{"text": text, "labels": ["late", "damaged"][: i % 3]} for i, text in enumerate(texts)]
     for name in ("tagged", "held_out_tagged", "validation_tagged"):
         write_jsonl(place / f"{name}.jsonl", tagged)
+    preferred = [{"prompt": text, "chosen": "it is late", "rejected": text[:9]} for text in texts]
+    for name in ("preferences", "held_out_preferences"):
+        write_jsonl(place / f"{name}.jsonl", preferred)
     write_jsonl(place / "other.jsonl", support_desk("out_of_scope")[:20])
     write_jsonl(place / "choices.jsonl", QUESTIONS)
     (place / "tickets.csv").write_text(

@@ -32,6 +32,11 @@ QUICK = {
     "tune": ["--trials", "1", "--aim", "nll"],
     "serve": ["--port", "0", "--drain-seconds", "0"],
 }
+# And what a run has no rule for.
+WITHOUT = {
+    "runs/stars": ("--risk", "--confidence"),
+    "runs/tags": ("--risk", "--confidence"),
+}
 # What is read for something else: names of a model and of data that are elsewhere or large, and numbers of steps.
 INSTEAD = {
     "meta-llama/Llama-2-7b-hf": "smollm2-135m",
@@ -149,7 +154,10 @@ class Reader:
     def _command(self, words: list[str], stdin: str, place: str) -> None:
         program, *arguments = words
         if program == "bloblora":
-            command = [*arguments, *QUICK.get(arguments[0], [])]
+            more = QUICK.get(arguments[0], [])
+            wrong = [name for place, names in WITHOUT.items() if place in arguments for name in names]
+            pairs = zip(more[::2], more[1::2], strict=True)
+            command = [*arguments, *(word for pair in pairs if pair[0] not in wrong for word in pair)]
             if command[0] == "serve":
                 self._serve(lambda: main(command))
                 return

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from bloblora.adapter import AdapterFileError
 from bloblora.methods import Training
-from bloblora.methods.laplace import _EIGEN, LaplaceLora, _cotangents, fit_laplace, kronecker_factors
+from bloblora.methods.laplace import _EIGEN, LaplaceLora, _cotangents, _of_labels, fit_laplace, kronecker_factors
 from bloblora.prediction import predict
 from bloblora.tasks import ChoiceText, Classification, encode_all
 from tests.prediction.conftest import TEXTS, tiny_classifier
@@ -225,6 +225,16 @@ def test_held_out_examples_choose_the_precision(case, request):
     assert nll(sampler.prior_precision) < min(grid) + 0.02 * (max(grid) - min(grid))
     evidence = fit_laplace(model, lora(model), training, sampler.prior_precision).log_marginal_likelihood
     assert sampler.log_marginal_likelihood == pytest.approx(evidence)
+
+
+def test_the_fisher_of_labels_is_that_of_two_classes_each():
+    """The label's log-odds are those of the classes (no, yes), of which the second logit alone moves."""
+    logits = torch.tensor([[0.3, -2.0], [1.5, 0.0]])
+    found = torch.einsum("kbi,kbj->bij", *[_of_labels(logits, torch.Generator())] * 2)
+    for label in range(2):
+        classes = torch.stack([torch.zeros(2), logits[:, label]], -1)
+        torch.testing.assert_close(found[:, label, label], fisher(classes)[:, 1, 1])
+    assert not found[:, 0, 1].any()
 
 
 @pytest.mark.parametrize(

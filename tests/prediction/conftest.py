@@ -25,10 +25,10 @@ class Case:
     examples: list[dict]
 
 
-def tiny_classifier() -> LlamaForSequenceClassification:
+def tiny_classifier(num_labels: int = 3) -> LlamaForSequenceClassification:
     torch.manual_seed(1)
     sizes = dict(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    config = LlamaConfig(**sizes, num_key_value_heads=2, pad_token_id=0, num_labels=3, initializer_range=0.2)
+    config = LlamaConfig(**sizes, num_key_value_heads=2, pad_token_id=0, num_labels=num_labels, initializer_range=0.2)
     return LlamaForSequenceClassification(config).eval()
 
 

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+import transformers
 from sklearn.metrics import brier_score_loss, f1_score
 from torch.distributions import Bernoulli as TorchBernoulli
 
@@ -11,6 +12,7 @@ from bloblora import pipeline, runs
 from bloblora.data import DataError, as_records, read_records
 from bloblora.decision import Decision, PromiseError, fit_label_thresholds
 from bloblora.evaluation import reliability, summary
+from bloblora.export import export
 from bloblora.prediction import MultiLabelPrediction
 from bloblora.runs.decide import calibrate, open_decision
 from bloblora.serving import load_hosted, open_hosted
@@ -141,7 +143,8 @@ def test_a_run_from_records_to_a_server(base, tmp_path):
     again = runs.evaluate(loaded, test, test[:9], SETTINGS)
     assert found == pytest.approx(again, abs=0.02)  # in batches of other sizes, near-ties change order
     assert found["f1_micro"] > 0.7
-    entry = calibrate(runs.open_run(folder), test, options=SETTINGS, coverage=0.8)
+    entry = calibrate(runs.open_run(folder), test, test[:5], SETTINGS, coverage=0.8, false_alarm=0.1)
+    assert entry["realized"]["false_alarm"] <= 0.1
     assert entry["realized"]["least_recall"] >= 0.8
     (line,) = runs.describe(loaded, test[:1], SETTINGS, open_decision(runs.open_run(folder), SETTINGS))
     thresholds = entry["decision"]["label_thresholds"]["thresholds"]
@@ -149,9 +152,32 @@ def test_a_run_from_records_to_a_server(base, tmp_path):
     assert line["promised_labels"] == [name for (name, p), threshold in above if p >= threshold]
     assert {*line["labels"]} == {name for name, p in line["probabilities"].items() if p > 0.5}
     assert pipeline(loaded, num_samples=3)(test[0]["text"])[0]["labels"] == line["labels"]
+    export(folder, tmp_path / "out", "merged")
+    plain = transformers.pipeline("text-classification", str(tmp_path / "out"), top_k=None)([test[0]["text"]])[0]
+    draw = loaded.predict(test[:1], 0).probabilities[0]  # whose logits were divided by T
+    divided = run.training["rescaling"]["temperature"]
+    theirs = torch.tensor([next(one["score"] for one in plain if one["label"] == name) for name in run.task.labels])
+    torch.testing.assert_close((theirs.logit() / divided).sigmoid(), draw, rtol=1e-3, atol=1e-3)
     hosted = load_hosted(open_hosted([str(folder)], SETTINGS), SETTINGS)
     with serving(hosted) as client:
         (served,) = client.post("/v1/predict", json={"inputs": test[0]["text"]}).json()["answers"]
     assert served["labels"] == line["labels"]
+    assert served["out_of_scope"] is line["out_of_scope"]
     assert served["promised_labels"] == line["promised_labels"]
     assert served["probabilities"] == pytest.approx(line["probabilities"], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["laplace-lora", "tfb", "distilled"])
+def test_methods_made_for_classes_take_labels_too(base, tmp_path, method):
+    options = {"steps": 4, "batch_size": 8, "r": 2, "validation": 0, "model": str(base), "method": method}
+    config = runs.RunConfig.of(data=[*records(24)], output=str(tmp_path / "run"), **options)
+    run, test = runs.train(config, progress=False), [*records(3, seed=1)]
+    found = runs.load_run(config.output).predict(test, 3)
+    torch.testing.assert_close(found.logits, run.predict(test, 3).logits)
+    assert found.logits.isfinite().all()
+
+
+def test_vbll_is_refused(base, tmp_path):
+    config = runs.RunConfig.of(data=[*records(24)], output=str(tmp_path), model=str(base), method="vbll", steps=1)
+    with pytest.raises(runs.RunError, match="method 'vbll' has no form for task 'multi_label'; train that with"):
+        runs.train(config, progress=False)

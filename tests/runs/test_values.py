@@ -1,15 +1,21 @@
 """A run that predicts numbers, from a table to intervals with a promise, and what it doesn't offer."""
 
 import json
+import math
 import random
+import re
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from bloblora import pipeline, runs
 from bloblora.cli import main
+from bloblora.export import export
 from bloblora.runs.decide import calibrate, open_decision
 from bloblora.serving import load_hosted, open_hosted
+from bloblora.tasks import encode_all
 from tests.serving.conftest import SETTINGS, serving
 from tests.tiny_base import write_jsonl
 
@@ -66,10 +72,15 @@ def test_kept_predictions_give_the_same_metrics(trained, tmp_path):
 
 def test_promised_intervals_are_used_and_served(trained, tmp_path_factory):
     folder, held_out, test = trained.config.output, [*records(60, seed=3)], [*records(60, seed=4)]
-    entry = calibrate(runs.open_run(folder), held_out, options=SETTINGS, coverage=0.8)
+    far = [record | {"text": f"{record['text']} what what"} for record in records(20, seed=5)]
+    rules = {"coverage": 0.8, "false_alarm": 0.1, "score": "epistemic_std"}
+    entry = calibrate(runs.open_run(folder), held_out, far, SETTINGS, **rules)
+    assert entry["realized"]["false_alarm"] == 5 / 60  # above the ⌈61 · 0.9⌉ = 55th
+    assert 0 <= entry["realized"]["detection"] <= 1
     assert entry["realized"]["promised_coverage"] == 49 / 60  # ⌈61 · 0.8⌉
     decision = open_decision(runs.open_run(folder), SETTINGS)
     (line,) = runs.describe(trained, test[:1], SETTINGS, decision)
+    assert line["out_of_scope"] == (line["epistemic_std"] > entry["decision"]["scope"]["threshold"])
     low, high = line["promised_interval"]
     threshold = entry["decision"]["intervals"]["threshold"]
     assert (low + high) / 2 == pytest.approx(line["value"])
@@ -80,7 +91,7 @@ def test_promised_intervals_are_used_and_served(trained, tmp_path_factory):
         (served,) = client.post("/v1/predict", json={"inputs": test[0]["text"]}).json()["answers"]
         (model,) = client.get("/v1/models").json()["models"]
         assert client.get("/openapi.json").status_code == 200
-    for name in ("value", "std", "aleatoric_std", "epistemic_std", "interval", "promised_interval"):
+    for name in ("value", "std", "aleatoric_std", "epistemic_std", "interval", "promised_interval", "out_of_scope"):
         assert served[name] == pytest.approx(line[name], rel=1e-4)
     assert served["num_draws"] == SETTINGS.samples
     assert model["labels"] is None
@@ -104,7 +115,8 @@ def test_a_table_of_ratings_from_the_command_line(base, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "tfb"}, "method 'tfb' is for classes and choices; train task 'regression' with lora, map"),
+        ({"method": "tfb"}, "method 'tfb' has no form for task 'regression'; train that with lora, map"),
+        ({"method": "laplace-lora"}, "method 'laplace-lora' has no form for task 'regression'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
     ],
 )
@@ -120,8 +132,6 @@ def test_what_is_of_classes_is_refused_of_a_run(trained, tmp_path, capsys):
     for name in ("stop", "linearized"):
         with pytest.raises(runs.RunError, match=f"approximate '{name}' is for classes and choices"):
             runs.load_run(folder, name)
-    with pytest.raises(runs.RunError, match="ood: task 'regression' has no rule"):
-        calibrate(runs.open_run(folder), test, test, OPTIONS)
     with pytest.raises(runs.RunError, match="top_k: the run's task is regression"):
         pipeline(trained)(test, top_k=1)
     mirrored = runs.load_run(folder, "mirrored").predict(test, 4)
@@ -131,13 +141,43 @@ def test_what_is_of_classes_is_refused_of_a_run(trained, tmp_path, capsys):
         (["generate", folder, "--input", file], "the run's task is regression, which writes no text"),
         (["evaluate", folder, "--data", file, "--diagram", str(tmp_path / "a.png")], "diagram: accuracy against conf"),
         (["calibrate", folder, "--predictions", file], "only those of labels and choices are read"),
+        (
+            ["calibrate", folder, "--data", file, "--risk", "0.1"],
+            "risk, confidence and label_sets are for classes that",
+        ),
+        (["calibrate", folder, "--data", file, "--label-sets", "aps"], "risk, confidence and label_sets are for"),
+        (["calibrate", folder, "--data", file, "--score", "mutual_information"], "it is one of std, epistemic_std"),
     ):
         with pytest.raises(SystemExit):
             main(command)
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["ensemble", "swag", "mc-dropout"])
+@pytest.mark.parametrize("format", ["lora", "merged"])
+def test_an_exported_head_says_how_to_read_it(trained, tmp_path, format):
+    """By the note alone: the mean and the spread of `predict`, but for the temperature."""
+    drawn = {"draw": 0} if format == "merged" else {}
+    manifest = export(trained.config.output, tmp_path / "out", format, 1, seed=5, **drawn)
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.problem_type, config.id2label) == ("regression", {0: "mean", 1: "noise"})
+    source = tmp_path / "out" if format == "merged" else manifest.base_model
+    model = AutoModelForSequenceClassification.from_pretrained(source, config=config)
+    if format == "lora":
+        model = PeftModel.from_pretrained(model, tmp_path / "out" / "draw_00")
+    test = [*records(4, seed=1)]
+    batch = trained.task.collate(encode_all(trained.task, test, trained.tokenizer))
+    batch.pop("labels")
+    with torch.no_grad():
+        m, a = model.eval()(**batch).logits.double().unbind(-1)
+    note = next(warning for warning in manifest.warnings if "outputs are m and a" in warning)
+    center, scale = map(float, re.search(r"value is (\S+) \+ (\S+)·m", note).groups())
+    expected = trained.predict(test, 1, seed=5)
+    torch.testing.assert_close(center + scale * m, expected.mean, rtol=1e-4, atol=1e-4)
+    variance = scale**2 / (torch.log(1 + (math.e - 1) * a.exp()) + 1e-4) * manifest.temperature
+    torch.testing.assert_close(variance.sqrt(), expected.std, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ensemble", "swag", "mc-dropout", "distilled"])
 def test_other_methods_predict_values_too(base, tmp_path, method):
     config = runs.RunConfig.of(
         data=[*records(24)],

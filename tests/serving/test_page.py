@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bloblora import runs
 from bloblora.evaluation import reliability, reliability_diagram
 from bloblora.runs import targets_of
 from bloblora.serving import load_hosted, open_hosted
@@ -390,3 +391,22 @@ def luminance(color):
         for c in (int(value) / 255 for value in re.findall(r"\d+", color)[:3])
     ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_rewards(opened, base, tmp_path):
+    """The responses in their order, with the best one above them; one alone has a reward too."""
+    pairs = [{"prompt": "what?", "chosen": "my card", "rejected": word} for word in ("gas", "air", "the gas", "twice")]
+    options = {"model": str(base), "steps": 2, "batch_size": 2, "r": 2, "validation": 0}
+    runs.train(runs.RunConfig.of(data=pairs, output=str(tmp_path / "run"), **options), progress=False)
+    with serving(load_hosted(open_hosted([str(tmp_path / "run")], SETTINGS), SETTINGS)) as client:
+        page = opened(str(client.base_url))
+        for responses in (["my card", "gas", "air"], ["twice"]):
+            body = {"inputs": {"prompt": "what?", "responses": responses}}
+            answer = client.post("/v1/predict", json=body).json()["answers"][0]
+            page.get_by_role("textbox", name="Prompt").fill("what?")
+            page.get_by_role("textbox", name="Choices").fill("\n".join(responses))
+            page.get_by_role("button", name="Answer", exact=True).click()
+            article = page.get_by_role("article").first
+            article.get_by_role("cell", name=f"{answer['rewards'][0]:.2f} ± {answer['reward_stds'][0]:.2f}").wait_for()
+            assert article.locator("tbody th").all_inner_texts() == responses
+            assert article.locator(".verdict strong").inner_text() == answer["best"]

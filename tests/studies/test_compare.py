@@ -293,7 +293,7 @@ def test_an_empty_folder_has_no_report(tmp_path):
 def test_prompts_are_refused_before_anything_is_trained(content, write, tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "Say yes.", "response": "yes"}] * 2)
     with pytest.raises(
-        RunError, match=r"train\.jsonl: a study compares labels and choices; task 'generation' has none"
+        RunError, match=r"train\.jsonl: a study compares labels, choices and values; task 'generation' has none"
     ):
         compare(studies.read_study(write(content)), tmp_path)
     assert not (tmp_path / "runs").exists()
@@ -307,3 +307,54 @@ def test_a_report_of_a_run_that_was_stopped_between_its_sets(done, tmp_path):
     del result.metrics["other"]
     write_result(result, tmp_path / "results")
     assert "shift to" in studies.report(tmp_path / "results").with_suffix(".md").read_text()
+
+
+def test_values_are_compared_and_searched(base, tmp_path):
+    """No confidence, ECE or accuracy: their figures and columns aren't there, and `ece` is no aim."""
+    words = ("card", "refund", "payment")
+    data = [{"text": " ".join(words[: i % 3 + 1]), "value": i % 3 + i / 100} for i in range(24)]
+    for name in ("train", "test", "validation", "outside"):
+        write_jsonl(tmp_path / f"{name}.jsonl", data)
+    content = {
+        "name": "values",
+        "models": [str(base)],
+        "seeds": [0],
+        "samples": [0, 2, 3],
+        "train": {"steps": 2, "batch_size": 4, "r": 2, "validation": 0},
+        "datasets": {
+            "stars": {
+                "train": {"data": "train.jsonl"},
+                "test": "test.jsonl",
+                "out_of_scope": "outside.jsonl",
+                "validation": "validation.jsonl",
+            }
+        },
+        "methods": {"lora": {}, "blob": {}},
+    }
+    study = studies.read_study(write_study(tmp_path, content))
+    assert [outcome.error for outcome in here(study, tmp_path)] == [None, None]
+    studies.report(tmp_path / "results")
+    text = (tmp_path / "results" / "report.md").read_text()
+    assert "| RMSE ↓ |" in text
+    assert "AUROC epistemic sd" in text
+    assert "ECE" not in text.partition("## Setting")[2].partition("## stars")[2]
+    job = next(job for job in study.jobs(tmp_path / "runs", tmp_path) if job.label == "blob")
+    run, result = runs.load_run(job.config.output), studies.read_result(tmp_path / "results", job.name)
+    for n in (0, 2, 3):
+        expected = run.predict(data, n, seed=job.config.seed)
+        torch.testing.assert_close(result.scores[f"test/{n}/std"], expected.std.float())
+    assert compare(study, tmp_path) == []
+    found = studies.tune(study, "stars", tmp_path / "search", trials=1, data=tmp_path)
+    assert "rmse" in found[0].metrics
+    assert studies.pareto_front(found) == []
+    with pytest.raises(RunError, match="aim 'ece' is for classes that exclude each other; task 'regression'"):
+        studies.tune(study, "stars", tmp_path / "search", aim="ece", data=tmp_path)
+
+
+def test_a_method_that_has_no_form_for_the_task_stops_a_study_early(base, tmp_path):
+    write_jsonl(tmp_path / "data.jsonl", [{"text": "card", "value": i / 7} for i in range(9)])
+    datasets = {"stars": {"train": {"data": "data.jsonl"}, "test": "data.jsonl"}}
+    content = {"name": "values", "models": [str(base)], "datasets": datasets, "methods": {"lora": {}, "tfb": {}}}
+    with pytest.raises(RunError, match="method 'tfb' has no form for task 'regression'"):
+        here(studies.read_study(write_study(tmp_path, content)), tmp_path)
+    assert not (tmp_path / "runs").exists()

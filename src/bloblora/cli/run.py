@@ -18,11 +18,12 @@ from transformers.utils import logging
 from .. import evaluation, runs
 from ..adapter import find_posterior
 from ..data import Reader, ReadingOptions, read_batches, read_records
-from ..decision import MAPS, check_promises
+from ..decision import MAPS, changed, check_promises
 from ..decision.conformal import Kind, Score
 from ..files import replacing
 from ..messages import quoted
-from ..prediction import Prediction
+from ..prediction import KINDS
+from ..prediction.kinds import CLASSES
 from ..runs import CodeOptions, PredictionOptions, RunConfig, RunDescription, RunError, open_run
 from ..runs.checks import check_generates
 from ..runs.correctness import CORRECTNESS_FILE, calibrate_texts, open_correctness
@@ -61,6 +62,7 @@ def train(
       {"text": "the parcel came late and was broken", "labels": ["late", "damaged"]}
       {"question": "Which gas do plants take in?", "choices": ["oxygen", "carbon dioxide"], "answer": 1}
       {"prompt": "Question: Which gas do plants take in?\\nAnswer:", "response": "carbon dioxide"}
+      {"prompt": "How do I return it?", "chosen": "Use the label in the box.", "rejected": "No."}
     `answer` is the right choice's index, counted from 0. Tables have the same columns, choices as choice_0, choice_1, …
     Columns of other names are found where that is obvious, or named by --text-column, --label-column, …
 
@@ -131,7 +133,7 @@ def calibrate(
     coverage: float = 0.9,
     label_sets: Kind = "lac",
     false_alarm: float = 0.05,
-    score: Score = "predictive_entropy",
+    score: Score | None = None,
     matcher: str = "normalized",
     by: str = "p_correct",
     output: str | None = None,
@@ -144,7 +146,7 @@ def calibrate(
       answer or abstain   at most --risk errors among the answers, with probability --confidence
       label set           at least --coverage of the sets hold the right label
       out of scope        at most --false-alarm of inputs in scope are flagged
-    Of a run that predicts values, or several labels at once, there is one rule:
+    Of a run that predicts values, or several labels at once, there is the last one and:
       interval            at least --coverage of the intervals hold the right value
       label thresholds    each label is named for at least --coverage of the inputs that have it
     `predict` and `evaluate` use them from then on, with the same --samples, --seed and --approximate; calibrate again
@@ -185,7 +187,7 @@ def calibrate(
             the inputs that have a label for which it is named.
         label_sets: `lac` for the smallest sets, `aps` for sets that grow where the model is less sure, `raps` between.
         false_alarm: share of inputs in scope that are flagged as out of it.
-        score: what flags them.
+        score: what flags them; default `std` of values, and `predictive_entropy` else.
         matcher: of answers, as for `bloblora correctness`.
         by: what decides whether to withhold a text: `p_correct`, as `bloblora correctness` fitted it, or one of the
             scores of `generate`, such as `sequence_log_probability`.
@@ -201,14 +203,16 @@ def calibrate(
         if directory is not None and Path(output).absolute() == (Path(directory) / DECISION_FILE).absolute():
             there = "the rules are saved there anyway, and for other N beside; leave it out"
             raise RunError(f"output {quoted(output)}: {there}")
-    promises = {"risk": risk, "level": confidence, "coverage": coverage, "false_alarm": false_alarm}
+    promises: dict[str, Any] = {"risk": risk, "level": confidence, "coverage": coverage, "false_alarm": false_alarm}
     kinds: dict[str, Any] = {"kind": label_sets, "score": score}
     description = _opened(directory, options) if directory is not None else None
     bars = sys.stdout.isatty() and not json
     if description is not None and description.task.kind == "generation":
         given = {"predictions": predictions, "ood": ood, "approximate": options.approximate}
-        if data is None or any(given.values()):
-            wrong = ", ".join(f"--{name}" for name, value in given.items() if value) or "nothing"
+        unused = changed(**kinds, false_alarm=false_alarm)
+        if data is None or any(given.values()) or unused:
+            wrong = ", ".join(f"--{name}" for name in [*(name for name in given if given[name]), *unused]) or "nothing"
+            wrong = wrong.replace("kind", "label-sets").replace("_", "-")
             raise RunError(f"a run that writes text is calibrated on --data FILE, and with nothing else; got {wrong}")
         del promises["false_alarm"]
         names = ("samples", "seed", "batch_size", "trust_remote_code")
@@ -222,7 +226,7 @@ def calibrate(
     else:
         records, outside = _read(description, data, ood, reading)
         _check_unseen(description, data)
-        check_promises(len(records), kind=description.task.likelihood.name, **promises)
+        check_promises(len(records), predicted=KINDS[description.task.likelihood.name], **promises, **kinds)
         content = calibrate_run(description, records, outside, options, progress=bars, **promises, **kinds)
     if output is not None:
         DECISIONS.write(Path(output), [content])
@@ -277,8 +281,7 @@ def _calibrate_predictions(
     if promises["score"] == "mutual_information" and inside.mutual_information.isnan().any():
         raise RunError(f"{file}: field 'mutual_information': missing; give it, or take --score predictive_entropy")
     outside = None if ood is None else read_predictions(Path(ood), task, options.samples, labelled=False)[0]
-    shares = {name: value for name, value in promises.items() if name not in ("kind", "score")}
-    check_promises(len(targets), kind=inside.kind, **shares)
+    check_promises(len(targets), **promises)
     return calibrate_on(inside, targets, outside, description, options, **promises)
 
 
@@ -343,7 +346,7 @@ def evaluate(
         if file is not None:
             runs.check_writable(file)
     description = _opened(directory, options)
-    if diagram is not None and description.task.family.name != Prediction.kind:
+    if diagram is not None and description.task.family.name not in CLASSES:
         name = description.task.name
         raise RunError(f"diagram: accuracy against confidence is of classes and choices; the run's task is {name}")
     if output and Path(output).absolute() == (description.folder / METRICS_FILE).absolute():

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from .. import evaluation, runs, studies
 from ..messages import quoted
+from ..runs.outcome import SHOWN
 from ..studies import Job, Outcome
 
 
@@ -153,7 +154,7 @@ def tune(
 
     def reported(trial: studies.Trial) -> None:
         options = ", ".join(f"{name} {evaluation.short_number(value)}" for name, value in trial.options.items())
-        found = ", ".join(f"{name} {trial.metrics[name]:.3f}" for name in ("accuracy", "ece", "nll"))
+        found = ", ".join(f"{name} {trial.metrics[name]:.3f}" for name in SHOWN if name in trial.metrics)
         console.print(f"trial {trial.number + 1}: {found} ({options})", highlight=False)
 
     found = studies.tune(
@@ -174,7 +175,7 @@ def tune(
         f"trial {trial.number + 1}{' *' if trial in front else ''}": {**trial.metrics, **trial.options}
         for trial in found
     }
-    columns = ["accuracy", "ece", "nll", *found[0].options]
+    columns = [*(name for name in SHOWN if name in found[0].metrics), *found[0].options]
     console.print(evaluation.rich_table(rows, title=f"{len(found)} trials, the best first", columns=columns))
     if not found[0].feasible:
         raise runs.RunError(

@@ -36,6 +36,9 @@ class ReadingOptions:
     question_column: str | None = _column("`question`")
     choices_column: str | None = _column("`choices`")
     answer_column: str | None = _column("`answer`")
+    chosen_column: str | None = _column("`chosen`, the preferred of two responses")
+    rejected_column: str | None = _column("`rejected`, the other one")
+    responses_column: str | None = _column("`responses` to give rewards")
     prompt_column: str | None = _column("`prompt`")
     response_column: str | None = _column("`response`")
     messages_column: str | None = _column("`messages`")
@@ -54,8 +57,8 @@ _FIELDS = {
     "text": ("text", "text_pair", "label", "labels", "value"),
     "choice": ("question", "choices", "answer"),
     "generation": ("prompt", "response", "messages"),
+    "preference": ("chosen", "rejected", "responses", "prompt"),
 }
-_KIND_OF = {name: kind for kind, names in _FIELDS.items() for name in names}
 _DECIDING = ("text", "messages", "prompt", "question")  # the fields by which a record's kind is known
 _OBVIOUS: Mapping[str, tuple[str, ...]] = {
     "text": ("query", "sentence", "utterance", "content", "message", "body", "input", "document", "question"),
@@ -98,17 +101,18 @@ def find_columns(
     """
     found = {name: _the_given(source, name, column, present) for name, column in given.items()}
     found |= {name: c for name, c in (known or {}).items() if c in present and name not in found}
-    if len(kinds := {_KIND_OF[name] for name in given}) > 1:
+    if not _kinds(given):
         options = ", ".join(map(_option, given))
         raise DataError([f"{source}: {options} are of several kinds of records: give those of one kind"])
     names = _Names(present)
-    kind = next(iter(kinds), None) or next((_KIND_OF[name] for name in found), None) or names.kind()
+    kind, possible = names.kind(), _kinds(given or [*found][:1])
+    kind = kind if kind in possible or not found else possible[0]
     if kind is None:
         if not present:
             return {}
         ways = "; or ".join(", ".join(map(_option, fields_)) for fields_ in _FIELDS.values())
         raise DataError([f"{source}: its columns are {_listed(present)}, and none is obvious; give {ways}"])
-    found = {name: column for name, column in found.items() if _KIND_OF[name] == kind}
+    found = {name: column for name, column in found.items() if name in _FIELDS[kind]}
     wanted = ("messages",) if kind == "generation" and names.of("messages") else _FIELDS[kind]
     for name in wanted:
         if name in ("labels", "value") and any(other in found or names.of(other) for other in _BEFORE[name]):
@@ -116,6 +120,11 @@ def find_columns(
         if name not in found and (column := names.of(name, taken=found.values())) is not None:
             found[name] = column
     return {name: column for name, column in found.items() if column != name}
+
+
+def _kinds(names: Collection[str]) -> list[str]:
+    """The kinds of records that have all these fields."""
+    return [kind for kind, of in _FIELDS.items() if {*names} <= {*of}]
 
 
 def obvious_kind(present: Sequence[str]) -> str | None:
@@ -143,12 +152,8 @@ def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
     a value as a number, an ``id`` of any type as JSON can hold it; null is missing.
     """
     moved = {name: row[column] for name, column in columns.items() if column in row}
-    kind = _KIND_OF[next(iter(columns))] if columns else None
-    rest = {
-        name: value
-        for name, value in row.items()
-        if name not in columns.values() and not (kind and name in _DECIDING and _KIND_OF[name] != kind)
-    }
+    others = {*_DECIDING}.difference(*(_FIELDS[kind] for kind in _kinds(columns))) if columns else ()
+    rest = {name: value for name, value in row.items() if name not in columns.values() and name not in others}
     record = {name: value for name, value in (rest | moved).items() if not _is_missing(name, value)}
     for name in {"labels", "value"} & {*rest, *moved}:
         record.setdefault(name, None)  # so that it is what is said to be missing
@@ -156,9 +161,10 @@ def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
     if flat and "choices" not in record:
         texts = [record.pop(name) for name in flat]
         record["choices"] = [text for text in texts if text != ""]
-    elif isinstance(record.get("choices"), str):
-        with suppress(ValueError, RecursionError):  # reported with its value by the check that follows
-            record["choices"] = json.loads(record["choices"])
+    for name in ("choices", "responses"):
+        if isinstance(record.get(name), str):
+            with suppress(ValueError, RecursionError):  # reported with its value by the check that follows
+                record[name] = json.loads(record[name])
     record, names = _named_choices(record)
     if "answer" in record:
         record["answer"] = _index(record["answer"], record.get("choices"), names)
@@ -246,6 +252,8 @@ class _Names:
     def kind(self) -> str | None:
         """The kind of records that columns of these names hold; None where that isn't obvious."""
         own = record_kind(dict.fromkeys(self._present))
+        if own in (None, "generation") and self.of("chosen") and self.of("rejected"):
+            return "preference"
         with_choices = self.of("choices") or any(_CHOICE.fullmatch(column) for column in self._present)
         if own not in (None, "choice") or (own and with_choices):
             return own

@@ -3,6 +3,7 @@
 A record is a plain dict: ``{"text", "label"}`` for classification, ``{"text", "labels"}`` for several at once,
 ``{"text", "value"}`` for regression, each with ``text_pair`` where two texts belong together,
 ``{"question", "choices", "answer"}`` for multiple choice with ``answer`` the index of the right choice,
+``{"chosen", "rejected"}`` or ``{"responses"}``, with ``prompt`` where there is one, for preferences,
 ``{"prompt", "response"}`` or ``{"messages"}`` for open text, with messages ``{"role", "content"}`` of which the last is
 the assistant's. For prediction the answer, or the last message, may be missing.
 """
@@ -26,13 +27,21 @@ Place = tuple[str, int]
 KINDS = {
     "text": "'text'",
     "choice": "'question' and 'choices'",
+    "preference": "'chosen' and 'rejected', or 'responses'",
     "generation": "'prompt' or 'messages'",
 }
 """Kinds of records by what is asked, and what records of each must have."""
-_KIND_OF = {"text": "text", "messages": "generation", "prompt": "generation", "question": "choice"}
+_KIND_OF = {
+    "text": "text",
+    "chosen": "preference",
+    "responses": "preference",
+    "messages": "generation",
+    "prompt": "generation",
+    "question": "choice",
+}
 _FORMS = (
-    "'text' (and 'label', 'labels' or 'value'), 'question' and 'choices' (and 'answer'), 'prompt' (and 'response'), or "
-    "'messages'"
+    "'text' (and 'label', 'labels' or 'value'), 'question' and 'choices' (and 'answer'), 'chosen' and "
+    "'rejected' (and 'prompt'), 'prompt' (and 'response'), or 'messages'"
 )
 ANSWERS = ("label", "labels", "value", "answer", "response")
 """The fields of which one is a record's answer, but for messages."""
@@ -132,6 +141,8 @@ def record_problems(record: Mapping[str, Any], kind: str | None, *, require_answ
     if kind == "choice":
         choices = _choice_problems(record.get("choices")) or _answer_problems(record, "answer", require_answer)
         return _text_problems(record.get("question"), "field 'question'") + choices
+    if kind == "preference":
+        return _preference_problems(record, require_answer)
     if kind == "generation" and "messages" in record:
         return _message_problems(record["messages"], require_answer)
     if kind == "generation":
@@ -205,14 +216,38 @@ def _value_problems(record: Mapping[str, Any], required: bool) -> list[str]:
     return [] if number else [f"field 'value': {quoted(value)} must be a finite number, such as 3.5"]
 
 
-def _message_problems(messages: Any, required: bool) -> list[str]:
+def _preference_problems(record: Mapping[str, Any], required: bool) -> list[str]:
+    """Of texts, or of lists of messages."""
+
+    def problems(value: Any, where: str, last: str | None = "assistant") -> list[str]:
+        if not isinstance(value, list | tuple):
+            return _text_problems(value, where)
+        found = _message_problems(value, False, where)
+        if not found and last and value[-1]["role"] != last:
+            return [f"{where}: the last message's role is {quoted(value[-1]['role'])}; it must be {last!r}"]
+        return found
+
+    prompt = problems(record["prompt"], "field 'prompt'", None) if record.get("prompt") is not None else []
+    if "chosen" in record:
+        wrong = [p for name in ("chosen", "rejected") for p in problems(record.get(name), f"field {name!r}")]
+        if not wrong and record["chosen"] == record["rejected"]:
+            wrong = ["field 'rejected': the same as 'chosen'; leave the record out"]
+        return prompt + wrong
+    if required:
+        return [*prompt, _MISSING.format("chosen", "training or evaluation")]
+    if not isinstance(responses := record["responses"], list | tuple) or not responses:
+        return [*prompt, f"field 'responses': {quoted(responses)} must be a list of at least one text"]
+    return prompt + [p for i, one in enumerate(responses) for p in problems(one, f"field 'responses', item {i}")]
+
+
+def _message_problems(messages: Any, required: bool, where: str = "field 'messages'") -> list[str]:
     if not isinstance(messages, list | tuple) or not messages:
-        return [f"field 'messages': {quoted(messages)} must be a list of at least one message"]
+        return [f"{where}: {quoted(messages)} must be a list of at least one message"]
     for number, message in enumerate(messages):
-        where = f"field 'messages', item {number}"
+        item = f"{where}, item {number}"
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            return [f"{where}: {quoted(message)} must have 'role' and 'content'"]
-        if problems := [p for name in ("role", "content") for p in _text_problems(message[name], f"{where}: '{name}'")]:
+            return [f"{item}: {quoted(message)} must have 'role' and 'content'"]
+        if problems := [p for name in ("role", "content") for p in _text_problems(message[name], f"{item}: '{name}'")]:
             return problems
     if required and (role := messages[-1]["role"]) != "assistant":
         return [f"field 'messages': the last one's role is {quoted(role)}; in training records it must be 'assistant'"]

@@ -19,7 +19,7 @@ from .conformal import (
     fit_scope,
 )
 from .correctness import MAPS, Correctness, CorrectnessError, confidence_of, fit_correctness
-from .decision import Decided, Decision, check_promises, check_text_promises, fit_decision, fit_text_decision
+from .decision import Decided, Decision, changed, check_promises, check_text_promises, fit_decision, fit_text_decision
 
 __all__ = [
     "MAPS",
@@ -34,6 +34,7 @@ __all__ = [
     "LabelThresholds",
     "PromiseError",
     "Scope",
+    "changed",
     "check_promises",
     "check_text_promises",
     "confidence_of",

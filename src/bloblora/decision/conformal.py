@@ -55,7 +55,7 @@ class PromiseError(ValueError):
 
 
 Kind = Literal["lac", "aps", "raps"]
-Score = Literal["mutual_information", "predictive_entropy"]
+Score = Literal["predictive_entropy", "mutual_information", "std", "epistemic_std"]
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Scope:
     Attributes:
         score: name of the uncertainty, a property of `Prediction`.
         false_alarm: share of inputs in scope that are flagged, as promised.
-        threshold: of the score, nats.
+        threshold: of the score, nats or the units of the data.
         num_examples: calibration records, n.
     """
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from inspect import signature
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ..files import check_fields
+from ..messages import quoted
 from ..prediction import MultiLabelPrediction, Prediction, ValuePrediction
+from ..prediction.kinds import CLASSES
 from .answering import Answering, check_answering, fit_answering, fit_answering_by
 from .conformal import (
     AnswerSets,
@@ -54,7 +57,7 @@ class Decision:
     Attributes:
         answering, label_sets, scope, answer_sets, intervals, label_thresholds: the rules; None of one that the
             calibration records carry no promise of. Texts have no label sets and no scope, labels no answer sets,
-            values intervals alone, and several labels at once thresholds alone.
+            values intervals and scope, and several labels at once thresholds and scope.
         refused: why, by the rule's name.
     """
 
@@ -72,17 +75,18 @@ class Decision:
 
     def decide(self, prediction: Prediction) -> Decided:
         """Decide on n inputs, from what is averaged over the draws."""
-        if isinstance(prediction, ValuePrediction):
-            assert self.intervals is not None
-            return Decided(intervals=self.intervals.intervals(prediction.mean, prediction.std))
-        if isinstance(prediction, MultiLabelPrediction):
-            assert self.label_thresholds is not None
-            return Decided(named=self.label_thresholds.named(prediction.probabilities))
-        return Decided(
-            None if self.answering is None else self.answering.answers(prediction.confidence),
-            None if self.label_sets is None else self.label_sets.sets(prediction.probabilities),
-            None if self.scope is None else self.scope.flags(getattr(prediction, self.scope.score)),
-        )
+        found: dict[str, Tensor] = {}
+        if self.scope is not None:
+            found["out_of_scope"] = self.scope.flags(getattr(prediction, self.scope.score))
+        if self.answering is not None:
+            found["answers"] = self.answering.answers(prediction.confidence)
+        if self.label_sets is not None:
+            found["label_sets"] = self.label_sets.sets(prediction.probabilities)
+        if self.intervals is not None and isinstance(prediction, ValuePrediction):
+            found["intervals"] = self.intervals.intervals(prediction.mean, prediction.std)
+        if self.label_thresholds is not None:
+            found["named"] = self.label_thresholds.named(prediction.probabilities)
+        return Decided(**found)
 
     @property
     def promises(self) -> dict[str, str]:
@@ -108,18 +112,18 @@ class Decision:
         if (intervals := decided.intervals) is not None:
             low, high = intervals.unbind(-1)
             width = (high - low).mean().item()
-            return {"promised_coverage": _share((low <= targets) & (targets <= high)), "promised_width": width}
+            result |= {"promised_coverage": _share((low <= targets) & (targets <= high)), "promised_width": width}
         if (named := decided.named) is not None:
             assert self.label_thresholds is not None
             has = targets.bool() & torch.tensor(self.label_thresholds.promised)
             recalls = (named & has).sum(0)[(any_ := has.any(0))] / has.sum(0)[any_]
-            return {"least_recall": recalls.min().item(), "recall": recalls.mean().item(), "named": _per_input(named)}
-        targets = targets.to(inside.labels.device)
+            result |= {"least_recall": recalls.min().item(), "recall": recalls.mean().item()}
+            result["named"] = _per_input(named)
         if (answers := decided.answers) is not None:
-            wrong = answers & (inside.labels != targets)
+            wrong = answers & (inside.labels != targets.to(inside.labels.device))
             result |= {"answered": _share(answers), "selective_risk": int(wrong.sum()) / max(1, int(answers.sum()))}
         if (sets := decided.label_sets) is not None:
-            result["set_coverage"] = _share(sets.gather(1, targets[:, None]))
+            result["set_coverage"] = _share(sets.gather(1, targets[:, None].to(sets.device)))
             result["set_size"] = _per_input(sets)
         if decided.out_of_scope is not None:
             result["false_alarm"] = _share(decided.out_of_scope)
@@ -152,12 +156,11 @@ def fit_decision(
     coverage: float = 0.9,
     kind: Kind = "lac",
     false_alarm: float = 0.05,
-    score: Score = "predictive_entropy",
+    score: Score | None = None,
 ) -> Decision:
     """Fit the rules on labelled records that were used for nothing else; ``refused`` says which can't be.
 
-    Of classes there are three, of values intervals, of several labels at once thresholds; for these two ``coverage``
-    alone counts.
+    Of classes there are three; of values intervals and scope; of several labels at once thresholds and scope.
 
     Args:
         prediction: of n inputs in scope.
@@ -168,28 +171,28 @@ def fit_decision(
             inputs that have a label for which it is named.
         kind: of label sets.
         false_alarm: share of inputs in scope that are flagged as out of it.
-        score: what flags them; mutual information needs several draws.
+        score: what flags them; by default the total uncertainty, ``std`` of values and else ``predictive_entropy``.
+            The epistemic ones need several draws.
 
     Raises:
         PromiseError: these data carry none of the promises.
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or of a rule that such a prediction hasn't.
     """
+    scores = _check_used(type(prediction), risk, level, kind, score)
+    name = score or scores[0]
+    if name in ("mutual_information", "epistemic_std") and int(prediction.num_draws.max()) < 2:
+        raise ValueError(f"score {name} is not defined for a single draw; take {scores[0]}")
+    rules: dict[str, Callable[[], Any]] = {}
     if isinstance(prediction, ValuePrediction):
-        return Decision(intervals=fit_intervals(prediction.mean, prediction.std, targets, coverage))
-    if isinstance(prediction, MultiLabelPrediction):
-        return Decision(label_thresholds=fit_label_thresholds(prediction.probabilities, targets, coverage))
-    if score == "mutual_information" and int(prediction.num_draws.max()) < 2:
-        raise ValueError("score mutual_information is not defined for a single draw; take predictive_entropy")
-    probabilities = prediction.probabilities
-    return Decision(
-        **_kept(
-            {
-                "answering": lambda: fit_answering(probabilities, targets, risk, level),
-                "label_sets": lambda: fit_label_sets(probabilities, targets, coverage, kind),
-                "scope": lambda: fit_scope(getattr(prediction, score), false_alarm, score),
-            }
-        )
-    )
+        rules["intervals"] = lambda: fit_intervals(prediction.mean, prediction.std, targets, coverage)
+    elif isinstance(prediction, MultiLabelPrediction):
+        rules["label_thresholds"] = lambda: fit_label_thresholds(prediction.probabilities, targets, coverage)
+    else:
+        probabilities = prediction.probabilities
+        rules["answering"] = lambda: fit_answering(probabilities, targets, risk, level)
+        rules["label_sets"] = lambda: fit_label_sets(probabilities, targets, coverage, kind)
+    rules["scope"] = lambda: fit_scope(getattr(prediction, name), false_alarm, name)
+    return Decision(**_kept(rules))
 
 
 def fit_text_decision(
@@ -227,26 +230,48 @@ def fit_text_decision(
 def check_promises(
     n: int,
     *,
-    kind: str = Prediction.kind,
+    predicted: type[Prediction] = Prediction,
     risk: float = 0.05,
     level: float = 0.95,
     coverage: float = 0.9,
+    kind: Kind = "lac",
     false_alarm: float = 0.05,
+    score: Score | None = None,
 ) -> None:
-    """Raise a ValueError where these are out of range, and a PromiseError where n records are too few for any of them.
+    """Raise a ValueError where these are out of range, or of a rule that the class ``predicted`` hasn't.
 
-    That is known before any prediction, of which ``kind`` is the likelihood's name.
+    A PromiseError where n records are too few for any of them. That is known before any prediction.
     """
-    if kind != Prediction.kind:
-        check_enough(n, "coverage", coverage, coverage)
-        return
-    _kept(
-        {
-            "answering": lambda: check_answering(n, risk, level),
-            "label_sets": lambda: check_enough(n, "coverage", coverage, coverage),
-            "scope": lambda: check_enough(n, "false_alarm", false_alarm, 1 - false_alarm),
-        }
-    )
+    _check_used(predicted, risk, level, kind, score)
+    rules: dict[str, Callable[[], Any]] = {
+        "answering": lambda: check_answering(n, risk, level),
+        "coverage": lambda: check_enough(n, "coverage", coverage, coverage),
+        "scope": lambda: check_enough(n, "false_alarm", false_alarm, 1 - false_alarm),
+    }
+    if predicted.kind not in CLASSES:
+        del rules["answering"]
+    _kept(rules)
+
+
+def _check_used(
+    predicted: type[Prediction], risk: float, level: float, kind: Kind, score: Score | None
+) -> tuple[Score, ...]:
+    """The scores that can flag such predictions, the default first; a ValueError for an option that they don't use."""
+    scores: tuple[Score, ...] = tuple(name for name in get_args(Score) if name in predicted.uncertainties)
+    if score is not None and score not in scores:
+        raise ValueError(f"score {quoted(score)}: of a {predicted.kind} prediction it is one of {', '.join(scores)}")
+    if predicted.kind not in CLASSES and changed(risk=risk, level=level, kind=kind):
+        raise ValueError(
+            "risk, confidence and label_sets are for classes that exclude each other, which a "
+            f"{predicted.kind} prediction hasn't: leave them out"
+        )
+    return scores
+
+
+def changed(**promises: Any) -> list[str]:
+    """Names of those that aren't the defaults of `fit_decision`."""
+    defaults = signature(fit_decision).parameters
+    return [name for name, value in promises.items() if value != defaults[name].default]
 
 
 def check_text_promises(n: int, *, risk: float, level: float, coverage: float, sets: bool) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ..prediction import MultiLabelPrediction, Prediction, ValuePrediction
-from ..prediction.kinds import INTERVAL
+from ..prediction import KINDS, MultiLabelPrediction, Prediction, ValuePrediction
+from ..prediction.kinds import CLASSES, INTERVAL
 from ..registry import Registry
 from .calibration import BinGaps, brier_parts, classwise_ece, ece_floor, equal_mass_ece, reliability
 from .distance import DISTANCES
@@ -19,7 +19,6 @@ from .inputs import as_prediction, checked, checked_labels, checked_values, equa
 from .ranking import ood_metrics, risk_coverage
 
 Table = Literal["main", "more", "asked"]
-_KINDS: tuple[type[Prediction], ...] = (Prediction, MultiLabelPrediction, ValuePrediction)
 
 COVERAGES = (0.5, 0.8, 0.9, 0.95)
 
@@ -45,7 +44,7 @@ class Metric:
             isn't there.
         marked: whether tables mark the best; not of a calibration error, which is least for a model that knows no more
             than its own accuracy.
-        of: kinds of predictions that it is of, ``categorical``, ``bernoulli`` or ``gaussian``; others don't have it.
+        of: kinds of predictions that it is of, such as ``gaussian``; others don't have it.
         table: ``main`` is in every table and in `metrics`, ``more`` in a report's second table, ``asked`` where it is
             asked for.
     """
@@ -59,7 +58,7 @@ class Metric:
     per_example: bool = False
     takes: tuple[str, ...] = ()
     marked: bool = True
-    of: tuple[str, ...] = (Prediction.kind,)
+    of: tuple[str, ...] = CLASSES
     table: Table = "main"
 
     def examples(self, prediction: Prediction, targets: Tensor) -> Tensor:
@@ -138,7 +137,7 @@ def example_scores(predicted: Tensor | Prediction, targets: Tensor) -> dict[str,
     prediction, targets = as_prediction(predicted), targets.cpu()
     means = [METRICS[name] for name in _of(prediction) if METRICS[name].per_example]
     scores = {metric.name: metric.examples(prediction, targets) for metric in means}
-    if prediction.kind != Prediction.kind:
+    if prediction.kind not in CLASSES:
         return scores
     return scores | {"confidence": checked(predicted, targets)[0].exp().amax(-1)}
 
@@ -311,7 +310,7 @@ def _own() -> Iterator[Metric]:
     yield Metric("ece_floor", "ECE floor", ece_floor, None, share, "mean", takes=bins)
     yield Metric("ece_floor_std", "ECE floor, sd", ece_floor, None, share, "std", takes=bins, table="asked")
     yield Metric("squared_calibration_error", "CE²", _squared_calibration_error, range=(-1, 1), **error)
-    yield Metric("nll", "NLL", _nll, False, per_example=True, of=tuple(kind.kind for kind in _KINDS))
+    yield Metric("nll", "NLL", _nll, False, per_example=True, of=tuple(KINDS))
     yield Metric("brier", "Brier", _brier, False, (0, 2), per_example=True)
     several: dict[str, Any] = {"range": share, "of": (MultiLabelPrediction.kind,)}
     yield Metric("f1_micro", "F1, micro", _f1, True, key="micro", **several)
@@ -339,9 +338,9 @@ def _own() -> Iterator[Metric]:
     for part in COVERAGES:
         name, title = f"selective_accuracy_{part * 100:.0f}", f"accuracy at {part * 100:.0f} %"
         yield Metric(name, title, _selective, True, share, f"{part:.0%}", table="more" if part == 0.8 else "asked")
-    shown = {name: short for kind in _KINDS for name, short in kind.uncertainties.items()}
-    of_score = {name: tuple(kind.kind for kind in _KINDS if name in kind.uncertainties) for name in shown}
-    of_score |= dict.fromkeys(DISTANCES, tuple(kind.kind for kind in _KINDS))
+    shown = {name: short for kind in KINDS.values() for name, short in kind.uncertainties.items()}
+    of_score = {name: tuple(kind.kind for kind in KINDS.values() if name in kind.uncertainties) for name in shown}
+    of_score |= dict.fromkeys(DISTANCES, tuple(KINDS))
     detection: list[tuple[Mapping[str, str], Callable[..., Any], tuple[str, ...]]] = [
         (shown, _ood, ("outside",)),
         (DISTANCES, _distances, ("outside", "distances")),

@@ -46,8 +46,8 @@ _DEQUANTIZED = (
     "one; quantizing it again rounds the adapter's part away or changes it"
 )
 _TEMPERATURE = (
-    "the run's temperature {:.4g} divides the logits of labels or choices, which no weights of these files do: "
-    "bloblora.client divides, other programs' probabilities lack it"
+    "the run's temperature {:.4g} divides the logits of labels or choices, or multiplies the noise variance of values, "
+    "which no weights of these files do: bloblora.client divides, other programs' probabilities lack it"
 )
 
 
@@ -155,6 +155,8 @@ def export(
         if (kind := run.config.quantize) != "none":
             warning = _DEQUANTIZED if format == "merged" else _QUANTIZED
             written["warnings"] = [*written.get("warnings", []), warning.format(kind)]
+        if run.task.head_note:
+            written["warnings"] = [*written.get("warnings", []), run.task.head_note]
         temperature = run.scales.get("temperature", 1.0)
         if temperature != 1:
             written["warnings"] = [*written.get("warnings", []), _TEMPERATURE.format(temperature)]

@@ -183,10 +183,14 @@ def write_merged(run: Run, draw: Draw, folder: Path) -> None:
 
 
 def name_labels(config: PretrainedConfig, run: Run) -> None:
-    """Give a model's configuration the names of its labels, or other outputs, in the order of its head's rows."""
+    """Give a model's configuration the names of its labels, or other outputs, in the order of its head's rows.
+
+    It also says whether these are labels that exclude each other, so that transformers takes a softmax of no others.
+    """
     if run.task.head is not None:
         config.id2label = dict(enumerate(run.task.head))
         config.label2id = {label: index for index, label in enumerate(run.task.head)}
+        config.problem_type = run.task.likelihood.problem_type
 
 
 def _permuted(b: Tensor, heads: int) -> Tensor:

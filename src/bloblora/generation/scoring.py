@@ -128,7 +128,7 @@ class _Trees:
         """Whether pairs can share their prompt: the model takes a tree's mask."""
         longest = torch.arange(max(len(prompt) + len(response) for prompt, response in pairs))[None]
         try:
-            check_model(self.model, {"input_ids": longest, "position_ids": longest})
+            check_model(self.model, {"input_ids": longest, "position_ids": longest}, advice="")
         except TaskError:
             return False
         return True

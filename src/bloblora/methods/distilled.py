@@ -4,8 +4,9 @@ r"""Distillation of BLoB's predictive into one LoRA (Korattikara et al., arXiv 1
           \bar p(\cdot \mid x) = \frac1N \sum_s p(\cdot \mid x, A_s)
 
 The teacher is BLoB, trained first; the student starts at its mean and sees the teacher's averaged probabilities of the
-training inputs, without noise. The learning rate is the training's; 100 steps are this project's choice
-(results/approximations has what they give).
+training inputs, without noise; of a value it is a normal distribution with the mean and the variance of the average, so
+that its noise holds the teacher's epistemic part. The learning rate is the training's; 100 steps are this project's
+choice (results/approximations has what they give).
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn, tensor
 
 from ..adapter import debayesianize
 from ..prediction import Point, Sampler, WeightDraws, predict
+from ..tasks.likelihood import Categorical, likelihood_of
 from ..tasks.task import Example
 from .blob import Blob
 from .method import Method, Training
@@ -34,7 +36,6 @@ class Distilled(Blob):
 
     name = "distilled"
     paper = "1506.04416"
-    likelihoods = ("categorical",)
     deterministic = True
     gaussian = False
     sharded = False
@@ -52,8 +53,9 @@ class Distilled(Blob):
         teacher = replace(training, arguments=training.arguments | {"output_dir": str(Path(output, "teacher"))})
         sampler = super().fit(model, teacher)
         prediction = predict(model, training.examples, _NUM_SAMPLES, seed, task=training.task, sampler=sampler)
-        targets = prediction.probabilities.tolist()
-        examples = [e | {"probabilities": row} for e, row in zip(training.examples, targets, strict=True)]
+        likelihood = likelihood_of(training.task)
+        targets = likelihood.soft_labels(likelihood.merged(prediction.draw_logits())).tolist()
+        examples = [e | {"expected": row} for e, row in zip(training.examples, targets, strict=True)]
         assert isinstance(sampler, WeightDraws)
         with sampler.weights.mean():
             soft: Any = _SoftTargets(training.task)
@@ -65,16 +67,19 @@ class Distilled(Blob):
 
 
 class _SoftTargets:
-    """A task whose labels are probabilities, (b, C)."""
+    """A task whose labels are those that the teacher expects, of classes probabilities (b, C)."""
 
     def __init__(self, task: Any) -> None:
         self._task = task
-        self.length = task.length
+        self.length, self.likelihood = task.length, likelihood_of(task)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         batch = self._task.collate(examples)
-        return batch | {"labels": tensor([example["probabilities"] for example in examples])}
+        return batch | {"labels": tensor([example["expected"] for example in examples])}
 
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        logits = self._task.logits(model, batch).clamp_min(_LOWEST_LOGIT)
+        logits = self._task.logits(model, batch)
+        if not isinstance(self.likelihood, Categorical):
+            return logits
+        logits = logits.clamp_min(_LOWEST_LOGIT)
         return nn.functional.pad(logits, (0, batch["labels"].shape[1] - logits.shape[1]), value=_LOWEST_LOGIT)

@@ -39,6 +39,7 @@ from ..contexts import hooked
 from ..prediction import Sampler, predict
 from ..prediction.hidden import mean_where_read
 from ..prediction.sampler import Forward
+from ..tasks.likelihood import likelihood_of
 from ..training import check_positive
 from .method import Method, Training, read_state, write_state
 
@@ -77,7 +78,7 @@ class LaplaceLora(Method):
 
     name = "laplace-lora"
     paper = "2308.13111"
-    likelihoods = ("categorical",)
+    likelihoods = ("categorical", "bradley_terry", "bernoulli")
     weighs_classes = False
     post_hoc = True
     writes_text = False
@@ -251,8 +252,9 @@ def fit_laplace(
     def held_out_nll(log_precision: float) -> float:
         options: Any = {"task": training.task, "sampler": gaussian(math.exp(log_precision))}
         prediction = predict(model, training.holdout, _HOLDOUT_SAMPLES, **options)
-        labels = torch.tensor([example["label"] for example in training.holdout])
-        return F.nll_loss(prediction.log_probabilities, labels).item()
+        likelihood = likelihood_of(training.task)
+        labels = likelihood.targets([example["label"] for example in training.holdout])
+        return -likelihood.averaged(prediction.draw_logits(), labels).mean().item()
 
     # The loss has one minimum: its derivative, (δ‖θ*‖² - γ(δ))/2 with γ the effective number of weights, only rises.
     objective, error = (held_out_nll, _HOLDOUT_ERROR) if held_out else (loss, 1e-5)
@@ -263,6 +265,7 @@ def fit_laplace(
 def kronecker_factors(model: Any, layers: Mapping[str, nn.Linear], training: Training) -> tuple[Any, float]:
     """[G, A] of each layer in float64 on the CPU, and the log-likelihood of the training examples."""
     task, examples = training.task, sorted(training.examples, key=training.task.length)
+    likelihood = likelihood_of(task)
     size = training.arguments["per_device_train_batch_size"]
     generator = torch.Generator().manual_seed(training.arguments["seed"])
     factors = [[torch.zeros(n, n, dtype=torch.float64) for n in layer.weight.shape] for layer in layers.values()]
@@ -271,13 +274,14 @@ def kronecker_factors(model: Any, layers: Mapping[str, nn.Linear], training: Tra
         batch = {k: v.to(model.device) for k, v in task.collate(examples[start : start + size]).items()}
         with _recorded(layers) as calls:
             logits = task.logits(model, batch)
-        log_likelihood -= F.cross_entropy(logits.detach(), batch["labels"], reduction="sum").item()
+        log_likelihood += likelihood.log_prob(logits.detach(), batch["labels"]).sum().item()
         inputs, outputs = zip(*(calls[name] for name in layers), strict=True)
         slopes = torch.autograd.grad(logits, outputs, torch.ones_like(logits), retain_graph=True)
         for (_, a_factor), x, slope in zip(factors, inputs, slopes, strict=True):
             x = mean_where_read(x, slope)
             a_factor += (x.T @ x).to(a_factor) / len(examples)
-        for cotangent in _cotangents(logits.detach(), generator):
+        cotangents = _of_labels if likelihood.name == "bernoulli" else _cotangents
+        for cotangent in cotangents(logits.detach(), generator):
             gradients = torch.autograd.grad(logits, outputs, cotangent, retain_graph=True)
             for (g_factor, _), gradient in zip(factors, gradients, strict=True):
                 g = gradient.reshape(len(gradient), -1, gradient.shape[-1]).sum(1)
@@ -295,6 +299,12 @@ def _recorded(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, tuple[Tenso
 
     with hooked([(layer.register_forward_hook, partial(record, name)) for name, layer in layers.items()]):
         yield calls
+
+
+def _of_labels(logits: Tensor, _: torch.Generator) -> Tensor:
+    """The same of several labels at once, (L, b, L): √(p(1 - p)) of each, whose Fisher is diag(p(1 - p))."""
+    p = logits.sigmoid()
+    return torch.diag_embed((p * (1 - p)).sqrt()).transpose(0, 1)
 
 
 def _cotangents(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -23,7 +23,7 @@ from ..files import check_finite_tensors, file_sha256, read_hashed_json, read_te
 from ..prediction import Point, Sampler, WeightDraws, fit_temperature, tempered_nll
 from ..prediction.prediction import check_finite
 from ..tasks import Task
-from ..tasks.likelihood import CATEGORICAL, Likelihood, likelihood_of
+from ..tasks.likelihood import Categorical, Likelihood, likelihood_of
 from ..tasks.task import Example
 from ..training import BlobTrainingArguments, last_checkpoint
 from ..training.checkpoints import remove_torn
@@ -91,7 +91,7 @@ class Method:
     """Whether it trains and predicts where FSDP splits the model: nothing looks at a part of a weight."""
     writes_text: ClassVar[bool] = True
     """Whether a draw is a model, which can write and score text; logits that are changed afterwards can't."""
-    likelihoods: ClassVar[tuple[str, ...]] = ("categorical", "bernoulli", "gaussian")
+    likelihoods: ClassVar[tuple[str, ...]] = ("categorical", "bradley_terry", "bernoulli", "gaussian")
     """Names of the likelihoods that it trains and predicts with (`bloblora.tasks.Likelihood`)."""
     weighs_classes: ClassVar[bool] = True
     """Whether its loss is the task's likelihood, in which classes may have weights, and no other one."""
@@ -344,7 +344,7 @@ def _measured(likelihood: Likelihood, prediction: EvalPrediction) -> dict[str, f
     logits, labels = (torch.as_tensor(values) for values in (prediction.predictions, prediction.label_ids))
     temperature = fit_temperature([logits[None]], [labels], likelihood)
     found = {TEMPERED_NLL: tempered_nll([logits[None]], [labels], temperature, likelihood).mean().item()}
-    if likelihood.name == CATEGORICAL.name:
+    if isinstance(likelihood, Categorical):
         found["accuracy"] = (logits.argmax(-1) == labels).double().mean().item()
     return found
 

@@ -8,7 +8,8 @@ With B = U diag(d) Vᵀ the adapter is rewritten, without changing it, and given
 draws, changes by no more than a share ``tolerance``: the paper's criterion, 0.3 %. The published scripts divide the
 change by their 500 anchors, which allows 150 %, and have σq ≤ 0.015: there the ceiling decides. Both are options. The
 search goes by bisection of log σq from 10⁻⁴; theirs is linear from 10⁻³ and ends at the smallest size that failed.
-Their other criterion, a share of answers that change, is too lax for a LoRA that knows its data by heart.
+Their other criterion, a share of answers that change, is too lax for a LoRA that knows its data by heart. A share of
+the NLL of values would mean nothing, which is 0 at some unit of theirs.
 """
 
 import math
@@ -24,6 +25,7 @@ from torch import nn
 from ..adapter import BlobConfig, Posterior, bayesianize
 from ..prediction import Point, Prediction, Sampler, TopBlocks, WeightDraws, predict
 from ..prediction.forward import block_of
+from ..tasks.likelihood import likelihood_of
 from ..training import check_positive
 from ..training.arguments import check_count
 from .method import GaussianMethod, Training
@@ -62,7 +64,7 @@ class Tfb(GaussianMethod):
 
     name = "tfb"
     paper = "2412.05723"
-    likelihoods = ("categorical",)
+    likelihoods = ("categorical", "bradley_terry", "bernoulli")
     post_hoc = True
 
     def __post_init__(self) -> None:
@@ -89,8 +91,10 @@ class Tfb(GaussianMethod):
             blocks = [*model.get_submodule(place[0]).children()]
             search = WeightDraws(TopBlocks(posterior, len(blocks) - place[1]), mirrored=True)
 
+        likelihood, answers = likelihood_of(training.task), before.labels.long()
+
         def nll(prediction: Prediction) -> float:
-            return nn.functional.nll_loss(prediction.log_probabilities, before.labels).item()
+            return -likelihood.averaged(prediction.draw_logits(), answers).mean().item()
 
         share = self.tolerance * (len(anchors) if self.divide_by_anchors else 1)
 

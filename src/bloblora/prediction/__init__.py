@@ -2,16 +2,18 @@
 
 from .approximations import Linearized, StoppingRule, TopBlocks
 from .hidden import hidden_states
-from .kinds import MultiLabelPrediction, Prediction, ValuePrediction
+from .kinds import KINDS, MultiLabelPrediction, Prediction, RewardPrediction, ValuePrediction
 from .prediction import average_draws, predict
 from .sampler import Point, Sampler, ScalableWeights, Tempered, WeightDraws
 from .temperature import fit_temperature, tempered_nll
 
 __all__ = [
+    "KINDS",
     "Linearized",
     "MultiLabelPrediction",
     "Point",
     "Prediction",
+    "RewardPrediction",
     "Sampler",
     "ScalableWeights",
     "StoppingRule",

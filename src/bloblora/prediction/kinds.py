@@ -45,6 +45,11 @@ class Prediction:
     }
     """The properties that tell inputs out of scope from others, and what tables call them."""
 
+    @classmethod
+    def from_logits(cls, logits: Tensor, num_samples: int, likelihood: Likelihood) -> Prediction:
+        """From draws' normalized logits (S, n, C)."""
+        return cls(logits, num_samples)
+
     @property
     def num_draws(self) -> Tensor:
         """Draws that were made for each input, (n,): S, or fewer under a `StoppingRule`."""
@@ -113,6 +118,65 @@ class Prediction:
             }
 
 
+class RewardPrediction(Prediction):
+    r"""Rewards of responses, and by them which is preferred: a prediction of classes, the responses of a record.
+
+    Only differences between the responses to one prompt mean something. So where a record has several,
+    :math:`\tilde r_{si} = r_{si} - \frac1C \sum_j r_{sj}` of each draw s are what is averaged.
+
+    Attributes:
+        logits: (S, n, C) float32, the rewards of each draw; -inf where a record has no such response.
+    """
+
+    kind = "bradley_terry"
+    caution: ClassVar[float] = 1.0
+    """Standard deviations by which a lower bound is below the mean."""
+    logits: Tensor
+    __repr__ = object.__repr__
+
+    def __init__(self, logits: Tensor, num_samples: int) -> None:
+        self.__dict__ |= {"logits": logits, "log_probs": logits.log_softmax(-1), "num_samples": num_samples}
+
+    def draw_logits(self) -> Tensor:
+        """The attribute ``logits``."""
+        return self.logits
+
+    @cached_property
+    def draw_rewards(self) -> Tensor:
+        """Of each draw, (S, n, C), relative to the mean of a record's responses where it has several; NaN for none."""
+        rewards = self.logits.where(self.logits > -math.inf, math.nan)
+        several = rewards[0].isfinite().sum(-1, keepdim=True) > 1
+        return rewards - rewards.nanmean(-1, keepdim=True).where(several, 0)
+
+    @property
+    def rewards(self) -> Tensor:
+        """Their mean, (n, C)."""
+        return self.draw_rewards.mean(0)
+
+    @property
+    def reward_stds(self) -> Tensor:
+        """Their standard deviation over the draws, (n, C): epistemic; 0 for a single one."""
+        return self.draw_rewards.std(0, correction=0)
+
+    @property
+    def lower_bounds(self) -> Tensor:
+        """Mean less `caution` standard deviations, (n, C)."""
+        return self.rewards - self.caution * self.reward_stds
+
+    @property
+    def best(self) -> Tensor:
+        """The response with the highest lower bound, (n,)."""
+        return self.lower_bounds.nan_to_num(-math.inf).argmax(-1)
+
+    def answers(self, columns: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
+        """Of each input the same as of classes, and ``best``, ``rewards``, ``reward_stds``, ``lower_bounds``."""
+        numbers = {name: getattr(self, name).tolist() for name in ("rewards", "reward_stds", "lower_bounds")}
+        best = self.best.tolist()
+        for i, (names, answer) in enumerate(zip(columns, super().answers(columns), strict=True)):
+            rows = {name: values[i][: len(names)] for name, values in numbers.items()}
+            yield {"best": names[best[i]], **rows, **answer}
+
+
 class OtherPrediction(Prediction, ABC):
     """What draws say of answers that aren't classes, of which there are no probabilities, confidence or entropy.
 
@@ -128,6 +192,11 @@ class OtherPrediction(Prediction, ABC):
 
     def __init__(self, logits: Tensor, num_samples: int, likelihood: Likelihood) -> None:
         self.__dict__ |= {"logits": logits, "num_samples": num_samples, "likelihood": likelihood}
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, num_samples: int, likelihood: Likelihood) -> Prediction:
+        """From draws' normalized logits (S, n, C)."""
+        return cls(logits, num_samples, likelihood)
 
     @property
     def log_probs(self) -> Tensor:
@@ -284,9 +353,7 @@ def _binary_entropy(probabilities: Tensor) -> Tensor:
 
 def prediction_of(logits: Tensor, num_samples: int, likelihood: Likelihood) -> Prediction:
     """What draws' normalized logits (S, n, C) say, by their likelihood."""
-    if likelihood.name == Prediction.kind:
-        return Prediction(logits, num_samples)
-    return _OTHERS[likelihood.name](logits, num_samples, likelihood)
+    return KINDS[likelihood.name].from_logits(logits, num_samples, likelihood)
 
 
 def mutual_information(total: Tensor, aleatoric: Tensor, num_draws: Tensor | int) -> Tensor:
@@ -312,4 +379,9 @@ def _entropy(log_probs: Tensor) -> Tensor:
     return torch.special.entr(log_probs.exp()).sum(-1)
 
 
-_OTHERS: dict[str, type[OtherPrediction]] = {kind.kind: kind for kind in (ValuePrediction, MultiLabelPrediction)}
+KINDS: dict[str, type[Prediction]] = {
+    kind.kind: kind for kind in (Prediction, RewardPrediction, MultiLabelPrediction, ValuePrediction)
+}
+"""Classes of predictions by the name of the likelihood."""
+CLASSES = tuple(name for name, kind in KINDS.items() if not issubclass(kind, OtherPrediction))
+"""The likelihoods of answers that exclude each other, of which there are probabilities."""

@@ -30,7 +30,7 @@ def check_task(config: RunConfig, records: Sequence[dict[str, Any]]) -> None:
     kind, task, method = kind_of(records), tasks.TASKS[task_name(config, records)], config.build_method()
     if task.family.name not in method.likelihoods:
         others = ", ".join(name for name, kind in METHODS.items() if task.family.name in kind.likelihoods)
-        raise RunError(f"method {method.name!r} is for classes and choices; train task {task.name!r} with {others}")
+        raise RunError(f"method {method.name!r} has no form for task {task.name!r}; train that with {others}")
     if config.task.get("class_weights", "none") != "none" and not method.weighs_classes:
         raise RunError(f"class_weights: method {method.name!r} weighs all records alike; leave it out")
     if config.training.get("label_smoothing_factor") and task.family.name != "categorical":

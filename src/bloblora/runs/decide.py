@@ -86,8 +86,6 @@ def calibrate(
         ValueError: a promise is out of its range.
     """
     check_place(description)
-    if outside is not None and (task := description.task).family.name != Prediction.kind:
-        raise RunError(f"ood: task {task.name!r} has no rule for what is out of scope; leave it out")
     records = as_records(records, require_labels=True)
     outside = None if outside is None else as_records(outside)
     for side in (records, outside):

@@ -37,6 +37,9 @@ _FIELDS = (
     "prompt",
     "response",
     "messages",
+    "chosen",
+    "rejected",
+    "responses",
 )
 _HUB_FILES = ["*.json", "*.safetensors", "*.png"]  # nothing that could be run
 PLACES = ("model", "data", "validation", "output", "trunk_cache")

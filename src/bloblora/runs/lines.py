@@ -24,7 +24,7 @@ def lines_of(
 
 def repeated(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a line repeats of its record."""
-    return {key: record[key] for key in ("id", "text", "text_pair", "question") if key in record}
+    return {key: record[key] for key in ("id", "text", "text_pair", "question", "prompt") if key in record}
 
 
 def columns_of(task: tasks.Task, record: dict[str, Any]) -> Sequence[str]:

@@ -20,7 +20,8 @@ from .run import Run
 log = logging.getLogger("bloblora")
 
 NUM_SAMPLES = 10
-_METRICS = ("accuracy", "nll", "ece", "f1_micro", "rmse", "interval_coverage")
+SHOWN = ("accuracy", "nll", "ece", "f1_micro", "rmse", "interval_coverage")
+"""The metrics that a person is told first, of those that there are."""
 _STEADY = 0.01  # a fall of the validation NLL from one evaluation to the next that is no reason to train longer
 _HARM = 0.01  # nats
 _TIMED_STEPS = 5
@@ -63,7 +64,7 @@ class ExpectedTime(TrainerCallback):
 
 
 def held_out_metrics(run: Run, training: Training) -> tuple[dict[str, Any], list[str]]:
-    """NLL (nats) and others of `_METRICS` of the validation records under the mean and under draws; and what is wrong.
+    """NLL (nats) and others of `SHOWN` of the validation records under the mean and under draws; and what is wrong.
 
     They chose the checkpoint, so that other records may be answered a little worse.
     """
@@ -75,7 +76,7 @@ def held_out_metrics(run: Run, training: Training) -> tuple[dict[str, Any], list
     by_samples = {}
     for n, prediction in found.items():
         values = metrics(prediction, targets)
-        by_samples[str(n)] = {name: values[name] for name in _METRICS if name in values}
+        by_samples[str(n)] = {name: values[name] for name in SHOWN if name in values}
     nlls = [example_scores(prediction, targets)["nll"] for prediction in found.values()]
     problems = [*_guessing(run.task, training, found[counts[-1]], labels, nlls[-1]), *_harm(*nlls)]
     return {"num_examples": len(targets), "by_num_samples": by_samples}, problems

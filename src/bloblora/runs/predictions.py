@@ -17,7 +17,7 @@ from ..data import DataError
 from ..decision import Decision
 from ..files import json_sha256, parse_json, read_json
 from ..messages import quoted
-from ..prediction import Prediction
+from ..prediction import Prediction, RewardPrediction
 from ..prediction.kinds import OtherPrediction, prediction_of
 from ..prediction.prediction import check_finite
 from .config import RunError
@@ -123,10 +123,11 @@ def keep_predictions(
         expected = json.loads(json.dumps(repeated(record) | right(record)))
         if {**line, **expected} != line:
             return False
+        columns = [*columns_of(task, record)]
         if task.likelihood.name != Prediction.kind:
             draws = torch.tensor(line["logits"])
-            return draws.shape[1:] == (len(task.head or ()),) and bool(draws.isfinite().all())
-        columns, numbers = [*columns_of(task, record)], line["log_probabilities"]
+            return draws.shape[1:] == (len(columns or task.head or ()),) and bool(draws.isfinite().all())
+        numbers = line["log_probabilities"]
         same = [*line["probabilities"]] == columns and len(numbers) == len(columns)
         return same and math.isclose(math.fsum(map(math.exp, numbers)), 1, abs_tol=1e-3)
 
@@ -134,8 +135,11 @@ def keep_predictions(
         prediction = predict(chunk)
         lines = lines_of(task, chunk, prediction, decision)
         for record, line, exact in zip(chunk, lines, _exact(prediction), strict=True):
-            if "log_probabilities" in exact:  # a row is as wide as the chunk's longest
-                exact["log_probabilities"] = exact["log_probabilities"][: len(line["probabilities"])]
+            if width := len(line.get("probabilities", ())):  # a row is as wide as the chunk's longest
+                if "logits" in exact:
+                    exact["logits"] = [row[:width] for row in exact["logits"]]
+                else:
+                    exact["log_probabilities"] = exact["log_probabilities"][:width]
             yield line | right(record) | exact
 
     append_lines(file, records, described, identity, is_of=is_of, progress=progress)
@@ -144,7 +148,7 @@ def keep_predictions(
 def _exact(prediction: Prediction) -> Iterator[dict[str, Any]]:
     """What `kept_prediction` needs of each input."""
     draws = prediction.num_draws.tolist()
-    if isinstance(prediction, OtherPrediction):
+    if isinstance(prediction, OtherPrediction | RewardPrediction):
         logits = prediction.logits.transpose(0, 1).tolist()
         return ({"logits": row, "num_draws": count} for row, count in zip(logits, draws, strict=True))
     rows = prediction.log_probabilities.tolist()
@@ -155,7 +159,8 @@ def kept_prediction(rows: Iterable[Mapping[str, Any]], num_samples: int, task: t
     """The prediction whose lines `keep_predictions` wrote."""
     if task.likelihood.name == Prediction.kind:
         return Averages.of(rows, num_samples)
-    logits = torch.tensor([row["logits"] for row in rows]).transpose(0, 1)
+    each = [torch.tensor(row["logits"]).T for row in rows]
+    logits = pad_sequence(each, batch_first=True, padding_value=-math.inf).permute(2, 0, 1)
     return prediction_of(check_finite(logits), num_samples, task.likelihood)
 
 

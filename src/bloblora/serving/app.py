@@ -262,11 +262,12 @@ def _read(body: Any, hosted: Mapping[str, Hosted], settings: Settings) -> tuple[
 def _encoded(run: Hosted, records: Sequence[dict[str, Any]], settings: Settings) -> list[tuple[Any, Any]]:
     """Each record with its encoding; an InputsError where some can't be used or are too long."""
     problems, found = [], []
-    wanted = {"text": "'text'", "choice": "'question' and 'choices'"}[run.kind]
+    wanted = {"text": "'text'", "choice": "'question' and 'choices'", "preference": "'responses'"}[run.kind]
+    needed = {"text": "text", "choice": "choices", "preference": "responses"}[run.kind]
     for number, record in enumerate(records):
         field = f"inputs[{number}]"
         characters = sum(len("".join(value)) for value in record.values())  # of a text or of choices
-        if ("text" in record) != (run.kind == "text"):
+        if needed not in record:
             problems.append(problem_of(field, record, f"the run {run.name!r} needs {wanted}"))
             continue
         try:

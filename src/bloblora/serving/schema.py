@@ -72,6 +72,13 @@ class ChoiceInput(_Strict):
     choices: Annotated[list[Text], _at_most("max_choices"), _field("none blank", _CHOICES, min_length=2)]
 
 
+class ResponsesInput(_Strict):
+    """Responses to give rewards, to a prompt where there is one."""
+
+    prompt: Text | None = _field("what they respond to", _CHOICE, default=None)
+    responses: Annotated[list[Text], _at_most("max_choices"), _field("none blank", _CHOICES, min_length=1)]
+
+
 class PromptInput(_Strict):
     """A prompt to answer."""
 
@@ -82,12 +89,16 @@ def _form(value: Any) -> str:
     """Which form of one input a value has: its tag, which `app` leaves out of an error's place."""
     if isinstance(value, str):
         return "<plain>"
-    return "<text>" if "text" in (value if isinstance(value, dict) else dir(value)) else "<choice>"
+    there = value if isinstance(value, dict) else dir(value)
+    return next((f"<{name}>" for name in ("text", "responses") if name in there), "<choice>")
 
 
 _ONE_OR_MANY = Discriminator(lambda value: "<many>" if isinstance(value, list) else "<one>")
 Input = Annotated[
-    Annotated[Text, Tag("<plain>")] | Annotated[TextInput, Tag("<text>")] | Annotated[ChoiceInput, Tag("<choice>")],
+    Annotated[Text, Tag("<plain>")]
+    | Annotated[TextInput, Tag("<text>")]
+    | Annotated[ResponsesInput, Tag("<responses>")]
+    | Annotated[ChoiceInput, Tag("<choice>")],
     Discriminator(_form),
 ]
 Inputs = Annotated[
@@ -264,6 +275,15 @@ class Answer(BaseModel):
     out_of_scope: bool | None = _field("of a calibrated run", False, default=None)
 
 
+class RewardAnswer(Answer):
+    """What a run that gives rewards says of the responses to one prompt; those of a list are in their order."""
+
+    best: str = _field("the response with the highest lower bound", _CHOICES[1])
+    rewards: list[float] = _field("relative to their mean where there are several", [-0.4, 0.4])
+    reward_stds: list[float] = _field("how far the weight samples disagree", [0.2, 0.2])
+    lower_bounds: list[float] = _field("reward less one standard deviation", [-0.6, 0.2])
+
+
 class ValueAnswer(BaseModel):
     """What a run that predicts numbers says of one input, in the units of its data."""
 
@@ -273,6 +293,7 @@ class ValueAnswer(BaseModel):
     epistemic_std: float = _field("of it how far the weight samples disagree; 0 for one draw", 0.3)
     interval: tuple[float, float] = _field("what has 90 % of the predictive probability", [2.6, 4.2])
     promised_interval: tuple[float, float] | None = _field("of a calibrated run", [2.4, 4.4], default=None)
+    out_of_scope: bool | None = _field("of a calibrated run", False, default=None)
     num_draws: int = _field("weight samples that were used; 1 where there is a single function", 10)
     truncated_tokens: int = _field("tokens cut off because the model reads no more", 0)
 
@@ -287,16 +308,17 @@ class LabelsAnswer(BaseModel):
     mutual_information: float = _field("of it epistemic: how far the weight samples disagree; 0 for one draw", 0.09)
     expected_entropy: float = _field("of it aleatoric: what each weight sample leaves open", 0.9)
     promised_labels: list[str] | None = _field("of a calibrated run", ["late", "damaged", "lost"], default=None)
+    out_of_scope: bool | None = _field("of a calibrated run", False, default=None)
     num_draws: int = _field("weight samples that were used; 1 where there is a single function", 10)
     truncated_tokens: int = _field("tokens cut off because the model reads no more", 0)
 
 
-AnyAnswer = Answer | LabelsAnswer | ValueAnswer
+AnyAnswer = RewardAnswer | Answer | LabelsAnswer | ValueAnswer
 
 
 def answer_of(line: dict[str, Any]) -> AnyAnswer:
     """The answer that a line of `Hosted.answer` holds."""
-    kinds = {"value": ValueAnswer, "labels": LabelsAnswer, "label": Answer}
+    kinds = {"value": ValueAnswer, "labels": LabelsAnswer, "rewards": RewardAnswer, "label": Answer}
     return next(kind for name, kind in kinds.items() if name in line)(**line)
 
 
@@ -316,7 +338,7 @@ class Model(BaseModel):
     method: str = _field("how its posterior was made, as `bloblora train --method` has it", "blob")
     base_model: str = _field("the pretrained model below its adapter", "smollm2-135m")
     task: str = _field("how inputs become logits", "classification")
-    kind: Literal["text", "choice", "prompt"] = _field(
+    kind: Literal["text", "choice", "preference", "prompt"] = _field(
         "which inputs it takes; of prompts it writes the answers", "text"
     )
     labels: list[str] | None = _field("None: each question has its own choices", ["parcel", "refund"])
@@ -329,7 +351,7 @@ class Model(BaseModel):
         "share of the out-of-scope records of `bloblora calibrate --ood` that were flagged; None without them", 0.4
     )
     warnings: list[str] = _field("of its training, where that ended badly", ["the posterior is the prior"])
-    examples: list[TextInput | ChoiceInput | PromptInput] = _field("inputs to try", [{"text": _TEXT}])
+    examples: list[TextInput | ChoiceInput | ResponsesInput | PromptInput] = _field("inputs to try", [{"text": _TEXT}])
     metrics: dict[str, float] = _field("what metrics.json in its folder says", {"accuracy": 0.81, "ece": 0.05})
     diagram: bool = _field("whether its folder has a reliability.png", True)
     adapter_sha256: str | None = _field("of the trained weights' file", "d99e6bd2acc406b2")

@@ -28,8 +28,9 @@ from ..data import ReadingOptions, read_records
 from ..files import read_json, write_json, write_tensors, write_text
 from ..messages import quoted
 from ..prediction import Prediction
-from ..runs.checks import task_name
-from ..tasks import TASKS
+from ..prediction.kinds import prediction_of
+from ..runs.checks import check_task, task_name
+from ..tasks import TASKS, Task
 from .study import EvalSet, Job
 
 RUNS = "runs"
@@ -71,9 +72,8 @@ class Result:
 
     def lacks(self, job: Job, *sets: str) -> bool:
         """Whether scores are missing of some of the job's sets, by default of any, or of a number of weight samples."""
-        names = ["confidence", *(["mahalanobis"] if job.distances else [])]
-        keys = (f"{key}/{n}/{name}" for key in sets or job.sets for n in job.samples for name in names)
-        return any(key not in self.scores for key in keys)
+        there = [self.scores_of(key, n) for key in sets or job.sets for n in job.samples]
+        return any(not scores or (job.distances and "mahalanobis" not in scores) for scores in there)
 
     def add(
         self, key: str, prediction: Prediction, targets: Tensor | None, distances: Mapping[str, Tensor] | None = None
@@ -83,9 +83,9 @@ class Result:
         scores = evaluation.uncertainty(prediction) | dict(distances or {})
         found = {} if targets is None else evaluation.summary(prediction, targets)
         if key != "test" and (test := self.scores_of("test", n)):
-            # the mutual information of a single weight sample is 0 for every input
-            shared = [name for name in scores if name in test]
-            names = [name for name in shared if name != "mutual_information" or len(prediction.log_probs) > 1]
+            # what is epistemic of a single weight sample is 0 for every input
+            epistemic = ("mutual_information", "epistemic_std") if int(prediction.num_draws.max()) < 2 else ()
+            names = [name for name in scores if name in test and name not in epistemic]
             found |= evaluation.ood_metrics(*({name: side[name].float() for name in names} for side in (test, scores)))
         if targets is not None:
             scores |= evaluation.example_scores(prediction, targets)
@@ -211,21 +211,25 @@ def is_done(job: Job, results: Path) -> bool:
     return not result.lacks(job)
 
 
-def check_data(job: Job) -> None:
-    """Read what the job will read, so that a wrong file stops a study before hours of work.
+def check_data(job: Job) -> type[Task]:
+    """Read what the job will read, so that a wrong file stops a study before hours of work; the task that it has.
 
     Raises:
         DataError: a file can't be used.
-        RunError: its records are prompts, whose answers can't be scored as labels or choices are.
+        RunError: its records are prompts, whose answers can't be scored as others are, or can't be the method's.
     """
     records = read_records(job.config.source("data"), job.config.reading_options())
     task = TASKS[task_name(job.config, records)]
-    if task.kind == "generation" or task.family.name != Prediction.kind:
-        raise runs.RunError(f"{job.config.data}: a study compares labels and choices; task {task.name!r} has none")
+    if task.kind == "generation":
+        raise runs.RunError(
+            f"{job.config.data}: a study compares labels, choices and values; task {task.name!r} has none"
+        )
+    check_task(job.config, records)
     if (validation := job.config.validation_data) is not None:
         _read(str(validation), job.config)
     for chosen in job.sets.values():
         _read(chosen.data, job.config, require_labels=chosen.labelled)
+    return task
 
 
 def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) -> Result:
@@ -252,7 +256,8 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
         draws = trained.predict(records, most, job.config.seed, batch_size=job.batch_size, progress=progress)
         result.sets[key] = _set(chosen)
         result.seconds[key] = time.perf_counter() - start
-        predictions = [Prediction(draws.log_probs[: max(n, 1)], n) for n in job.samples if n > 0 or most == 0]
+        logits, likelihood = draws.draw_logits(), trained.task.likelihood
+        predictions = [prediction_of(logits[: max(n, 1)], n, likelihood) for n in job.samples if n > 0 or most == 0]
         if 0 in job.samples and most > 0:
             predictions.append(trained.predict(records, 0, batch_size=job.batch_size))
         targets = runs.targets_of(trained.task, records) if chosen.labelled else None

@@ -171,14 +171,16 @@ def _reference(rows: Sequence[Row], baseline: str) -> Row | None:
 def _sections(dataset: str, results: Sequence[Result], baseline: str) -> Iterator[str | Picture]:
     rows = _rows(results)
     sets = list(dict.fromkeys(key for result in results for key in result.metrics if key != "test"))
-    labelled = [key for key in sets if any("accuracy" in row.values(key) for row in rows)]
+    labelled = [key for key in sets if any("nll" in row.values(key) for row in rows)]
     outside = ["test", *(key for key in sets if key not in labelled)]
     test = {row.label: {k: v for key in outside for k, v in row.values(key).items()} | _cost(row) for row in rows}
     most_draws = {row.method: row for row in sorted(rows, key=lambda row: row.num_samples)}
     yield f"\n## {dataset}\n"
     times = "Times are those of the fastest seed: other work ran beside."
     yield _table(f"Test data, {_seeds(rows)}. {_LEGEND} {times}", test, [*_measured(test), *_COST])
-    yield _table("More of calibration and selective prediction.", test, evaluation.metric_names("more", outside=False))
+    more = evaluation.metric_names("more", outside=False)
+    if any(name in row for name in more for row in test.values()):
+        yield _table("More of calibration and selective prediction.", test, more)
     yield from _differences(rows, baseline, "test")
     yield from _learning(dataset, most_draws)
     yield from _validation(dataset, most_draws)
@@ -224,7 +226,9 @@ def _differences(rows: Sequence[Row], baseline: str, key: str) -> Iterator[str]:
     """How far each method is from the baseline on the same examples of one set."""
     row = _reference(rows, baseline)
     reference = row.scores(key) if row else []
-    stored = {*reference[0], "squared_calibration_error"} if reference else set()
+    stored = set(reference[0]) if reference else set()
+    if "confidence" in stored:
+        stored.add("squared_calibration_error")
     compared = [name for name in evaluation.metric_names("main", outside=False) if name in stored]
     titles = {name: f"Δ {evaluation.METRICS[name].title}" for name in compared}
     found = {}
@@ -301,19 +305,20 @@ def _chosen(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _pictures(dataset: str, rows: Sequence[Row], most_draws: Mapping[str, Row]) -> Iterator[Picture]:
-    if pooled := {row.label: _pooled(row) for row in most_draws.values() if row.scores("test")}:
+    classes = all("ece" in row.values("test") for row in rows)  # and not values, or several labels at once
+    if pooled := {row.label: _pooled(row) for row in most_draws.values() if classes and row.scores("test")}:
         figure = evaluation.reliability_figure({label: evaluation.confidence_bins(*of) for label, of in pooled.items()})
         yield Picture.of(dataset, "reliability, all seeds together", figure, "reliability", True)
         figure = evaluation.risk_coverage_figure({label: evaluation.risk_coverage(*of) for label, of in pooled.items()})
         yield Picture.of(dataset, "risk against coverage, all seeds together", figure, "risk-coverage", True)
-    lines = {name: _against_samples(rows, name) for name in ("ece", "nll")}
-    if any(len(line) > 2 for line in lines["ece"].values()):
+    lines = {name: _against_samples(rows, name) for name in (("ece", "nll") if classes else ("nll",))}
+    if any(len(line) > 2 for line in lines["nll"].values()):
         for name, line in lines.items():
             title = evaluation.METRICS[name].title
             figure = evaluation.lines_figure(line, "number of draws N", title, xscale="symlog")
             yield Picture.of(dataset, f"{title} against N", figure, f"{name}-against-n")
     pareto = {"": {row.label: row for row in most_draws.values()}, **_by_prior_std(rows)}
-    for method, of in pareto.items():
+    for method, of in pareto.items() if classes else ():
         values = {label: row.values("test") for label, row in of.items()}
         figure = evaluation.pareto_figure({label: (v["accuracy"], v["ece"]) for label, v in values.items()})
         what = f"accuracy against ECE{f' over prior_std ({method})' if method else ''}, to the lower right is better"

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from .. import evaluation
 from ..messages import quoted
+from ..prediction.kinds import CLASSES
 from ..runs import RunError, alone
 from ..training import DivergedError
 from . import job as jobs
@@ -36,8 +37,8 @@ class Trial:
 
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials to which no other is preferable in accuracy and ECE both."""
-    points = {str(trial.number): (trial.metrics["accuracy"], trial.metrics["ece"]) for trial in trials}
+    """The trials to which no other is preferable in accuracy and ECE both; none where answers aren't classes."""
+    points = {str(t.number): (t.metrics["accuracy"], t.metrics["ece"]) for t in trials if "ece" in t.metrics}
     front = evaluation.pareto_front(points)
     return [trial for trial in trials if str(trial.number) in front]
 
@@ -88,6 +89,8 @@ def tune(
     template = _job(study, dataset, method, seed, output, data)
     baseline = _job(study, dataset, study.baseline, seed, output, data)
     ranges = _ranges(template, ranges)
+    if (task := jobs.check_data(template)).family.name not in CLASSES and aim == "ece":
+        raise RunError(f"aim 'ece' is for classes that exclude each other; task {task.name!r} has none: take 'nll'")
     with alone(output, inside=True):
         least = _metrics(baseline, output)["accuracy"] - within if aim == "ece" else -math.inf
 
@@ -99,7 +102,7 @@ def tune(
                 warnings.warn(f"trial {trial.number + 1}: {error}", stacklevel=2)
                 raise optuna.TrialPruned from error
             trial.set_user_attr("metrics", found)
-            trial.set_constraint("accuracy", max(least - found["accuracy"], -1.0))
+            trial.set_constraint("accuracy", max(least - found.get("accuracy", 0.0), -1.0))
             return found[aim]
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -4,9 +4,10 @@ from .choice_letter import ChoiceLetter, label_logits
 from .choice_text import Blank, ChoiceText
 from .classification import Classification
 from .generation import TextGeneration
-from .likelihood import CATEGORICAL, Bernoulli, Categorical, Gaussian, Likelihood
+from .likelihood import CATEGORICAL, Bernoulli, BradleyTerry, Categorical, Gaussian, Likelihood
 from .multi_label import MultiLabel
 from .regression import Regression
+from .reward import Reward
 from .task import TASKS, Task, TaskError, build_task, encode_all, encode_each, guess_task, task_from_dict
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "TASKS",
     "Bernoulli",
     "Blank",
+    "BradleyTerry",
     "Categorical",
     "ChoiceLetter",
     "ChoiceText",
@@ -22,6 +24,7 @@ __all__ = [
     "Likelihood",
     "MultiLabel",
     "Regression",
+    "Reward",
     "Task",
     "TaskError",
     "TextGeneration",

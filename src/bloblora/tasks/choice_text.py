@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -34,14 +34,16 @@ class TreeChoice(Choice):
     """A choice as the branch of a tree."""
 
     scored_by: ClassVar[tuple[str, ...]] = ("echo",)
+    branches: ClassVar[str] = "choices"
+    """The field of a record that holds them."""
 
     def encode(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
         """As every task's; a TaskError also where the question with all its choices has too many tokens."""
         example = super().encode(record, tokenizer)
         if (tokens := self.length(example)) > _MOST_TOKENS:
             raise TaskError(
-                f"field 'choices': {len(record['choices'])} choices have {tokens} tokens with the question, which are "
-                f"read together; at most {_MOST_TOKENS}: give fewer choices"
+                f"field {self.branches!r}: {len(example['branches'])} {self.branches} have {tokens} tokens with the "
+                f"question, which are read together; at most {_MOST_TOKENS}: give fewer {self.branches}"
             )
         return example
 
@@ -176,19 +178,12 @@ def collate_trees(examples: Sequence[Example], pad_token_id: int) -> Batch:
 
 def tree_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     """Log-likelihood of each choice's scored tokens, nats: (b, C) float32, -inf for choices it lacks."""
-    check_model(model, batch)
     choice_ids, sources, lengths = batch["choice_ids"], batch["sources"], batch["choice_lengths"]
     width, window = batch["input_ids"].shape[1], choice_ids.shape[1] + 1
-    dtype = extract_model_from_parallel(model).dtype
-    zeros = torch.zeros_like(batch["attention_mask"], dtype=dtype)
-    output = model(
-        input_ids=batch["input_ids"],
-        attention_mask=zeros.masked_fill(~batch["attention_mask"], torch.finfo(dtype).min),
-        position_ids=batch["position_ids"],
-        # Indices, not a number: a number makes a view, for which torch multiplies by a copy of the head an example.
-        logits_to_keep=torch.arange(width - window, width, device=choice_ids.device),
-        use_cache=False,
-    )
+    # Indices, not a number: a number makes a view, for which torch multiplies by a copy of the head an example.
+    last = torch.arange(width - window, width, device=choice_ids.device)
+    advice = "use the task 'choice_letter', which needs no such mask"
+    output = model(**tree_inputs(model, batch, advice), logits_to_keep=last)
     logits = output.logits.float()
     targets = batch["input_ids"][:, 1 - window :]
     rows = torch.arange(len(targets), device=targets.device).unsqueeze(1)
@@ -198,11 +193,23 @@ def tree_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     return scores.masked_fill(lengths == 0, -torch.inf)
 
 
-def check_model(model: nn.Module, batch: Batch) -> None:
+def tree_inputs(model: nn.Module, batch: Batch, advice: str) -> dict[str, Any]:
+    """What a model takes of trees; a TaskError, with an advice, by `check_model`."""
+    check_model(model, batch, advice)
+    dtype = extract_model_from_parallel(model).dtype
+    zeros = torch.zeros_like(batch["attention_mask"], dtype=dtype)
+    return {
+        "input_ids": batch["input_ids"],
+        "attention_mask": zeros.masked_fill(~batch["attention_mask"], torch.finfo(dtype).min),
+        "position_ids": batch["position_ids"],
+        "use_cache": False,
+    }
+
+
+def check_model(model: nn.Module, batch: Batch, advice: str) -> None:
     """Raise a TaskError when the model would ignore or change the tree's mask."""
     inner = extract_model_from_parallel(model)
     config = inner.config.get_text_config()
-    advice = "use the task 'choice_letter', which needs no such mask"
     if config._attn_implementation not in ("sdpa", "eager"):
         raise TaskError(
             f"attn_implementation: '{config._attn_implementation}' takes no 4D attention mask; load the "

@@ -59,7 +59,7 @@ class TextGeneration(Task):
 
     def tokenize(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
         """Token ids of `prompt` and, where the record has one, of `response`, all of whose tokens count."""
-        prompt, response = (_chat if "messages" in record else _plain)(record, tokenizer)
+        prompt, response = (chat_ids if "messages" in record else plain_ids)(record, tokenizer)
         room, what = (1, "an answer") if response is None else (len(response), "the response")
         kept = fit_prefix(prompt, room, self.max_length, tokenizer.bos_token_id, what)
         example = {"prompt": kept, "truncated": len(prompt) - len(kept)}
@@ -104,7 +104,7 @@ class TextGeneration(Task):
         return model(**inputs, logits_to_keep=before, use_cache=False).logits.float()
 
 
-def _plain(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int] | None]:
+def plain_ids(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int] | None]:
     """Token ids of the prompt and the response."""
     # A space at the end belongs to the response's first token.
     prompt = record["prompt"].rstrip(" ")
@@ -113,10 +113,10 @@ def _plain(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
         return ids, None
     response = record["response"].strip(" ")
     space = "" if prompt[-1].isspace() or response[0].isspace() else " "
-    return ids, _ended(tokenizer, continuation_ids(tokenizer, space + response))
+    return ids, ended(tokenizer, continuation_ids(tokenizer, space + response))
 
 
-def _chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int] | None]:
+def chat_ids(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int] | None]:
     """Token ids up to where the assistant's last message starts, and of that message."""
     if tokenizer.chat_template is None:
         raise TaskError("tokenizer: has no chat template; write records with 'prompt' and 'response'")
@@ -140,14 +140,14 @@ def _chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not answered:
         return ids, None
-    return ids, _ended(tokenizer, tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"])
+    return ids, ended(tokenizer, tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"])
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
-def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+def ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     """Up to the end-of-text token, which is added where there is none."""
     eos = tokenizer.eos_token_id
     if eos is None:

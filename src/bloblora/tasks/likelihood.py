@@ -11,11 +11,13 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
 class Likelihood(ABC):
@@ -24,6 +26,8 @@ class Likelihood(ABC):
     name: ClassVar[str]
     expects: ClassVar[bool] = False
     """Whether it has an `expected_square`."""
+    problem_type: ClassVar[ProblemType] = "single_label_classification"
+    """What transformers calls it in the configuration of a sequence classification model."""
 
     def normalized(self, logits: Tensor) -> Tensor:
         """The logits in a form in which equal distributions have equal numbers."""
@@ -57,6 +61,10 @@ class Likelihood(ABC):
             smoothing: share of the loss that is of the classes alike, where there are classes.
         """
         raise NotImplementedError(f"{self.name}: no label to expect")
+
+    def soft_labels(self, logits: Tensor) -> Tensor:
+        """Soft labels (b, …) of logits (b, C), of which `log_prob` is the mean log-probability of answers by these."""
+        raise NotImplementedError
 
     @abstractmethod
     def targets(self, labels: Sequence[Any]) -> Tensor:
@@ -113,6 +121,10 @@ class Categorical(Likelihood):
         """Log of the mean probabilities."""
         return draws.log_softmax(-1).logsumexp(0) - math.log(len(draws))
 
+    def soft_labels(self, logits: Tensor) -> Tensor:
+        """Probabilities."""
+        return logits.softmax(-1)
+
     def targets(self, labels: Sequence[Any]) -> Tensor:
         """Class indices, (n,)."""
         return torch.tensor(labels)
@@ -123,6 +135,18 @@ class Categorical(Likelihood):
         counts = {label: count * weights[label] for label, count in Counter(seen).items()}
         total = sum(counts.values())
         return sum(-weights[y] * math.log(counts.get(y, weights[y]) / total) for y in labels) / len(labels)
+
+
+@dataclass(frozen=True)
+class BradleyTerry(Categorical):
+    """Which of C responses is preferred: classes whose logits are rewards, and stay what they are."""
+
+    name: ClassVar[str] = "bradley_terry"
+    problem_type: ClassVar[ProblemType] = "regression"
+
+    def normalized(self, logits: Tensor) -> Tensor:
+        """The rewards."""
+        return logits
 
 
 @dataclass(frozen=True)
@@ -138,10 +162,12 @@ class Bernoulli(Likelihood):
 
     name: ClassVar[str] = "bernoulli"
     expects: ClassVar[bool] = True
+    problem_type: ClassVar[ProblemType] = "multi_label_classification"
 
     def log_prob(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Of labels (b, L), 1 or 0: the sum over them."""
-        return F.logsigmoid(logits * (2 * labels - 1)).sum(-1)
+        """Of labels (b, L), 1 or 0, or of their probabilities: the sum over them."""
+        labels = labels.to(logits).expand_as(logits)
+        return -F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(-1)
 
     def averaged(self, draws: Tensor, labels: Tensor) -> Tensor:
         """The sum over labels of the logarithm of each one's averaged probability."""
@@ -155,6 +181,10 @@ class Bernoulli(Likelihood):
     def merged(self, draws: Tensor) -> Tensor:
         """Log-odds of the mean probabilities of each label."""
         return F.logsigmoid(draws).logsumexp(0) - F.logsigmoid(-draws).logsumexp(0)
+
+    def soft_labels(self, logits: Tensor) -> Tensor:
+        """Probabilities."""
+        return logits.sigmoid()
 
     def targets(self, labels: Sequence[Any]) -> Tensor:
         """1 or 0, (n, L)."""
@@ -183,6 +213,7 @@ class Gaussian(Likelihood):
     scale: float = 1.0
 
     name: ClassVar[str] = "gaussian"
+    problem_type: ClassVar[ProblemType] = "regression"
 
     @staticmethod
     def of(mean: Tensor, precision: Tensor) -> Tensor:
@@ -196,14 +227,19 @@ class Gaussian(Likelihood):
         return logits[..., 0] * variance, variance
 
     def log_prob(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Log-density of standardized numbers (b,)."""
+        """Log-density of standardized numbers (b,); of means and variances (b, 2) the mean log-density."""
         mean, variance = self.moments(logits)
-        return -((labels - mean).square() / variance + variance.log() + math.log(2 * math.pi)) / 2
+        labels, spread = (labels, 0) if labels.ndim == 1 else labels.unbind(-1)
+        return -(((labels - mean).square() + spread) / variance + variance.log() + math.log(2 * math.pi)) / 2
 
     def merged(self, draws: Tensor) -> Tensor:
         """Of the same mean and variance as the mixture."""
         means, variances = self.moments(draws)
         return self.of(means.mean(0), 1 / (variances.mean(0) + means.var(0, correction=0)))
+
+    def soft_labels(self, logits: Tensor) -> Tensor:
+        """Means and variances."""
+        return torch.stack(self.moments(logits), -1)
 
     def standardized(self, values: Any) -> Any:
         """Numbers in the units of the data, as examples hold them."""

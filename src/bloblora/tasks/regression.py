@@ -118,6 +118,14 @@ class Regression(TextHead):
         """What it is for, in a sentence."""
         return f"Predicts a number for a text: {self.value_mean:.4g} on average, with a spread of {self.value_std:.4g}."
 
+    @property
+    def head_note(self) -> str:
+        """How a value and its noise follow from the outputs."""
+        return (
+            f"the head's outputs are m and a: the value is {self.value_mean!r} + {self.value_std!r}·m, and its noise "
+            f"variance {self.value_std!r}²/(log(1 + (e - 1)·exp(a)) + {_LEAST_PRECISION})"
+        )
+
     def columns(self, record: Record) -> list[str]:
         """None: a value has no columns."""
         return []

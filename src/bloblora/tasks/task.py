@@ -126,6 +126,11 @@ class Task:
         return self.labels
 
     @property
+    def head_note(self) -> str | None:
+        """What users of an exported head must know to read its outputs; None where they are logits of the labels."""
+        return None
+
+    @property
     def likelihood(self) -> Likelihood:
         """How probable an answer is, given the logits."""
         return self.family()
@@ -222,6 +227,7 @@ TASKS: Registry[type[Task]] = Registry(
         "choice_letter": "bloblora.tasks.choice_letter:ChoiceLetter",
         "blank": "bloblora.tasks.choice_text:Blank",
         "generation": "bloblora.tasks.generation:TextGeneration",
+        "reward": "bloblora.tasks.reward:Reward",
     },
     _problem,
 )
@@ -233,8 +239,8 @@ def build_task(name: str, records: Sequence[Record], tokenizer: PreTrainedTokeni
 
     "auto" is for records with a `text` `regression` where each has a `value`, or a `label` that is a number and some of
     these have fractions, `multi_label` where each has `labels`, otherwise `classification`; `generation` for records
-    with a `prompt` or `messages`; for choices it is `blank` when every question has two choices and a `_`, otherwise
-    `choice_text`.
+    with a `prompt` or `messages`; `reward` for those with `chosen` and `rejected`; for choices it is `blank` when every
+    question has two choices and a `_`, otherwise `choice_text`.
 
     Raises:
         TaskError: an unknown name or option, or records that fit no task.
@@ -254,7 +260,8 @@ def guess_task(records: Sequence[Record]) -> str:
         if task.fits(records):
             return name
     raise TaskError(
-        "task: 'auto' needs records that all have 'text', 'prompt', 'messages', or 'question' and 'choices'"
+        "task: 'auto' needs records that all have 'text', 'prompt', 'messages', 'chosen' and 'rejected', or 'question' "
+        "and 'choices'"
     )
 
 
