@@ -38,7 +38,9 @@ STUDY = """
 name: kills
 seeds: [0, 1]
 samples: [0, 2]
-train: {model: base, steps: 3, save_steps: 1, per_device_train_batch_size: 2}
+baseline: blob
+models: [base]
+train: {max_steps: 3, save_steps: 1, per_device_train_batch_size: 2}
 datasets: {texts: {train: {data: texts.jsonl}, test: {data: texts.jsonl}}}
 methods: {blob: {}}
 """

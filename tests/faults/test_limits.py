@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -99,14 +101,42 @@ def test_a_pattern_in_an_adapters_file(tmp_path, impatient):
         adapter.load(tiny_llama(), tmp_path)
 
 
-def test_a_chat_template(files, impatient):
+def encode_with_a_loop(files):
     tokenizer = AutoTokenizer.from_pretrained(files.base)
     loop = "{% for i in range(99999) %}"
     tokenizer.chat_template = loop * 2 + "{% endfor %}" * 2
     record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    task = build_task("generation", [record], tokenizer)
-    with pytest.raises(TimeoutError, match=r"filling its chat template takes more than 0\.2 s"):
-        task.encode(record, tokenizer)
+    build_task("generation", [record], tokenizer).encode(record, tokenizer)
+
+
+def in_a_thread(function, *arguments):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def test_a_chat_template(files, impatient):
+    message = r"filling its chat template takes more than 0\.2 s"
+    with pytest.raises(TimeoutError, match=message):
+        encode_with_a_loop(files)
+    with pytest.raises(TimeoutError, match=message):
+        in_a_thread(encode_with_a_loop, files)  # as a server fills it
+
+
+def test_a_thread_goes_on_after_its_limit(impatient):
+    def spend(seconds):
+        with limits.time_limit("this"):
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                pass
+        return "ended"
+
+    with ThreadPoolExecutor(2) as pool:
+        long, short = pool.submit(spend, 20), pool.submit(spend, 0.01)
+        assert short.result() == "ended"
+        with pytest.raises(TimeoutError, match=r"this takes more than 0\.2 s"):
+            long.result()
+        time.sleep(0.3)
+        assert [*pool.map(spend, [0.01] * 4)] == ["ended"] * 4
 
 
 def test_the_callers_own_timer_stays():

@@ -33,6 +33,17 @@ def test_the_second_writer_of_a_file_is_refused_and_a_killed_ones_partial_file_g
     assert {path.name for path in tmp_path.iterdir()} == {"lines.jsonl", "lines.jsonl.meta.json"}
 
 
+@pytest.mark.parametrize(("option", "name"), [("--output", "metrics.json"), ("--diagram", "diagram.svg")])
+def test_two_evaluations_with_one_output(call, files, run, tmp_path, option, name):
+    evaluate = ("evaluate", run, "--data", files.texts, "--samples", "0", option, tmp_path / name)
+    with runs.alone(tmp_path / name):
+        status, out, err = call(*evaluate)
+        assert (status, out) == (2, "")
+        assert f"{name}: another process is at work in it" in err
+    assert call(*evaluate)[0] == 0
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(("json", "svg", "lock"))] == [name]
+
+
 @dataclass(frozen=True)
 class Numbers:
     format_version: int

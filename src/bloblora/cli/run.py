@@ -345,50 +345,55 @@ def evaluate(
     for file in (output, predictions, diagram):
         if file is not None:
             runs.check_writable(file)
-    description = _opened(directory, options)
-    if diagram is not None and description.task.family.name not in CLASSES:
-        name = description.task.name
-        raise RunError(f"diagram: accuracy against confidence is of classes and choices; the run's task is {name}")
-    if output and Path(output).absolute() == (description.folder / METRICS_FILE).absolute():
-        there = "metrics are written there anyway, those of other data too; leave it out"
-        raise RunError(f"output {quoted(output)}: {there}")
-    if not description.remote:
-        read_metrics(description.folder)  # what is added to must be readable
-    records, outside = _read(description, data, ood, reading)
-    decision = open_decision(description, options)
-    distance = runs.open_distance(description) if distances else None
-    training = runs.training_records(description) if distances and distance is None else None
-    run = runs.load_run(description, options.approximate, trust_remote_code=options.trust_remote_code)
-    if _is_training_data(description, data):
-        print(f"data {quoted(data)}: the run was trained on these; its metrics say little of others", file=sys.stderr)
-    bars = sys.stdout.isatty() and not json  # the bar goes to standard output
-    if training is not None:
-        distance = runs.fit_distance(run, description, training, batch_size=options.batch_size, progress=bars)
-    result = runs.evaluate(
-        run,
-        records,
-        outside,
-        options,
-        progress=bars,
-        diagram=Path(diagram) if diagram else None,
-        decision=decision,
-        predictions=Path(predictions) if predictions else None,
-        distance=distance,
-    )
-    if output:
-        runs.write_json(Path(output), result)
-    if not description.remote:
-        try:
-            save_metrics(description, result, options, data, ood, Path(diagram) if diagram else None)
-        except OSError as error:  # a folder that others share, for reading
-            print(f"metrics aren't in the run's folder, which can't be written: {error}", file=sys.stderr)
-    if json:
-        print(dumped(result))
-    else:
-        name = f"{description.method.name}, N = {result['num_samples']}"
-        Console().print(evaluation.rich_table({name: result}, title=f"{data}, {result['num_examples']} examples"))
-        if decision:
-            Console().print(_realized(decision.to_dict(), result, "decisions"))
+    with ExitStack() as stack:
+        for file in {file for file in (output, diagram) if file}:  # predictions have their lock where they are written
+            stack.enter_context(runs.alone(Path(file)))
+        description = _opened(directory, options)
+        if diagram is not None and description.task.family.name not in CLASSES:
+            name = description.task.name
+            raise RunError(f"diagram: accuracy against confidence is of classes and choices; the run's task is {name}")
+        if output and Path(output).absolute() == (description.folder / METRICS_FILE).absolute():
+            there = "metrics are written there anyway, those of other data too; leave it out"
+            raise RunError(f"output {quoted(output)}: {there}")
+        if not description.remote:
+            read_metrics(description.folder)  # what is added to must be readable
+        records, outside = _read(description, data, ood, reading)
+        decision = open_decision(description, options)
+        distance = runs.open_distance(description) if distances else None
+        training = runs.training_records(description) if distances and distance is None else None
+        run = runs.load_run(description, options.approximate, trust_remote_code=options.trust_remote_code)
+        if _is_training_data(description, data):
+            print(
+                f"data {quoted(data)}: the run was trained on these; its metrics say little of others", file=sys.stderr
+            )
+        bars = sys.stdout.isatty() and not json  # the bar goes to standard output
+        if training is not None:
+            distance = runs.fit_distance(run, description, training, batch_size=options.batch_size, progress=bars)
+        result = runs.evaluate(
+            run,
+            records,
+            outside,
+            options,
+            progress=bars,
+            diagram=Path(diagram) if diagram else None,
+            decision=decision,
+            predictions=Path(predictions) if predictions else None,
+            distance=distance,
+        )
+        if output:
+            runs.write_json(Path(output), result)
+        if not description.remote:
+            try:
+                save_metrics(description, result, options, data, ood, Path(diagram) if diagram else None)
+            except OSError as error:  # a folder that others share, for reading
+                print(f"metrics aren't in the run's folder, which can't be written: {error}", file=sys.stderr)
+        if json:
+            print(dumped(result))
+        else:
+            name = f"{description.method.name}, N = {result['num_samples']}"
+            Console().print(evaluation.rich_table({name: result}, title=f"{data}, {result['num_examples']} examples"))
+            if decision:
+                Console().print(_realized(decision.to_dict(), result, "decisions"))
 
 
 def predict(
