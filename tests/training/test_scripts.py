@@ -121,7 +121,7 @@ def test_hyperparameter_search(make, dataset, tokenizer, tmp_path):
 
     class Kept(type(trainer.callback_handler.callbacks[0])):
         def on_train_begin(self, args, *_, **__):
-            scales.append((args.learning_rate, args.kl_scale))
+            scales.append((args.learning_rate, float(args.kl_scale)))
 
     trainer.add_callback(Kept())
     import optuna

@@ -1,6 +1,7 @@
 """What the evidence lower bound needs beside transformers' TrainingArguments."""
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
@@ -69,6 +70,9 @@ class Objective:
         for name, choices in (("kl_weighting", KlWeighting), ("optimizer_style", OptimizerStyle)):
             if (value := getattr(self, name)) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+        for name in ("kl_scale", "std_learning_rate"):
+            with suppress(TypeError, ValueError):  # a search of the Trainer's makes numbers the type of the word before
+                setattr(self, name, float(getattr(self, name)))
         check_positive(self, "kl_learning_rate", or_zero=True)
         if self.kl_scale != "auto":
             check_positive(self, "kl_scale", or_zero=True, or_word="auto")

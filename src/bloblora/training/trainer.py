@@ -438,9 +438,10 @@ class BlobTrainerMixin(_Host):
         """
         labels = inputs.get("labels")
         if self.task is None:
+            if labels is None or not (model.training and self.expects_labels()):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            if model.training and self.expects_labels() and labels is not None:
-                self._expect_labels(outputs["logits"].detach(), labels)
+            self._expect_labels(outputs["logits"].detach(), labels)
             return (loss, outputs) if return_outputs else loss
         if labels is None:
             raise ValueError(
