@@ -252,6 +252,18 @@ def test_squares_of_a_divided_loss_are_those_of_the_loss(tmp_path, options):
     torch.testing.assert_close(divided, expected, rtol=0.01, atol=expected.max().item() / 1000)
 
 
+def test_a_kl_of_many_weights_is_not_too_small_for_adam(tmp_path):
+    """With B = 0 the data say nothing of Ω; a KL that weighs 1e-9 a weight moves it at its rate: 0.02 · (1 + ⅔ + ⅓)."""
+    model = classifier(std_parameterization="log", init_std=0.01)
+    posterior = find_posterior(model)
+    for layer in posterior.named_layers().values():
+        torch.nn.init.zeros_(layer.lora_B["default"].weight)
+    before = {name: std.detach().clone() for name, std in posterior.named_stds().items()}
+    make_trainer(tmp_path, model, learning_rate=1e-12, std_learning_rate=0.02, kl_scale=1.2e-8).train()
+    for name, after in posterior.named_stds().items():
+        torch.testing.assert_close((after / before[name]).log(), torch.full_like(after, 0.04), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("std_learning_rate", [None, 0.02])
 def test_drift_is_that_of_the_gradients(tmp_path, std_learning_rate):
     """Against Adam's averages of the recorded gradients; the first step has only one direction."""
