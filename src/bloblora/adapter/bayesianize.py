@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -89,10 +89,16 @@ class Posterior:
         return {n: q.std(p, self.config.std_parameterization) for n, p in self.named_std_parameters().items()}
 
     @property
+    def uses_squares(self) -> bool:
+        """Whether a training takes Ω's gradient from the squares of the examples' gradients."""
+        return self.config.fisher(self.batch.expects_labels)
+
+    @property
     def under_head(self) -> bool:
         """Whether a head that starts from nothing is trained with the adapter."""
         return _has_head(self.model, self.adapter_name)
 
+    @cached_property
     def num_weights(self) -> int:
         """How many Gaussian weights there are, in all processes together."""
         return sum(mean.numel() for mean in self.named_means().values())
@@ -266,7 +272,7 @@ class Posterior:
         at_prior = (stds / widths - 1).abs() < _AT_PRIOR_TOLERANCE
         return {
             "kl": kl,
-            "num_parameters": float(stds.numel()),
+            "num_parameters": float(self.num_weights),
             "median_std": stds.median().item(),
             "mean_abs_mean": means.abs().mean().item(),
             "share_at_prior": at_prior.float().mean().item(),

@@ -242,8 +242,9 @@ def _plain(message: str) -> str:
     optional = union + r"(.*?)\s*- Expected a <class 'NoneType'>.*?Given value:"
     message = re.sub(optional, r"\1. Got value:", message, flags=re.DOTALL)
     number_or_word = union + r"(Expected a <class '\w+'>)\s*- Expected a typing\.Literal\[(.*?)\].*?Given value:"
-    either = lambda match: f"{match[1]} or {match[2].replace(', ', ' or ')}. Got value:"  # noqa: E731
-    message = re.sub(number_or_word, either, message, flags=re.DOTALL)
+    message = re.sub(
+        number_or_word, lambda match: f"{match[1]} or {match[2].replace(', ', ' or ')}. Got value:", message, flags=re.S
+    )
     message = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", message)
     message = re.sub(r"Expected a typing\.Literal\[([^]]*)\]", r"expected one of \1", message)
     return re.sub(r"\s+", " ", _dashed(message)).rstrip(".")

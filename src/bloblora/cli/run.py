@@ -208,11 +208,14 @@ def calibrate(
     description = _opened(directory, options) if directory is not None else None
     bars = sys.stdout.isatty() and not json
     if description is not None and description.task.kind == "generation":
-        given = {"predictions": predictions, "ood": ood, "approximate": options.approximate}
-        unused = changed(**kinds, false_alarm=false_alarm)
-        if data is None or any(given.values()) or unused:
-            wrong = ", ".join(f"--{name}" for name in [*(name for name in given if given[name]), *unused]) or "nothing"
-            wrong = wrong.replace("kind", "label-sets").replace("_", "-")
+        given: dict[str, Any] = {"predictions": predictions, "ood": ood, "approximate": options.approximate}
+        given |= {
+            "label-sets": changed(kind=label_sets),
+            "score": score,
+            "false-alarm": changed(false_alarm=false_alarm),
+        }
+        if data is None or any(given.values()):
+            wrong = ", ".join(f"--{name}" for name, value in given.items() if value) or "nothing"
             raise RunError(f"a run that writes text is calibrated on --data FILE, and with nothing else; got {wrong}")
         del promises["false_alarm"]
         names = ("samples", "seed", "batch_size", "trust_remote_code")

@@ -262,12 +262,13 @@ def _read(body: Any, hosted: Mapping[str, Hosted], settings: Settings) -> tuple[
 def _encoded(run: Hosted, records: Sequence[dict[str, Any]], settings: Settings) -> list[tuple[Any, Any]]:
     """Each record with its encoding; an InputsError where some can't be used or are too long."""
     problems, found = [], []
-    wanted = {"text": "'text'", "choice": "'question' and 'choices'", "preference": "'responses'"}[run.kind]
-    needed = {"text": "text", "choice": "choices", "preference": "responses"}[run.kind]
+    forms = {"text": ("text",), "choice": ("question", "choices"), "preference": ("responses",)}
+    needed = forms[run.kind]
     for number, record in enumerate(records):
         field = f"inputs[{number}]"
         characters = sum(len("".join(value)) for value in record.values())  # of a text or of choices
-        if needed not in record:
+        if needed[-1] not in record:
+            wanted = " and ".join(map(repr, needed))
             problems.append(problem_of(field, record, f"the run {run.name!r} needs {wanted}"))
             continue
         try:

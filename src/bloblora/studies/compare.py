@@ -102,8 +102,11 @@ def plan(study: Study, output: Path, runs: Path, data: Path = Path(".")) -> tupl
     """All jobs of a study, and those that are left; what they will read is checked. Arguments and errors: `compare`."""
     everything = study.jobs(runs, data)
     pending = [job for job in everything if not jobs.is_done(job, output)]
-    for job in {(job.dataset, job.config.data, job.label): job for job in pending}.values():
-        jobs.check_data(job)
+    alike: dict[Any, dict[str, Job]] = {}
+    for job in pending:
+        alike.setdefault((job.dataset, job.config.data), {})[job.label] = job
+    for by_label in alike.values():
+        jobs.check_data(*by_label.values())
     return everything, pending
 
 

@@ -211,8 +211,10 @@ def is_done(job: Job, results: Path) -> bool:
     return not result.lacks(job)
 
 
-def check_data(job: Job) -> type[Task]:
+def check_data(job: Job, *others: Job) -> type[Task]:
     """Read what the job will read, so that a wrong file stops a study before hours of work; the task that it has.
+
+    The others are of the same data and other methods.
 
     Raises:
         DataError: a file can't be used.
@@ -224,7 +226,8 @@ def check_data(job: Job) -> type[Task]:
         raise runs.RunError(
             f"{job.config.data}: a study compares labels, choices and values; task {task.name!r} has none"
         )
-    check_task(job.config, records)
+    for one in (job, *others):
+        check_task(one.config, records)
     if (validation := job.config.validation_data) is not None:
         _read(str(validation), job.config)
     for chosen in job.sets.values():

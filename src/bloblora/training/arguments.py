@@ -66,7 +66,7 @@ class Objective:
     )
 
     def check(self) -> None:
-        """Raise a ValueError where a field is out of its range."""
+        """Raise a ValueError where a field is out of its range; a number that is a text becomes a number."""
         for name, choices in (("kl_weighting", KlWeighting), ("optimizer_style", OptimizerStyle)):
             if (value := getattr(self, name)) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
@@ -74,8 +74,7 @@ class Objective:
             with suppress(TypeError, ValueError):  # a search of the Trainer's makes numbers the type of the word before
                 setattr(self, name, float(getattr(self, name)))
         check_positive(self, "kl_learning_rate", or_zero=True)
-        if self.kl_scale != "auto":
-            check_positive(self, "kl_scale", or_zero=True, or_word="auto")
+        check_positive(self, "kl_scale", or_zero=True, or_word="auto")
         check_std_learning_rate(self)
         check_count("num_weight_draws", self.num_weight_draws, 1)
         check_positive(self, "gamma")
@@ -156,14 +155,16 @@ def check_style(optimizer_style: str, std_parameterization: str) -> None:
 
 def check_std_learning_rate(options: object) -> None:
     """Raise a ValueError unless it is a rate, ``auto`` or None."""
-    if getattr(options, name := "std_learning_rate") not in ("auto", None):
+    if getattr(options, name := "std_learning_rate") is not None:
         check_positive(options, name, or_word="auto")
 
 
 def check_positive(options: object, *names: str, or_zero: bool = False, or_word: str | None = None) -> None:
-    """Raise a ValueError unless the options of these names are finite numbers above 0, or of at least 0."""
+    """Raise a ValueError unless the options of these names are finite numbers above 0, or at least 0, or the word."""
     for name in names:
         value = getattr(options, name)
+        if or_word is not None and value == or_word:
+            continue
         if not (isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
             word = f"; {or_word!r} is the only word that it may be" if or_word else ""
             raise ValueError(

@@ -195,7 +195,7 @@ class BlobTrainerMixin(_Host):
         if not isinstance(scale := self.args.kl_scale, str):
             return scale
         assert self.posterior is not None
-        return automatic_kl_scale(self._dataset_size(), self.posterior.num_weights(), self.posterior.under_head)
+        return automatic_kl_scale(self._dataset_size(), self.posterior.num_weights, self.posterior.under_head)
 
     def current_kl_weight(self) -> float:
         """Factor of the KL in this step's loss: s/D, or s·λ_i."""
@@ -242,8 +242,7 @@ class BlobTrainerMixin(_Host):
     def _correct_squares(self, loss_scale: float) -> None:
         """Make squares of gradients of a loss that was scaled, or divided among forwards, those of the loss itself."""
         factor = self.current_gradient_accumulation_steps * self.args.num_weight_draws / loss_scale
-        posterior = self.posterior
-        if factor != 1 and posterior is not None and posterior.config.fisher(posterior.batch.expects_labels):
+        if factor != 1 and self.posterior is not None and self.posterior.uses_squares:
             if self.is_deepspeed_enabled:  # which keeps the gradients to itself
                 raise ValueError("std_gradient must not be 'fisher' where DeepSpeed scales or divides the loss")
             for parameter in self.std_parameters():
@@ -438,7 +437,8 @@ class BlobTrainerMixin(_Host):
         """
         labels = inputs.get("labels")
         if self.task is None:
-            if labels is None or not (model.training and self.expects_labels()):
+            expected = self.posterior is not None and self.posterior.batch.expects_labels
+            if labels is None or not (model.training and expected):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             self._expect_labels(outputs["logits"].detach(), labels)
