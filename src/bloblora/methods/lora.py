@@ -2,7 +2,7 @@ r"""Maximum likelihood: plain LoRA (Hu et al., arXiv 2106.09685), the baseline o
 
 .. math:: \min_{A, B}\ \frac1D \sum_k -\log p(y_k \mid x_k, W_0 + s B A)
 
-Defaults as PEFT has them; the learning rate is this project's (`Method.training_defaults`).
+Defaults as PEFT has them; the learning rate is this project's (`docs/options.md`).
 """
 
 from .method import Method

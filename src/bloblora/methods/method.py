@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MEAN = "mean"
 TEMPERED_NLL = "tempered_nll"
 """Of an evaluation: the NLL under the temperature that makes it lowest, nats an example."""
-PRIOR_IN_LOSS: Mapping[str, Any] = {"learning_rate": 5e-4, "max_grad_norm": 0.0}
+PRIOR_IN_LOSS: Mapping[str, Any] = {"max_grad_norm": 0.0}
 """`Method.training_defaults` where the loss has a prior's part: clipping would move the point where both balance."""
 
 
@@ -69,7 +69,7 @@ class Method:
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
-    training_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-4}
+    training_defaults: ClassVar[Mapping[str, Any]] = {}
     """Of `TrainingArguments`, where this method needs others than a LoRA does."""
     lora_defaults: ClassVar[Mapping[str, Any]] = {}
     """Of ``peft.LoraConfig``, likewise."""

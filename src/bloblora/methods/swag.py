@@ -92,7 +92,7 @@ class Swag(GaussianMethod):
     name = "swag"
     paper = "2405.03425"
     gaussian = False  # its draws have more than the posterior's independent noise
-    training_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-4, "lr_scheduler_type": _SCHEDULE}
+    training_defaults: ClassVar[Mapping[str, Any]] = {"lr_scheduler_type": _SCHEDULE}
     files = (*GaussianMethod.files, f"{_STATE}.json")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a configuration leaves to data and device: steps, records held out, a temperature, the base model's dtype."""
+"""What a configuration leaves to data, model and device: steps, learning rate, validation, a temperature, dtype."""
 
 import math
 from collections.abc import Sequence
@@ -41,6 +41,8 @@ def resolved(config: RunConfig, records: Sequence[dict[str, Any]], separate: int
     options: dict[str, Any] = {"validation": validation, "temperature_scaling": temperature}
     if config.value("max_steps") == "auto":
         options["max_steps"] = _num_steps(config, task, len(records) - held_out)
+    if config.value("learning_rate") == "auto":
+        options["learning_rate"] = config.initial_learning_rate()
     return with_dtype(config.with_options(**options))
 
 
@@ -57,8 +59,10 @@ def with_dtype(config: RunConfig) -> RunConfig:
 
 def left_open(config: RunConfig) -> tuple[str, ...]:
     """The options that `resolved` decides."""
-    options = {"validation": "auto", "temperature_scaling": None, "max_steps": "auto", "dtype": "auto"}
-    return tuple(name for name, value in options.items() if config.value(name) == value)
+    automatic = dict.fromkeys(("validation", "max_steps", "learning_rate", "dtype"), "auto")
+    return tuple(
+        name for name, value in {**automatic, "temperature_scaling": None}.items() if config.value(name) == value
+    )
 
 
 def _num_steps(config: RunConfig, task: type[tasks.Task], count: int) -> int:
