@@ -35,7 +35,7 @@ def train(call, files, tmp_path):
     [
         (("--nope", "3"), ["unknown option 'nope'", "see bloblora train --help"]),
         (("--steps", "many"), ["--max-steps: expected int or 'auto'. Got value: many"]),
-        (("--learning-rate", "fast"), ["--learning-rate: expected float. Got value: fast"]),
+        (("--learning-rate", "fast"), ["--learning-rate: expected float or 'auto'. Got value: fast"]),
         (("--method", "nope"), ["method 'nope' is not one of lora, map, "]),
         (("--task", "essay"), ["task 'essay' is not one of auto, regression, multi_label, classification, "]),
         (
