@@ -169,7 +169,7 @@ def _settings(description: RunDescription) -> dict[str, Any]:
     fitted = description.training.get("rescaling", {})
     rescaled = {"temperature T of the logits": fitted.get("temperature"), "scale τ of the width": fitted.get("width")}
     rescaled = {name: value and float(f"{value:.4g}") for name, value in rescaled.items()}
-    rows |= description.method.described() | rescaled
+    rows |= description.method.described() | description.training.get("automatic", {}) | rescaled
     return rows | {"training time, seconds": seconds and round(seconds)}
 
 

@@ -269,6 +269,8 @@ class Training:
         loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.logs = [log for log in loop.state.log_history if "nll" in log]
         self.problems += loop.problems
+        if loop.posterior is not None:
+            self.found["automatic"] = loop.automatic()
         if self.validation:
             self.validated.append(Validated.of(part, loop))
         return loop

@@ -197,6 +197,15 @@ class BlobTrainerMixin(_Host):
         assert self.posterior is not None
         return automatic_kl_scale(self._dataset_size(), self.posterior.num_weights, self.posterior.under_head)
 
+    def automatic(self) -> dict[str, float]:
+        """What the options of a posterior and its objective are that may be ``auto``, where they are numbers."""
+        assert self.posterior is not None
+        found = {"prior_std": self.posterior.config.prior_std, "kl_scale": self.kl_scale()}
+        if self.args.optimizer_style == "joint":
+            rate = self.args.std_learning_rate
+            found["std_learning_rate"] = automatic_std_learning_rate(self.state.max_steps) if rate == "auto" else rate
+        return {name: value for name, value in found.items() if isinstance(value, int | float)}
+
     def current_kl_weight(self) -> float:
         """Factor of the KL in this step's loss: s/D, or s·λ_i."""
         size = float(self._dataset_size())
