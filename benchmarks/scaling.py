@@ -122,7 +122,12 @@ def model_of(method: str, base: PreTrainedModel, point: Point) -> nn.Module:
 
 def trainer_of(model: nn.Module, method: str) -> Trainer:
     """The Trainer of a method, with its defaults."""
-    common: dict[str, Any] = {"output_dir": tempfile.gettempdir(), "report_to": [], "use_cpu": True}
+    common: dict[str, Any] = {
+        "output_dir": tempfile.gettempdir(),
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
     if method == BLOB:
         return BlobTrainer(model, BlobTrainingArguments(**common, dataset_size=1000))
     return Trainer(model, TrainingArguments(**common))

@@ -5,7 +5,7 @@
 
 A step is a whole one of the Trainer: forward, backward, the check that gradients are finite, clipping (for all, though
 BLoB's default has none), AdamW, the KL, the schedule. On one base model and one batch, for each batch size × tokens and
-choice of layers: plain LoRA, every estimator and every way of the KL, PEFT's MonteCLoRA and the published BLoB.
+choice of layers: plain LoRA, BLoB by default and with what else it offers, PEFT's MonteCLoRA and the published BLoB.
 
 - time: in each round all take turns, in a random order; the median and quartiles over rounds of the ratio to plain LoRA
   in the same round;
@@ -42,13 +42,15 @@ from bloblora.training import BlobTrainingArguments
 
 PLAIN, MONTECLORA, PUBLISHED = "plain LoRA", "MonteCLoRA (PEFT)", "published BLoB"
 BLOB = {
-    "independent, joint": ("independent", "joint"),
-    "flipout, joint": ("flipout", "joint"),
-    "shared, joint": ("shared", "joint"),
-    "local, joint": ("local", "joint"),
-    "independent, paper": ("independent", "paper"),
-    "independent, paper_flow": ("independent", "paper_flow"),
+    "BLoB": {},
+    "reparameterization": {"std_gradient": "reparameterization"},
+    "flipout": {"estimator": "flipout"},
+    "shared": {"estimator": "shared"},
+    "local": {"estimator": "local"},
+    "paper": {"std_parameterization": "square", "optimizer_style": "paper"},
+    "paper_flow": {"std_parameterization": "square", "optimizer_style": "paper_flow"},
 }
+"""What is not by default, of `BlobConfig` and of the training."""
 TARGETS: dict[str, str | list[str]] = {"q and v": ["q_proj", "v_proj"], "all-linear": "all-linear"}
 NUM_LABELS, SEED = 10, 0
 Batch = dict[str, Tensor]
@@ -91,14 +93,15 @@ def trainer_of(name: str, base: PreTrainedModel, targets: str | list[str]) -> Tr
         "output_dir": tempfile.gettempdir(),
         "report_to": [],
         "use_cpu": True,
+        "disable_tqdm": True,
         "max_grad_norm": 1.0,
     }
     if name not in BLOB:
         kind = MontecloraTrainer if name == MONTECLORA else Trainer
         return kind(model=model, args=TrainingArguments(**common))
-    estimator, style = BLOB[name]
-    parameterization = "log" if style == "joint" else "square"
-    bayesianize(model, BlobConfig(estimator=estimator, std_parameterization=parameterization))
+    options = dict(BLOB[name])
+    style = options.pop("optimizer_style", "joint")
+    bayesianize(model, BlobConfig(**options))  # type: ignore[arg-type]
     return BlobTrainer(model, BlobTrainingArguments(**common, optimizer_style=style, dataset_size=1000))
 
 
@@ -106,6 +109,7 @@ def step_of(trainer: Trainer, batch: Batch) -> Step:
     """What the Trainer's loop does in each step."""
     trainer.create_optimizer_and_scheduler(num_training_steps=10_000)
     trainer.current_gradient_accumulation_steps = 1
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
     model, optimizer, schedule = trainer.model, trainer.optimizer, trainer.lr_scheduler
 
     def step() -> Tensor:

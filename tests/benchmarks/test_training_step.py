@@ -48,7 +48,7 @@ def test_without_noise_loss_and_gradients_are_plain_loras(name):
 def test_estimators_have_one_mean_gradient():
     """But for `local`, which gives each token an A of its own: that is another expectation."""
     count, means, variances = 150, {}, {}
-    for name in ("independent, joint", "flipout, joint", "shared, joint"):
+    for name in ("reparameterization", "flipout", "shared"):
         trainer, batch = trained(name)
         fill_std(trainer, 0.3)
         draws = [loss_and_gradients(trainer, batch)[1] for _ in range(count)]
@@ -80,7 +80,7 @@ def test_a_step_trains_the_adapter_and_leaves_the_base(name):
 
 
 def test_the_profile_finds_what_blob_adds():
-    base, name = benchmark.load(None), "independent, joint"
+    base, name = benchmark.load(None), "BLoB"
     batch = benchmark.batch_of(base, 4, 8)
     trainers = {n: benchmark.trainer_of(n, benchmark.share_weights(base), TARGETS) for n in (benchmark.PLAIN, name)}
     more = benchmark.account({n: benchmark.step_of(trainer, batch) for n, trainer in trainers.items()}, name, count=1)
@@ -88,7 +88,7 @@ def test_the_profile_finds_what_blob_adds():
 
 
 def test_smoke(tmp_path, capsys):
-    variants = ["independent, joint", "independent, paper"]
+    variants = ["BLoB", "paper"]
     benchmark.main(["--smoke", "--no-memory", "--results", str(tmp_path), "--variants", *variants])
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert list(results["cells"]) == ["2 × 8, q and v", "2 × 8, all-linear"]
@@ -100,4 +100,4 @@ def test_smoke(tmp_path, capsys):
         assert sorted(more, key=abs, reverse=True) == more
     report = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert report in capsys.readouterr().out
-    assert "| independent, paper |" in report
+    assert "| paper |" in report
