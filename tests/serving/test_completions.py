@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from bloblora import runs
+from bloblora.generation import find_agree
 from bloblora.serving import load_hosted, open_hosted
 from bloblora.serving.completions import _Text
 from bloblora.serving.writing import Token
@@ -106,6 +107,25 @@ def test_the_answers_of_the_draws(client, expected):
     assert not hasattr(without, "draws")
 
 
+def test_sampled_answers_and_p_true(client, hosted):
+    asked = {"model": "answers", "prompt": [PROMPT, OTHER]}
+    own = {"answers": 4, "answer_temperature": 1.5, "p_true": True, "agree": "exact"}
+    found = client.completions.create(**asked, extra_body=own)
+    how = {"max_new_tokens": 16, "do_sample": False, **own, "agree": find_agree("exact")}
+    for choice, prompt in zip(found.choices, (PROMPT, OTHER), strict=True):
+        line = next(hosted["answers"].run.describe_texts([{"prompt": prompt}], 3, **how))
+        assert choice.sampled == line["sampled"]
+        assert choice.text == line["answer"]
+        for name in ("semantic_entropy", "discrete_semantic_entropy", "p_true"):
+            assert choice.uncertainty[name] == pytest.approx(line[name], abs=1e-4)
+        assert not hasattr(choice, "p_correct")  # the map is for answers alone
+    stopped = client.completions.create(**asked, stop="o", extra_body={"answers": 2})
+    assert all("o" not in text for choice in stopped.choices for text in choice.sampled)
+    without = client.completions.create(model="answers", prompt=PROMPT).choices[0]
+    assert not hasattr(without, "sampled")
+    assert "p_true" not in without.uncertainty
+
+
 def test_a_stream_is_the_same_answer_in_parts(client):
     whole = client.completions.create(model="answers", prompt=PROMPT, logprobs=0).choices[0]
     events = [
@@ -197,6 +217,8 @@ def test_models(client, server):
         ({"n": 2}, BAD, "n", None, "less than or equal to 1"),
         ({"logit_bias": {"5": 1}}, BAD, "logit_bias", None, "Extra inputs are not permitted"),
         ({"extra_body": {"samples": 21}}, BAD, "samples", None, "must be at most 20"),
+        ({"extra_body": {"answers": 21}}, BAD, "answers", None, "must be at most 20"),
+        ({"extra_body": {"agree": "nli:x"}}, BAD, "agree", None, "'exact', 'normalized' or 'numeric'"),
         ({"messages": []}, BAD, "messages", None, "at least 1 item"),
         (
             {"messages": [{"role": "assistant", "content": "no"}]},

@@ -26,7 +26,8 @@ class Way:
 
     Attributes:
         name: of the run.
-        num_samples, seed, max_new_tokens, temperature, top_p: as for `bloblora generate`.
+        num_samples, seed: of the weight samples.
+        writing: as for `bloblora generate`.
         stop: texts before which an answer ends.
         top: how many of the most probable tokens are named at each place.
         draws: whether the answers of the draws are asked for.
@@ -35,9 +36,7 @@ class Way:
     name: str
     num_samples: int
     seed: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
+    writing: WritingOptions
     stop: tuple[str, ...] = ()
     top: int = 0
     draws: bool = False
@@ -45,11 +44,6 @@ class Way:
     def options(self) -> dict[str, Any]:
         """What a map to ``p_correct`` and decisions depend on."""
         return {"num_samples": self.num_samples, "seed": self.seed} | self.writing.writing()
-
-    @property
-    def writing(self) -> WritingOptions:
-        """The same as options of a run that writes."""
-        return WritingOptions(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,8 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
 
     Returns:
         Of each answer ``finish_reason``, ``uncertainty`` (its scores by name), ``num_draws``, ``draws`` (their answers)
-        where these are asked for, and of ``rules`` ``p_correct``, ``abstain``, ``answer_set`` and ``promises``.
+        and ``sampled`` where these are asked for, and of ``rules`` ``p_correct``, ``abstain``, ``answer_set`` and
+        ``promises``.
 
     Raises:
         GoneError: nobody waits for any of them.
@@ -105,7 +100,9 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
         decided |= decided_texts(rules.decision, found, rules.correctness)
         decided["promises"] = [rules.decision.promises] * len(answers)
     if how.draws:
-        decided["draws"] = [[_before(text, how.stop) for text in texts] for texts in found.draw_texts]
+        decided["draws"] = _all_before(found.draw_texts, how.stop)
+    if found.sampled_texts:
+        decided["sampled"] = _all_before(found.sampled_texts, how.stop)
     return [
         {"finish_reason": _reason(found.tokens[row, found.mask[row]], run.tokenizer, how)}
         | {name: values[row] for name, values in decided.items()}
@@ -151,12 +148,16 @@ def _stopped(ids: Tensor, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str
     return any(one in text for one in stop)
 
 
-def _before(text: str, stop: Sequence[str]) -> str:
-    """The part of a text before its first stop."""
-    return text[: min((place for one in stop if (place := text.find(one)) >= 0), default=len(text))]
+def _all_before(answers: Sequence[Sequence[str]], stop: Sequence[str]) -> list[list[str]]:
+    """The part of each text before its first stop."""
+
+    def before(text: str) -> str:
+        return text[: min((place for one in stop if (place := text.find(one)) >= 0), default=len(text))]
+
+    return [[*map(before, texts)] for texts in answers]
 
 
 def _reason(ids: Tensor, tokenizer: PreTrainedTokenizerBase, how: Way) -> str:
     """Why an answer ended, in OpenAI's words."""
-    whole = len(ids) == how.max_new_tokens and int(ids[-1]) != tokenizer.eos_token_id
+    whole = len(ids) == how.writing.max_new_tokens and int(ids[-1]) != tokenizer.eos_token_id
     return "length" if whole and not _stopped(ids, tokenizer, how.stop) else "stop"
