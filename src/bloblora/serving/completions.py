@@ -35,6 +35,8 @@ class Asked:
         run: that writes.
         how: it writes.
         examples: the encoded prompts.
+        stop: texts before which answers end.
+        top: how many of the most probable tokens are named at each place.
         chat: whether they are chats.
         logprobs: whether log-probabilities are asked for.
         stream: whether the answers are sent while they are written.
@@ -44,6 +46,8 @@ class Asked:
     run: Hosted
     how: Way
     examples: list[dict[str, Any]]
+    stop: tuple[str, ...]
+    top: int
     chat: bool
     logprobs: bool
     stream: bool
@@ -81,14 +85,12 @@ def read_completion(body: Any, hosted: Mapping[str, Hosted], settings: Settings,
             agree=request.agree or WritingOptions.agree,
             p_true=bool(request.p_true),
         ),
-        stop,
-        top,
         bool(request.draws),
     )
     logprobs = bool(request.logprobs) if chat else request.logprobs is not None
     examples = [_fitting(run, record, place, how, settings) for place, record in _records(request, chat)]
     usage = bool(request.stream_options and request.stream_options.include_usage)
-    return Asked(run, how, examples, chat, logprobs, bool(request.stream), usage)
+    return Asked(run, how, examples, stop, top, chat, logprobs, bool(request.stream), usage)
 
 
 async def answered(asked: Asked, request: Request, writer: Batcher) -> Response:
@@ -176,8 +178,10 @@ class _Answers:
             loop.call_soon_threadsafe(self._queue.put_nowait, (index, item))
 
         examples = [*enumerate(asked.examples)]
-        writings = [Writing(example, partial(send, index), self._gone) for index, example in examples]
-        self._texts = [_Text(asked.run.run.tokenizer, asked.how.stop) for _ in examples]
+        writings = [
+            Writing(example, partial(send, index), self._gone, asked.stop, asked.top) for index, example in examples
+        ]
+        self._texts = [_Text(asked.run.run.tokenizer, asked.stop) for _ in examples]
         self._futures = writer.submit(asked.how, writings)
         for index, future in enumerate(self._futures):
             future.add_done_callback(partial(send, index))

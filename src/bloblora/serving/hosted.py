@@ -151,8 +151,8 @@ class Hosted:
         return answers
 
     def rules_for(self, how: Way) -> TextRules | None:
-        """What is known of texts that are written so; nothing of those that a stop cuts."""
-        return None if how.stop else next((rules for rules in self.rules if rules.how == how.options()), None)
+        """What is known of texts that are written so."""
+        return next((rules for rules in self.rules if rules.how == how.options()), None)
 
 
 def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, RunDescription]:
