@@ -132,7 +132,7 @@ def report(results: dict[str, Any]) -> str:
         "# Uncertainty of written answers\n",
         "Made by `python benchmarks/generation.py`, whose docstring says what is right; settings, machine and versions "
         "are in results.json. AUROC: 1 is perfect, 0.5 chance; AURC: less is better, the error rate is chance. A "
-        "single draw (LoRA, N = 0) has no mutual information, variance, agreement or semantic entropy.\n",
+        "single draw (LoRA, N = 0) has no mutual information, variance, agreement or draw semantic entropy.\n",
     ]
     for title, names in groups.items():
         if rows and names:

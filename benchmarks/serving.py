@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,15 @@ WARM_UP = 3
 
 
 @contextmanager
-def server(run: str, batch_size: int, samples: int) -> Iterator[str]:
-    """The URL of a server of a run."""
+def server(runs: Sequence[str], batch_size: int, samples: int) -> Iterator[str]:
+    """The URL of a server of runs."""
     options = {"port": 0, "batch-size": batch_size, "samples": samples, "drain-seconds": 0.0}
     command = [
         sys.executable,
         "-m",
         "bloblora",
         "serve",
-        run,
+        *runs,
         *(f"--{name}={value}" for name, value in options.items()),
     ]
     with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as process:
@@ -96,7 +96,7 @@ def quantile(times: dict[str, int], share: float) -> float:
 
 def measure(run: str, bodies: Path, batch_size: int, samples: int, users: int, seconds: int) -> dict[str, Any]:
     """One case."""
-    with server(run, batch_size, samples) as url:
+    with server([run], batch_size, samples) as url:
         for body in bodies.read_text(encoding="utf-8").splitlines()[:WARM_UP]:
             httpx.post(f"{url}/v1/predict", json=json.loads(body), timeout=60).raise_for_status()
         found, memory = load(url, bodies, users, seconds)

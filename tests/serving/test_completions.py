@@ -11,9 +11,11 @@ import httpx
 import pytest
 
 from bloblora import runs
+from bloblora.generation import find_agree
+from bloblora.runs.texts import WritingOptions
 from bloblora.serving import load_hosted, open_hosted
 from bloblora.serving.completions import _Text
-from bloblora.serving.writing import Token
+from bloblora.serving.writing import Token, Way, Writing, write
 from tests.generation.conftest import RECORDS
 from tests.serving.conftest import TEXT_SETTINGS, serving
 from tests.tiny_base import write_signed
@@ -106,6 +108,25 @@ def test_the_answers_of_the_draws(client, expected):
     assert not hasattr(without, "draws")
 
 
+def test_sampled_answers_and_p_true(client, hosted):
+    asked = {"model": "answers", "prompt": [PROMPT, OTHER]}
+    own = {"answers": 4, "answer_temperature": 1.5, "p_true": True, "agree": "exact"}
+    found = client.completions.create(**asked, extra_body=own)
+    how = {"max_new_tokens": 16, "do_sample": False, **own, "agree": find_agree("exact")}
+    for choice, prompt in zip(found.choices, (PROMPT, OTHER), strict=True):
+        line = next(hosted["answers"].run.describe_texts([{"prompt": prompt}], 3, **how))
+        assert choice.sampled == line["sampled"]
+        assert choice.text == line["answer"]
+        for name in ("semantic_entropy", "discrete_semantic_entropy", "p_true"):
+            assert choice.uncertainty[name] == pytest.approx(line[name], abs=1e-4)
+        assert not hasattr(choice, "p_correct")  # the map is for answers alone
+    stopped = client.completions.create(**asked, stop="o", extra_body={"answers": 2})
+    assert all("o" not in text for choice in stopped.choices for text in choice.sampled)
+    without = client.completions.create(model="answers", prompt=PROMPT).choices[0]
+    assert not hasattr(without, "sampled")
+    assert "p_true" not in without.uncertainty
+
+
 def test_a_stream_is_the_same_answer_in_parts(client):
     whole = client.completions.create(model="answers", prompt=PROMPT, logprobs=0).choices[0]
     events = [
@@ -122,6 +143,31 @@ def test_a_stream_is_the_same_answer_in_parts(client):
     log_probs = [value for part in parts for value in part.choices[0].logprobs.token_logprobs]
     assert log_probs == pytest.approx(whole.logprobs.token_logprobs, abs=1e-4)
     assert parts[-1].choices[0].p_correct == pytest.approx(whole.p_correct, abs=1e-4)
+
+
+def test_stops_and_log_probabilities_share_a_batch(hosted):
+    """Of one length or not, each answer is cut by its own stop alone and is as if it were alone."""
+    run, sent = hosted["answers"].run, [[] for _ in range(4)]
+    asked = [(PROMPT, ("xide",), 0), (OTHER, (), 2), (PROMPT, (), 1), ("?", ("e", "zz"), 0)]
+    how = Way("answers", 3, 0, WritingOptions(max_new_tokens=16))
+
+    def writing(number):
+        prompt, stop, top = asked[number]
+        example = hosted["answers"].encode({"prompt": prompt})
+        return Writing(example, sent[number].append, threading.Event(), stop, top)
+
+    rules = hosted["answers"].rules_for(how)
+    ends = write(run, how, [writing(number) for number in range(4)], rules)
+    together = [[*tokens] for tokens in sent]
+    for number, (_, stop, top) in enumerate(asked):
+        sent[number].clear()
+        (alone,) = write(run, how, [writing(number)], rules)
+        assert [token.id for token in together[number]] == [token.id for token in sent[number]]
+        assert all(len(token.top) == top for token in together[number])
+        assert ends[number]["finish_reason"] == alone["finish_reason"]
+        assert ends[number]["uncertainty"] == pytest.approx(alone["uncertainty"], abs=1e-3)
+        assert ("p_correct" in ends[number]) == ("p_correct" in alone) == (not stop)
+    assert len(together[0]) < len(together[2])
 
 
 def test_a_chat(client, hosted):
@@ -197,6 +243,8 @@ def test_models(client, server):
         ({"n": 2}, BAD, "n", None, "less than or equal to 1"),
         ({"logit_bias": {"5": 1}}, BAD, "logit_bias", None, "Extra inputs are not permitted"),
         ({"extra_body": {"samples": 21}}, BAD, "samples", None, "must be at most 20"),
+        ({"extra_body": {"answers": 21}}, BAD, "answers", None, "must be at most 20"),
+        ({"extra_body": {"agree": "nli:x"}}, BAD, "agree", None, "'exact', 'normalized' or 'numeric'"),
         ({"messages": []}, BAD, "messages", None, "at least 1 item"),
         (
             {"messages": [{"role": "assistant", "content": "no"}]},

@@ -268,6 +268,10 @@ def test_written_answers(opened, writer_folder):
         assert len(tints) > 2
         assert article.locator("h3").inner_text().split() == prompt.split()
         assert page.get_by_text("Answer sets: at least 0.4 of the answer sets").is_visible()
+        page.locator("summary").filter(has_text="Settings").click()
+        page.get_by_label("Sampled answers").fill("3")
+        page.get_by_role("button", name="Answer", exact=True).click()
+        page.get_by_text("3 sampled answers: semantic entropy").wait_for()
         page.get_by_role("textbox", name="Prompt").fill("where is it " * 100)
         page.get_by_role("button", name="Answer", exact=True).click()
         page.get_by_role("alert").filter(has_text="must be at most 200 tokens").wait_for()

@@ -16,6 +16,11 @@ QUESTION = "\nIs the proposed answer:\n (A) True\n (B) False\nThe proposed answe
 _CHOICES = (" (A)", " (B)")
 
 
+def question_length(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the model reads after its answer: of `QUESTION` and the longer choice."""
+    return len(continuation_ids(tokenizer, QUESTION)) + max(len(ids) for ids in _choices(tokenizer))
+
+
 def p_true(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -54,7 +59,11 @@ def p_true(
         ended = eos is not None and len(prompt) > 1 and prompt[-1] == eos  # of an encoder
         start = [*prompt[:-1]] if ended else [*prompt]
         asked.append([*start, *(t for t in answer if t not in special), *question, *([eos] if ended else [])])
-    choices = [continuation_ids(tokenizer, choice) for choice in _CHOICES]
+    choices = _choices(tokenizer)
     prompts = [prompt for prompt in asked for _ in choices]
     found = score(model, prompts, choices * len(asked), num_samples, seed, **options)
     return torch.softmax(found.mixture_log_probability.unflatten(0, (-1, 2)), dim=-1)[:, 0]
+
+
+def _choices(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return [continuation_ids(tokenizer, choice) for choice in _CHOICES]

@@ -19,6 +19,7 @@ from jinja2 import Environment
 from starlette.exceptions import HTTPException
 
 from ..runs.folder import RUN_FILE
+from ..runs.texts import WritingOptions
 from .completions import answered, read_completion
 from .hosted import Hosted, Settings
 from .problems import SHORT, InputsError, encoded, find_run, problem_of, samples_of, validated
@@ -289,7 +290,7 @@ def _promises(hosted: Hosted, settings: Settings) -> dict[str, str] | None:
     """Of the calibrated decisions for a request that asks for nothing else."""
     decision = hosted.decision
     if hosted.kind == "prompt":
-        usual = Way(hosted.name, settings.samples, settings.seed, settings.new_tokens, 0.0, 1.0)
+        usual = Way(hosted.name, settings.samples, settings.seed, WritingOptions(max_new_tokens=settings.new_tokens))
         rules = hosted.rules_for(usual)
         decision = rules.decision if rules else None
     return decision.promises if decision else None

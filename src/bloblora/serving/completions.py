@@ -17,7 +17,9 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from ..generation.asking import question_length
 from ..messages import shortened
+from ..runs.texts import WritingOptions
 from .hosted import Hosted, Settings
 from .problems import InputsError, encoded, find_run, problem_of, samples_of, validated
 from .schema import OPENAI_PATHS, ChatRequest, CompletionRequest, failure
@@ -33,6 +35,8 @@ class Asked:
         run: that writes.
         how: it writes.
         examples: the encoded prompts.
+        stop: texts before which answers end.
+        top: how many of the most probable tokens are named at each place.
         chat: whether they are chats.
         logprobs: whether log-probabilities are asked for.
         stream: whether the answers are sent while they are written.
@@ -42,6 +46,8 @@ class Asked:
     run: Hosted
     how: Way
     examples: list[dict[str, Any]]
+    stop: tuple[str, ...]
+    top: int
     chat: bool
     logprobs: bool
     stream: bool
@@ -59,6 +65,9 @@ def read_completion(body: Any, hosted: Mapping[str, Hosted], settings: Settings,
     new_tokens = getattr(request, name) or settings.new_tokens
     if new_tokens > settings.max_new_tokens:
         raise InputsError(problem_of(name, new_tokens, f"must be at most {settings.max_new_tokens}"))
+    answers = request.answers or 0
+    if answers > settings.max_answers:
+        raise InputsError(problem_of("answers", answers, f"must be at most {settings.max_answers}"))
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     top = (request.top_logprobs if chat else request.logprobs) or 0
     if chat and top and not request.logprobs:
@@ -67,17 +76,21 @@ def read_completion(body: Any, hosted: Mapping[str, Hosted], settings: Settings,
         run.name,
         samples_of(request.samples, settings),
         settings.seed if request.seed is None else request.seed,
-        new_tokens,
-        request.temperature or 0.0,
-        1.0 if request.top_p is None else request.top_p,
-        stop,
-        top,
+        WritingOptions(
+            max_new_tokens=new_tokens,
+            temperature=request.temperature or 0.0,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            answers=answers,
+            answer_temperature=request.answer_temperature or 1.0,
+            agree=request.agree or WritingOptions.agree,
+            p_true=bool(request.p_true),
+        ),
         bool(request.draws),
     )
     logprobs = bool(request.logprobs) if chat else request.logprobs is not None
     examples = [_fitting(run, record, place, how, settings) for place, record in _records(request, chat)]
     usage = bool(request.stream_options and request.stream_options.include_usage)
-    return Asked(run, how, examples, chat, logprobs, bool(request.stream), usage)
+    return Asked(run, how, examples, stop, top, chat, logprobs, bool(request.stream), usage)
 
 
 async def answered(asked: Asked, request: Request, writer: Batcher) -> Response:
@@ -117,8 +130,10 @@ def _fitting(run: Hosted, record: dict[str, Any], place: str, how: Way, settings
     texts = [record["prompt"]] if "prompt" in record else [message["content"] for message in record["messages"]]
     example = encoded(run, record, place, sum(map(len, texts)), settings)
     tokens, most = run.run.task.length(example) + example["truncated"], run.run.task.max_length
-    if most is not None and tokens + how.max_new_tokens > most:
-        limit = f"with {how.max_new_tokens} more of the answer must be at most {most}, which the model reads"
+    more = how.writing.max_new_tokens + (question_length(run.run.tokenizer) if how.writing.p_true else 0)
+    if most is not None and tokens + more > most:
+        question = " and of the question whether it is true" if how.writing.p_true else ""
+        limit = f"with {more} more of the answer{question} must be at most {most}, which the model reads"
         raise InputsError(problem_of(place, f"{tokens} tokens", limit), code="context_length_exceeded")
     return example
 
@@ -163,8 +178,10 @@ class _Answers:
             loop.call_soon_threadsafe(self._queue.put_nowait, (index, item))
 
         examples = [*enumerate(asked.examples)]
-        writings = [Writing(example, partial(send, index), self._gone) for index, example in examples]
-        self._texts = [_Text(asked.run.run.tokenizer, asked.how.stop) for _ in examples]
+        writings = [
+            Writing(example, partial(send, index), self._gone, asked.stop, asked.top) for index, example in examples
+        ]
+        self._texts = [_Text(asked.run.run.tokenizer, asked.stop) for _ in examples]
         self._futures = writer.submit(asked.how, writings)
         for index, future in enumerate(self._futures):
             future.add_done_callback(partial(send, index))

@@ -61,6 +61,7 @@ class Settings(PredictionOptions):
     )
     new_tokens: int = _option(64, "Most tokens of an answer in text, where a request names no other number.")
     max_new_tokens: int = _option(512, "Largest number of tokens of an answer in text that a request may ask for.")
+    max_answers: int = _option(20, "Largest number of sampled answers to a prompt that a request may ask for.")
     title: str | None = _option(None, "Of the page and the schema; without it the page has the run's name.")
     description: str | None = _option(None, "What the model is for; without it the page says what run.json does.")
     examples: str | None = _option(
@@ -71,7 +72,7 @@ class Settings(PredictionOptions):
 
     def problems(self) -> list[str]:
         """What is out of its range, and what would be right."""
-        counts = ("queue", "max_inputs", "max_choices", "max_tokens", "max_body_bytes", "new_tokens")
+        counts = ("queue", "max_inputs", "max_choices", "max_tokens", "max_body_bytes", "new_tokens", "max_answers")
         problems = super().problems()
         problems += [f"{name} must be at least 1, got {value}" for name in counts if (value := getattr(self, name)) < 1]
         if self.max_samples < self.samples:
@@ -150,8 +151,8 @@ class Hosted:
         return answers
 
     def rules_for(self, how: Way) -> TextRules | None:
-        """What is known of texts that are written so; nothing of those that a stop cuts."""
-        return None if how.stop else next((rules for rules in self.rules if rules.how == how.options()), None)
+        """What is known of texts that are written so."""
+        return next((rules for rules in self.rules if rules.how == how.options()), None)
 
 
 def open_hosted(directories: Sequence[str], settings: Settings) -> dict[str, RunDescription]:

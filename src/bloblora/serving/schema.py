@@ -166,6 +166,14 @@ class _Writing(_Strict):
         True,
         default=None,
     )
+    answers: Annotated[int, Field(ge=0)] | None = _field(
+        "bloblora's own: so many sampled answers besides, and their semantic entropy", 5, default=None
+    )
+    answer_temperature: Annotated[float, Field(gt=0, le=2)] | None = _field("of `answers`", 1.0, default=None)
+    agree: Literal["exact", "normalized", "numeric"] | None = _field(
+        "bloblora's own: when two answers mean the same", "normalized", default=None
+    )
+    p_true: bool | None = _field("bloblora's own: also ask the model whether its answer is true", True, default=None)
     n: Annotated[int, Field(ge=1, le=1)] | None = _field("answers a prompt: there is one", 1, default=None)
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = _field("there is none", 0.0, default=None)
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = _field("there is none", 0.0, default=None)

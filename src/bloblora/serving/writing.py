@@ -26,30 +26,20 @@ class Way:
 
     Attributes:
         name: of the run.
-        num_samples, seed, max_new_tokens, temperature, top_p: as for `bloblora generate`.
-        stop: texts before which an answer ends.
-        top: how many of the most probable tokens are named at each place.
+        num_samples, seed: of the weight samples.
+        writing: as for `bloblora generate`.
         draws: whether the answers of the draws are asked for.
     """
 
     name: str
     num_samples: int
     seed: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    stop: tuple[str, ...] = ()
-    top: int = 0
+    writing: WritingOptions
     draws: bool = False
 
     def options(self) -> dict[str, Any]:
         """What a map to ``p_correct`` and decisions depend on."""
         return {"num_samples": self.num_samples, "seed": self.seed} | self.writing.writing()
-
-    @property
-    def writing(self) -> WritingOptions:
-        """The same as options of a run that writes."""
-        return WritingOptions(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
 
 
 @dataclass(frozen=True)
@@ -64,11 +54,21 @@ class Token:
 
 @dataclass(eq=False)
 class Writing:
-    """An answer that is asked for: its encoded prompt, who is told its tokens, and whether they have gone."""
+    """An answer that is asked for.
+
+    Attributes:
+        example: its encoded prompt.
+        send: tells its tokens.
+        gone: set when nobody waits for it.
+        stop: texts before which it ends.
+        top: how many of the most probable tokens are named at each place.
+    """
 
     example: dict[str, Any]
     send: Callable[[Token], None]
     gone: Event
+    stop: Sequence[str] = ()
+    top: int = 0
 
 
 class GoneError(RuntimeError):
@@ -80,21 +80,23 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
 
     Returns:
         Of each answer ``finish_reason``, ``uncertainty`` (its scores by name), ``num_draws``, ``draws`` (their answers)
-        where these are asked for, and of ``rules`` ``p_correct``, ``abstain``, ``answer_set`` and ``promises``.
+        and ``sampled`` where these are asked for, and of ``rules`` ``p_correct``, ``abstain``, ``answer_set`` and
+        ``promises``, but of none that has a stop.
 
     Raises:
         GoneError: nobody waits for any of them.
     """
     examples = [answer.example for answer in answers]
-    width = max(len(example["prompt"]) for example in examples)
+    longest = sorted(answers, key=lambda answer: -len(answer.example["prompt"]))  # as they are batched
+    width = len(longest[0].example["prompt"])
     found = run.generate_encoded(
         examples,
         how.num_samples,
         how.seed,
         batch_size=len(examples),
         draws=how.draws or (rules is not None and rules.of_draws),
-        on_token=partial(_tell, answers, how.top),
-        stopping_criteria=StoppingCriteriaList([_Ended(answers, run.tokenizer, width, how.stop)]),
+        on_token=partial(_tell, answers),
+        stopping_criteria=StoppingCriteriaList([_Ended(longest, run.tokenizer, width)]),
         **how.writing.of_generation(),
     )
     scores = found.scores()
@@ -104,26 +106,29 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
     if rules and rules.decision:
         decided |= decided_texts(rules.decision, found, rules.correctness)
         decided["promises"] = [rules.decision.promises] * len(answers)
-    if how.draws:
-        decided["draws"] = [[_before(text, how.stop) for text in texts] for texts in found.draw_texts]
+    written = {"draws": found.draw_texts} if how.draws else {}
+    written |= {"sampled": [*found.sampled_texts]} if found.sampled_texts else {}
+    limit = how.writing.max_new_tokens
     return [
-        {"finish_reason": _reason(found.tokens[row, found.mask[row]], run.tokenizer, how)}
-        | {name: values[row] for name, values in decided.items()}
+        {"finish_reason": _reason(found.tokens[row, found.mask[row]], run.tokenizer, answer.stop, limit)}
+        | {name: values[row] for name, values in decided.items() if not answer.stop}
+        | {name: [_before(text, answer.stop) for text in texts[row]] for name, texts in written.items()}
         | {"uncertainty": {name: float(values[row]) for name, values in scores.items()}}
         | {"num_draws": len(found.draw_log_probs)}
-        for row in range(len(answers))
+        for row, answer in enumerate(answers)
     ]
 
 
-def _tell(answers: Sequence[Writing], top: int, rows: Sequence[int], step: Step) -> None:
+def _tell(answers: Sequence[Writing], rows: Sequence[int], step: Step) -> None:
     """Send each answer that still runs its token."""
     draws = len(step.logits)
     log_probs = step.log_probs.logsumexp(0) - math.log(draws)
     epistemic = mutual_information(step.entropies, step.expected_entropies, draws)
     most: list[list[tuple[int, float]]] = [[] for _ in rows]
-    if top:
+    if top := max(answers[row].top for row in rows):
         values, ids = (step.logits.log_softmax(-1).logsumexp(0) - math.log(draws)).topk(top)
-        most = [[*zip(*pair, strict=True)] for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+        pairs = zip(rows, ids.tolist(), values.tolist(), strict=True)
+        most = [[*zip(*pair, strict=True)][: answers[row].top] for row, *pair in pairs]
     columns = (step.running.tolist(), step.tokens.tolist(), log_probs.tolist(), epistemic.tolist(), most)
     for row, (running, *token) in zip(rows, zip(*columns, strict=True), strict=True):
         if running:
@@ -131,18 +136,17 @@ def _tell(answers: Sequence[Writing], top: int, rows: Sequence[int], step: Step)
 
 
 class _Ended(StoppingCriteria):
-    """Ends an answer that has one of the stops in it, and all where nobody waits for any."""
+    """Ends an answer that has one of its stops in it, and all where nobody waits for any."""
 
-    def __init__(
-        self, answers: Sequence[Writing], tokenizer: PreTrainedTokenizerBase, width: int, stop: Sequence[str]
-    ) -> None:
-        self._answers, self._tokenizer, self._width, self._stop = answers, tokenizer, width, stop
+    def __init__(self, answers: Sequence[Writing], tokenizer: PreTrainedTokenizerBase, width: int) -> None:
+        self._answers, self._tokenizer, self._width = answers, tokenizer, width
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
         """Which rows have ended, (b,) bool."""
         if all(answer.gone.is_set() for answer in self._answers):
             raise GoneError("whoever asked has gone")
-        ended = [_stopped(ids[self._width :], self._tokenizer, self._stop) for ids in input_ids]
+        pairs = zip(input_ids, self._answers, strict=True)
+        ended = [_stopped(ids[self._width :], self._tokenizer, answer.stop) for ids, answer in pairs]
         return torch.tensor(ended, device=input_ids.device)
 
 
@@ -156,7 +160,7 @@ def _before(text: str, stop: Sequence[str]) -> str:
     return text[: min((place for one in stop if (place := text.find(one)) >= 0), default=len(text))]
 
 
-def _reason(ids: Tensor, tokenizer: PreTrainedTokenizerBase, how: Way) -> str:
+def _reason(ids: Tensor, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], limit: int) -> str:
     """Why an answer ended, in OpenAI's words."""
-    whole = len(ids) == how.max_new_tokens and int(ids[-1]) != tokenizer.eos_token_id
-    return "length" if whole and not _stopped(ids, tokenizer, how.stop) else "stop"
+    whole = len(ids) == limit and int(ids[-1]) != tokenizer.eos_token_id
+    return "length" if whole and not _stopped(ids, tokenizer, stop) else "stop"
