@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -173,6 +174,7 @@ def load_model(
     name: str,
     *,
     num_labels: int | None = None,
+    head: str = "SEQ_CLS",
     dtype: str = "float32",
     quantize: str = "none",
     device: torch.device | None = None,
@@ -186,6 +188,7 @@ def load_model(
     Args:
         name: as `resolve` takes it.
         num_labels: outputs of the head.
+        head: what reads them, by PEFT's name: ``SEQ_CLS``, a text, or ``TOKEN_CLS``, each of its tokens.
         dtype: one of `DTYPES`, of the weights below the head, and where they are quantized of what is computed with
             them and of the other weights.
         quantize: ``4bit``, ``8bit``, ``hqq`` or ``torchao``: how the linear layers below the head are quantized.
@@ -200,7 +203,7 @@ def load_model(
         raise ModelError(f"dtype {quoted(dtype)} is not one of {', '.join(DTYPES)}")
     check_quantize(quantize)
     device = device or torch.device("cpu")
-    kind, options = _auto_class(num_labels)
+    kind, options = _auto_class(num_labels, head)
     verbosity = logging.get_verbosity()
     with _explained(name):
         path = resolve(name)
@@ -301,13 +304,15 @@ def _configuration(name: str) -> dict[str, Any]:
         return PreTrainedConfig.get_config_dict(resolve(name))[0]
 
 
-def layer_names(name: str, *, num_labels: int | None = None, trust_remote_code: bool = False) -> list[str]:
+def layer_names(
+    name: str, *, num_labels: int | None = None, head: str = "SEQ_CLS", trust_remote_code: bool = False
+) -> list[str]:
     """Names of a base model's modules, without its weights; arguments as of `load_model`.
 
     Raises:
         ModelError: it can't be loaded.
     """
-    kind, options = _auto_class(num_labels)
+    kind, options = _auto_class(num_labels, head)
     with _explained(name), torch.device("meta"):
         options |= {"trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(resolve(name), **options)
@@ -339,10 +344,11 @@ def _positions(config: Any) -> int | None:
     return positions if positions and positions > 0 else None
 
 
-def _auto_class(num_labels: int | None) -> tuple[Any, dict[str, Any]]:
+def _auto_class(num_labels: int | None, head: str) -> tuple[Any, dict[str, Any]]:
     if num_labels is None:
         return AutoModelForCausalLM, {}
-    return AutoModelForSequenceClassification, {"num_labels": num_labels}
+    kinds = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
+    return kinds[head], {"num_labels": num_labels}
 
 
 @contextmanager

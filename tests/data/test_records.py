@@ -179,8 +179,9 @@ def test_all_problems_at_once_with_line_field_and_value(tmp_path):
         f"{file}:6: not valid JSON: Expecting property name enclosed in double quotes at column 2",
         f"{file}:7: 'a text alone' is not a JSON object",
         f"{file}:8: [1] is not a JSON object",
-        f"{file}:9: it has body; it must have 'text' (and 'label', 'labels' or 'value'), 'question' and 'choices' "
-        "(and 'answer'), 'chosen' and 'rejected' (and 'prompt'), 'prompt' (and 'response'), or 'messages'",
+        f"{file}:9: it has body; it must have 'text' (and 'label', 'labels' or 'value'), 'tokens' (and 'tags'), "
+        "'question' and 'choices' (and 'answer'), 'chosen' and 'rejected' (and 'prompt'), 'prompt' (and 'response'), "
+        "or 'messages'",
         f"{file}:10: field 'choices': ['one'] must be a list of at least 2 texts",
         f"{file}:11: it has 'question', those before 'text'; keep the kinds in separate files",
         f"{file}:12: field 'text': 'half \\ud800' has half a surrogate pair, which is no text",

@@ -42,6 +42,10 @@ def place(tmp_path_factory):
     tagged = [{"text": text, "labels": ["late", "damaged"][: i % 3]} for i, text in enumerate(texts)]
     for name in ("tagged", "held_out_tagged", "validation_tagged"):
         write_jsonl(place / f"{name}.jsonl", tagged)
+    words = [text.split() for text in texts]
+    sentences = [{"tokens": row, "tags": ["B-X" if len(word) > 4 else "O" for word in row]} for row in words]
+    for name in ("sentences", "held_out_sentences", "validation_sentences"):
+        write_jsonl(place / f"{name}.jsonl", sentences)
     preferred = [{"prompt": text, "chosen": "it is late", "rejected": text[:9]} for text in texts]
     for name in ("preferences", "held_out_preferences"):
         write_jsonl(place / f"{name}.jsonl", preferred)

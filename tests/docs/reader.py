@@ -36,6 +36,7 @@ QUICK = {
 WITHOUT = {
     "runs/stars": ("--risk", "--confidence"),
     "runs/tags": ("--risk", "--confidence"),
+    "runs/ner": ("--risk", "--confidence"),
 }
 # What is read for something else: names of a model and of data that are elsewhere or large, and numbers of steps.
 INSTEAD = {

@@ -24,6 +24,7 @@ def test_every_field_of_every_schema_has_a_description_and_an_example(client):
     missing = {name for name, field in fields.items() if not field.get("examples")}
     # These are lists of other schemas, whose fields have them.
     lists = {"Failure.problems", "Models.models", "Models.data", "OpenAIFailure.error", "PredictResponse.answers"}
+    lists |= {"TagsAnswer.entities"}
     assert missing == lists
 
 

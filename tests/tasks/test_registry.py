@@ -65,7 +65,8 @@ def test_what_cannot_be_used_is_named_and_skipped(package):
         ),
         (
             "bloblora.tasks: 'nameless' of package shouting (shouting:Nameless)",
-            "ValueError: its class must have name = 'nameless', and kind one of text, choice, preference, generation",
+            "ValueError: its class must have name = 'nameless', and kind one of text, choice, preference, tokens, "
+            "generation",
         ),
         (
             "bloblora.tasks: 'blank' of package shouting (shouting:Shouted)",

@@ -146,9 +146,10 @@ def calibrate(
       answer or abstain   at most --risk errors among the answers, with probability --confidence
       label set           at least --coverage of the sets hold the right label
       out of scope        at most --false-alarm of inputs in scope are flagged
-    Of a run that predicts values, or several labels at once, there is the last one and:
+    Of a run that predicts values, several labels at once or tags of words, there is the last one and:
       interval            at least --coverage of the intervals hold the right value
       label thresholds    each label is named for at least --coverage of the inputs that have it
+      tag sets            for at least --coverage of the inputs the sets of all words hold the right tags
     `predict` and `evaluate` use them from then on, with the same --samples, --seed and --approximate; calibrate again
     with others to have rules for both. A rule that the data can't carry is left out, and the message says why; where
     they carry none, that is an error. The predictions are kept in the run's folder, so that other promises on the same
@@ -306,7 +307,9 @@ def evaluate(
     Of a run that predicts values the table has the NLL (nats, of values in units of the training values' standard
     deviation), RMSE, MAE, CRPS, and coverage and mean width of the 90 % intervals. Of one with several labels at once
     it has the NLL (sum over the labels), micro and macro F1, the share of inputs whose labels are all right, and Brier
-    score and ECE as means over the labels. Of one with labels or choices it is as follows.
+    score and ECE as means over the labels. Of one that tags words it has the NLL (sum over the words, and of a word),
+    accuracy and ECE of words, and precision, recall, F1 and ECE of entities. Of one with labels or choices it is as
+    follows.
 
     Prints a table of accuracy, ECE (mean distance of confidence and accuracy), ECE floor (the ECE that a perfectly
     calibrated model would have on the same records; "at floor" where yours is no more than two standard deviations
@@ -413,7 +416,8 @@ def predict(
     `aleatoric_std` (what the input leaves open) and `epistemic_std` (what the model doesn't know), `interval` (90 % of
     the predictive probability), and after `bloblora calibrate` `promised_interval`. Of
     one with several labels at once it has `labels` (more probable than not), `probabilities`, the entropies, and then
-    `promised_labels`. With labels or choices:
+    `promised_labels`. Of one that tags words it has `tags`, `entities` with their `probability`, uncertainty of each
+    word and of the text, and then `tag_sets`. With labels or choices:
 
     A line has, in the inputs' order: `label`, `probabilities` (by label, or by choice), `confidence` (of that label),
     `predictive_entropy` (all uncertainty, nats) and of it `mutual_information` (what the model doesn't know; 0 for a
@@ -823,7 +827,8 @@ def _write_lines(handle: TextIO, lines: Iterator[dict[str, Any]]) -> None:
 
 def _realized(decision: dict[str, Any], result: dict[str, Any], title: str) -> Table:
     """What was promised and what became of it, of the rules that are there."""
-    of_sets = "answer_sets" if "answer_sets" in decision else "label_sets"
+    sets = {"answer_sets": "sets with a right answer", "tag_sets": "texts with all right tags in their sets"}
+    of_sets = next((name for name in sets if name in decision), "label_sets")
     promised = {
         "selective_risk": ("answering", "≤", "risk"),
         "set_coverage": (of_sets, "≥", "coverage"),
@@ -834,8 +839,8 @@ def _realized(decision: dict[str, Any], result: dict[str, Any], title: str) -> T
     names = {
         "answered": "answered",
         "selective_risk": "errors among answers",
-        "set_coverage": "sets with the right label" if of_sets == "label_sets" else "sets with a right answer",
-        "set_size": "labels a set",
+        "set_coverage": sets.get(of_sets, "sets with the right label"),
+        "set_size": "tags a set" if of_sets == "tag_sets" else "labels a set",
         "false_alarm": "flagged in scope",
         "detection": "flagged out of scope",
         "promised_coverage": "intervals with the right value",

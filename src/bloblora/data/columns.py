@@ -33,6 +33,8 @@ class ReadingOptions:
     label_column: str | None = _column("`label`")
     labels_column: str | None = _column("`labels`, several at once")
     value_column: str | None = _column("`value`, a number to predict")
+    tokens_column: str | None = _column("`tokens`, the words of a text")
+    tags_column: str | None = _column("`tags`, one for each token")
     question_column: str | None = _column("`question`")
     choices_column: str | None = _column("`choices`")
     answer_column: str | None = _column("`answer`")
@@ -58,13 +60,16 @@ _FIELDS = {
     "choice": ("question", "choices", "answer"),
     "generation": ("prompt", "response", "messages"),
     "preference": ("chosen", "rejected", "responses", "prompt"),
+    "tokens": ("tokens", "tags"),
 }
-_DECIDING = ("text", "messages", "prompt", "question")  # the fields by which a record's kind is known
+_DECIDING = ("text", "messages", "prompt", "question", "tokens")  # the fields by which a record's kind is known
 _OBVIOUS: Mapping[str, tuple[str, ...]] = {
     "text": ("query", "sentence", "utterance", "content", "message", "body", "input", "document", "question"),
     "label": ("intent", "category", "class", "target", "topic", "sentiment"),
     "value": ("rating", "score", "price", "similarityscore"),
     "labels": ("tags", "categories", "emotions"),
+    "tokens": ("words",),
+    "tags": ("nertags", "ner", "labels", "label"),
     "question": ("questionstem", "stem", "query"),
     "choices": ("options",),
     "answer": ("answerkey", "correctanswer", "label", "target"),
@@ -155,13 +160,13 @@ def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
     others = {*_DECIDING}.difference(*(_FIELDS[kind] for kind in _kinds(columns))) if columns else ()
     rest = {name: value for name, value in row.items() if name not in columns.values() and name not in others}
     record = {name: value for name, value in (rest | moved).items() if not _is_missing(name, value)}
-    for name in {"labels", "value"} & {*rest, *moved}:
+    for name in {"labels", "value", "tokens"} & {*rest, *moved}:
         record.setdefault(name, None)  # so that it is what is said to be missing
     flat = sorted((name for name in record if _CHOICE.fullmatch(name)), key=lambda name: int(name[7:]))
     if flat and "choices" not in record:
         texts = [record.pop(name) for name in flat]
         record["choices"] = [text for text in texts if text != ""]
-    for name in ("choices", "responses"):
+    for name in ("choices", "responses", "tokens", "tags"):
         if isinstance(record.get(name), str):
             with suppress(ValueError, RecursionError):  # reported with its value by the check that follows
                 record[name] = json.loads(record[name])
@@ -176,6 +181,8 @@ def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
         record["label"] = _label(record["label"])
     if record.get("labels") is not None:
         record["labels"] = _labels(record["labels"])
+    if isinstance(record.get("tags"), list | tuple):
+        record["tags"] = [_label(tag) for tag in record["tags"]]
     if (value := record.get("value")) is not None and not isinstance(value, bool | int | float):
         with suppress(ValueError, TypeError):  # what isn't a number is reported with its value
             record["value"] = float(value)
@@ -259,6 +266,8 @@ class _Names:
             return own
         if self.of("question") and with_choices:
             return "choice"
+        if own is None and self.of("tokens") and self.of("tags"):
+            return "tokens"
         if own is None and (self.of("messages") or self.of("prompt")):
             return "generation"
         if self.of("text") and (own is None or self.of("label") or self.of("labels") or self.of("value")):

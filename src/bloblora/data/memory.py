@@ -17,7 +17,8 @@ def as_records(source: Any, *, texts_are: str = "text", require_labels: bool = F
 
     Args:
         source: a list of dicts, of texts, or of both; a pandas or Polars table, of which each row is a record; a
-            ``datasets.Dataset``, whose ``ClassLabel`` columns become names; a column of texts; one dict or text.
+            ``datasets.Dataset``, whose ``ClassLabel`` columns, also of lists, become names; a column of texts; one dict
+            or text.
         texts_are: the field that a text alone stands for: ``text``, or ``prompt`` where the model writes.
         require_labels: whether each record must have its label or answer.
 
@@ -71,7 +72,8 @@ def _rows(source: Any) -> Iterator[Any]:
 
 def _dataset_rows(source: Any) -> Iterator[Record]:
     """Rows of a `datasets.Dataset`, with its classes by name."""
-    names = {name: feature.names for name, feature in (source.features or {}).items() if hasattr(feature, "names")}
+    inner = {name: getattr(feature, "feature", feature) for name, feature in (source.features or {}).items()}
+    names = {name: feature.names for name, feature in inner.items() if hasattr(feature, "names")}
     return (with_names(row, names) for row in source)
 
 

@@ -22,9 +22,9 @@ class Reader:
     What had to be assumed of the source is logged by the logger ``bloblora``, and so is what was left out.
 
     Args:
-        source: a file: .jsonl, .json, .csv, .tsv, .xlsx, .parquet, or Rasa's .yml, also with .gz; a `datasets` folder;
-            ``-`` for JSON lines on standard input; ``support_desk``, or a set of the paper such as ``arc_easy`` or
-            ``mmlu/college_physics``, with an optional ``:split`` (default train).
+        source: a file: .jsonl, .json, .csv, .tsv, .xlsx, .parquet, .conll, or Rasa's .yml, also with .gz; a `datasets`
+            folder; ``-`` for JSON lines on standard input; ``support_desk``, or a set of the paper such as ``arc_easy``
+            or ``mmlu/college_physics``, with an optional ``:split`` (default train).
         options: which columns hold the fields, and whether rows that can't be used are left out.
         known: columns by field, used where they are there: those of the run.
         require_labels: whether each record must have its label or answer.

@@ -2,6 +2,7 @@
 
 A record is a plain dict: ``{"text", "label"}`` for classification, ``{"text", "labels"}`` for several at once,
 ``{"text", "value"}`` for regression, each with ``text_pair`` where two texts belong together,
+``{"tokens", "tags"}``, two lists of equal length, for the classification of tokens,
 ``{"question", "choices", "answer"}`` for multiple choice with ``answer`` the index of the right choice,
 ``{"chosen", "rejected"}`` or ``{"responses"}``, with ``prompt`` where there is one, for preferences,
 ``{"prompt", "response"}`` or ``{"messages"}`` for open text, with messages ``{"role", "content"}`` of which the last is
@@ -28,6 +29,7 @@ KINDS = {
     "text": "'text'",
     "choice": "'question' and 'choices'",
     "preference": "'chosen' and 'rejected', or 'responses'",
+    "tokens": "'tokens'",
     "generation": "'prompt' or 'messages'",
 }
 """Kinds of records by what is asked, and what records of each must have."""
@@ -38,12 +40,13 @@ _KIND_OF = {
     "messages": "generation",
     "prompt": "generation",
     "question": "choice",
+    "tokens": "tokens",
 }
 _FORMS = (
-    "'text' (and 'label', 'labels' or 'value'), 'question' and 'choices' (and 'answer'), 'chosen' and "
-    "'rejected' (and 'prompt'), 'prompt' (and 'response'), or 'messages'"
+    "'text' (and 'label', 'labels' or 'value'), 'tokens' (and 'tags'), 'question' and 'choices' (and 'answer'), "
+    "'chosen' and 'rejected' (and 'prompt'), 'prompt' (and 'response'), or 'messages'"
 )
-ANSWERS = ("label", "labels", "value", "answer", "response")
+ANSWERS = ("label", "labels", "value", "tags", "answer", "response")
 """The fields of which one is a record's answer, but for messages."""
 _SHOWN, _SHOWN_ROWS, _SHOWN_VALUES = 20, 5, 3
 _VALUE = re.compile(
@@ -143,6 +146,8 @@ def record_problems(record: Mapping[str, Any], kind: str | None, *, require_answ
         return _text_problems(record.get("question"), "field 'question'") + choices
     if kind == "preference":
         return _preference_problems(record, require_answer)
+    if kind == "tokens":
+        return _token_problems(record, require_answer)
     if kind == "generation" and "messages" in record:
         return _message_problems(record["messages"], require_answer)
     if kind == "generation":
@@ -206,6 +211,19 @@ def _labels_problems(record: Mapping[str, Any], required: bool) -> list[str]:
     if len({*map(str, labels)}) < len(labels):
         return [f"field 'labels': {quoted(labels)} must be a list of texts that are all different"]
     return [p for i, label in enumerate(labels) for p in _text_problems(label, f"field 'labels', item {i}")]
+
+
+def _token_problems(record: Mapping[str, Any], required: bool) -> list[str]:
+    tokens, tags = record["tokens"], record.get("tags")
+    if not isinstance(tokens, list | tuple) or not tokens:
+        return [f"field 'tokens': {quoted(tokens)} must be a list of at least one text"]
+    if tags is None:
+        missing = [_MISSING.format("tags", "training or evaluation")] if required else []
+    elif not isinstance(tags, list | tuple) or len(tags) != len(tokens):
+        missing = [f"field 'tags': {quoted(tags)} must be a list of texts, one for each of the {len(tokens)} tokens"]
+    else:
+        missing = [p for i, tag in enumerate(tags) for p in _text_problems(tag, f"field 'tags', item {i}")]
+    return [p for i, one in enumerate(tokens) for p in _text_problems(one, f"field 'tokens', item {i}")] + missing
 
 
 def _value_problems(record: Mapping[str, Any], required: bool) -> list[str]:

@@ -11,6 +11,7 @@ from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
 from shutil import copyfileobj
 from tempfile import TemporaryFile
@@ -23,7 +24,7 @@ from .exports import label_studio_row, rasa_rows
 from .records import DataError, Place, Record
 from .sets import PAPER_SETS, read_paper_set, support_desk
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet", ".yml", ".yaml")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet", ".yml", ".yaml", ".conll")
 _PARQUET_ROWS, _BUFFER = 1024, 2**20  # rows and bytes at a time, so that a row group need not fit into memory
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _NOT_IN_CP1252 = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")
@@ -69,6 +70,8 @@ def _file_rows(path: Path, say: Say) -> Iterator[tuple[Place, Row]]:
         yield from _table_rows(path, suffix, say)
     elif suffix in (".yml", ".yaml"):
         yield from _numbered(source, rasa_rows(source, "".join(_lines(path, say))), "example")
+    elif suffix == ".conll":
+        yield from _tagged_rows(path, say)
     elif suffix == ".xlsx":
         yield from _sheet_rows(path, say)
     elif suffix == ".parquet":
@@ -184,6 +187,20 @@ def _table_rows(path: Path, suffix: str, say: Say) -> Iterator[tuple[Place, Row]
     except csv.Error as error:
         raise DataError([f"{path}:{reader.line_num}: not a table: {error}"]) from error
     _say_blank(path, blank, say)
+
+
+def _tagged_rows(path: Path, say: Say) -> Iterator[tuple[Place, Row]]:
+    """Sentences of CoNLL's form, each with the number of its first line: a line has a token and its tag, the first and
+    the last of its columns, and blank lines are between sentences.
+    """
+    cells: list[list[str]] = []
+    for number, line in enumerate(chain(_lines(path, say), [""]), start=1):
+        if (parts := line.split()) and parts[0] != "-DOCSTART-":
+            cells.append(parts)
+        elif not parts and cells:
+            tokens, tags = [one[0] for one in cells], [one[-1] if one[1:] else None for one in cells]
+            yield (f"{path}:", number - len(cells)), {"tokens": tokens} | ({"tags": tags} if any(tags) else {})
+            cells = []
 
 
 def _is_blank(cells: Iterable[Any]) -> bool:
@@ -348,16 +365,20 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
     if b"huggingface" not in (schema.metadata or {}):
         return {}
     features = json.loads(schema.metadata[b"huggingface"]).get("info", {}).get("features") or {}
+    inner = {name: (f.get("feature") or f) if isinstance(f, dict) else {} for name, f in features.items()}
     return {
         name: feature["names"]
-        for name, feature in features.items()
+        for name, feature in inner.items()
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
     }
 
 
 def with_names(row: Record, names: Mapping[str, list[str]]) -> Record:
-    """A row with its classes by name; -1, which stands for none, is missing."""
-    if not names:
-        return row
-    classes = {name: row[name] for name in names if isinstance(row.get(name), int)}
-    return row | {name: names[name][i] if 0 <= i < len(names[name]) else None for name, i in classes.items()}
+    """A row with its classes, or lists of them, by name; -1, which stands for none, is missing."""
+
+    def named(value: Any, of: list[str]) -> Any:
+        if isinstance(value, list):
+            return [named(item, of) for item in value]
+        return value if not isinstance(value, int) else of[value] if 0 <= value < len(of) else None
+
+    return row | {name: named(row[name], of) for name, of in names.items() if name in row}

@@ -12,11 +12,13 @@ from .conformal import (
     LabelThresholds,
     PromiseError,
     Scope,
+    TagSets,
     fit_answer_sets,
     fit_intervals,
     fit_label_sets,
     fit_label_thresholds,
     fit_scope,
+    fit_tag_sets,
 )
 from .correctness import MAPS, Correctness, CorrectnessError, confidence_of, fit_correctness
 from .decision import Decided, Decision, changed, check_promises, check_text_promises, fit_decision, fit_text_decision
@@ -34,6 +36,7 @@ __all__ = [
     "LabelThresholds",
     "PromiseError",
     "Scope",
+    "TagSets",
     "changed",
     "check_promises",
     "check_text_promises",
@@ -47,5 +50,6 @@ __all__ = [
     "fit_label_sets",
     "fit_label_thresholds",
     "fit_scope",
+    "fit_tag_sets",
     "fit_text_decision",
 ]

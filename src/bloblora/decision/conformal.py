@@ -30,6 +30,10 @@ smallest |y − mean| / std of n calibration records (split conformal prediction
 minus the k-th smallest 1 - p of the n calibration records that have the label. Given that an input has it, it is
 exchangeable with those, so that the label is named with the stated probability: its recall is promised.
 
+**Tag sets** hold for each token the tags whose probability is at least one minus the k-th smallest score of n
+calibration records, the score of a record being the largest 1 - p of its tokens' right tags. Tokens of one text depend
+on each other, so it is records that are exchangeable, and the promise is of all tokens of a record together.
+
 **Scope**: an input is flagged as out of scope where its uncertainty is above the k-th smallest of n calibration records
 in scope, with level 1 - α. That is where its conformal p-value, (1 + number of calibration scores at least as large) /
 (n + 1), is at most α (Bates et al. 2023, arXiv 2104.08279), so α is the rate of false alarms.
@@ -161,6 +165,36 @@ class LabelThresholds:
             f"{low:.3g} with probability 0.95 of a label; so for {len(of)} of {len(self.thresholds)} labels, which "
             f"{min(of)} or more of the calibration records have, on data like these"
         )
+
+
+@dataclass(frozen=True)
+class TagSets:
+    """For each token the tags whose probability is at least a threshold.
+
+    Attributes:
+        coverage: share of the records of which the sets of all tokens hold the right tags, as promised.
+        threshold: of the probability.
+        num_examples: calibration records, n.
+    """
+
+    coverage: float
+    threshold: float
+    num_examples: int
+
+    def __post_init__(self) -> None:
+        check_share("coverage", self.coverage)
+        check_numbers(self, "num_examples")
+
+    def sets(self, probabilities: Tensor) -> Tensor:
+        """Which tags are in the set of each token, (n, T, K) bool, for probabilities (n, T, K)."""
+        inside = probabilities.double() >= self.threshold
+        return inside.scatter(-1, probabilities.argmax(-1, keepdim=True), True)
+
+    @property
+    def promise(self) -> str:
+        """What is promised, as a sentence."""
+        what = "records have the right tag of every token in its tag set"
+        return _promised_coverage(what, self.coverage, self.num_examples)
 
 
 @dataclass(frozen=True)
@@ -300,6 +334,27 @@ def fit_label_thresholds(probabilities: Tensor, targets: Tensor, coverage: float
         if _rank(count, coverage) <= count:
             thresholds[label] = -_quantile(-probabilities[targets[:, label].bool(), label].double(), coverage)
     return LabelThresholds(coverage, thresholds, counts)
+
+
+def fit_tag_sets(probabilities: Tensor, targets: Tensor, coverage: float = 0.9) -> TagSets:
+    """The threshold that keeps the promise.
+
+    Args:
+        probabilities: (n, T, K).
+        targets: the right tags, (n, T); negative where a record has no more tokens.
+        coverage: share of the records of which all sets hold the right tags, in (0, 1).
+
+    Raises:
+        PromiseError: records are too few.
+        ValueError: an argument or shapes are wrong.
+    """
+    if probabilities.ndim != 3 or targets.shape != probabilities.shape[:2]:
+        shapes = f"{tuple(probabilities.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"probabilities must be (n, T, K) and targets (n, T), got {shapes}")
+    check_enough(len(targets), "coverage", coverage, coverage)
+    right = probabilities.double().gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    least = right.masked_fill(targets < 0, 1).amin(-1)
+    return TagSets(coverage, -_quantile(-least, coverage), len(targets))
 
 
 def fit_answer_sets(ranks: Tensor, coverage: float = 0.9) -> AnswerSets:

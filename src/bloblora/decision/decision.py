@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..files import check_fields
 from ..messages import quoted
-from ..prediction import MultiLabelPrediction, Prediction, ValuePrediction
+from ..prediction import MultiLabelPrediction, Prediction, TagsPrediction, ValuePrediction
 from ..prediction.kinds import CLASSES
 from .answering import Answering, check_answering, fit_answering, fit_answering_by
 from .conformal import (
@@ -22,12 +22,14 @@ from .conformal import (
     PromiseError,
     Scope,
     Score,
+    TagSets,
     check_enough,
     fit_answer_sets,
     fit_intervals,
     fit_label_sets,
     fit_label_thresholds,
     fit_scope,
+    fit_tag_sets,
 )
 
 
@@ -41,6 +43,7 @@ class Decided:
         out_of_scope: whether it is flagged, (n,) bool.
         intervals: of a value, (n, 2).
         named: which of several labels are, (n, L) bool.
+        tag_sets: which tags are in the set of each token, (n, T, K) bool.
     """
 
     answers: Tensor | None = None
@@ -48,6 +51,7 @@ class Decided:
     out_of_scope: Tensor | None = None
     intervals: Tensor | None = None
     named: Tensor | None = None
+    tag_sets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,9 @@ class Decision:
     """When to answer, which labels to name, what to call out of scope. Each promise holds by itself.
 
     Attributes:
-        answering, label_sets, scope, answer_sets, intervals, label_thresholds: the rules; None of one that the
-            calibration records carry no promise of. Texts have no label sets and no scope, labels no answer sets,
-            values intervals and scope, and several labels at once thresholds and scope.
+        answering, label_sets, scope, answer_sets, intervals, label_thresholds, tag_sets: the rules; None of one that
+            the calibration records carry no promise of. Texts have no label sets and no scope, labels no answer sets;
+            values have intervals and scope, several labels at once thresholds and scope, tokens tag sets and scope.
         refused: why, by the rule's name.
     """
 
@@ -68,6 +72,7 @@ class Decision:
     answer_sets: AnswerSets | None = None
     intervals: Intervals | None = None
     label_thresholds: LabelThresholds | None = None
+    tag_sets: TagSets | None = None
 
     def __post_init__(self) -> None:
         if not self.promises:
@@ -86,6 +91,8 @@ class Decision:
             found["intervals"] = self.intervals.intervals(prediction.mean, prediction.std)
         if self.label_thresholds is not None:
             found["named"] = self.label_thresholds.named(prediction.probabilities)
+        if self.tag_sets is not None:
+            found["tag_sets"] = self.tag_sets.sets(prediction.probabilities)
         return Decided(**found)
 
     @property
@@ -105,7 +112,9 @@ class Decision:
             Of the rules that are there: ``answered`` (share), ``selective_risk`` (share of errors among them, 0 where
             none is answered), ``set_coverage``, ``set_size`` (mean number of labels), ``false_alarm``, and with
             ``outside`` ``detection``; of values ``promised_coverage`` and ``promised_width`` (mean); of several
-            labels ``recall`` (mean over those with a promise), ``least_recall`` and ``named`` (labels an input).
+            labels ``recall`` (mean over those with a promise), ``least_recall`` and ``named`` (labels an input); of
+            tokens ``set_coverage`` (share of records of which all sets hold the right tag) and ``set_size`` (tags a
+            token).
         """
         decided = self.decide(inside)
         result: dict[str, float] = {}
@@ -125,6 +134,10 @@ class Decision:
         if (sets := decided.label_sets) is not None:
             result["set_coverage"] = _share(sets.gather(1, targets[:, None].to(sets.device)))
             result["set_size"] = _per_input(sets)
+        if (tag_sets := decided.tag_sets) is not None:
+            there = targets >= 0
+            held = tag_sets.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1) | ~there
+            result |= {"set_coverage": _share(held.all(-1)), "set_size": _per_input(tag_sets[there])}
         if decided.out_of_scope is not None:
             result["false_alarm"] = _share(decided.out_of_scope)
         if outside is not None and (flagged := self.decide(outside).out_of_scope) is not None:
@@ -160,15 +173,16 @@ def fit_decision(
 ) -> Decision:
     """Fit the rules on labelled records that were used for nothing else; ``refused`` says which can't be.
 
-    Of classes there are three; of values intervals and scope; of several labels at once thresholds and scope.
+    Of classes there are three; of values intervals and scope, of several labels at once thresholds and scope, of tokens
+    tag sets and scope.
 
     Args:
         prediction: of n inputs in scope.
         targets: (n,), class indices, or values.
         risk: largest share of errors among the answers.
         level: probability that the share is no larger.
-        coverage: share of label sets that hold the right label, of intervals that hold the right value, or of the
-            inputs that have a label for which it is named.
+        coverage: share of label sets that hold the right label, of intervals that hold the right value, of the inputs
+            that have a label for which it is named, or of the inputs of which all tokens' tag sets hold the right tag.
         kind: of label sets.
         false_alarm: share of inputs in scope that are flagged as out of it.
         score: what flags them; by default the total uncertainty, ``std`` of values and else ``predictive_entropy``.
@@ -185,6 +199,8 @@ def fit_decision(
     rules: dict[str, Callable[[], Any]] = {}
     if isinstance(prediction, ValuePrediction):
         rules["intervals"] = lambda: fit_intervals(prediction.mean, prediction.std, targets, coverage)
+    elif isinstance(prediction, TagsPrediction):
+        rules["tag_sets"] = lambda: fit_tag_sets(prediction.probabilities, targets, coverage)
     elif isinstance(prediction, MultiLabelPrediction):
         rules["label_thresholds"] = lambda: fit_label_thresholds(prediction.probabilities, targets, coverage)
     else:
@@ -311,4 +327,5 @@ _RULES: dict[str, Any] = {
     "answer_sets": AnswerSets,
     "intervals": Intervals,
     "label_thresholds": LabelThresholds,
+    "tag_sets": TagSets,
 }

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..prediction import MultiLabelPrediction, Prediction, ValuePrediction
+from ..prediction import MultiLabelPrediction, Prediction, TagsPrediction, ValuePrediction
+from ..tasks.likelihood import NO_TAG
 
 
 def as_prediction(predicted: Tensor | Prediction) -> Prediction:
@@ -54,6 +55,16 @@ def checked_labels(prediction: MultiLabelPrediction, targets: Tensor) -> Tensor:
     if targets.shape != shape or not len(targets) or not ((targets == 0) | (targets == 1)).all():
         raise ValueError(f"targets must be {tuple(shape)} of 0 and 1, n > 0, got {tuple(targets.shape)}")
     return targets.detach().cpu().long()
+
+
+def checked_tags(prediction: TagsPrediction, targets: Tensor) -> Tensor:
+    """Targets (n, T) of a prediction of tags on the CPU; a ValueError where they aren't one for each token."""
+    targets, most = targets.detach().cpu(), len(prediction.likelihood.names) - 1
+    there = targets != NO_TAG
+    if not torch.equal(there, prediction.tokens) or not targets[there].ge(0).all() or not targets[there].le(most).all():
+        shape = tuple(prediction.tokens.shape)
+        raise ValueError(f"targets must be {shape}, in 0..{most} for each token and {NO_TAG} where there is none")
+    return targets
 
 
 def check_scores(name: str, scores: Tensor) -> None:

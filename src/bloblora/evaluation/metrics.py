@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ..prediction import KINDS, MultiLabelPrediction, Prediction, ValuePrediction
+from ..prediction import KINDS, MultiLabelPrediction, Prediction, TagsPrediction, ValuePrediction
 from ..prediction.kinds import CLASSES, INTERVAL
 from ..registry import Registry
+from ..tasks.likelihood import NO_TAG
+from ..tasks.token_classification import entities_of
 from .calibration import BinGaps, brier_parts, classwise_ece, ece_floor, equal_mass_ece, reliability
 from .distance import DISTANCES
-from .inputs import as_prediction, checked, checked_labels, checked_values, equal_width
+from .inputs import as_prediction, checked, checked_labels, checked_tags, checked_values, equal_width
 from .ranking import ood_metrics, risk_coverage
 
 Table = Literal["main", "more", "asked"]
@@ -105,6 +107,14 @@ def metrics(predicted: Tensor | Prediction, targets: Tensor, num_bins: int = 15)
     - ``label_brier``, ``label_ece``: means over labels of the squared error of its probability, and of its ECE, the
       mean distance of probability and frequency over bins.
 
+    Of tags of tokens, the first as a mean over inputs and the others over all tokens or entities:
+
+    - ``nll``: mean of the sum over an input's tokens of -log p(tag), nats; ``token_nll`` is that of a token;
+    - ``token_accuracy``, ``token_ece``: as of classes, each token being an example;
+    - ``entity_precision``, ``entity_recall``, ``entity_f1``: of entities in BIO tags, right where type and both ends
+      are (`entities_of`); 0 where there is none, and not there where no tag is of that form;
+    - ``entity_ece``: over bins of the predicted entities' probabilities, the mean distance to the share that is right.
+
     Of values, in the units of the data but for ``nll``:
 
     - ``nll``: mean of -log p(target) of standardized values, nats; plus log ``scale`` it is that of the data;
@@ -115,7 +125,7 @@ def metrics(predicted: Tensor | Prediction, targets: Tensor, num_bins: int = 15)
 
     Args:
         predicted: a prediction, or log-probabilities (n, C), normalized; -inf for a class that an example lacks.
-        targets: (n,), class indices, or values; (n, L), whether inputs have each label.
+        targets: (n,), class indices, or values; (n, L), whether inputs have each label; (n, T), tags of tokens.
         num_bins: equal-width bins on [0, 1].
 
     Returns:
@@ -218,6 +228,8 @@ def _squared_calibration_error(prediction: Prediction, targets: Tensor, num_bins
 def _nll(prediction: Prediction, targets: Tensor) -> Tensor:
     if isinstance(prediction, ValuePrediction):
         return -prediction.log_prob(checked_values(prediction, targets))
+    if isinstance(prediction, TagsPrediction):
+        return -prediction.likelihood.averaged(prediction.logits.double(), checked_tags(prediction, targets))
     if isinstance(prediction, MultiLabelPrediction):
         return -prediction.likelihood.averaged(prediction.logits.double(), checked_labels(prediction, targets))
     log_probabilities, targets = checked(prediction, targets)
@@ -248,10 +260,48 @@ def _label_brier(prediction: MultiLabelPrediction, targets: Tensor) -> Tensor:
 
 
 def _label_ece(prediction: MultiLabelPrediction, targets: Tensor, num_bins: int) -> float:
-    gaps = checked_labels(prediction, targets).double() - prediction.probabilities.double()
-    bins = equal_width(prediction.probabilities.double(), num_bins)
+    return _gap(prediction.probabilities.double(), checked_labels(prediction, targets).double(), num_bins)
+
+
+def _gap(probabilities: Tensor, happened: Tensor, num_bins: int) -> float:
+    """Mean distance of probabilities (n, L) and frequencies over bins, and the mean over L; 0 of none."""
+    gaps, bins = happened - probabilities, equal_width(probabilities, num_bins)
     sums = torch.zeros(num_bins, gaps.shape[1], dtype=torch.float64).scatter_add(0, bins, gaps)
-    return (sums.abs().sum(0) / len(gaps)).mean().item()
+    return (sums.abs().sum(0) / max(1, len(gaps))).mean().item()
+
+
+def _tokens(prediction: TagsPrediction, targets: Tensor, num_bins: int) -> dict[str, float]:
+    there = (targets := checked_tags(prediction, targets)) != NO_TAG
+    probabilities, right = prediction.probabilities[there].double(), targets[there]
+    nll = -prediction.likelihood.averaged(prediction.logits.double(), targets).sum() / len(right)
+    accuracy = (prediction.labels[there] == right).double().mean()
+    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return {
+        "nll": max(0.0, nll.item()),
+        "accuracy": accuracy.item(),
+        "ece": reliability(probabilities, right, num_bins).ece,
+    }
+
+
+def _entities(prediction: TagsPrediction, targets: Tensor, num_bins: int) -> dict[str, float]:
+    names = prediction.likelihood.names
+    if not any(name.startswith(("B-", "I-")) for name in names):
+        return {}
+    rows = [[names[tag] for tag in row if tag != NO_TAG] for row in checked_tags(prediction, targets).tolist()]
+    wanted = [{*entities_of(row)} for row in rows]
+    found = [
+        (one["probability"], (one["entity"], one["start"], one["end"]) in right)
+        for ours, right in zip(prediction.entities(), wanted, strict=True)
+        for one in ours
+    ]
+    hits, count = sum(right for _, right in found), sum(map(len, wanted))
+    probabilities, happened = torch.tensor(found, dtype=torch.float64).reshape(-1, 2).split(1, -1)
+    return {
+        "precision": hits / max(1, len(found)),
+        "recall": hits / max(1, count),
+        "f1": 2 * hits / max(1, len(found) + count),
+        "ece": _gap(probabilities, happened, num_bins),
+    }
 
 
 def _errors(prediction: ValuePrediction, targets: Tensor) -> Tensor:
@@ -318,6 +368,14 @@ def _own() -> Iterator[Metric]:
     yield Metric("exact_match", "all labels right", _exact, True, per_example=True, **several)
     yield Metric("label_brier", "Brier of a label", _label_brier, False, per_example=True, **several)
     yield Metric("label_ece", "ECE of a label", _label_ece, False, takes=bins, marked=False, **several)
+    tagged: dict[str, Any] = {"takes": bins, "of": (TagsPrediction.kind,)}
+    yield Metric("token_accuracy", "token accuracy", _tokens, True, share, "accuracy", **tagged)
+    yield Metric("token_nll", "NLL of a token", _tokens, False, key="nll", **tagged)
+    yield Metric("token_ece", "ECE of tokens", _tokens, False, share, "ece", marked=False, **tagged)
+    yield Metric("entity_precision", "precision", _entities, True, share, "precision", **tagged)
+    yield Metric("entity_recall", "recall", _entities, True, share, "recall", **tagged)
+    yield Metric("entity_f1", "F1", _entities, True, share, "f1", **tagged)
+    yield Metric("entity_ece", "ECE of entities", _entities, False, share, "ece", marked=False, **tagged)
     sizes: dict[str, Any] = {"range": (0.0, math.inf), "of": (ValuePrediction.kind,)}
     yield Metric("rmse", "RMSE", _rmse, False, **sizes)
     yield Metric("mae", "MAE", _errors, False, per_example=True, **sizes)

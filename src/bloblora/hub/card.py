@@ -22,6 +22,7 @@ CARD_FILE = "README.md"
 _MARK = "<!-- Made by `bloblora card`, which replaces this file; take this line out to keep your own text. -->"
 _PEFT_MARK = "# Model Card for Model ID"
 _DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of which `models` has the Q4_1 weights
+_LOADERS = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "CAUSAL_LM": "CausalLM"}
 _OF_CLASSES = ("answered", "selective_risk", "set_coverage", "set_size", "false_alarm", "detection")
 _DECIDED = (*_OF_CLASSES, "promised_coverage", "promised_width", "recall", "least_recall")
 _PLACES = ("data", "output", "model", "validation", "trunk_cache", "start_from", "prior_from")
@@ -83,7 +84,7 @@ def model_card(
         bundled=base_model == _DEFAULT_BASE,
         method=description.method,
         task=task,
-        loader=f"AutoPeftModelFor{'SequenceClassification' if task.head else 'CausalLM'}",
+        loader=f"AutoPeftModelFor{_LOADERS[task.task_type]}",
         data=_table(data),
         settings=_table(_settings(description)),
         metrics=_metrics(measured),

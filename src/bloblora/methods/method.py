@@ -91,7 +91,7 @@ class Method:
     """Whether it trains and predicts where FSDP splits the model: nothing looks at a part of a weight."""
     writes_text: ClassVar[bool] = True
     """Whether a draw is a model, which can write and score text; logits that are changed afterwards can't."""
-    likelihoods: ClassVar[tuple[str, ...]] = ("categorical", "bradley_terry", "bernoulli", "gaussian")
+    likelihoods: ClassVar[tuple[str, ...]] = ("categorical", "bradley_terry", "bernoulli", "tags", "gaussian")
     """Names of the likelihoods that it trains and predicts with (`bloblora.tasks.Likelihood`)."""
     weighs_classes: ClassVar[bool] = True
     """Whether its loss is the task's likelihood, in which classes may have weights, and no other one."""

@@ -135,7 +135,7 @@ class _HeldOut:
     """Records that a model hasn't seen, and what it says of them."""
 
     def __init__(self, model: nn.Module, sampler: Sampler, examples: Sequence[Example], task: Any) -> None:
-        self.labels = torch.tensor([example["label"] for example in examples])
+        self.labels = likelihood_of(task).stacked([example["label"] for example in examples])
         self.weights = sampler.scalable
         self._inputs: Any = {"model": model, "inputs": examples, "task": task, "sampler": sampler}
         if self.weights is None:  # the model isn't needed any more

@@ -64,7 +64,7 @@ class Tfb(GaussianMethod):
 
     name = "tfb"
     paper = "2412.05723"
-    likelihoods = ("categorical", "bradley_terry", "bernoulli")
+    likelihoods = ("categorical", "bradley_terry", "bernoulli", "tags")
     post_hoc = True
 
     def __post_init__(self) -> None:

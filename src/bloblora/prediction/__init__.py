@@ -2,7 +2,7 @@
 
 from .approximations import Linearized, StoppingRule, TopBlocks
 from .hidden import hidden_states
-from .kinds import KINDS, MultiLabelPrediction, Prediction, RewardPrediction, ValuePrediction
+from .kinds import KINDS, MultiLabelPrediction, Prediction, RewardPrediction, TagsPrediction, ValuePrediction
 from .prediction import average_draws, predict
 from .sampler import Point, Sampler, ScalableWeights, Tempered, WeightDraws
 from .temperature import fit_temperature, tempered_nll
@@ -17,6 +17,7 @@ __all__ = [
     "Sampler",
     "ScalableWeights",
     "StoppingRule",
+    "TagsPrediction",
     "Tempered",
     "TopBlocks",
     "ValuePrediction",

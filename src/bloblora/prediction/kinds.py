@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..tasks.likelihood import Gaussian, Likelihood
+from ..tasks.likelihood import NO_TAG, Gaussian, Likelihood, Tags
+from ..tasks.token_classification import entities_of
 
 INTERVAL = 0.9
 """Share of the predictive probability in the interval of a value."""
@@ -346,6 +347,123 @@ class MultiLabelPrediction(OtherPrediction):
             }
 
 
+class TagsPrediction(OtherPrediction):
+    """The tag of each of an input's T tokens; uncertainty in nats.
+
+    Probabilities are averaged over the draws token by token; an input's uncertainty is the mean over its tokens.
+    Where an input has fewer tokens, probabilities and uncertainty are 0, and ``labels`` `NO_TAG`.
+    """
+
+    kind = "tags"
+    uncertainties: ClassVar[Mapping[str, str]] = MultiLabelPrediction.uncertainties
+    likelihood: Tags
+
+    @cached_property
+    def draw_probabilities(self) -> Tensor:
+        """Of each draw, (S, n, T, K)."""
+        return self.likelihood.by_token(self.logits).exp()
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """Averaged over the draws, (n, T, K)."""
+        return self.draw_probabilities.mean(0)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of each probability over the draws, (n, T, K); 0 for a single one."""
+        return self.draw_probabilities.std(0, correction=0)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Which tokens are there, (n, T) bool."""
+        return self.probabilities.sum(-1) > 0
+
+    @property
+    def labels(self) -> Tensor:
+        """Each token's most probable tag, (n, T)."""
+        return self.probabilities.argmax(-1).where(self.tokens, NO_TAG)
+
+    @property
+    def token_confidence(self) -> Tensor:
+        """Probability of that tag, (n, T)."""
+        return self.probabilities.amax(-1)
+
+    @cached_property
+    def token_entropy(self) -> Tensor:
+        """Total uncertainty of each token, (n, T)."""
+        return torch.special.entr(self.probabilities).sum(-1)
+
+    @cached_property
+    def token_mutual_information(self) -> Tensor:
+        """Epistemic uncertainty of each token, (n, T): of its tag and the weights."""
+        return mutual_information(self.token_entropy, self._token_aleatoric, len(self.logits))
+
+    @property
+    def predictive_entropy(self) -> Tensor:
+        """Total uncertainty, (n,)."""
+        return self._mean(self.token_entropy)
+
+    @property
+    def expected_entropy(self) -> Tensor:
+        """Aleatoric uncertainty, (n,)."""
+        return self._mean(self._token_aleatoric)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """Epistemic uncertainty, (n,)."""
+        return self._mean(self.token_mutual_information)
+
+    @cached_property
+    def _token_aleatoric(self) -> Tensor:
+        return torch.special.entr(self.draw_probabilities).sum(-1).mean(0)
+
+    def _mean(self, of_tokens: Tensor) -> Tensor:
+        return of_tokens.sum(-1) / self.tokens.sum(-1)
+
+    def tags(self) -> list[list[str]]:
+        """The names of `labels`, of each input."""
+        return [[self.likelihood.names[tag] for tag in row if tag != NO_TAG] for row in self.labels.tolist()]
+
+    def entities(self) -> list[list[dict[str, Any]]]:
+        """What `entities_of` reads in the tags of each input: type as ``entity``, ``start``, ``end``, ``probability``.
+
+        The probability is that tags by each draw's probabilities are read as having exactly this entity, averaged over
+        the draws.
+        """
+        return [
+            [
+                {"entity": kind, "start": start, "end": end, "probability": self._of_entity(i, kind, start, end)}
+                for kind, start, end in entities_of(tags)
+            ]
+            for i, tags in enumerate(self.tags())
+        ]
+
+    def _of_entity(self, i: int, kind: str, start: int, end: int) -> float:
+        draws = self.draw_probabilities[:, i].double()
+        begins, goes_on = (
+            draws[..., self.likelihood.names.index(tag)]
+            if tag in self.likelihood.names
+            else torch.zeros(draws.shape[:2])
+            for tag in (f"B-{kind}", f"I-{kind}")
+        )
+        first = begins[:, start] + goes_on[:, start] * (1 - (begins + goes_on)[:, start - 1] if start else 1)
+        last = 1 - goes_on[:, end] if end < draws.shape[1] else 1
+        return (first * goes_on[:, start + 1 : end].prod(-1) * last).mean().item()
+
+    def answers(self, columns: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
+        """Of each input the tag of each token, the entities, and how uncertain each token and the whole are."""
+        per_token = ("token_confidence", "token_entropy", "token_mutual_information")
+        rows = {name: getattr(self, name).tolist() for name in per_token}
+        scores = {name: getattr(self, name).tolist() for name in (*self.uncertainties, "expected_entropy")}
+        for i, (words, tags, found) in enumerate(zip(columns, self.tags(), self.entities(), strict=True)):
+            yield {
+                "tags": tags,
+                "entities": [one | {"text": " ".join(words[one["start"] : one["end"]])} for one in found],
+                **{name: values[i][: len(words)] for name, values in rows.items()},
+                **{name: values[i] for name, values in scores.items()},
+            }
+
+
 def _binary_entropy(probabilities: Tensor) -> Tensor:
     """Sum over the last dimension."""
     return (torch.special.entr(probabilities) + torch.special.entr(1 - probabilities)).sum(-1)
@@ -380,7 +498,7 @@ def _entropy(log_probs: Tensor) -> Tensor:
 
 
 KINDS: dict[str, type[Prediction]] = {
-    kind.kind: kind for kind in (Prediction, RewardPrediction, MultiLabelPrediction, ValuePrediction)
+    kind.kind: kind for kind in (Prediction, RewardPrediction, MultiLabelPrediction, TagsPrediction, ValuePrediction)
 }
 """Classes of predictions by the name of the likelihood."""
 CLASSES = tuple(name for name, kind in KINDS.items() if not issubclass(kind, OtherPrediction))

@@ -67,7 +67,7 @@ def left_open(config: RunConfig) -> tuple[str, ...]:
 
 def _num_steps(config: RunConfig, task: type[tasks.Task], count: int) -> int:
     """Steps of a training on ``count`` records: a multiple of √count examples, and at least one pass."""
-    head = task.task_type == "SEQ_CLS"
+    head = task.task_type != "CAUSAL_LM"
     batch = config.value("per_device_train_batch_size") * config.value("gradient_accumulation_steps")
     examples = max((_EXAMPLES_WITH_HEAD if head else _EXAMPLES) * math.sqrt(count), count)
     return max(1, math.ceil(examples / (batch * processes().num_processes)))

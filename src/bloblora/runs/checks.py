@@ -33,8 +33,9 @@ def check_task(config: RunConfig, records: Sequence[dict[str, Any]]) -> None:
         raise RunError(f"method {method.name!r} has no form for task {task.name!r}; train that with {others}")
     if config.task.get("class_weights", "none") != "none" and not method.weighs_classes:
         raise RunError(f"class_weights: method {method.name!r} weighs all records alike; leave it out")
-    if config.training.get("label_smoothing_factor") and task.family.name != "categorical":
-        raise RunError(f"label_smoothing_factor is for classes and choices; task {task.name!r} has none: leave it out")
+    if config.training.get("label_smoothing_factor") and not task.family.smooths:
+        kinds = "classes, choices and tags"
+        raise RunError(f"label_smoothing_factor is for {kinds}; task {task.name!r} has none: leave it out")
     if method.needs_head and task.task_type != "SEQ_CLS":
         raise RunError(
             f"method {method.name!r} is for texts with labels, whose model has a classification head; train task "
@@ -58,8 +59,7 @@ def check_targets(config: RunConfig, task: tasks.Task, trust_remote_code: bool =
     start, targets = lora_of(config), config.lora.get("target_modules")
     if start is None and not {"target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"} & {*config.lora}:
         return
-    trusted = {"trust_remote_code": trust_remote_code}
-    layers = models.layer_names(config.model, num_labels=num_labels(task), **trusted)
+    layers = models.layer_names(config.model, **head_of(task), trust_remote_code=trust_remote_code)
     try:
         found = matching(start or config.build_lora(), layers)
     except ValueError as error:
@@ -169,9 +169,9 @@ def task_name(config: RunConfig, records: Sequence[dict[str, Any]]) -> str:
     return tasks.guess_task(records) if config.task["name"] == "auto" else config.task["name"]
 
 
-def num_labels(task: tasks.Task) -> int | None:
-    """Outputs of the classification head; None for a task without one."""
-    return len(task.head) if task.head is not None else None
+def head_of(task: tasks.Task) -> dict[str, Any]:
+    """The classification head that a task needs, as `models.load_model` takes it; nothing for a task without one."""
+    return {} if task.head is None else {"num_labels": len(task.head), "head": task.task_type}
 
 
 def lora_of(config: RunConfig) -> LoraConfig | None:

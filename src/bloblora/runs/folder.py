@@ -31,6 +31,8 @@ _FIELDS = (
     "label",
     "labels",
     "value",
+    "tokens",
+    "tags",
     "question",
     "choices",
     "answer",

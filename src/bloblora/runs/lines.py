@@ -19,18 +19,18 @@ def lines_of(
     columns = [columns_of(task, record) for record in records]
     decided = decision.decide(prediction) if decision else None
     for i, (record, answer) in enumerate(zip(records, prediction.answers(columns), strict=True)):
-        yield {**repeated(record), **answer, **(_decided(decided, i, answer) if decided else {})}
+        yield {**repeated(record), **answer, **(_decided(decided, i, answer, task.labels or ()) if decided else {})}
 
 
 def repeated(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a line repeats of its record."""
-    return {key: record[key] for key in ("id", "text", "text_pair", "question", "prompt") if key in record}
+    return {key: record[key] for key in ("id", "text", "text_pair", "tokens", "question", "prompt") if key in record}
 
 
 def columns_of(task: tasks.Task, record: dict[str, Any]) -> Sequence[str]:
-    """What a line calls the columns of its record, each another name."""
+    """What a line calls the columns of its record; choices that are equal get a number each."""
     columns = task.columns(record)
-    alike = len(set(columns)) < len(columns)
+    alike = task.labels is None and len(set(columns)) < len(columns)
     return [f"{index}: {column}" for index, column in enumerate(columns)] if alike else columns
 
 
@@ -71,7 +71,7 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict | bool) else value
 
 
-def _decided(decided: Decided, index: int, answer: Mapping[str, Any]) -> dict[str, Any]:
+def _decided(decided: Decided, index: int, answer: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if decided.answers is not None:
         result["decision"] = "answer" if decided.answers[index] else "abstain"
@@ -84,6 +84,9 @@ def _decided(decided: Decided, index: int, answer: Mapping[str, Any]) -> dict[st
     if decided.named is not None:
         names = zip(answer["probabilities"], decided.named[index].tolist(), strict=True)
         result["promised_labels"] = [name for name, named in names if named]
+    if decided.tag_sets is not None:
+        rows = decided.tag_sets[index, : len(answer["tags"])].tolist()
+        result["tag_sets"] = [[name for name, inside in zip(labels, row, strict=True) if inside] for row in rows]
     if decided.intervals is not None:
         result["promised_interval"] = decided.intervals[index].tolist()
     return result

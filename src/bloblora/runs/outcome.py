@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -20,7 +19,7 @@ from .run import Run
 log = logging.getLogger("bloblora")
 
 NUM_SAMPLES = 10
-SHOWN = ("accuracy", "nll", "ece", "f1_micro", "rmse", "interval_coverage")
+SHOWN = ("accuracy", "nll", "ece", "f1_micro", "token_accuracy", "entity_f1", "rmse", "interval_coverage")
 """The metrics that a person is told first, of those that there are."""
 _STEADY = 0.01  # a fall of the validation NLL from one evaluation to the next that is no reason to train longer
 _HARM = 0.01  # nats
@@ -99,7 +98,7 @@ def _guessing(
     task: Task, training: Training, prediction: Prediction, labels: Sequence[Any], nll: Tensor
 ) -> Iterator[str]:
     """Whether the model is no better than one that looks at no input: the labels' shares, or any choice alike."""
-    nll = nll * task.likelihood.weight(torch.tensor(labels))
+    nll = nll * task.likelihood.weight(task.likelihood.stacked(labels))
     if task.head is not None:
         guess = task.likelihood.guess([example["label"] for example in training.examples], labels)
     else:

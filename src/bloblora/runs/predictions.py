@@ -126,7 +126,7 @@ def keep_predictions(
         columns = [*columns_of(task, record)]
         if task.likelihood.name != Prediction.kind:
             draws = torch.tensor(line["logits"])
-            return draws.shape[1:] == (len(columns or task.head or ()),) and bool(draws.isfinite().all())
+            return draws.shape[1:] == (task.width(record),) and bool(draws.isfinite().all())
         numbers = line["log_probabilities"]
         same = [*line["probabilities"]] == columns and len(numbers) == len(columns)
         return same and math.isclose(math.fsum(map(math.exp, numbers)), 1, abs_tol=1e-3)
@@ -135,11 +135,11 @@ def keep_predictions(
         prediction = predict(chunk)
         lines = lines_of(task, chunk, prediction, decision)
         for record, line, exact in zip(chunk, lines, _exact(prediction), strict=True):
-            if width := len(line.get("probabilities", ())):  # a row is as wide as the chunk's longest
-                if "logits" in exact:
-                    exact["logits"] = [row[:width] for row in exact["logits"]]
-                else:
-                    exact["log_probabilities"] = exact["log_probabilities"][:width]
+            width = task.width(record)  # a row is as wide as the chunk's longest
+            if "logits" in exact:
+                exact["logits"] = [row[:width] for row in exact["logits"]]
+            else:
+                exact["log_probabilities"] = exact["log_probabilities"][:width]
             yield line | right(record) | exact
 
     append_lines(file, records, described, identity, is_of=is_of, progress=progress)

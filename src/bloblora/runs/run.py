@@ -17,7 +17,7 @@ from ..methods import Method
 from ..prediction import Prediction, Sampler, StoppingRule, Tempered, hidden_states, predict
 from ..quantized import dequantize
 from .approximation import Approximation
-from .checks import check_sharded, num_labels
+from .checks import check_sharded, head_of
 from .config import RunConfig, RunError
 from .folder import RunDescription, open_run
 from .processes import processes, shard, sharded
@@ -274,6 +274,6 @@ def load_run(
 
 def base_model(config: RunConfig, task: tasks.Task, trust_remote_code: bool) -> Any:
     """The pretrained model, with a head where the task needs one."""
-    options: dict[str, Any] = {"num_labels": num_labels(task), "dtype": config.dtype, "quantize": config.quantize}
+    options: dict[str, Any] = {**head_of(task), "dtype": config.dtype, "quantize": config.quantize}
     options |= {"device": processes().device, "trust_remote_code": trust_remote_code}
     return models.load_model(config.model, **options)

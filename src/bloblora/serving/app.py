@@ -263,8 +263,8 @@ def _read(body: Any, hosted: Mapping[str, Hosted], settings: Settings) -> tuple[
 def _encoded(run: Hosted, records: Sequence[dict[str, Any]], settings: Settings) -> list[tuple[Any, Any]]:
     """Each record with its encoding; an InputsError where some can't be used or are too long."""
     problems, found = [], []
-    forms = {"text": ("text",), "choice": ("question", "choices"), "preference": ("responses",)}
-    needed = forms[run.kind]
+    forms = {"choice": ("question", "choices"), "preference": ("responses",)}
+    needed = forms.get(run.kind, (run.kind,))
     for number, record in enumerate(records):
         field = f"inputs[{number}]"
         characters = sum(len("".join(value)) for value in record.values())  # of a text or of choices

@@ -112,7 +112,7 @@ class Hosted:
 
     @property
     def kind(self) -> str:
-        """What its inputs are: ``text``, ``choice``, ``preference`` or ``prompt``."""
+        """What its inputs are: ``text``, ``choice``, ``preference``, ``tokens`` or ``prompt``."""
         return "prompt" if self.run.task.kind == "generation" else self.run.task.kind
 
     @property
@@ -217,6 +217,8 @@ def examples_for(description: RunDescription, file: str | None = None) -> list[d
         return [{"prompt": question} for question, _ in _QUESTIONS]
     if kind == "preference":
         return [{"prompt": question, "responses": [*choices]} for question, choices in _QUESTIONS]
+    if kind == "tokens":
+        return [{"tokens": text.split()} for text in _TEXTS]
     if kind == "choice":
         return [{"question": question, "choices": [*choices]} for question, choices in _QUESTIONS]
     if description.config.source("data").partition(":")[0] == "support_desk":
@@ -233,7 +235,11 @@ def _read_examples(file: str) -> list[dict[str, Any]]:
     if len(records) > _MAX_EXAMPLES:
         raise RunError(f"examples {quoted(file)}: {len(records)} records; give at most {_MAX_EXAMPLES}")
     return [
-        {name: record[name] for name in ("text", "question", "choices", "prompt", "responses") if name in record}
+        {
+            name: record[name]
+            for name in ("text", "tokens", "question", "choices", "prompt", "responses")
+            if name in record
+        }
         for record in records
     ]
 

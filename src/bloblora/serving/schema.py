@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 Text = Annotated[str, Field(min_length=1)]
 _TEXT, _CHOICE = "where is my parcel, it was due on monday", "Which gas do plants take in?"
 _CHOICES = ["oxygen", "carbon dioxide"]
+_WORDS = ["Ada", "Lovelace", "lived", "in", "London"]
 _PROBABILITIES = {"late_delivery": 0.62, "track_order": 0.38}
 _MAX_FIELDS = 20
 _PROMISES = {"answering": "at most 0.1 of the answered are wrong, with probability 0.95"}
@@ -79,6 +80,12 @@ class ResponsesInput(_Strict):
     responses: Annotated[list[Text], _at_most("max_choices"), _field("none blank", _CHOICES, min_length=1)]
 
 
+class TokensInput(_Strict):
+    """A text as a list of words, punctuation too, as in the training data."""
+
+    tokens: Annotated[list[Text], _at_most("max_tokens"), _field("none blank", _WORDS, min_length=1)]
+
+
 class PromptInput(_Strict):
     """A prompt to answer."""
 
@@ -90,7 +97,7 @@ def _form(value: Any) -> str:
     if isinstance(value, str):
         return "<plain>"
     there = value if isinstance(value, dict) else dir(value)
-    return next((f"<{name}>" for name in ("text", "responses") if name in there), "<choice>")
+    return next((f"<{name}>" for name in ("text", "responses", "tokens") if name in there), "<choice>")
 
 
 _ONE_OR_MANY = Discriminator(lambda value: "<many>" if isinstance(value, list) else "<one>")
@@ -98,6 +105,7 @@ Input = Annotated[
     Annotated[Text, Tag("<plain>")]
     | Annotated[TextInput, Tag("<text>")]
     | Annotated[ResponsesInput, Tag("<responses>")]
+    | Annotated[TokensInput, Tag("<tokens>")]
     | Annotated[ChoiceInput, Tag("<choice>")],
     Discriminator(_form),
 ]
@@ -321,12 +329,39 @@ class LabelsAnswer(BaseModel):
     truncated_tokens: int = _field("tokens cut off because the model reads no more", 0)
 
 
-AnyAnswer = RewardAnswer | Answer | LabelsAnswer | ValueAnswer
+class Entity(BaseModel):
+    """One that is read in the tags, from the token at `start` to the one before `end`."""
+
+    entity: str = _field("its type", "PER")
+    start: int = _field("of its first token, counted from 0", 0)
+    end: int = _field("after its last token", 2)
+    probability: float = _field("that there is exactly this one", 0.94)
+    text: str = _field("its tokens", "Ada Lovelace")
+
+
+class TagsAnswer(BaseModel):
+    """What a run that classifies tokens says of one input, with a list item a token; uncertainty in nats."""
+
+    tokens: list[str] = _field("as they were given", _WORDS)
+    tags: list[str] = _field("the most probable of each token", ["B-PER", "I-PER", "O", "O", "B-LOC"])
+    entities: list[Entity] = Field(description="where tags have the form BIO")
+    token_confidence: list[float] = _field("probability of each tag", [0.96, 0.98, 0.99, 0.99, 0.9])
+    token_entropy: list[float] = _field("total uncertainty of each token", [0.2, 0.1, 0.06, 0.06, 0.4])
+    token_mutual_information: list[float] = _field("of it epistemic", [0.02, 0.01, 0.0, 0.0, 0.1])
+    predictive_entropy: float = _field("mean over the tokens", 0.16)
+    mutual_information: float = _field("mean over the tokens; 0 for one draw", 0.03)
+    expected_entropy: float = _field("mean over the tokens", 0.13)
+    tag_sets: list[list[str]] | None = _field("of a calibrated run", [["B-PER"], ["I-PER"]], default=None)
+    out_of_scope: bool | None = _field("of a calibrated run", False, default=None)
+    num_draws: int = _field("weight samples that were used; 1 where there is a single function", 10)
+
+
+AnyAnswer = RewardAnswer | Answer | LabelsAnswer | ValueAnswer | TagsAnswer
 
 
 def answer_of(line: dict[str, Any]) -> AnyAnswer:
     """The answer that a line of `Hosted.answer` holds."""
-    kinds = {"value": ValueAnswer, "labels": LabelsAnswer, "rewards": RewardAnswer, "label": Answer}
+    kinds = {"value": ValueAnswer, "tags": TagsAnswer, "labels": LabelsAnswer, "rewards": RewardAnswer, "label": Answer}
     return next(kind for name, kind in kinds.items() if name in line)(**line)
 
 
@@ -346,7 +381,7 @@ class Model(BaseModel):
     method: str = _field("how its posterior was made, as `bloblora train --method` has it", "blob")
     base_model: str = _field("the pretrained model below its adapter", "smollm2-135m")
     task: str = _field("how inputs become logits", "classification")
-    kind: Literal["text", "choice", "preference", "prompt"] = _field(
+    kind: Literal["text", "choice", "preference", "tokens", "prompt"] = _field(
         "which inputs it takes; of prompts it writes the answers", "text"
     )
     labels: list[str] | None = _field("None: each question has its own choices", ["parcel", "refund"])
@@ -359,7 +394,9 @@ class Model(BaseModel):
         "share of the out-of-scope records of `bloblora calibrate --ood` that were flagged; None without them", 0.4
     )
     warnings: list[str] = _field("of its training, where that ended badly", ["the posterior is the prior"])
-    examples: list[TextInput | ChoiceInput | ResponsesInput | PromptInput] = _field("inputs to try", [{"text": _TEXT}])
+    examples: list[TextInput | TokensInput | ChoiceInput | ResponsesInput | PromptInput] = _field(
+        "inputs to try", [{"text": _TEXT}]
+    )
     metrics: dict[str, float] = _field("what metrics.json in its folder says", {"accuracy": 0.81, "ece": 0.05})
     diagram: bool = _field("whether its folder has a reliability.png", True)
     adapter_sha256: str | None = _field("of the trained weights' file", "d99e6bd2acc406b2")

@@ -16,8 +16,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+
+NO_TAG = -100
+"""In the place of a token's tag where there is no token, as transformers has it."""
 
 
 class Likelihood(ABC):
@@ -26,6 +30,8 @@ class Likelihood(ABC):
     name: ClassVar[str]
     expects: ClassVar[bool] = False
     """Whether it has an `expected_square`."""
+    smooths: ClassVar[bool] = False
+    """Whether it is of classes, of which a share of the loss can be of all alike (`alike`)."""
     problem_type: ClassVar[ProblemType] = "single_label_classification"
     """What transformers calls it in the configuration of a sequence classification model."""
 
@@ -44,6 +50,14 @@ class Likelihood(ABC):
     def averaged(self, draws: Tensor, labels: Tensor) -> Tensor:
         """Log of the mean over draws (S, b, C) of the probability of labels, (b,)."""
         return self.log_prob(draws, labels).logsumexp(0) - math.log(len(draws))
+
+    def stacked(self, labels: Sequence[Any]) -> Tensor:
+        """Labels of examples as one tensor (b, …)."""
+        return torch.tensor(labels)
+
+    def alike(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean log-probability, over the classes that an example has, of each in the place of ``labels``, (b,)."""
+        raise NotImplementedError(f"{self.name}: no classes")
 
     def weight(self, labels: Tensor) -> Tensor:
         """How much each of the labels (b, …) counts in a loss, (b,)."""
@@ -66,9 +80,9 @@ class Likelihood(ABC):
         """Soft labels (b, …) of logits (b, C), of which `log_prob` is the mean log-probability of answers by these."""
         raise NotImplementedError
 
-    @abstractmethod
     def targets(self, labels: Sequence[Any]) -> Tensor:
-        """The labels of examples as metrics take them, (n, …)."""
+        """The labels of examples as metrics take them, (n, …): by default as in a batch."""
+        return self.stacked(labels)
 
     @abstractmethod
     def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
@@ -87,6 +101,7 @@ class Categorical(Likelihood):
 
     name: ClassVar[str] = "categorical"
     expects: ClassVar[bool] = True
+    smooths: ClassVar[bool] = True
 
     def weight(self, labels: Tensor) -> Tensor:
         """Of class indices (b,); 1 of probabilities (b, C)."""
@@ -103,6 +118,11 @@ class Categorical(Likelihood):
         repeated = labels.expand(*logits.shape[:-2], *labels.shape).flatten(0, logits.ndim - 2)
         nll = F.cross_entropy(logits.flatten(0, -2), repeated, reduction="none").unflatten(0, logits.shape[:-1])
         return -nll * self.weight(labels) if self.weights else -nll
+
+    def alike(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Times the weight."""
+        finite = logits > -math.inf
+        return logits.log_softmax(-1).where(finite, 0).sum(-1) / finite.sum(-1) * self.weight(labels)
 
     def averaged(self, draws: Tensor, labels: Tensor) -> Tensor:
         """Log of the mean probability, times the weight."""
@@ -125,10 +145,6 @@ class Categorical(Likelihood):
         """Probabilities."""
         return logits.softmax(-1)
 
-    def targets(self, labels: Sequence[Any]) -> Tensor:
-        """Class indices, (n,)."""
-        return torch.tensor(labels)
-
     def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
         """By the shares of the classes, as they count."""
         weights = self.weights or [1.0] * (max([*seen, *labels]) + 1)
@@ -142,6 +158,7 @@ class BradleyTerry(Categorical):
     """Which of C responses is preferred: classes whose logits are rewards, and stay what they are."""
 
     name: ClassVar[str] = "bradley_terry"
+    smooths: ClassVar[bool] = False
     problem_type: ClassVar[ProblemType] = "regression"
 
     def normalized(self, logits: Tensor) -> Tensor:
@@ -186,15 +203,80 @@ class Bernoulli(Likelihood):
         """Probabilities."""
         return logits.sigmoid()
 
-    def targets(self, labels: Sequence[Any]) -> Tensor:
-        """1 or 0, (n, L)."""
-        return torch.tensor(labels)
-
     def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
         """By the share of records that have each label, half a record more of both kinds."""
         counts = torch.tensor(seen, dtype=torch.float64).sum(0) + 0.5
         log_odds = (counts / (len(seen) + 1)).logit().expand(len(labels), -1)
         return -self.log_prob(log_odds, torch.tensor(labels)).mean().item()
+
+
+@dataclass(frozen=True)
+class Tags(Likelihood):
+    """One of K tags for each token, independently given the logits, by their log-odds.
+
+    Logits are (…, b, T·K), of one token after the other, and labels (b, T); what a shorter record lacks is -inf and
+    `NO_TAG`.
+
+    Attributes:
+        names: of the K tags.
+    """
+
+    names: tuple[str, ...]
+
+    name: ClassVar[str] = "tags"
+    smooths: ClassVar[bool] = True
+
+    def by_token(self, logits: Tensor) -> Tensor:
+        """The log-probabilities (…, T, K) of logits (…, T·K); of a token that isn't there all are -inf."""
+        tokens = logits.unflatten(-1, (-1, len(self.names)))
+        there = tokens > -math.inf
+        return tokens.where(there, 0).log_softmax(-1).where(there, -math.inf)
+
+    def stacked(self, labels: Sequence[Any]) -> Tensor:
+        """Indices of tags, (b, T)."""
+        return pad_sequence([torch.tensor(row) for row in labels], batch_first=True, padding_value=NO_TAG)
+
+    def normalized(self, logits: Tensor) -> Tensor:
+        """Log-probabilities."""
+        return self.by_token(logits).flatten(-2)
+
+    def token_log_probs(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Log-probability of each token's tag, (…, b, T), of indices (b, T); 0 where there is none."""
+        log_probs = self.by_token(logits)
+        tagged = (labels != NO_TAG).expand(log_probs.shape[:-1])
+        index = labels.clamp_min(0).expand(log_probs.shape[:-1])
+        return log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1).where(tagged, 0)
+
+    def log_prob(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of indices (b, T), or of probabilities (b, T·K): the sum over tokens."""
+        if not labels.is_floating_point():
+            return self.token_log_probs(logits, labels).sum(-1)
+        log_probs = self.by_token(logits)
+        shares = labels.unflatten(-1, (-1, len(self.names)))[..., : log_probs.shape[-2], :]
+        return (log_probs.where(log_probs > -math.inf, 0) * shares).sum((-1, -2))
+
+    def averaged(self, draws: Tensor, labels: Tensor) -> Tensor:
+        """The sum over tokens of the logarithm of each tag's averaged probability."""
+        return self.log_prob(self.merged(draws), labels)
+
+    def alike(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The sum over tokens."""
+        log_probs = self.by_token(logits)
+        return log_probs.where((labels != NO_TAG).unsqueeze(-1), 0).mean(-1).sum(-1)
+
+    def merged(self, draws: Tensor) -> Tensor:
+        """Log of the mean probabilities of each token."""
+        return self.normalized(draws).logsumexp(0) - math.log(len(draws))
+
+    def soft_labels(self, logits: Tensor) -> Tensor:
+        """Probabilities."""
+        return self.normalized(logits).exp()
+
+    def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
+        """By the share of tokens that have each tag."""
+        counts = Counter(tag for row in seen for tag in row)
+        total = sum(counts.values())
+        return sum(-math.log(counts.get(tag, 1) / total) for row in labels for tag in row) / len(labels)
 
 
 @dataclass(frozen=True)

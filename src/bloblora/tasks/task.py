@@ -61,7 +61,7 @@ class Task:
     pipeline_tag: ClassVar[str]
     """What the hub calls such a task, for example ``text-classification``."""
     task_type: ClassVar[str] = "CAUSAL_LM"
-    """PEFT's name for the model that it needs, ``CAUSAL_LM`` or ``SEQ_CLS``."""
+    """PEFT's name for the model that it needs, ``CAUSAL_LM``, ``SEQ_CLS`` or ``TOKEN_CLS``."""
     scored_by: ClassVar[tuple[str, ...]] = ()
     """How a completion server can score its choices: ``echo``, by the log-probabilities of a prompt that holds them;
     ``top_logprobs``, by those of the most probable next tokens."""
@@ -143,6 +143,10 @@ class Task:
     def columns(self, record: Record) -> list[str]:
         """Name of each column of this record's logits, in order."""
         raise NotImplementedError
+
+    def width(self, record: Record) -> int:
+        """How many logits the record has."""
+        return len(self.columns(record) or self.head or ())
 
     def target(self, record: Record) -> Any:
         """The answer as examples hold it, by default the column that is right; None where the record has none.
@@ -228,6 +232,7 @@ TASKS: Registry[type[Task]] = Registry(
         "blank": "bloblora.tasks.choice_text:Blank",
         "generation": "bloblora.tasks.generation:TextGeneration",
         "reward": "bloblora.tasks.reward:Reward",
+        "token_classification": "bloblora.tasks.token_classification:TokenClassification",
     },
     _problem,
 )
@@ -238,9 +243,9 @@ def build_task(name: str, records: Sequence[Record], tokenizer: PreTrainedTokeni
     """The task of this name, or the one that fits the records for "auto".
 
     "auto" is for records with a `text` `regression` where each has a `value`, or a `label` that is a number and some of
-    these have fractions, `multi_label` where each has `labels`, otherwise `classification`; `generation` for records
-    with a `prompt` or `messages`; `reward` for those with `chosen` and `rejected`; for choices it is `blank` when every
-    question has two choices and a `_`, otherwise `choice_text`.
+    these have fractions, `multi_label` where each has `labels`, otherwise `classification`; `token_classification` for
+    records with `tokens`; `generation` for those with a `prompt` or `messages`; `reward` for those with `chosen` and
+    `rejected`; for choices it is `blank` when every question has two choices and a `_`, otherwise `choice_text`.
 
     Raises:
         TaskError: an unknown name or option, or records that fit no task.
@@ -260,8 +265,8 @@ def guess_task(records: Sequence[Record]) -> str:
         if task.fits(records):
             return name
     raise TaskError(
-        "task: 'auto' needs records that all have 'text', 'prompt', 'messages', 'chosen' and 'rejected', or 'question' "
-        "and 'choices'"
+        "task: 'auto' needs records that all have 'text', 'tokens', 'prompt', 'messages', 'chosen' and 'rejected', or "
+        "'question' and 'choices'"
     )
 
 

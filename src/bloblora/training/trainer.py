@@ -30,7 +30,7 @@ from ..adapter.variant import STD_PARAMETER
 from ..files import as_os_error
 from ..messages import shortened
 from ..posterior import separate_noise, stack
-from ..tasks.likelihood import CATEGORICAL, Likelihood, likelihood_of
+from ..tasks.likelihood import Likelihood, likelihood_of
 from .arguments import (
     OBJECTIVE,
     BlobTrainingArguments,
@@ -122,8 +122,8 @@ class BlobTrainerMixin(_Host):
                 "peft_config: the adapter that the Trainer would add has no posterior; leave it out, and call "
                 "model = get_peft_model(model, peft_config) and bayesianize(model, BlobConfig()) before"
             )
-        if args.label_smoothing_factor and likelihood_of(task).name != CATEGORICAL.name:
-            raise ValueError("label_smoothing_factor is for classes and choices, and the task has none: leave it out")
+        if args.label_smoothing_factor and not likelihood_of(task).smooths:
+            raise ValueError("label_smoothing_factor is for classes, choices and tags; the task has none: leave it out")
         if task is not None:
             args.remove_unused_columns = False  # a task's columns are no arguments of the model
         # Otherwise the data's order hangs on whichever seed torch was given last, and that differs between processes.
@@ -671,11 +671,7 @@ def _restoring(what: str, checkpoint: str | None) -> Iterator[None]:
 def _mean_nll(likelihood: Likelihood, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """Of logits (b, C); a share of it is of the classes alike that an example has, whose logits are finite."""
     nll = -likelihood.log_prob(logits, labels).mean()
-    if not smoothing:
-        return nll
-    finite = logits > -math.inf
-    alike = logits.log_softmax(-1).where(finite, 0).sum(-1) / finite.sum(-1) * likelihood.weight(labels)
-    return (1 - smoothing) * nll - smoothing * alike.mean()
+    return (1 - smoothing) * nll - smoothing * likelihood.alike(logits, labels).mean() if smoothing else nll
 
 
 def _classifies(model: nn.Module) -> bool:

@@ -1,0 +1,201 @@
+"""Token classification: a text as a list of words, a tag for each of them, a head that reads each token.
+
+The words are read as one text, with spaces between them, and a word's tag at the last of its sub-tokens: a causal
+model, which has not seen the others at the first, can't tell "card" from "carbon" there. A record is one row, so all
+its words see one draw of the weights, and given that their tags are independent.
+
+In tags of the form BIO (Ramshaw & Marcus 1995, arXiv cmp-lg/9505040) entities are read as conlleval and seqeval do:
+``B-X`` begins one of type X, and so does an ``I-X`` that doesn't follow a tag of the same type.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..messages import quoted
+from .classification import shown_labels, sorted_labels
+from .encoding import pad
+from .likelihood import Likelihood, Tags
+from .task import Batch, Example, Record, Task, TaskError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenClassification(Task):
+    """The tag of each token.
+
+    Args:
+        labels: names of the tags, in the order of the head's outputs.
+    """
+
+    labels: tuple[str, ...] = field(  # type: ignore[misc]  # the base class has None: no fixed columns
+        default=(),
+        metadata={
+            "help": "The outputs of the model's head, in order; default: the labels or tags of the data, sorted, as "
+            "numbers where all are whole numbers. For a head that exists already, and for a label that the data lack."
+        },
+    )
+    sub_token: Literal["last", "first"] = field(
+        default="last",
+        metadata={
+            "help": "At which of a word's tokens its tag is read: `last`, where also a causal model has read the whole "
+            "word; or `first`, as usual with encoders and in other programs."
+        },
+    )
+
+    name: ClassVar[str] = "token_classification"
+    kind: ClassVar[str] = "tokens"
+    answer: ClassVar[str] = "tags"
+    family: ClassVar[type[Likelihood]] = Tags
+    pipeline_tag: ClassVar[str] = "token-classification"
+    task_type: ClassVar[str] = "TOKEN_CLS"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "labels", tuple(self.labels))
+        if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
+            raise TaskError(f"labels: {list(self.labels)}; there must be at least 2, all different")
+        if self.sub_token not in ("last", "first"):
+            raise TaskError(f"sub_token: {quoted(self.sub_token)}; it must be 'last' or 'first'")
+
+    @classmethod
+    def build(cls, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Task:
+        """The task with the records' tags, sorted, unless `labels` is given.
+
+        Raises:
+            TaskError: also for a tokenizer that doesn't say which text a token is of.
+        """
+        if not tokenizer.is_fast:
+            raise TaskError(
+                f"tokenizer: {type(tokenizer).__name__} knows no offsets, which words need; load a fast one"
+            )
+        options.setdefault("labels", sorted_labels({tag for record in records for tag in record.get("tags") or ()}))
+        return super().build(records, tokenizer, **options)
+
+    @classmethod
+    def check(cls, records: Sequence[Record], **options: Any) -> None:
+        """Raise a TaskError also for a record without tags, for tags that aren't among those given, or only one."""
+        super().check(records, **options)
+        for number, record in enumerate(records, start=1):
+            if record.get("tags") is None:
+                raise TaskError(f"record {number}: field 'tags': missing; task {cls.name!r} learns them")
+        found, given = {tag for record in records for tag in record["tags"]}, options.get("labels")
+        if unknown := sorted(found.difference(given or found)):
+            raise TaskError(f"field 'tags': {', '.join(unknown)} not among labels; add them to it")
+        if len(found) < 2 and given is None:
+            raise TaskError(f"field 'tags': all are {quoted(found.pop())}; there must be at least 2 tags")
+
+    @property
+    def likelihood(self) -> Tags:
+        """Tags, by their names."""
+        return Tags(self.labels)
+
+    @property
+    def purpose(self) -> str:
+        """What it is for, in a sentence."""
+        return f"Gives each word of a text one of {shown_labels(self.labels)}"
+
+    @property
+    def head_note(self) -> str:
+        """How words are read."""
+        return (
+            f"words are read as one text with spaces between them, a word's tag at the {self.sub_token} of its tokens"
+        )
+
+    def about(self, records: Sequence[Record]) -> str:
+        """How many tags there are, and how many tokens have each."""
+        counts = Counter(tag for record in records for tag in record.get("tags") or ())
+        rarest, few = min(counts.items(), key=lambda pair: pair[1])
+        words = sum(counts.values())
+        return f" with {words} tokens and {len(counts)} tags, the rarest {quoted(rarest)} at {few}"
+
+    def columns(self, record: Record) -> list[str]:
+        """The tokens."""
+        return list(record["tokens"])
+
+    def width(self, record: Record) -> int:
+        """A logit for each token and tag."""
+        return len(record["tokens"]) * len(self.labels)
+
+    def target(self, record: Record) -> list[int] | None:
+        """The index of each token's tag."""
+        if (tags := record.get("tags")) is None:
+            return None
+        if unknown := sorted({*tags}.difference(self.labels)):
+            raise TaskError(f"field 'tags': {quoted(unknown[0])} is not one of {shown_labels(self.labels)}")
+        return [self.labels.index(tag) for tag in tags]
+
+    def tokenize(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
+        """`input_ids` of the words with spaces between them, and `places`, where each word's tag is read.
+
+        A word of which the tokenizer leaves nothing, such as one of control characters, is read where the one before it
+        is.
+
+        Raises:
+            TaskError: the record has more tokens than ``max_length``.
+        """
+        words = record["tokens"]
+        encoded = tokenizer(" ".join(words))
+        ids = encoded["input_ids"]
+        if self.max_length is not None and len(ids) > self.max_length:
+            raise TaskError(
+                f"field 'tokens': {len(words)} of them are {len(ids)} tokens of the model, of which it reads "
+                f"max_length={self.max_length}: give shorter records, such as sentences"
+            )
+        places, start, step = [0], 0, -1 if self.sub_token == "last" else 1
+        for word in words:
+            found = (encoded.char_to_token(i) for i in range(start, start + len(word))[::step])
+            places.append(next((place for place in found if place is not None), places[-1]))
+            start += len(word) + 1
+        return {"input_ids": ids, "places": places[1:], "truncated": 0}
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """`input_ids` and `attention_mask` (b, T), padded right; `places` (b, W), -1 for none; `labels` (b, W)."""
+        rows = [example["input_ids"] for example in examples]
+        batch = {
+            "input_ids": pad(rows, self.pad_token_id, side="right"),
+            "attention_mask": pad([[1] * len(row) for row in rows], 0, side="right"),
+            "places": pad([example["places"] for example in examples], -1, side="right"),
+        }
+        if not all("label" in example for example in examples):
+            return batch
+        return batch | {"labels": self.likelihood.stacked([example["label"] for example in examples])}
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The head's outputs at each word's place, (b, W·K) float32; -inf where a record has no more words.
+
+        Raises:
+            TaskError: a model with another kind of head, or number of outputs.
+        """
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        if logits.shape != (*batch["input_ids"].shape, len(self.labels)):
+            raise TaskError(
+                f"model: {type(extract_model_from_parallel(model)).__name__} has logits of the shape "
+                f"{tuple(logits.shape)}, but the task has {len(self.labels)} tags; load a token classification model "
+                f"with num_labels={len(self.labels)}"
+            )
+        places = batch["places"]
+        rows = torch.arange(len(places), device=places.device).unsqueeze(1)
+        words = logits[rows, places.clamp_min(0)].float()
+        return words.masked_fill((places < 0).unsqueeze(-1), -torch.inf).flatten(1)
+
+
+def entities_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Type, first token and the one after the last of each entity in BIO tags; other tags are of none."""
+    found: list[tuple[str, int, int]] = []
+    before = ""
+    for place, tag in enumerate(tags):
+        mark, _, kind = tag.partition("-")
+        if mark == "I" and kind and kind == before:
+            found[-1] = (kind, found[-1][1], place + 1)
+        elif mark in ("B", "I") and kind:
+            found.append((kind, place, place + 1))
+        before = kind if mark in ("B", "I") else ""
+    return found
