@@ -205,3 +205,13 @@ def test_a_run_without_a_calibration_says_nothing_of_decisions(call, run):
     data = Path(run).parent / "queries.jsonl"
     write_jsonl(data, queries())
     assert "decision" not in lines(call("predict", run, "--input", data, "--samples", "1")[1])[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(("--by", "p_true", "--matcher", "numeric"), "--matcher, --by"), (("--max-new-tokens", "5"), "--max-new-tokens")],
+)
+def test_options_for_texts_are_refused_where_nothing_is_written(call, folder, held_out, options, named):
+    fails(
+        call("calibrate", str(folder), "--data", str(held_out), *options), f"{named}: only for a run that writes text"
+    )

@@ -222,6 +222,8 @@ def calibrate(
         names = ("samples", "seed", "batch_size", "trust_remote_code")
         written = GenerationOptions(**{name: getattr(options, name) for name in names}, **asdict(writing))
         content = _calibrate_texts(description, data, reading, written, bars, matcher=matcher, by=by, **promises)
+    elif of_texts := _changed_of_texts(writing, matcher, by):
+        raise RunError(f"{', '.join(of_texts)}: only for a run that writes text; leave it out")
     elif predictions is not None:
         content = _calibrate_predictions(Path(predictions), description, options, data, ood, **promises, **kinds)
     elif description is None or data is None:
@@ -245,6 +247,13 @@ def calibrate(
     if directory is not None:
         of_text = (content.get("text") or {}).get("of")
         print(f"saved to {Path(directory) / DECISION_FILE}; next: {after_calibration(directory, of_text)}")
+
+
+def _changed_of_texts(writing: WritingOptions, matcher: str, by: str) -> list[str]:
+    """The options of `calibrate` for texts that were given."""
+    usual = asdict(WritingOptions()) | {"matcher": "normalized", "by": "p_correct"}
+    given = asdict(writing) | {"matcher": matcher, "by": by}
+    return [f"--{name.replace('_', '-')}" for name, value in given.items() if value != usual[name]]
 
 
 def _calibrate_texts(
