@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -251,9 +252,10 @@ def calibrate(
 
 def _changed_of_texts(writing: WritingOptions, matcher: str, by: str) -> list[str]:
     """The options of `calibrate` for texts that were given."""
-    usual = asdict(WritingOptions()) | {"matcher": "normalized", "by": "p_correct"}
-    given = asdict(writing) | {"matcher": matcher, "by": by}
-    return [f"--{name.replace('_', '-')}" for name, value in given.items() if value != usual[name]]
+    own, usual = {"matcher": matcher, "by": by}, signature(calibrate).parameters
+    defaults = asdict(WritingOptions()) | {name: usual[name].default for name in own}
+    given = asdict(writing) | own
+    return [f"--{name.replace('_', '-')}" for name, value in given.items() if value != defaults[name]]
 
 
 def _calibrate_texts(

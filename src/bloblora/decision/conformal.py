@@ -44,7 +44,7 @@ torchcp is LGPL and needs torch_geometric; puncc needs numpy 1; crepes leaves th
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import scipy  # loads scipy.stats, half a second, where it is used
 import torch
@@ -100,7 +100,31 @@ class LabelSets:
 
 
 @dataclass(frozen=True)
-class Intervals:
+class _Covering:
+    """A rule that at least a share of the inputs is covered by.
+
+    Attributes:
+        covers: what is promised of that share.
+    """
+
+    coverage: float
+    threshold: float
+    num_examples: int
+
+    covers: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_share("coverage", self.coverage)
+        check_numbers(self, "num_examples")
+
+    @property
+    def promise(self) -> str:
+        """What is promised, as a sentence."""
+        return _promised_coverage(self.covers, self.coverage, self.num_examples)
+
+
+@dataclass(frozen=True)
+class Intervals(_Covering):
     """Values no further from the predictive mean than a number of predictive standard deviations.
 
     Attributes:
@@ -109,22 +133,11 @@ class Intervals:
         num_examples: calibration records, n.
     """
 
-    coverage: float
-    threshold: float
-    num_examples: int
-
-    def __post_init__(self) -> None:
-        check_share("coverage", self.coverage)
-        check_numbers(self, "num_examples")
+    covers: ClassVar[str] = "intervals hold the right value"
 
     def intervals(self, mean: Tensor, std: Tensor) -> Tensor:
         """The two ends of each interval, (n, 2), for predictive means and standard deviations (n,)."""
         return torch.stack([mean - self.threshold * std, mean + self.threshold * std], dim=-1)
-
-    @property
-    def promise(self) -> str:
-        """What is promised, as a sentence."""
-        return _promised_coverage("intervals hold the right value", self.coverage, self.num_examples)
 
 
 @dataclass(frozen=True)
@@ -168,7 +181,7 @@ class LabelThresholds:
 
 
 @dataclass(frozen=True)
-class TagSets:
+class TagSets(_Covering):
     """For each token the tags whose probability is at least a threshold.
 
     Attributes:
@@ -177,28 +190,16 @@ class TagSets:
         num_examples: calibration records, n.
     """
 
-    coverage: float
-    threshold: float
-    num_examples: int
-
-    def __post_init__(self) -> None:
-        check_share("coverage", self.coverage)
-        check_numbers(self, "num_examples")
+    covers: ClassVar[str] = "records have the right tag of every token in its tag set"
 
     def sets(self, probabilities: Tensor) -> Tensor:
         """Which tags are in the set of each token, (n, T, K) bool, for probabilities (n, T, K)."""
         inside = probabilities.double() >= self.threshold
         return inside.scatter(-1, probabilities.argmax(-1, keepdim=True), True)
 
-    @property
-    def promise(self) -> str:
-        """What is promised, as a sentence."""
-        what = "records have the right tag of every token in its tag set"
-        return _promised_coverage(what, self.coverage, self.num_examples)
-
 
 @dataclass(frozen=True)
-class AnswerSets:
+class AnswerSets(_Covering):
     """The first answers of a list.
 
     Attributes:
@@ -207,18 +208,8 @@ class AnswerSets:
         num_examples: calibration records, n.
     """
 
-    coverage: float
     threshold: int
-    num_examples: int
-
-    def __post_init__(self) -> None:
-        check_share("coverage", self.coverage)
-        check_numbers(self, "num_examples")
-
-    @property
-    def promise(self) -> str:
-        """What is promised, as a sentence."""
-        return _promised_coverage("answer sets hold a right answer", self.coverage, self.num_examples)
+    covers: ClassVar[str] = "answer sets hold a right answer"
 
 
 @dataclass(frozen=True)

@@ -295,29 +295,34 @@ class ValuePrediction(OtherPrediction):
         return (dict(zip(numbers, row, strict=True)) for row in zip(*rows, strict=True))
 
 
-class MultiLabelPrediction(OtherPrediction):
-    """Which labels inputs have, each with a probability of its own, averaged over the draws; uncertainty in nats.
+class AveragedPrediction(OtherPrediction, ABC):
+    """Answers of several parts, with probabilities that are averaged over the draws part by part; entropies in nats."""
+
+    uncertainties: ClassVar[Mapping[str, str]] = {"predictive_entropy": "entropy", "mutual_information": "MI"}
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """Averaged over the draws, (n, …)."""
+        return self.draw_probabilities.mean(0)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of each probability over the draws, (n, …); 0 for a single one."""
+        return self.draw_probabilities.std(0, correction=0)
+
+
+class MultiLabelPrediction(AveragedPrediction):
+    """Which labels inputs have, each with a probability of its own.
 
     Entropies are sums over the labels, and so is the mutual information of each label and the weights.
     """
 
     kind = "bernoulli"
-    uncertainties: ClassVar[Mapping[str, str]] = {"predictive_entropy": "entropy", "mutual_information": "MI"}
 
     @property
     def draw_probabilities(self) -> Tensor:
         """Of each draw, (S, n, L)."""
         return self.logits.sigmoid()
-
-    @property
-    def probabilities(self) -> Tensor:
-        """Averaged over the draws, (n, L)."""
-        return self.draw_probabilities.mean(0)
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation of each probability over the draws, (n, L); 0 for a single one."""
-        return self.draw_probabilities.std(0, correction=0)
 
     @property
     def labels(self) -> Tensor:
@@ -347,31 +352,20 @@ class MultiLabelPrediction(OtherPrediction):
             }
 
 
-class TagsPrediction(OtherPrediction):
-    """The tag of each of an input's T tokens; uncertainty in nats.
+class TagsPrediction(AveragedPrediction):
+    """The tag of each of an input's T tokens.
 
-    Probabilities are averaged over the draws token by token; an input's uncertainty is the mean over its tokens.
-    Where an input has fewer tokens, probabilities and uncertainty are 0, and ``labels`` `NO_TAG`.
+    An input's uncertainty is the mean over its tokens. Where an input has fewer tokens, probabilities (n, T, K) and
+    uncertainty are 0, and ``labels`` `NO_TAG`.
     """
 
     kind = "tags"
-    uncertainties: ClassVar[Mapping[str, str]] = MultiLabelPrediction.uncertainties
     likelihood: Tags
 
     @cached_property
     def draw_probabilities(self) -> Tensor:
         """Of each draw, (S, n, T, K)."""
         return self.likelihood.by_token(self.logits).exp()
-
-    @cached_property
-    def probabilities(self) -> Tensor:
-        """Averaged over the draws, (n, T, K)."""
-        return self.draw_probabilities.mean(0)
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation of each probability over the draws, (n, T, K); 0 for a single one."""
-        return self.draw_probabilities.std(0, correction=0)
 
     @property
     def tokens(self) -> Tensor:
