@@ -5,8 +5,9 @@ r"""One scale τ of the posterior's width and one temperature T, fitted together
 
 It goes on top of any method. T alone is temperature scaling (Guo et al., arXiv 1706.04599); τ is searched where the
 spread of a method's draws can be scaled (`bloblora.prediction.ScalableWeights`). The noise E is the same for every τ,
-so that the objective is smooth. Each τ costs N passes over the records, more than a short training of a few: so τ is
-halved from 1, or doubled, while that helps, and compared with 0, the mean alone.
+so that the objective is smooth. Each τ costs N passes over the records, and the mean alone, τ = 0, one. To second order
+in the noise's variance the NLL is a parabola in τ²: where the mean alone is better than τ = 1, its lowest point is
+below τ² = 1/2, and above it otherwise. So τ is halved from 1 in the one case, or doubled in the other, while it helps.
 
 Few records overfit two numbers. τ stays 1 unless another one's NLL is lower by more than a standard error of the paired
 difference: of models that the data can't tell apart, the simplest is taken (the one-standard-error rule of Breiman,
@@ -171,22 +172,19 @@ def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood = CATEGORICAL) 
         count = len(differences)
         return best, differences, differences.std().item() / math.sqrt(count) if count > 1 else math.inf
 
-    def climb(start: float, step: float) -> None:
-        """Try narrower τ as long as the NLL falls; wider ones where it didn't."""
-        for factor in (1 / step, step):
-            width = start
-            while 1 / _MOST < width < _MOST and at(width * factor) < at(width):
-                width *= factor
-            if width != start:
-                return
+    def climbed(width: float, factor: float) -> float:
+        """The last τ on a way of multiples at which the NLL still fell."""
+        while 1 / _MOST < width < _MOST and at(width * factor) < at(width):
+            width *= factor
+        return width
 
     at(1.0)
     if parts[0].weights is not None:
-        at(0.0)
-        climb(1.0, 2.0)
+        climbed(1.0, 0.5 if at(0.0) < at(1.0) else 2.0)
     best, differences, error = gain()
     if best.width > 0 and differences.mean() > error:
-        climb(best.width, math.sqrt(2.0))
+        if climbed(best.width, math.sqrt(0.5)) == best.width:
+            climbed(best.width, math.sqrt(2.0))
         best, differences, error = gain()
     one = tried[1.0]
     scales = best if differences.mean() > error else one
