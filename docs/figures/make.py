@@ -1,8 +1,8 @@
 """The figures of docs/concepts.md: `python docs/figures/make.py`, in seconds, without a language model or a data set.
 
 The first two show a complete BLoB with one matrix A of two entries, which is trained here. The others need the scores
-of each example of two studies, which are not committed: `bloblora compare benchmarks/studies/arc_easy.yaml --output
-results/arc_easy` and the same with clinc150 make them. Where they are missing, these figures stay as they are.
+of each example of a study, which are not committed: `bloblora compare benchmarks/studies/support_desk.yaml --output
+results/support_desk` makes them. Where they are missing, these figures stay as they are.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from bloblora.evaluation import confidence_bins, reliability_figure, risk_covera
 from bloblora.prediction import Prediction
 
 FOLDER = Path(__file__).parent
-RESULTS = FOLDER.parents[1] / "results"
+RUNS = FOLDER.parents[1] / "results" / "support_desk" / "runs"
 PRIOR_STD, STEPS, RATE, DRAWS = 1.5, 1500, 0.05, 10
 BLUE, RED, GREY, YELLOW = "#2f5d8c", "#d1495b", "#9aa3ad", "#e0a030"
 INPUTS = {"typical": (1.8, 0.2), "between": (0.05, 0.1), "unlike all": (0.3, 4.0)}
@@ -35,22 +35,20 @@ def main() -> None:
         ("uncertainty", uncertainty_figure(draws)),
     ):
         save_figure(figure, FOLDER / f"{name}.svg")
-    rows = {"LoRA": ("lora", 0), "BLoB, N = 10": ("blob", 10), "BLoB, σp = 0.05, N = 0": ("prior_std_0.05", 0)}
-    panels = {row: scores("arc_easy", *where, seeds=range(3)) for row, where in rows.items()}
-    if all(panels.values()):
-        bins = {row: confidence_bins(*panel) for row, panel in panels.items() if panel}
+    rows = {"LoRA": scores("lora", 0), "BLoB, N = 10": scores("blob", 10)}
+    panels = {row: found for row, found in rows.items() if found}
+    if panels.keys() == rows.keys():
+        bins = {row: confidence_bins(*panel) for row, panel in panels.items()}
+        curves = {row: risk_coverage(*panel) for row, panel in panels.items()}
         save_figure(reliability_figure(bins), FOLDER / "reliability.svg")
-    curves = {row: scores("clinc150", *rows[row], seeds=range(1)) for row in ("LoRA", "BLoB, N = 10")}
-    if all(curves.values()):
-        figure = risk_coverage_figure({row: risk_coverage(*curve) for row, curve in curves.items() if curve})
-        save_figure(figure, FOLDER / "risk_coverage.svg")
+        save_figure(risk_coverage_figure(curves), FOLDER / "risk_coverage.svg")
 
 
-def scores(study: str, method: str, samples: int, seeds: range) -> tuple[Tensor, Tensor] | None:
-    """Confidence and whether the answer was right, (n,) each, of all seeds; None where the files are missing."""
-    files = [RESULTS / study / "runs" / f"{study}--{method}--seed{seed}.safetensors" for seed in seeds]
+def scores(method: str, samples: int) -> tuple[Tensor, Tensor] | None:
+    """Confidence and whether the answer was right, (n,) each, of three seeds; None where the files are missing."""
+    files = [RUNS / f"support_desk--{method}--seed{seed}.safetensors" for seed in range(3)]
     if not all(file.is_file() for file in files):
-        print(f"{study}: no scores in {RESULTS / study / 'runs'}; see the first lines of this file")
+        print(f"no scores of {method} in {RUNS}; see the first lines of this file")
         return None
     found = [load_file(file) for file in files]
     confidence, right = (torch.cat([s[f"test/{samples}/{name}"] for s in found]) for name in ("confidence", "accuracy"))
