@@ -310,6 +310,22 @@ def test_ivon_keeps_the_optimizers_gaussian(tmp_path):
     assert accuracy > 0.6
 
 
+def test_ivon_goes_as_far_in_a_training_of_any_length(tmp_path):
+    """Each step of an entry is at most 10 / steps times the learning rate, by the default radius."""
+    moved = []
+    for steps in (20, 100):
+        torch.manual_seed(1)
+        method = Ivon(effective_sample_size=4e8, hess_init=1e-6)
+        model = method.prepare(Net(), LORA)
+        layer = model.base_model.model.linear
+        nn.init.normal_(layer.lora_B["default"].weight)
+        start = layer.lora_A["default"].weight.detach().clone()
+        method.fit(model, training(Rows(), tmp_path / f"{steps}", learning_rate=0.01, max_steps=steps))
+        moved.append((layer.lora_A["default"].weight - start).abs().max().item())
+    # The rate falls linearly to 0, so that the steps sum to half of 10 × 0.01 at most; h so small clips them all.
+    assert moved == [pytest.approx(0.05, rel=0.2)] * 2
+
+
 def test_ivon_sees_one_mean_gradient_however_the_batch_is_split(tmp_path):
     """Means and Ω after three steps of one batch of 8, and of four of 2 that are accumulated, under the same noise."""
     task, method = Rows(), Ivon(effective_sample_size=50.0, hess_init=1.0, clip_radius=10.0)

@@ -5,7 +5,8 @@ r"""IVON (Shen et al., arXiv 2402.17641; for LoRA: Cong et al., arXiv 2411.04421
 m and the Hessian's estimate h are the optimizer's own state; λ is the effective sample size, δ the weight decay. The
 ivon-opt package does the optimization; afterwards its Gaussian is kept as any other here. A classification head is
 trained by it as well, and predicts with its mean. Defaults are those of the authors' LoRA scripts for ARC and
-OpenBookQA; with them h hardly moves in some hundred steps, so that the noise stays about 1/√(λ h₀) = 0.03.
+OpenBookQA, but that the clip radius follows the number of steps; with them h hardly moves in some hundred steps, so
+that the noise stays about 1/√(λ h₀) = 0.03.
 
 The gradient g and the estimate of h, λ(h + δ)·ε∘g with the noise ε, are those of a step's mean loss. One ε serves all
 micro-batches of a step, and ivon-opt is given their accumulated gradient once, at the last: it would otherwise average
@@ -28,6 +29,9 @@ from ..prediction import Sampler, WeightDraws
 from ..training import BlobTrainer, check_positive
 from .method import GaussianMethod, Training
 
+_REACH = 10.0
+"""Largest sum of an entry's steps at a constant learning rate of 1: 0.001 in each of the authors' 10,000 steps."""
+
 
 @dataclass(kw_only=True)
 class Ivon(GaussianMethod):
@@ -39,8 +43,12 @@ class Ivon(GaussianMethod):
     hess_init: float = field(
         default=1e-3, metadata={"help": "h at the start; with λ it decides the noise of the first steps."}
     )
-    clip_radius: float = field(
-        default=1e-3, metadata={"help": "Largest step of an entry, before it is multiplied by the learning rate."}
+    clip_radius: float | str = field(
+        default="auto",
+        metadata={
+            "help": "Largest step of an entry, before it is multiplied by the learning rate. `auto`: 10 / steps, which "
+            "is its authors' 0.001 in their 10,000 steps, so that a training of any length can go as far."
+        },
     )
 
     name = "ivon"
@@ -48,7 +56,8 @@ class Ivon(GaussianMethod):
     training_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.03}
 
     def __post_init__(self) -> None:
-        check_positive(self, "effective_sample_size", "hess_init", "clip_radius")
+        check_positive(self, "effective_sample_size", "hess_init")
+        check_positive(self, "clip_radius", or_word="auto")
         try:
             import ivon  # noqa: F401
         except ImportError as error:
@@ -90,10 +99,16 @@ class _Trainer(BlobTrainer):
                 ess=self.options.effective_sample_size,
                 hess_init=self.options.hess_init,
                 weight_decay=self.args.weight_decay,
-                clip_radius=self.options.clip_radius,
                 rescale_lr=False,
             )
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As in the Trainer; the number of steps says what ``auto`` is."""
+        radius = self.options.clip_radius
+        for group in (optimizer or self.optimizer).param_groups:  # type: ignore[union-attr]
+            group["clip_radius"] = _REACH / num_training_steps if radius == "auto" else radius
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         ivon = self._ivon()
