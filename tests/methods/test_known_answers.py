@@ -197,6 +197,12 @@ def test_temperature_brings_back_the_scale_of_logits():
         assert math.log(found / scale) == pytest.approx(0, abs=4 / math.sqrt(information))
 
 
+def test_few_records_that_are_all_right_do_not_make_the_temperature_tiny():
+    logits = torch.tensor([[2.0, 0.0, 0.0]]).repeat(10, 1)
+    found = fit_temperature([logits[None]], [torch.zeros(10, dtype=torch.long)])
+    assert 0.4 < found < 0.8
+
+
 def test_tfb_rewrites_the_adapter_without_changing_it_and_its_noise_is_isotropic(tokens):
     model = with_lora(tiny_llama()).eval()
     before = model(tokens).logits

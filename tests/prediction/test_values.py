@@ -78,10 +78,17 @@ def test_a_temperature_is_a_factor_of_the_variance(prediction):
     torch.testing.assert_close(variance, 2.5 * expected_variance)
     theirs = Normal(mean, variance.sqrt()).log_prob(values)
     torch.testing.assert_close(Gaussian().log_prob(logits / 2.5, values), theirs)
-    many = torch.randn(4000)
-    too_sure = Gaussian.of(torch.zeros(1, 4000), torch.full((1, 4000), 9.0))  # a variance of 1/9 where it is 1
-    fitted = fit_temperature([too_sure], [many], Gaussian())
-    assert fitted == pytest.approx(9 * many.square().mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [10, 4000])
+def test_the_temperature_is_the_most_probable_one(count):
+    """Of a variance of 1/9 where it is 1; log T has a standard normal prior."""
+    values = torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    too_sure = Gaussian.of(torch.zeros(1, count), torch.full((1, count), 9.0))
+    fitted = fit_temperature([too_sure], [values], Gaussian())
+    # the derivative of n/2 log T + Σ 9 y² / (2 T) + (log T)² / 2 with respect to log T
+    slope = count / 2 - 9 * values.square().sum().item() / (2 * fitted) + math.log(fitted)
+    assert slope == pytest.approx(0, abs=1e-4 * count)
 
 
 def test_draws_of_a_linear_head_have_the_known_gaussian_predictive(tokenizer):

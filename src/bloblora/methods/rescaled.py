@@ -1,13 +1,14 @@
 r"""One scale τ of the posterior's width and one temperature T, fitted together on records that training hasn't seen.
 
 .. math:: \bar p(y \mid x) = \frac1N \sum_s \mathrm{softmax}\big(f(x;\, M + \tau\,\Omega \circ E_s)/T\big)_y, \qquad
-          (\tau, T) = \arg\min \sum_{k \in \text{held out}} -\log \bar p(y_k \mid x_k)
+          (\tau, T) = \arg\min \sum_{k \in \text{held out}} -\log \bar p(y_k \mid x_k) + \tfrac12 (\log T)^2
 
-It goes on top of any method. T alone is temperature scaling (Guo et al., arXiv 1706.04599); τ is searched where the
-spread of a method's draws can be scaled (`bloblora.prediction.ScalableWeights`). The noise E is the same for every τ,
-so that the objective is smooth. Each τ costs N passes over the records, and the mean alone, τ = 0, one. To second order
-in the noise's variance the NLL is a parabola in τ²: where the mean alone is better than τ = 1, its lowest point is
-below τ² = 1/2, and above it otherwise. So τ is halved from 1 in the one case, or doubled in the other, while it helps.
+It goes on top of any method. T alone is temperature scaling (Guo et al., arXiv 1706.04599), here with a prior of log T
+(`bloblora.prediction.fit_temperature`); τ is searched where the spread of a method's draws can be scaled
+(`bloblora.prediction.ScalableWeights`). The noise E is the same for every τ, so that the objective is smooth. Each τ
+costs N passes over the records, and the mean alone, τ = 0, one. To second order in the noise's variance the NLL is a
+parabola in τ²: where the mean alone is better than τ = 1, its lowest point is below τ² = 1/2, and above it otherwise.
+So τ is halved from 1 in the one case, or doubled in the other, while that helps.
 
 Few records overfit two numbers. τ stays 1 unless another one's NLL is lower by more than a standard error of the paired
 difference: of models that the data can't tell apart, the simplest is taken (the one-standard-error rule of Breiman,

@@ -1,6 +1,9 @@
-"""Temperature scaling of averaged probabilities (Guo et al., arXiv 1706.04599).
+r"""Temperature scaling of averaged probabilities (Guo et al., arXiv 1706.04599).
 
-Of a number with normal noise the temperature is a factor of the noise's variance (`bloblora.tasks.Gaussian`).
+.. math:: T = \arg\min_T \sum_k -\log \bar p_T(y_k \mid x_k) + \tfrac12 (\log T)^2
+
+log T has a standard normal prior, for ten records whose answers are all right would make T as small as it may be. Of a
+number with normal noise the temperature is a factor of the noise's variance (`bloblora.tasks.Gaussian`).
 """
 
 import math
@@ -16,15 +19,16 @@ _LOG_RANGE = math.log(20.0)
 
 
 def fit_temperature(logits: Sequence[Tensor], labels: Sequence[Tensor], likelihood: Likelihood = CATEGORICAL) -> float:
-    """T in [1/20, 20] with the lowest NLL of the averaged probabilities.
+    """T in [1/20, 20] that is most probable after these records.
 
     ``logits`` of each part is (S, n, C), -inf for a class that an input lacks; ``labels`` is (n, …).
     """
 
-    def nll(log_temperature: float) -> float:
-        return tempered_nll(logits, labels, math.exp(log_temperature), likelihood).mean().item()
+    def energy(log_temperature: float) -> float:
+        nll = tempered_nll(logits, labels, math.exp(log_temperature), likelihood).sum().item()
+        return nll + log_temperature**2 / 2
 
-    return math.exp(minimize_scalar(nll, bounds=(-_LOG_RANGE, _LOG_RANGE), method="bounded").x)
+    return math.exp(minimize_scalar(energy, bounds=(-_LOG_RANGE, _LOG_RANGE), method="bounded").x)
 
 
 def tempered_nll(

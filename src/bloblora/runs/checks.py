@@ -19,7 +19,7 @@ from ..methods import METHODS, Method
 from .config import RunConfig, RunError
 from .folder import RUN_FILE, TASK_FILE, open_run, read_run_file
 
-FEWEST_FOR_TEMPERATURE = 30
+FEWEST_FOR_TEMPERATURE = 10
 # In simulations of calibrated models (2, 4 and 20 classes, accuracy 0.44 to 0.79) log T has a standard error of about
 # 1.5/√n, 0.17 to 0.41 at n = 30, and costs 0.02 to 0.04 nats there; below it grows faster, to 1.1 and 0.4 nats at 10.
 _FEW = 50  # a standard error of the accuracy of 0.07

@@ -163,7 +163,7 @@ class RunConfig:
         metadata={
             "help": "Fit a temperature (arXiv 1706.04599) on the validation records, and where draws have a width that "
             "can be scaled, a scale of it, on top of any method; the checkpoint is then the one whose NLL is lowest "
-            "under a temperature of its own. Default: where there are at least 30 such records with labels or choices."
+            "under a temperature of its own. Default: where there are at least 10 such records with labels or choices."
         },
     )
     temperature_folds: int | None = field(
