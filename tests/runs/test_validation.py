@@ -34,7 +34,7 @@ METHODS = {
     "ensemble": {"members": 2},
     "mixture": {"members": 2},
     "blob": {},
-    "ivon": {"learning_rate": 0.3},
+    "ivon": {"learning_rate": 0.3, "clip_radius": 1e-3},
     "scalabl": {},
     "distilled": {"distill_steps": 2},
     "laplace-lora": {"subset_of_weights": "last_layer"},
@@ -104,6 +104,44 @@ def test_the_best_checkpoints_width_comes_back(method, config, tmp_path):
     runs.train(short, progress=False)
     assert one["best_step"] < 6
     assert adapter_bytes(c.output) == adapter_bytes(short.output)
+
+
+WRONG_ANSWERS = [{**q, "answer": 1 - q["answer"], "question": f"Again: {q['question']}"} for q in QUESTIONS]
+
+
+@pytest.mark.filterwarnings("ignore:training did not help", "ignore:the model has learned nothing")
+def test_a_model_that_can_answer_is_evaluated_before_its_training(config, tmp_path):
+    """Its NLL is that of the base, and the training is the same to the byte as without."""
+    options = dict(method="blob", lr_scheduler_type="constant", warmup_steps=0)
+    c = config(WRONG_ANSWERS, QUESTIONS, **options)
+    runs.train(c, progress=False)
+    (one,) = validated(c.output)["trainings"]
+    assert one["before"]["step"] == 0
+    assert [row["step"] for row in one["curve"]] == [2, 4, 6]
+    options |= {"output": str(tmp_path / "short"), "steps": one["best_step"]}
+    short = config(None, QUESTIONS, eval_steps=None).with_options(**options)
+    runs.train(short, progress=False)
+    assert adapter_bytes(c.output) == adapter_bytes(short.output)
+
+    still = c.with_options(output=str(tmp_path / "still"), learning_rate=1e-12)
+    runs.train(still, progress=False)
+    (slow,) = validated(still.output)["trainings"]
+    assert slow["before"] == one["before"]
+    assert slow["nll"] == pytest.approx(slow["before"]["nll"], rel=1e-4)
+
+
+def test_a_training_that_does_not_help_says_so(config, capsys):
+    c = config(WRONG_ANSWERS, QUESTIONS, learning_rate=0.05)
+    with pytest.warns(UserWarning, match=r"training did not help: the validation NLL was (\S+) before it, and"):
+        runs.train(c, progress=False)
+    main(["evaluate", c.output, "--data", c.validation])
+    assert "warning: this run: training did not help" in capsys.readouterr().err
+
+
+def test_a_fresh_head_cannot_answer_before_its_training(config):
+    c = config(RIGHT)
+    runs.train(c, progress=False)
+    assert validated(c.output)["trainings"][0]["before"] is None
 
 
 @pytest.mark.parametrize(("step", "patience"), [*product([1, 3, 4, 5], [None]), (4, 1), (3, 2), (5, 2)])

@@ -704,12 +704,17 @@ def _rescaled(rescaling: dict[str, Any]) -> str:
 
 def _validated(validation: dict[str, Any]) -> str:
     """Which checkpoints were kept, and what finding them cost."""
+
+    def measured(row: dict[str, Any]) -> str:
+        accuracy = "" if row.get("accuracy") is None else f", accuracy {row['accuracy']:.3f}"
+        return f"NLL {row['nll']:.4f}{accuracy}"
+
     parts = []
     for one in validation["trainings"]:
         name, last = (f"{one['part']} " if one["part"] else ""), one["curve"][-1]["step"]
-        accuracy = "" if one["accuracy"] is None else f", accuracy {one['accuracy']:.3f}"
         stopped = "stopped at" if one["stopped_early"] else "of"
-        parts.append(f"{name}best at step {one['best_step']} ({stopped} {last}), NLL {one['nll']:.4f}{accuracy}")
+        before = f" (before training: {measured(one['before'])})" if one["before"] else ""
+        parts.append(f"{name}best at step {one['best_step']} ({stopped} {last}), {measured(one)}{before}")
     return f"validation: {'; '.join(parts)}; {validation['share_of_time']:.0%} of the time"
 
 

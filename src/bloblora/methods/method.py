@@ -261,6 +261,8 @@ class Training:
         loop = self._loop(model, trainer, arguments)
         for callback in (*self.callbacks, *([_LogAtEvaluations()] if self.validation else [])):
             loop.add_callback(callback)
+        if self.validation and getattr(task := self.task, "task", task).head is None:
+            loop.add_callback(_EvaluateBefore(loop))
         if self.validation and self.patience is not None:
             loop.add_callback(EarlyStoppingCallback(self.patience))
         checkpoint = last_checkpoint(arguments["output_dir"])
@@ -310,6 +312,7 @@ class Validated:
         stopped_early: whether patience ended the training.
         seconds: of all evaluations.
         curve: ``step``, ``nll``, ``accuracy`` and ``tempered_nll`` of each evaluation.
+        before: the same before the first step, of a model that can answer then; None under a fresh head.
     """
 
     part: str
@@ -319,6 +322,7 @@ class Validated:
     stopped_early: bool
     seconds: float
     curve: list[dict[str, Any]]
+    before: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, part: str, loop: BlobTrainer) -> Validated:
@@ -326,10 +330,11 @@ class Validated:
         logs = [log for log in loop.state.log_history if "eval_loss" in log]
         names = {"step": "step", "nll": "eval_loss", "accuracy": "eval_accuracy", TEMPERED_NLL: f"eval_{TEMPERED_NLL}"}
         curve: list[dict[str, Any]] = [{n: log[key] for n, key in names.items() if key in log} for log in logs]
+        before = curve.pop(0) if curve[0]["step"] == 0 else None
         best = next(row for row in curve if row["step"] == loop.state.best_global_step)
         stopped_early = loop.state.global_step < loop.state.max_steps
         seconds = sum(log["eval_runtime"] for log in logs)
-        return cls(part, best["step"], best["nll"], best.get("accuracy"), stopped_early, seconds, curve)
+        return cls(part, best["step"], best["nll"], best.get("accuracy"), stopped_early, seconds, curve, before)
 
 
 class _LogAtEvaluations(TrainerCallback):
@@ -339,6 +344,18 @@ class _LogAtEvaluations(TrainerCallback):
         control.should_log |= control.should_evaluate
 
     on_epoch_end = on_step_end
+
+
+class _EvaluateBefore(TrainerCallback):
+    """Evaluates a model before its first step, and leaves the generators of the training as they were."""
+
+    def __init__(self, loop: BlobTrainer) -> None:
+        self._loop = loop
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 0:
+            with torch.random.fork_rng():
+                self._loop.evaluate()
 
 
 def _measured(likelihood: Likelihood, prediction: EvalPrediction) -> dict[str, float]:

@@ -81,10 +81,16 @@ def held_out_metrics(run: Run, training: Training) -> tuple[dict[str, Any], list
     return {"num_examples": len(targets), "by_num_samples": by_samples}, problems
 
 
-def too_short(training: dict[str, Any]) -> Iterator[str]:
-    """What to say where validation was still getting better at the last step."""
+def validation_problems(training: dict[str, Any]) -> Iterator[str]:
+    """What to say where validation was still getting better at the last step, or was better before the first one."""
     for one in training["validation"]["trainings"]:
-        chosen = [row.get(TEMPERED_NLL, row["nll"]) for row in one["curve"]]
+        chosen = [_chosen_by(row) for row in one["curve"]]
+        if one["before"] and (before := _chosen_by(one["before"])) <= min(chosen):
+            yield (
+                f"training did not help: the validation NLL was {before:.3f} before it, and {min(chosen):.3f} at the "
+                "best step. Give more records, or train with a lower learning_rate"
+            )
+            return
         last = one["best_step"] == one["curve"][-1]["step"] and not one["stopped_early"]
         if last and len(chosen) > 1 and chosen[-1] < (1 - _STEADY) * chosen[-2]:
             yield (
@@ -92,6 +98,11 @@ def too_short(training: dict[str, Any]) -> Iterator[str]:
                 "train longer (steps)"
             )
             return
+
+
+def _chosen_by(row: dict[str, Any]) -> float:
+    """What a checkpoint is chosen by, the lower the better."""
+    return row.get(TEMPERED_NLL, row["nll"])
 
 
 def _guessing(

@@ -59,7 +59,7 @@ from .folder import (
     records_sha256,
     write_run_file,
 )
-from .outcome import ExpectedTime, announce, held_out_metrics, too_short
+from .outcome import ExpectedTime, announce, held_out_metrics, validation_problems
 from .processes import on_cpu, processes
 from .run import Run, base_model, load_run
 from .selection import hold_out, select_for
@@ -224,7 +224,7 @@ def _fit(
     problems = training.problems
     said = len(problems)  # by the training
     if training.validated:
-        problems += too_short(result)
+        problems += validation_problems(result)
     if len(training.validation) and task.kind != "generation":
         result["held_out"], found = held_out_metrics(run, training)
         problems += found
