@@ -86,8 +86,8 @@ def test_a_temperature(run):
     loaded = runs.load_run(run)
     for wrong in (0.0, float("nan")):
         with pytest.raises(ValueError, match="temperature must be a finite number above 0"):
-            Tempered(loaded.sampler, wrong)
-    loaded.sampler = Tempered(loaded.sampler, 1e-320)
+            Tempered(loaded.sampler, wrong, 1.0)
+    loaded.sampler = Tempered(loaded.sampler, 1e-320, 1e-320)
     with pytest.raises(FloatingPointError, match=r"all weights that are known are finite.*such as a temperature"):
         loaded.predict(TEXTS, 2)
 

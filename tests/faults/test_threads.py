@@ -45,7 +45,7 @@ def run(request, base, tmp_path, monkeypatch):
     )
     run = runs.train(config, progress=False)
     if request.param == "temperature":
-        run.sampler = Tempered(run.sampler, 2.0)
+        run.sampler = Tempered(run.sampler, 2.0, 2.0)
     return run
 
 

@@ -215,7 +215,7 @@ def test_one_mask_of_dropout_is_one_function():
 
 def test_a_temperature_divides_each_draws_logits(case_of):
     case = case_of("llama")
-    found = run(case, sampler=Tempered(WeightDraws(case.posterior), 2.0), max_new_tokens=1)
+    found = run(case, sampler=Tempered(WeightDraws(case.posterior), 2.0, 2.0), max_new_tokens=1)
     generator = torch.Generator().manual_seed(4)
     for draw in found.draw_log_probs:
         with torch.no_grad(), case.posterior.draw(generator):

@@ -18,7 +18,7 @@ from bloblora.methods.rescaled import _HeldOut, fit_scales, folds
 from bloblora.methods.scalabl import ScaledRows
 from bloblora.methods.swag import LowRank
 from bloblora.methods.vbll import LastLayer, LastLayerDraws
-from bloblora.prediction import Point, WeightDraws
+from bloblora.prediction import Point, Tempered, WeightDraws, fit_temperature
 from bloblora.serving import Settings, load_hosted, open_hosted
 from tests.conftest import tiny_llama, with_lora
 from tests.methods.interrupt import Interrupt, Stop
@@ -85,6 +85,28 @@ def test_a_posterior_three_times_too_wide(gaussian, monkeypatch):
     assert report["gain"] > report["gain_standard_error"] > 0
     assert report["nll"] < report["nll_of_temperature_alone"] < report["nll_before"]
     assert all(torch.equal(a, b) for a, b in zip(before, posterior.spread(), strict=True))
+
+
+@pytest.mark.parametrize("scalable", [True, False])
+def test_the_mean_alone_has_a_temperature_of_its_own(scalable, gaussian, monkeypatch):
+    """It is surer than the average of the draws: its T is larger, and divides its logits alone."""
+    monkeypatch.setattr(rescaled, "_NUM_SAMPLES", NUM_SAMPLES)
+    build, examples = gaussian[0], gaussian[1][:300]
+    model, posterior = build(1.0)
+    if not scalable:
+        monkeypatch.setattr(WeightDraws, "scalable", None)
+    draws = WeightDraws(posterior)
+    scales, report = fit_scales([_HeldOut(model, draws, examples, Rows())])
+    x = torch.stack([example["x"] for example in examples])
+    (logits,) = draws.logits(lambda: model(x), 0, 0)
+    expected = fit_temperature([logits[None].detach()], [torch.tensor([example["label"] for example in examples])])
+    assert report["temperature_of_mean"] == pytest.approx(expected, rel=1e-4)
+    assert scales.width == 1
+    assert expected > 1.1 * scales.temperature
+    tempered = Tempered(draws, scales.temperature, expected)
+    torch.testing.assert_close(next(tempered.logits(lambda: model(x), 0, 0)), logits / expected)
+    (draw,) = draws.logits(lambda: model(x), 1, 0)
+    torch.testing.assert_close(next(tempered.logits(lambda: model(x), 1, 0)), draw / scales.temperature)
 
 
 def test_a_right_posterior_stays(gaussian, monkeypatch):
@@ -213,7 +235,8 @@ def test_a_scaled_posterior_comes_back(method, config):
     run = runs.train(config(queries() * 10, **options), progress=False)
     fitted = run.training["rescaling"]
     assert fitted["width"] != 1
-    assert run.scales == {"temperature": run.sampler.temperature, "width": fitted["width"]}
+    names = ("temperature", "temperature_of_mean", "width")
+    assert run.scales == {name: fitted[name] for name in names}
     loaded = runs.load_run(run.config.output)
     assert torch.equal(loaded.predict(queries(), 3).log_probs, run.predict(queries(), 3).log_probs)
     metrics = runs.evaluate(loaded, queries() * 5, options=runs.PredictionOptions(samples=10))

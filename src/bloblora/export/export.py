@@ -157,7 +157,7 @@ def export(
             written["warnings"] = [*written.get("warnings", []), warning.format(kind)]
         if run.task.head_note:
             written["warnings"] = [*written.get("warnings", []), run.task.head_note]
-        temperature = run.scales.get("temperature", 1.0)
+        temperature = run.scales.get("temperature" if num_samples else "temperature_of_mean", 1.0)
         if temperature != 1:
             written["warnings"] = [*written.get("warnings", []), _TEMPERATURE.format(temperature)]
         manifest = Manifest(

@@ -168,7 +168,11 @@ def _settings(description: RunDescription) -> dict[str, Any]:
     given = {name: value for name, value in config.given().items() if name not in _NOT_SETTINGS}
     rows = {name: config.value(name) for name in (*usual, *config.lora, *config.training)} | given
     fitted = description.training.get("rescaling", {})
-    rescaled = {"temperature T of the logits": fitted.get("temperature"), "scale τ of the width": fitted.get("width")}
+    rescaled = {
+        "temperature T of the logits": fitted.get("temperature"),
+        "temperature of the mean alone": fitted.get("temperature_of_mean"),
+        "scale τ of the width": fitted.get("width"),
+    }
     rescaled = {name: value and float(f"{value:.4g}") for name, value in rescaled.items()}
     rows |= description.method.described() | description.training.get("automatic", {}) | rescaled
     return rows | {"training time, seconds": seconds and round(seconds)}

@@ -6,9 +6,9 @@ r"""One scale τ of the posterior's width and one temperature T, fitted together
 It goes on top of any method. T alone is temperature scaling (Guo et al., arXiv 1706.04599), here with a prior of log T
 (`bloblora.prediction.fit_temperature`); τ is searched where the spread of a method's draws can be scaled
 (`bloblora.prediction.ScalableWeights`). The noise E is the same for every τ, so that the objective is smooth. Each τ
-costs N passes over the records, and the mean alone, τ = 0, one. To second order in the noise's variance the NLL is a
-parabola in τ²: where the mean alone is better than τ = 1, its lowest point is below τ² = 1/2, and above it otherwise.
-So τ is halved from 1 in the one case, or doubled in the other, while that helps.
+costs N passes over the records, and the mean alone, τ = 0, one, which gives it a T of its own. To second order in the
+noise's variance the NLL is a parabola in τ²: where the mean alone is better than τ = 1, its lowest point is below
+τ² = 1/2, and above it otherwise. So τ is halved from 1 in the one case, or doubled in the other, while that helps.
 
 Few records overfit two numbers. τ stays 1 unless another one's NLL is lower by more than a standard error of the paired
 difference: of models that the data can't tell apart, the simplest is taken (the one-standard-error rule of Breiman,
@@ -83,13 +83,14 @@ class Rescaled(Method):
             assert sampler.scalable is not None
             sampler.scalable.scale_(scales.width or _NO_WIDTH)
         training.found["rescaling"] = report | ({"folds": self.folds} if self.folds else {})
-        return Tempered(sampler, scales.temperature)
+        return Tempered(sampler, scales.temperature, report["temperature_of_mean"])
 
     def save(self, model: nn.Module, sampler: Sampler, folder: Path) -> None:
         """Write the inner method's files, in which τ is a part of the posterior, and T."""
         assert isinstance(sampler, Tempered)
         self.inner.save(model, sampler.sampler, folder)
-        write_state(folder, "temperature", {"temperature": sampler.temperature})
+        names = ("temperature", "temperature_of_mean")
+        write_state(folder, "temperature", {name: getattr(sampler, name) for name in names})
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The inner method's model and sampler, and T."""
@@ -141,15 +142,19 @@ class _HeldOut:
         self.weights = sampler.scalable
         self._inputs: Any = {"model": model, "inputs": examples, "task": task, "sampler": sampler}
         if self.weights is None:  # the model isn't needed any more
-            self._logits = predict(**self._inputs, num_samples=_NUM_SAMPLES).draw_logits()
+            draws = self._predicted(_NUM_SAMPLES)
+            self._logits = {1.0: draws, 0.0: self._predicted(0) if len(draws) > 1 else draws}
             self._inputs = None
 
     def logits(self, width: float) -> Tensor:
-        """Of each draw under a τ, (S, n, C)."""
+        """Of each draw under a τ, (S, n, C); τ is 1, or 0 for the mean, where draws can't be scaled."""
         if self.weights is None:
-            return self._logits
+            return self._logits[width]
         with _scaled(self.weights, width or 1.0):
-            return predict(**self._inputs, num_samples=_NUM_SAMPLES if width else 0).draw_logits()
+            return self._predicted(_NUM_SAMPLES if width else 0)
+
+    def _predicted(self, num_samples: int) -> Tensor:
+        return predict(**self._inputs, num_samples=num_samples).draw_logits()
 
 
 def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood = CATEGORICAL) -> tuple[Scales, dict[str, Any]]:
@@ -179,9 +184,12 @@ def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood = CATEGORICAL) 
             width *= factor
         return width
 
-    at(1.0)
-    if parts[0].weights is not None:
-        climbed(1.0, 0.5 if at(0.0) < at(1.0) else 2.0)
+    narrower, scalable = at(0.0) < at(1.0), parts[0].weights is not None
+    of_mean = tried[0.0].temperature
+    if scalable:
+        climbed(1.0, 0.5 if narrower else 2.0)
+    else:
+        del tried[0.0]
     best, differences, error = gain()
     if best.width > 0 and differences.mean() > error:
         if climbed(best.width, math.sqrt(0.5)) == best.width:
@@ -192,11 +200,12 @@ def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood = CATEGORICAL) 
     report = {
         "num_records": len(differences),
         "temperature": scales.temperature,
+        "temperature_of_mean": of_mean,
         "nll_before": one.nll_of_width.mean().item(),
         "nll_of_temperature_alone": one.nll.mean().item(),
         "nll": scales.nll.mean().item(),
     }
-    if parts[0].weights is not None:
+    if scalable:
         report |= {
             "width": scales.width,
             "best_width": best.width,

@@ -177,22 +177,31 @@ class WeightDraws(Sampler):
 
 @dataclass(frozen=True)
 class Tempered(Sampler):
-    """Another sampler's logits divided by a temperature (Guo et al., arXiv 1706.04599)."""
+    """Another sampler's logits divided by a temperature (Guo et al., arXiv 1706.04599).
+
+    Attributes:
+        sampler: the other.
+        temperature: of draws.
+        temperature_of_mean: of the best guess alone, which is surer than an average of draws.
+    """
 
     sampler: Sampler
     temperature: float
+    temperature_of_mean: float
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.temperature, float) and 0 < self.temperature < math.inf):
-            raise ValueError(f"temperature must be a finite number above 0, got {self.temperature!r}")
+        for name in ("temperature", "temperature_of_mean"):
+            if not (isinstance(value := getattr(self, name), float) and 0 < value < math.inf):
+                raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
     def logits(self, forward: Forward, num_samples: int, seed: int) -> Iterator[Tensor]:
-        """Logits of each draw over T."""
+        """Logits of each draw, or of the best guess, over its T."""
+        temperature = self.temperature if num_samples else self.temperature_of_mean
         for logits in self.sampler.logits(forward, num_samples, seed):
-            yield logits / self.temperature
+            yield logits / temperature
 
     def approximated(self, change: Callable[[WeightDraws], Sampler]) -> Sampler:
-        """The other sampler's, under the same temperature."""
+        """The other sampler's, under the same temperatures."""
         return replace(self, sampler=self.sampler.approximated(change))
 
     @property

@@ -106,11 +106,15 @@ class Run:
 
     @property
     def scales(self) -> dict[str, float]:
-        """``temperature`` T and ``width`` τ of its predictions, where they were fitted; no τ where draws have none."""
+        """``temperature``, ``temperature_of_mean`` and ``width``, T and τ, where they were fitted.
+
+        There is no τ where draws have none.
+        """
         if not isinstance(self.sampler, Tempered):
             return {}
+        found = {name: getattr(self.sampler, name) for name in ("temperature", "temperature_of_mean")}
         width = self.training["rescaling"].get("width")
-        return {"temperature": self.sampler.temperature, **({} if width is None else {"width": width})}
+        return found if width is None else found | {"width": width}
 
     @property
     def stop(self) -> StoppingRule | None:

@@ -309,6 +309,7 @@ def _model(hosted: Hosted, settings: Settings) -> Model:
         samples=settings.samples,
         deterministic=run.method.deterministic,
         temperature=run.scales.get("temperature"),
+        temperature_of_mean=run.scales.get("temperature_of_mean"),
         width=run.scales.get("width"),
         promises=_promises(hosted, settings),
         detection=hosted.detection,

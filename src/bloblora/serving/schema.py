@@ -388,6 +388,7 @@ class Model(BaseModel):
     samples: int = _field("N of a request that names none", 10)
     deterministic: bool = _field("whether it has one set of weights, and so no weight samples that differ", False)
     temperature: float | None = _field("T that divides its logits; None where none was fitted", 1.2)
+    temperature_of_mean: float | None = _field("the same of the posterior mean alone, with 0 samples", 1.4)
     width: float | None = _field("τ by which its posterior's width was scaled; None where none was fitted", 0.8)
     promises: dict[str, str] | None = _field("of its calibrated decisions; None where there are none", _PROMISES)
     detection: float | None = _field(
