@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -204,24 +204,14 @@ def load_model(
     check_quantize(quantize)
     device = device or torch.device("cpu")
     kind, options = _auto_class(num_labels, head)
-    verbosity = logging.get_verbosity()
     with _explained(name):
         path = resolve(name)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if quantize != "none" and hasattr(config, "quantization_config"):
             raise ModelError(f"quantize {quantize!r}: model {quoted(name)} is quantized already; leave quantize out")
-        options |= loading_options(quantize, DTYPES[dtype], device)
-        logging.set_verbosity_error()  # it warns that the head is new, which is what was asked for
-        try:
-            options |= {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": trust_remote_code}
-            model, found = kind.from_pretrained(path, dtype=DTYPES[dtype], **options)
-        finally:
-            logging.set_verbosity(verbosity)
-    # what transformers draws at random, with a warning; of a classifier the head is meant to be
-    lacking = sorted(key for key in found["missing_keys"] if num_labels is None or _in_trunk(model, key))
-    if lacking:
-        more = f" and {len(lacking) - 1} more weights" if lacking[1:] else ""
-        raise ModelError(_unloadable(name, f"its files lack {lacking[0]}{more} that its config.json asks for"))
+        options |= loading_options(quantize, DTYPES[dtype], device) | {"trust_remote_code": trust_remote_code}
+        model, missing = _with_weights(kind, path, dtype=DTYPES[dtype], **options)
+    _check_whole(name, missing if num_labels is None else [key for key in missing if _in_trunk(model, key)])
     with _explained(name):
         if quantize == "hqq":
             quantize_hqq(model, DTYPES[dtype], device)
@@ -231,6 +221,36 @@ def load_model(
         if dtype != "float32":
             _keep_head_in_float32(model)
     return model
+
+
+def load_classifier(name: str) -> PreTrainedModel:
+    """A classifier of texts with the head that it was trained with, in eval mode; its own code is not run.
+
+    Raises:
+        ModelError: it can't be loaded, lacks a weight, or needs code of its own.
+    """
+    with _explained(name):
+        options = {"trust_remote_code": False}
+        model, missing = _with_weights(AutoModelForSequenceClassification, resolve(name), **options)
+    _check_whole(name, missing)
+    return model.eval()
+
+
+def _with_weights(kind: Any, path: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A model, and the names of the weights that its files lack, which transformers draws at random."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of them
+    try:
+        model, found = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    return model, sorted(found["missing_keys"])
+
+
+def _check_whole(name: str, missing: Sequence[str]) -> None:
+    if missing:
+        more = f" and {len(missing) - 1} more weights" if missing[1:] else ""
+        raise ModelError(_unloadable(name, f"its files lack {missing[0]}{more} that its config.json asks for"))
 
 
 def check_quantize(kind: str) -> None:
