@@ -321,7 +321,14 @@ def hidden_size(name: str) -> int | None:
 def _configuration(name: str) -> dict[str, Any]:
     """What a model's config.json holds, without its code."""
     with _explained(name):
-        return PreTrainedConfig.get_config_dict(resolve(name))[0]
+        path = resolve(name)
+        return PreTrainedConfig.get_config_dict(path)[0] if Path(path).is_dir() else _hub_configuration(path)
+
+
+@cache
+def _hub_configuration(name: str) -> dict[str, Any]:
+    """The same of a hub id: a request, even where there is a copy."""
+    return PreTrainedConfig.get_config_dict(name)[0]
 
 
 def layer_names(
