@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .files import as_os_error, cache_folder, file_sha256, read_json, write_json
+from .files import as_os_error, cache_folder, file_sha256, locked, read_json, write_json
 from .messages import quoted, shortened
 from .quantized import LIBRARIES, keep_differentiable, loading_options, quantize_hqq
 
@@ -445,20 +445,19 @@ def _convert_gguf(gguf: Path, folder: Path, progress: bool) -> Path:
     """
     if _is_complete(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        with _status(f"converting {gguf.name} to safetensors, once", progress):
-            _convert(gguf, staging)
-        if not _is_complete(folder):
+    staging = folder.with_name(f".{folder.name}.converting")
+    with locked(folder):
+        if _is_complete(folder):  # by another process meanwhile
+            return folder
+        shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
+        try:
+            staging.mkdir()
+            with _status(f"converting {gguf.name} to safetensors, once", progress):
+                _convert(gguf, staging)
             shutil.rmtree(folder, ignore_errors=True)
-            try:
-                os.replace(staging, folder)
-            except OSError:
-                if not _is_complete(folder):  # otherwise another process was faster
-                    raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            os.replace(staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
