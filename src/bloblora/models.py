@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .files import as_os_error, cache_folder, file_sha256, read_json, write_json
+from .files import as_os_error, cache_folder, file_sha256, locked, read_json, write_json
 from .messages import quoted, shortened
 from .quantized import LIBRARIES, keep_differentiable, loading_options, quantize_hqq
 
@@ -204,24 +204,14 @@ def load_model(
     check_quantize(quantize)
     device = device or torch.device("cpu")
     kind, options = _auto_class(num_labels, head)
-    verbosity = logging.get_verbosity()
     with _explained(name):
         path = resolve(name)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if quantize != "none" and hasattr(config, "quantization_config"):
             raise ModelError(f"quantize {quantize!r}: model {quoted(name)} is quantized already; leave quantize out")
-        options |= loading_options(quantize, DTYPES[dtype], device)
-        logging.set_verbosity_error()  # it warns that the head is new, which is what was asked for
-        try:
-            options |= {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": trust_remote_code}
-            model, found = kind.from_pretrained(path, dtype=DTYPES[dtype], **options)
-        finally:
-            logging.set_verbosity(verbosity)
-    # what transformers draws at random, with a warning; of a classifier the head is meant to be
-    lacking = sorted(key for key in found["missing_keys"] if num_labels is None or _in_trunk(model, key))
-    if lacking:
-        more = f" and {len(lacking) - 1} more weights" if lacking[1:] else ""
-        raise ModelError(_unloadable(name, f"its files lack {lacking[0]}{more} that its config.json asks for"))
+        options |= loading_options(quantize, DTYPES[dtype], device) | {"trust_remote_code": trust_remote_code}
+        model, missing = _with_weights(kind, path, dtype=DTYPES[dtype], **options)
+    _check_whole(name, missing if num_labels is None else [key for key in missing if _in_trunk(model, key)])
     with _explained(name):
         if quantize == "hqq":
             quantize_hqq(model, DTYPES[dtype], device)
@@ -231,6 +221,36 @@ def load_model(
         if dtype != "float32":
             _keep_head_in_float32(model)
     return model
+
+
+def load_classifier(name: str) -> PreTrainedModel:
+    """A classifier of texts with the head that it was trained with, in eval mode; its own code is not run.
+
+    Raises:
+        ModelError: it can't be loaded, lacks a weight, or needs code of its own.
+    """
+    with _explained(name):
+        options = {"trust_remote_code": False}
+        model, missing = _with_weights(AutoModelForSequenceClassification, resolve(name), **options)
+    _check_whole(name, missing)
+    return model.eval()
+
+
+def _with_weights(kind: Any, path: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A model, and the names of the weights that its files lack, which transformers draws at random."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of them
+    try:
+        model, found = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    return model, sorted(found["missing_keys"])
+
+
+def _check_whole(name: str, missing: Sequence[str]) -> None:
+    if missing:
+        more = f" and {len(missing) - 1} more weights" if missing[1:] else ""
+        raise ModelError(_unloadable(name, f"its files lack {missing[0]}{more} that its config.json asks for"))
 
 
 def check_quantize(kind: str) -> None:
@@ -301,7 +321,14 @@ def hidden_size(name: str) -> int | None:
 def _configuration(name: str) -> dict[str, Any]:
     """What a model's config.json holds, without its code."""
     with _explained(name):
-        return PreTrainedConfig.get_config_dict(resolve(name))[0]
+        path = resolve(name)
+        return PreTrainedConfig.get_config_dict(path)[0] if Path(path).is_dir() else _hub_configuration(path)
+
+
+@cache
+def _hub_configuration(name: str) -> dict[str, Any]:
+    """The same of a hub id: a request, even where there is a copy."""
+    return PreTrainedConfig.get_config_dict(name)[0]
 
 
 def layer_names(
@@ -418,20 +445,19 @@ def _convert_gguf(gguf: Path, folder: Path, progress: bool) -> Path:
     """
     if _is_complete(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        with _status(f"converting {gguf.name} to safetensors, once", progress):
-            _convert(gguf, staging)
-        if not _is_complete(folder):
+    staging = folder.with_name(f".{folder.name}.converting")
+    with locked(folder):
+        if _is_complete(folder):  # by another process meanwhile
+            return folder
+        shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
+        try:
+            staging.mkdir()
+            with _status(f"converting {gguf.name} to safetensors, once", progress):
+                _convert(gguf, staging)
             shutil.rmtree(folder, ignore_errors=True)
-            try:
-                os.replace(staging, folder)
-            except OSError:
-                if not _is_complete(folder):  # otherwise another process was faster
-                    raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            os.replace(staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 

@@ -11,6 +11,7 @@ from torch.distributions import Normal, kl_divergence
 
 from bloblora import BlobConfig, bayesianize, find_posterior, load, save
 from bloblora.adapter import AdapterFileError, check_folder, debayesianize, load_posterior
+from bloblora.runs import RunConfig, RunError
 from tests.conftest import tiny_llama, with_lora
 
 CONFIG = BlobConfig(prior_mean="start", prior_std="start")
@@ -193,6 +194,19 @@ def test_a_start_that_holds_a_part_of_the_base_weight(start, tokens, tmp_path):
     loaded = load(tiny_llama(), tmp_path)
     torch.testing.assert_close(loaded(tokens).logits, expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(find_posterior(loaded).kl(), posterior.kl())
+
+
+def test_a_random_part_of_the_base_weight_is_refused(tmp_path):
+    """PEFT draws it again when it loads the adapter, without a seed: the answers would be others."""
+    model = with_lora(tiny_llama(), trained=False, init_lora_weights="pissa_niter_2")
+    for refused in (lambda: bayesianize(model), lambda: save(model, tmp_path)):
+        with pytest.raises(ValueError, match=r"init_lora_weights is 'pissa_niter_2': .* give pissa"):
+            refused()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"adapter_config\.json: init_lora_weights is 'pissa_niter_2'"):
+        load(tiny_llama(), tmp_path)
+    with pytest.raises(RunError, match="init_lora_weights is 'pissa_niter_2'"):
+        RunConfig.of(data="data.jsonl", output="run", method="lora", init_lora_weights="pissa_niter_2")
 
 
 def test_other_starts_have_a_prior_around_zero():

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from transformers import dynamic_module_utils
+from transformers import CodeGenConfig, dynamic_module_utils
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import bloblora
@@ -16,6 +16,7 @@ from bloblora import models, runs
 from bloblora.adapter import AdapterFileError, check_folder
 from bloblora.client import DrawClient
 from bloblora.export import export, read_manifest
+from bloblora.generation import find_agree
 from bloblora.models import ModelError
 from tests.tiny_base import give_base, write_signed
 
@@ -181,6 +182,17 @@ def test_an_adapter_that_names_a_module(run, tmp_path):
     change(folder / "adapter_config.json", megatron_config={"a": 1}, megatron_core="antigravity")
     with pytest.raises(AdapterFileError, match="megatron_config isn't taken from a file"):
         check_folder(folder)
+
+
+def test_code_of_a_model_of_entailment(own):
+    """Of a kind that transformers knows, but not as a classifier: only then it looks for code."""
+    folder, marker = own
+    CodeGenConfig(n_layer=1, n_head=2, n_embd=16, rotary_dim=4).save_pretrained(folder)
+    change(folder / "config.json", auto_map={"AutoModelForSequenceClassification": "own.OwnModel"})
+    models.load_tokenizer(str(folder))
+    with pytest.raises(ModelError, match=REFUSED):
+        find_agree(f"nli:{folder}")
+    assert not marker.exists()
 
 
 def test_code_of_this_test_can_be_run(own):

@@ -57,6 +57,35 @@ def test_commands_write_nothing(call, files, nan_run, tmp_path):
     assert "NaN" not in "".join(file.read_text() for file in tmp_path.glob("kept.jsonl"))
 
 
+WRITING = ("--samples", "2", "--max-new-tokens", "2")
+OTHERS = {
+    "tags": [{"tokens": ["the", "card"], "tags": ["O", "B-card"]}, {"tokens": ["where"], "tags": ["O"]}],
+    "texts": [{"prompt": "where", "response": text} for text in TEXTS],
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_kinds_of_answers(call, files, nan_run, tmp_path, kind):
+    """Texts have tokens that are not there, which NaN must not be taken for; and some are given, not answered."""
+    data, run, lines = write_jsonl(tmp_path / "data.jsonl", OTHERS[kind]), tmp_path / "run", tmp_path / "lines.jsonl"
+    options = ("--model", files.base, "--steps", "1", "--batch-size", "2", "--r", "2", "--validation", "0")
+    assert call("train", "--data", data, "--output", run, *options)[0] == 0
+    give_base(run, nan_run.parent / "base")
+    judged = [{"prompt": "the card", "response": "a", "right": right} for right in (True, False)] * 20
+    judged = write_jsonl(tmp_path / "judged.jsonl", judged)
+    predict = ("predict", run, "--input", data)
+    commands = [predict, (*predict, "--output", lines), ("evaluate", run, "--data", data)]
+    if kind == "texts":
+        score = ("score", run, "--input", data)
+        commands = [score, (*score, "--samples", "0", "--output", lines), ("generate", run, "--input", data, *WRITING)]
+        commands += [("correctness", run, "--data", judged)]
+    for command in commands:
+        status, out, err = call(*command)
+        assert (status, out) == (2, ""), command
+        assert "answer is not a number: weight " in err, command
+    assert not lines.exists() or not lines.read_text()
+
+
 def test_python(nan_run):
     run, settings = runs.load_run(nan_run), Settings()
     hosted = load_hosted(open_hosted([str(nan_run)], settings), settings)["run"]

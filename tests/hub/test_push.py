@@ -45,6 +45,13 @@ model = AutoPeftModelForSequenceClassification.from_pretrained("user/desk", num_
 logits = model(**tokenizer("where is my parcel", return_tensors="pt")).logits
 json.dump(logits.softmax(-1)[0].tolist(), sys.stdout)
 """
+_FACTS = """
+import json, sys
+from bloblora import models
+
+name = "user/plain"
+json.dump([models.hidden_size(name), models.is_half(name), models.hidden_size(name)], sys.stdout)
+"""
 _SERVED = """
 import json, sys
 from pathlib import Path
@@ -228,3 +235,17 @@ def test_what_goes_up_of_other_methods_is_enough(base, trained, tmp_path, method
     for file in tmp_path.glob("staged/**/*.json"):
         assert method == "ensemble" or file.parent == tmp_path / "staged"
     assert method != "full" or str(base) not in (tmp_path / "staged" / "config.json").read_text()
+
+
+def test_a_base_models_configuration_is_asked_for_once(hub, process):
+    hub.branches["user/plain"] = {}
+    hub.commit("user/plain", "main", {"config.json": b'{"hidden_size": 48, "dtype": "bfloat16"}'})
+    before = len(hub.requests)
+    assert process(_FACTS) == [48, True, 48]
+    asked = [request.split("/") for request in hub.requests[before:] if "/user/plain" in request]
+    assert [(way, end[-1]) for way, *end in asked] == [
+        ("HEAD ", "config.json"),  # is it there
+        ("GET ", "plain"),  # the newest state
+        ("HEAD ", "config.json"),
+        ("GET ", "config.json"),
+    ]

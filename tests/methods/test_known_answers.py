@@ -93,20 +93,23 @@ def test_map_is_the_minimum_of_the_negative_log_posterior(tmp_path):
     method = Map(prior_std=prior_std)
     torch.manual_seed(1)
     model = method.prepare(Net(), LORA)
-    method.fit(model, training(task, tmp_path))
+    method.fit(model, fitted := training(task, tmp_path))
     x, y = task.x.double().numpy(), task.y.numpy()
+
+    def nll(w):
+        logits = x @ w.T
+        return np.log(np.exp(logits).sum(1)).sum() - logits[np.arange(40), y].sum()
 
     def objective(flat):
         w = flat.reshape(3, 6)
-        logits = x @ w.T
-        nll = np.log(np.exp(logits).sum(1)).sum() - logits[np.arange(40), y].sum()
-        return nll + np.linalg.norm(w, "nuc") / prior_std**2
+        return nll(w) + np.linalg.norm(w, "nuc") / prior_std**2
 
     options = {"maxiter": 40000, "xtol": 1e-6, "ftol": 1e-10}
     starts = (delta(model).double().numpy().ravel(), np.zeros(18))
     expected = min(minimize(objective, start, method="Powell", options=options).fun for start in starts)
     found = objective(delta(model).double().numpy().ravel())
     assert found == pytest.approx(expected, rel=1e-3)
+    assert fitted.logs[-1]["nll"] == pytest.approx(nll(delta(model).double().numpy()) / 40, rel=1e-2)  # no penalty
     # and the factors are balanced
     assert squared_norm(model).item() == pytest.approx(2 * np.linalg.norm(delta(model).numpy(), "nuc"), rel=2e-2)
 

@@ -99,6 +99,7 @@ def test_a_conversion_is_made_once_and_torn_ones_are_made_again(gguf_file, cache
         lambda: (folder / "config.json").unlink(),
         lambda: (folder / "bloblora.json").write_text("{"),
         lambda: (folder / "bloblora.json").write_text("[]"),
+        lambda: folder.rename(folder.with_name(f".{folder.name}.converting")),  # as a kill leaves it
     ):
         tear()
         assert resolve(str(gguf_file)) == str(folder)

@@ -247,6 +247,13 @@ def test_models(client, server):
         ({"extra_body": {"agree": "nli:x"}}, BAD, "agree", None, "'exact', 'normalized' or 'numeric'"),
         ({"messages": []}, BAD, "messages", None, "at least 1 item"),
         (
+            {"messages": [{"role": "user", "content": [{"type": "x"}] * 33}]},
+            BAD,
+            "messages[0].content",
+            None,
+            "33 of them; must be at most 32",
+        ),
+        (
             {"messages": [{"role": "assistant", "content": "no"}]},
             BAD,
             "messages[0].role",

@@ -1,12 +1,17 @@
 """A study is run by two workers, skips what is done, survives a run's failure, and its report opens by itself."""
 
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
+import time
 from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 
+import psutil
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
@@ -15,6 +20,7 @@ from bloblora import evaluation, runs, studies
 from bloblora.data import read_records
 from bloblora.runs import RunError, alone
 from bloblora.studies.job import write_result
+from bloblora.training import last_checkpoint
 from tests.studies.conftest import make_content, write_study
 from tests.tiny_base import write_jsonl
 
@@ -177,6 +183,49 @@ def test_two_at_once_do_not_write_into_each_others_runs(done):
     with alone(folder / "runs", inside=True), pytest.raises(RunError, match="runs: another process is at work in it"):
         compare(study, folder)
     assert compare(study, folder) == []
+
+
+def test_killed_it_leaves_nobody_at_work_and_goes_on_to_the_same(content, write, tmp_path):
+    content |= {"seeds": [0], "samples": [0, 2], "methods": {"lora": {}}}
+    content["train"] |= {"steps": 60, "save_steps": 20}
+    study, name = studies.read_study(write(content)), "desk--lora--seed0"
+
+    def folder(place):
+        (tmp_path / place).mkdir()
+        for file in tmp_path.glob("*.jsonl"):
+            shutil.copy(file, tmp_path / place)
+        return tmp_path / place
+
+    def found(folder):
+        result = studies.read_result(folder / "results", name)
+        weights = (folder / "runs" / name / "adapter_model.safetensors").read_bytes()
+        return result.metrics, result.training["final"]["nll"], weights, result.training["resumed_from"]
+
+    context, running, children = multiprocessing.get_context("fork"), {}, []
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        running[number] = context.Process(target=compare, args=(study, folder(number.name)))
+        running[number].start()
+    while running:
+        for number, process in [*running.items()]:
+            assert process.is_alive()
+            if last_checkpoint(tmp_path / number.name / "runs" / name / "checkpoints"):
+                children += psutil.Process(process.pid).children(recursive=True)
+                os.kill(process.pid, number)
+                process.join()
+                assert process.exitcode == -number
+                del running[number]
+        time.sleep(0.005)
+    assert len(children) == 4  # of each submitit's own, and the one that trains
+    assert psutil.wait_procs(children, timeout=20)[1] == []
+    here(study, folder("whole"))
+    for number in ("SIGKILL", "SIGTERM"):
+        run = tmp_path / number / "runs" / name
+        with alone(run.parent, inside=True), alone(run, inside=True):
+            assert studies.read_result(tmp_path / number / "results", name) is None
+        here(study, tmp_path / number)
+        *same, resumed = found(tmp_path / number)
+        assert same == [*found(tmp_path / "whole")[:-1]]
+        assert resumed in ("checkpoint-20", "checkpoint-40")
 
 
 def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(content, write, tmp_path):

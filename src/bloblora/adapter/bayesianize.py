@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import posterior as q
 from ..contexts import in_context
+from ..messages import quoted
 from ..quantized import keep_differentiable
 from .batch import follow, is_routed
 from .config import BlobConfig
@@ -328,9 +329,10 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
 
     adapter_name = adapter_name or model.active_adapter
     layers = check_layers(model, adapter_name)
+    lora: Any = model.peft_config[adapter_name]
+    check_exact_start(lora.init_lora_weights)
     _warn_of_experts(model, layers)
     keep_differentiable(model)
-    lora: Any = model.peft_config[adapter_name]
     config = (config or BlobConfig()).resolved(head=_has_head(model, adapter_name))
     moved = str(lora.init_lora_weights).lower().startswith(MOVING_STARTS)
     embedding = _embedding_weight(model.get_base_model())
@@ -392,6 +394,18 @@ def _bayesian_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str,
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and isinstance(module.lora_variant.get(adapter_name), BlobVariant):
             yield name, module
+
+
+def check_exact_start(start: object) -> None:
+    """Raise a ValueError for an ``init_lora_weights`` that moves a random part of the base weights.
+
+    PEFT draws it again when the adapter is loaded.
+    """
+    if str(start).startswith("pissa_niter_"):
+        raise ValueError(
+            f"init_lora_weights is {quoted(start)}: it takes a random part out of the base weights, which is another "
+            "one each time the adapter is loaded; give pissa, whose part is the same"
+        )
 
 
 def check_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:

@@ -47,7 +47,7 @@ from ..files import (
 )
 from ..limits import time_limit
 from ..messages import quoted, shortened
-from .bayesianize import Posterior, bayesianize, find_posterior
+from .bayesianize import Posterior, bayesianize, check_exact_start, find_posterior
 from .config import BlobConfig
 from .sharding import is_sharded, put_
 from .variant import STD_PARAMETER
@@ -91,7 +91,8 @@ def save(
             vocabulary isn't that of the base model's files. The base model must be resized before `load` as well.
 
     Raises:
-        ValueError: FSDP has split the adapter over the processes.
+        ValueError: FSDP has split the adapter over the processes, or it started from ``pissa_niter_N``, whose random
+            part of the base weights would be another one at loading.
         FloatingPointError: a number of it is NaN or infinite.
 
     Warns:
@@ -99,6 +100,7 @@ def save(
     """
     _refuse_sharded(model)
     adapter_name = adapter_name or model.active_adapter
+    check_exact_start(getattr(model.peft_config[adapter_name], "init_lora_weights", None))
     if save_embedding_layers == "auto":
         save_embedding_layers = _embeddings_differ(model)
         if save_embedding_layers and any("lm_head" in name and "lora_A" in name for name, _ in model.named_modules()):
@@ -546,6 +548,10 @@ def _check_peft(file: Path) -> None:
         raise AdapterFileError(f"{file}: field 'peft_type' must be one of PEFT's, such as 'LORA', got {quoted(found)}")
     if found == PeftType.LORA:
         check_fields(content, LoraConfig, file, AdapterFileError, besides=_LORA_TYPES)
+        try:
+            check_exact_start(content.get("init_lora_weights"))
+        except ValueError as error:
+            raise AdapterFileError(f"{file}: {error}") from error
 
 
 def matching(lora: PeftConfig, names: Sequence[str]) -> list[str]:

@@ -1,8 +1,7 @@
 """Open-ended text under weight samples, and how sure the model is of it."""
 
-from .asking import p_true
+from .asking import Entailment, p_true
 from .claims import claim_tokens, sentences
-from .entailment import Entailment
 from .matching import MATCHERS, Matcher, find_agree, find_matcher
 from .scoring import score
 from .text import Agree, Generation, clusters, normalized, posterior_generate, same_text

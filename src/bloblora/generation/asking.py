@@ -1,4 +1,4 @@
-"""What the model says of its own answer when it is asked."""
+"""What a model is asked about answers: whether one is true, and whether two mean the same."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .. import models
+from ..messages import quoted
 from ..tasks.encoding import continuation_ids
 from .scoring import score
 
@@ -63,6 +65,49 @@ def p_true(
     prompts = [prompt for prompt in asked for _ in choices]
     found = score(model, prompts, choices * len(asked), num_samples, seed, **options)
     return torch.softmax(found.mixture_log_probability.unflatten(0, (-1, 2)), dim=-1)[:, 0]
+
+
+class Entailment:
+    """Whether two answers entail each other: the relation of Kuhn, Gal & Farquhar (arXiv 2302.09664), both directions.
+
+    A model of natural language inference, such as microsoft/deberta-large-mnli, says of premise and hypothesis which of
+    its labels is the most probable. As in the paper each answer stands after its prompt. What was asked once is kept.
+
+    Args:
+        model: a folder, or a name on the hub, of a sequence classifier of pairs that has a label ``entailment``.
+        max_length: tokens of a pair, from its end cut off.
+
+    Raises:
+        ModelError: it can't be loaded, lacks a trained head, or has no such label.
+    """
+
+    def __init__(self, model: str, max_length: int = 512) -> None:
+        self._tokenizer, self._model = models.load_tokenizer(model), models.load_classifier(model)
+        labels = {number: str(label) for number, label in (self._model.config.id2label or {}).items()}
+        entails = [number for number, label in labels.items() if label.lower() == "entailment"]
+        if len(entails) != 1:
+            known = ", ".join(map(quoted, labels.values()))
+            raise models.ModelError(f"nli:{model}: must have a label 'entailment'; its labels are {known}")
+        self._entails, self._max_length = entails[0], max_length
+        self._known: dict[tuple[str, str], bool] = {}
+
+    def __call__(self, first: str, second: str) -> bool:
+        """Whether each of two texts entails the other."""
+        key = (min(first, second), max(first, second))
+        if key not in self._known:
+            self._known[key] = self._asked(*key)
+        return self._known[key]
+
+    def after(self, prompt: str, answer: str) -> str:
+        """What is compared of an answer to a prompt."""
+        return f"{prompt} {answer}".strip()
+
+    @torch.no_grad()
+    def _asked(self, first: str, second: str) -> bool:
+        pairs = [first, second], [second, first]
+        limit = min(self._max_length, self._tokenizer.model_max_length)
+        inputs = self._tokenizer(*pairs, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        return bool((self._model(**inputs).logits.argmax(-1) == self._entails).all())
 
 
 def _choices(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..messages import quoted
-from .entailment import Entailment
+from .asking import Entailment
 from .text import Agree, same_text
 
 Matcher = Callable[[str, str], bool]

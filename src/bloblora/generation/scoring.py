@@ -18,7 +18,7 @@ from ..contexts import eval_mode
 from ..messages import quoted
 from ..prediction import Sampler
 from ..prediction.forward import BatchForward
-from ..prediction.prediction import check_num_samples, sampler_of
+from ..prediction.prediction import check_finite, check_num_samples, sampler_of
 from ..tasks import TaskError, TextGeneration
 from ..tasks.choice_text import check_model, collate_trees
 from ..tasks.encoding import pad
@@ -70,6 +70,7 @@ def score(
     Raises:
         ValueError: ``num_samples`` or ``batch_size`` is out of range, there is nothing to score, a prompt or a response
             is empty, or texts come without a tokenizer.
+        FloatingPointError: a probability is NaN.
     """
     check_num_samples(num_samples)
     if batch_size < 1:
@@ -92,6 +93,7 @@ def score(
                 sums.add(logits.float())
             lengths = [len(pairs[number][1]) for number in numbers]
             found = (batch["targets"], *sums.result())
+            check_finite(found[1], model)
             parts += [*zip(*(values.cpu().split(lengths, dim=-1) for values in found), strict=True)]
             places += numbers
     width = max(len(response) for _, response in pairs)

@@ -20,9 +20,9 @@ from ..contexts import eval_mode
 from ..prediction import Sampler, WeightDraws
 from ..prediction.prediction import check_num_samples, sampler_of
 from ..prediction.sampler import StackedWeights
+from .asking import Entailment
 from .asking import p_true as asked_p_true
 from .decoding import Answers, Decoding, KeptDraws, Samples, Sampling, Step
-from .entailment import Entailment
 from .tokens import TokenScores
 
 DRAW_SCORES = ("agreement", "self_consistency", "draw_semantic_entropy")

@@ -103,7 +103,7 @@ class CLora(Method):
                 for variant in variants.values():
                     variant.kl = collected
                 nll = super().compute_loss(model, inputs, *args, **kwargs)
-                return self.with_kl(nll, weight * collected.total.to(nll) / self.args.num_weight_draws)
+                return self.with_penalty(nll, weight * collected.total.to(nll) / self.args.num_weight_draws)
 
         training.run(model, trainer=Trainer)
         for variant in variants.values():

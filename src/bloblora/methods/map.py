@@ -41,7 +41,7 @@ class Map(Method):
                 loss = super().compute_loss(model, *args, **kwargs)
                 if not model.training:
                     return loss
-                return loss + precision / 2 * squared_norm(model) / len(training.examples)
+                return self.with_penalty(loss, precision / 2 * squared_norm(model) / len(training.examples))
 
         training.run(model, trainer=Trainer)
         return Point()

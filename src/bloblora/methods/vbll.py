@@ -103,7 +103,8 @@ class Vbll(Method):
                     return super().compute_loss(model, inputs, *args, **kwargs)
                 with layer.recorded() as read:
                     nll, outputs = super().compute_loss(model, inputs, True)
-                return self.with_kl(nll + layer.excess(outputs["logits"], read[0]), weight * layer.kl(prior_variance))
+                nll = nll + layer.excess(outputs["logits"], read[0])
+                return self.with_penalty(nll, weight * layer.kl(prior_variance))
 
         training.run(model, trainer=Trainer, std_learning_rate=self.std_learning_rate)
         return LastLayerDraws(layer)

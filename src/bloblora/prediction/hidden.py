@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..contexts import eval_mode, hooked
 from .forward import HEADS, PredictionTask
-from .prediction import forwards, order_of, sampler_of
+from .prediction import check_finite, forwards, order_of, sampler_of
 from .sampler import Sampler
 
 
@@ -39,6 +39,7 @@ def hidden_states(
 
     Raises:
         ValueError: the model has no such head, or there is no input.
+        FloatingPointError: a state is NaN or infinite.
     """
     sampler, order, rows = sampler or sampler_of(model), order_of(inputs, task), []
     head = next((module for name, module in model.named_modules() if name.split(".")[-1] in HEADS), None)
@@ -47,7 +48,7 @@ def hidden_states(
     with eval_mode(model):
         for forward in forwards(model, inputs, task, order, batch_size, progress):
             states = with_states(head, partial(_mean_logits, sampler, forward))[1]
-            rows.append(states.float().cpu())
+            rows.append(check_finite(states.float().cpu(), model))
     return torch.cat(rows)[torch.tensor(order).argsort()]
 
 

@@ -16,6 +16,7 @@ import yaml
 from peft import LoraConfig, PeftConfig
 
 from .. import models, tasks
+from ..adapter.bayesianize import check_exact_start
 from ..data import IN_MEMORY, ReadingOptions, as_records
 from ..messages import quoted
 from ..methods import METHODS, TEMPERED_NLL, Method, Rescaled
@@ -378,6 +379,7 @@ class RunConfig:
         try:
             method = self.build_method()
             lora = self.build_lora()
+            check_exact_start(lora.init_lora_weights)
             method.check_run(vars(lora), self.training_options())
         except (TypeError, ValueError) as error:
             yield str(error)

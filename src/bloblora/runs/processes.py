@@ -168,7 +168,9 @@ def _append_lines(
     with file.open("ab+") as handle:
         starts = range(_whole_chunks(file, handle, rows, is_of), len(rows), CHUNK)
         for start in track(starts, "predicting", disable=not progress, console=Console(stderr=True)):
-            lines = [json.dumps(line, ensure_ascii=False) for line in describe(rows[start : start + CHUNK])]
+            lines = [
+                json.dumps(line, ensure_ascii=False, allow_nan=False) for line in describe(rows[start : start + CHUNK])
+            ]
             handle.write("".join(f"{line}\n" for line in lines).encode())
             handle.flush()
 

@@ -124,8 +124,8 @@ def train(
             description = replace(description, validation_sha256=records_sha256(validation))
         _check_same_records(output, stored, "validation", description.validation_sha256)
         if stored and stored.training:
-            if main and not config.keep_checkpoints:  # which a kill after the run was complete leaves
-                shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+            if main:
+                _remove_leftovers(output, config)
             processes().wait_for_everyone()  # until nobody needs the folder
             return load_run(output, trust_remote_code=trust_remote_code)
         check_rescaling(config, kept, validation)
@@ -305,6 +305,13 @@ def _scratch(output: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # something is in it
             output.rmdir()
+
+
+def _remove_leftovers(output: Path, config: RunConfig) -> None:
+    """Remove what a kill leaves of a run that is complete, where its folder can be written; the lock's file as well."""
+    with suppress(OSError, RunError), alone(output, inside=True):
+        for name in [_SCRATCH, *([] if config.keep_checkpoints else [CHECKPOINTS])]:
+            shutil.rmtree(output / name, ignore_errors=True)
 
 
 @contextmanager

@@ -152,7 +152,11 @@ def _add_completions(app: FastAPI, hosted: Mapping[str, Hosted], settings: Setti
 
     @app.post(OPENAI_PATHS[0], operation_id="complete", **options)
     async def complete(body: Annotated[AnyCompletion, Body()], request: Request) -> Response:
-        """Continue prompts, as OpenAI's completions do; choices have `tokens`, `p_correct` and `abstain` besides."""
+        """Continue prompts, as OpenAI's completions do; choices have `tokens`, `p_correct` and `abstain` besides.
+
+        The last two only where the request's options, `answers` among them, are those that the map and the rules were
+        made with.
+        """
         asked = await to_thread.run_sync(read_completion, body, hosted, settings, False)
         return await answered(asked, request, app.state.writer)
 

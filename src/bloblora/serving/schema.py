@@ -204,9 +204,8 @@ class TextPart(_Strict):
     text: Text = _field("not blank", _CHOICE)
 
 
-Content = Annotated[
-    Annotated[Text, Tag("<one>")] | Annotated[list[TextPart], Field(min_length=1), Tag("<many>")], _ONE_OR_MANY
-]
+_Parts = Annotated[list[TextPart], Field(min_length=1), _at_most("max_inputs")]
+Content = Annotated[Annotated[Text, Tag("<one>")] | Annotated[_Parts, Tag("<many>")], _ONE_OR_MANY]
 
 
 class ChatMessage(_Strict):

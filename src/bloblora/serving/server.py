@@ -200,7 +200,7 @@ class Access:
             nonlocal total, more
             try:
                 message = await asyncio.wait_for(receive(), end - time.monotonic() if more else None)
-            except asyncio.TimeoutError as error:
+            except TimeoutError as error:
                 raise HTTPException(408, f"the body didn't arrive in {self._read_seconds:g} s", _CLOSE) from error
             total += len(message.get("body", b""))
             more = message.get("more_body", False)

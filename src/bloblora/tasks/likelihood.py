@@ -121,7 +121,7 @@ class Categorical(Likelihood):
 
     def alike(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Times the weight."""
-        finite = logits > -math.inf
+        finite = logits != -math.inf
         return logits.log_softmax(-1).where(finite, 0).sum(-1) / finite.sum(-1) * self.weight(labels)
 
     def averaged(self, draws: Tensor, labels: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Categorical(Likelihood):
         p = logits.float().softmax(-1)
         y = labels if labels.ndim > 1 else F.one_hot(labels, p.shape[-1])
         if smoothing:
-            finite = logits > -math.inf
+            finite = logits != -math.inf
             y = (1 - smoothing) * y + smoothing * finite / finite.sum(-1, keepdim=True)
         return _ratio((p * (1 - p)).sum(-1), (p - y).square().sum(-1)) / self.weight(labels)
 
@@ -229,7 +229,7 @@ class Tags(Likelihood):
     def by_token(self, logits: Tensor) -> Tensor:
         """The log-probabilities (…, T, K) of logits (…, T·K); of a token that isn't there all are -inf."""
         tokens = logits.unflatten(-1, (-1, len(self.names)))
-        there = tokens > -math.inf
+        there = tokens != -math.inf  # NaN is there, and stays
         return tokens.where(there, 0).log_softmax(-1).where(there, -math.inf)
 
     def stacked(self, labels: Sequence[Any]) -> Tensor:
@@ -253,7 +253,7 @@ class Tags(Likelihood):
             return self.token_log_probs(logits, labels).sum(-1)
         log_probs = self.by_token(logits)
         shares = labels.unflatten(-1, (-1, len(self.names)))[..., : log_probs.shape[-2], :]
-        return (log_probs.where(log_probs > -math.inf, 0) * shares).sum((-1, -2))
+        return (log_probs.where(log_probs != -math.inf, 0) * shares).sum((-1, -2))
 
     def averaged(self, draws: Tensor, labels: Tensor) -> Tensor:
         """The sum over tokens of the logarithm of each tag's averaged probability."""

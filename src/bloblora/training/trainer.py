@@ -187,7 +187,7 @@ class BlobTrainerMixin(_Host):
         if not self._finite(nll):
             raise self._diverged_nll(lambda: loss(module=self._module))
         if self.is_deepspeed_enabled and (posterior := self._with_kl("joint")):  # which adds no gradients later
-            nll = self.with_kl(nll, self.current_kl_weight() * posterior.kl())
+            nll = self.with_penalty(nll, self.current_kl_weight() * posterior.kl())
         return (nll, *outputs) if return_outputs else nll
 
     def kl_scale(self) -> float:
@@ -380,10 +380,10 @@ class BlobTrainerMixin(_Host):
             found[name] = math.sqrt((1 + first) / (1 - first) * unbiased * stack(ratios).mean().item())
         return found
 
-    def with_kl(self, loss: Tensor, kl: Tensor) -> Tensor:
-        """A micro-batch's loss with a weighted KL, which the log's NLL doesn't count."""
-        self._nll_sum -= kl.detach() / self.current_gradient_accumulation_steps
-        return loss + kl
+    def with_penalty(self, loss: Tensor, penalty: Tensor) -> Tensor:
+        """A micro-batch's loss with what the prior adds, such as a weighted KL, which the log's NLL doesn't count."""
+        self._nll_sum -= penalty.detach() / self.current_gradient_accumulation_steps
+        return loss + penalty
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay leaves Ω alone: its prior is the KL's."""
