@@ -16,6 +16,7 @@ from bloblora.export import export
 from bloblora.runs.decide import calibrate, open_decision
 from bloblora.serving import load_hosted, open_hosted
 from bloblora.tasks import encode_all
+from tests.runs.conftest import train
 from tests.serving.conftest import SETTINGS, serving
 from tests.tiny_base import write_jsonl
 
@@ -30,15 +31,6 @@ def records(count, seed=0):
     for _ in range(count):
         words = generator.choices(WORDS, k=generator.randint(1, 8))
         yield {"text": " ".join(words), "value": 10 * len(words) + generator.gauss(0, 2)}
-
-
-@pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
-    """The run, and its folder."""
-    folder = tmp_path_factory.mktemp("values")
-    config = {"steps": 120, "batch_size": 16, "r": 4, "learning_rate": 0.01, "model": str(base)}
-    data = str(write_jsonl(folder / "train.jsonl", [*records(150)]))
-    return runs.train(runs.RunConfig.of(data=data, output=str(folder / "run"), **config), progress=False)
 
 
 def test_it_learns_is_loaded_again_and_is_measured(trained):
@@ -121,10 +113,8 @@ def test_a_table_of_ratings_from_the_command_line(base, tmp_path, capsys):
     ],
 )
 def test_what_is_of_classes_is_refused_before_training(base, tmp_path, options, message):
-    data = [*records(20)]
-    config = runs.RunConfig.of(data=data, output=str(tmp_path / "run"), model=str(base), steps=1, **options)
     with pytest.raises(runs.RunError, match=message):
-        runs.train(config, progress=False)
+        train(base, tmp_path, [*records(20)], **options)
 
 
 def test_what_is_of_classes_is_refused_of_a_run(trained, tmp_path, capsys):
@@ -179,16 +169,6 @@ def test_an_exported_head_says_how_to_read_it(trained, tmp_path, format):
 
 @pytest.mark.parametrize("method", ["ensemble", "swag", "mc-dropout", "distilled"])
 def test_other_methods_predict_values_too(base, tmp_path, method):
-    config = runs.RunConfig.of(
-        data=[*records(24)],
-        output=str(tmp_path / "run"),
-        model=str(base),
-        method=method,
-        steps=4,
-        batch_size=8,
-        r=2,
-        validation=0,
-    )
-    run = runs.train(config, progress=False)
-    found = runs.load_run(config.output).predict([*records(3, seed=1)], 3)
+    run = train(base, tmp_path, [*records(24)], method=method)
+    found = runs.load_run(run.config.output).predict([*records(3, seed=1)], 3)
     assert torch.equal(found.logits, run.predict([*records(3, seed=1)], 3).logits)

@@ -607,7 +607,7 @@ def score(
     runs.check_alone("score")
     if output is not None:
         runs.check_writable(output)
-    description = _opened(directory)
+    check_generates((description := _opened(directory)).task)
     correctness = open_correctness(description, "score", options.how())
     trusted: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     decision = open_text_decision(description, "score", options.how(), correctness)
@@ -669,7 +669,7 @@ def correctness(
     logging.disable_progress_bar()
     use_device(device)
     runs.check_alone("correctness")
-    description = _opened(directory)
+    check_generates((description := _opened(directory)).task)
     with _named(data):
         _check_unseen(description, data)
         records = read_records(data, reading, known=description.columns)

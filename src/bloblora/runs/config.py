@@ -529,11 +529,12 @@ def _places(method: str, task: str) -> dict[str, str]:
 def unknown_option(name: str, known: Collection[str], method: str, where: str = "") -> str:
     """What to say of an option that a run with this method doesn't have: which one is meant, or whose it is."""
     close = difflib.get_close_matches(name, known, 1)
-    owners = [other for other, kind in METHODS.items() if name in kind.options()]
+    if owners := [other for other, kind in METHODS.items() if name in kind.options()]:
+        return f"{where}method {quoted(method)} has no option {quoted(name)}; it is of {', '.join(owners)}"
+    if owners := tasks.tasks_with(name):
+        return f"{where}the run's task has no option {quoted(name)}; it is of {', '.join(owners)}"
     if close:
         return f"{where}unknown option {quoted(name)}; did you mean {close[0]!r}?"
-    if owners:
-        return f"{where}method {quoted(method)} has no option {quoted(name)}; it is of {', '.join(owners)}"
     return f"{where}unknown option {quoted(name)}"
 
 

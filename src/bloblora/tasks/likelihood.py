@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -59,10 +60,6 @@ class Likelihood(ABC):
         """Mean log-probability, over the classes that an example has, of each in the place of ``labels``, (b,)."""
         raise NotImplementedError(f"{self.name}: no classes")
 
-    def weight(self, labels: Tensor) -> Tensor:
-        """How much each of the labels (b, …) counts in a loss, (b,)."""
-        return torch.ones(len(labels), device=labels.device)
-
     def expected_square(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         r"""Factor that makes an example's squared gradient that of labels from the model in place of ``labels``, (b,).
 
@@ -103,11 +100,9 @@ class Categorical(Likelihood):
     expects: ClassVar[bool] = True
     smooths: ClassVar[bool] = True
 
-    def weight(self, labels: Tensor) -> Tensor:
-        """Of class indices (b,); 1 of probabilities (b, C)."""
-        if not self.weights or labels.ndim > 1:
-            return super().weight(labels)
-        return torch.tensor(self.weights, device=labels.device)[labels]
+    def weight(self, labels: Tensor) -> Tensor | float:
+        """How much class indices (b,) count in a loss; 1 of probabilities (b, C)."""
+        return 1.0 if labels.ndim > 1 else _weights_of(self.weights, labels)
 
     def normalized(self, logits: Tensor) -> Tensor:
         """Log-probabilities."""
@@ -117,7 +112,7 @@ class Categorical(Likelihood):
         """Of class indices (b,), or of probabilities (b, C): their cross-entropy."""
         repeated = labels.expand(*logits.shape[:-2], *labels.shape).flatten(0, logits.ndim - 2)
         nll = F.cross_entropy(logits.flatten(0, -2), repeated, reduction="none").unflatten(0, logits.shape[:-1])
-        return -nll * self.weight(labels) if self.weights else -nll
+        return -nll * self.weight(labels)
 
     def alike(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Times the weight."""
@@ -147,10 +142,7 @@ class Categorical(Likelihood):
 
     def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
         """By the shares of the classes, as they count."""
-        weights = self.weights or [1.0] * (max([*seen, *labels]) + 1)
-        counts = {label: count * weights[label] for label, count in Counter(seen).items()}
-        total = sum(counts.values())
-        return sum(-weights[y] * math.log(counts.get(y, weights[y]) / total) for y in labels) / len(labels)
+        return _guess(self.weights, seen, labels) / len(labels)
 
 
 @dataclass(frozen=True)
@@ -219,9 +211,11 @@ class Tags(Likelihood):
 
     Attributes:
         names: of the K tags.
+        weights: how much a token of each tag counts, where it isn't 1, in `log_prob`, `averaged`, `alike` and `guess`.
     """
 
     names: tuple[str, ...]
+    weights: tuple[float, ...] = field(default=(), compare=False)
 
     name: ClassVar[str] = "tags"
     smooths: ClassVar[bool] = True
@@ -250,7 +244,7 @@ class Tags(Likelihood):
     def log_prob(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of indices (b, T), or of probabilities (b, T·K): the sum over tokens."""
         if not labels.is_floating_point():
-            return self.token_log_probs(logits, labels).sum(-1)
+            return (self.token_log_probs(logits, labels) * _weights_of(self.weights, labels)).sum(-1)
         log_probs = self.by_token(logits)
         shares = labels.unflatten(-1, (-1, len(self.names)))[..., : log_probs.shape[-2], :]
         return (log_probs.where(log_probs > -math.inf, 0) * shares).sum((-1, -2))
@@ -262,7 +256,8 @@ class Tags(Likelihood):
     def alike(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The sum over tokens."""
         log_probs = self.by_token(logits)
-        return log_probs.where((labels != NO_TAG).unsqueeze(-1), 0).mean(-1).sum(-1)
+        alike = log_probs.where((labels != NO_TAG).unsqueeze(-1), 0).mean(-1)
+        return (alike * _weights_of(self.weights, labels)).sum(-1)
 
     def merged(self, draws: Tensor) -> Tensor:
         """Log of the mean probabilities of each token."""
@@ -273,10 +268,8 @@ class Tags(Likelihood):
         return self.normalized(logits).exp()
 
     def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
-        """By the share of tokens that have each tag."""
-        counts = Counter(tag for row in seen for tag in row)
-        total = sum(counts.values())
-        return sum(-math.log(counts.get(tag, 1) / total) for row in labels for tag in row) / len(labels)
+        """By the share of tokens that have each tag, as they count."""
+        return _guess(self.weights, [*chain(*seen)], [*chain(*labels)]) / len(labels)
 
 
 @dataclass(frozen=True)
@@ -336,6 +329,19 @@ class Gaussian(Likelihood):
         known, asked = (torch.tensor(side, dtype=torch.float64) for side in (seen, labels))
         variance = known.var(correction=0).clamp_min(1e-12)
         return -self.log_prob(self.of(known.mean(), 1 / variance), asked).mean().item()
+
+
+def _weights_of(weights: Sequence[float], labels: Tensor) -> Tensor | float:
+    """That of each of the indices, of which a negative one stands for none; 1 without weights."""
+    return torch.tensor(weights, device=labels.device)[labels.clamp_min(0)] if weights else 1.0
+
+
+def _guess(weights: Sequence[float], seen: Sequence[int], labels: Sequence[int]) -> float:
+    """Sum of the weighted NLL of labels by the weighted shares of the labels ``seen``."""
+    weights = weights or [1.0] * (max([*seen, *labels]) + 1)
+    counts = {label: count * weights[label] for label, count in Counter(seen).items()}
+    total = sum(counts.values())
+    return sum(-weights[y] * math.log(counts.get(y, weights[y]) / total) for y in labels)
 
 
 def _ratio(expected: Tensor, there: Tensor) -> Tensor:

@@ -110,7 +110,15 @@ class Task:
     def _check_options(cls, options: Mapping[str, Any]) -> None:
         known = [option.name for option in fields(cls)]
         if unknown := sorted(set(options) - set(known)):
-            raise TaskError(*(f"{cls.name} has no option '{name}'; it has {', '.join(known)}" for name in unknown))
+            others = {name: f", which is of {', '.join(of)}" if (of := tasks_with(name)) else "" for name in unknown}
+            raise TaskError(
+                *(f"{cls.name} has no option {name!r}{others[name]}; it has {', '.join(known)}" for name in unknown)
+            )
+
+    @classmethod
+    def labels_of(cls, record: Record) -> Sequence[str]:
+        """The names in a record's answer that other records' answers have too: its label, its labels, its tags."""
+        return ()
 
     def about(self, records: Sequence[Record]) -> str:
         """What the answers of training records are, for a message that begins with how many there are."""
@@ -237,6 +245,11 @@ TASKS: Registry[type[Task]] = Registry(
     _problem,
 )
 """Tasks by name, ours and those of other packages; for "auto" they are asked in this order."""
+
+
+def tasks_with(option: str) -> list[str]:
+    """Names of the tasks that have an option."""
+    return [name for name, task in TASKS.items() if option in {known.name for known in fields(task)}]
 
 
 def build_task(name: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Task:
