@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig
 
 from bloblora import pipeline, runs
 from bloblora.cli import main
@@ -16,6 +16,7 @@ from bloblora.runs.decide import calibrate, open_decision
 from bloblora.serving import load_hosted, open_hosted
 from tests.runs.conftest import train
 from tests.serving.conftest import SETTINGS, serving
+from tests.tasks.conftest import train_tokenizer
 from tests.tiny_base import write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,9 +125,11 @@ def test_an_export_is_a_reward_model_of_transformers(trained, tmp_path):
 
 def test_from_the_command_line(base, tmp_path, capsys):
     file = str(
-        write_jsonl(tmp_path / "pairs.jsonl", [{"win": r["chosen"], "lose": r["rejected"]} for r in records(30)])
+        write_jsonl(
+            tmp_path / "pairs.jsonl", [{"win": r["chosen"], "lose": r["rejected"], "by": 0.5} for r in records(30)]
+        )
     )
-    columns = ["--chosen-column", "win", "--rejected-column", "lose"]
+    columns = ["--chosen-column", "win", "--rejected-column", "lose", "--margin-column", "by"]
     shape = ["--steps", "3", "--batch-size", "8", "--r", "2", "--model", str(base), "--output", str(tmp_path / "run")]
     main(["train", "--data", file, *columns, *shape])
     main(["evaluate", str(tmp_path / "run"), "--data", file, "--samples", "2"])
@@ -152,6 +155,11 @@ def test_what_has_no_form_for_rewards_is_refused_early(base, trained, tmp_path):
     ):
         with pytest.raises(runs.RunError, match=message):
             train(base, tmp_path, [*records(20)], **options)
+    bert = dict(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0)
+    BertConfig(**bert).save_pretrained(tmp_path / "bert")  # no weights, which aren't looked for
+    train_tokenizer().save_pretrained(tmp_path / "bert")
+    with pytest.raises(runs.RunError, match=r"has no head named 'score': .* needs a causal model"):
+        train(tmp_path / "bert", tmp_path, [*records(20)])
     with pytest.raises(runs.RunError, match="approximate 'stop' is for classes and choices"):
         runs.load_run(trained.config.output, "stop")
     with pytest.raises(DataError, match="field 'chosen': missing"):

@@ -74,6 +74,18 @@ def check_targets(config: RunConfig, task: tasks.Task, trust_remote_code: bool =
         raise RunError(f"target_modules: the model has no layer {', '.join(unknown)}; its layers: {', '.join(last)}")
 
 
+def check_head(config: RunConfig, task: tasks.Task, trust_remote_code: bool = False) -> None:
+    """Raise a RunError for a model that has its head elsewhere than where the task reads it; loads no weights."""
+    if task.head_module is None:
+        return
+    layers = models.layer_names(config.model, **head_of(task), trust_remote_code=trust_remote_code)
+    if task.head_module not in layers:
+        raise RunError(
+            f"model {quoted(config.model)}: task {task.name!r} doesn't take it, as it has no head named "
+            f"{task.head_module!r}: {task.needs}"
+        )
+
+
 def check_validation(
     config: RunConfig, training: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]], *, few: bool = False
 ) -> None:

@@ -33,6 +33,7 @@ from ..prediction.trunk_cache import IndexedExamples, cache_trunk
 from ..training import BlobTrainingArguments, last_checkpoint
 from .automatic import left_open, resolved
 from .checks import (
+    check_head,
     check_rescaling,
     check_sharded,
     check_start,
@@ -135,6 +136,7 @@ def train(
         description = replace(description, base=models.fingerprint(config.model))
         task_options = {name: value for name, value in config.task.items() if name != "name"}
         task = tasks.build_task(config.task["name"], records, tokenizer, **task_options)
+        check_head(config, task, trust_remote_code)
         check_targets(config, task, trust_remote_code)
         check_start(config, task)
         if method.holdout and not len(held_out) and not len(validation):

@@ -23,6 +23,7 @@ ProblemType = Literal["single_label_classification", "multi_label_classification
 
 NO_TAG = -100
 """In the place of a token's tag where there is no token, as transformers has it."""
+_FISHER_DRAWS = 8
 
 
 class Likelihood(ABC):
@@ -72,6 +73,15 @@ class Likelihood(ABC):
             smoothing: share of the loss that is of the classes alike, where there are classes.
         """
         raise NotImplementedError(f"{self.name}: no label to expect")
+
+    def fisher_root(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """Vectors (K, b, C) whose outer products sum to the Fisher information of logits (b, C), or do so on average.
+
+        Args:
+            logits: of the model, which says how probable each answer is.
+            generator: on the CPU, where answers are drawn.
+        """
+        raise NotImplementedError(f"{self.name}: no root of the Fisher information")
 
     def soft_labels(self, logits: Tensor) -> Tensor:
         """Soft labels (b, …) of logits (b, C), of which `log_prob` is the mean log-probability of answers by these."""
@@ -132,6 +142,21 @@ class Categorical(Likelihood):
             y = (1 - smoothing) * y + smoothing * finite / finite.sum(-1, keepdim=True)
         return _ratio((p * (1 - p)).sum(-1), (p - y).square().sum(-1)) / self.weight(labels)
 
+    def fisher_root(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """√w (e_y − p), whose outer products sum to diag(p) − ppᵀ.
+
+        y is every class with w = p_y, or where there are more than K, K classes from p with w = 1/K, and then the mean
+        is.
+        """
+        p = logits.softmax(-1).cpu()
+        if p.shape[1] <= _FISHER_DRAWS:
+            labels, weights = torch.arange(p.shape[1]).expand_as(p), p
+        else:
+            labels = p.multinomial(_FISHER_DRAWS, replacement=True, generator=generator)
+            weights = torch.full(labels.shape, 1 / _FISHER_DRAWS)
+        residuals = F.one_hot(labels, p.shape[1]) - p.unsqueeze(1)
+        return (weights.sqrt().unsqueeze(-1) * residuals).transpose(0, 1).to(logits)
+
     def merged(self, draws: Tensor) -> Tensor:
         """Log of the mean probabilities."""
         return draws.log_softmax(-1).logsumexp(0) - math.log(len(draws))
@@ -186,6 +211,11 @@ class Bernoulli(Likelihood):
         """Σp(1 - p) over ‖p - y‖²."""
         p = logits.float().sigmoid()
         return _ratio((p * (1 - p)).sum(-1), (p - labels).square().sum(-1))
+
+    def fisher_root(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """√(p(1 - p)) of each label, whose Fisher information is diag(p(1 - p)): (L, b, L)."""
+        p = logits.sigmoid()
+        return torch.diag_embed((p * (1 - p)).sqrt()).transpose(0, 1)
 
     def merged(self, draws: Tensor) -> Tensor:
         """Log-odds of the mean probabilities of each label."""

@@ -69,6 +69,10 @@ class Task:
     """What of a long record is cut off."""
     labels: ClassVar[tuple[str, ...] | None] = None
     """The columns where they are the same for all records: the outputs of the model's head."""
+    head_module: ClassVar[str | None] = None
+    """Where in a model its head must be, for a task that reads the head itself."""
+    needs: ClassVar[str] = ""
+    """What a model must be for that, as a sentence."""
     answer: ClassVar[str] = "label"
     """The field of a record that holds its answer; of ``label`` records are held out for each value alike."""
     family: ClassVar[type[Likelihood]] = Categorical
