@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 
 import pytest
 import torch
@@ -60,6 +61,21 @@ def test_kept_predictions_give_the_same_metrics(trained, tmp_path):
     file.write_text("".join(f"{line}\n" for line in lines[:5]))  # as a stop leaves it
     assert runs.evaluate(trained, test, outside, OPTIONS, predictions=file) == kept
     assert file.read_text().splitlines() == lines
+
+
+def test_intervals_by_predictions_in_a_file_are_those_of_the_run(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained.config.output, tmp_path / "run")
+    data, table = str(write_jsonl(tmp_path / "test.jsonl", [*records(40, seed=3)])), str(tmp_path / "predictions.csv")
+    options, beside = ["--coverage", "0.8", "--samples", "3"], ["--predictions", table, "--data", data]
+    main(["predict", str(folder), "--input", data, "--samples", "3", "--output", table])
+    found = []
+    for given in (["--data", data], beside):
+        main(["calibrate", str(folder), *given, *options, "--score", "epistemic_std"])
+        found.append(json.loads((folder / "decision.json").read_text())["decisions"][0]["decision"])
+    assert found[1]["intervals"] == pytest.approx(found[0]["intervals"], rel=1e-5)
+    assert found[1]["scope"]["threshold"] == pytest.approx(found[0]["scope"]["threshold"], rel=1e-5)
+    main(["calibrate", *beside, *options, "--output", str(tmp_path / "rules.json")])  # of any model
+    assert "intervals: at least 0.8 of the intervals hold the right value" in capsys.readouterr().out
 
 
 def test_promised_intervals_are_used_and_served(trained, tmp_path_factory):
@@ -130,7 +146,6 @@ def test_what_is_of_classes_is_refused_of_a_run(trained, tmp_path, capsys):
     for command, message in (
         (["generate", folder, "--input", file], "the run's task is regression, which writes no text"),
         (["evaluate", folder, "--data", file, "--diagram", str(tmp_path / "a.png")], "diagram: accuracy against conf"),
-        (["calibrate", folder, "--predictions", file], "only those of labels and choices are read"),
         (
             ["calibrate", folder, "--data", file, "--risk", "0.1"],
             "risk, confidence and label_sets are for classes that",

@@ -181,7 +181,7 @@ def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
     if "label" in record:
         record["label"] = _label(record["label"])
     if record.get("labels") is not None:
-        record["labels"] = _labels(record["labels"])
+        record["labels"] = label_list(record["labels"])
     if isinstance(record.get("tags"), list | tuple):
         record["tags"] = [_label(tag) for tag in record["tags"]]
     for name in ("value", "margin"):
@@ -200,7 +200,7 @@ def _label(value: Any) -> Any:
     return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
-def _labels(value: Any) -> Any:
+def label_list(value: Any) -> Any:
     """Labels as a list: of JSON, or of a text in which ``|``, ``;`` or else a comma stands between them."""
     if isinstance(value, str):
         with suppress(ValueError, RecursionError):
