@@ -42,6 +42,14 @@ _KIND_OF = {
     "question": "choice",
     "tokens": "tokens",
 }
+_SHARED = {"preference": ("prompt",)}
+_WHOLE: dict[str, list[set[str]]] = {
+    "text": [{"text"}],
+    "preference": [{"chosen", "rejected"}, {"responses"}],
+    "generation": [{"messages"}, {"prompt", "response"}],
+    "choice": [{"question", "choices"}],
+    "tokens": [{"tokens"}],
+}
 _FORMS = (
     "'text' (and 'label', 'labels' or 'value'), 'tokens' (and 'tags'), 'question' and 'choices' (and 'answer'), "
     "'chosen' and 'rejected' (and 'prompt'), 'prompt' (and 'response'), or 'messages'"
@@ -104,8 +112,27 @@ class _Found:
 
 
 def record_kind(record: Mapping[str, Any]) -> str | None:
-    """One of `KINDS`, by the record's fields; None for a record of none."""
-    return next((kind for field, kind in _KIND_OF.items() if field in record), None)
+    """One of `KINDS`, by the record's fields; None for a record of none.
+
+    A prompt with its response, or messages, are open text, whatever else is called `responses` or `chosen`; but
+    messages beside both `chosen` and `rejected` are a preference, as some data sets have them.
+    """
+    kind = next((kind for field, kind in _KIND_OF.items() if field in record), None)
+    pair = "chosen" in record and "rejected" in record
+    written = {"prompt", "response"} <= record.keys() or ("messages" in record and not pair)
+    return "generation" if kind == "preference" and written else kind
+
+
+def other_kinds(record: Mapping[str, Any], kind: str | None) -> list[str]:
+    """Kinds of which the record has all fields too."""
+    return [other for other, ways in _WHOLE.items() if other != kind and any(way <= record.keys() for way in ways)]
+
+
+def of_kind(record: Mapping[str, Any], kind: str) -> Record:
+    """The record without the fields by which other kinds are known."""
+    fields = _KIND_OF | {"response": "generation"}
+    others = {name for name, other in fields.items() if other != kind}
+    return {name: value for name, value in record.items() if name not in others or name in _SHARED.get(kind, ())}
 
 
 def kind_of(records: Iterable[Mapping[str, Any]]) -> str:

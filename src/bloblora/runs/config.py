@@ -195,7 +195,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in _SOURCES:
             if not isinstance(source := getattr(self, name), str | int | float | None):
-                setattr(self, name, as_records(source, require_labels=True))
+                setattr(self, name, as_records(source, require_labels=True, kind=self.record_kind))
         if isinstance(self.model, str):
             self.model = models.located(self.model)
         if isinstance(targets := self.lora.get("target_modules"), str) and re.fullmatch(_LAYERS, targets):
@@ -268,6 +268,11 @@ class RunConfig:
     def validation_data(self) -> str | list[dict[str, Any]] | None:
         """The validation records that aren't a share of the training records: a file, NAME:split, or in memory."""
         return self.validation if isinstance(self.validation, str | list) and self.validation != "auto" else None
+
+    @property
+    def record_kind(self) -> str | None:
+        """What records a task that is given reads; None where they decide."""
+        return tasks.TASKS[name].kind if (name := self.task.get("name", "auto")) in tasks.TASKS else None
 
     def value(self, name: str) -> Any:
         """An option of LoRA or the Trainer, given or by default."""

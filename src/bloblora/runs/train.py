@@ -106,7 +106,7 @@ def train(
     with _elsewhere() if finished else _scratch(output) as scratch:
         stored = read_description(output, config, besides=left_open(config))
         source, options = config.data, config.reading_options()
-        reader = source if isinstance(source, list) else datasets_.Reader(source, options)
+        reader = source if isinstance(source, list) else datasets_.Reader(source, options, kind=config.record_kind)
         everything = _mapped(scratch / "records.arrow", partial(_read, reader))
         columns = {} if isinstance(reader, list) else reader.columns
         records = select_for(config, everything)
@@ -266,7 +266,11 @@ def _validation(config: RunConfig, scratch: Path, columns: dict[str, str]) -> An
         return []
     options = datasets_.ReadingOptions(skip_invalid=config.reading_options().skip_invalid)
     with _named(f"validation {quoted(config.source('validation'))}"):
-        reader = source if isinstance(source, list) else datasets_.Reader(source, options, known=columns)
+        reader = (
+            source
+            if isinstance(source, list)
+            else datasets_.Reader(source, options, known=columns, kind=config.record_kind)
+        )
         return _mapped(scratch / "validation_records.arrow", partial(_read, reader))
 
 
