@@ -12,8 +12,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
-from bloblora.data import DataError, kind_of, read_batches, read_records
+from bloblora.data import DataError, as_records, kind_of, read_batches, read_records
+from bloblora.data.records import record_kind
 from bloblora.messages import quoted
+from tests.tiny_base import write_jsonl
 
 TEXTS = [{"text": "wo ist mein päckchen, bitte?", "label": "parcel"}, {"text": 'a "quote"\nand a line', "label": "7"}]
 QUESTIONS = [
@@ -334,3 +336,27 @@ def test_kinds():
         kind_of([])
     with pytest.raises(DataError, match="a record must have 'text'"):
         kind_of([{"body": "x"}])
+
+
+def test_fields_of_several_kinds(tmp_path, caplog):
+    """A prompt with its response is text to write, whatever else is there; a kind that is asked for goes first."""
+    written = {"prompt": "what?", "response": "a gas", "chosen": True, "responses": ["a gas", "iron"]}
+    chat = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a gas"}]
+    pair = {"prompt": "what?", "chosen": chat, "rejected": [chat[0], chat[1] | {"content": "no"}], "messages": chat}
+    assert [record_kind(one) for one in (written, pair)] == ["generation", "preference"]
+    assert record_kind({"messages": chat, "responses": ["a"]}) == "generation"
+    with caplog.at_level("INFO", logger="bloblora"):
+        assert as_records([pair], require_labels=True) == [pair]
+    assert "read as records with 'chosen' and 'rejected', or 'responses'; it also has 'prompt' or" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO", logger="bloblora"):
+        file = write_jsonl(tmp_path / "pairs.jsonl", [pair])
+        (found,) = read_records(file, kind="generation")
+        assert record_kind(found) == "generation"
+        assert found["messages"] == chat
+        del written["chosen"]
+        assert record_kind(as_records([written], kind="preference")[0]) == "preference"
+        words = {"text": "the card", "tokens": ["the", "card"], "tags": ["O", "B-X"]}
+        assert as_records([words], kind="tokens") == [{name: words[name] for name in ("tokens", "tags")}]
+    assert not caplog.text
+    assert as_records([{"question": "what?", "label": "gas"}], kind="text")[0]["text"] == "what?"

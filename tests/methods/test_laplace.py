@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from bloblora.adapter import AdapterFileError
 from bloblora.methods import Training
-from bloblora.methods.laplace import _EIGEN, LaplaceLora, _cotangents, _of_labels, fit_laplace, kronecker_factors
+from bloblora.methods.laplace import _EIGEN, LaplaceLora, fit_laplace, kronecker_factors
 from bloblora.prediction import predict
-from bloblora.tasks import ChoiceText, Classification, encode_all
+from bloblora.tasks import Bernoulli, Categorical, ChoiceText, Classification, encode_all
 from tests.prediction.conftest import TEXTS, tiny_classifier
 from tests.tasks.conftest import questions, tiny_causal, tokenizer, with_lora
 
@@ -150,7 +150,7 @@ def test_padding_does_not_count(case, request):
 
 def test_labels_drawn_from_the_model_give_the_fisher():
     logits, number = torch.randn(12), 20_000
-    drawn = _cotangents(logits.expand(number, -1), torch.Generator().manual_seed(1))
+    drawn = Categorical().fisher_root(logits.expand(number, -1), torch.Generator().manual_seed(1))
     assert drawn.shape == (8, number, 12)
     products = torch.einsum("kbc,kbd->bcd", drawn, drawn)
     error = products.std(0) / number**0.5
@@ -230,7 +230,7 @@ def test_held_out_examples_choose_the_precision(case, request):
 def test_the_fisher_of_labels_is_that_of_two_classes_each():
     """The label's log-odds are those of the classes (no, yes), of which the second logit alone moves."""
     logits = torch.tensor([[0.3, -2.0], [1.5, 0.0]])
-    found = torch.einsum("kbi,kbj->bij", *[_of_labels(logits, torch.Generator())] * 2)
+    found = torch.einsum("kbi,kbj->bij", *[Bernoulli().fisher_root(logits, torch.Generator())] * 2)
     for label in range(2):
         classes = torch.stack([torch.zeros(2), logits[:, label]], -1)
         torch.testing.assert_close(found[:, label, label], fisher(classes)[:, 1, 1])

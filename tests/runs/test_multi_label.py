@@ -17,6 +17,7 @@ from bloblora.prediction import MultiLabelPrediction
 from bloblora.runs.decide import calibrate, open_decision
 from bloblora.serving import load_hosted, open_hosted
 from bloblora.tasks import Bernoulli, TaskError, build_task, encode_all, task_from_dict
+from tests.runs.conftest import train
 from tests.serving.conftest import SETTINGS, serving
 from tests.tasks.conftest import tokenizer
 from tests.tiny_base import write_jsonl
@@ -131,9 +132,8 @@ def test_labels_with_few_records_carry_no_promise():
 
 def test_a_run_from_records_to_a_server(base, tmp_path):
     folder = tmp_path / "run"
-    config = {"steps": 150, "batch_size": 16, "r": 4, "learning_rate": 0.01, "model": str(base)}
-    data = str(write_jsonl(tmp_path / "train.jsonl", [*records(160)]))
-    run = runs.train(runs.RunConfig.of(data=data, output=str(folder), **config), progress=False)
+    config = {"steps": 150, "batch_size": 16, "r": 4, "learning_rate": 0.01, "validation": "auto"}
+    run = train(base, tmp_path, str(write_jsonl(tmp_path / "train.jsonl", [*records(160)])), **config)
     assert run.task.labels == ("billing", "delivery", "science")
     assert run.training["rescaling"]["nll"] <= run.training["rescaling"]["nll_before"]
     test = [*records(60, seed=1)]
@@ -171,15 +171,12 @@ def test_a_run_from_records_to_a_server(base, tmp_path):
 
 @pytest.mark.parametrize("method", ["laplace-lora", "tfb", "distilled"])
 def test_methods_made_for_classes_take_labels_too(base, tmp_path, method):
-    options = {"steps": 4, "batch_size": 8, "r": 2, "validation": 0, "model": str(base), "method": method}
-    config = runs.RunConfig.of(data=[*records(24)], output=str(tmp_path / "run"), **options)
-    run, test = runs.train(config, progress=False), [*records(3, seed=1)]
-    found = runs.load_run(config.output).predict(test, 3)
+    run, test = train(base, tmp_path, [*records(24)], method=method), [*records(3, seed=1)]
+    found = runs.load_run(run.config.output).predict(test, 3)
     torch.testing.assert_close(found.logits, run.predict(test, 3).logits)
     assert found.logits.isfinite().all()
 
 
 def test_vbll_is_refused(base, tmp_path):
-    config = runs.RunConfig.of(data=[*records(24)], output=str(tmp_path), model=str(base), method="vbll", steps=1)
     with pytest.raises(runs.RunError, match="method 'vbll' has no form for task 'multi_label'; train that with"):
-        runs.train(config, progress=False)
+        train(base, tmp_path, [*records(24)], method="vbll")

@@ -122,3 +122,52 @@ def test_other_labels_than_the_runs(tmp_path):
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(DataError, match=r"the ending '\.txt' is not one of \.jsonl, \.csv, \.tsv"):
         read_predictions(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_values_of_any_model(tmp_path, ending):
+    """The threshold is the ⌈(n + 1) · coverage⌉-th smallest |y − value|/std: of 1 … 9 over 2 the 8th, 4."""
+    lines = [{"value": 10.0, "std": 2.0, "epistemic_std": 0.1 * i, "target": 10 - i} for i in range(1, 10)]
+    header = ",".join(lines[0])
+    text = "\n".join([header, *(",".join(map(str, line.values())) for line in lines)])
+    file = tmp_path / f"values.{ending}"
+    file.write_text(text) if ending == "csv" else write_jsonl(file, lines)
+    found = calibrate_on(*read_predictions(file, num_samples=10), coverage=0.8, false_alarm=0.2, score="epistemic_std")
+    assert found["decision"]["intervals"]["threshold"] == 4.0
+    assert found["decision"]["scope"]["threshold"] == pytest.approx(0.8)
+    assert found["realized"] == pytest.approx({"promised_coverage": 8 / 9, "promised_width": 16, "false_alarm": 1 / 9})
+    outside, zeros = read_predictions(file, num_samples=10, labelled=False)
+    assert outside.std.tolist() == [2.0] * 9
+    assert zeros.tolist() == [0.0] * 9
+    for wrong, message in (
+        ({"std": 0}, "field 'std': 0 must be above 0"),
+        ({"target": "much"}, "field 'target': 'much' must be a number"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_predictions(write_jsonl(tmp_path / "wrong.jsonl", [lines[0] | wrong]))
+
+
+def test_several_labels_of_any_model(tmp_path):
+    """Of label a the right ones have 0.1 … 0.9: at least 0.8 of them, k = 8 of 9, are named from 0.2 on."""
+    lines = [
+        {"probabilities": {"a": i / 10, "b": 0.5}, "target": ["a"] if i else [], "mutual_information": i / 100}
+        for i in range(10)
+    ]
+    rules = {"coverage": 0.8, "false_alarm": 0.2}
+    inside, right = read_predictions(write_jsonl(tmp_path / "tags.jsonl", lines), num_samples=5)
+    assert right.tolist() == [[int(i > 0), 0] for i in range(10)]
+    torch.testing.assert_close(inside.probabilities[:, 0], torch.arange(10).double() / 10)
+    found = calibrate_on(inside, right, score="mutual_information", **rules)
+    assert found["decision"]["label_thresholds"]["thresholds"] == pytest.approx([0.2, 0.5])
+    assert found["decision"]["scope"]["threshold"] == pytest.approx(0.08)
+    rows = [f"{i / 10},0.5,{'a|b' if i else ''}" for i in range(10)]
+    (tmp_path / "tags.csv").write_text("\n".join(["labels,a,b,target", *(f"[],{row}" for row in rows)]))
+    labels = read_predictions(tmp_path / "tags.csv")[1]
+    assert labels.tolist() == [[int(i > 0)] * 2 for i in range(10)]
+    for wrong, message in (
+        ({"target": ["c"]}, r"field 'target': \['c'\]; it must be a list of labels among a, b"),
+        ({"probabilities": {"a": 1.5, "b": 0}}, r"must be in \[0, 1\]"),
+        ({"probabilities": {"a": 0.5}}, "field 'probabilities': of a; the labels are a, b"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_predictions(write_jsonl(tmp_path / "wrong.jsonl", [lines[0], lines[1] | wrong]))

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig
 
 from bloblora import pipeline, runs
 from bloblora.cli import main
@@ -14,7 +14,9 @@ from bloblora.data import DataError
 from bloblora.export import export
 from bloblora.runs.decide import calibrate, open_decision
 from bloblora.serving import load_hosted, open_hosted
+from tests.runs.conftest import train
 from tests.serving.conftest import SETTINGS, serving
+from tests.tasks.conftest import train_tokenizer
 from tests.tiny_base import write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,14 +43,6 @@ def responses(count, seed=9):
     generator = random.Random(seed)
     texts = {" ".join(generator.choices(WORDS, k=4)): None for _ in range(count)}
     return {"prompt": "what?", "responses": [*texts]}
-
-
-@pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reward")
-    config = {"steps": 120, "batch_size": 16, "r": 4, "learning_rate": 0.01, "model": str(base)}
-    data = str(write_jsonl(folder / "train.jsonl", [*records(150)]))
-    return runs.train(runs.RunConfig.of(data=data, output=str(folder / "run"), **config), progress=False)
 
 
 def test_it_learns_is_loaded_again_and_is_measured(trained):
@@ -131,9 +125,11 @@ def test_an_export_is_a_reward_model_of_transformers(trained, tmp_path):
 
 def test_from_the_command_line(base, tmp_path, capsys):
     file = str(
-        write_jsonl(tmp_path / "pairs.jsonl", [{"win": r["chosen"], "lose": r["rejected"]} for r in records(30)])
+        write_jsonl(
+            tmp_path / "pairs.jsonl", [{"win": r["chosen"], "lose": r["rejected"], "by": 0.5} for r in records(30)]
+        )
     )
-    columns = ["--chosen-column", "win", "--rejected-column", "lose"]
+    columns = ["--chosen-column", "win", "--rejected-column", "lose", "--margin-column", "by"]
     shape = ["--steps", "3", "--batch-size", "8", "--r", "2", "--model", str(base), "--output", str(tmp_path / "run")]
     main(["train", "--data", file, *columns, *shape])
     main(["evaluate", str(tmp_path / "run"), "--data", file, "--samples", "2"])
@@ -145,8 +141,7 @@ def test_from_the_command_line(base, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["ensemble", "laplace-lora", "tfb", "distilled"])
 def test_other_methods_give_rewards_too(base, tmp_path, method):
-    options = {"steps": 4, "batch_size": 8, "r": 2, "validation": 0, "model": str(base), "method": method}
-    run = runs.train(runs.RunConfig.of(data=[*records(24)], output=str(tmp_path / "run"), **options), progress=False)
+    run = train(base, tmp_path, [*records(24)], method=method)
     asked = [responses(3), *records(2, seed=1)]
     found = runs.load_run(run.config.output).predict(asked, 3)
     torch.testing.assert_close(found.logits, run.predict(asked, 3).logits)
@@ -154,14 +149,17 @@ def test_other_methods_give_rewards_too(base, tmp_path, method):
 
 
 def test_what_has_no_form_for_rewards_is_refused_early(base, trained, tmp_path):
-    data = [*records(20)]
     for options, message in (
         ({"method": "vbll"}, "method 'vbll' has no form for task 'reward'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is for classes"),
     ):
-        config = runs.RunConfig.of(data=data, output=str(tmp_path / "run"), model=str(base), steps=1, **options)
         with pytest.raises(runs.RunError, match=message):
-            runs.train(config, progress=False)
+            train(base, tmp_path, [*records(20)], **options)
+    bert = dict(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0)
+    BertConfig(**bert).save_pretrained(tmp_path / "bert")  # no weights, which aren't looked for
+    train_tokenizer().save_pretrained(tmp_path / "bert")
+    with pytest.raises(runs.RunError, match=r"has no head named 'score': .* needs a causal model"):
+        train(tmp_path / "bert", tmp_path, [*records(20)])
     with pytest.raises(runs.RunError, match="approximate 'stop' is for classes and choices"):
         runs.load_run(trained.config.output, "stop")
     with pytest.raises(DataError, match="field 'chosen': missing"):

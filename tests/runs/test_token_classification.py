@@ -16,13 +16,14 @@ from bloblora.hub import model_card
 from bloblora.runs.decide import calibrate, open_decision
 from bloblora.serving import load_hosted, open_hosted
 from bloblora.tasks.token_classification import entities_of
+from tests.runs.conftest import train
 from tests.serving.conftest import SETTINGS, serving
 from tests.tasks.conftest import train_tokenizer
-from tests.tiny_base import write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 THINGS = {"thing": [["card"], ["second", "payment"]], "stuff": [["iron"], ["carbon", "dioxide"]]}
 OPTIONS = runs.PredictionOptions(samples=3)
+TRAINING = {"steps": 40, "batch_size": 8, "learning_rate": 0.02, "eval_steps": 40}
 
 
 def records(count, seed=0):
@@ -35,19 +36,6 @@ def records(count, seed=0):
             tokens += words
             tags += ["O"] if kind == "O" else [f"{'I' if place else 'B'}-{kind}" for place in range(len(words))]
         yield {"tokens": tokens, "tags": tags}
-
-
-def train(base, folder, steps=4, count=24, **options):
-    shape = {"steps": steps, "batch_size": 16, "r": 4, "learning_rate": 0.01, "model": str(base)}
-    shape |= {"data": [*records(count)], "output": str(folder / "run")}
-    return runs.train(runs.RunConfig.of(**{**shape, **options}), progress=False)
-
-
-@pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tags")
-    data = str(write_jsonl(folder / "train.jsonl", [*records(150)]))
-    return train(base, folder, steps=60, data=data)
 
 
 def test_it_learns_is_loaded_again_and_is_measured(trained):
@@ -127,8 +115,20 @@ def test_from_the_command_line_on_an_encoder(tmp_path, capsys):
     lines = [[f"{word} {tag}\n" for word, tag in zip(*r.values(), strict=True)] for r in records(40)]
     (tmp_path / "data.conll").write_text("\n".join("".join(sentence) for sentence in lines))
     data, run = ["--data", str(tmp_path / "data.conll")], str(tmp_path / "run")
-    shape = ["--steps", "3", "--batch-size", "8", "--r", "2", "--model", str(tmp_path / "bert"), "--output", run]
-    main(["train", *data, *shape, "--sub-token", "first", "--label-smoothing-factor", "0.1"])
+    shape = ["--steps", "2", "--batch-size", "8", "--r", "2", "--model", str(tmp_path / "bert"), "--output", run]
+    main(
+        [
+            "train",
+            *data,
+            *shape,
+            "--sub-token",
+            "first",
+            "--label-smoothing-factor",
+            "0.1",
+            "--class-weights",
+            "balanced",
+        ]
+    )
     main(["evaluate", run, *data, "--samples", "2"])
     assert "F1" in capsys.readouterr().out
     (tmp_path / "in.jsonl").write_text('{"words": ["card", "iron"]}\n')
@@ -139,7 +139,7 @@ def test_from_the_command_line_on_an_encoder(tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["ensemble", "tfb", "distilled"])
 def test_other_methods_tag_too(base, tmp_path, method):
-    run = train(base, tmp_path, method=method, steps=2, validation=0)
+    run = train(base, tmp_path, [*records(8)], method=method, steps=1)
     asked = [{"tokens": ["card"]}, *records(2, seed=1)]
     found = runs.load_run(run.config.output).predict(asked, 3)
     torch.testing.assert_close(found.logits, run.predict(asked, 3).logits)
@@ -150,9 +150,9 @@ def test_what_has_no_form_for_tags_is_refused_early(base, trained, tmp_path):
     for options, message in (
         ({"method": "vbll"}, "method 'vbll' has no form for task 'token_classification'"),
         ({"method": "laplace-lora"}, "method 'laplace-lora' has no form for task 'token_classification'"),
-        ({"class_weights": "balanced"}, "has no option 'class_weights'"),
+        ({"temperature_scaling": True, "validation": [{"tokens": ["a"], "tags": ["B-x"]}]}, "'tags': 'B-x' not among"),
     ):
         with pytest.raises(runs.RunError, match=message):
-            train(base, tmp_path, **options)
+            train(base, tmp_path, [*records(8)], **options)
     with pytest.raises(runs.RunError, match="approximate 'stop' is for classes and choices"):
         runs.load_run(trained.config.output, "stop")

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from bloblora.export import export
 from bloblora.runs.decide import calibrate, open_decision
 from bloblora.serving import load_hosted, open_hosted
 from bloblora.tasks import encode_all
+from tests.runs.conftest import train
 from tests.serving.conftest import SETTINGS, serving
 from tests.tiny_base import write_jsonl
 
@@ -30,15 +32,6 @@ def records(count, seed=0):
     for _ in range(count):
         words = generator.choices(WORDS, k=generator.randint(1, 8))
         yield {"text": " ".join(words), "value": 10 * len(words) + generator.gauss(0, 2)}
-
-
-@pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
-    """The run, and its folder."""
-    folder = tmp_path_factory.mktemp("values")
-    config = {"steps": 120, "batch_size": 16, "r": 4, "learning_rate": 0.01, "model": str(base)}
-    data = str(write_jsonl(folder / "train.jsonl", [*records(150)]))
-    return runs.train(runs.RunConfig.of(data=data, output=str(folder / "run"), **config), progress=False)
 
 
 def test_it_learns_is_loaded_again_and_is_measured(trained):
@@ -68,6 +61,21 @@ def test_kept_predictions_give_the_same_metrics(trained, tmp_path):
     file.write_text("".join(f"{line}\n" for line in lines[:5]))  # as a stop leaves it
     assert runs.evaluate(trained, test, outside, OPTIONS, predictions=file) == kept
     assert file.read_text().splitlines() == lines
+
+
+def test_intervals_by_predictions_in_a_file_are_those_of_the_run(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained.config.output, tmp_path / "run")
+    data, table = str(write_jsonl(tmp_path / "test.jsonl", [*records(40, seed=3)])), str(tmp_path / "predictions.csv")
+    options, beside = ["--coverage", "0.8", "--samples", "3"], ["--predictions", table, "--data", data]
+    main(["predict", str(folder), "--input", data, "--samples", "3", "--output", table])
+    found = []
+    for given in (["--data", data], beside):
+        main(["calibrate", str(folder), *given, *options, "--score", "epistemic_std"])
+        found.append(json.loads((folder / "decision.json").read_text())["decisions"][0]["decision"])
+    assert found[1]["intervals"] == pytest.approx(found[0]["intervals"], rel=1e-5)
+    assert found[1]["scope"]["threshold"] == pytest.approx(found[0]["scope"]["threshold"], rel=1e-5)
+    main(["calibrate", *beside, *options, "--output", str(tmp_path / "rules.json")])  # of any model
+    assert "intervals: at least 0.8 of the intervals hold the right value" in capsys.readouterr().out
 
 
 def test_promised_intervals_are_used_and_served(trained, tmp_path_factory):
@@ -121,10 +129,8 @@ def test_a_table_of_ratings_from_the_command_line(base, tmp_path, capsys):
     ],
 )
 def test_what_is_of_classes_is_refused_before_training(base, tmp_path, options, message):
-    data = [*records(20)]
-    config = runs.RunConfig.of(data=data, output=str(tmp_path / "run"), model=str(base), steps=1, **options)
     with pytest.raises(runs.RunError, match=message):
-        runs.train(config, progress=False)
+        train(base, tmp_path, [*records(20)], **options)
 
 
 def test_what_is_of_classes_is_refused_of_a_run(trained, tmp_path, capsys):
@@ -140,7 +146,6 @@ def test_what_is_of_classes_is_refused_of_a_run(trained, tmp_path, capsys):
     for command, message in (
         (["generate", folder, "--input", file], "the run's task is regression, which writes no text"),
         (["evaluate", folder, "--data", file, "--diagram", str(tmp_path / "a.png")], "diagram: accuracy against conf"),
-        (["calibrate", folder, "--predictions", file], "only those of labels and choices are read"),
         (
             ["calibrate", folder, "--data", file, "--risk", "0.1"],
             "risk, confidence and label_sets are for classes that",
@@ -179,16 +184,6 @@ def test_an_exported_head_says_how_to_read_it(trained, tmp_path, format):
 
 @pytest.mark.parametrize("method", ["ensemble", "swag", "mc-dropout", "distilled"])
 def test_other_methods_predict_values_too(base, tmp_path, method):
-    config = runs.RunConfig.of(
-        data=[*records(24)],
-        output=str(tmp_path / "run"),
-        model=str(base),
-        method=method,
-        steps=4,
-        batch_size=8,
-        r=2,
-        validation=0,
-    )
-    run = runs.train(config, progress=False)
-    found = runs.load_run(config.output).predict([*records(3, seed=1)], 3)
+    run = train(base, tmp_path, [*records(24)], method=method)
+    found = runs.load_run(run.config.output).predict([*records(3, seed=1)], 3)
     assert torch.equal(found.logits, run.predict([*records(3, seed=1)], 3).logits)

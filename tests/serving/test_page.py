@@ -18,6 +18,7 @@ from PIL import Image
 from bloblora import runs
 from bloblora.evaluation import reliability, reliability_diagram
 from bloblora.runs import targets_of
+from bloblora.runs.decide import calibrate
 from bloblora.serving import load_hosted, open_hosted
 from tests.generation.conftest import RECORDS
 from tests.serving.conftest import SETTINGS, TEXT_SETTINGS, serving
@@ -414,3 +415,37 @@ def test_rewards(opened, base, tmp_path):
             article.get_by_role("cell", name=f"{answer['rewards'][0]:.2f} ± {answer['reward_stds'][0]:.2f}").wait_for()
             assert article.locator("tbody th").all_inner_texts() == responses
             assert article.locator(".verdict strong").inner_text() == answer["best"]
+
+
+def test_tagged_words(opened, base, tmp_path):
+    """Words with a tint, entities with their probability, and the calibrated rule's other tags."""
+    data = [{"tokens": ["the", word], "tags": ["O", "B-X" if word == "card" else "O"]} for word in ("card", "gas") * 4]
+    options = {"model": str(base), "steps": 30, "batch_size": 4, "r": 2, "validation": 0, "learning_rate": 0.03}
+    run = runs.train(runs.RunConfig.of(data=data, output=str(tmp_path / "run"), **options), progress=False)
+    calibrate(runs.open_run(run.config.output), data * 2, options=SETTINGS, coverage=0.8)
+    with serving(load_hosted(open_hosted([run.config.output], SETTINGS), SETTINGS)) as client:
+        page = opened(str(client.base_url))
+        asked = ["the", "card"]
+        answer = client.post("/v1/predict", json={"inputs": {"tokens": asked}}).json()["answers"][0]
+        assert [one["text"] for one in answer["entities"]] == ["card"]
+        page.get_by_role("textbox", name="Words").fill(" ".join(asked))
+        page.get_by_role("button", name="Answer", exact=True).click()
+        article = page.get_by_role("article").first
+        article.get_by_role("row", name="card (X)").get_by_role("cell").filter(
+            has_text=percent(answer["entities"][0]["probability"])
+        ).wait_for()
+        words = article.locator(".written span")
+        assert words.all_inner_texts()[: len(asked)] == asked
+        titles = words.evaluate_all("spans => spans.map(span => span.title)")
+        expected = [
+            f"{tag}, probability {percent(p)}"
+            for tag, p in zip(answer["tags"], answer["token_confidence"], strict=True)
+        ]
+        assert all(title.startswith(start) for title, start in zip(titles, expected, strict=False))
+        assert "By the calibrated rule these may have other tags" in article.inner_text()
+        page.get_by_text("Settings").click()
+        page.get_by_label("a list").check()
+        page.get_by_role("textbox", name="List").fill("the gas\nthe card")
+        page.get_by_role("button", name="Answer", exact=True).click()
+        page.get_by_text("No entity was found.").wait_for()
+        page.get_by_role("row", name="card (X)").wait_for()

@@ -41,7 +41,7 @@ def test_options_come_from_the_tokenizer(tokenizer, questions, caplog, monkeypat
 def test_wrong_names_and_options(tokenizer, questions):
     with pytest.raises(TaskError, match="'choices' is not one of regression, multi_label, classification"):
         build_task("choices", questions, tokenizer)
-    with pytest.raises(TaskError, match="choice_letter has no option 'normalization'; it has pad_token_id"):
+    with pytest.raises(TaskError, match="no option 'normalization', which is of choice_text; it has pad_token_id"):
         build_task("choice_letter", questions, tokenizer, normalization="sum")
     with pytest.raises(TaskError, match="task 'blank': unknown field 'labels'"):
         task_from_dict({"name": "blank", "pad_token_id": 0, "labels": ["a", "b"]})

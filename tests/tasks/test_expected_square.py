@@ -24,7 +24,7 @@ def test_it_is_the_expectation_over_the_models_labels(likelihood):
     for label in labels:
         gradient = torch.autograd.grad(-likelihood.log_prob(logits, label[None]).sum(), logits)[0]
         factor = likelihood.expected_square(logits.detach(), label[None])
-        weight = likelihood.weight(label[None])
+        weight = likelihood.weights[label] if getattr(likelihood, "weights", ()) else 1
         torch.testing.assert_close((factor * gradient.square().sum()).double(), weight * expected, rtol=1e-5, atol=1e-8)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, BertConfig
 
 from bloblora.adapter import BlobConfig, bayesianize
 from bloblora.data import DataError, as_records, read_records
@@ -83,6 +84,33 @@ def test_both_responses_see_one_draw_in_training(task, tokenizer):
     assert not torch.allclose(rewards[0], rewards[1])
 
 
+def test_a_margin_is_taken_off_the_difference_in_training_alone(tokenizer):
+    """TRL's loss, −log σ(r_chosen − r_rejected − margin), and plain Bradley and Terry where nothing is trained."""
+    pairs = as_records([PAIRS[0] | {"margin": 1.5}, PAIRS[1] | {"margin": ""}, PAIRS[0] | {"margin": "0.5"}])
+    task = build_task("auto", pairs, tokenizer)
+    batch, plain = task.collate(encode_all(task, pairs, tokenizer)), model()
+    labels, rows = batch["labels"], torch.arange(3)
+    with torch.no_grad():
+        rewards = task.logits(plain, batch)
+        difference = rewards[rows, labels] - rewards[rows, 1 - labels]
+        torch.testing.assert_close(BradleyTerry().log_prob(rewards, labels), F.logsigmoid(difference))
+        found = BradleyTerry().log_prob(task.logits(plain.train(), batch), labels)
+    torch.testing.assert_close(found, F.logsigmoid(difference - torch.tensor([1.5, 0.0, 0.5])))
+    assert "margins" not in task.collate(encode_all(task, PAIRS, tokenizer))
+
+
+def test_a_tie_is_no_preference():
+    for tie, message in (
+        ({"tie": True}, r"^row 1: field 'tie': True must be false: in a tie none is preferred; leave the record out"),
+        ({"score_chosen": 4, "score_rejected": 4.0}, "^row 1: field 'score_chosen': 4 must be another number than"),
+    ):
+        with pytest.raises(DataError, match=message):
+            as_records([PAIRS[0] | tie], require_labels=True)
+        assert len(as_records([PAIRS[0] | tie])) == 1
+    others = [{"tie": False, "score_chosen": 5.0, "score_rejected": 4.5}, {"score_chosen": None}]
+    assert len(as_records([PAIRS[0] | other for other in others], require_labels=True)) == 2
+
+
 def test_chats_and_long_prompts(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<assistant>"
     asked, said = {"role": "user", "content": "my card"}, {"role": "assistant", "content": "the refund"}
@@ -109,6 +137,8 @@ def test_problems_name_the_field(tmp_path):
         ({"chosen": "a", "rejected": " "}, "field 'rejected': ' ' must be a text"),
         ({"chosen": [{"role": "user", "content": "a"}], "rejected": "b"}, "last message's role is 'user'"),
         ({"prompt": "", "chosen": "a", "rejected": "b"}, "field 'prompt': '' must be a text"),
+        ({"chosen": "a", "rejected": "b", "margin": -1}, "field 'margin': -1 must be a finite number of at least 0"),
+        ({"chosen": "a", "rejected": "b", "margin": "much"}, "field 'margin': 'much' must be a finite number"),
         ({"responses": []}, "field 'responses': .* must be a list of at least one text"),
         ({"responses": ["a", 3]}, "field 'responses', item 1: 3 must be a text"),
     ):
@@ -119,6 +149,10 @@ def test_problems_name_the_field(tmp_path):
 
 
 def test_a_model_without_such_a_head_is_named(task, tokenizer):
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=400)
+    encoder = AutoModelForSequenceClassification.from_config(BertConfig(**sizes, num_labels=1))
     batch = task.collate(encode_all(task, PAIRS, tokenizer))
     with pytest.raises(TaskError, match="its head gives 3 numbers; load it with num_labels=1"):
         task.logits(tiny_classifier(), batch)
+    with pytest.raises(TaskError, match="no head named 'score'; rewards are read at the end of each response"):
+        task.logits(encoder, batch)

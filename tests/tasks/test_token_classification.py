@@ -229,5 +229,5 @@ def test_what_cannot_be_read_is_said(task, tokenizer):
         task.encode({"tokens": ["a"], "tags": ["B-Z"]}, tokenizer)
     with pytest.raises(TaskError, match="load a token classification model with num_labels=4"):
         task.logits(tiny_classifier(4), task.collate(encode_all(task, RECORDS, tokenizer)))
-    with pytest.raises(TaskError, match="all are 'O'; there must be at least 2 tags"):
+    with pytest.raises(TaskError, match="all are 'O'; there must be at least 2 labels"):
         type(task).check([{"tokens": ["a"], "tags": ["O"]}])

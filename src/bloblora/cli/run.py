@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -156,10 +156,11 @@ def calibrate(
     they carry none, that is an error. The predictions are kept in the run's folder, so that other promises on the same
     data need no model. Data that the run was trained on make the promises worthless.
 
-    --predictions FILE takes probabilities made elsewhere, by this run or any other model: JSON lines with
-    `probabilities` (by label, or a list) and `target` (the right label, or its index), such as lines of `predict` with
-    that added; or a .csv with a column for each label and `target`. With --data the right labels are those of its
-    records, in the same order.
+    --predictions FILE takes what was predicted elsewhere, by this run or any other model: JSON lines with
+    `probabilities` (by label, or a list) and `target` (the right label, or its index), of several labels at once with
+    the list of the right ones in `target`, and of values with `value`, `std` and `target`; such as lines of `predict`
+    with the target added. Or a .csv with the same in columns, one for each label. With --data the right answers are
+    those of its records, in the same order.
 
     Of a run that writes text, data are as for `bloblora correctness`, but other records than it was given. The rules
     are for `generate`, or where records have `right` for `score`, with the same --samples and --seed, and of answers
@@ -269,7 +270,7 @@ def _calibrate_texts(
     """`calibrate` of a run that writes text."""
     with _named(data):
         _check_unseen(description, data)
-        records = read_records(data, reading, known=description.columns)
+        records = read_records(data, reading, known=description.columns, kind=description.task.kind)
         settings: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
         settings["trust_remote_code"] = options.trust_remote_code
         return promise_texts(description, records, options.how(), **settings, **promises, **options.of_generation())
@@ -287,16 +288,18 @@ def _calibrate_predictions(
     task, right = description.task if description else None, None
     if data is not None:
         records = read_records(data)
-        right = [record["answer"] if "answer" in record else record.get("label") for record in records]
+        answers = ("answer", "labels", "value", "label")
+        right = [next((record[name] for name in answers if record.get(name) is not None), None) for record in records]
     if description is not None:
         check_made_by(file, description, options)
         if data is not None:
             _check_unseen(description, data)
     inside, targets = read_predictions(file, task, options.samples, targets=right)
-    if promises["score"] == "mutual_information" and inside.mutual_information.isnan().any():
-        raise RunError(f"{file}: field 'mutual_information': missing; give it, or take --score predictive_entropy")
+    score, usual = promises["score"], next(name for name in get_args(Score) if name in inside.uncertainties)
+    if score in inside.uncertainties and getattr(inside, score).isnan().any():
+        raise RunError(f"{file}: field {score!r}: missing; give it, or take --score {usual}")
     outside = None if ood is None else read_predictions(Path(ood), task, options.samples, labelled=False)[0]
-    check_promises(len(targets), **promises)
+    check_promises(len(targets), predicted=type(inside), **promises)
     return calibrate_on(inside, targets, outside, description, options, **promises)
 
 
@@ -460,7 +463,7 @@ def predict(
         runs.check_writable(output)
     description = _opened(directory, options)
     decision = open_decision(description, options)
-    given: dict[str, Any] = {"known": description.columns, "require_labels": False}
+    given: dict[str, Any] = {"known": description.columns, "require_labels": False, "kind": description.task.kind}
     batches = runs.share_of(read_batches(input, runs.CHUNK, reading, **given))
 
     def load() -> runs.Run:
@@ -536,7 +539,9 @@ def generate(
     decision = open_text_decision(description, "generate", options.how(), correctness)
     settings: dict[str, Any] = {"batch_size": options.batch_size, "correctness": correctness, "decision": decision}
     settings |= options.of_generation()
-    batches = read_batches(input, 64, reading, known=description.columns, require_labels=False)
+    batches = read_batches(
+        input, 64, reading, known=description.columns, require_labels=False, kind=description.task.kind
+    )
 
     def load() -> runs.Run:
         return runs.load_run(description, trust_remote_code=options.trust_remote_code)
@@ -607,13 +612,13 @@ def score(
     runs.check_alone("score")
     if output is not None:
         runs.check_writable(output)
-    description = _opened(directory)
+    check_generates((description := _opened(directory)).task)
     correctness = open_correctness(description, "score", options.how())
     trusted: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     decision = open_text_decision(description, "score", options.how(), correctness)
     settings: dict[str, Any] = {"claims": options.claims, "correctness": correctness, "decision": decision}
     settings["batch_size"] = options.batch_size
-    known: dict[str, Any] = {"known": description.columns}
+    known: dict[str, Any] = {"known": description.columns, "kind": description.task.kind}
     if output is not None and input != "-":
         score_file(description, Reader(input, reading, **known), Path(output), options.how(), **settings, **trusted)
         return
@@ -669,10 +674,10 @@ def correctness(
     logging.disable_progress_bar()
     use_device(device)
     runs.check_alone("correctness")
-    description = _opened(directory)
+    check_generates((description := _opened(directory)).task)
     with _named(data):
         _check_unseen(description, data)
-        records = read_records(data, reading, known=description.columns)
+        records = read_records(data, reading, known=description.columns, kind=description.task.kind)
         entry = calibrate_texts(
             description,
             records,
@@ -753,10 +758,10 @@ def _read(
     description: RunDescription, data: str, ood: str | None, reading: ReadingOptions
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Labelled records in scope and records out of it, once they fit the run."""
-    records = read_records(data, reading, known=description.columns)
+    records = read_records(data, reading, known=description.columns, kind=description.task.kind)
     known = {**description.columns, **reading.columns()}
     skip = ReadingOptions(skip_invalid=reading.skip_invalid)
-    outside = read_records(ood, skip, known=known, require_labels=False) if ood else None
+    outside = read_records(ood, skip, known=known, require_labels=False, kind=description.task.kind) if ood else None
     for source, side in ((data, records), (ood, outside)):
         with _named(source):
             if side is not None:

@@ -40,6 +40,7 @@ class ReadingOptions:
     answer_column: str | None = _column("`answer`")
     chosen_column: str | None = _column("`chosen`, the preferred of two responses")
     rejected_column: str | None = _column("`rejected`, the other one")
+    margin_column: str | None = _column("`margin`, by how much a response is better")
     responses_column: str | None = _column("`responses` to give rewards")
     prompt_column: str | None = _column("`prompt`")
     response_column: str | None = _column("`response`")
@@ -59,7 +60,7 @@ _FIELDS = {
     "text": ("text", "text_pair", "label", "labels", "value"),
     "choice": ("question", "choices", "answer"),
     "generation": ("prompt", "response", "messages"),
-    "preference": ("chosen", "rejected", "responses", "prompt"),
+    "preference": ("chosen", "rejected", "margin", "responses", "prompt"),
     "tokens": ("tokens", "tags"),
 }
 _DECIDING = ("text", "messages", "prompt", "question", "tokens")  # the fields by which a record's kind is known
@@ -180,12 +181,13 @@ def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
     if "label" in record:
         record["label"] = _label(record["label"])
     if record.get("labels") is not None:
-        record["labels"] = _labels(record["labels"])
+        record["labels"] = label_list(record["labels"])
     if isinstance(record.get("tags"), list | tuple):
         record["tags"] = [_label(tag) for tag in record["tags"]]
-    if (value := record.get("value")) is not None and not isinstance(value, bool | int | float):
-        with suppress(ValueError, TypeError):  # what isn't a number is reported with its value
-            record["value"] = float(value)
+    for name in ("value", "margin"):
+        if (value := record.get(name)) is not None and not isinstance(value, bool | int | float):
+            with suppress(ValueError, TypeError):  # what isn't a number is reported with its value
+                record[name] = float(value)
     if "id" in record:
         record["id"] = _json_value(record["id"])
     return record
@@ -198,7 +200,7 @@ def _label(value: Any) -> Any:
     return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
-def _labels(value: Any) -> Any:
+def label_list(value: Any) -> Any:
     """Labels as a list: of JSON, or of a text in which ``|``, ``;`` or else a comma stands between them."""
     if isinstance(value, str):
         with suppress(ValueError, RecursionError):
@@ -300,7 +302,8 @@ def _is_missing(name: str, value: Any) -> bool:
 
     An empty cell of labels is none of them.
     """
-    return value is None or (name in ANSWERS and name != "labels" and (value == "" or value != value))
+    of_answers = name == "margin" or (name in ANSWERS and name != "labels")
+    return value is None or (of_answers and (value == "" or value != value))
 
 
 def _named_choices(record: Record) -> tuple[Record, list[str]]:

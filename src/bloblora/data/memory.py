@@ -12,7 +12,9 @@ IN_MEMORY = "in memory"
 """What a run's files say of records that came from no file."""
 
 
-def as_records(source: Any, *, texts_are: str = "text", require_labels: bool = False) -> list[Record]:
+def as_records(
+    source: Any, *, texts_are: str = "text", require_labels: bool = False, kind: str | None = None
+) -> list[Record]:
     """Records of whatever holds them.
 
     Args:
@@ -21,6 +23,7 @@ def as_records(source: Any, *, texts_are: str = "text", require_labels: bool = F
             or text.
         texts_are: the field that a text alone stands for: ``text``, or ``prompt`` where the model writes.
         require_labels: whether each record must have its label or answer.
+        kind: of the records, as of `Reader`.
 
     Returns:
         The records, with extra fields as they are. As in tables on the disk, numbers as labels become texts, labels
@@ -30,14 +33,14 @@ def as_records(source: Any, *, texts_are: str = "text", require_labels: bool = F
         DataError: lists every problem with rows, field and value; or ``source`` is nothing that holds records.
     """
     rows = [*_rows(source)]
-    return [*_Held(rows, texts_are, require_labels)] if rows else []
+    return [*_Held(rows, texts_are, require_labels, kind)] if rows else []
 
 
 class _Held(Reader):
     """The records of rows in memory, of which there is at least one."""
 
-    def __init__(self, rows: Sequence[Any], texts_are: str, require_labels: bool) -> None:
-        super().__init__("the records", require_labels=require_labels)
+    def __init__(self, rows: Sequence[Any], texts_are: str, require_labels: bool, kind: str | None) -> None:
+        super().__init__("the records", require_labels=require_labels, kind=kind)
         self._given, self._texts_are = rows, texts_are
 
     def _rows(self) -> Iterator[tuple[Place, Row]]:

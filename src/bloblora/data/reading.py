@@ -8,8 +8,19 @@ from itertools import islice
 from pathlib import Path
 
 from ..messages import quoted
-from .columns import ReadingOptions, find_columns, missing_hint, said_of, to_record
-from .records import DataError, Place, Problems, Record, first_field, record_kind, record_problems
+from .columns import ReadingOptions, find_columns, missing_hint, obvious_kind, said_of, to_record
+from .records import (
+    KINDS,
+    DataError,
+    Place,
+    Problems,
+    Record,
+    first_field,
+    of_kind,
+    other_kinds,
+    record_kind,
+    record_problems,
+)
 from .sources import Row, Say, rows_of
 
 _log = logging.getLogger("bloblora")
@@ -29,6 +40,7 @@ class Reader:
         known: columns by field, used where they are there: those of the run.
         require_labels: whether each record must have its label or answer.
         silent: log nothing.
+        kind: of the records, one of `KINDS`; fields of other kinds are left out. Default: what their fields say.
 
     Attributes:
         columns: the column of each field that isn't called as its field; known once the first row was read.
@@ -45,8 +57,10 @@ class Reader:
         known: Mapping[str, str] | None = None,
         require_labels: bool = True,
         silent: bool = False,
+        kind: str | None = None,
     ) -> None:
         self.source, self.options, self.known = str(source), options, known or {}
+        self.kind = kind
         self.require_labels = require_labels
         self.columns: dict[str, str] = {}
         self._say: Say = (lambda text: None) if silent else _log.info
@@ -81,6 +95,7 @@ class Reader:
             if isinstance(row, str):
                 yield place, {}, [row]
                 continue
+            row = self._of_kind(row)
             if not resolved:
                 self._find_columns(row)
                 resolved = True
@@ -108,12 +123,24 @@ class Reader:
     def _rows(self) -> Iterator[tuple[Place, Row]]:
         return rows_of(self.source, self._say)
 
+    def _of_kind(self, row: Record) -> Record:
+        """The row without fields of other kinds than are asked for, where it is then of this kind."""
+        if self.kind is None:
+            return row
+        columns = {*self.options.columns().values(), *self.known.values()}
+        rest = of_kind(row, self.kind) | {name: row[name] for name in row if name in columns}
+        return rest if obvious_kind([*map(str, rest)]) == self.kind else row
+
     def _find_columns(self, row: Record) -> None:
         given = self.options.columns()
         self._present = [str(column) for column in row]
         self.columns = find_columns(self._name, self._present, given, self.known)
         if text := said_of(self.columns, given, self.known):
             self._say(f"{self._name}: {text}")
+        kind = record_kind(to_record(row, self.columns))
+        if self.kind is None and kind and (others := other_kinds(row, kind)):
+            also = " and ".join(KINDS[other] for other in others)
+            self._say(f"{self._name}: read as records with {KINDS[kind]}; it also has {also} (--task to read them)")
 
     def _hint(self, problem: str) -> str:
         """What to do about a field that is missing because no column holds it."""
@@ -130,6 +157,7 @@ def read_records(
     *,
     known: Mapping[str, str] | None = None,
     require_labels: bool = True,
+    kind: str | None = None,
 ) -> list[Record]:
     """Read and check labelled records, given as for `Reader`.
 
@@ -142,7 +170,7 @@ def read_records(
     Raises:
         DataError: lists every problem with file, line, field and value.
     """
-    return [*Reader(source, options, known=known, require_labels=require_labels)]
+    return [*Reader(source, options, known=known, require_labels=require_labels, kind=kind)]
 
 
 def read_batches(
@@ -152,6 +180,7 @@ def read_batches(
     *,
     known: Mapping[str, str] | None = None,
     require_labels: bool = True,
+    kind: str | None = None,
 ) -> Iterator[list[Record]]:
     """The records of `read_records`, ``size`` at a time.
 
@@ -164,9 +193,9 @@ def read_batches(
     """
     stream = str(source) == "-"
     if not stream:
-        for _ in Reader(source, options, known=known, require_labels=require_labels):
+        for _ in Reader(source, options, known=known, require_labels=require_labels, kind=kind):
             pass
-    reader = Reader(source, options, known=known, require_labels=require_labels, silent=not stream)
+    reader = Reader(source, options, known=known, require_labels=require_labels, silent=not stream, kind=kind)
     rows = reader.checked()
     while batch := [*islice(rows, size)]:
         problems = Problems()

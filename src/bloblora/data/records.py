@@ -4,7 +4,7 @@ A record is a plain dict: ``{"text", "label"}`` for classification, ``{"text", "
 ``{"text", "value"}`` for regression, each with ``text_pair`` where two texts belong together,
 ``{"tokens", "tags"}``, two lists of equal length, for the classification of tokens,
 ``{"question", "choices", "answer"}`` for multiple choice with ``answer`` the index of the right choice,
-``{"chosen", "rejected"}`` or ``{"responses"}``, with ``prompt`` where there is one, for preferences,
+``{"chosen", "rejected"}``, with ``margin``, or ``{"responses"}``, with ``prompt`` where there is one, for preferences,
 ``{"prompt", "response"}`` or ``{"messages"}`` for open text, with messages ``{"role", "content"}`` of which the last is
 the assistant's. For prediction the answer, or the last message, may be missing.
 """
@@ -42,6 +42,14 @@ _KIND_OF = {
     "question": "choice",
     "tokens": "tokens",
 }
+_SHARED = {"preference": ("prompt",)}
+_WHOLE: dict[str, list[set[str]]] = {
+    "text": [{"text"}],
+    "preference": [{"chosen", "rejected"}, {"responses"}],
+    "generation": [{"messages"}, {"prompt", "response"}],
+    "choice": [{"question", "choices"}],
+    "tokens": [{"tokens"}],
+}
 _FORMS = (
     "'text' (and 'label', 'labels' or 'value'), 'tokens' (and 'tags'), 'question' and 'choices' (and 'answer'), "
     "'chosen' and 'rejected' (and 'prompt'), 'prompt' (and 'response'), or 'messages'"
@@ -53,6 +61,7 @@ _VALUE = re.compile(
     r"(field '\w+'(?:, item \d+)?: )(?!missing)(.+?)( must be | is not an index | has half a ).*", re.DOTALL
 )
 _MISSING = "field '{}': missing; each {} record needs one"
+_LEAVE_OUT = "leave the record out, as --skip-invalid does"
 _ROWS_AT_A_TIME = 1000
 _LARGEST = 1e30  # of a value: its square is a float64, and no float32 is made of it before it is standardized
 
@@ -103,8 +112,27 @@ class _Found:
 
 
 def record_kind(record: Mapping[str, Any]) -> str | None:
-    """One of `KINDS`, by the record's fields; None for a record of none."""
-    return next((kind for field, kind in _KIND_OF.items() if field in record), None)
+    """One of `KINDS`, by the record's fields; None for a record of none.
+
+    A prompt with its response, or messages, are open text, whatever else is called `responses` or `chosen`; but
+    messages beside both `chosen` and `rejected` are a preference, as some data sets have them.
+    """
+    kind = next((kind for field, kind in _KIND_OF.items() if field in record), None)
+    pair = "chosen" in record and "rejected" in record
+    written = {"prompt", "response"} <= record.keys() or ("messages" in record and not pair)
+    return "generation" if kind == "preference" and written else kind
+
+
+def other_kinds(record: Mapping[str, Any], kind: str | None) -> list[str]:
+    """Kinds of which the record has all fields too."""
+    return [other for other, ways in _WHOLE.items() if other != kind and any(way <= record.keys() for way in ways)]
+
+
+def of_kind(record: Mapping[str, Any], kind: str) -> Record:
+    """The record without the fields by which other kinds are known."""
+    fields = _KIND_OF | {"response": "generation"}
+    others = {name for name, other in fields.items() if other != kind}
+    return {name: value for name, value in record.items() if name not in others or name in _SHARED.get(kind, ())}
 
 
 def kind_of(records: Iterable[Mapping[str, Any]]) -> str:
@@ -230,8 +258,11 @@ def _value_problems(record: Mapping[str, Any], required: bool) -> list[str]:
     value = record["value"]
     if value is None:
         return [_MISSING.format("value", "training or evaluation")] if required else []
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
-    return [] if number else [f"field 'value': {quoted(value)} must be a finite number, such as 3.5"]
+    return [] if _is_number(value) else [f"field 'value': {quoted(value)} must be a finite number, such as 3.5"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _preference_problems(record: Mapping[str, Any], required: bool) -> list[str]:
@@ -249,13 +280,27 @@ def _preference_problems(record: Mapping[str, Any], required: bool) -> list[str]
     if "chosen" in record:
         wrong = [p for name in ("chosen", "rejected") for p in problems(record.get(name), f"field {name!r}")]
         if not wrong and record["chosen"] == record["rejected"]:
-            wrong = ["field 'rejected': the same as 'chosen'; leave the record out"]
-        return prompt + wrong
+            wrong = [f"field 'rejected': the same as 'chosen'; {_LEAVE_OUT}"]
+        margin = record.get("margin")
+        if margin is not None and not (_is_number(margin) and margin >= 0):
+            wrong += [f"field 'margin': {quoted(margin)} must be a finite number of at least 0"]
+        return prompt + wrong + (_tie_problems(record) if required else [])
     if required:
         return [*prompt, _MISSING.format("chosen", "training or evaluation")]
     if not isinstance(responses := record["responses"], list | tuple) or not responses:
         return [*prompt, f"field 'responses': {quoted(responses)} must be a list of at least one text"]
     return prompt + [p for i, one in enumerate(responses) for p in problems(one, f"field 'responses', item {i}")]
+
+
+def _tie_problems(record: Mapping[str, Any]) -> list[str]:
+    """Of a pair of which nothing says that the chosen one is better: by a column, or scores that are equal."""
+    if str(record.get("tie")).casefold() in ("true", "1"):
+        return [f"field 'tie': {quoted(record['tie'])} must be false: in a tie none is preferred; {_LEAVE_OUT}"]
+    scores = [record.get(f"score_{name}") for name in ("chosen", "rejected")]
+    if scores[0] is None or scores[0] != scores[1]:
+        return []
+    other = "must be another number than 'score_rejected': in a tie none is preferred"
+    return [f"field 'score_chosen': {quoted(scores[0])} {other}; {_LEAVE_OUT}"]
 
 
 def _message_problems(messages: Any, required: bool, where: str = "field 'messages'") -> list[str]:

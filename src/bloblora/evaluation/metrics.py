@@ -229,7 +229,7 @@ def _nll(prediction: Prediction, targets: Tensor) -> Tensor:
     if isinstance(prediction, ValuePrediction):
         return -prediction.log_prob(checked_values(prediction, targets))
     if isinstance(prediction, TagsPrediction):
-        return -prediction.likelihood.averaged(prediction.logits.double(), checked_tags(prediction, targets))
+        return -prediction.token_log_probs(checked_tags(prediction, targets)).sum(-1)
     if isinstance(prediction, MultiLabelPrediction):
         return -prediction.likelihood.averaged(prediction.logits.double(), checked_labels(prediction, targets))
     log_probabilities, targets = checked(prediction, targets)
@@ -273,7 +273,7 @@ def _gap(probabilities: Tensor, happened: Tensor, num_bins: int) -> float:
 def _tokens(prediction: TagsPrediction, targets: Tensor, num_bins: int) -> dict[str, float]:
     there = (targets := checked_tags(prediction, targets)) != NO_TAG
     probabilities, right = prediction.probabilities[there].double(), targets[there]
-    nll = -prediction.likelihood.averaged(prediction.logits.double(), targets).sum() / len(right)
+    nll = -prediction.token_log_probs(targets).sum() / len(right)
     accuracy = (prediction.labels[there] == right).double().mean()
     probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     return {

@@ -43,7 +43,6 @@ from ..tasks.likelihood import likelihood_of
 from ..training import check_positive
 from .method import Method, Training, read_state, write_state
 
-_LABEL_DRAWS = 8
 _LONGEST_SIDE = 16_384  # a factor of 1 GB
 _LOG_PRECISIONS = (-10.0, 10.0)  # what the published code's 100 steps of 0.1 reach
 _HOLDOUT_SAMPLES, _HOLDOUT_ERROR = 10, 0.3  # of log δ: some nine predictions
@@ -280,8 +279,7 @@ def kronecker_factors(model: Any, layers: Mapping[str, nn.Linear], training: Tra
         for (_, a_factor), x, slope in zip(factors, inputs, slopes, strict=True):
             x = mean_where_read(x, slope)
             a_factor += (x.T @ x).to(a_factor) / len(examples)
-        cotangents = _of_labels if likelihood.name == "bernoulli" else _cotangents
-        for cotangent in cotangents(logits.detach(), generator):
+        for cotangent in likelihood.fisher_root(logits.detach(), generator):
             gradients = torch.autograd.grad(logits, outputs, cotangent, retain_graph=True)
             for (g_factor, _), gradient in zip(factors, gradients, strict=True):
                 g = gradient.reshape(len(gradient), -1, gradient.shape[-1]).sum(1)
@@ -299,24 +297,3 @@ def _recorded(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, tuple[Tenso
 
     with hooked([(layer.register_forward_hook, partial(record, name)) for name, layer in layers.items()]):
         yield calls
-
-
-def _of_labels(logits: Tensor, _: torch.Generator) -> Tensor:
-    """The same of several labels at once, (L, b, L): √(p(1 - p)) of each, whose Fisher is diag(p(1 - p))."""
-    p = logits.sigmoid()
-    return torch.diag_embed((p * (1 - p)).sqrt()).transpose(0, 1)
-
-
-def _cotangents(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """√w (e_y − p), (K, b, C): the sum of their outer products is diag(p) − ppᵀ, the Fisher of the logits.
-
-    y is every label with w = p_y, or where there are more than K, K labels from p with w = 1/K, and then the mean is.
-    """
-    p = logits.softmax(-1).cpu()
-    if p.shape[1] <= _LABEL_DRAWS:
-        labels, weights = torch.arange(p.shape[1]).expand_as(p), p
-    else:
-        labels = p.multinomial(_LABEL_DRAWS, replacement=True, generator=generator)
-        weights = torch.full(labels.shape, 1 / _LABEL_DRAWS)
-    residuals = F.one_hot(labels, p.shape[1]) - p.unsqueeze(1)
-    return (weights.sqrt().unsqueeze(-1) * residuals).transpose(0, 1).to(logits)

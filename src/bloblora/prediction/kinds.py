@@ -377,6 +377,10 @@ class TagsPrediction(AveragedPrediction):
         """Each token's most probable tag, (n, T)."""
         return self.probabilities.argmax(-1).where(self.tokens, NO_TAG)
 
+    def token_log_probs(self, tags: Tensor) -> Tensor:
+        """Log-probability of each token's tag, (n, T), of indices; each token counts 1, whatever its class weight."""
+        return self.likelihood.token_log_probs(self.likelihood.merged(self.logits.double()), tags)
+
     @property
     def token_confidence(self) -> Tensor:
         """Probability of that tag, (n, T)."""

@@ -74,6 +74,18 @@ def check_targets(config: RunConfig, task: tasks.Task, trust_remote_code: bool =
         raise RunError(f"target_modules: the model has no layer {', '.join(unknown)}; its layers: {', '.join(last)}")
 
 
+def check_head(config: RunConfig, task: tasks.Task, trust_remote_code: bool = False) -> None:
+    """Raise a RunError for a model that has its head elsewhere than where the task reads it; loads no weights."""
+    if task.head_module is None:
+        return
+    layers = models.layer_names(config.model, **head_of(task), trust_remote_code=trust_remote_code)
+    if task.head_module not in layers:
+        raise RunError(
+            f"model {quoted(config.model)}: task {task.name!r} doesn't take it, as it has no head named "
+            f"{task.head_module!r}: {task.needs}"
+        )
+
+
 def check_validation(
     config: RunConfig, training: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]], *, few: bool = False
 ) -> None:
@@ -89,11 +101,13 @@ def check_validation(
     here, there = kind_of(validation), kind_of(training)
     if here != there:
         raise RunError(f"{source}: must have records with {KINDS[there]}, as the training data, not {KINDS[here]}")
-    named = tasks.TASKS[task_name(config, training)].answer == "label"
-    known = {record.get("label") for record in training if named}.union(config.task.get("labels") or ())
-    if named and (unknown := sorted({str(r["label"]) for r in validation if r.get("label") not in known})):
+    task = tasks.TASKS[task_name(config, training)]
+    known, asked = ({label for record in side for label in task.labels_of(record)} for side in (training, validation))
+    if unknown := sorted(asked.difference(known, config.task.get("labels") or ())):
         names = ", ".join(map(quoted, unknown[:10])) + (", …" if len(unknown) > 10 else "")
-        raise RunError(f"{source}: field 'label': {names} not among the training records' labels; add such records")
+        raise RunError(
+            f"{source}: field {task.answer!r}: {names} not among the training records' labels; add such records"
+        )
     counts = Counter(json.dumps(record, sort_keys=True) for record in validation)
     seen = {text for record in training if (text := json.dumps(record, sort_keys=True)) in counts}
     if copies := sum(counts[text] for text in seen):
@@ -121,7 +135,8 @@ def check_rescaling(
     if folds is not None and len(records) < folds:
         raise RunError(f"{option}: must be at most the number of records, {len(records)}")
     if folds is not None:
-        counts = Counter(record["label"] for record in records if "label" in record)
+        labels_of = tasks.TASKS[task_name(config, records)].labels_of
+        counts = Counter(label for record in records for label in {*labels_of(record)})
         if single := sorted(label for label, count in counts.items() if count == 1):
             warnings.warn(
                 f"{option}: labels with one record are unknown to the training without it, and raise the temperature: "
@@ -145,11 +160,11 @@ def check_kind(task: tasks.Task, records: Sequence[dict[str, Any]]) -> None:
         raise RunError(f"the run's task is {task.name}, which needs records with {KINDS[wanted]}, not {KINDS[kind]}")
 
 
-def check_generates(task: tasks.Task, records: Sequence[dict[str, Any]]) -> None:
-    """Raise a RunError when a run writes no text, or records have no prompt."""
+def check_generates(task: tasks.Task, records: Sequence[dict[str, Any]] | None = None) -> None:
+    """Raise a RunError when a run writes no text, or records that are given have no prompt."""
     if task.kind != "generation":
         raise RunError(f"the run's task is {task.name}, which writes no text; train one with --task generation")
-    if (kind := kind_of(records)) != "generation":
+    if records is not None and (kind := kind_of(records)) != "generation":
         raise RunError(
             f"the run's task is generation, which needs records with {KINDS['generation']}, not {KINDS[kind]}"
         )

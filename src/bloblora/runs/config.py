@@ -196,7 +196,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in _SOURCES:
             if not isinstance(source := getattr(self, name), str | int | float | None):
-                setattr(self, name, as_records(source, require_labels=True))
+                setattr(self, name, as_records(source, require_labels=True, kind=self.record_kind))
         if isinstance(self.model, str):
             self.model = models.located(self.model)
         if isinstance(targets := self.lora.get("target_modules"), str) and re.fullmatch(_LAYERS, targets):
@@ -269,6 +269,11 @@ class RunConfig:
     def validation_data(self) -> str | list[dict[str, Any]] | None:
         """The validation records that aren't a share of the training records: a file, NAME:split, or in memory."""
         return self.validation if isinstance(self.validation, str | list) and self.validation != "auto" else None
+
+    @property
+    def record_kind(self) -> str | None:
+        """What records a task that is given reads; None where they decide."""
+        return tasks.TASKS[name].kind if (name := self.task.get("name", "auto")) in tasks.TASKS else None
 
     def value(self, name: str) -> Any:
         """An option of LoRA or the Trainer, given or by default."""
@@ -531,11 +536,12 @@ def _places(method: str, task: str) -> dict[str, str]:
 def unknown_option(name: str, known: Collection[str], method: str, where: str = "") -> str:
     """What to say of an option that a run with this method doesn't have: which one is meant, or whose it is."""
     close = difflib.get_close_matches(name, known, 1)
-    owners = [other for other, kind in METHODS.items() if name in kind.options()]
+    if owners := [other for other, kind in METHODS.items() if name in kind.options()]:
+        return f"{where}method {quoted(method)} has no option {quoted(name)}; it is of {', '.join(owners)}"
+    if owners := tasks.tasks_with(name):
+        return f"{where}the run's task has no option {quoted(name)}; it is of {', '.join(owners)}"
     if close:
         return f"{where}unknown option {quoted(name)}; did you mean {close[0]!r}?"
-    if owners:
-        return f"{where}method {quoted(method)} has no option {quoted(name)}; it is of {', '.join(owners)}"
     return f"{where}unknown option {quoted(name)}"
 
 

@@ -86,8 +86,9 @@ def calibrate(
         ValueError: a promise is out of its range.
     """
     check_place(description)
-    records = as_records(records, require_labels=True)
-    outside = None if outside is None else as_records(outside)
+    kind = description.task.kind
+    records = as_records(records, require_labels=True, kind=kind)
+    outside = None if outside is None else as_records(outside, kind=kind)
     for side in (records, outside):
         if side is not None:
             check_kind(description.task, side)

@@ -50,7 +50,7 @@ def evaluate(
         RunError: records of the other kind, a label that the run doesn't know, or ``predictions`` of something else.
         DataError: records that can't be used.
     """
-    records = as_records(records, require_labels=True)
+    records = as_records(records, require_labels=True, kind=run.task.kind)
     check_kind(run.task, records)
     targets = targets_of(run.task, records)
     if outside is not None:

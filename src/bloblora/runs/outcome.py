@@ -77,7 +77,7 @@ def held_out_metrics(run: Run, training: Training) -> tuple[dict[str, Any], list
         values = metrics(prediction, targets)
         by_samples[str(n)] = {name: values[name] for name in SHOWN if name in values}
     nlls = [example_scores(prediction, targets)["nll"] for prediction in found.values()]
-    problems = [*_guessing(run.task, training, found[counts[-1]], labels, nlls[-1]), *_harm(*nlls)]
+    problems = [*_guessing(run.task, training, found[counts[-1]], labels), *_harm(*nlls)]
     return {"num_examples": len(targets), "by_num_samples": by_samples}, problems
 
 
@@ -105,18 +105,16 @@ def _chosen_by(row: dict[str, Any]) -> float:
     return row.get(TEMPERED_NLL, row["nll"])
 
 
-def _guessing(
-    task: Task, training: Training, prediction: Prediction, labels: Sequence[Any], nll: Tensor
-) -> Iterator[str]:
+def _guessing(task: Task, training: Training, prediction: Prediction, labels: Sequence[Any]) -> Iterator[str]:
     """Whether the model is no better than one that looks at no input: the labels' shares, or any choice alike."""
-    nll = nll * task.likelihood.weight(task.likelihood.stacked(labels))
+    nll = -task.likelihood.averaged(prediction.draw_logits(), task.likelihood.stacked(labels)).mean()
     if task.head is not None:
         guess = task.likelihood.guess([example["label"] for example in training.examples], labels)
     else:
         guess = prediction.log_probabilities.isfinite().sum(-1).double().log().mean().item()
-    if nll.mean() >= guess:
+    if nll >= guess:
         yield (
-            f"the model has learned nothing that helps: the NLL of held-out records is {nll.mean():.3f}, and "
+            f"the model has learned nothing that helps: the NLL of held-out records is {nll:.3f}, and "
             f"{guess:.3f} without looking at the input. Train longer (steps), try another learning_rate, or give "
             "more records"
         )

@@ -1,5 +1,7 @@
 """Predictions in files: kept while they are made, and read again, whichever program made them."""
 
+from __future__ import annotations
+
 import csv
 import json
 import math
@@ -14,19 +16,21 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import tasks
 from ..data import DataError
+from ..data.columns import label_list
 from ..decision import Decision
 from ..files import json_sha256, parse_json, read_json
 from ..messages import quoted
-from ..prediction import Prediction, RewardPrediction
+from ..prediction import MultiLabelPrediction, Prediction, RewardPrediction, ValuePrediction
 from ..prediction.kinds import OtherPrediction, prediction_of
 from ..prediction.prediction import check_finite
+from ..tasks import Bernoulli
 from .config import RunError
 from .folder import RunDescription, records_sha256
 from .lines import columns_of, lines_of, repeated
 from .processes import append_lines
 from .run import PredictionOptions
 
-_NOT_PROBABILITIES = ("target", "id", "text", "text_pair", "question", "label")
+_NOT_PROBABILITIES = ("target", "id", "text", "text_pair", "question", "label", "labels")
 _PREFIX = "probability_"
 
 
@@ -45,19 +49,18 @@ class Averages(Prediction):
     epistemic: Tensor
 
     @classmethod
-    def of(cls, rows: Iterable[Mapping[str, Any]], num_samples: int) -> "Averages":
+    def of(cls, rows: Iterable[Mapping[str, Any]], num_samples: int) -> Averages:
         """The one whose lines these are; each has ``log_probabilities``."""
-        log_probs, draws, aleatoric, epistemic = [], [], [], []
+        rows, log_probs, aleatoric, epistemic = [*rows], [], [], []
         for row in rows:
             log_probs.append(torch.tensor(row["log_probabilities"]))
-            draws.append(row.get("num_draws", max(1, num_samples)))
             aleatoric.append(row.get("expected_entropy", math.nan))
             epistemic.append(row.get("mutual_information", math.nan))
         padded = pad_sequence(log_probs, batch_first=True, padding_value=-math.inf)
         return cls(
             check_finite(padded)[None],
             num_samples,
-            torch.tensor(draws),
+            _draws(rows, num_samples),
             torch.tensor(aleatoric),
             torch.tensor(epistemic),
         )
@@ -81,6 +84,46 @@ class Averages(Prediction):
     def mutual_information(self) -> Tensor:
         """Epistemic uncertainty, nats, (n,); NaN where it is not known."""
         return self.epistemic
+
+
+class ValueAverages(ValuePrediction):
+    """Values of which mean and standard deviation were kept, (n,) each, and the epistemic one; NaN where unknown."""
+
+    __init__ = object.__init__
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]], num_samples: int) -> ValueAverages:
+        """The one whose lines these are."""
+        numbers = {name: [row.get(name, math.nan) for row in rows] for name in ("value", "std", "epistemic_std")}
+        kept = {name: torch.tensor(values, dtype=torch.float64) for name, values in numbers.items()}
+        found = cls()
+        found.__dict__ |= {"num_samples": num_samples, "kept": kept, "draws": _draws(rows, num_samples)}
+        return found
+
+    num_draws = property(lambda self: self.draws)
+    mean = property(lambda self: self.kept["value"])
+    std = property(lambda self: self.kept["std"])
+    epistemic_std = property(lambda self: self.kept["epistemic_std"])
+
+
+class LabelAverages(MultiLabelPrediction):
+    """Several labels at once of which the probabilities were kept, and the mutual information; NaN where unknown."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]], num_samples: int) -> LabelAverages:
+        """The one whose lines these are; each has ``probabilities`` as a list."""
+        probabilities = torch.tensor([row["probabilities"] for row in rows], dtype=torch.float64)
+        found = cls(probabilities.logit()[None], num_samples, Bernoulli())
+        epistemic = torch.tensor([row.get("mutual_information", math.nan) for row in rows])
+        found.__dict__ |= {"draws": _draws(rows, num_samples), "epistemic": epistemic}
+        return found
+
+    num_draws = property(lambda self: self.draws)
+    mutual_information = property(lambda self: self.epistemic)
+
+
+def _draws(rows: Iterable[Mapping[str, Any]], num_samples: int) -> Tensor:
+    return torch.tensor([row.get("num_draws", max(1, num_samples)) for row in rows])
 
 
 def state_of(description: RunDescription) -> dict[str, Any]:
@@ -171,50 +214,59 @@ def read_predictions(
     *,
     targets: Sequence[Any] | None = None,
     labelled: bool = True,
-) -> tuple[Averages, Tensor]:
-    """Probabilities and right labels of any model's predictions.
+) -> tuple[Prediction, Tensor]:
+    """Probabilities or values, and right answers, of any model's predictions.
 
     A line of a .jsonl file has ``probabilities``, by label or as a list, and ``target``, the right label or its index;
-    lines of `bloblora predict` need only that added. A .csv or .tsv file has a column ``target`` and one for each
-    label, called as the label is, or ``probability_LABEL`` where there are others.
+    of several labels at once ``probabilities`` by label and in ``target`` the list of the right ones; of a value
+    ``value``, its ``std``, and ``target``. Lines of `bloblora predict` need only the target added. A .csv or .tsv file
+    has the same in columns, with one for each label, called as the label is, or ``probability_LABEL`` where there are
+    others. Without a task, lines with a ``std`` are of values, and those with ``labels`` or a list as target are of
+    several labels.
 
     Args:
         file: of the predictions.
         task: of the run that made them, whose labels they must have.
         num_samples: N that they were made with.
-        targets: the right labels, where the file has none.
-        labelled: whether a line needs a right label; without, all columns are 0.
+        targets: the right answers, where the file has none.
+        labelled: whether a line needs a right answer; without, all are 0.
 
     Returns:
-        The prediction, and the right columns, (n,).
+        The prediction, and the right columns, (n,), or values, (n,), or whether there is each label, (n, L).
 
     Raises:
         DataError: lists the lines that can't be used.
-        RunError: the task predicts no labels or choices, or ``targets`` are more or fewer than the lines.
+        RunError: predictions of another kind, or ``targets`` are more or fewer than the lines.
     """
-    if task is not None and task.family.name != Prediction.kind:
-        raise RunError(f"predictions {quoted(str(file))}: only those of labels and choices are read; give --data")
-    rows, columns, problems = [], [], []
     numbered = list(_rows(file))
     if targets is not None and len(targets) != len(numbered):
         raise RunError(
             f"{file}: has {len(numbered)} predictions, and there are {len(targets)} labels; give those of it"
         )
-    for position, (place, row) in enumerate(numbered):
-        if targets is not None:
-            row = row | {"target": targets[position]}
+    if targets is not None:
+        numbered = [(place, row | {"target": right}) for (place, row), right in zip(numbered, targets, strict=True)]
+    if not numbered:
+        raise DataError([f"{file}: there are no predictions in it"])
+    kind, names = _kind(numbered[0][1]) if task is None else task.family.name, None if task is None else task.labels
+    if kind not in _FORMS:
+        only = "only those of labels, choices, several labels at once and values are read"
+        raise RunError(f"predictions {quoted(str(file))}: {only}; give --data")
+    form, rows, right, problems = _FORMS[kind], [], [], []
+    if names is None and kind == "bernoulli" and isinstance(given := numbered[0][1].get("probabilities"), dict):
+        names = tuple(given)
+    for place, row in numbered:
         if not labelled:
-            row = {**row, "target": 0, "question": ""}
+            row = {**row, "target": form.unknown, "question": ""}
         try:
-            read, column = _read_row(row, None if task is None else task.labels)
+            read, answer = form.read(row, names)
         except ValueError as error:
             problems.append(f"{place}: {error}")
             continue
         rows.append(read)
-        columns.append(column)
-    if problems or not rows:
-        raise DataError(problems or [f"{file}: there are no predictions in it"])
-    return Averages.of(rows, num_samples), torch.tensor(columns)
+        right.append(answer)
+    if problems:
+        raise DataError(problems)
+    return form.of(rows, num_samples), torch.tensor(right, dtype=form.dtype)
 
 
 def check_made_by(file: Path, description: RunDescription, options: PredictionOptions) -> None:
@@ -277,7 +329,6 @@ def _read_row(row: Mapping[str, Any], labels: Sequence[str] | None) -> tuple[dic
     log_probabilities = row.get("log_probabilities") or [math.log(p / total) if p else -math.inf for p in probabilities]
     there = [name for name in ("mutual_information", "expected_entropy") if row.get(name) not in (None, "")]
     scores = {name: _number(row[name], name) for name in there}
-    counts = {"num_draws": row["num_draws"]} if "num_draws" in row else {}
     target = row.get("target")
     if target in (None, ""):
         raise ValueError("field 'target': missing; it is the right label, or its index")
@@ -290,7 +341,47 @@ def _read_row(row: Mapping[str, Any], labels: Sequence[str] | None) -> tuple[dic
     else:
         wrong = f"field 'target': {quoted(target)}"
         raise ValueError(f"{wrong} is none of the {len(probabilities)} labels {', '.join(known)}")
-    return {"log_probabilities": log_probabilities, **scores, **counts}, column
+    return {"log_probabilities": log_probabilities, **scores, **_counted(row)}, column
+
+
+def _read_value(row: Mapping[str, Any], _: Sequence[str] | None) -> tuple[dict[str, Any], float]:
+    """What `ValueAverages` takes of a row, and the right value; a ValueError says which field is wrong."""
+    found = {name: _number(row.get(name), name) for name in ("value", "std")}
+    if found["std"] <= 0:
+        raise ValueError(f"field 'std': {quoted(row['std'])} must be above 0")
+    if row.get("epistemic_std") not in (None, ""):
+        found["epistemic_std"] = _number(row["epistemic_std"], "epistemic_std")
+    return found | _counted(row), _number(row.get("target"), "target")
+
+
+def _read_labels(row: Mapping[str, Any], names: Sequence[str] | None) -> tuple[dict[str, Any], list[int]]:
+    """What `LabelAverages` takes of a row, and whether there is each label; a ValueError says which field is wrong."""
+    given = row.get("probabilities")
+    if not isinstance(given, dict) or not given:
+        raise ValueError(f"field 'probabilities': {quoted(given)} must be numbers by label")
+    if names is None or {*given} != {*names}:
+        raise ValueError(f"field 'probabilities': of {', '.join(given)}; the labels are {', '.join(names or ())}")
+    found: dict[str, Any] = {"probabilities": [_number(given[name], "probabilities") for name in names]}
+    if not all(0 <= p <= 1 for p in found["probabilities"]):
+        raise ValueError(f"field 'probabilities': {quoted(given)} must be in [0, 1]")
+    if row.get("mutual_information") not in (None, ""):
+        found["mutual_information"] = _number(row["mutual_information"], "mutual_information")
+    right = label_list(row.get("target"))
+    if not isinstance(right, list) or {*map(str, right)}.difference(names):
+        wrong = "missing" if row.get("target") is None else quoted(row["target"])
+        raise ValueError(f"field 'target': {wrong}; it must be a list of labels among {', '.join(names)}")
+    return found | _counted(row), [int(name in right) for name in names]
+
+
+def _counted(row: Mapping[str, Any]) -> dict[str, int]:
+    return {"num_draws": int(row["num_draws"])} if row.get("num_draws") not in (None, "") else {}
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    """The likelihood that a row of any model's predictions is of."""
+    if "value" in row and "std" in row:
+        return "gaussian"
+    return "bernoulli" if "labels" in row or isinstance(row.get("target"), list) else Prediction.kind
 
 
 def _number(value: Any, name: str) -> float:
@@ -301,3 +392,20 @@ def _number(value: Any, name: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"field {name!r}: {quoted(value)} must be a number")
     return number
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How the lines of one kind of prediction are read, and what stands for an unknown answer."""
+
+    read: Callable[[Mapping[str, Any], Sequence[str] | None], tuple[dict[str, Any], Any]]
+    of: Callable[[Sequence[Mapping[str, Any]], int], Prediction]
+    unknown: Any
+    dtype: torch.dtype
+
+
+_FORMS = {
+    "categorical": _Form(_read_row, Averages.of, 0, torch.int64),
+    "gaussian": _Form(_read_value, ValueAverages.of, 0, torch.float64),
+    "bernoulli": _Form(_read_labels, LabelAverages.of, [], torch.int64),
+}

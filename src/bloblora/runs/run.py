@@ -123,7 +123,8 @@ class Run:
 
     def records(self, source: Any) -> list[dict[str, Any]]:
         """What `bloblora.data.as_records` makes of a source; a text alone is one to classify, or to answer."""
-        return as_records(source, texts_are="prompt" if self.task.kind == "generation" else "text")
+        kind = self.task.kind
+        return as_records(source, texts_are="prompt" if kind == "generation" else "text", kind=kind)
 
     def predict(
         self,

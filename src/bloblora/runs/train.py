@@ -33,6 +33,7 @@ from ..prediction.trunk_cache import IndexedExamples, cache_trunk
 from ..training import BlobTrainingArguments, last_checkpoint
 from .automatic import left_open, resolved
 from .checks import (
+    check_head,
     check_rescaling,
     check_sharded,
     check_start,
@@ -105,7 +106,7 @@ def train(
     with _elsewhere() if finished else _scratch(output) as scratch:
         stored = read_description(output, config, besides=left_open(config))
         source, options = config.data, config.reading_options()
-        reader = source if isinstance(source, list) else datasets_.Reader(source, options)
+        reader = source if isinstance(source, list) else datasets_.Reader(source, options, kind=config.record_kind)
         everything = _mapped(scratch / "records.arrow", partial(_read, reader))
         columns = {} if isinstance(reader, list) else reader.columns
         records = select_for(config, everything)
@@ -135,6 +136,7 @@ def train(
         description = replace(description, base=models.fingerprint(config.model))
         task_options = {name: value for name, value in config.task.items() if name != "name"}
         task = tasks.build_task(config.task["name"], records, tokenizer, **task_options)
+        check_head(config, task, trust_remote_code)
         check_targets(config, task, trust_remote_code)
         check_start(config, task)
         if method.holdout and not len(held_out) and not len(validation):
@@ -264,7 +266,11 @@ def _validation(config: RunConfig, scratch: Path, columns: dict[str, str]) -> An
         return []
     options = datasets_.ReadingOptions(skip_invalid=config.reading_options().skip_invalid)
     with _named(f"validation {quoted(config.source('validation'))}"):
-        reader = source if isinstance(source, list) else datasets_.Reader(source, options, known=columns)
+        reader = (
+            source
+            if isinstance(source, list)
+            else datasets_.Reader(source, options, known=columns, kind=config.record_kind)
+        )
         return _mapped(scratch / "validation_records.arrow", partial(_read, reader))
 
 

@@ -220,7 +220,7 @@ def check_data(job: Job, *others: Job) -> type[Task]:
         DataError: a file can't be used.
         RunError: its records are prompts, whose answers can't be scored as others are, or can't be the method's.
     """
-    records = read_records(job.config.source("data"), job.config.reading_options())
+    records = read_records(job.config.source("data"), job.config.reading_options(), kind=job.config.record_kind)
     task = TASKS[task_name(job.config, records)]
     if task.kind == "generation":
         raise runs.RunError(
@@ -306,7 +306,7 @@ def _read(source: str, config: runs.RunConfig, *, require_labels: bool = True) -
     """Records beside the training records, whose columns are used where they are there."""
     given = config.reading_options()
     options = ReadingOptions(skip_invalid=given.skip_invalid)
-    return read_records(source, options, known=given.columns(), require_labels=require_labels)
+    return read_records(source, options, known=given.columns(), require_labels=require_labels, kind=config.record_kind)
 
 
 def _described(job: Job) -> dict[str, Any]:

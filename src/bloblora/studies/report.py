@@ -382,7 +382,8 @@ def _setting(results: Sequence[Result]) -> Iterator[str]:
         for m in (result.machine for result in results)
     )
     yield f"\n## Setting\n\n- {len(results)} runs on {'; '.join(machines)}; all numbers are in {METRICS_FILE}."
-    yield f"- {_CALIBRATION}"
+    if any("ece_floor" in found for result in results for found in result.metrics["test"].values()):
+        yield f"- {_CALIBRATION}"
     if not all(result.scores for result in results):
         yield (
             f"- Of some runs only {METRICS_FILE} is there. Intervals and reliability need their scores per example, "

@@ -90,7 +90,9 @@ def tune(
     baseline = _job(study, dataset, study.baseline, seed, output, data)
     ranges = _ranges(template, ranges)
     if (task := jobs.check_data(template)).family.name not in CLASSES and aim == "ece":
-        raise RunError(f"aim 'ece' is for classes that exclude each other; task {task.name!r} has none: take 'nll'")
+        raise RunError(
+            f"aim 'ece' is for answers that are one label or choice; those of task {task.name!r} aren't: take 'nll'"
+        )
     with alone(output, inside=True):
         least = _metrics(baseline, output)["accuracy"] - within if aim == "ece" else -math.inf
 

@@ -8,7 +8,7 @@ from .likelihood import CATEGORICAL, Bernoulli, BradleyTerry, Categorical, Gauss
 from .multi_label import MultiLabel
 from .regression import Regression
 from .reward import Reward
-from .task import TASKS, Task, TaskError, build_task, encode_all, encode_each, guess_task, task_from_dict
+from .task import TASKS, Task, TaskError, build_task, encode_all, encode_each, guess_task, task_from_dict, tasks_with
 from .token_classification import TokenClassification
 
 __all__ = [
@@ -37,4 +37,5 @@ __all__ = [
     "guess_task",
     "label_logits",
     "task_from_dict",
+    "tasks_with",
 ]

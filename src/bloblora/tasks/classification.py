@@ -19,32 +19,30 @@ _WHOLE = re.compile("[+-]?[0-9]{1,18}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(TextHead):
-    """A text's label.
+class OneOfLabels(Task):
+    """A task whose answers are of a fixed set of labels that exclude each other: one a record, or one a token.
 
     Args:
-        labels: names of the logits' columns, in order.
+        labels: their names, in the order of the head's outputs.
+        class_weights: how much each counts in training.
     """
 
     labels: tuple[str, ...] = field(  # type: ignore[misc]  # the base class has None: no fixed columns
         default=(),
         metadata={
-            "help": "The outputs of the model's head, in order; default: the labels of the data, sorted, as numbers "
-            "where all are whole numbers. "
-            "For a head that exists already, and for a label that the data lack."
+            "help": "The outputs of the model's head, in order; default: the labels or tags of the data, sorted, as "
+            "numbers where all are whole numbers. For a head that exists already, and for a label that the data lack."
         },
     )
 
     class_weights: tuple[float, ...] | str = field(
         default="none",
         metadata={
-            "help": "How much a training record counts, by its label: `none`, each 1; `balanced`, in inverse "
-            "proportion to the label's share, 1 on average; or a number for each of `labels`. Probabilities are then "
-            "those of the weighted population, in which balanced labels are equally frequent."
+            "help": "How much a training record counts, by its label, or a word, by its tag: `none`, each 1; "
+            "`balanced`, in inverse proportion to the label's share, 1 on average; or a number for each of `labels`. "
+            "Probabilities are then those of the weighted population, in which balanced labels are equally frequent."
         },
     )
-
-    name: ClassVar[str] = "classification"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,12 +56,11 @@ class Classification(TextHead):
     @classmethod
     def build(cls, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Task:
         """The task with the records' labels, sorted, unless `labels` is given."""
-        found = {record["label"] for record in records if record.get("label") is not None}
-        options.setdefault("labels", sorted_labels(map(str, found)))
+        counts = Counter(label for record in records for label in cls.labels_of(record))
+        options.setdefault("labels", sorted_labels(counts))
         if options.get("class_weights") == "balanced":
-            counts = Counter(record["label"] for record in records)
-            shares = [max(1, counts[label]) * len(options["labels"]) / len(records) for label in options["labels"]]
-            options["class_weights"] = tuple(1 / share for share in shares)
+            even = counts.total() / len(options["labels"])
+            options["class_weights"] = tuple(even / max(1, counts[label]) for label in options["labels"])
         return super().build(records, tokenizer, **options)
 
     @classmethod
@@ -72,18 +69,34 @@ class Classification(TextHead):
         if (weights := options.get("class_weights", "none")) != "balanced":
             _check_weights(weights, None)
         super().check(records, **options)
-        found, given = {record["label"] for record in records}, options.get("labels")
+        found, given = {label for record in records for label in cls.labels_of(record)}, options.get("labels")
         if given is not None and not 2 <= len(given) == len(set(given)):
             raise TaskError(f"labels must be at least 2, all different, got {given}")
         if unknown := sorted(found.difference(given or found)):
-            raise TaskError(f"field 'label': {', '.join(unknown)} not among labels; add them to it")
+            raise TaskError(f"field {cls.answer!r}: {', '.join(unknown)} not among labels; add them to it")
         if len(found) < 2 and given is None:
-            raise TaskError(f"field 'label': all are {quoted(found.pop())}; there must be at least 2 labels")
+            raise TaskError(f"field {cls.answer!r}: all are {quoted(found.pop())}; there must be at least 2 labels")
+
+    @property
+    def _weights(self) -> tuple[float, ...]:
+        return () if isinstance(self.class_weights, str) else self.class_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(OneOfLabels, TextHead):
+    """A text's label."""
+
+    name: ClassVar[str] = "classification"
+
+    @classmethod
+    def labels_of(cls, record: Record) -> Sequence[str]:
+        """The label."""
+        return [] if record.get("label") is None else [record["label"]]
 
     @property
     def likelihood(self) -> Categorical:
         """Classes, with their weights."""
-        return Categorical(() if isinstance(self.class_weights, str) else self.class_weights)
+        return Categorical(self._weights)
 
     @property
     def purpose(self) -> str:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +23,7 @@ ProblemType = Literal["single_label_classification", "multi_label_classification
 
 NO_TAG = -100
 """In the place of a token's tag where there is no token, as transformers has it."""
+_FISHER_DRAWS = 8
 
 
 class Likelihood(ABC):
@@ -59,10 +61,6 @@ class Likelihood(ABC):
         """Mean log-probability, over the classes that an example has, of each in the place of ``labels``, (b,)."""
         raise NotImplementedError(f"{self.name}: no classes")
 
-    def weight(self, labels: Tensor) -> Tensor:
-        """How much each of the labels (b, …) counts in a loss, (b,)."""
-        return torch.ones(len(labels), device=labels.device)
-
     def expected_square(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         r"""Factor that makes an example's squared gradient that of labels from the model in place of ``labels``, (b,).
 
@@ -75,6 +73,15 @@ class Likelihood(ABC):
             smoothing: share of the loss that is of the classes alike, where there are classes.
         """
         raise NotImplementedError(f"{self.name}: no label to expect")
+
+    def fisher_root(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """Vectors (K, b, C) whose outer products sum to the Fisher information of logits (b, C), or do so on average.
+
+        Args:
+            logits: of the model, which says how probable each answer is.
+            generator: on the CPU, where answers are drawn.
+        """
+        raise NotImplementedError(f"{self.name}: no root of the Fisher information")
 
     def soft_labels(self, logits: Tensor) -> Tensor:
         """Soft labels (b, …) of logits (b, C), of which `log_prob` is the mean log-probability of answers by these."""
@@ -103,11 +110,9 @@ class Categorical(Likelihood):
     expects: ClassVar[bool] = True
     smooths: ClassVar[bool] = True
 
-    def weight(self, labels: Tensor) -> Tensor:
-        """Of class indices (b,); 1 of probabilities (b, C)."""
-        if not self.weights or labels.ndim > 1:
-            return super().weight(labels)
-        return torch.tensor(self.weights, device=labels.device)[labels]
+    def weight(self, labels: Tensor) -> Tensor | float:
+        """How much class indices (b,) count in a loss; 1 of probabilities (b, C)."""
+        return 1.0 if labels.ndim > 1 else _weights_of(self.weights, labels)
 
     def normalized(self, logits: Tensor) -> Tensor:
         """Log-probabilities."""
@@ -117,7 +122,7 @@ class Categorical(Likelihood):
         """Of class indices (b,), or of probabilities (b, C): their cross-entropy."""
         repeated = labels.expand(*logits.shape[:-2], *labels.shape).flatten(0, logits.ndim - 2)
         nll = F.cross_entropy(logits.flatten(0, -2), repeated, reduction="none").unflatten(0, logits.shape[:-1])
-        return -nll * self.weight(labels) if self.weights else -nll
+        return -nll * self.weight(labels)
 
     def alike(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Times the weight."""
@@ -137,6 +142,21 @@ class Categorical(Likelihood):
             y = (1 - smoothing) * y + smoothing * finite / finite.sum(-1, keepdim=True)
         return _ratio((p * (1 - p)).sum(-1), (p - y).square().sum(-1)) / self.weight(labels)
 
+    def fisher_root(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """√w (e_y − p), whose outer products sum to diag(p) − ppᵀ.
+
+        y is every class with w = p_y, or where there are more than K, K classes from p with w = 1/K, and then the mean
+        is.
+        """
+        p = logits.softmax(-1).cpu()
+        if p.shape[1] <= _FISHER_DRAWS:
+            labels, weights = torch.arange(p.shape[1]).expand_as(p), p
+        else:
+            labels = p.multinomial(_FISHER_DRAWS, replacement=True, generator=generator)
+            weights = torch.full(labels.shape, 1 / _FISHER_DRAWS)
+        residuals = F.one_hot(labels, p.shape[1]) - p.unsqueeze(1)
+        return (weights.sqrt().unsqueeze(-1) * residuals).transpose(0, 1).to(logits)
+
     def merged(self, draws: Tensor) -> Tensor:
         """Log of the mean probabilities."""
         return draws.log_softmax(-1).logsumexp(0) - math.log(len(draws))
@@ -147,10 +167,7 @@ class Categorical(Likelihood):
 
     def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
         """By the shares of the classes, as they count."""
-        weights = self.weights or [1.0] * (max([*seen, *labels]) + 1)
-        counts = {label: count * weights[label] for label, count in Counter(seen).items()}
-        total = sum(counts.values())
-        return sum(-weights[y] * math.log(counts.get(y, weights[y]) / total) for y in labels) / len(labels)
+        return _guess(self.weights, seen, labels) / len(labels)
 
 
 @dataclass(frozen=True)
@@ -195,6 +212,11 @@ class Bernoulli(Likelihood):
         p = logits.float().sigmoid()
         return _ratio((p * (1 - p)).sum(-1), (p - labels).square().sum(-1))
 
+    def fisher_root(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """√(p(1 - p)) of each label, whose Fisher information is diag(p(1 - p)): (L, b, L)."""
+        p = logits.sigmoid()
+        return torch.diag_embed((p * (1 - p)).sqrt()).transpose(0, 1)
+
     def merged(self, draws: Tensor) -> Tensor:
         """Log-odds of the mean probabilities of each label."""
         return F.logsigmoid(draws).logsumexp(0) - F.logsigmoid(-draws).logsumexp(0)
@@ -219,9 +241,11 @@ class Tags(Likelihood):
 
     Attributes:
         names: of the K tags.
+        weights: how much a token of each tag counts, where it isn't 1, in `log_prob`, `averaged`, `alike` and `guess`.
     """
 
     names: tuple[str, ...]
+    weights: tuple[float, ...] = field(default=(), compare=False)
 
     name: ClassVar[str] = "tags"
     smooths: ClassVar[bool] = True
@@ -250,7 +274,7 @@ class Tags(Likelihood):
     def log_prob(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of indices (b, T), or of probabilities (b, T·K): the sum over tokens."""
         if not labels.is_floating_point():
-            return self.token_log_probs(logits, labels).sum(-1)
+            return (self.token_log_probs(logits, labels) * _weights_of(self.weights, labels)).sum(-1)
         log_probs = self.by_token(logits)
         shares = labels.unflatten(-1, (-1, len(self.names)))[..., : log_probs.shape[-2], :]
         return (log_probs.where(log_probs != -math.inf, 0) * shares).sum((-1, -2))
@@ -262,7 +286,8 @@ class Tags(Likelihood):
     def alike(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The sum over tokens."""
         log_probs = self.by_token(logits)
-        return log_probs.where((labels != NO_TAG).unsqueeze(-1), 0).mean(-1).sum(-1)
+        alike = log_probs.where((labels != NO_TAG).unsqueeze(-1), 0).mean(-1)
+        return (alike * _weights_of(self.weights, labels)).sum(-1)
 
     def merged(self, draws: Tensor) -> Tensor:
         """Log of the mean probabilities of each token."""
@@ -273,10 +298,8 @@ class Tags(Likelihood):
         return self.normalized(logits).exp()
 
     def guess(self, seen: Sequence[Any], labels: Sequence[Any]) -> float:
-        """By the share of tokens that have each tag."""
-        counts = Counter(tag for row in seen for tag in row)
-        total = sum(counts.values())
-        return sum(-math.log(counts.get(tag, 1) / total) for row in labels for tag in row) / len(labels)
+        """By the share of tokens that have each tag, as they count."""
+        return _guess(self.weights, [*chain(*seen)], [*chain(*labels)]) / len(labels)
 
 
 @dataclass(frozen=True)
@@ -336,6 +359,19 @@ class Gaussian(Likelihood):
         known, asked = (torch.tensor(side, dtype=torch.float64) for side in (seen, labels))
         variance = known.var(correction=0).clamp_min(1e-12)
         return -self.log_prob(self.of(known.mean(), 1 / variance), asked).mean().item()
+
+
+def _weights_of(weights: Sequence[float], labels: Tensor) -> Tensor | float:
+    """That of each of the indices, of which a negative one stands for none; 1 without weights."""
+    return torch.tensor(weights, device=labels.device)[labels.clamp_min(0)] if weights else 1.0
+
+
+def _guess(weights: Sequence[float], seen: Sequence[int], labels: Sequence[int]) -> float:
+    """Sum of the weighted NLL of labels by the weighted shares of the labels ``seen``."""
+    weights = weights or [1.0] * (max([*seen, *labels]) + 1)
+    counts = {label: count * weights[label] for label, count in Counter(seen).items()}
+    total = sum(counts.values())
+    return sum(-weights[y] * math.log(counts.get(y, weights[y]) / total) for y in labels)
 
 
 def _ratio(expected: Tensor, there: Tensor) -> Tensor:

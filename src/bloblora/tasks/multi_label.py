@@ -40,9 +40,16 @@ class MultiLabel(TextHead):
             raise TaskError(f"labels: {list(self.labels)}; there must be at least 1, all different")
 
     @classmethod
+    def labels_of(cls, record: Record) -> Sequence[str]:
+        """The `labels`, or the `label` alone."""
+        if (labels := record.get("labels")) is not None:
+            return labels
+        return [] if record.get("label") is None else [record["label"]]
+
+    @classmethod
     def build(cls, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Task:
         """The task with the records' labels, sorted, unless `labels` is given."""
-        found = {label for record in records for label in labels_of(record) or ()}
+        found = {label for record in records for label in cls.labels_of(record)}
         options.setdefault("labels", sorted_labels(found))
         return super().build(records, tokenizer, **options)
 
@@ -55,7 +62,7 @@ class MultiLabel(TextHead):
     def check(cls, records: Sequence[Record], **options: Any) -> None:
         """Raise a TaskError also for labels that are not among those given, or none at all."""
         super().check(records, **options)
-        found, given = {label for record in records for label in labels_of(record) or ()}, options.get("labels")
+        found, given = {label for record in records for label in cls.labels_of(record)}, options.get("labels")
         if unknown := sorted(found.difference(given or found)):
             raise TaskError(f"field 'labels': {', '.join(unknown)} not among labels; add them to it")
         if not found and given is None:
@@ -63,14 +70,14 @@ class MultiLabel(TextHead):
 
     def about(self, records: Sequence[Record]) -> str:
         """How many labels there are, and how many records have each."""
-        counts = Counter(label for record in records for label in labels_of(record) or ())
+        counts = Counter(label for record in records for label in self.labels_of(record))
         rarest, few = min(counts.items(), key=lambda pair: pair[1])
         each = sum(counts.values()) / len(records)
         return f" with {len(counts)} labels, {each:.2g} of them each, the rarest {quoted(rarest)} in {few}"
 
     def assumed(self, records: Sequence[Record]) -> str | None:
         """That the labels don't exclude each other, where each record has one."""
-        if any(len(labels_of(record) or ()) != 1 for record in records):
+        if any(len(self.labels_of(record)) != 1 for record in records):
             return None
         return "each record has one of the labels, which needn't exclude each other; where they do, name it 'label'"
 
@@ -85,15 +92,9 @@ class MultiLabel(TextHead):
 
     def target(self, record: Record) -> list[int] | None:
         """1 for each label that the record has, 0 for the others."""
-        if (found := labels_of(record)) is None:
+        if record.get("labels") is None and record.get("label") is None:
             return None
+        found = self.labels_of(record)
         if unknown := sorted({*found}.difference(self.labels)):
             raise TaskError(f"field 'labels': {quoted(unknown[0])} is not one of {shown_labels(self.labels)}")
         return [int(label in found) for label in self.labels]
-
-
-def labels_of(record: Record) -> Sequence[str] | None:
-    """A record's `labels`, or its `label` alone; None where it has neither."""
-    if (labels := record.get("labels")) is not None or (label := record.get("label")) is None:
-        return labels
-    return [label]

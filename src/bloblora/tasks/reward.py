@@ -2,7 +2,9 @@ r"""Preferences between pairs of texts: a reward for each, a sequence classifica
 
 .. math:: p(\text{a is preferred to b} \mid x, w) = \sigma\big(r_w(x, a) - r_w(x, b)\big)
 
-(Bradley & Terry 1952, doi 10.2307/2334029), and of several responses a softmax of their rewards. A prompt with all its
+(Bradley & Terry 1952, doi 10.2307/2334029), and of several responses a softmax of their rewards. Where a pair has a
+margin m, training takes m off the difference, so that it grows beyond m (Llama 2, arXiv 2307.09288, equation 2; TRL);
+evaluation and prediction know no margin, because with it the two probabilities don't add up to 1. A prompt with all its
 responses is one row, a tree as of `choice_text`: the head is read at the last token of each response. So the prompt is
 computed once, and noise that is drawn for a row is the same for both responses of a pair, of whose difference the
 likelihood is. A reward is that of the text alone, as plain transformers give it.
@@ -15,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -43,6 +47,8 @@ class Reward(TreeChoice):
     task_type: ClassVar[str] = "SEQ_CLS"
     family: ClassVar[type[Likelihood]] = BradleyTerry
     head: ClassVar[tuple[str, ...]] = ("reward",)
+    head_module: ClassVar[str] = "score"
+    needs: ClassVar[str] = "rewards are read at the end of each response, which needs a causal model, such as Llama"
 
     @classmethod
     def check(cls, records: Sequence[Record], **options: Any) -> None:
@@ -84,28 +90,44 @@ class Reward(TreeChoice):
         branches = [[*one[len(prefix) :], *ids] for one, (_, ids) in zip(kept, pairs, strict=True)]
         return {"prefix": prefix, "branches": branches, "scored": [1] * len(branches), "truncated": cut}
 
+    def encode(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
+        """As of choices; with the `margin` of a preference that has one."""
+        margin = record.get("margin") if "chosen" in record else None
+        return super().encode(record, tokenizer) | ({"margin": float(margin)} if margin else {})
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """As of choices; and `margins` (b,), where there are any."""
+        margins = torch.tensor([example.get("margin", 0.0) for example in examples])
+        return {**super().collate(examples), **({"margins": margins} if margins.any() else {})}
+
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """The reward of each response, (b, C) float32; -inf for responses that a record lacks.
+
+        In training that of the chosen one is less by the margin.
 
         Raises:
             TaskError: a model whose head isn't one output of each token, as that of causal models is.
         """
         found: list[Tensor] = []
-        heads = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "score"]
-        if not heads:
-            raise TaskError("model: it has no head named 'score'; rewards need a causal model, such as Llama")
+        inner = extract_model_from_parallel(model)
+        head = getattr(inner.get_base_model() if isinstance(inner, PeftModel) else inner, self.head_module, None)
+        if head is None:
+            raise TaskError(f"model: it has no head named {self.head_module!r}; {self.needs}")
 
         def keep(_: nn.Module, __: Any, output: Tensor) -> None:
             found.append(output)
 
-        with hooked([(heads[0].register_forward_hook, keep)]):
+        with hooked([(head.register_forward_hook, keep)]):
             model(**tree_inputs(model, batch, "shorten responses, or load another model"))
         choice_ids, lengths = batch["choice_ids"], batch["choice_lengths"]
         values = found[0][:, -choice_ids.shape[1] :].float()
         if values.shape != (*choice_ids.shape, 1):
             raise TaskError(f"model: its head gives {values.shape[-1]} numbers; load it with num_labels=1")
         counts_for = choice_ids.unsqueeze(-1) == torch.arange(lengths.shape[1], device=lengths.device)
-        return torch.where(counts_for, values, 0).sum(1).masked_fill(lengths == 0, -torch.inf)
+        rewards = torch.where(counts_for, values, 0).sum(1).masked_fill(lengths == 0, -torch.inf)
+        if model.training and "margins" in batch:
+            return rewards.scatter_add(1, batch["labels"].unsqueeze(1), -batch["margins"].to(rewards).unsqueeze(1))
+        return rewards
 
 
 def responses_of(record: Record) -> list[Any]:

@@ -69,6 +69,10 @@ class Task:
     """What of a long record is cut off."""
     labels: ClassVar[tuple[str, ...] | None] = None
     """The columns where they are the same for all records: the outputs of the model's head."""
+    head_module: ClassVar[str | None] = None
+    """Where in a model its head must be, for a task that reads the head itself."""
+    needs: ClassVar[str] = ""
+    """What a model must be for that, as a sentence."""
     answer: ClassVar[str] = "label"
     """The field of a record that holds its answer; of ``label`` records are held out for each value alike."""
     family: ClassVar[type[Likelihood]] = Categorical
@@ -110,7 +114,15 @@ class Task:
     def _check_options(cls, options: Mapping[str, Any]) -> None:
         known = [option.name for option in fields(cls)]
         if unknown := sorted(set(options) - set(known)):
-            raise TaskError(*(f"{cls.name} has no option '{name}'; it has {', '.join(known)}" for name in unknown))
+            others = {name: f", which is of {', '.join(of)}" if (of := tasks_with(name)) else "" for name in unknown}
+            raise TaskError(
+                *(f"{cls.name} has no option {name!r}{others[name]}; it has {', '.join(known)}" for name in unknown)
+            )
+
+    @classmethod
+    def labels_of(cls, record: Record) -> Sequence[str]:
+        """The names in a record's answer that other records' answers have too: its label, its labels, its tags."""
+        return ()
 
     def about(self, records: Sequence[Record]) -> str:
         """What the answers of training records are, for a message that begins with how many there are."""
@@ -237,6 +249,11 @@ TASKS: Registry[type[Task]] = Registry(
     _problem,
 )
 """Tasks by name, ours and those of other packages; for "auto" they are asked in this order."""
+
+
+def tasks_with(option: str) -> list[str]:
+    """Names of the tasks that have an option."""
+    return [name for name, task in TASKS.items() if option in {known.name for known in fields(task)}]
 
 
 def build_task(name: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Task:

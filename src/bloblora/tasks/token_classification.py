@@ -21,27 +21,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..messages import quoted
-from .classification import shown_labels, sorted_labels
+from .classification import OneOfLabels, shown_labels
 from .encoding import pad
 from .likelihood import Likelihood, Tags
 from .task import Batch, Example, Record, Task, TaskError
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenClassification(Task):
-    """The tag of each token.
+class TokenClassification(OneOfLabels):
+    """The tag of each token."""
 
-    Args:
-        labels: names of the tags, in the order of the head's outputs.
-    """
-
-    labels: tuple[str, ...] = field(  # type: ignore[misc]  # the base class has None: no fixed columns
-        default=(),
-        metadata={
-            "help": "The outputs of the model's head, in order; default: the labels or tags of the data, sorted, as "
-            "numbers where all are whole numbers. For a head that exists already, and for a label that the data lack."
-        },
-    )
     sub_token: Literal["last", "first"] = field(
         default="last",
         metadata={
@@ -59,15 +48,12 @@ class TokenClassification(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "labels", tuple(self.labels))
-        if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
-            raise TaskError(f"labels: {list(self.labels)}; there must be at least 2, all different")
         if self.sub_token not in ("last", "first"):
             raise TaskError(f"sub_token: {quoted(self.sub_token)}; it must be 'last' or 'first'")
 
     @classmethod
     def build(cls, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Task:
-        """The task with the records' tags, sorted, unless `labels` is given.
+        """As of labels.
 
         Raises:
             TaskError: also for a tokenizer that doesn't say which text a token is of.
@@ -76,26 +62,25 @@ class TokenClassification(Task):
             raise TaskError(
                 f"tokenizer: {type(tokenizer).__name__} knows no offsets, which words need; load a fast one"
             )
-        options.setdefault("labels", sorted_labels({tag for record in records for tag in record.get("tags") or ()}))
         return super().build(records, tokenizer, **options)
 
     @classmethod
+    def labels_of(cls, record: Record) -> Sequence[str]:
+        """The tags."""
+        return record.get("tags") or ()
+
+    @classmethod
     def check(cls, records: Sequence[Record], **options: Any) -> None:
-        """Raise a TaskError also for a record without tags, for tags that aren't among those given, or only one."""
-        super().check(records, **options)
+        """Raise a TaskError also for a record without tags."""
         for number, record in enumerate(records, start=1):
-            if record.get("tags") is None:
+            if "tokens" in record and record.get("tags") is None:
                 raise TaskError(f"record {number}: field 'tags': missing; task {cls.name!r} learns them")
-        found, given = {tag for record in records for tag in record["tags"]}, options.get("labels")
-        if unknown := sorted(found.difference(given or found)):
-            raise TaskError(f"field 'tags': {', '.join(unknown)} not among labels; add them to it")
-        if len(found) < 2 and given is None:
-            raise TaskError(f"field 'tags': all are {quoted(found.pop())}; there must be at least 2 tags")
+        super().check(records, **options)
 
     @property
     def likelihood(self) -> Tags:
-        """Tags, by their names."""
-        return Tags(self.labels)
+        """Tags, by their names, with their weights."""
+        return Tags(self.labels, self._weights)
 
     @property
     def purpose(self) -> str:
@@ -111,7 +96,7 @@ class TokenClassification(Task):
 
     def about(self, records: Sequence[Record]) -> str:
         """How many tags there are, and how many tokens have each."""
-        counts = Counter(tag for record in records for tag in record.get("tags") or ())
+        counts = Counter(tag for record in records for tag in self.labels_of(record))
         rarest, few = min(counts.items(), key=lambda pair: pair[1])
         words = sum(counts.values())
         return f" with {words} tokens and {len(counts)} tags, the rarest {quoted(rarest)} at {few}"
