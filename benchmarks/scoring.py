@@ -4,7 +4,8 @@
 
 SmolLM2-135M with BLoB on q and v, untrained: in all blocks, and in the last quarter of them alone. A text is a prompt
 and its response; ten separate passes take each under one draw of the weights, the whole sequence's logits at a time,
-as a loop around a model's forward does. Times are medians of rounds in which all take turns.
+as a loop around a model's forward does. Times are medians of rounds in which all take turns. Writes
+results/scoring/results.json and README.md.
 """
 
 import argparse
@@ -12,12 +13,13 @@ import random
 from typing import Any
 
 import torch
-from common import ratios, spread, times
+from common import keep, parser_of, ratios, spread, times
 from peft import LoraConfig, get_peft_model
 
-from bloblora import BlobConfig, bayesianize, models
+from bloblora import BlobConfig, bayesianize, evaluation, models
 from bloblora.generation import score
 from bloblora.runs import RunConfig
+from bloblora.studies.job import machine
 
 DRAWS = 10
 
@@ -60,8 +62,8 @@ def measured(name: str, layers: list[int] | None, options: argparse.Namespace) -
 
 
 def main() -> None:
-    """Print the ratios: time a text of `score` over that of ten separate passes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure the ratios: time a text of `score` over that of ten separate passes."""
+    parser = parser_of(__doc__, "scoring")
     parser.add_argument("--model", default=RunConfig.model)
     parser.add_argument("--prompt", type=int, default=48, help="tokens of the prompt")
     parser.add_argument("--response", type=int, default=12, help="tokens of a response")
@@ -69,9 +71,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     blocks = models.load_model(options.model).config.num_hidden_layers
+    rows: dict[str, dict[str, float]] = {}
     for name, layers in (("all blocks", None), ("last quarter", [*range(blocks - blocks // 4, blocks)])):
-        for what, ratio in measured(name, layers, options).items():
-            print(f"{what}: {ratio['median']:.2f} ({ratio['lower quartile']:.2f} to {ratio['upper quartile']:.2f})")
+        rows |= measured(name, layers, options)
+    lengths = f"{options.prompt} tokens of prompt and {options.response} of response; {options.rounds} rounds"
+    text = f"# Scoring a text under {DRAWS} weight samples\n\nMade by `python benchmarks/scoring.py`; {lengths}. "
+    text += "The time of a text, over that of ten separate passes. The machine is in results.json.\n\n"
+    text += evaluation.markdown_table(rows, ["median", "lower quartile", "upper quartile"])
+    print(text)
+    keep(options.results, {"machine": machine(), "ratios": rows}, text)
 
 
 if __name__ == "__main__":
