@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=30, help="of each case, after a warm-up")
     parser.add_argument("--minutes", type=int, default=0, help="instead of seconds")
     options = parser.parse_args()
+    if find_spec("locust") is None:
+        parser.error("locust is not installed: pip install '.[load]'")
     seconds = options.minutes * 60 or options.seconds
     config = open_run(options.run).config
     results: dict[str, Any] = {
