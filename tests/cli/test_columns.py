@@ -28,7 +28,8 @@ def test_columns_of_a_run(files, table, call, tmp_path):
         "--text-pair-column, --label-column, --labels-column, --value-column; or --question-column, "
         "--choices-column, --answer-column; or "
         "--prompt-column, --response-column, --messages-column; or "
-        "--chosen-column, --rejected-column, --responses-column, --prompt-column; or --tokens-column, --tags-column"
+        "--chosen-column, --rejected-column, --margin-column, --responses-column, --prompt-column; "
+        "or --tokens-column, --tags-column"
     ]
     train += ["--label-column", "body"]
     status, _, error = call(*train)

@@ -117,7 +117,10 @@ def test_train_says_what_was_fitted(call, files, tmp_path):
     options = ("--method", "blob", "--temperature-folds", "2", *SETTINGS)
     status, out, _ = call("train", "--data", files.texts, "--model", files.base, *options, "--output", tmp_path / "run")
     assert status == 0
-    assert re.search(r"temperature [\d.]+, scale of the width [\d.]+: NLL [\d.]+ to [\d.]+ on 4 records", out)
+    assert re.search(
+        r"temperature \S+ \(of the mean alone \S+\), scale of the width \S+: NLL \S+ to \S+ on 4 records",
+        out,
+    )
 
 
 def test_evaluate_agrees_with_scikit_learn_on_what_predict_says(call, run, files, tmp_path):
