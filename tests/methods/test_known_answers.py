@@ -19,10 +19,9 @@ from bloblora.methods.ivon import Ivon
 from bloblora.methods.map import Map, squared_norm
 from bloblora.methods.mc_dropout import DroppedColumns, McDropout
 from bloblora.methods.mixture import Components, Mixture
-from bloblora.methods.rescaled import fit_temperature
 from bloblora.methods.scalabl import Scalabl, ScaledRows, _fold, _layers
 from bloblora.methods.tfb import _NUM_SAMPLES, Tfb, last_layers, rotate, set_noise
-from bloblora.prediction import WeightDraws, predict
+from bloblora.prediction import WeightDraws, fit_temperature, predict, tempered_nll
 from tests.conftest import tiny_llama, with_lora
 
 
@@ -198,6 +197,26 @@ def test_temperature_brings_back_the_scale_of_logits():
         p = logits.softmax(-1)
         information = ((p * logits**2).sum(-1) - (p * logits).sum(-1) ** 2).sum()
         assert math.log(found / scale) == pytest.approx(0, abs=4 / math.sqrt(information))
+
+
+def test_a_temperature_of_ten_records_costs_less_than_none_where_it_matters():
+    """Nats of a fit, on average over sets of ten records: of a calibrated model, and of one 3 times too sure."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2.5 * torch.randn(5000, 4, generator=generator)
+    labels = logits.softmax(-1).multinomial(1, generator=generator)[:, 0]
+
+    def excess(temperature):
+        return (tempered_nll([logits[None]], [labels], temperature) - best).mean().item()
+
+    best = tempered_nll([logits[None]], [labels], 1.0)
+    costs = {}
+    for sure in (1.0, 3.0):
+        sets = [torch.randint(5000, (10,), generator=generator) for _ in range(100)]
+        fits = [fit_temperature([(sure * logits[rows])[None]], [labels[rows]]) / sure for rows in sets]
+        costs[sure] = sum(map(excess, fits)) / len(fits)
+    assert costs[1.0] < 0.09
+    assert costs[3.0] < 0.13
+    assert excess(1 / 3.0) > 0.35
 
 
 def test_few_records_that_are_all_right_do_not_make_the_temperature_tiny():

@@ -270,7 +270,7 @@ def _calibrate_texts(
     """`calibrate` of a run that writes text."""
     with _named(data):
         _check_unseen(description, data)
-        records = read_records(data, reading, known=description.columns, kind=description.task.kind)
+        records = read_records(data, reading, **description.reading)
         settings: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
         settings["trust_remote_code"] = options.trust_remote_code
         return promise_texts(description, records, options.how(), **settings, **promises, **options.of_generation())
@@ -463,8 +463,7 @@ def predict(
         runs.check_writable(output)
     description = _opened(directory, options)
     decision = open_decision(description, options)
-    given: dict[str, Any] = {"known": description.columns, "require_labels": False, "kind": description.task.kind}
-    batches = runs.share_of(read_batches(input, runs.CHUNK, reading, **given))
+    batches = runs.share_of(read_batches(input, runs.CHUNK, reading, require_labels=False, **description.reading))
 
     def load() -> runs.Run:
         return runs.load_run(description, options.approximate, trust_remote_code=options.trust_remote_code)
@@ -539,9 +538,7 @@ def generate(
     decision = open_text_decision(description, "generate", options.how(), correctness)
     settings: dict[str, Any] = {"batch_size": options.batch_size, "correctness": correctness, "decision": decision}
     settings |= options.of_generation()
-    batches = read_batches(
-        input, 64, reading, known=description.columns, require_labels=False, kind=description.task.kind
-    )
+    batches = read_batches(input, 64, reading, require_labels=False, **description.reading)
 
     def load() -> runs.Run:
         return runs.load_run(description, trust_remote_code=options.trust_remote_code)
@@ -618,15 +615,21 @@ def score(
     decision = open_text_decision(description, "score", options.how(), correctness)
     settings: dict[str, Any] = {"claims": options.claims, "correctness": correctness, "decision": decision}
     settings["batch_size"] = options.batch_size
-    known: dict[str, Any] = {"known": description.columns, "kind": description.task.kind}
     if output is not None and input != "-":
-        score_file(description, Reader(input, reading, **known), Path(output), options.how(), **settings, **trusted)
+        score_file(
+            description,
+            Reader(input, reading, **description.reading),
+            Path(output),
+            options.how(),
+            **settings,
+            **trusted,
+        )
         return
 
     def lines(run: runs.Run, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         return run.describe_scores(records, options.samples, options.seed, **settings)
 
-    batches, check = read_batches(input, 64, reading, **known), partial(check_generates, description.task)
+    batches, check = read_batches(input, 64, reading, **description.reading), partial(check_generates, description.task)
     _write(input, output, batches, check, partial(runs.load_run, description, **trusted), lines)
 
 
@@ -677,7 +680,7 @@ def correctness(
     check_generates((description := _opened(directory)).task)
     with _named(data):
         _check_unseen(description, data)
-        records = read_records(data, reading, known=description.columns, kind=description.task.kind)
+        records = read_records(data, reading, **description.reading)
         entry = calibrate_texts(
             description,
             records,
@@ -758,10 +761,10 @@ def _read(
     description: RunDescription, data: str, ood: str | None, reading: ReadingOptions
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Labelled records in scope and records out of it, once they fit the run."""
-    records = read_records(data, reading, known=description.columns, kind=description.task.kind)
-    known = {**description.columns, **reading.columns()}
+    records = read_records(data, reading, **description.reading)
+    by = description.reading | {"known": {**description.columns, **reading.columns()}}
     skip = ReadingOptions(skip_invalid=reading.skip_invalid)
-    outside = read_records(ood, skip, known=known, require_labels=False, kind=description.task.kind) if ood else None
+    outside = read_records(ood, skip, require_labels=False, **by) if ood else None
     for source, side in ((data, records), (ood, outside)):
         with _named(source):
             if side is not None:

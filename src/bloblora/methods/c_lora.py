@@ -91,7 +91,7 @@ class CLora(Method):
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train on the NLL and the weighted KL."""
-        variants, task = _variants(model), getattr(training.task, "task", training.task)  # that of a cached trunk
+        variants, task = _variants(model), training.own_task
         pad, prior_std = getattr(task, "pad_token_id", None), self.prior_std
         weight = self.kl_scale / len(training.examples)
 

@@ -239,6 +239,11 @@ class Training:
     found: dict[str, Any] = field(default_factory=dict)
     trained: bool = False
 
+    @property
+    def own_task(self) -> Task:
+        """The task itself, also where the examples are those of a cached trunk."""
+        return getattr(self.task, "task", self.task)
+
     def train_lora(self, model: nn.Module) -> None:
         """Train a plain LoRA, for post-hoc methods; of one that comes trained only its NLL is looked at."""
         if not self.trained:
@@ -261,7 +266,7 @@ class Training:
         loop = self._loop(model, trainer, arguments)
         for callback in (*self.callbacks, *([_LogAtEvaluations()] if self.validation else [])):
             loop.add_callback(callback)
-        if self.validation and getattr(task := self.task, "task", task).head is None:
+        if self.validation and self.own_task.head is None:
             loop.add_callback(_EvaluateBefore(loop))
         if self.validation and self.patience is not None:
             loop.add_callback(EarlyStoppingCallback(self.patience))
@@ -284,7 +289,7 @@ class Training:
         task: Any = self.task
         if not self.validation:
             arguments = arguments | {"eval_strategy": "no", "load_best_model_at_end": False}
-        measured = self.validation and getattr(task, "task", task).kind != "generation"
+        measured = self.validation and self.own_task.kind != "generation"
         loop = (trainer or BlobTrainer)(
             model,
             BlobTrainingArguments(**arguments),

@@ -108,6 +108,11 @@ class RunDescription:
     remote: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How records for the run are read, for `bloblora.data.Reader`: by the columns it knows, for its task."""
+        return {"known": self.columns, "kind": self.task.kind}
+
 
 def open_run(directory: str | os.PathLike[str] | RunDescription) -> RunDescription:
     """Read and check a finished run's folder, or ``hub:user/name``; no model is loaded.
