@@ -705,7 +705,8 @@ def correctness(
 
 def _rescaled(rescaling: dict[str, Any]) -> str:
     """T and τ, and what they changed on the records that they were fitted on."""
-    alone = f" (of the mean alone {rescaling['temperature_of_mean']:.3g})"
+    of_mean = rescaling.get("temperature_of_mean")
+    alone = "" if of_mean is None else f" (of the mean alone {of_mean:.3g})"
     width = f", scale of the width {rescaling['width']:.3g}" if "width" in rescaling else ""
     nll = f"NLL {rescaling['nll_before']:.4f} to {rescaling['nll']:.4f} on {rescaling['num_records']} records"
     return f"temperature {rescaling['temperature']:.3g}{alone}{width}: {nll}"

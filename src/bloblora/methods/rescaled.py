@@ -83,7 +83,7 @@ class Rescaled(Method):
             assert sampler.scalable is not None
             sampler.scalable.scale_(scales.width or _NO_WIDTH)
         training.found["rescaling"] = report | ({"folds": self.folds} if self.folds else {})
-        return Tempered(sampler, scales.temperature, report["temperature_of_mean"])
+        return Tempered(sampler, scales.temperature, scales.temperature_of_mean)
 
     def save(self, model: nn.Module, sampler: Sampler, folder: Path) -> None:
         """Write the inner method's files, in which τ is a part of the posterior, and T."""
@@ -126,7 +126,16 @@ class Rescaled(Method):
 
 @dataclass(frozen=True)
 class Scales:
-    """τ and T, and the NLL of each held-out record, nats, (n,): under both, and under τ alone."""
+    """τ, T, and the T of the mean alone."""
+
+    width: float
+    temperature: float
+    temperature_of_mean: float
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A τ and its best T, and the NLL of each held-out record, nats, (n,): under both, and under τ alone."""
 
     width: float
     temperature: float
@@ -140,10 +149,12 @@ class _HeldOut:
     def __init__(self, model: nn.Module, sampler: Sampler, examples: Sequence[Example], task: Any) -> None:
         self.labels = likelihood_of(task).stacked([example["label"] for example in examples])
         self.weights = sampler.scalable
+        self.averages = True  # draws, which are more than the mean
         self._inputs: Any = {"model": model, "inputs": examples, "task": task, "sampler": sampler}
         if self.weights is None:  # the model isn't needed any more
             draws = self._predicted(_NUM_SAMPLES)
-            self._logits = {1.0: draws, 0.0: self._predicted(0) if len(draws) > 1 else draws}
+            self.averages = len(draws) > 1
+            self._logits = {1.0: draws, 0.0: self._predicted(0) if self.averages else draws}
             self._inputs = None
 
     def logits(self, width: float) -> Tensor:
@@ -160,7 +171,7 @@ class _HeldOut:
 def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood = CATEGORICAL) -> tuple[Scales, dict[str, Any]]:
     """τ and T with the lowest NLL of the parts' records together, and what ``run.json`` says of them."""
     labels = [part.labels for part in parts]
-    tried: dict[float, Scales] = {}
+    tried: dict[float, _Tried] = {}
 
     def at(width: float) -> float:
         if width in tried:
@@ -168,12 +179,12 @@ def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood = CATEGORICAL) 
         logits = [part.logits(width) for part in parts]
         temperature = fit_temperature(logits, labels, likelihood)
         nll, nll_of_width = (tempered_nll(logits, labels, value, likelihood) for value in (temperature, 1.0))
-        tried[width] = Scales(width, temperature, nll, nll_of_width)
+        tried[width] = _Tried(width, temperature, nll, nll_of_width)
         return tried[width].nll.mean().item()
 
-    def gain() -> tuple[Scales, Tensor, float]:
+    def gain() -> tuple[_Tried, Tensor, float]:
         """The best tried, how much better it is than τ = 1 on each record, and the mean's standard error."""
-        best = min(tried.values(), key=lambda scales: scales.nll.mean())
+        best = min(tried.values(), key=lambda one: one.nll.mean())
         differences = tried[1.0].nll - best.nll
         count = len(differences)
         return best, differences, differences.std().item() / math.sqrt(count) if count > 1 else math.inf
@@ -196,23 +207,24 @@ def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood = CATEGORICAL) 
             climbed(best.width, math.sqrt(2.0))
         best, differences, error = gain()
     one = tried[1.0]
-    scales = best if differences.mean() > error else one
+    taken = best if differences.mean() > error else one
     report = {
         "num_records": len(differences),
-        "temperature": scales.temperature,
-        "temperature_of_mean": of_mean,
+        "temperature": taken.temperature,
         "nll_before": one.nll_of_width.mean().item(),
         "nll_of_temperature_alone": one.nll.mean().item(),
-        "nll": scales.nll.mean().item(),
+        "nll": taken.nll.mean().item(),
     }
+    if any(part.averages for part in parts):
+        report["temperature_of_mean"] = of_mean
     if scalable:
         report |= {
-            "width": scales.width,
+            "width": taken.width,
             "best_width": best.width,
             "gain": differences.mean().item(),
             "gain_standard_error": error,
         }
-    return scales, report
+    return Scales(taken.width, taken.temperature, of_mean), report
 
 
 def folds(labels: Sequence[Any], count: int, seed: int = 0) -> list[list[int]]:

@@ -146,8 +146,8 @@ def check_rescaling(
             )
     if len(records) < FEWEST_FOR_TEMPERATURE:
         warnings.warn(
-            f"{option}: {len(records)} records are too few for a temperature (standard error of its logarithm: about "
-            f"{1.5 / len(records) ** 0.5:.1f}); at least {FEWEST_FOR_TEMPERATURE} are better",
+            f"{option}: {len(records)} records are too few for a temperature (its logarithm is known to about "
+            f"±{(1 + len(records) / 1.5**2) ** -0.5:.1f}); at least {FEWEST_FOR_TEMPERATURE} are better",
             stacklevel=2,
         )
 
