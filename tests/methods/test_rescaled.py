@@ -18,7 +18,7 @@ from bloblora.methods.rescaled import _HeldOut, fit_scales, folds
 from bloblora.methods.scalabl import ScaledRows
 from bloblora.methods.swag import LowRank
 from bloblora.methods.vbll import LastLayer, LastLayerDraws
-from bloblora.prediction import Point, Tempered, WeightDraws, fit_temperature
+from bloblora.prediction import Point, StoppingRule, Tempered, WeightDraws, fit_temperature, predict
 from bloblora.serving import Settings, load_hosted, open_hosted
 from tests.conftest import tiny_llama, with_lora
 from tests.methods.interrupt import Interrupt, Stop
@@ -101,12 +101,30 @@ def test_the_mean_alone_has_a_temperature_of_its_own(scalable, gaussian, monkeyp
     (logits,) = draws.logits(lambda: model(x), 0, 0)
     expected = fit_temperature([logits[None].detach()], [torch.tensor([example["label"] for example in examples])])
     assert report["temperature_of_mean"] == pytest.approx(expected, rel=1e-4)
-    assert scales.width == 1
+    assert scales.width == (1 if scalable else None)
     assert expected > 1.1 * scales.temperature
     tempered = Tempered(draws, scales.temperature, expected)
     torch.testing.assert_close(next(tempered.logits(lambda: model(x), 0, 0)), logits / expected)
     (draw,) = draws.logits(lambda: model(x), 1, 0)
     torch.testing.assert_close(next(tempered.logits(lambda: model(x), 1, 0)), draw / scales.temperature)
+
+
+def test_without_width_every_prediction_is_one_forward_of_the_mean(gaussian):
+    model, posterior = gaussian[0](1.0)
+    draws, x, forwards = WeightDraws(posterior), torch.randn(5, FEATURES), []
+
+    def forward():
+        forwards.append(1)
+        return model(x)
+
+    for stop in (None, StoppingRule()):
+        found = [
+            predict(model, [{"x": row, "label": 0} for row in x], num_samples, task=Rows(), sampler=sampler, stop=stop)
+            for num_samples, sampler in ((10, Tempered(draws, 3.0, 2.0, 0.0)), (0, Tempered(draws, 1.0, 2.0, 1.0)))
+        ]
+        assert torch.equal(found[0].log_probs, found[1].log_probs)
+        assert (found[0].mutual_information == 0).all()
+    assert len([*Tempered(draws, 3.0, 2.0, 0.0).logits(forward, 10, 0)]) == len(forwards) == 1
 
 
 def test_a_right_posterior_stays(gaussian, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from bloblora import find_posterior, runs
+from bloblora.methods import rescaled
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,6 +62,20 @@ def test_yesterdays_posterior_is_todays_prior_and_start(folder, base):
         (folder / "gone").rename(folder / "yesterday")
     assert torch.equal(find_posterior(again.model).kl(), find_posterior(run.model).kl())
     assert torch.equal(again.predict(queries(), 3).log_probs, run.predict(queries(), 3).log_probs)
+
+
+@pytest.mark.parametrize("width", [0.25, 0.0])
+@pytest.mark.filterwarnings("ignore:temperature_.* records are too few:UserWarning")
+def test_a_width_that_predictions_ask_for_is_no_part_of_the_prior(folder, base, monkeypatch, width):
+    """τ is undone: a prior of no width would let nothing be learned."""
+    monkeypatch.setattr(rescaled, "fit_scales", lambda *_: (rescaled.Scales(1.5, 1.2, width), {"width": width}))
+    options = {"prior_std": 0.1, "seed": 3, "validation": 0.25, "temperature_scaling": True}
+    scaled = find_posterior(train(folder, base, f"scaled-{width}", **options).model)
+    assert runs.load_run(folder / f"scaled-{width}").scales["width"] == width
+    options = {"prior_from": str(folder / f"scaled-{width}"), "validation": 0.25}
+    today = find_posterior(train(folder, base, f"from-{width}", **options, **STILL).model)
+    for name, std in scaled.named_stds().items():
+        torch.testing.assert_close(today.named_priors()[name][1], std / (width or 1e-6), rtol=1e-3, atol=0)
 
 
 def test_the_prior_of_a_run_that_starts_from_a_lora(folder, base):

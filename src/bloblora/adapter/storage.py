@@ -257,8 +257,10 @@ def load_posterior(model: PeftModel, directory: str | os.PathLike[str], adapter_
     return posterior
 
 
-def continue_from(posterior: Posterior, directory: str | os.PathLike[str]) -> None:
+def continue_from(posterior: Posterior, directory: str | os.PathLike[str], factor: float = 1.0) -> None:
     """Make a saved posterior the prior of this one, and its Ω the start; its means have been loaded already.
+
+    Its Ω is divided by ``factor``.
 
     Raises:
         AdapterFileError: as for `load`, or its layers or shapes differ from the model's.
@@ -266,6 +268,8 @@ def continue_from(posterior: Posterior, directory: str | os.PathLike[str]) -> No
     """
     folder = check_folder(directory)
     _copy_std_parameters(folder / POSTERIOR_FILE, posterior, posterior_config(folder))
+    if factor != 1:
+        posterior.scale_(1 / factor)
     posterior.update_prior()
 
 

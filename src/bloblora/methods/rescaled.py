@@ -25,7 +25,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from ..tasks.likelihood import CATEGORICAL, Likelihood, likelihood_of
 from ..tasks.task import Example
 from .method import Draw, Method, Training, read_state, write_state
 
+_FILE = "temperature"
 _NUM_SAMPLES = 10
 _MOST = 16.0  # times wider or narrower, beyond which τ isn't tried
 _NO_WIDTH = 1e-6  # what is saved for τ = 0: no draw shows it in float32, and the KL is finite
@@ -71,7 +72,7 @@ class Rescaled(Method):
     def __post_init__(self) -> None:
         for attribute in _INNERS:
             setattr(self, attribute, getattr(self.inner, attribute))
-        self.files = (*self.inner.files, "temperature.json")  # type: ignore[misc]
+        self.files = (*self.inner.files, f"{_FILE}.json")  # type: ignore[misc]
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train, or K times without a fold and then on all; then fit τ and T."""
@@ -79,27 +80,26 @@ class Rescaled(Method):
         sampler = self.inner.fit(model, training)
         parts = parts or [_HeldOut(model, sampler, training.validation, training.task)]
         scales, report = fit_scales(parts, likelihood_of(training.task))
-        if scales.width != 1:
+        if scales.width not in (None, 1):
             assert sampler.scalable is not None
             sampler.scalable.scale_(scales.width or _NO_WIDTH)
         training.found["rescaling"] = report | ({"folds": self.folds} if self.folds else {})
-        return Tempered(sampler, scales.temperature, scales.temperature_of_mean)
+        return Tempered(sampler, **asdict(scales))
 
     def save(self, model: nn.Module, sampler: Sampler, folder: Path) -> None:
         """Write the inner method's files, in which τ is a part of the posterior, and T."""
         assert isinstance(sampler, Tempered)
         self.inner.save(model, sampler.sampler, folder)
-        names = ("temperature", "temperature_of_mean")
-        write_state(folder, "temperature", {name: getattr(sampler, name) for name in names})
+        write_state(folder, _FILE, {scale.name: getattr(sampler, scale.name) for scale in fields(Scales)})
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The inner method's model and sampler, and T."""
         model, sampler = self.inner.load(base, folder)
-        values = read_state(folder, "temperature")[0]
+        values = read_state(folder, _FILE)[0]
         try:
             return model, Tempered(sampler, **values)
         except (TypeError, ValueError) as error:
-            raise AdapterFileError(f"{folder / 'temperature.json'}: {error}") from error
+            raise AdapterFileError(f"{folder / f'{_FILE}.json'}: {error}") from error
 
     def draws(self, model: PeftModel, sampler: Sampler, num_samples: int, seed: int) -> list[Draw]:
         """The inner method's: what has them divides their logits by T."""
@@ -126,11 +126,11 @@ class Rescaled(Method):
 
 @dataclass(frozen=True)
 class Scales:
-    """τ, T, and the T of the mean alone."""
+    """T, the T of the mean alone, and τ; None where draws can't be scaled."""
 
-    width: float
     temperature: float
     temperature_of_mean: float
+    width: float | None
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,14 @@ def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood = CATEGORICAL) 
             "gain": differences.mean().item(),
             "gain_standard_error": error,
         }
-    return Scales(taken.width, taken.temperature, of_mean), report
+    return Scales(taken.temperature, of_mean, taken.width if scalable else None), report
+
+
+def saved_factor(folder: Path) -> float:
+    """What a run's posterior was multiplied by after its training."""
+    if not (folder / f"{_FILE}.json").is_file() or (width := read_state(folder, _FILE)[0]["width"]) is None:
+        return 1.0
+    return width or _NO_WIDTH
 
 
 def folds(labels: Sequence[Any], count: int, seed: int = 0) -> list[list[int]]:

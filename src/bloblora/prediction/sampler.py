@@ -183,19 +183,26 @@ class Tempered(Sampler):
         sampler: the other.
         temperature: of draws.
         temperature_of_mean: of the best guess alone, which is surer than an average of draws.
+        width: τ, by which the draws' spread has been multiplied; None where it can't be. Under 0 no draw differs from
+            the best guess, which is then made once for any N.
     """
 
     sampler: Sampler
     temperature: float
     temperature_of_mean: float
+    width: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("temperature", "temperature_of_mean"):
             if not (isinstance(value := getattr(self, name), float) and 0 < value < math.inf):
                 raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+        if not (self.width is None or (isinstance(self.width, float) and 0 <= self.width < math.inf)):
+            raise ValueError(f"width must be a finite number of at least 0, got {self.width!r}")
 
     def logits(self, forward: Forward, num_samples: int, seed: int) -> Iterator[Tensor]:
         """Logits of each draw, or of the best guess, over its T."""
+        if self.width == 0:
+            num_samples = 0
         temperature = self.temperature if num_samples else self.temperature_of_mean
         for logits in self.sampler.logits(forward, num_samples, seed):
             yield logits / temperature

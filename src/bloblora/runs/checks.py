@@ -16,6 +16,7 @@ from ..data import KINDS, kind_of
 from ..files import read_json
 from ..messages import quoted
 from ..methods import METHODS, Method
+from ..methods.rescaled import saved_factor
 from .config import RunConfig, RunError
 from .folder import RUN_FILE, TASK_FILE, open_run, read_run_file
 
@@ -244,7 +245,7 @@ def check_start(config: RunConfig, task: tasks.Task) -> None:
 def load_start(model: Any, config: RunConfig) -> None:
     """Put the weights that a training starts from, and those of a head, into a fresh LoRA's place.
 
-    Of ``prior_from`` its posterior is then the prior, and the start of Ω.
+    Of ``prior_from`` its posterior, as it was trained, is then the prior, and the start of Ω: τ is of its predictions.
 
     Raises:
         RunError: they aren't those of this model.
@@ -265,7 +266,7 @@ def load_start(model: Any, config: RunConfig) -> None:
     if (posterior := find_posterior(model)) is None:
         return
     if name == "prior_from":
-        continue_from(posterior, folder)
+        continue_from(posterior, folder, saved_factor(Path(folder)))
     else:
         posterior.restart()
 

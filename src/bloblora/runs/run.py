@@ -112,9 +112,8 @@ class Run:
         """
         if not isinstance(self.sampler, Tempered):
             return {}
-        found = {name: getattr(self.sampler, name) for name in ("temperature", "temperature_of_mean")}
-        width = self.training["rescaling"].get("width")
-        return found if width is None else found | {"width": width}
+        found = {name: getattr(self.sampler, name) for name in ("temperature", "temperature_of_mean", "width")}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def stop(self) -> StoppingRule | None:
