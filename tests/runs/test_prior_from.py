@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from bloblora import find_posterior, runs
+from bloblora.hub import model_card
 from bloblora.methods import rescaled
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
@@ -72,6 +73,7 @@ def test_a_width_that_predictions_ask_for_is_no_part_of_the_prior(folder, base, 
     options = {"prior_std": 0.1, "seed": 3, "validation": 0.25, "temperature_scaling": True}
     scaled = find_posterior(train(folder, base, f"scaled-{width}", **options).model)
     assert runs.load_run(folder / f"scaled-{width}").scales["width"] == width
+    assert ("This run has one function" in str(model_card(folder / f"scaled-{width}"))) == (width == 0)
     options = {"prior_from": str(folder / f"scaled-{width}"), "validation": 0.25}
     today = find_posterior(train(folder, base, f"from-{width}", **options, **STILL).model)
     for name, std in scaled.named_stds().items():

@@ -284,7 +284,7 @@ def test_a_plain_lora_has_no_doubt_and_no_weight_samples(page):
     assert not page.get_by_label("Weight samples").is_visible()
     article = ask(page, "where is my parcel")
     assert all("±" not in row[-1] for row in rows(page))
-    assert said(article)["The model's own doubt"].startswith("Not measured: this method has one version of the model")
+    assert said(article)["The model's own doubt"].startswith("Not measured: this run has one version of the model")
     assert page.locator("line.spread").count() == 0
 
 

@@ -708,6 +708,8 @@ def _rescaled(rescaling: dict[str, Any]) -> str:
     of_mean = rescaling.get("temperature_of_mean")
     alone = "" if of_mean is None else f" (of the mean alone {of_mean:.3g})"
     width = f", scale of the width {rescaling['width']:.3g}" if "width" in rescaling else ""
+    if rescaling.get("width") == 0:
+        width += " (predictions are those of the mean, for any number of samples)"
     nll = f"NLL {rescaling['nll_before']:.4f} to {rescaling['nll']:.4f} on {rescaling['num_records']} records"
     return f"temperature {rescaling['temperature']:.3g}{alone}{width}: {nll}"
 

@@ -15,7 +15,7 @@ from ..runs import RunDescription, RunError, open_run
 from ..runs.config import LORA
 from ..runs.decide import open_decisions
 from ..runs.evaluate import read_metrics
-from ..runs.folder import VALIDATION_FIGURE
+from ..runs.folder import VALIDATION_FIGURE, is_deterministic
 from ..runs.predictions import state_of
 
 CARD_FILE = "README.md"
@@ -83,6 +83,7 @@ def model_card(
         base=base_model,
         bundled=base_model == _DEFAULT_BASE,
         method=description.method,
+        deterministic=is_deterministic(description.method, description.training),
         task=task,
         loader=f"AutoPeftModelFor{_LOADERS[task.task_type]}",
         data=_table(data),

@@ -114,6 +114,11 @@ class RunDescription:
         return {"known": self.columns, "kind": self.task.kind}
 
 
+def is_deterministic(method: Method, training: dict[str, Any]) -> bool:
+    """Whether all draws of a run are one function: of its method, or since no width, τ = 0, was best."""
+    return method.deterministic or training.get("rescaling", {}).get("width") == 0
+
+
 def open_run(directory: str | os.PathLike[str] | RunDescription) -> RunDescription:
     """Read and check a finished run's folder, or ``hub:user/name``; no model is loaded.
 

@@ -14,6 +14,7 @@ from ..evaluation import example_scores, metrics
 from ..methods import TEMPERED_NLL, Training
 from ..prediction import Prediction, predict
 from ..tasks import Task
+from .folder import is_deterministic
 from .run import Run
 
 log = logging.getLogger("bloblora")
@@ -70,7 +71,7 @@ def held_out_metrics(run: Run, training: Training) -> tuple[dict[str, Any], list
     options: Any = {"task": training.task, "sampler": run.sampler}
     labels = [example["label"] for example in training.validation]
     targets = run.task.likelihood.targets(labels)
-    counts = (0,) if run.method.deterministic else (0, NUM_SAMPLES)
+    counts = (0,) if is_deterministic(run.method, run.training) else (0, NUM_SAMPLES)
     found = {n: predict(run.model, training.validation, n, run.config.seed, **options) for n in counts}
     by_samples = {}
     for n, prediction in found.items():

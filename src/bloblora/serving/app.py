@@ -18,7 +18,7 @@ from fastapi_offline import FastAPIOffline
 from jinja2 import Environment
 from starlette.exceptions import HTTPException
 
-from ..runs.folder import RUN_FILE
+from ..runs.folder import RUN_FILE, is_deterministic
 from ..runs.texts import WritingOptions
 from .completions import answered, read_completion
 from .hosted import Hosted, Settings
@@ -311,7 +311,7 @@ def _model(hosted: Hosted, settings: Settings) -> Model:
         kind=hosted.kind,  # type: ignore[arg-type]
         labels=list(run.task.labels) if run.task.labels else None,
         samples=settings.samples,
-        deterministic=run.method.deterministic,
+        deterministic=is_deterministic(run.method, run.training),
         temperature=run.scales.get("temperature"),
         temperature_of_mean=run.scales.get("temperature_of_mean"),
         width=run.scales.get("width"),
