@@ -8,7 +8,7 @@ from bloblora.decision import fit_decision
 from bloblora.prediction import Prediction
 from bloblora.runs import RunError
 from bloblora.runs.decide import calibrate_on
-from bloblora.runs.predictions import read_predictions
+from bloblora.runs.predictions import answer_of, read_predictions
 from bloblora.tasks import Classification, TokenClassification
 from tests.decision.conftest import truths
 from tests.tiny_base import write_jsonl
@@ -216,6 +216,8 @@ def test_tags_of_any_model(tmp_path):
 def test_preferences_of_any_model(tmp_path):
     """As of choices: of 9 right responses with 0.1 ... 0.9, the sets hold 8 from 0.2 on."""
     lines = [{"probabilities": {"yes": i / 10, "no": 1 - i / 10}, "target": "yes"} for i in range(1, 10)]
+    chat = {"chosen": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}], "rejected": "no"}
+    assert answer_of(chat) == "yes"
     inside, right = read_predictions(write_jsonl(tmp_path / "pairs.jsonl", lines))
     found = calibrate_on(inside, right, coverage=0.8)
     assert found["decision"]["label_sets"]["threshold"] == pytest.approx(0.8)
