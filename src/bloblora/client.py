@@ -53,8 +53,10 @@ class DrawClient:
         base_url: of the server, up to and with ``/v1``; where a server has one adapter, one for each name.
         api_key: of the servers.
         top_logprobs: default, choices are scored by the log-probabilities of a prompt that has them (``echo``), for any
-            task. A number reads the answer's letter among so many most probable next tokens instead: one request a
-            draw, for ``choice_letter``; vLLM gives 20 unless it was started with ``--max-logprobs``.
+            task; or where the adapters have a part on the output head, which vLLM leaves out there (its issue 51594),
+            token by token, each as the only one that may come next (``allowed_token_ids``). A number reads the answer's
+            letter among so many most probable next tokens instead: one request a draw, for ``choice_letter``; vLLM
+            gives 20 unless it was started with ``--max-logprobs``.
         concurrency: requests at a time.
         timeout: seconds until an answer must be complete.
         retries: of a request that is answered with 429 or 503.
@@ -115,7 +117,8 @@ class DrawClient:
         from .prediction.prediction import check_finite
 
         examples = [self._task.continuations(example) for example in self._encode(records)]
-        ask = self._echoed if self._top_logprobs is None else self._letters
+        echoed = self._forced if self.manifest.on_head else self._echoed
+        ask = echoed if self._top_logprobs is None else self._letters
         draws = self._map(lambda name, example: ask(name, *example), examples)
         flat = [torch.tensor(row) for rows in draws for row in rows]
         padded = pad_sequence(flat, batch_first=True, padding_value=-math.inf)
@@ -173,16 +176,38 @@ class DrawClient:
 
     def _letters(self, name: str, prefix: list[int], branches: list[list[int]], scored: list[int]) -> list[float]:
         """Log-probability of each branch's token as the next one, nats, (C,)."""
-        _, logprobs = self._ask(name, prefix, logprobs=self._top_logprobs, return_tokens_as_token_ids=True)
+        advice = "give more top_logprobs, or leave it out"
+        return self._next(name, prefix, [token for (token,) in branches], advice, logprobs=self._top_logprobs)
+
+    def _forced(self, name: str, prefix: list[int], branches: list[list[int]], scored: list[int]) -> list[float]:
+        """As `_echoed`, of tokens that the server writes because no others are allowed."""
+        scores = []
+        for branch, count in zip(branches, scored, strict=True):
+            ids, total = prefix + branch, 0.0
+            for place in range(len(ids) - count, len(ids)):
+                only = {"allowed_token_ids": [ids[place]], "logprobs": 1}
+                advice = "it must take allowed_token_ids (vLLM does); or export with --format merged"
+                total += self._next(name, ids[:place], [ids[place]], advice, **only)[0]
+            scores.append(self._task.choice_logit(total, count))
+        if not any(scores):
+            raise ServerError(
+                f"{self._servers[name].base_url}, model {name!r}: gives log-probabilities among the allowed tokens; "
+                "start vLLM with --logprobs-mode raw_logprobs, its default"
+            )
+        return scores
+
+    def _next(self, name: str, prompt: list[int], tokens: list[int], advice: str, **options: Any) -> list[float]:
+        """Log-probability of each of the tokens as the next one, nats."""
+        _, logprobs = self._ask(name, prompt, return_tokens_as_token_ids=True, **options)
         top = logprobs["top_logprobs"][0]
         found = []
-        for (token,) in branches:
+        for token in tokens:
             text = str(self._tokenizer.decode([token]))
             score = top.get(f"token_id:{token}", top.get(text))
             if score is None:
                 raise ServerError(
                     f"{self._servers[name].base_url}, model {name!r}: {quoted(text)} isn't among the {len(top)} most "
-                    "probable tokens that the server gave; give more top_logprobs, or leave it out"
+                    f"probable tokens that the server gave; {advice}"
                 )
             found.append(score)
         return found

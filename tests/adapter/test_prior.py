@@ -196,7 +196,7 @@ def test_a_start_that_holds_a_part_of_the_base_weight(start, tokens, tmp_path):
     torch.testing.assert_close(find_posterior(loaded).kl(), posterior.kl())
 
 
-def test_a_random_part_of_the_base_weight_is_refused(tmp_path):
+def test_starts_that_cannot_be_found_again_are_refused(tmp_path):
     """PEFT draws it again when it loads the adapter, without a seed: the answers would be others."""
     model = with_lora(tiny_llama(), trained=False, init_lora_weights="pissa_niter_2")
     for refused in (lambda: bayesianize(model), lambda: save(model, tmp_path)):
@@ -205,8 +205,10 @@ def test_a_random_part_of_the_base_weight_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(AdapterFileError, match=r"adapter_config\.json: init_lora_weights is 'pissa_niter_2'"):
         load(tiny_llama(), tmp_path)
-    with pytest.raises(RunError, match="init_lora_weights is 'pissa_niter_2'"):
-        RunConfig.of(data="data.jsonl", output="run", method="lora", init_lora_weights="pissa_niter_2")
+    refused = {"pissa_niter_2": "a random part", "corda": "depends on data.* give pissa", "lora_ga": "depends on data"}
+    for start, why in (refused | {"eva": "initialize_lora_eva_weights, .* as start_from"}).items():
+        with pytest.raises(RunError, match=f"init_lora_weights is '{start}'.* {why}"):
+            RunConfig.of(data="data.jsonl", output="run", method="lora", init_lora_weights=start)
 
 
 def test_other_starts_have_a_prior_around_zero():

@@ -165,6 +165,11 @@ def test_predictions_made_elsewhere(call, folder, held_out, tmp_path, monkeypatc
     assert status == 0, err
     found = json.loads(decision.read_text())["decisions"][0]["decision"]
     assert found["label_sets"] == pytest.approx(own["label_sets"], abs=1e-6)
+    others = [{"query": r["text"], "intent": r["label"]} for r in map(json.loads, held_out.read_text().splitlines())]
+    renamed = write_jsonl(tmp_path / "renamed.jsonl", others)
+    given = ("--predictions", answers, "--data", renamed, "--text-column", "query", "--label-column", "intent", *LAX)
+    assert call("calibrate", *given, "--output", tmp_path / "same.json")[0] == 0
+    assert json.loads((tmp_path / "same.json").read_text()) == json.loads(decision.read_text())
     # the run's own: its rules
     assert call("calibrate", folder, *beside)[0] == 0
     (stored,) = json.loads((folder / "decision.json").read_text())["decisions"]

@@ -2,12 +2,14 @@
 
     python peft_server.py EXPORT PORT
 
-Of the API it has what the tests ask for: token ids as prompts, greedy answers, ``echo``, ``logprobs``. It knows nothing
-of bloblora; that vLLM answers in the same form is tests/client/test_vllm.py's to show.
+Of the API it has what the tests ask for: token ids as prompts, greedy answers, ``allowed_token_ids``, ``echo``,
+``logprobs``. It knows nothing of bloblora; that vLLM answers in the same form is tests/client/test_vllm.py's to show.
+As vLLM does (its issue 51594) it leaves a LoRA on the head out of a prompt's log-probabilities.
 """
 
 import json
 import sys
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
@@ -27,19 +29,34 @@ def load(folder):
     return model.eval(), AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
+@contextmanager
+def without_lora(layer):
+    layer.forward = getattr(layer, "base_layer", layer).forward
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
 @torch.no_grad()
 def complete(model, tokenizer, body):
     model.set_adapter(body["model"])
     ids = list(body["prompt"])
     for _ in range(body["max_tokens"]):
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        logits = model(torch.tensor([ids])).logits[0, -1]
+        allowed = body.get("allowed_token_ids") or range(len(logits))
+        ids.append(max(allowed, key=lambda token: logits[token]))
         if ids[-1] == tokenizer.eos_token_id:
             break
-    log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    head = model.get_base_model().get_output_embeddings()
+    with nullcontext() if not body.get("echo") else without_lora(head):
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     start = 0 if body.get("echo") else len(body["prompt"])
     scores = [None, *(log_probs[i, token].item() for i, token in enumerate(ids[1:]))]
     tops = [log_probs[max(i - 1, 0)].topk(body["logprobs"]) for i in range(start, len(ids))]
     top = [{f"token_id:{i}": value for value, i in zip(*(x.tolist() for x in found), strict=True)} for found in tops]
+    for i, found in enumerate(top, start=start):  # the token itself comes too
+        found[f"token_id:{ids[i]}"] = log_probs[max(i - 1, 0), ids[i]].item()
     text = tokenizer.decode(ids[start:], skip_special_tokens=True)
     return {"choices": [{"text": text, "logprobs": {"token_logprobs": scores[start:], "top_logprobs": top}}]}
 

@@ -3,6 +3,7 @@
 import json
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -24,6 +25,19 @@ GOOD = {"choices": [{"text": "x", "logprobs": {"token_logprobs": [-1.0], "top_lo
 @pytest.mark.parametrize("task", ["choice_text", "choice_letter", "blank"])
 def test_choices_are_those_of_predict(task, exported, peft_url):
     check_choices(exported(task), peft_url(task))
+
+
+def test_a_lora_on_the_head_is_scored_by_what_is_written(exported, peft_url):
+    """vLLM, and the server of this test as it, leave that part out of a prompt's log-probabilities."""
+    options = {"target_modules": ["q_proj", "lm_head"]}
+    case, url = exported("choice_text", **options), peft_url("choice_text", **options)
+    check_choices(case, url)
+    client = DrawClient(case.folder, url)
+    assert client.manifest.on_head
+    assert any("its issue 51594" in warning for warning in client.manifest.warnings)
+    client.manifest = replace(client.manifest, on_head=False)  # by echo, which is wrong
+    expected = case.run.predict(case.records, SAMPLES, SEED).draw_probabilities
+    assert (client.predict(case.records).draw_probabilities - expected).abs().max() > 1e-3
 
 
 def test_letters_among_the_most_probable_tokens(exported, peft_url):

@@ -52,6 +52,7 @@ def test_files_are_what_vllm_takes(method, options, run_of, tmp_path):
     assert command[:3] == ["vllm", "serve", manifest.base_model]
     largest = int(command[command.index("--max-lora-rank") + 1])
     assert largest in RANKS
+    assert manifest.on_head == ("target_modules" in options)
     names = dict(module.split("=") for module in command[command.index("--lora-modules") + 1 :])
     assert [*names] == ["mean", "draw_00", "draw_01"]
     for folder in names.values():

@@ -89,6 +89,24 @@ def test_a_chat_template_that_fails(files, template):
         task.encode(record, tokenizer)
 
 
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "''.__class__.__mro__[1].__subclasses__()",
+        "cycler.__init__.__globals__.os.system('touch ' + messages[0].content)",
+        "messages.append(1)",
+    ],
+)
+def test_a_chat_template_stays_in_its_sandbox(files, expression, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(files.base)
+    tokenizer.chat_template = f"{{{{ {expression} }}}}"
+    marker = tmp_path / "was_run"
+    record = {"messages": [{"role": "user", "content": str(marker)}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(TaskError, match=r"the chat template can't be filled: .*(is unsafe|is not safe)"):
+        build_task("generation", [record], tokenizer).encode(record, tokenizer)
+    assert not marker.exists()
+
+
 def test_ten_thousand_choices(files):
     """A row of all choices needs memory for the square of its tokens."""
     tokenizer = AutoTokenizer.from_pretrained(files.base)

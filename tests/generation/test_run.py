@@ -94,6 +94,20 @@ def test_the_command_answers_a_stream_with_samples(trained, monkeypatch, capsys)
     assert [line["answer"] for line in first] == trained.generate(RECORDS, 2, **options).texts
 
 
+def test_a_long_prompt_leaves_room_for_the_answer(trained, monkeypatch):
+    """A model with a table of positions would fail, others answer beyond what they were trained on."""
+    long = {"prompt": "which gas is it " * 20 + RECORDS[0]["prompt"]}
+    monkeypatch.setattr(trained.tokenizer, "model_max_length", 40)
+    found = trained.generate([long], 2, max_new_tokens=16, do_sample=False)
+    ids = trained.tokenizer(long["prompt"])["input_ids"]
+    kept = {"prompt": ids[-24:], "truncated": 0}
+    expected = trained.generate_encoded([kept], 2, max_new_tokens=16, do_sample=False)
+    assert found.texts == expected.texts
+    torch.testing.assert_close(found.draw_sequence_log_probs, expected.draw_sequence_log_probs)
+    with pytest.raises(runs.RunError, match="max_new_tokens must be below 40, the tokens that the model reads, got 40"):
+        trained.generate([long], 2, max_new_tokens=40)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -189,6 +189,7 @@ def test_a_map_of_answers_and_references(folder, tmp_path, capsys):
     [
         ([RECORDS[0]] * 6, {"matcher": "numeric"}, "record 1: field 'response': matcher numeric: .* no number in it"),
         ([RECORDS[0]] * 6, {"matcher": "nearly"}, "matcher must be exact, normalized, numeric, module:function"),
+        ([RECORDS[0]] * 6, {"matcher": "operator:add"}, "matcher operator:add gave '.*'; it must give True or False"),
         ([RECORDS[0]] * 6, {"matcher": "no_module:same"}, "No module named 'no_module'"),
         ([RECORDS[0] | {"right": True}] * 12, {}, "of 12 texts 12 are right and 0 wrong"),
         ([RECORDS[0] | {"right": "perhaps"}], {}, "field 'right': 'perhaps' must be true or false"),

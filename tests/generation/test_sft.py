@@ -119,6 +119,29 @@ def test_steps_equal_those_of_the_trainer_without_trl(tokenizer, tmp_path, style
     assert any((found - before[name]).abs().max() > 0.01 for name, found in expected.items())
 
 
+@pytest.mark.parametrize("option", [{"loss_type": "nll"}, {"loss_type": "dft"}, {"label_smoothing_factor": 0.3}])
+def test_losses_are_those_of_the_stock_trainer(tokenizer, tmp_path, option):
+    """With accumulation, at the mean and without a KL; each of them is another loss than the plain one."""
+    options = dict(max_steps=1, gradient_accumulation_steps=2, per_device_train_batch_size=1, optim="sgd", **option)
+    found, posterior = bayesian_model()
+    expected = with_lora(tiny_causal(), "q_proj", "v_proj", task_type="CAUSAL_LM")
+    expected.load_state_dict({k: v for k, v in found.state_dict().items() if k in expected.state_dict()})
+    ours = trainer_of(found, tokenizer, tmp_path, kl_scale=0.0, dataset_size=10, **options)
+    with posterior.mean():
+        ours.train()
+    reference = trainer_of(expected, tokenizer, tmp_path, trl.SFTTrainer, trl.SFTConfig, **options)
+    reference.train()
+    losses = [trainer.state.log_history[0]["loss"] for trainer in (ours, reference)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, weight in state(expected).items():
+        torch.testing.assert_close(state(found)[name], weight, rtol=1e-3, atol=1e-5)
+    if option != {"loss_type": "nll"}:
+        plain = trainer_of(expected, tokenizer, tmp_path, trl.SFTTrainer, trl.SFTConfig)
+        batch = next(iter(plain.get_train_dataloader()))
+        nll = expected.eval()(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
+        assert abs(losses[0] - nll) > 0.05
+
+
 def test_what_it_saves(tokenizer, tmp_path):
     model, posterior = bayesian_model()
     options = dict(max_steps=2, save_strategy="steps", save_steps=1, dataset_size=10)

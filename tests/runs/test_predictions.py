@@ -8,8 +8,8 @@ from bloblora.decision import fit_decision
 from bloblora.prediction import Prediction
 from bloblora.runs import RunError
 from bloblora.runs.decide import calibrate_on
-from bloblora.runs.predictions import read_predictions
-from bloblora.tasks import Classification
+from bloblora.runs.predictions import answer_of, read_predictions
+from bloblora.tasks import Classification, TokenClassification
 from tests.decision.conftest import truths
 from tests.tiny_base import write_jsonl
 
@@ -136,9 +136,9 @@ def test_values_of_any_model(tmp_path, ending):
     assert found["decision"]["intervals"]["threshold"] == 4.0
     assert found["decision"]["scope"]["threshold"] == pytest.approx(0.8)
     assert found["realized"] == pytest.approx({"promised_coverage": 8 / 9, "promised_width": 16, "false_alarm": 1 / 9})
-    outside, zeros = read_predictions(file, num_samples=10, labelled=False)
+    outside, none = read_predictions(file, num_samples=10, labelled=False)
     assert outside.std.tolist() == [2.0] * 9
-    assert zeros.tolist() == [0.0] * 9
+    assert len(none) == 0
     for wrong, message in (
         ({"std": 0}, "field 'std': 0 must be above 0"),
         ({"target": "much"}, "field 'target': 'much' must be a number"),
@@ -171,3 +171,54 @@ def test_several_labels_of_any_model(tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             read_predictions(write_jsonl(tmp_path / "wrong.jsonl", [lines[0], lines[1] | wrong]))
+
+
+def test_tags_of_any_model(tmp_path):
+    """The least probability of a right tag is 0.1 ... 0.9: k = 8 of 9 records have theirs in sets from 0.2 on."""
+    lines = [
+        {
+            "probabilities": [{"O": 0.95, "B-x": 0.05}, *[{"B-x": 1 - i / 10, "O": i / 10}] * (i % 2)],
+            "target": ["O"] * (1 + i % 2) if i % 2 else ["B-x"],
+            "mutual_information": i / 100,
+        }
+        for i in range(1, 10, 2)
+    ]
+    lines += [{"probabilities": [{"O": i / 10, "B-x": 1 - i / 10}], "target": ["O"]} for i in range(2, 10, 2)]
+    inside, right = read_predictions(write_jsonl(tmp_path / "tags.jsonl", lines), num_samples=5)
+    assert right.tolist() == [[0, 0]] * 5 + [[0, -100]] * 4
+    assert inside.tags()[:2] == [["O", "B-x"], ["O", "B-x"]]
+    found = calibrate_on(inside, right, coverage=0.8, false_alarm=0.2)
+    assert found["decision"]["tag_sets"]["threshold"] == pytest.approx(0.2)
+    assert found["realized"]["set_coverage"] == pytest.approx(8 / 9)
+    entropy = torch.special.entr(torch.tensor([0.95, 0.05, 0.1, 0.9])).sum() / 2
+    assert inside.predictive_entropy[0] == pytest.approx(entropy.item())
+    assert inside.mutual_information.isnan().tolist() == [False] * 5 + [True] * 4
+    outside, _ = read_predictions(
+        write_jsonl(tmp_path / "out.jsonl", [{"probabilities": [{"O": 1, "B-x": 0}]}]), labelled=False
+    )
+    assert outside.predictive_entropy.item() == pytest.approx(0, abs=1e-12)
+    for wrong, message in (
+        ({"target": ["O", "O"]}, r"field 'target': \['O', 'O'\]; it must be a list of 1 tags among O, B-x"),
+        ({"target": ["B-y"]}, r"field 'target': \['B-y'\]; it must be"),
+        ({"probabilities": [{"O": 1}]}, "field 'probabilities': of O; the tags are O, B-x"),
+        ({"probabilities": [{"O": 1, "B-x": 1}]}, "must be at least 0, with a sum of 1"),
+        ({"probabilities": None}, "a list with an object by tag for each word, as in a file of `bloblora evaluate"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_predictions(write_jsonl(tmp_path / "wrong.jsonl", [lines[-1], lines[-1] | wrong]))
+    task = TokenClassification(labels=("O", "B-x"), pad_token_id=0)
+    for logits in ([0.1, 0.2], [[0.1, 0.2, 0.3]], [["a", "b"]], [[1e999, 0.0]]):
+        file = write_jsonl(tmp_path / "kept.jsonl", [{"logits": logits, "target": ["O"]}])
+        with pytest.raises(DataError, match=r"kept.jsonl:1: (field '(logits|probabilities)'|not valid JSON)"):
+            read_predictions(file, task)
+
+
+def test_preferences_of_any_model(tmp_path):
+    """As of choices: of 9 right responses with 0.1 ... 0.9, the sets hold 8 from 0.2 on."""
+    lines = [{"probabilities": {"yes": i / 10, "no": 1 - i / 10}, "target": "yes"} for i in range(1, 10)]
+    chat = {"chosen": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}], "rejected": "no"}
+    assert answer_of(chat) == "yes"
+    inside, right = read_predictions(write_jsonl(tmp_path / "pairs.jsonl", lines))
+    found = calibrate_on(inside, right, coverage=0.8)
+    assert found["decision"]["label_sets"]["threshold"] == pytest.approx(0.8)
+    assert found["realized"]["set_coverage"] == pytest.approx(8 / 9)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +91,14 @@ def test_kept_predictions_promises_and_the_server(trained, tmp_path):
     assert json.loads((tmp_path / "kept.jsonl").read_text().splitlines()[0])["target"] == test[0]["chosen"]
     entry = calibrate(runs.open_run(folder), test, options=SETTINGS, coverage=0.8)
     assert entry["realized"]["set_coverage"] >= 0.8
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", test)
+    main(["predict", folder, "--input", str(pairs), "--samples", "3", "--output", str(tmp_path / "lines.jsonl")])
+    (own,) = (Path(folder) / "calibration").glob("*.jsonl")
+    for beside in ([str(own)], [str(tmp_path / "lines.jsonl"), "--data", str(pairs)]):
+        main(["calibrate", folder, "--predictions", *beside, "--samples", "3", "--coverage", "0.8"])
+        (again,) = json.loads((Path(folder) / "decision.json").read_text())["decisions"]
+        found, expected = (one["decision"]["label_sets"]["threshold"] for one in (again, entry))
+        assert found == pytest.approx(expected, rel=1e-4)
     decision = open_decision(runs.open_run(folder), SETTINGS)
     asked = responses(2)
     (line,) = runs.describe(trained, [asked], SETTINGS, decision)

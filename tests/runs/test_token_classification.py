@@ -63,6 +63,11 @@ def test_lines_kept_predictions_promises_and_the_server(trained, tmp_path):
     entry = calibrate(description, test, options=SETTINGS, coverage=0.8)
     assert entry["realized"]["set_coverage"] >= 0.8
     assert {*entry["promises"]} == {"tag_sets", "scope"}
+    (own,) = (description.folder / "calibration").glob("*.jsonl")
+    main(["calibrate", folder, "--predictions", str(own), "--samples", "3", "--coverage", "0.8"])
+    (again,) = json.loads((description.folder / "decision.json").read_text())["decisions"]
+    for rule in ("tag_sets", "scope"):
+        assert again["decision"][rule]["threshold"] == pytest.approx(entry["decision"][rule]["threshold"], rel=1e-3)
     decision = open_decision(description, SETTINGS)
     (line,) = runs.describe(trained, [asked], SETTINGS, decision)
     found = [(one["entity"], one["start"], one["end"]) for one in line["entities"]]

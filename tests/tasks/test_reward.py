@@ -99,15 +99,19 @@ def test_a_margin_is_taken_off_the_difference_in_training_alone(tokenizer):
     assert "margins" not in task.collate(encode_all(task, PAIRS, tokenizer))
 
 
-def test_a_tie_is_no_preference():
+def test_a_tie_and_scores_the_other_way_round_are_no_preference():
     for tie, message in (
         ({"tie": True}, r"^row 1: field 'tie': True must be false: in a tie none is preferred; leave the record out"),
-        ({"score_chosen": 4, "score_rejected": 4.0}, "^row 1: field 'score_chosen': 4 must be another number than"),
+        ({"score_chosen": 4, "score_rejected": 4.0}, "^row 1: field 'score_chosen': 4 must be above .*: in a tie none"),
+        (
+            {"score_chosen": 3, "score_rejected": "10"},
+            "^row 1: field 'score_chosen': 3 must be above .*: by these scores",
+        ),
     ):
         with pytest.raises(DataError, match=message):
             as_records([PAIRS[0] | tie], require_labels=True)
         assert len(as_records([PAIRS[0] | tie])) == 1
-    others = [{"tie": False, "score_chosen": 5.0, "score_rejected": 4.5}, {"score_chosen": None}]
+    others = [{"tie": False, "score_chosen": "10", "score_rejected": 4.5}, {"score_chosen": None}]
     assert len(as_records([PAIRS[0] | other for other in others], require_labels=True)) == 2
 
 

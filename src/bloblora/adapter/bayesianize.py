@@ -24,7 +24,7 @@ from .variant import BlobVariant, Drawn, mean_of
 from .watch import KlWatch
 
 # Starts that move a part of the base weight into B A, so that without the LoRA the model isn't the base.
-MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MOVING_STARTS = ("pissa", "olora", "loftq")
 # PEFT's layer classes that ask `lora_variant` in their forward: the others would ignore the posterior in silence.
 _SUPPORTED_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear", "TorchaoLoraLinear"}
 # Of experts that stand in one parameter: the linear layers that it is made of, by the names that targets have.
@@ -397,15 +397,17 @@ def _bayesian_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str,
 
 
 def check_exact_start(start: object) -> None:
-    """Raise a ValueError for an ``init_lora_weights`` that moves a random part of the base weights.
+    """Raise a ValueError for an ``init_lora_weights`` that moves a part of the base weights by chance, or by data.
 
-    PEFT draws it again when the adapter is loaded.
+    PEFT draws the one again when the adapter is loaded, and doesn't have the other then.
     """
     if str(start).startswith("pissa_niter_"):
-        raise ValueError(
-            f"init_lora_weights is {quoted(start)}: it takes a random part out of the base weights, which is another "
-            "one each time the adapter is loaded; give pissa, whose part is the same"
-        )
+        why = "a random part out of the base weights, which is another one each time the adapter is loaded"
+    elif str(start).startswith(("corda", "lora_ga")):
+        why = "a part out of the base weights that depends on data, which aren't there when the adapter is loaded"
+    else:
+        return
+    raise ValueError(f"init_lora_weights is {quoted(start)}: it takes {why}; give pissa, whose part is the same")
 
 
 def check_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:

@@ -91,8 +91,8 @@ def save(
             vocabulary isn't that of the base model's files. The base model must be resized before `load` as well.
 
     Raises:
-        ValueError: FSDP has split the adapter over the processes, or it started from ``pissa_niter_N``, whose random
-            part of the base weights would be another one at loading.
+        ValueError: FSDP has split the adapter over the processes, or its ``init_lora_weights`` moved a part
+            of the base weights that can't be found again at loading: ``pissa_niter_N``, ``corda``, ``lora_ga``.
         FloatingPointError: a number of it is NaN or infinite.
 
     Warns:

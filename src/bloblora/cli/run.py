@@ -33,7 +33,7 @@ from ..runs.decide import calibrate as calibrate_run
 from ..runs.evaluate import METRICS_FILE, read_metrics, save_metrics
 from ..runs.lines import lines_file, write_table
 from ..runs.outcome import log
-from ..runs.predictions import check_made_by, read_predictions
+from ..runs.predictions import answer_of, check_made_by, read_predictions
 from ..runs.processes import use_device
 from ..runs.scoring import score_file
 from ..runs.text_decisions import open_text_decision, promise_texts
@@ -158,9 +158,11 @@ def calibrate(
 
     --predictions FILE takes what was predicted elsewhere, by this run or any other model: JSON lines with
     `probabilities` (by label, or a list) and `target` (the right label, or its index), of several labels at once with
-    the list of the right ones in `target`, and of values with `value`, `std` and `target`; such as lines of `predict`
-    with the target added. Or a .csv with the same in columns, one for each label. With --data the right answers are
-    those of its records, in the same order.
+    the list of the right ones in `target`, of preferences with `probabilities` by response and the chosen one in
+    `target`, and of values with `value`, `std` and `target`; such as lines of `predict` with the target added. Or a
+    .csv with the same in columns, one for each label. Of tags of words `probabilities` is a list with an object by tag
+    for each word, and `target` the list of the right tags; or lines that `evaluate --predictions` wrote. With --data
+    the right answers are those of its records, in the same order.
 
     Of a run that writes text, data are as for `bloblora correctness`, but other records than it was given. The rules
     are for `generate`, or where records have `right` for `score`, with the same --samples and --seed, and of answers
@@ -227,7 +229,9 @@ def calibrate(
     elif of_texts := _changed_of_texts(writing, matcher, by):
         raise RunError(f"{', '.join(of_texts)}: only for a run that writes text; leave it out")
     elif predictions is not None:
-        content = _calibrate_predictions(Path(predictions), description, options, data, ood, **promises, **kinds)
+        content = _calibrate_predictions(
+            Path(predictions), description, options, data, ood, reading, **promises, **kinds
+        )
     elif description is None or data is None:
         missing = "the folder of a run" if description is None else "--data FILE"
         raise RunError(f"calibrate needs {missing}, or --predictions FILE; see bloblora calibrate --help")
@@ -282,14 +286,14 @@ def _calibrate_predictions(
     options: PredictionOptions,
     data: str | None,
     ood: str | None,
+    reading: ReadingOptions,
     **promises: Any,
 ) -> dict[str, Any]:
     """`calibrate` on predictions that are at hand, of a run or of any other model."""
     task, right = description.task if description else None, None
     if data is not None:
-        records = read_records(data)
-        answers = ("answer", "labels", "value", "label")
-        right = [next((record[name] for name in answers if record.get(name) is not None), None) for record in records]
+        records = read_records(data, reading, **(description.reading if description else {}))
+        right = [answer_of(record, task) for record in records]
     if description is not None:
         check_made_by(file, description, options)
         if data is not None:

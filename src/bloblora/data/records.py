@@ -293,14 +293,18 @@ def _preference_problems(record: Mapping[str, Any], required: bool) -> list[str]
 
 
 def _tie_problems(record: Mapping[str, Any]) -> list[str]:
-    """Of a pair of which nothing says that the chosen one is better: by a column, or scores that are equal."""
+    """Of a pair of which a column, or the scores, say that the chosen one isn't better."""
     if str(record.get("tie")).casefold() in ("true", "1"):
         return [f"field 'tie': {quoted(record['tie'])} must be false: in a tie none is preferred; {_LEAVE_OUT}"]
     scores = [record.get(f"score_{name}") for name in ("chosen", "rejected")]
-    if scores[0] is None or scores[0] != scores[1]:
+    try:
+        better, than = map(float, scores)  # type: ignore[arg-type]  # what is no number is no score
+    except (TypeError, ValueError):
         return []
-    other = "must be another number than 'score_rejected': in a tie none is preferred"
-    return [f"field 'score_chosen': {quoted(scores[0])} {other}; {_LEAVE_OUT}"]
+    if not better <= than:
+        return []
+    found = "in a tie none is preferred" if better == than else "by these scores the other one is preferred"
+    return [f"field 'score_chosen': {quoted(scores[0])} must be above 'score_rejected': {found}; {_LEAVE_OUT}"]
 
 
 def _message_problems(messages: Any, required: bool, where: str = "field 'messages'") -> list[str]:

@@ -37,6 +37,11 @@ _HEAD = (
 _BESIDE = (
     "the adapters have {} beside A and B: PEFT loads it, but servers such as vLLM do not; use --format merged for them"
 )
+_ON_HEAD = (
+    "the adapters have a LoRA on the output head, which vLLM leaves out of the log-probabilities of a prompt (`echo`, "
+    "`prompt_logprobs`; its issue 51594) and not out of those of what it writes: bloblora.client scores choices by the "
+    "latter, other programs must too, or use --format merged"
+)
 _QUANTIZED = (
     "the adapters were trained on a base model quantized by {}: on another base model, also the same one unquantized, "
     "their answers differ; --format merged has the base model's dequantized weights"
@@ -64,6 +69,7 @@ class Manifest:
         seed: of the draws.
         mean: the mean's name, or None where it isn't there.
         draws: names of the draws in order; a server must serve them by these. A file or folder has the same name.
+        on_head: whether the adapters of ``lora`` have a part on the output head of a language model.
         temperature: T, by which a task's logits are divided; no weights hold it, and `bloblora.client` does it.
         task: how records become prompts and answers, for `bloblora.tasks.task_from_dict`.
         commands: what to run in the export's folder, by program.
@@ -81,6 +87,7 @@ class Manifest:
     mean: str | None
     draws: list[str]
     task: dict[str, Any]
+    on_head: bool = False
     temperature: float = 1.0
     commands: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -239,6 +246,9 @@ def _write_adapters(
     else:
         rank = max(layer.r[draw.adapter_name] for layer in layers_of(model, draw.adapter_name).values())
         commands = {"vllm": _vllm_command(base, [mean, *names], rank)}
+    plain: Any = model.get_base_model()
+    head = plain.get_output_embeddings()
+    on_head = format == "lora" and any(layer is head for layer in layers_of(model, draw.adapter_name).values())
     warnings = []
     if run.task.head is not None:
         config: Any = copy.deepcopy(model.get_base_model().config)
@@ -247,7 +257,9 @@ def _write_adapters(
         warnings = [_HEAD]
     elif extra := beside(run.config.build_lora()):
         warnings = [_BESIDE.format(", ".join(extra))]
-    return {"mean": mean, "draws": names, "commands": {} if warnings else commands, "warnings": warnings}
+    commands = {} if warnings else commands
+    warnings += [_ON_HEAD] if on_head else []
+    return {"mean": mean, "draws": names, "on_head": on_head, "commands": commands, "warnings": warnings}
 
 
 def _write_merged(run: Run, folder: Path, number: int | None, seed: int) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from ..messages import quoted
 from .asking import Entailment
 from .text import Agree, same_text
@@ -62,11 +64,18 @@ def find_matcher(name: str) -> Matcher:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-    except (ImportError, OSError, SyntaxError) as error:
-        raise ValueError(f"{known}: {error}") from error
-    if not callable(found := getattr(module, function, None)):
+    except Exception as error:  # a user's file may raise anything
+        raise ValueError(f"{known}: {type(error).__name__}: {error}") from error
+    if not callable(given := getattr(module, function, None)):
         raise ValueError(f"{known}: it has no function {quoted(function)}")
-    return found
+
+    def matches(answer: str, reference: str) -> bool:
+        found = given(answer, reference)
+        if not isinstance(found, bool | np.bool_):  # a similarity of 0.3 would count as right
+            raise TypeError(f"matcher {name} gave {quoted(found)}; it must give True or False")
+        return bool(found)
+
+    return matches
 
 
 def find_agree(name: str) -> Agree:
@@ -85,6 +94,12 @@ def find_agree(name: str) -> Agree:
         matcher = find_matcher(name)
     except ValueError as error:
         raise ValueError(f"agree: {error}, or nli:MODEL") from error
+    try:
+        matcher("one", "another")
+    except TypeError as error:  # a user's function that isn't one
+        raise ValueError(f"agree: {error}") from error
+    except ValueError:  # as of texts without a number
+        pass
 
     def agree(first: str, second: str) -> bool:
         try:

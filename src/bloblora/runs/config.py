@@ -385,6 +385,11 @@ class RunConfig:
             method = self.build_method()
             lora = self.build_lora()
             check_exact_start(lora.init_lora_weights)
+            if lora.init_lora_weights == "eva":  # PEFT would take a random start
+                yield (
+                    "init_lora_weights is 'eva', which needs data: fit it by PEFT's initialize_lora_eva_weights, save "
+                    "that adapter, and give its folder as start_from"
+                )
             method.check_run(vars(lora), self.training_options())
         except (TypeError, ValueError) as error:
             yield str(error)

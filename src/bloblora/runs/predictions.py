@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from ..data.columns import label_list
 from ..decision import Decision
 from ..files import json_sha256, parse_json, read_json
 from ..messages import quoted
-from ..prediction import MultiLabelPrediction, Prediction, RewardPrediction, ValuePrediction
+from ..prediction import MultiLabelPrediction, Prediction, RewardPrediction, TagsPrediction, ValuePrediction
 from ..prediction.kinds import OtherPrediction, prediction_of
 from ..prediction.prediction import check_finite
-from ..tasks import Bernoulli
+from ..tasks import Bernoulli, Tags
 from .config import RunError
 from .folder import RunDescription, records_sha256
 from .lines import columns_of, lines_of, repeated
@@ -114,12 +115,37 @@ class LabelAverages(MultiLabelPrediction):
         """The one whose lines these are; each has ``probabilities`` as a list."""
         probabilities = torch.tensor([row["probabilities"] for row in rows], dtype=torch.float64)
         found = cls(probabilities.logit()[None], num_samples, Bernoulli())
-        epistemic = torch.tensor([row.get("mutual_information", math.nan) for row in rows])
-        found.__dict__ |= {"draws": _draws(rows, num_samples), "epistemic": epistemic}
+        found.__dict__ |= {"draws": _draws(rows, num_samples), "epistemic": _epistemic(rows)}
         return found
 
     num_draws = property(lambda self: self.draws)
     mutual_information = property(lambda self: self.epistemic)
+
+
+class TagAverages(TagsPrediction):
+    """Tags of which the probabilities were kept, and the mutual information of each record; NaN where unknown."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]], num_samples: int) -> TagAverages:
+        """The one whose lines these are; each has ``probabilities`` as a list with an object by tag for each token."""
+        log_probs = [_logarithms([[*token.values()] for token in row["probabilities"]]) for row in rows]
+        logits = pad_sequence([each.flatten() for each in log_probs], batch_first=True, padding_value=-math.inf)
+        found = cls(logits[None], num_samples, Tags(tuple(rows[0]["probabilities"][0])))
+        found.__dict__ |= {"draws": _draws(rows, num_samples), "epistemic": _epistemic(rows)}
+        return found
+
+    num_draws = property(lambda self: self.draws)
+    mutual_information = property(lambda self: self.epistemic)
+
+
+def _logarithms(probabilities: Any) -> Tensor:
+    """Those of probabilities, finite also where one is 0: -inf is of what isn't there."""
+    values = torch.tensor(probabilities, dtype=torch.float64)
+    return values.clamp_min(torch.finfo(values.dtype).tiny).log()
+
+
+def _epistemic(rows: Iterable[Mapping[str, Any]]) -> Tensor:
+    return torch.tensor([row.get("mutual_information", math.nan) for row in rows])
 
 
 def _draws(rows: Iterable[Mapping[str, Any]], num_samples: int) -> Tensor:
@@ -159,7 +185,7 @@ def keep_predictions(
     """
 
     def right(record: dict[str, Any]) -> dict[str, Any]:
-        target = next((record[name] for name in (task.answer, "label") if record.get(name) is not None), None)
+        target = answer_of(record, task)
         return {} if target is None else {"target": target}
 
     def is_of(line: dict[str, Any], record: dict[str, Any]) -> bool:
@@ -186,6 +212,14 @@ def keep_predictions(
             yield line | right(record) | exact
 
     append_lines(file, records, described, identity, is_of=is_of, progress=progress)
+
+
+def answer_of(record: Mapping[str, Any], task: tasks.Task | None = None) -> Any:
+    """A record's right answer as lines have it, of messages the last one's content; None where there is none."""
+    names = ("answer", "labels", "value", "tags", "label", "chosen") if task is None else (task.answer, "label")
+    found: Any = next((record[name] for name in names if record.get(name) is not None), None)
+    messages = isinstance(found, list | tuple) and found and isinstance(found[-1], Mapping)
+    return found[-1]["content"] if messages else found
 
 
 def _exact(prediction: Prediction) -> Iterator[dict[str, Any]]:
@@ -219,20 +253,23 @@ def read_predictions(
 
     A line of a .jsonl file has ``probabilities``, by label or as a list, and ``target``, the right label or its index;
     of several labels at once ``probabilities`` by label and in ``target`` the list of the right ones; of a value
-    ``value``, its ``std``, and ``target``. Lines of `bloblora predict` need only the target added. A .csv or .tsv file
-    has the same in columns, with one for each label, called as the label is, or ``probability_LABEL`` where there are
-    others. Without a task, lines with a ``std`` are of values, and those with ``labels`` or a list as target are of
-    several labels.
+    ``value``, its ``std``, and ``target``; of preferences ``probabilities`` by response, and in ``target`` the chosen
+    one. Lines of `bloblora predict` need only the target added. Of tags ``probabilities`` is a list with an object by
+    tag for each word, and ``target`` the list of the right tags; what `keep_predictions` wrote has its own form. A .csv
+    or .tsv file has the same in columns, with one for each label, called as the label is, or ``probability_LABEL``
+    where there are others. Without a task, lines with a ``std`` are of values, those with ``tokens`` and ``tags``,
+    or a list of probabilities by tag, are of tags, and those with ``labels`` or a list as target are of several labels.
 
     Args:
         file: of the predictions.
         task: of the run that made them, whose labels they must have.
         num_samples: N that they were made with.
         targets: the right answers, where the file has none.
-        labelled: whether a line needs a right answer; without, all are 0.
+        labelled: whether a line needs a right answer; without, none are read.
 
     Returns:
-        The prediction, and the right columns, (n,), or values, (n,), or whether there is each label, (n, L).
+        The prediction, and the right columns, (n,), or values, (n,), or whether there is each label, (n, L), or the
+        indices of tags, (n, T).
 
     Raises:
         DataError: lists the lines that can't be used.
@@ -247,26 +284,19 @@ def read_predictions(
         numbered = [(place, row | {"target": right}) for (place, row), right in zip(numbered, targets, strict=True)]
     if not numbered:
         raise DataError([f"{file}: there are no predictions in it"])
-    kind, names = _kind(numbered[0][1]) if task is None else task.family.name, None if task is None else task.labels
-    if kind not in _FORMS:
-        only = "only those of labels, choices, several labels at once and values are read"
-        raise RunError(f"predictions {quoted(str(file))}: {only}; give --data")
-    form, rows, right, problems = _FORMS[kind], [], [], []
-    if names is None and kind == "bernoulli" and isinstance(given := numbered[0][1].get("probabilities"), dict):
-        names = tuple(given)
+    form = _FORMS[_kind(numbered[0][1]) if task is None else task.family.name]
+    names = (task and task.labels) or form.names(numbered[0][1])
+    rows, right, problems = [], [], []
     for place, row in numbered:
-        if not labelled:
-            row = {**row, "target": form.unknown, "question": ""}
         try:
-            read, answer = form.read(row, names)
+            rows.append(form.read(row, names))
+            if labelled:
+                right.append(form.right(row, names))
         except ValueError as error:
             problems.append(f"{place}: {error}")
-            continue
-        rows.append(read)
-        right.append(answer)
     if problems:
         raise DataError(problems)
-    return form.of(rows, num_samples), torch.tensor(right, dtype=form.dtype)
+    return form.of(rows, num_samples), form.stacked(right) if labelled else torch.empty(0)
 
 
 def check_made_by(file: Path, description: RunDescription, options: PredictionOptions) -> None:
@@ -311,8 +341,8 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{file}:{number}", found
 
 
-def _read_row(row: Mapping[str, Any], labels: Sequence[str] | None) -> tuple[dict[str, Any], int]:
-    """What `Averages` takes of a row, and its right column; a ValueError says which field is wrong."""
+def _read_row(row: Mapping[str, Any], labels: Sequence[str] | None) -> dict[str, Any]:
+    """What `Averages` takes of a row; a ValueError says which field is wrong."""
     given = row.get("probabilities")
     names = [*map(str, given)] if isinstance(given, dict) else []
     if not isinstance(given, dict | list) or len(given) < 2:
@@ -321,41 +351,44 @@ def _read_row(row: Mapping[str, Any], labels: Sequence[str] | None) -> tuple[dic
         raise ValueError(
             f"field 'probabilities': of {', '.join(names) or len(given)}; the run's labels are {', '.join(labels)}"
         )
-    probabilities = [
-        _number(value, "probabilities") for value in (given.values() if isinstance(given, dict) else given)
-    ]
-    if min(probabilities) < 0 or not math.isclose(total := math.fsum(probabilities), 1, abs_tol=1e-3):
-        raise ValueError(f"field 'probabilities': {quoted(given)} must be at least 0, with a sum of 1")
-    log_probabilities = row.get("log_probabilities") or [math.log(p / total) if p else -math.inf for p in probabilities]
+    probabilities = _distribution(given.values() if isinstance(given, dict) else given, given)
+    log_probabilities = row.get("log_probabilities") or [math.log(p) if p else -math.inf for p in probabilities]
     there = [name for name in ("mutual_information", "expected_entropy") if row.get(name) not in (None, "")]
-    scores = {name: _number(row[name], name) for name in there}
-    target = row.get("target")
+    return {"log_probabilities": log_probabilities, **{name: _number(row[name], name) for name in there}} | _counted(
+        row
+    )
+
+
+def _right_column(row: Mapping[str, Any], labels: Sequence[str] | None) -> int:
+    """The index of the right label of such a row."""
+    target, given = row.get("target"), row["probabilities"]
     if target in (None, ""):
         raise ValueError("field 'target': missing; it is the right label, or its index")
-    known = names or [*(labels or ())]
+    known = [*map(str, given)] if isinstance(given, dict) else [*(labels or ())]
     index = "question" in row and isinstance(target, int)  # a choice may be called "1" too
     if str(target) in known and not index:
-        column = known.index(str(target))
-    elif str(target).isdecimal() and int(target) < len(probabilities):
-        column = int(target)
-    else:
-        wrong = f"field 'target': {quoted(target)}"
-        raise ValueError(f"{wrong} is none of the {len(probabilities)} labels {', '.join(known)}")
-    return {"log_probabilities": log_probabilities, **scores, **_counted(row)}, column
+        return known.index(str(target))
+    if str(target).isdecimal() and int(target) < len(given):
+        return int(target)
+    raise ValueError(f"field 'target': {quoted(target)} is none of the {len(given)} labels {', '.join(known)}")
 
 
-def _read_value(row: Mapping[str, Any], _: Sequence[str] | None) -> tuple[dict[str, Any], float]:
-    """What `ValueAverages` takes of a row, and the right value; a ValueError says which field is wrong."""
+def _read_value(row: Mapping[str, Any], _: Sequence[str] | None) -> dict[str, Any]:
+    """What `ValueAverages` takes of a row; a ValueError says which field is wrong."""
     found = {name: _number(row.get(name), name) for name in ("value", "std")}
     if found["std"] <= 0:
         raise ValueError(f"field 'std': {quoted(row['std'])} must be above 0")
     if row.get("epistemic_std") not in (None, ""):
         found["epistemic_std"] = _number(row["epistemic_std"], "epistemic_std")
-    return found | _counted(row), _number(row.get("target"), "target")
+    return found | _counted(row)
 
 
-def _read_labels(row: Mapping[str, Any], names: Sequence[str] | None) -> tuple[dict[str, Any], list[int]]:
-    """What `LabelAverages` takes of a row, and whether there is each label; a ValueError says which field is wrong."""
+def _right_value(row: Mapping[str, Any], _: Sequence[str] | None) -> float:
+    return _number(row.get("target"), "target")
+
+
+def _read_labels(row: Mapping[str, Any], names: Sequence[str] | None) -> dict[str, Any]:
+    """What `LabelAverages` takes of a row; a ValueError says which field is wrong."""
     given = row.get("probabilities")
     if not isinstance(given, dict) or not given:
         raise ValueError(f"field 'probabilities': {quoted(given)} must be numbers by label")
@@ -364,13 +397,77 @@ def _read_labels(row: Mapping[str, Any], names: Sequence[str] | None) -> tuple[d
     found: dict[str, Any] = {"probabilities": [_number(given[name], "probabilities") for name in names]}
     if not all(0 <= p <= 1 for p in found["probabilities"]):
         raise ValueError(f"field 'probabilities': {quoted(given)} must be in [0, 1]")
-    if row.get("mutual_information") not in (None, ""):
-        found["mutual_information"] = _number(row["mutual_information"], "mutual_information")
+    return found | _known(row)
+
+
+def _right_labels(row: Mapping[str, Any], names: Sequence[str] | None) -> list[int]:
+    """Whether such a row has each label."""
     right = label_list(row.get("target"))
-    if not isinstance(right, list) or {*map(str, right)}.difference(names):
+    if not isinstance(right, list) or {*map(str, right)}.difference(names or ()):
         wrong = "missing" if row.get("target") is None else quoted(row["target"])
-        raise ValueError(f"field 'target': {wrong}; it must be a list of labels among {', '.join(names)}")
-    return found | _counted(row), [int(name in right) for name in names]
+        raise ValueError(f"field 'target': {wrong}; it must be a list of labels among {', '.join(names or ())}")
+    return [int(name in right) for name in names or ()]
+
+
+def _read_tags(row: Mapping[str, Any], names: Sequence[str] | None) -> dict[str, Any]:
+    """What `TagAverages` takes of a row; a ValueError says which field is wrong."""
+    kept = names is not None and "logits" in row  # by `keep_predictions`
+    given: Any = _averaged(row["logits"], names or ()) if kept else row.get("probabilities")
+    if not isinstance(given, list) or not given or not all(isinstance(token, dict) and token for token in given):
+        raise ValueError(
+            f"field 'probabilities': {quoted(given)} must be a list with an object by tag for each word, as in a file "
+            "of `bloblora evaluate --predictions`, and not of `predict`"
+        )
+    names = names or [*given[0]]
+    if wrong := next((token for token in given if {*token} != {*names}), None):
+        raise ValueError(f"field 'probabilities': of {', '.join(wrong)}; the tags are {', '.join(names)}")
+    numbers = [_distribution([token[name] for name in names], token) for token in given]
+    return {"probabilities": [dict(zip(names, token, strict=True)) for token in numbers]} | _known(row)
+
+
+def _averaged(logits: Any, names: Sequence[str]) -> list[dict[str, float]]:
+    """Probabilities by tag of each word, averaged over draws' logits (S, T·K)."""
+    try:
+        tokens = Tags(tuple(names)).by_token(torch.tensor(logits)).exp().mean(0).tolist()
+        return [dict(zip(names, token, strict=True)) for token in tokens]
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = f"of each weight sample a list of numbers, {len(names)} a word"
+        raise ValueError(f"field 'logits': {quoted(logits)} must be {shape}") from error
+
+
+def _right_tags(row: Mapping[str, Any], names: Sequence[str] | None) -> list[int]:
+    """The index of the right tag of each word of such a row."""
+    target, known = row.get("target"), [*(names or ())]
+    words = len(row["logits"][0]) // len(known) if "logits" in row else len(row["probabilities"])
+    if not isinstance(target, list) or len(target) != words or not {*map(str, target)} <= {*known}:
+        wrong = "missing" if target is None else quoted(target)
+        raise ValueError(f"field 'target': {wrong}; it must be a list of {words} tags among {', '.join(known)}")
+    return [known.index(str(tag)) for tag in target]
+
+
+def _tags_in(row: Mapping[str, Any]) -> Sequence[str] | None:
+    given = row.get("probabilities")
+    return [*given[0]] if isinstance(given, list) and given and isinstance(given[0], dict) else None
+
+
+def _labels_in(row: Mapping[str, Any]) -> Sequence[str] | None:
+    given = row.get("probabilities")
+    return [*given] if isinstance(given, dict) else None
+
+
+def _distribution(values: Iterable[Any], shown: Any) -> list[float]:
+    """Numbers of at least 0, divided by their sum, which is 1 but for rounding."""
+    numbers = [_number(value, "probabilities") for value in values]
+    if min(numbers) < 0 or not math.isclose(total := math.fsum(numbers), 1, abs_tol=1e-3):
+        raise ValueError(f"field 'probabilities': {quoted(shown)} must be at least 0, with a sum of 1")
+    return [number / total for number in numbers]
+
+
+def _known(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The mutual information and the number of draws, where they are given."""
+    there = row.get("mutual_information") not in (None, "")
+    found = {"mutual_information": _number(row["mutual_information"], "mutual_information")} if there else {}
+    return found | _counted(row)
 
 
 def _counted(row: Mapping[str, Any]) -> dict[str, int]:
@@ -381,6 +478,8 @@ def _kind(row: Mapping[str, Any]) -> str:
     """The likelihood that a row of any model's predictions is of."""
     if "value" in row and "std" in row:
         return "gaussian"
+    if {"tokens", "tags"} <= row.keys() or _tags_in(row):
+        return "tags"
     return "bernoulli" if "labels" in row or isinstance(row.get("target"), list) else Prediction.kind
 
 
@@ -396,16 +495,28 @@ def _number(value: Any, name: str) -> float:
 
 @dataclass(frozen=True)
 class _Form:
-    """How the lines of one kind of prediction are read, and what stands for an unknown answer."""
+    """How the lines of one kind of prediction are read.
 
-    read: Callable[[Mapping[str, Any], Sequence[str] | None], tuple[dict[str, Any], Any]]
+    Attributes:
+        read: what `of` takes of a row, whose columns have these names.
+        right: its right answer; of rows that could be read.
+        of: the prediction whose lines these are.
+        stacked: right answers as metrics take them.
+        names: of the columns, where they are those of the first row.
+    """
+
+    read: Callable[[Mapping[str, Any], Sequence[str] | None], dict[str, Any]]
+    right: Callable[[Mapping[str, Any], Sequence[str] | None], Any]
     of: Callable[[Sequence[Mapping[str, Any]], int], Prediction]
-    unknown: Any
-    dtype: torch.dtype
+    stacked: Callable[[Sequence[Any]], Tensor] = torch.tensor
+    names: Callable[[Mapping[str, Any]], Sequence[str] | None] = lambda _: None
 
 
+_CLASSES = _Form(_read_row, _right_column, Averages.of)
 _FORMS = {
-    "categorical": _Form(_read_row, Averages.of, 0, torch.int64),
-    "gaussian": _Form(_read_value, ValueAverages.of, 0, torch.float64),
-    "bernoulli": _Form(_read_labels, LabelAverages.of, [], torch.int64),
+    "categorical": _CLASSES,
+    "bradley_terry": _CLASSES,
+    "gaussian": _Form(_read_value, _right_value, ValueAverages.of, partial(torch.tensor, dtype=torch.float64)),
+    "bernoulli": _Form(_read_labels, _right_labels, LabelAverages.of, names=_labels_in),
+    "tags": _Form(_read_tags, _right_tags, TagAverages.of, Tags(()).stacked, _tags_in),
 }

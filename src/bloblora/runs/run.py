@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -158,8 +158,19 @@ class Run:
     def generate(self, records: Any, num_samples: int = 10, seed: int = 0, **options: Any) -> Generation:
         """Answers to records or prompts, in their order, whatever response they have; see
         `bloblora.posterior_generate`.
+
+        A prompt that leaves no room for ``max_new_tokens`` in what the model can read loses its beginning.
+
+        Raises:
+            RunError: ``max_new_tokens`` alone are more than that.
         """
-        return self.generate_encoded(self._examples(records), num_samples, seed, **options)
+        new, limit = options.get("max_new_tokens") or 0, self.tokenizer.model_max_length
+        if new >= limit:
+            raise RunError(f"max_new_tokens must be below {limit}, the tokens that the model reads, got {new}")
+        task, longest = self.task, limit - new + 1  # of which the task leaves one for the answer
+        if (task.max_length or limit) > longest:
+            task = replace(task, max_length=longest)
+        return self.generate_encoded(self._examples(records, task), num_samples, seed, **options)
 
     def generate_encoded(
         self, examples: list[dict[str, Any]], num_samples: int = 10, seed: int = 0, **options: Any
@@ -218,8 +229,10 @@ class Run:
         responses = [{"response": record["response"]} if "response" in record else {} for record in records]
         yield from text_lines(records, responses, found, self.tokenizer, correctness, claims, decision)
 
-    def _examples(self, records: Any) -> list[dict[str, Any]]:
-        return tasks.encode_all(self.task, [unanswered(record) for record in self.records(records)], self.tokenizer)
+    def _examples(self, records: Any, task: tasks.Task | None = None) -> list[dict[str, Any]]:
+        return tasks.encode_all(
+            task or self.task, [unanswered(record) for record in self.records(records)], self.tokenizer
+        )
 
 
 def load_run(
