@@ -43,8 +43,9 @@ def replacing(file: Path) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
     try:
-        yield partial
-        os.replace(partial, file)
+        with naming(file):
+            yield partial
+            os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -73,6 +74,17 @@ def locked(output: Path, *, inside: bool = False, wait: bool = True) -> Iterator
             yield
         finally:
             lock.unlink(missing_ok=True)  # before it is released, so that it can't be another's
+
+
+@contextmanager
+def naming(place: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the place in an OSError that names none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(place)) from error
 
 
 @contextmanager
