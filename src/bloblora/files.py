@@ -179,8 +179,9 @@ def parse_yaml(text: str) -> Any:
     """
     import yaml
 
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)  # which reads the first characters
         node = loader.get_single_node()
         sizes: dict[int, float] = {}
         if node is not None and _size(node, sizes) > MOST_REPEATED + len(sizes):
@@ -191,7 +192,8 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _size(node: Any, sizes: dict[int, float]) -> float:
