@@ -331,7 +331,15 @@ def _words(hint: Any) -> str:
 
 def finite_numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """Those of the values that are finite numbers."""
-    return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return {name: value for name, value in values.items() if is_finite(value)}
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number, which a float can be."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def read_tensors(file: Path, error_type: type[ValueError]) -> dict[str, Tensor]:
