@@ -43,8 +43,9 @@ def replacing(file: Path) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
     try:
-        yield partial
-        os.replace(partial, file)
+        with naming(file):
+            yield partial
+            os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -73,6 +74,17 @@ def locked(output: Path, *, inside: bool = False, wait: bool = True) -> Iterator
             yield
         finally:
             lock.unlink(missing_ok=True)  # before it is released, so that it can't be another's
+
+
+@contextmanager
+def naming(place: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the place in an OSError that names none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(place)) from error
 
 
 @contextmanager
@@ -167,8 +179,9 @@ def parse_yaml(text: str) -> Any:
     """
     import yaml
 
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)  # which reads the first characters
         node = loader.get_single_node()
         sizes: dict[int, float] = {}
         if node is not None and _size(node, sizes) > MOST_REPEATED + len(sizes):
@@ -179,7 +192,8 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _size(node: Any, sizes: dict[int, float]) -> float:
@@ -317,7 +331,15 @@ def _words(hint: Any) -> str:
 
 def finite_numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """Those of the values that are finite numbers."""
-    return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return {name: value for name, value in values.items() if is_finite(value)}
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number, which a float can be."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def read_tensors(file: Path, error_type: type[ValueError]) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ class Registry(Mapping[str, T]):
         return len(self._own) + len(self._others)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._own or name in self._others
+        return isinstance(name, str) and (name in self._own or name in self._others)
 
     def find(self, name: str, field: str, error: type[ValueError] = ValueError) -> T:
         """The thing of a name.

@@ -260,7 +260,7 @@ def test_unknown_ending_and_folder(tmp_path):
     (tmp_path / "data.docx").touch()
     with pytest.raises(DataError, match=r"ending '\.docx' is not one of \.jsonl"):
         read_records(tmp_path / "data.docx")
-    with pytest.raises(DataError, match="not a folder that `datasets` saved"):
+    with pytest.raises(DataError, match="not readable as a folder that `datasets` saved"):
         read_records(tmp_path)
 
 

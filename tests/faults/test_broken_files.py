@@ -1,6 +1,7 @@
 """Files that aren't what they should be: one message, exit status 2, and what can be written is."""
 
 import json
+import re
 import shutil
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -137,6 +138,43 @@ def test_ids_are_written_as_json_can_hold_them(call, run, tmp_path):
     status, out, _ = call("predict", run, "--input", tmp_path / "data.parquet", "--samples", "0")
     assert status == 0
     assert json.loads(out)["id"] == IDS["when"][1]
+
+
+HUGE = 10**400
+PREDICTED = {"probabilities": [0.7, 0.3], "target": 0}
+STUDY = {"datasets": {"a": {"train": {"data": "x"}, "test": "x"}}, "methods": {"blob": {}}, "baseline": "blob"}
+TRAINED = {"data": "support_desk", "output": "none"}
+
+
+@pytest.mark.parametrize(
+    ("command", "content", "message"),
+    [
+        ("calibrate", PREDICTED | {"probabilities": [HUGE, 0]}, r"field 'probabilities': 10*… must be a number"),
+        ("calibrate", PREDICTED | {"num_draws": [1]}, r"field 'num_draws': \[1\] must be a number"),
+        ("calibrate", PREDICTED | {"log_probabilities": "ab"}, "must be a list of 2 numbers"),
+        ("calibrate", PREDICTED | {"log_probabilities": [0]}, "must be a list of 2 numbers"),
+        ("calibrate", PREDICTED | {"log_probabilities": [0, None]}, "must be a list of 2 numbers"),
+        ("calibrate", {"value": HUGE, "std": 1, "target": 1}, "field 'value': 10*… must be a number"),
+        ("compare", STUDY | {"baseline": ["blob"]}, r"baseline \['blob'\] is not one of the methods"),
+        ("compare", STUDY | {"datasets": {"a": {"train": {"data": 3}, "test": "x"}}}, "field 'data': 3; it must name"),
+        ("compare", STUDY | {"datasets": {"a": {"train": {"data": "x"}, "test": None}}}, "field 'test' is missing"),
+        ("train", TRAINED | {"seed": HUGE}, "seed must be in 0..2^32 - 1"),
+        ("train", TRAINED | {"prior_std": HUGE}, "--prior-std: .* 10+…; see"),
+        ("train", TRAINED | {"task": [["a"]]}, "task"),
+    ],
+)
+def test_values_that_are_none(call, tmp_path, command, content, message):
+    file = tmp_path / ("rows.jsonl" if command == "calibrate" else "options.yaml")
+    file.write_text((json.dumps(content) + "\n") * (60 if command == "calibrate" else 1))
+    option = {
+        "calibrate": ("--predictions", file),
+        "compare": (file, "--output", tmp_path),
+        "train": ("--config", file),
+    }
+    status, out, err = call(command, *option[command])
+    assert (status, out) == (2, "")
+    assert re.search(message.replace("^", r"\^"), err)
+    assert max(map(len, err.splitlines())) < 700
 
 
 def test_values_in_messages_are_short_and_printed():

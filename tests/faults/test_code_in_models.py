@@ -1,10 +1,13 @@
 """A model folder's Python code: not run, not asked for, and never by what a run says."""
 
+import ast
 import io
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -63,6 +66,20 @@ def stranger(own, choice_run, tmp_path):
     shutil.copytree(choice_run, folder)
     give_base(folder, own[0])
     return folder
+
+
+def test_every_call_says_whether_code_is_trusted():
+    """transformers asks on standard output where it isn't said; torch's pickles are read without code alone."""
+    found = []
+    for file in Path(bloblora.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                name, given = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
+                if re.fullmatch(r"(Auto\w+|kind)\.from_(pretrained|config)", name):
+                    found.append(name)
+                    assert given & {"trust_remote_code", None}, (file, node.lineno)
+                assert name != "torch.load" or "weights_only" in given, (file, node.lineno)
+    assert len(found) > 8
 
 
 def test_commands_refuse_it(call, files, stranger, own, tmp_path):

@@ -50,6 +50,8 @@ def test_aliases_that_people_write():
     assert len(parse_yaml("- x\n" * 5_000)) == 5_000
     with pytest.raises(ValueError, match="nested too deep"):
         parse_yaml("[" * 10_000)
+    with pytest.raises(ValueError, match="unacceptable character"):
+        parse_yaml("a: \0")
 
 
 def test_pipes_and_devices(call, files, run, tmp_path):

@@ -52,6 +52,9 @@ def test_commands_write_nothing(call, files, nan_run, tmp_path):
         status, out, err = call(*command)
         assert (status, out) == (2, ""), command
         assert "answer is not a number: weight base_model" in err
+    status, _, err = call("export", nan_run, "--format", "merged", "--output", tmp_path / "merged")
+    assert (status, (tmp_path / "merged").exists()) == (2, False)
+    assert f"{LAYER} has 1 of 2048 entries that are NaN or infinite, so nothing was written" in err
     assert {file: file.read_bytes() for file in nan_run.iterdir() if file.is_file()} == before
     assert not any((tmp_path / name).exists() for name in ("lines.jsonl", "metrics.json"))
     assert "NaN" not in "".join(file.read_text() for file in tmp_path.glob("kept.jsonl"))

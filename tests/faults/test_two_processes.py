@@ -1,6 +1,7 @@
 """Two processes on one output: the second stops with an error, and what is read back is checked."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import pytest
 from bloblora import runs
 from bloblora.runs.entries import EntriesFile
 from bloblora.runs.processes import append_lines
+from tests.tiny_base import write_jsonl
 
 ROWS = list(range(3))
 
@@ -42,6 +44,31 @@ def test_two_evaluations_with_one_output(call, files, run, tmp_path, option, nam
         assert f"{name}: another process is at work in it" in err
     assert call(*evaluate)[0] == 0
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(("json", "svg", "lock"))] == [name]
+
+
+def test_two_with_one_output(call, files, run, tmp_path):
+    predicted = write_jsonl(tmp_path / "predicted.jsonl", [{"probabilities": [0.9, 0.1], "target": 0}] * 60)
+    rules = tmp_path / "rules.json"
+    for output, command in {
+        rules: ("calibrate", "--predictions", predicted, "--risk", "0.5", "--output", rules),
+        tmp_path / "out.csv": ("predict", run, "--input", files.texts, "--output", tmp_path / "out.csv"),
+        tmp_path / "export": ("export", run, "--output", tmp_path / "export"),
+        tmp_path / "import": ("import", run, "--output", tmp_path / "import"),
+    }.items():
+        with runs.alone(output):
+            status, out, err = call(*command)
+        assert (status, out) == (2, ""), command
+        assert f"{output.name}: another process is at work in it" in err
+        assert not output.exists()
+
+
+def test_the_lock_that_a_kill_left_beside_a_whole_output_goes(call, run, tmp_path):
+    for command in ("export", "import"):
+        output = tmp_path / command
+        shutil.copytree(run, output)
+        (lock := tmp_path / f".{command}.lock").touch()
+        status, _, err = call(command, run, "--output", output)
+        assert (status, "choose another output" in err, lock.exists()) == (2, True, False)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Training and prediction from cached hidden states are those of the whole model."""
 
 import copy
+import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -50,6 +51,18 @@ def test_predictions_are_those_of_the_whole_model(name, dtype, tokenizer, questi
         expected = predict(model, examples, 3, task=task, batch_size=batch_size).draw_probabilities
         tolerance = 1e-5 if dtype is torch.float32 else 2e-2
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing(tokenizer, questions, blanks, tmp_path):
+    model, task, examples = case("classification", tokenizer, questions, blanks)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*\.partial'"):
+            cache_trunk(model, task, examples, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize("name", ["classification", "choice_text"])

@@ -15,9 +15,11 @@ from bloblora.generation import find_agree
 from bloblora.runs.texts import WritingOptions
 from bloblora.serving import load_hosted, open_hosted
 from bloblora.serving.completions import _Text
+from bloblora.serving.schema import OPENAI_PATHS
 from bloblora.serving.writing import Token, Way, Writing, write
 from tests.generation.conftest import RECORDS
 from tests.serving.conftest import TEXT_SETTINGS, serving
+from tests.serving.test_schema import fuzzed
 from tests.tiny_base import write_signed
 
 openai = pytest.importorskip("openai")
@@ -240,6 +242,8 @@ def test_models(client, server):
         ({"max_tokens": 61}, BAD, "max_tokens", None, "must be at most 60"),
         ({"max_tokens": 0}, BAD, "max_tokens", None, "greater than or equal to 1"),
         ({"temperature": -1}, BAD, "temperature", None, "greater than or equal to 0"),
+        ({"stop": "x" * 900_000}, BAD, "stop", None, "at most 200 characters"),  # its prefixes would need 400 GB
+        ({"stop": ["a", "x" * 201]}, BAD, "stop[1]", None, "at most 200 characters"),
         ({"n": 2}, BAD, "n", None, "less than or equal to 1"),
         ({"logit_bias": {"5": 1}}, BAD, "logit_bias", None, "Extra inputs are not permitted"),
         ({"extra_body": {"samples": 21}}, BAD, "samples", None, "must be at most 20"),
@@ -276,6 +280,19 @@ def test_what_is_refused(client, fields, error, param, code, message):
         create(**{**usual, **fields})
     body = raised.value.body
     assert (body["type"], body["param"], body["code"]) == ("invalid_request_error", param, code)
+
+
+@pytest.mark.parametrize("path", OPENAI_PATHS)
+@pytest.mark.parametrize("mode", ["positive", "negative"])
+def test_fuzzed(server, path, mode):
+    assert fuzzed(server, path, mode, 10) <= {200, 400, 404}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", OPENAI_PATHS)
+@pytest.mark.parametrize("mode", ["positive", "negative"])
+def test_fuzzed_again_and_again(server, path, mode):
+    assert fuzzed(server, path, mode, 500) <= {200, 400, 404}
 
 
 def test_other_refusals_have_the_same_form(hosted, server):

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from dataclasses import replace
 from functools import partial
@@ -13,12 +14,14 @@ from html.parser import HTMLParser
 
 import psutil
 import pytest
+import submitit
 import torch
 from sklearn.metrics import roc_auc_score
 
 from bloblora import evaluation, runs, studies
 from bloblora.data import read_records
 from bloblora.runs import RunError, alone
+from bloblora.studies.compare import _error, _lifeline
 from bloblora.studies.job import write_result
 from bloblora.training import last_checkpoint
 from tests.studies.conftest import make_content, write_study
@@ -178,10 +181,14 @@ def test_a_result_on_another_test_set_is_not_taken_for_this_one(done):
         compare(changed, folder)
 
 
-def test_two_at_once_do_not_write_into_each_others_runs(done):
+def test_two_at_once_do_not_write_into_each_others_runs_or_results(done):
     study, folder = done
-    with alone(folder / "runs", inside=True), pytest.raises(RunError, match="runs: another process is at work in it"):
-        compare(study, folder)
+    for place in (folder / "runs", folder / "results" / "runs"):
+        with alone(place, inside=True), pytest.raises(RunError, match="runs: another process is at work in it"):
+            compare(study, folder)
+    for place in (folder / "results" / "report.md", folder / "page.html"):
+        with alone(place), pytest.raises(RunError, match=f"{place.name}: another process is at work in it"):
+            studies.report(folder / "results", folder / "page.html")
     assert compare(study, folder) == []
 
 
@@ -189,43 +196,60 @@ def test_killed_it_leaves_nobody_at_work_and_goes_on_to_the_same(content, write,
     content |= {"seeds": [0], "samples": [0, 2], "methods": {"lora": {}}}
     content["train"] |= {"steps": 60, "save_steps": 20}
     study, name = studies.read_study(write(content)), "desk--lora--seed0"
+    run, results = tmp_path / "runs" / name, tmp_path / "results"
 
-    def folder(place):
-        (tmp_path / place).mkdir()
-        for file in tmp_path.glob("*.jsonl"):
-            shutil.copy(file, tmp_path / place)
-        return tmp_path / place
+    def found():
+        result = studies.read_result(results, name)
+        weights = (run / "adapter_model.safetensors").read_bytes()
+        return [result.metrics, result.training["final"]["nll"], weights], result.training["resumed_from"]
 
-    def found(folder):
-        result = studies.read_result(folder / "results", name)
-        weights = (folder / "runs" / name / "adapter_model.safetensors").read_bytes()
-        return result.metrics, result.training["final"]["nll"], weights, result.training["resumed_from"]
-
-    context, running, children = multiprocessing.get_context("fork"), {}, []
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        running[number] = context.Process(target=compare, args=(study, folder(number.name)))
-        running[number].start()
-    while running:
-        for number, process in [*running.items()]:
-            assert process.is_alive()
-            if last_checkpoint(tmp_path / number.name / "runs" / name / "checkpoints"):
-                children += psutil.Process(process.pid).children(recursive=True)
-                os.kill(process.pid, number)
-                process.join()
-                assert process.exitcode == -number
-                del running[number]
+    process = multiprocessing.get_context("fork").Process(target=compare, args=(study, tmp_path))
+    process.start()
+    while not last_checkpoint(run / "checkpoints"):
+        assert process.is_alive()
         time.sleep(0.005)
-    assert len(children) == 4  # of each submitit's own, and the one that trains
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.join()
+    assert len(children) == 2  # submitit's own, and the one that trains
     assert psutil.wait_procs(children, timeout=20)[1] == []
-    here(study, folder("whole"))
-    for number in ("SIGKILL", "SIGTERM"):
-        run = tmp_path / number / "runs" / name
-        with alone(run.parent, inside=True), alone(run, inside=True):
-            assert studies.read_result(tmp_path / number / "results", name) is None
-        here(study, tmp_path / number)
-        *same, resumed = found(tmp_path / number)
-        assert same == [*found(tmp_path / "whole")[:-1]]
-        assert resumed in ("checkpoint-20", "checkpoint-40")
+    with alone(run.parent, inside=True), alone(run, inside=True):
+        assert studies.read_result(results, name) is None
+    here(study, tmp_path)
+    killed, resumed = found()
+    assert resumed in ("checkpoint-20", "checkpoint-40")
+    for folder in (run, results):
+        shutil.rmtree(folder)
+    here(study, tmp_path)
+    assert found() == (killed, None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_it_starts_sees_its_end(number):
+    context = multiprocessing.get_context("fork")
+    started = context.Queue()
+
+    def hold():
+        with _lifeline() as as_parent, as_parent():
+            started.put(subprocess.Popen(["cat"]).pid)  # which reads its input to the end
+            time.sleep(100)
+
+    process = context.Process(target=hold)
+    process.start()
+    child = psutil.Process(started.get(timeout=20))
+    with pytest.raises(psutil.TimeoutExpired):
+        child.wait(0.2)
+    os.kill(process.pid, number)
+    process.join(20)
+    assert process.exitcode == -number
+    child.wait(20)
+
+
+def test_a_job_without_a_result_says_what_it_said_last(tmp_path):
+    job = submitit.AutoExecutor(tmp_path, cluster="local").submit(os._exit, 3)
+    job._results_timeout_s = 0  # it waits for a result that may come late
+    assert re.match("it ended without a result, and the last that it said is: .* Loading pickle", error := _error(job))
+    assert error.endswith("_0_log.err)")
 
 
 def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(content, write, tmp_path):

@@ -35,7 +35,10 @@ def test_jobs_are_seed_by_seed_and_a_methods_options_win(content, write, tmp_pat
         (lambda c: c["train"].update(step=1), "methods: lora on desk: unknown option 'step'; did you mean 'steps'"),
         (lambda c: c["methods"].update(x={"prior": 1}), None),
         (lambda c: c["datasets"]["desk"].pop("test"), "datasets: desk: field 'test' is missing"),
-        (lambda c: c["datasets"]["desk"]["train"].pop("data"), "desk: train: field 'data' is missing"),
+        (
+            lambda c: c["datasets"]["desk"]["train"].pop("data"),
+            "desk: train: field 'data': None; it must name",
+        ),
         (lambda c: c["datasets"]["desk"].update(test={"limit": 3}), "desk: test: field 'data': None"),
         (lambda c: c["datasets"]["desk"].update(shifted=["x"]), r"desk: shifted: \['x'\]; it must be a mapping"),
         (lambda c: c["methods"].update(x={"method": "lora", "members": 2}), None),

@@ -1,9 +1,9 @@
 """What a user chooses about the posterior."""
 
-import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args, get_type_hints
 
+from ..files import is_finite
 from ..posterior import PER_EXAMPLE, Prior, build_prior
 
 _STD_UNDER_HEAD, _STD = 0.4, 0.1
@@ -94,7 +94,7 @@ class BlobConfig:
             value = getattr(self, name)
             if (name, value) in (("init_std", None), ("prior_std", "auto"), ("prior_std", "start")):
                 continue
-            if not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+            if not (is_finite(value) and value > 0):
                 word = "; 'auto' and 'start' are the only words" if name == "prior_std" else ""
                 raise ValueError(f"BlobConfig.{name} must be a finite number above 0, got {value!r}{word}")
         self.build_prior()

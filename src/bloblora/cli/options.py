@@ -22,6 +22,7 @@ from peft import LoraConfig
 from .. import tasks
 from ..data import ReadingOptions
 from ..files import parse_yaml, regular
+from ..messages import LONGEST
 from ..methods import METHODS
 from ..runs.config import (
     LORA,
@@ -247,7 +248,9 @@ def _plain(message: str) -> str:
     )
     message = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", message)
     message = re.sub(r"Expected a typing\.Literal\[([^]]*)\]", r"expected one of \1", message)
-    return re.sub(r"\s+", " ", _dashed(message)).rstrip(".")
+    message = re.sub(r"\s+", " ", _dashed(message)).rstrip(".")
+    message = re.sub(rf"(\S{{{LONGEST}}})\S+", r"\1…", message)
+    return re.sub(rf"(value: .{{{LONGEST}}}).+", r"\1…", message)  # the parser ends with it
 
 
 def _dashed(text: str) -> str:

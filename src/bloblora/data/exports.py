@@ -46,14 +46,17 @@ def label_studio_row(row: Record) -> Record | str:
     annotations, data = row.get("annotations"), row.get("data")
     if not isinstance(annotations, list) or not isinstance(data, dict):
         return row
-    chosen = {
-        choice
-        for annotation in annotations
-        if not annotation.get("was_cancelled")
-        for result in annotation.get("result", [])
-        if result.get("type") == "choices"
-        for choice in result["value"]["choices"]
-    }
+    try:
+        chosen = {
+            choice
+            for annotation in annotations
+            if not annotation.get("was_cancelled")
+            for result in annotation.get("result", [])
+            if result.get("type") == "choices"
+            for choice in result["value"]["choices"]
+        }
+    except (AttributeError, KeyError, TypeError):
+        return f"field 'annotations': must be as Label Studio exports them, got {quoted(annotations)}"
     if len(chosen) > 1:
         return f"annotated with several choices: {', '.join(sorted(map(quoted, chosen)))}; a record has one label"
     return {**data, **({"id": row["id"]} if "id" in row else {}), **({"label": chosen.pop()} if chosen else {})}

@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 import sys
+import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from ..files import parse_json
-from ..messages import quoted
+from ..messages import quoted, shortened
 from .columns import obvious_kind
 from .exports import label_studio_row, rasa_rows
 from .records import DataError, Place, Record
@@ -145,6 +146,8 @@ def _rows_of_table(path: Path, content: dict[str, Any]) -> list[Record] | None:
         if not all(isinstance(row, list) and len(row) == len(columns) for row in rows):
             names = ", ".join(map(str, columns))
             raise DataError([f"{path}: a row of 'data' hasn't a cell for each of 'columns': {names}"])
+        if wrong := [name for name in columns if not isinstance(name, str)]:
+            raise DataError([f"{path}: the names in 'columns' must be texts, got {quoted(wrong[0])}"])
         return [dict(zip(columns, row, strict=True)) for row in rows]
     if parts and all(isinstance(part, dict) and part.keys() == parts[0].keys() for part in parts):
         if _are_rows([*content], [*parts[0]]):
@@ -228,11 +231,8 @@ def _sheet_rows(path: Path, say: Say) -> Iterator[tuple[Place, Row]]:
         from openpyxl import load_workbook
     except ImportError as error:
         raise DataError([f"{path}: .xlsx needs openpyxl: pip install 'bloblora[xlsx]', or save it as .csv"]) from error
-    with _seekable(path) as file:
-        try:
-            book = load_workbook(file, read_only=True, data_only=True)
-        except Exception as error:  # of zipfile, of XML, and its own
-            raise DataError([f"{path}: not readable as .xlsx: {error}"]) from error
+    with _seekable(path) as file, _readable(path, "as .xlsx"):
+        book = load_workbook(file, read_only=True, data_only=True)
         sheet = book.worksheets[0]
         if len(book.worksheets) > 1:
             others = ", ".join(other.title for other in book.worksheets[1:])
@@ -316,7 +316,7 @@ def _bytes(path: Path) -> Iterator[BinaryIO]:
     try:
         with gzip.open(path) as unpacked:
             yield unpacked  # type: ignore[misc]  # it reads as a BinaryIO does
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError([f"{path}: not readable as gzip: {error}"]) from error
 
 
@@ -335,29 +335,39 @@ def _seekable(path: Path) -> Iterator[BinaryIO]:
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
     # Not through `datasets`, which would copy the file into its cache first.
-    from pyarrow import ArrowException, parquet
+    from pyarrow import parquet
 
-    with _seekable(path) as unpacked:
-        try:
-            with parquet.ParquetFile(unpacked, buffer_size=_BUFFER) as file:
-                names = _class_names(file.schema_arrow)
-                for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                    yield from (with_names(row, names) for row in batch.to_pylist())
-        except (ArrowException, OSError) as error:
-            raise DataError([f"{path}: not readable as Parquet: {error}"]) from error
+    with (
+        _seekable(path) as unpacked,
+        _readable(path, "as Parquet"),
+        parquet.ParquetFile(unpacked, buffer_size=_BUFFER) as file,
+    ):
+        names = _class_names(file.schema_arrow)
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            yield from (with_names(row, names) for row in batch.to_pylist())
 
 
 def _dataset_rows(path: Path) -> Iterator[Row]:
     from datasets import DatasetDict, load_from_disk
 
-    try:
+    with _readable(path, "as a folder that `datasets` saved"):
         rows = load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError([f"{path}: not a folder that `datasets` saved: {error}"]) from error
-    if isinstance(rows, DatasetDict):
-        raise DataError([f"{path}: has several splits; give one of {', '.join(str(path / name) for name in rows)}"])
-    names = _class_names(rows.features.arrow_schema)
-    return (with_names(row, names) for row in rows)
+        if isinstance(rows, DatasetDict):
+            raise DataError([f"{path}: has several splits; give one of {', '.join(str(path / name) for name in rows)}"])
+        names = _class_names(rows.features.arrow_schema)
+        yield from (with_names(row, names) for row in rows)
+
+
+@contextmanager
+def _readable(path: Path, form: str) -> Iterator[None]:
+    """Raise a DataError for what other libraries raise of a damaged file, which can be anything."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        said = shortened(str(error)) or type(error).__name__
+        raise DataError([f"{path}: not readable {form}: {said}"]) from error
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:

@@ -51,6 +51,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.inputs import check_scores, checked_probabilities
+from ..files import is_finite
 from ..messages import quoted
 
 
@@ -410,7 +411,7 @@ def check_numbers(rule: object, *names: str) -> None:
     """Raise a ValueError unless the threshold and these attributes are finite numbers, these not below 0."""
     for name in ("threshold", *names):
         value = getattr(rule, name)
-        if not isinstance(value, int | float) or not math.isfinite(value) or (name in names and value < 0):
+        if not is_finite(value) or (name in names and value < 0):
             raise ValueError(f"{name} must be a number{' of 0 or more' if name in names else ''}, got {quoted(value)}")
 
 

@@ -211,9 +211,10 @@ def read_manifest(directory: str | os.PathLike[str], *, check_files: str | None 
 
 
 def _check_output(output: Path) -> None:
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise RunError(f"{output}: is a file or a folder that isn't empty; choose another output")
     check_writable(output.with_name(f".{output.name}.check"))
+    with alone(output):  # the lock that a kill left beside a whole export goes
+        if output.is_file() or (output.is_dir() and any(output.iterdir())):
+            raise RunError(f"{output}: is a file or a folder that isn't empty; choose another output")
 
 
 def _check_run(description: RunDescription, format: str, num_samples: int) -> None:

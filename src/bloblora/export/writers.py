@@ -167,6 +167,7 @@ def write_merged(run: Run, draw: Draw, folder: Path) -> None:
 
     Raises:
         RunError: PEFT can't merge the adapter.
+        FloatingPointError: a weight is NaN or infinite.
     """
     model: Any = run.model
     if isinstance(model, PeftModel):
@@ -177,6 +178,7 @@ def write_merged(run: Run, draw: Draw, folder: Path) -> None:
             except RuntimeError as error:
                 raise RunError(f"the adapter can't be merged: {error}") from error
     name_labels(model.config, run)
+    check_finite_tensors(model.state_dict(), "the merged model")
     with as_os_error(folder):
         model.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)

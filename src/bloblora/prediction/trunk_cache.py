@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
 from ..contexts import eval_mode
-from ..files import file_sha256
+from ..files import file_sha256, locked, naming
 from ..tasks.likelihood import Likelihood, likelihood_of
 from .forward import PredictionTask, Trunk, trunk_below
 
@@ -134,30 +133,47 @@ def cache_trunk(
     lengths = [task.collate([example])["input_ids"].shape[1] for example in examples]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     key = _key(model, trunk, task, examples)
-    with FileLock(folder / f".{key}.lock"):  # another run may be computing the same
+    with locked(folder / key):  # another run may be computing the same
         if not (files := [*folder.glob(f"{key}.*.npy")]):
             order = sorted(range(len(examples)), key=lambda i: -lengths[i])
             batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-            partial, array, dtype = folder / f"{key}.partial", None, torch.float32
-            for rows in track(batches, "trunk", disable=not progress, console=Console(stderr=True)):
-                hidden = _compute(model, trunk, task, [examples[i] for i in rows])
-                if array is None:
-                    dtype = hidden.dtype
-                    kind = hidden.view(_integer(dtype)).numpy().dtype
-                    array = np.lib.format.open_memmap(partial, "w+", kind, (int(starts[-1]), hidden.shape[-1]))
-                for i, own in zip(rows, hidden, strict=True):
-                    place = _place(lengths[i], len(own), padded_left)
-                    array[starts[i] : starts[i + 1]] = own[place].view(_integer(dtype)).numpy()
-            assert array is not None
-            array.flush()
-            name = f"{key}.{str(dtype).removeprefix('torch.')}.{file_sha256(partial)}.npy"
-            files = [partial.replace(folder / name)]
+            tracked = track(batches, "trunk", disable=not progress, console=Console(stderr=True))
+            computed = ((rows, _compute(model, trunk, task, [examples[i] for i in rows])) for rows in tracked)
+            partial = folder / f"{key}.partial"
+            try:
+                dtype = _write(partial, computed, starts, padded_left)
+                name = f"{key}.{str(dtype).removeprefix('torch.')}.{file_sha256(partial)}.npy"
+                files = [partial.replace(folder / name)]
+            finally:
+                partial.unlink(missing_ok=True)
     _, dtype_name, digest, _ = files[0].name.split(".")
     if file_sha256(files[0]) != digest:
         raise ValueError(f"{files[0]}: its SHA-256 isn't the one in its name: it was altered; remove it")
     hidden = np.load(files[0], mmap_mode="r", allow_pickle=False)
     dtype = getattr(torch, dtype_name)
     return CachedTrunk(task, trunk, hidden, starts, dtype, padded_left), IndexedExamples(examples)
+
+
+def _write(
+    file: Path, computed: Iterable[tuple[list[int], Tensor]], starts: np.ndarray, padded_left: bool
+) -> torch.dtype:
+    """Write the hidden states of each batch's examples to their places, and return their type.
+
+    Not through a memory map, in which a full disk ends the process by SIGBUS.
+    """
+    dtype, begin = torch.float32, 0
+    with naming(file), file.open("wb") as handle:
+        for rows, hidden in computed:
+            dtype, values = hidden.dtype, hidden.view(_integer(hidden.dtype)).numpy()
+            if not begin:
+                shape = (int(starts[-1]), values.shape[-1])
+                header = {"descr": values.dtype.str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(handle, header)
+                begin = handle.tell()
+            for i, own in zip(rows, values, strict=True):
+                handle.seek(begin + int(starts[i]) * own[0].nbytes)
+                handle.write(own[_place(int(starts[i + 1] - starts[i]), len(own), padded_left)].tobytes())
+    return dtype
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftConfig
 from .. import models, tasks
 from ..adapter.bayesianize import check_exact_start
 from ..data import IN_MEMORY, ReadingOptions, as_records
+from ..files import is_finite
 from ..messages import quoted
 from ..methods import METHODS, TEMPERED_NLL, Method, Rescaled
 from ..training import OBJECTIVE, BlobTrainingArguments
@@ -577,7 +578,7 @@ def _ranges() -> dict[str, tuple[Callable[[Any], bool], str]]:
     """What is right for a number, and how to say it; for what LoRA and the Trainer take without a word, too."""
 
     def number(right: Callable[[float], bool], kinds: Any = (int, float)) -> Callable[[Any], bool]:
-        return lambda v: isinstance(v, kinds) and not isinstance(v, bool) and math.isfinite(v) and right(v)
+        return lambda v: isinstance(v, kinds) and not isinstance(v, bool) and is_finite(v) and right(v)
 
     count = number(lambda v: v >= 1, int), "at least 1"
     folds = number(lambda v: v >= 2, int), "at least 2"

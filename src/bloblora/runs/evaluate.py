@@ -15,7 +15,7 @@ from .. import tasks
 from ..data import as_records
 from ..decision import Decision
 from ..evaluation import Distance, reliability, reliability_diagram, summary
-from ..files import locked, read_json, write_json
+from ..files import locked, read_json, replacing, write_json
 from .checks import check_kind
 from .config import RunError
 from .folder import RunDescription, records_sha256
@@ -156,7 +156,8 @@ def save_metrics(
         write_json(file, {"evaluations": [*kept, {**place, **state, "metrics": result}]})
     if diagram is not None and diagram.absolute().parent != description.folder.absolute():
         name = re.sub(r"[^\w.-]+", "-", Path(data).stem if Path(data).exists() else data)
-        shutil.copyfile(diagram, description.folder / f"reliability-{name}.png")
+        with replacing(description.folder / f"reliability-{name}.png") as partial:
+            shutil.copyfile(diagram, partial)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -61,8 +61,10 @@ def import_adapter(
         RunError: the folder has no such adapter, it doesn't fit the base model, or an option is out of its range.
     """
     folder, output = Path(directory), Path(output)
-    if (output / "run.json").exists():
-        raise RunError(f"{output}: is a run already; choose another output")
+    with alone(output):  # the lock that a kill left beside a whole run goes
+        if (output / "run.json").exists():
+            raise RunError(f"{output}: is a run already; choose another output")
+    check_writable(output / "run.json")
     content = read_json(folder / MEAN_CONFIG, RunError)
     stock, rho = _split(folder / MEAN_FILE)
     if content.get("task_type") != "CAUSAL_LM":
@@ -85,7 +87,6 @@ def import_adapter(
         lora={name: content[name] for name in _LORA if content.get(name) is not None},
     )
     config = with_dtype(given)
-    check_writable(output / "run.json")
     with alone(output):
         tokenizer = models.load_tokenizer(config.model, trust_remote_code=trust_remote_code)
         built = tasks.build_task(task, [], tokenizer, max_length=max_length)

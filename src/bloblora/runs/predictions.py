@@ -352,7 +352,9 @@ def _read_row(row: Mapping[str, Any], labels: Sequence[str] | None) -> dict[str,
             f"field 'probabilities': of {', '.join(names) or len(given)}; the run's labels are {', '.join(labels)}"
         )
     probabilities = _distribution(given.values() if isinstance(given, dict) else given, given)
-    log_probabilities = row.get("log_probabilities") or [math.log(p) if p else -math.inf for p in probabilities]
+    log_probabilities = [math.log(p) if p else -math.inf for p in probabilities]
+    if given := row.get("log_probabilities"):
+        log_probabilities = _logs(given, len(probabilities))
     there = [name for name in ("mutual_information", "expected_entropy") if row.get(name) not in (None, "")]
     return {"log_probabilities": log_probabilities, **{name: _number(row[name], name) for name in there}} | _counted(
         row
@@ -471,7 +473,7 @@ def _known(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _counted(row: Mapping[str, Any]) -> dict[str, int]:
-    return {"num_draws": int(row["num_draws"])} if row.get("num_draws") not in (None, "") else {}
+    return {"num_draws": int(_number(row["num_draws"], "num_draws"))} if row.get("num_draws") not in (None, "") else {}
 
 
 def _kind(row: Mapping[str, Any]) -> str:
@@ -483,10 +485,20 @@ def _kind(row: Mapping[str, Any]) -> str:
     return "bernoulli" if "labels" in row or isinstance(row.get("target"), list) else Prediction.kind
 
 
+def _logs(given: Any, count: int) -> list[float]:
+    """Log-probabilities in a row, which say more than the probabilities where these are rounded to 0."""
+    try:
+        if isinstance(given, list) and len(given) == count:
+            return [*map(float, given)]
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"field 'log_probabilities': {quoted(given)} must be a list of {count} numbers")
+
+
 def _number(value: Any, name: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"field {name!r}: {quoted(value)} must be a number")

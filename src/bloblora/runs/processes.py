@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from ..files import parse_json, read_json, replacing, write_json
+from ..files import naming, parse_json, read_json, replacing, write_json
 from ..messages import quoted
 from .config import RunError
 from .folder import alone
@@ -165,7 +165,7 @@ def _append_lines(
     elif file.exists():
         raise RunError(f"{file}: is there, without the {meta.name} that says of what it is; give another file")
     write_json(meta, identity)
-    with file.open("ab+") as handle:
+    with naming(file), file.open("ab+") as handle:
         starts = range(_whole_chunks(file, handle, rows, is_of), len(rows), CHUNK)
         for start in track(starts, "predicting", disable=not progress, console=Console(stderr=True)):
             lines = [

@@ -160,8 +160,8 @@ class _Text:
         """What can be shown that wasn't, with its tokens: nothing while a character or a stop may be incomplete."""
         end = min((place for stop in self.stop if (place := self.text.find(stop)) >= 0), default=len(self.text))
         if not ended:
-            parts = [stop[:length] for stop in self.stop for length in range(1, len(stop))]
-            if self.text.endswith(("\N{REPLACEMENT CHARACTER}", *parts)):
+            begun = (stop[:length] for stop in self.stop for length in range(1, min(len(stop), len(self.text) + 1)))
+            if self.text.endswith("\N{REPLACEMENT CHARACTER}") or any(map(self.text.endswith, begun)):
                 return "", []
         new, self.shown = self.text[self.shown : end], end
         tokens, self.held = [one for one in self.held if one[2] < end], []
@@ -255,7 +255,7 @@ async def _events(asked: Asked, answers: _Answers) -> AsyncIterator[str]:
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content)}\n\n"
+    return f"data: {json.dumps(content, allow_nan=False)}\n\n"
 
 
 def _head(asked: Asked) -> dict[str, Any]:

@@ -131,8 +131,9 @@ class PredictRequest(_Strict):
     )
 
 
+Stop = Annotated[str, Field(min_length=1, max_length=200)]
 Stops = Annotated[
-    Annotated[Text | None, Tag("<one>")] | Annotated[list[Text], Field(min_length=1, max_length=4), Tag("<many>")],
+    Annotated[Stop | None, Tag("<one>")] | Annotated[list[Stop], Field(min_length=1, max_length=4), Tag("<many>")],
     _ONE_OR_MANY,
 ]
 Prompts = Annotated[

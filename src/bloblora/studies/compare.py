@@ -8,11 +8,12 @@ clusters have; and its local executor runs the same jobs in the same way here, w
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,9 @@ def compare(
             return executor.submit(_run, job, output.absolute(), study.keep_runs, threads)
 
     outcomes = []
-    with alone(runs, inside=True), _lifeline() as as_parent:
-        (output / jobs.RUNS).mkdir(parents=True, exist_ok=True)
+    with ExitStack() as locks, _lifeline() as as_parent:
+        for folder in {runs.resolve(), (output / jobs.RUNS).resolve()}:
+            locks.enter_context(alone(folder, inside=True))
         write_json(output / jobs.RUNS / jobs.STUDY_FILE, {"file": file, **asdict(study)})
         planned(everything, pending)
         for outcome in _outcomes(pending, submit, workers):
@@ -190,6 +192,8 @@ def _error(submitted: Any) -> str | None:
         error = failure
     if error is None:
         return None
-    text = str(error).rpartition("\n-----")[0] or str(error)  # below the rule submitit says where its logs are
-    lines = [line for line in text.splitlines() if line.strip()]
-    return f"{lines[-1] if lines else type(error).__name__} (log: {submitted.paths.stderr})"
+    # Of submitit's parts between rules: what it says, the traceback or of a job without a result its log, and more.
+    parts = re.split(r"\n-{20,}\n", str(error))
+    lines = [line for line in parts[min(1, len(parts) - 1)].splitlines() if line.strip()]
+    ended = "it ended without a result, and the last that it said is: " if len(parts) == 2 else ""
+    return f"{ended}{lines[-1] if lines else type(error).__name__} (log: {submitted.paths.stderr})"

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import evaluation
 from ..files import read_json, write_text
 from ..messages import quoted
-from ..runs import RunError
+from ..runs import RunError, alone
 from .job import METRICS_FILE, RUNS, STUDY_FILE, Result, read_metrics, read_results, write_metrics
 from .study import Study, file_name
 
@@ -96,7 +96,7 @@ def report(folder: Path, html: Path | None = None, baseline: str | None = None, 
         The page.
 
     Raises:
-        RunError: there is no result, or none of the baseline that is given.
+        RunError: there is no result, or none of the baseline that is given, or another process writes the same.
     """
     results = read_results(folder)
     if not results:
@@ -122,11 +122,13 @@ def report(folder: Path, html: Path | None = None, baseline: str | None = None, 
     parts += [f"Made by `{comparison}` and `{command}`.\n", *_setting(results)]
     for dataset, of in datasets.items():
         parts += _sections(dataset, of, baseline)
-    for part in parts:
-        if isinstance(part, Picture) and not part.page_only:
-            write_text(folder / f"{part.name}.svg", part.svg)
-    write_text(folder / "report.md", _markdown(part for part in parts if isinstance(part, str) or not part.page_only))
-    write_text(html, _page(title, parts))
+    text = folder / "report.md"
+    with alone(text), alone(html):
+        for part in parts:
+            if isinstance(part, Picture) and not part.page_only:
+                write_text(folder / f"{part.name}.svg", part.svg)
+        write_text(text, _markdown(part for part in parts if isinstance(part, str) or not part.page_only))
+        write_text(html, _page(title, parts))
     return html
 
 

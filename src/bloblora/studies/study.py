@@ -220,7 +220,7 @@ def _study(content: Mapping[str, Any], stem: str) -> Study:
             "samples": tuple(sorted(_sequence(content.get("samples", Study.samples), int, "samples"))),
         }
     )
-    if study.baseline not in study.methods:
+    if not isinstance(study.baseline, str) or study.baseline not in study.methods:
         raise RunError(f"baseline {quoted(study.baseline)} is not one of the methods {', '.join(study.methods)}")
     if study.samples[0] < 0:
         raise RunError(f"samples: {study.samples[0]} is negative; N is 0 (the mean) or more")
@@ -237,11 +237,11 @@ def _dataset(value: Any, name: str) -> DataSet:
     content = _mapping(value, where)
     _check_fields(content, DataSet, where)
     for part in ("train", "test"):
-        if part not in content:
+        if content.get(part) is None:
             raise RunError(f"{where}: field {quoted(part)} is missing")
     train = _options(content["train"], f"{where}: train")
-    if "data" not in train:
-        raise RunError(f"{where}: train: field 'data' is missing")
+    if not isinstance(train.get("data"), str):
+        raise RunError(f"{where}: train: field 'data': {quoted(train.get('data'))}; it must name a file or a data set")
     shifted = _mapping(content.get("shifted") or {}, f"{where}: shifted")
     if taken := {"test", "out_of_scope", "validation"} & shifted.keys():
         raise RunError(f"{where}: shifted: {quoted(taken.pop())} is the name of another set; choose one of its own")

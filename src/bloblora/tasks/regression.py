@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from ..files import is_finite
 from ..messages import quoted
 from .likelihood import Gaussian, Likelihood
 from .task import Batch, Record, Task, TaskError
@@ -55,9 +56,9 @@ class Regression(TextHead):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.value_mean is None or not math.isfinite(self.value_mean):
+        if not is_finite(self.value_mean):
             raise TaskError(f"value_mean: {self.value_mean}; it must be a number, such as the mean of the values")
-        if self.value_std is None or not (math.isfinite(self.value_std) and self.value_std > 0):
+        if self.value_std is None or not (is_finite(self.value_std) and self.value_std > 0):
             raise TaskError(f"value_std: {self.value_std}; it must be above 0, such as the values' standard deviation")
 
     @classmethod

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 from transformers import TrainingArguments
 
+from ..files import is_finite
+
 KlWeighting = Literal["uniform", "reweighted"]
 OptimizerStyle = Literal["joint", "paper", "paper_flow"]
 
@@ -165,7 +167,7 @@ def check_positive(options: object, *names: str, or_zero: bool = False, or_word:
         value = getattr(options, name)
         if or_word is not None and value == or_word:
             continue
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
+        if not (is_finite(value) and (value > 0 or (or_zero and value == 0))):
             word = f"; {or_word!r} is the only word that it may be" if or_word else ""
             raise ValueError(
                 f"{name} must be a finite number {'of at least' if or_zero else 'above'} 0, got {value!r}{word}"
