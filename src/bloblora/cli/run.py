@@ -211,38 +211,34 @@ def calibrate(
     promises: dict[str, Any] = {"risk": risk, "level": confidence, "coverage": coverage, "false_alarm": false_alarm}
     kinds: dict[str, Any] = {"kind": label_sets, "score": score}
     description = _opened(directory, options) if directory is not None else None
+    bars = sys.stdout.isatty() and not json
+    if description is not None and description.task.kind == "generation":
+        given: dict[str, Any] = {"predictions": predictions, "ood": ood, "approximate": options.approximate}
+        given |= {
+            "label-sets": changed(kind=label_sets),
+            "score": score,
+            "false-alarm": changed(false_alarm=false_alarm),
+        }
+        if data is None or any(given.values()):
+            wrong = ", ".join(f"--{name}" for name, value in given.items() if value) or "nothing"
+            raise RunError(f"a run that writes text is calibrated on --data FILE, and with nothing else; got {wrong}")
+        del promises["false_alarm"]
+        names = ("samples", "seed", "batch_size", "trust_remote_code")
+        written = GenerationOptions(**{name: getattr(options, name) for name in names}, **asdict(writing))
+        how = {"matcher": matcher, "by": by, **promises}
+        calibrated = partial(_calibrate_texts, description, data, reading, written, bars, **how)
+    elif of_texts := _changed_of_texts(writing, matcher, by):
+        raise RunError(f"{', '.join(of_texts)}: only for a run that writes text; leave it out")
+    elif predictions is not None:
+        file, how = Path(predictions), promises | kinds
+        calibrated = partial(_calibrate_predictions, file, description, options, data, ood, reading, **how)
+    elif description is None or data is None:
+        missing = "the folder of a run" if description is None else "--data FILE"
+        raise RunError(f"calibrate needs {missing}, or --predictions FILE; see bloblora calibrate --help")
+    else:
+        calibrated = partial(_calibrate, description, data, ood, reading, options, bars, **promises, **kinds)
     with runs.alone(Path(output)) if output is not None else nullcontext():
-        bars = sys.stdout.isatty() and not json
-        if description is not None and description.task.kind == "generation":
-            given: dict[str, Any] = {"predictions": predictions, "ood": ood, "approximate": options.approximate}
-            given |= {
-                "label-sets": changed(kind=label_sets),
-                "score": score,
-                "false-alarm": changed(false_alarm=false_alarm),
-            }
-            if data is None or any(given.values()):
-                wrong = ", ".join(f"--{name}" for name, value in given.items() if value) or "nothing"
-                raise RunError(
-                    f"a run that writes text is calibrated on --data FILE, and with nothing else; got {wrong}"
-                )
-            del promises["false_alarm"]
-            names = ("samples", "seed", "batch_size", "trust_remote_code")
-            written = GenerationOptions(**{name: getattr(options, name) for name in names}, **asdict(writing))
-            content = _calibrate_texts(description, data, reading, written, bars, matcher=matcher, by=by, **promises)
-        elif of_texts := _changed_of_texts(writing, matcher, by):
-            raise RunError(f"{', '.join(of_texts)}: only for a run that writes text; leave it out")
-        elif predictions is not None:
-            content = _calibrate_predictions(
-                Path(predictions), description, options, data, ood, reading, **promises, **kinds
-            )
-        elif description is None or data is None:
-            missing = "the folder of a run" if description is None else "--data FILE"
-            raise RunError(f"calibrate needs {missing}, or --predictions FILE; see bloblora calibrate --help")
-        else:
-            records, outside = _read(description, data, ood, reading)
-            _check_unseen(description, data)
-            check_promises(len(records), predicted=KINDS[description.task.likelihood.name], **promises, **kinds)
-            content = calibrate_run(description, records, outside, options, progress=bars, **promises, **kinds)
+        content = calibrated()
         if output is not None:
             DECISIONS.write(Path(output), [content])
     if json:
@@ -256,6 +252,22 @@ def calibrate(
     if directory is not None:
         of_text = (content.get("text") or {}).get("of")
         print(f"saved to {Path(directory) / DECISION_FILE}; next: {after_calibration(directory, of_text)}")
+
+
+def _calibrate(
+    description: RunDescription,
+    data: str,
+    ood: str | None,
+    reading: ReadingOptions,
+    options: PredictionOptions,
+    progress: bool,
+    **promises: Any,
+) -> dict[str, Any]:
+    """`calibrate` of a run that predicts."""
+    records, outside = _read(description, data, ood, reading)
+    _check_unseen(description, data)
+    check_promises(len(records), predicted=KINDS[description.task.likelihood.name], **promises)
+    return calibrate_run(description, records, outside, options, progress=progress, **promises)
 
 
 def _changed_of_texts(writing: WritingOptions, matcher: str, by: str) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -107,22 +107,30 @@ class ValueAverages(ValuePrediction):
     epistemic_std = property(lambda self: self.kept["epistemic_std"])
 
 
-class LabelAverages(MultiLabelPrediction):
+class _Kept:
+    """What was kept of the draws beside their average: how many they were, and the mutual information, (n,) each."""
+
+    def keeping(self, rows: Sequence[Mapping[str, Any]], num_samples: int) -> Self:
+        """The same with that of these lines."""
+        epistemic = torch.tensor([row.get("mutual_information", math.nan) for row in rows])
+        self.__dict__ |= {"draws": _draws(rows, num_samples), "epistemic": epistemic}
+        return self
+
+    num_draws = property(lambda self: self.draws)
+    mutual_information = property(lambda self: self.epistemic)
+
+
+class LabelAverages(_Kept, MultiLabelPrediction):
     """Several labels at once of which the probabilities were kept, and the mutual information; NaN where unknown."""
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], num_samples: int) -> LabelAverages:
         """The one whose lines these are; each has ``probabilities`` as a list."""
         probabilities = torch.tensor([row["probabilities"] for row in rows], dtype=torch.float64)
-        found = cls(probabilities.logit()[None], num_samples, Bernoulli())
-        found.__dict__ |= {"draws": _draws(rows, num_samples), "epistemic": _epistemic(rows)}
-        return found
-
-    num_draws = property(lambda self: self.draws)
-    mutual_information = property(lambda self: self.epistemic)
+        return cls(probabilities.logit()[None], num_samples, Bernoulli()).keeping(rows, num_samples)
 
 
-class TagAverages(TagsPrediction):
+class TagAverages(_Kept, TagsPrediction):
     """Tags of which the probabilities were kept, and the mutual information of each record; NaN where unknown."""
 
     @classmethod
@@ -130,22 +138,14 @@ class TagAverages(TagsPrediction):
         """The one whose lines these are; each has ``probabilities`` as a list with an object by tag for each token."""
         log_probs = [_logarithms([[*token.values()] for token in row["probabilities"]]) for row in rows]
         logits = pad_sequence([each.flatten() for each in log_probs], batch_first=True, padding_value=-math.inf)
-        found = cls(logits[None], num_samples, Tags(tuple(rows[0]["probabilities"][0])))
-        found.__dict__ |= {"draws": _draws(rows, num_samples), "epistemic": _epistemic(rows)}
-        return found
-
-    num_draws = property(lambda self: self.draws)
-    mutual_information = property(lambda self: self.epistemic)
+        tags = Tags(tuple(rows[0]["probabilities"][0]))
+        return cls(logits[None], num_samples, tags).keeping(rows, num_samples)
 
 
 def _logarithms(probabilities: Any) -> Tensor:
     """Those of probabilities, finite also where one is 0: -inf is of what isn't there."""
     values = torch.tensor(probabilities, dtype=torch.float64)
     return values.clamp_min(torch.finfo(values.dtype).tiny).log()
-
-
-def _epistemic(rows: Iterable[Mapping[str, Any]]) -> Tensor:
-    return torch.tensor([row.get("mutual_information", math.nan) for row in rows])
 
 
 def _draws(rows: Iterable[Mapping[str, Any]], num_samples: int) -> Tensor:
@@ -355,10 +355,7 @@ def _read_row(row: Mapping[str, Any], labels: Sequence[str] | None) -> dict[str,
     log_probabilities = [math.log(p) if p else -math.inf for p in probabilities]
     if given := row.get("log_probabilities"):
         log_probabilities = _logs(given, len(probabilities))
-    there = [name for name in ("mutual_information", "expected_entropy") if row.get(name) not in (None, "")]
-    return {"log_probabilities": log_probabilities, **{name: _number(row[name], name) for name in there}} | _counted(
-        row
-    )
+    return {"log_probabilities": log_probabilities} | _known(row, "mutual_information", "expected_entropy")
 
 
 def _right_column(row: Mapping[str, Any], labels: Sequence[str] | None) -> int:
@@ -380,9 +377,7 @@ def _read_value(row: Mapping[str, Any], _: Sequence[str] | None) -> dict[str, An
     found = {name: _number(row.get(name), name) for name in ("value", "std")}
     if found["std"] <= 0:
         raise ValueError(f"field 'std': {quoted(row['std'])} must be above 0")
-    if row.get("epistemic_std") not in (None, ""):
-        found["epistemic_std"] = _number(row["epistemic_std"], "epistemic_std")
-    return found | _counted(row)
+    return found | _known(row, "epistemic_std")
 
 
 def _right_value(row: Mapping[str, Any], _: Sequence[str] | None) -> float:
@@ -399,7 +394,7 @@ def _read_labels(row: Mapping[str, Any], names: Sequence[str] | None) -> dict[st
     found: dict[str, Any] = {"probabilities": [_number(given[name], "probabilities") for name in names]}
     if not all(0 <= p <= 1 for p in found["probabilities"]):
         raise ValueError(f"field 'probabilities': {quoted(given)} must be in [0, 1]")
-    return found | _known(row)
+    return found | _known(row, "mutual_information")
 
 
 def _right_labels(row: Mapping[str, Any], names: Sequence[str] | None) -> list[int]:
@@ -424,7 +419,8 @@ def _read_tags(row: Mapping[str, Any], names: Sequence[str] | None) -> dict[str,
     if wrong := next((token for token in given if {*token} != {*names}), None):
         raise ValueError(f"field 'probabilities': of {', '.join(wrong)}; the tags are {', '.join(names)}")
     numbers = [_distribution([token[name] for name in names], token) for token in given]
-    return {"probabilities": [dict(zip(names, token, strict=True)) for token in numbers]} | _known(row)
+    by_tag = [dict(zip(names, token, strict=True)) for token in numbers]
+    return {"probabilities": by_tag} | _known(row, "mutual_information")
 
 
 def _averaged(logits: Any, names: Sequence[str]) -> list[dict[str, float]]:
@@ -465,15 +461,11 @@ def _distribution(values: Iterable[Any], shown: Any) -> list[float]:
     return [number / total for number in numbers]
 
 
-def _known(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The mutual information and the number of draws, where they are given."""
-    there = row.get("mutual_information") not in (None, "")
-    found = {"mutual_information": _number(row["mutual_information"], "mutual_information")} if there else {}
-    return found | _counted(row)
-
-
-def _counted(row: Mapping[str, Any]) -> dict[str, int]:
-    return {"num_draws": int(_number(row["num_draws"], "num_draws"))} if row.get("num_draws") not in (None, "") else {}
+def _known(row: Mapping[str, Any], *names: str) -> dict[str, float]:
+    """Those of these numbers, and the number of draws, that are given."""
+    there = (name for name in (*names, "num_draws") if row.get(name) not in (None, ""))
+    numbers = {name: _number(row[name], name) for name in there}
+    return {name: int(value) if name == "num_draws" else value for name, value in numbers.items()}
 
 
 def _kind(row: Mapping[str, Any]) -> str:
