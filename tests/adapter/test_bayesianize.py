@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from bloblora import BlobConfig, bayesianize, find_posterior
-from tests.conftest import tiny_llama, with_lora
+from tests.conftest import OVER_A, tiny_llama, with_lora
 
-CONFIG = BlobConfig(init_std=0.25)
+CONFIG = BlobConfig(init_std=0.25, **OVER_A)
 SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 
 

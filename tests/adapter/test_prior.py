@@ -161,7 +161,7 @@ def test_damage_is_noticed(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prior_std": "wide"}, r"must be a finite number above 0, got 'wide'; 'auto' and 'start' are the only words"),
+        ({"prior_std": "wide"}, r"must be a finite number above 0, got 'wide'; the only words are 'auto' and 'start'"),
         ({"init_std": "auto"}, r"init_std must be a finite number above 0, got 'auto'"),
         ({"prior_mean": "zeros"}, r"prior_mean must be one of auto, zero, start, got 'zeros'"),
     ],

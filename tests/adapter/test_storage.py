@@ -18,9 +18,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from bloblora import BlobConfig, bayesianize, find_posterior, load, save
 from bloblora.adapter import AdapterFileError, debayesianize, load_posterior
-from tests.conftest import tiny_llama, with_lora
+from tests.conftest import OVER_A, tiny_llama, with_lora
 
-CONFIG = BlobConfig(prior_std=0.3, init_std=0.25)
+CONFIG = BlobConfig(prior_std=0.3, init_std=0.25, **OVER_A)
 FILES = ("adapter_config.json", "adapter_model.safetensors", "blob_config.json", "posterior.safetensors")
 
 
@@ -89,7 +89,8 @@ def test_what_is_not_finite_is_never_written(saved, folder, damaged, value):
 
 @pytest.mark.parametrize("parameterization", ["square", "softplus", "log"])
 def test_round_trip(parameterization, tokens, tmp_path):
-    config = BlobConfig(prior_std=0.3, init_std=0.25, std_parameterization=parameterization, estimator="flipout")
+    options = dict(std_parameterization=parameterization, estimator="flipout", **OVER_A)
+    config = BlobConfig(prior_std=0.3, init_std=0.25, **options)
     model = bayesian(config)
     save(model, tmp_path)
     loaded = load(tiny_llama(), tmp_path)
@@ -232,7 +233,7 @@ def rewrite(file: Path, change) -> None:
 
 
 def test_a_field_that_an_older_version_lacked_has_its_default(folder):
-    rewrite(folder / "blob_config.json", lambda content: [content["config"].pop(name) for name in ("prior", "factors")])
+    rewrite(folder / "blob_config.json", lambda content: [content["config"].pop(name) for name in ("prior", *OVER_A)])
     assert find_posterior(load(tiny_llama(), folder)).config == CONFIG
 
 
@@ -259,7 +260,7 @@ def test_a_folder_that_an_older_version_wrote(tokens):
     expected = json.loads(folder.with_suffix(".json").read_text())
     model = load(tiny_llama(), folder)
     posterior = find_posterior(model)
-    assert posterior.config == BlobConfig(**expected["config"])
+    assert posterior.config == BlobConfig(**OVER_A | expected["config"])
     ids = torch.tensor([expected["tokens"]])
     for name, context in (("mean", posterior.mean()), ("draw", posterior.draw(expected["draw_seed"]))):
         with torch.no_grad(), context:

@@ -219,7 +219,7 @@ def test_errors_before_the_hub_is_asked(trained, tmp_path):
         bloblora_hub.push("hub:user/desk", "user/desk")
 
 
-@pytest.mark.parametrize("method", ["ensemble", "full", "laplace-lora", "swag", "scalabl", "c-lora", "vbll", "lora"])
+@pytest.mark.parametrize("method", ["ensemble", "full", "laplace-lora", "swag", "scalabl", "c-lora", "lora"])
 def test_what_goes_up_of_other_methods_is_enough(base, trained, tmp_path, method):
     settings = dict(model=str(base), steps=4, batch_size=2, r=2, method=method)
     settings |= {"validation": 0.5, "temperature_scaling": True} if method == "lora" else {}

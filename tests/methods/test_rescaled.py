@@ -17,7 +17,6 @@ from bloblora.methods import Method, Rescaled, Training, rescaled
 from bloblora.methods.rescaled import _HeldOut, fit_scales, folds
 from bloblora.methods.scalabl import ScaledRows
 from bloblora.methods.swag import LowRank
-from bloblora.methods.vbll import LastLayer, LastLayerDraws
 from bloblora.prediction import Point, StoppingRule, Tempered, WeightDraws, fit_temperature, predict
 from bloblora.serving import Settings, load_hosted, open_hosted
 from tests.conftest import tiny_llama, with_lora
@@ -154,18 +153,11 @@ def deviations(kind):
         weights = LowRank(posterior, columns) if kind == "swag" else posterior
         name, mean = next(iter(means.items()))
         return weights, lambda: weights.sample(seed(0))[name.rpartition(".")[0]]["A"] - mean
-    if kind == "scalabl":
-        rows = ScaledRows(with_lora(tiny_llama()), {"layer": torch.rand(4)})
-        return rows, lambda: rows.scale("layer", torch.zeros(4, 3), seed(0)) - 1
-    head = nn.Linear(3, 2)
-    head.vbll_log_std = nn.Parameter(torch.randn(2, 3))
-    head.vbll_off_diagonal = nn.Parameter(torch.randn(2, 3, 3))
-    draws = LastLayerDraws(LastLayer(head))
-    assert draws.scalable is draws.layer
-    return draws.layer, lambda: draws.change(seed(0))
+    rows = ScaledRows(with_lora(tiny_llama()), {"layer": torch.rand(4)})
+    return rows, lambda: rows.scale("layer", torch.zeros(4, 3), seed(0)) - 1
 
 
-@pytest.mark.parametrize("kind", ["posterior", "swag", "scalabl", "vbll"])
+@pytest.mark.parametrize("kind", ["posterior", "swag", "scalabl"])
 @torch.no_grad()
 def test_a_scaled_draw_is_so_much_farther_from_the_mean(kind):
     weights, deviation = deviations(kind)
@@ -244,12 +236,11 @@ few = pytest.mark.filterwarnings("ignore:temperature_.* records are too few:User
 
 
 @few
-@pytest.mark.parametrize("method", ["tfb", "vbll"])
 @pytest.mark.filterwarnings("ignore:min_std:UserWarning")
-def test_a_scaled_posterior_comes_back(method, config):
+def test_a_scaled_posterior_comes_back(config):
     """Saved with the run, in which the posterior's own draws are the scaled ones."""
-    unfit = {"tfb": {"min_std": 5.0, "max_std": 6.0}, "vbll": {"prior_scale": 3000.0, "std_learning_rate": 4.0}}[method]
-    options = {"method": method, "steps": 12, "temperature_scaling": True, "validation": 0.5, **unfit}
+    unfit = {"min_std": 5.0, "max_std": 6.0}
+    options = {"method": "tfb", "steps": 12, "temperature_scaling": True, "validation": 0.5, **unfit}
     run = runs.train(config(queries() * 10, **options), progress=False)
     fitted = run.training["rescaling"]
     assert fitted["width"] != 1

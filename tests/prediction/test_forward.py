@@ -19,7 +19,7 @@ from bloblora import BlobConfig, bayesianize, find_posterior, predict
 from bloblora.prediction import TopBlocks, WeightDraws
 from bloblora.prediction.forward import BatchForward, trunk_below
 
-from ..conftest import tiny_llama, with_lora
+from ..conftest import OVER_A, tiny_llama, with_lora
 from .conftest import TASKS, tiny_classifier
 
 IDS = {
@@ -40,7 +40,7 @@ def bayesian(model, targets, layers=None, std=0.4):
         r=4, target_modules=targets, layers_to_transform=layers, task_type="SEQ_CLS", init_lora_weights=False
     )
     model = get_peft_model(model, lora)
-    bayesianize(model, BlobConfig(init_std=std))
+    bayesianize(model, BlobConfig(init_std=std, **OVER_A))
     return model.eval()
 
 
@@ -68,7 +68,7 @@ def test_draws_together_are_the_draws_one_by_one(name, number, case_of, threads)
 def test_other_factors(factors):
     lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
     model = get_peft_model(tiny_classifier(), lora)
-    bayesianize(model, BlobConfig(init_std=0.16, factors=factors))
+    bayesianize(model, BlobConfig(init_std=0.16, factors=factors, head_prior_std=None))
     assert_same_draws(model.eval(), IDS)
 
 

@@ -175,8 +175,3 @@ def test_methods_made_for_classes_take_labels_too(base, tmp_path, method):
     found = runs.load_run(run.config.output).predict(test, 3)
     torch.testing.assert_close(found.logits, run.predict(test, 3).logits)
     assert found.logits.isfinite().all()
-
-
-def test_vbll_is_refused(base, tmp_path):
-    with pytest.raises(runs.RunError, match="method 'vbll' has no form for task 'multi_label'; train that with"):
-        train(base, tmp_path, [*records(24)], method="vbll")

@@ -153,7 +153,6 @@ def test_other_methods_tag_too(base, tmp_path, method):
 
 def test_what_has_no_form_for_tags_is_refused_early(base, trained, tmp_path):
     for options, message in (
-        ({"method": "vbll"}, "method 'vbll' has no form for task 'token_classification'"),
         ({"method": "laplace-lora"}, "method 'laplace-lora' has no form for task 'token_classification'"),
         ({"temperature_scaling": True, "validation": [{"tokens": ["a"], "tags": ["B-x"]}]}, "'tags': 'B-x' not among"),
     ):

@@ -99,9 +99,7 @@ def test_a_task_without_fixed_classes_says_whose_option_it_is(tmp_path):
 
 
 def test_methods_with_another_loss_refuse_weights(tmp_path, base):
-    for method in ("vbll", "laplace-lora"):
-        config = runs.RunConfig.of(
-            data=RECORDS, output=str(tmp_path / "run"), model=str(base), method=method, class_weights="balanced"
-        )
-        with pytest.raises(runs.RunError, match=f"class_weights: method '{method}' weighs all records alike"):
-            runs.train(config, progress=False)
+    options = dict(data=RECORDS, output=str(tmp_path / "run"), model=str(base), class_weights="balanced")
+    config = runs.RunConfig.of(**options, method="laplace-lora")
+    with pytest.raises(runs.RunError, match="class_weights: method 'laplace-lora' weighs all records alike"):
+        runs.train(config, progress=False)

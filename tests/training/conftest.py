@@ -12,6 +12,7 @@ from bloblora.training import BlobTrainingArguments
 
 from ..conftest import with_lora
 
+PAPERS = dict(prior_std=0.2, init_std=0.0025, std_parameterization="square", head_prior_std=None)
 TASK = Classification(labels=("a", "b", "c"), pad_token_id=0)
 
 
@@ -34,9 +35,7 @@ def classifier(bayesian: bool = True, seed: int = 7, **config):
     model = with_lora(base, modules_to_save=["score"])
     torch.manual_seed(seed)
     if bayesian:
-        bayesianize(
-            model, BlobConfig(**{"prior_std": 0.2, "init_std": 0.0025, "std_parameterization": "square", **config})
-        )
+        bayesianize(model, BlobConfig(**{**PAPERS, **config}))
     return model
 
 

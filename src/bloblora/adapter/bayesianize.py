@@ -19,8 +19,9 @@ from ..messages import quoted
 from ..quantized import keep_differentiable
 from .batch import follow, is_routed
 from .config import BlobConfig
+from .head import Bounding, GaussianHead, HeadGaussian, gaussian_heads, make_gaussian, make_plain, trained_head
 from .sharding import changing, is_sharded, whole
-from .variant import BlobVariant, Drawn, mean_of
+from .variant import HEAD, BlobVariant, Drawn, Gaussian, mean_of
 from .watch import KlWatch
 
 # Starts that move a part of the base weight into B A, so that without the LoRA the model isn't the base.
@@ -36,7 +37,7 @@ _FUSED = {
 _AT_PRIOR_TOLERANCE = 0.05
 
 Weights = dict[str, dict[str, Tensor]]
-"""A draw: A (r, n) or B (m, r) of each layer, by the layer's name and the factor's letter."""
+"""A draw: A (r, n), B (m, r) or a head's weight (C, d) of each layer, by the layer's name and the factor."""
 
 
 class Posterior:
@@ -51,6 +52,7 @@ class Posterior:
         adapter_name: the Bayesian adapter.
         config: its configuration.
         prior: p, the same for all its entries, unless `named_priors` moves and scales it.
+        head: the classification head whose weights are Gaussian too, if there is one.
         batch: the model's last batch in train mode.
         watch: warns when it is trained without its KL; ``watch.silent = True`` where that is meant.
     """
@@ -64,9 +66,10 @@ class Posterior:
         self.watch = first.watch = first.watch or KlWatch()
         self.batch = first.batch
         self.prior = self.config.build_prior()
+        self.head = next((layer for layer in self._layers.values() if isinstance(layer, GaussianHead)), None)
 
-    def named_layers(self) -> dict[str, LoraLayer]:
-        """The Bayesian layers by their names in the model, in the model's order."""
+    def named_layers(self) -> dict[str, nn.Module]:
+        """The Bayesian layers by their names in the model, in the model's order, a head last."""
         return dict(self._layers)
 
     def layer_names(self) -> list[str]:
@@ -74,7 +77,10 @@ class Posterior:
         return [*self._layers]
 
     def named_means(self) -> dict[str, nn.Parameter]:
-        """M of each Gaussian factor by its name, ``<layer>.lora_A`` (r, n) or ``<layer>.lora_B`` (m, r): LoRA's own."""
+        """M of each Gaussian factor by its name: ``<layer>.lora_A`` (r, n), ``<layer>.lora_B`` (m, r): LoRA's own.
+
+        Of a head it is ``<layer>.weight`` (C, d).
+        """
         return {key: mean_of(layer, self.adapter_name, factor) for key, layer, factor in self._factors()}
 
     def named_std_parameters(self) -> dict[str, nn.Parameter]:
@@ -99,15 +105,33 @@ class Posterior:
         """Whether a head that starts from nothing is trained with the adapter."""
         return _has_head(self.model, self.adapter_name)
 
+    @property
+    def adapter_is_gaussian(self) -> bool:
+        """Whether there is a Gaussian over the adapter, and not over a head alone."""
+        return bool(self.config.gaussian_factors)
+
     @cached_property
     def num_weights(self) -> int:
-        """How many Gaussian weights there are, in all processes together."""
-        return sum(mean.numel() for mean in self.named_means().values())
+        """How many Gaussian weights the adapter has, without a head's, in all processes together."""
+        return sum(mean.numel() for key, mean in self.named_means().items() if not is_head(key))
+
+    @contextmanager
+    def bounding(self) -> Iterator[Bounding | None]:
+        """Forwards in train mode inside are those of a head's mean, and tell the variance of its outputs.
+
+        See `bloblora.adapter.head`. None where the head isn't Gaussian.
+        """
+        if self.head is None:
+            yield None
+            return
+        bounding = Bounding()
+        with in_context({self.head: bounding}):
+            yield bounding
 
     def named_priors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The prior's mean μ and standard deviation s of each, by the same names and of the same shapes.
+        """The prior's mean μ and standard deviation s of those that have their own, by the same names and shapes.
 
-        Empty where all entries have the prior N(0, σp²), or ``prior``.
+        All entries of the others have the prior N(0, σp²), or ``prior``.
         """
         priors = {
             key: _variant(layer, self.adapter_name).prior_of(layer, self.adapter_name, factor)
@@ -118,7 +142,8 @@ class Posterior:
     def set_priors(self, priors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Copy a prior's mean and standard deviation for each entry, by name; numbers stand for all of a factor's."""
         for key, layer, factor in self._factors():
-            _variant(layer, self.adapter_name).set_prior(layer, self.adapter_name, factor, *priors[key])
+            if key in priors:
+                _variant(layer, self.adapter_name).set_prior(layer, self.adapter_name, factor, *priors[key])
 
     def update_prior(self) -> None:
         """Make the posterior as it is the prior of what follows, entry by entry: μ = M and s = Ω.
@@ -140,8 +165,7 @@ class Posterior:
 
     def start_std(self) -> float:
         """The largest Ω at the start; where priors differ, that of the median entry."""
-        priors = [std.flatten() for _, std in self.named_priors().values()]
-        return self.config.start_std(torch.cat(priors).median().item() if priors else self.prior.prior_std)
+        return self.config.start_std(self._prior_widths().median().item())
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         """The means, and in the same order the unconstrained parameters of Ω."""
@@ -152,34 +176,52 @@ class Posterior:
 
         Where the prior has no closed form it is an estimate, with noise from torch's global generator.
         """
-        means, parameters = self.parameters()
-        prior = self._prior([*self.named_priors().values()])
-        return prior.kl([*map(whole, means)], [*map(whole, parameters)], self.config.std_parameterization)
+        adapter, head = self.kls()
+        return adapter + head
+
+    def kls(self) -> tuple[Tensor, Tensor]:
+        """The KL of the adapter's factors, and that of a head's weights, in nats; see `kl`."""
+        style, parameters, means = self.config.std_parameterization, self.named_std_parameters(), self.named_means()
+        sums = [torch.zeros(()), torch.zeros(())]
+        for keys, prior in self._groups():
+            kl = prior.kl([whole(means[key]) for key in keys], [whole(parameters[key]) for key in keys], style)
+            sums[is_head(keys[0])] = sums[is_head(keys[0])].to(kl.device) + kl
+        return sums[0].to(kl.device), sums[1].to(kl.device)
 
     def named_kls(self) -> dict[str, Tensor]:
         """The KL of each Gaussian factor by its name, in nats."""
-        parameters, priors = self.named_std_parameters(), self.named_priors()
+        style, parameters, priors = self.config.std_parameterization, self.named_std_parameters(), self.named_priors()
         return {
-            key: self._prior([priors[key]] if priors else []).kl(
-                [whole(mean)], [whole(parameters[key])], self.config.std_parameterization
-            )
+            key: self._prior([priors[key]] if key in priors else []).kl([whole(mean)], [whole(parameters[key])], style)
             for key, mean in self.named_means().items()
         }
 
     def kl_gradients(self) -> list[Tensor]:
         """Gradients of `kl` with respect to the tensors of `parameters`, the means before those of Ω."""
-        means, parameters = self.parameters()
+        means, parameters = self.named_means(), self.named_std_parameters()
         if is_sharded(self.model):
-            return [*torch.autograd.grad(self.kl(), [*means, *parameters])]
-        prior = self._prior([*self.named_priors().values()])
-        return prior.kl_gradients(means, parameters, self.config.std_parameterization)
+            return [*torch.autograd.grad(self.kl(), [*means.values(), *parameters.values()])]
+        of_means: dict[str, Tensor] = {}
+        of_stds: dict[str, Tensor] = {}
+        style = self.config.std_parameterization
+        for keys, prior in self._groups():
+            gradients = prior.kl_gradients([means[key] for key in keys], [parameters[key] for key in keys], style)
+            of_means |= zip(keys, gradients[: len(keys)], strict=True)
+            of_stds |= zip(keys, gradients[len(keys) :], strict=True)
+        return [of[key] for of in (of_means, of_stds) for key in means]
 
-    def flow_(self, time: float) -> None:
-        """Move the posterior, whose Ω must be G∘G, down the gradient flow of its KL; see `bloblora.posterior`."""
-        means, parameters = self.parameters()
-        prior = self._prior([*self.named_priors().values()])
-        with changing([*means, *parameters]) as wholes:
-            prior.flow_(wholes[: len(means)], wholes[len(means) :], time)
+    def flow_(self, time: float, head_time: float | None = None) -> None:
+        """Move the posterior, whose Ω must be G∘G, down the gradient flow of its KL; see `bloblora.posterior`.
+
+        Args:
+            time: how far.
+            head_time: how far a head's weights; default the same.
+        """
+        means, parameters = self.named_means(), self.named_std_parameters()
+        for keys, prior in self._groups():
+            own = time if head_time is None or not is_head(keys[0]) else head_time
+            with changing([tensors[key] for tensors in (means, parameters) for key in keys]) as wholes:
+                prior.flow_(wholes[: len(keys)], wholes[len(keys) :], own)
 
     @torch.no_grad()
     def set_stds(self, stds: Mapping[str, Tensor] | float) -> None:
@@ -223,16 +265,20 @@ class Posterior:
         means, parameters = self.named_means(), self.named_std_parameters()
         weights: Weights = {name: {} for name in self._layers}
         for key in means:
-            layer, _, factor = key.rpartition(".lora_")
+            layer, factor = parts_of(key)
             mean, parameter = whole(means[key]), whole(parameters[key])
             weights[layer][factor] = q.sample(mean, parameter, self.config.std_parameterization, generator)
         return weights
+
+    def without_head(self, weights: Weights) -> Weights:
+        """The same draw with the mean of the head."""
+        return {name: of_layer for name, of_layer in weights.items() if self._layers[name] is not self.head}
 
     def mirror(self, weights: Weights) -> Weights:
         """The draw as far on the other side of the mean: M − E∘Ω of M + E∘Ω."""
         means = {name: whole(mean) for name, mean in self.named_means().items()}
         return {
-            layer: {factor: 2 * means[f"{layer}.lora_{factor}"] - weight for factor, weight in of_layer.items()}
+            layer: {factor: 2 * means[key_of(layer, factor)] - weight for factor, weight in of_layer.items()}
             for layer, of_layer in weights.items()
         }
 
@@ -262,27 +308,39 @@ class Posterior:
         """How far the posterior has moved.
 
         Returns:
-            ``kl`` (nats), ``num_parameters`` (Gaussian entries), ``median_std``, ``mean_abs_mean`` (average of the
-            absolute M), ``share_at_prior``: the share of entries whose Ω is within 5 % of the prior's.
+            ``kl`` (nats), of it ``head_kl`` where there is a Gaussian head, ``num_parameters`` (Gaussian entries),
+            ``median_std``, ``mean_abs_mean`` (average of the absolute M), ``share_at_prior``: the share of entries
+            whose Ω is within 5 % of the prior's.
         """
-        stds, priors = torch.cat([whole(std).flatten() for std in self.named_stds().values()]), self.named_priors()
+        stds = torch.cat([whole(std).flatten() for std in self.named_stds().values()])
         means = torch.cat([whole(mean).flatten() for mean in self.named_means().values()])
         with q.separate_noise(stds.device):  # looking must not change the noise of what follows
-            kl = self.kl().item()
-        widths = torch.cat([std.flatten() for _, std in priors.values()]) if priors else self.prior.prior_std
-        at_prior = (stds / widths - 1).abs() < _AT_PRIOR_TOLERANCE
+            kl, head_kl = (part.item() for part in self.kls())
+        at_prior = (stds / self._prior_widths() - 1).abs() < _AT_PRIOR_TOLERANCE
         return {
-            "kl": kl,
-            "num_parameters": float(self.num_weights),
+            "kl": kl + head_kl,
+            **({"head_kl": head_kl} if self.head is not None else {}),
+            "num_parameters": float(stds.numel()),
             "median_std": stds.median().item(),
             "mean_abs_mean": means.abs().mean().item(),
             "share_at_prior": at_prior.float().mean().item(),
         }
 
-    def _factors(self) -> Iterator[tuple[str, LoraLayer, str]]:
+    def _factors(self) -> Iterator[tuple[str, nn.Module, str]]:
         for name, layer in self._layers.items():
-            for factor in self.config.factors:
-                yield f"{name}.lora_{factor}", layer, factor
+            for factor in _variant(layer, self.adapter_name).factors:
+                yield key_of(name, factor), layer, factor
+
+    def _groups(self) -> Iterator[tuple[list[str], q.Prior | q.LocatedPrior]]:
+        """Names of factors that have one prior, or each their own; a head's are apart."""
+        own = self.named_priors()
+        keys = [key for key, _, _ in self._factors()]
+        heads = [key for key in keys if is_head(key)]
+        plain = [key for key in keys if key not in own]
+        moved = [key for key in keys if key in own and key not in heads]
+        for group in (plain, moved, heads):
+            if group:
+                yield group, self._prior([own[key] for key in group if key in own])
 
     def _prior(self, priors: Sequence[tuple[Tensor, Tensor]]) -> q.Prior | q.LocatedPrior:
         """The prior of some factors, given μ and s of each where they have them."""
@@ -290,6 +348,15 @@ class Posterior:
             return self.prior
         means, stds = zip(*priors, strict=True)
         return q.LocatedPrior(self.prior, [*means], [*stds])
+
+    def _prior_widths(self) -> Tensor:
+        """Standard deviation of the prior of each entry, in the order of `named_means`."""
+        own, std = self.named_priors(), self.prior.prior_std
+        widths = [
+            own[key][1] if key in own else torch.full(mean.shape, std, device=mean.device)
+            for key, mean in self.named_means().items()
+        ]
+        return torch.cat([width.flatten() for width in widths])
 
     def _in_force(self, drawn: Mapping[str, Drawn]) -> AbstractContextManager[None]:
         """What each layer has, by its name."""
@@ -333,11 +400,24 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     check_exact_start(lora.init_lora_weights)
     _warn_of_experts(model, layers)
     keep_differentiable(model)
-    config = (config or BlobConfig()).resolved(head=_has_head(model, adapter_name))
+    config, head = config or BlobConfig(), trained_head(model, adapter_name)
+    under_head = _has_head(model, adapter_name)
+    classifies = head is not None and lora.task_type in (None, "SEQ_CLS") and _gives_labels(model.get_base_model())
+    config = config.resolved(under_head, head[1].in_features if head is not None and classifies else None)
+    if config.head_prior_std is not None and head is None:
+        raise ValueError(
+            f"BlobConfig.head_prior_std is {config.head_prior_std}, and adapter {adapter_name!r} trains no head that "
+            "ends in a linear layer; make it with LoraConfig(task_type='SEQ_CLS'), or leave head_prior_std out"
+        )
+    if config.factors == "none" and config.head_prior_std is None:
+        raise ValueError(
+            "BlobConfig.factors is 'none', and the head is no Gaussian either, so that nothing would be: give factors "
+            "'A', or where answers are labels a head, with LoraConfig(task_type='SEQ_CLS')"
+        )
     moved = str(lora.init_lora_weights).lower().startswith(MOVING_STARTS)
     embedding = _embedding_weight(model.get_base_model())
     batch = follow(model.get_base_model())
-    for name, layer in layers.items():
+    for name, layer in layers.items() if config.gaussian_factors else ():
         variant = BlobVariant(config, batch, is_routed(name))
         variant.prior_at_start |= moved and config.prior_mean == "auto"
         # A quantized layer may have no `weight`.
@@ -345,6 +425,9 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
             variant.tied_config = getattr(model.get_base_model(), "config", None)
         variant.init(layer, adapter_name)
         layer.lora_variant[adapter_name] = variant
+    if config.head_prior_std is not None:
+        assert head is not None
+        make_gaussian(*head, HeadGaussian(config, batch), adapter_name)
     # A partial: copies and pickles of the model hold one of themselves, where a bound method would come back as PEFT's.
     model.save_pretrained = partial(save_pretrained, model)  # type: ignore[method-assign]
     return Posterior(model, adapter_name)
@@ -358,8 +441,11 @@ def debayesianize(model: PeftModel, adapter_name: str | None = None) -> None:
         adapter_name: which adapter; default the active one. A plain one stays as it is.
     """
     adapter_name = adapter_name or model.active_adapter
-    for _, layer in _bayesian_layers(model, adapter_name):
-        _variant(layer, adapter_name).remove(layer, adapter_name)
+    for _, layer in [*_bayesian_layers(model, adapter_name)]:
+        if isinstance(layer, GaussianHead):
+            make_plain(layer)
+        else:
+            _variant(layer, adapter_name).remove(layer, adapter_name)
     if not any(find_posterior(model, name) for name in model.peft_config):
         vars(model).pop("save_pretrained", None)
 
@@ -378,10 +464,35 @@ def _has_head(model: PeftModel, adapter_name: str) -> bool:
     return bool(lora.modules_to_save) and lora.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
-def _variant(layer: LoraLayer, adapter_name: str) -> BlobVariant:
-    variant = layer.lora_variant[adapter_name]
-    assert isinstance(variant, BlobVariant)
+def _gives_labels(base: Any) -> bool:
+    """Whether a model's logits are those of classes that exclude each other, and not of a vocabulary's tokens."""
+    config, embeddings = getattr(base, "config", None), getattr(base, "get_output_embeddings", None)
+    if embeddings is not None and embeddings() is not None:
+        return False
+    one_of_them = getattr(config, "problem_type", None) in (None, "single_label_classification")
+    return one_of_them and getattr(config, "num_labels", 2) > 1
+
+
+def _variant(layer: nn.Module, adapter_name: str) -> Gaussian:
+    variant = layer.gaussian if isinstance(layer, GaussianHead) else layer.lora_variant[adapter_name]  # type: ignore[index]
+    assert isinstance(variant, Gaussian)
     return variant
+
+
+def key_of(layer: str, factor: str) -> str:
+    """Name of a Gaussian factor."""
+    return f"{layer}.{factor}" if factor == HEAD else f"{layer}.lora_{factor}"
+
+
+def is_head(key: str) -> bool:
+    """Whether a Gaussian factor is a head's weight, by its name."""
+    return key.endswith(f".{HEAD}")
+
+
+def parts_of(key: str) -> tuple[str, str]:
+    """Layer and factor of a Gaussian factor's name."""
+    layer, _, name = key.rpartition(".")
+    return layer, name.removeprefix("lora_")
 
 
 def _embedding_weight(base: nn.Module) -> Tensor | None:
@@ -390,10 +501,13 @@ def _embedding_weight(base: nn.Module) -> Tensor | None:
     return getattr(find(), "weight", None) if find else None
 
 
-def _bayesian_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+def _bayesian_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
+    module: nn.Module
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and isinstance(module.lora_variant.get(adapter_name), BlobVariant):
             yield name, module
+    for name, head in gaussian_heads(model, adapter_name).items():
+        yield name, head
 
 
 def check_exact_start(start: object) -> None:

@@ -1,5 +1,6 @@
 """What a user chooses about the posterior."""
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -66,11 +67,22 @@ class BlobConfig:
             "there are such draws and the answers are classes or labels, and `reparameterization` elsewhere."
         },
     )
-    factors: Literal["A", "B", "AB"] = field(
-        default="A",
+    factors: Literal["auto", "A", "B", "AB", "none"] = field(
+        default="auto",
         metadata={
-            "help": "Which factors of LoRA are Gaussian: `A` (the paper's: B stays a point), `B`, or `AB`. The others "
-            "are for comparison: noise in B is not held back by a B that starts at 0."
+            "help": "Which factors of LoRA are Gaussian: `A` (the paper's: B stays a point), `B`, `AB`, or `none`, "
+            "with which the head alone is. `auto`: `none` under a Gaussian head, beside which a Gaussian over A gains "
+            "nothing and costs N forward passes, and otherwise `A`. `B` and `AB` are for comparison: noise in B is not "
+            "held back by a B that starts at 0."
+        },
+    )
+    head_prior_std: float | Literal["auto"] | None = field(
+        default="auto",
+        metadata={
+            "help": "Standard deviation of the prior over the weights of a classification head that is trained with "
+            "the adapter, which are then Gaussian too. `auto`: √(2/d) for d inputs (VBLL, arXiv 2404.11599) where "
+            "texts get one label each; for other answers the head is a point. None: a point, as the paper's.",
+            "search": (0.01, 1.0),
         },
     )
     prior: str = field(
@@ -90,13 +102,13 @@ class BlobConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("prior_std", "init_std"):
+        for name, words in (("prior_std", ("auto", "start")), ("init_std", ()), ("head_prior_std", ("auto",))):
             value = getattr(self, name)
-            if (name, value) in (("init_std", None), ("prior_std", "auto"), ("prior_std", "start")):
+            if value in words or (value is None and name != "prior_std"):
                 continue
             if not (is_finite(value) and value > 0):
-                word = "; 'auto' and 'start' are the only words" if name == "prior_std" else ""
-                raise ValueError(f"BlobConfig.{name} must be a finite number above 0, got {value!r}{word}")
+                known = f"; the only words are {' and '.join(map(repr, words))}" if words else ""
+                raise ValueError(f"BlobConfig.{name} must be a finite number above 0, got {value!r}{known}")
         self.build_prior()
         hints = get_type_hints(type(self))
         for name in ("prior_mean", "std_parameterization", "estimator", "std_gradient", "factors"):
@@ -114,9 +126,27 @@ class BlobConfig:
         automatic = self.std_gradient == "auto" and expects_labels and self.estimator in PER_EXAMPLE
         return automatic or self.std_gradient == "fisher"
 
-    def resolved(self, head: bool) -> "BlobConfig":
-        """The configuration with a number where ``prior_std`` is ``auto``; with a head that is trained from nothing."""
-        return replace(self, prior_std=_STD_UNDER_HEAD if head else _STD) if self.prior_std == "auto" else self
+    @property
+    def gaussian_factors(self) -> tuple[str, ...]:
+        """The letters of ``factors``, when `resolved`."""
+        return () if self.factors == "none" else tuple(self.factors)
+
+    def resolved(self, head: bool, head_inputs: int | None) -> "BlobConfig":
+        """The configuration with numbers where it says ``auto``.
+
+        Args:
+            head: whether one is trained from nothing.
+            head_inputs: d of a head whose weights can be Gaussian.
+        """
+        found: dict[str, Any] = {}
+        if self.prior_std == "auto":
+            found["prior_std"] = _STD_UNDER_HEAD if head else _STD
+        if self.head_prior_std == "auto":
+            found["head_prior_std"] = math.sqrt(2 / head_inputs) if head_inputs else None
+        if self.factors == "auto":
+            width = found.get("head_prior_std", self.head_prior_std)
+            found["factors"] = "A" if width is None else "none"
+        return replace(self, **found)
 
     def start_std(self, width: float) -> float:
         """The largest Ω at the start, under a prior of this standard deviation."""

@@ -30,6 +30,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ from ..files import (
 )
 from ..limits import time_limit
 from ..messages import quoted, shortened
-from .bayesianize import Posterior, bayesianize, check_exact_start, find_posterior
+from .bayesianize import Posterior, bayesianize, check_exact_start, find_posterior, key_of
 from .config import BlobConfig
 from .sharding import is_sharded, put_
 from .variant import STD_PARAMETER
@@ -62,6 +63,7 @@ _LIBRARIES = ("bloblora", "torch", "transformers", "peft")
 _HASHED = {"mean_config_sha256": MEAN_CONFIG, "mean_sha256": MEAN_FILE, "posterior_sha256": POSTERIOR_FILE}
 _DESCRIPTION = ("format_version", "prior", "config", "libraries", *_HASHED, "sha256")
 _PRIOR = "prior_sha256"  # of the description, where there is such a file
+_OLDER: dict[str, Any] = {"factors": "A", "head_prior_std": None}  # of a file that lacks them
 _SETS = ("target_modules", "exclude_modules")
 _LORA_TYPES = {"lora_alpha": float, "init_lora_weights": bool | str | None}
 _OF_PEFT = inspect.signature(PeftModel.save_pretrained)
@@ -410,7 +412,7 @@ def _split(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     for name, tensor in load_file(file).items():
         layer, found, factor = name.rpartition(f".{STD_PARAMETER}")
         if found:
-            std_parameters[f"{layer}.lora_{factor}"] = tensor
+            std_parameters[key_of(layer, factor)] = tensor
         else:
             stock[name] = tensor
     return stock, std_parameters
@@ -483,7 +485,7 @@ def _read_description(file: Path) -> tuple[dict[str, Any], BlobConfig]:
         raise AdapterFileError(f"{file}: field 'config' must be an object, got {quoted(description['config'])}")
     check_known(description["config"].keys(), {field.name for field in fields(BlobConfig)}, "field 'config' has ")
     try:
-        config = BlobConfig(**description["config"])
+        config = BlobConfig(**{**_OLDER, **description["config"]})
     except (TypeError, ValueError) as error:
         raise AdapterFileError(f"{file}: field 'config' can't be used: {error}") from error
     content = {key: value for key, value in description.items() if key != "sha256"}
@@ -510,10 +512,12 @@ def _copy_prior(folder: Path, description: dict[str, Any], posterior: Posterior)
     """Copy the saved prior of every entry, where there is one, into a posterior of the same layers."""
     if _PRIOR not in description:
         return
-    shapes = {f"{name}.{part}": mean.shape for name, mean in posterior.named_means().items() for part in _PARTS}
+    means, mean, std = posterior.named_means(), *_PARTS
+    with safe_open(folder / PRIOR_FILE, "pt") as file:
+        names = [key.removesuffix(f".{mean}") for key in file.keys() if key.endswith(f".{mean}")]  # noqa: SIM118
+    shapes = {f"{name}.{part}": means[name].shape for name in names if name in means for part in _PARTS}
     saved = _read_layers(folder / PRIOR_FILE, shapes, numbers=True)
-    mean, std = _PARTS
-    posterior.set_priors({name: (saved[f"{name}.{mean}"], saved[f"{name}.{std}"]) for name in posterior.named_means()})
+    posterior.set_priors({name: (saved[f"{name}.{mean}"], saved[f"{name}.{std}"]) for name in names})
 
 
 def _of_priors(posterior: Posterior) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import transpose
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ STD_PARAMETER = "blob_std_parameter_"
 ``adapter_model.safetensors``, a stock LoRA of the mean, is kept free of them."""
 
 
+HEAD = "weight"
+"""The factor of a head, as A and B are those of a LoRA layer."""
+
 PRIOR_MEAN, PRIOR_STD = "blob_prior_mean_", "blob_prior_std_"
 """Likewise, where a prior has them for each entry: its mean μ and its standard deviation s. They are buffers and in no
 ``state_dict``."""
@@ -45,8 +48,9 @@ class Drawn:
     """What is in force for one layer: no fresh noise, and a draw or several.
 
     Attributes:
-        weights: A (r, n) or B (m, r), by letter; a factor that isn't there has its mean. Where ``rows`` is given there
-            are several, A (S, r, n) or B (S, m, r): the s-th of S equal parts of a batch sees the s-th.
+        weights: A (r, n), B (m, r) or a head's weight (C, d), by factor; one that isn't there has its mean. Where
+            ``rows`` is given there are several, such as A (S, r, n): the s-th of S equal parts of a batch sees the
+            s-th.
         rows: S·b, of the batch.
     """
 
@@ -55,35 +59,34 @@ class Drawn:
 
 
 def mean_of(module: Any, adapter_name: str, factor: str) -> nn.Parameter:
-    """LoRA's own A (r, n) or B (m, r) of a layer: the posterior's mean M."""
-    return getattr(module, f"lora_{factor}")[adapter_name].weight
+    """The posterior's mean M: LoRA's own A (r, n) or B (m, r) of a layer, or the weight (C, d) of a head."""
+    return module.weight if factor == HEAD else getattr(module, f"lora_{factor}")[adapter_name].weight
 
 
-class BlobVariant(LoraVariant):
-    """The posterior of one layer's A, B or both; an instance belongs to one layer and one adapter.
+class Gaussian:
+    """The posterior of the factors of one module; an instance belongs to one module and one adapter.
 
     Attributes:
         config: the adapter's configuration.
+        factors: A, B, or the weight of a head.
         kept: of a copy that was made inside a draw, that draw, which it stays; None otherwise.
-        tied_config: the model's config where this layer's base weight is also the embedding; None otherwise.
         prior_at_start: whether the prior's mean is the factor's value at `init`.
-        watch: of the first layer of an adapter, whose forwards stand for all; None otherwise.
+        watch: of the first module of an adapter, whose forwards stand for all; None otherwise.
 
     Args:
         config: the adapter's configuration.
         batch: of the model.
-        routed: whether the layer is an expert's, which sees some tokens of the batch.
+        routed: whether the module is an expert's, which sees some tokens of the batch.
     """
 
-    def __init__(self, config: BlobConfig, batch: Batch, routed: bool) -> None:
+    def __init__(self, config: BlobConfig, batch: Batch, routed: bool = False) -> None:
         self.config = config
+        self.factors = config.gaussian_factors
         self.batch, self.routed = batch, routed
         self.kept: Drawn | None = None
-        self.tied_config: PretrainedConfig | None = None
         self.prior_at_start = config.prior_mean == "start"
         self.watch: KlWatch | None = None
         self._located = False  # faster than to look for buffers that aren't there
-        self._merged: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: torch copies no tensor that has a gradient's history, as a draw has."""
@@ -98,23 +101,26 @@ class BlobVariant(LoraVariant):
         drawn: Drawn | None = state_of(self)
         return self.kept if drawn is None else drawn
 
-    def init(self, module: Any, adapter_name: str, **_: Any) -> None:  # type: ignore[override]
-        """Give the layer a fresh Ω parameter for each Gaussian factor, of the factor's shape, and its prior."""
-        for factor in self.config.factors:
+    def init(self, module: Any, adapter_name: str, **_: Any) -> None:
+        """Give the module a fresh Ω parameter for each Gaussian factor, of the factor's shape, and its prior."""
+        for factor in self.factors:
             name = STD_PARAMETER + factor
             if not hasattr(module, name):
                 setattr(module, name, nn.ParameterDict())
-                module.adapter_layer_names = (*module.adapter_layer_names, name)
+                if isinstance(module, LoraLayer):
+                    module.adapter_layer_names = (*module.adapter_layer_names, name)
             mean = mean_of(module, adapter_name, factor)
-            given = self.config.prior_std
-            width = _start_std(mean, factor) if isinstance(given, str) else given
-            if self.prior_at_start or width != given:
+            width = self._prior_width(mean, factor)
+            if self.prior_at_start or width != self.config.prior_std:
                 prior_mean = mean if self.prior_at_start else torch.zeros(())
                 self.set_prior(module, adapter_name, factor, prior_mean, torch.tensor(width))
             parameter = q.init_std_parameter(mean, self.config.start_std(width), self.config.std_parameterization)
             getattr(module, name)[adapter_name] = nn.Parameter(parameter, requires_grad=mean.requires_grad)
-        if type(module).__name__ == "TorchaoLoraLinear":  # whose merge, unlike the others', asks no variant
-            module.merge, module.get_delta_weight = partial(_merge, module), partial(_delta_weight, module)
+
+    def _prior_width(self, mean: Tensor, factor: str) -> float:
+        """Standard deviation of the prior of a factor."""
+        given = self.config.prior_std
+        return _start_std(mean, factor) if isinstance(given, str) else given
 
     def std_parameter(self, module: Any, adapter_name: str, factor: str) -> nn.Parameter:
         """The unconstrained parameter of Ω, of the factor's shape."""
@@ -134,42 +140,28 @@ class BlobVariant(LoraVariant):
         for name, values in ((PRIOR_MEAN + factor, mean), (PRIOR_STD + factor, std)):
             if not hasattr(module, name):
                 setattr(module, name, BufferDict(persistent=False))
-                module.other_param_names = (*module.other_param_names, name)
+                if isinstance(module, LoraLayer):
+                    module.other_param_names = (*module.other_param_names, name)
             getattr(module, name)[adapter_name] = torch.empty(like.shape, dtype=dtype, device=like.device).copy_(values)
 
     def remove(self, module: Any, adapter_name: str) -> None:
-        """Take what `init` gave the layer away again."""
-        for factor in self.config.factors:
+        """Take what `init` gave the module away again."""
+        for factor in self.factors:
             for name in (STD_PARAMETER, PRIOR_MEAN, PRIOR_STD):
                 if adapter_name in (tensors := getattr(module, name + factor, {})):
                     del tensors[adapter_name]
-        del module.lora_variant[adapter_name]
-        if not module.lora_variant:
-            for name in ("merge", "get_delta_weight"):
-                vars(module).pop(name, None)
 
-    def project(self, module: Any, adapter_name: str, x: Tensor) -> Tensor:
-        """A x in the current mode: the fixed draw, fresh noise (train mode), or the mean; (..., n) → (..., r)."""
-        return self._product("A", module, adapter_name, module.lora_dropout[adapter_name](x))
-
-    def expand(self, module: Any, adapter_name: str, h: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """B h in the current mode, of all outputs or of some rows; (..., r) → (..., rows)."""
-        if isinstance(rows, slice) and "B" not in self.config.factors:
-            return module.lora_B[adapter_name](h)
-        bias = module.lora_B[adapter_name].bias
-        product = self._product("B", module, adapter_name, h, rows)
-        return product if bias is None else product + bias[rows]
-
-    def _product(
+    def product(
         self, factor: str, module: Any, adapter_name: str, x: Tensor, rows: Tensor | slice = slice(None)
     ) -> Tensor:
+        """x times a factor's transpose in the current mode: the fixed draw, fresh noise (train mode), or the mean."""
         drawn = self.drawn
         if drawn is not None and (weight := drawn.weights.get(factor)) is not None:
             if drawn.rows is not None:
                 return _linear_of_parts(x, weight[:, rows].to(x.dtype), drawn.rows)
             return F.linear(x, weight[rows].to(x.dtype))
         mean = mean_of(module, adapter_name, factor)[rows]
-        if factor not in self.config.factors or drawn is not None or not module.training:
+        if factor not in self.factors or drawn is not None or not module.training:
             return F.linear(x, mean)
         parameter = self.std_parameter(module, adapter_name, factor)
         if self.watch is not None and parameter.requires_grad and not torch.compiler.is_compiling():
@@ -178,6 +170,45 @@ class BlobVariant(LoraVariant):
         parts = self.batch.parts(x, self.routed)
         squares = self.batch.squares_of(x, parts) if self.config.fisher(self.batch.expects_labels) else None
         return q.project(x, mean, std, self.config.estimator, parts, squares)
+
+
+class BlobVariant(Gaussian, LoraVariant):
+    """The posterior of one LoRA layer.
+
+    Attributes:
+        tied_config: the model's config where this layer's base weight is also the embedding; None otherwise.
+    """
+
+    def __init__(self, config: BlobConfig, batch: Batch, routed: bool = False) -> None:
+        super().__init__(config, batch, routed)
+        self.tied_config: PretrainedConfig | None = None
+        self._merged: tuple[Tensor, Tensor] | None = None
+
+    def init(self, module: Any, adapter_name: str, **options: Any) -> None:  # type: ignore[override]
+        """As `Gaussian.init`."""
+        super().init(module, adapter_name, **options)
+        if type(module).__name__ == "TorchaoLoraLinear":  # whose merge, unlike the others', asks no variant
+            module.merge, module.get_delta_weight = partial(_merge, module), partial(_delta_weight, module)
+
+    def remove(self, module: Any, adapter_name: str) -> None:
+        """As `Gaussian.remove`."""
+        super().remove(module, adapter_name)
+        del module.lora_variant[adapter_name]
+        if not module.lora_variant:
+            for name in ("merge", "get_delta_weight"):
+                vars(module).pop(name, None)
+
+    def project(self, module: Any, adapter_name: str, x: Tensor) -> Tensor:
+        """A x in the current mode: the fixed draw, fresh noise (train mode), or the mean; (..., n) → (..., r)."""
+        return self.product("A", module, adapter_name, module.lora_dropout[adapter_name](x))
+
+    def expand(self, module: Any, adapter_name: str, h: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """B h in the current mode, of all outputs or of some rows; (..., r) → (..., rows)."""
+        if isinstance(rows, slice) and "B" not in self.factors:
+            return module.lora_B[adapter_name](h)
+        bias = module.lora_B[adapter_name].bias
+        product = self.product("B", module, adapter_name, h, rows)
+        return product if bias is None else product + bias[rows]
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
         """``result`` + s·B(A x); shapes as ``result``."""

@@ -194,7 +194,7 @@ def fit_decision(
     """
     scores = _check_used(type(prediction), risk, level, kind, score)
     name = score or scores[0]
-    if name in ("mutual_information", "epistemic_std") and int(prediction.num_draws.max()) < 2:
+    if name in ("mutual_information", "epistemic_std") and not prediction.knows_epistemic:
         raise ValueError(f"score {name} is not defined for a single draw; take {scores[0]}")
     rules: dict[str, Callable[[], Any]] = {}
     if isinstance(prediction, ValuePrediction):

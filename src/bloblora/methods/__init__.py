@@ -39,7 +39,6 @@ METHODS: Registry[type[Method]] = Registry(
         "ivon": f"{__name__}.ivon:Ivon",
         "scalabl": f"{__name__}.scalabl:Scalabl",
         "c-lora": f"{__name__}.c_lora:CLora",
-        "vbll": f"{__name__}.vbll:Vbll",
         "distilled": f"{__name__}.distilled:Distilled",
     },
     _problem,

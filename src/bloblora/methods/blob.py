@@ -1,8 +1,9 @@
-r"""BLoB (Wang et al., arXiv 2406.11675): a Gaussian over A, B a point, trained on the evidence lower bound.
+r"""BLoB (Wang et al., arXiv 2406.11675): a Gaussian trained on the evidence lower bound, over A, while B is a point.
 
 .. math:: \min_{B, M, \Omega}\ \mathbb E_{A \sim \mathcal N(M, \Omega^2)}[\mathrm{NLL}] + \lambda\,\mathrm{KL}(q\|p)
 
-The options are those of the posterior, `bloblora.adapter.BlobConfig`, and of the objective,
+Under a head that classifies texts the default is a Gaussian over the head in place of A (`bloblora.adapter.head`). The
+options are those of the posterior, `bloblora.adapter.BlobConfig`, and of the objective,
 `bloblora.training.Objective`; docs/methods/blob.md says where the defaults differ from the paper's, which are
 ``--preset paper``. Three more presets are comparisons of the paper, section 3.1: ``blob-b`` and ``blob-symmetric`` are
 this recipe with the Gaussian over B, or over both, and ``bbb`` is Bayes by Backprop (arXiv 1505.05424).
@@ -41,7 +42,7 @@ class BlobOptions(BlobConfig, Objective):
 
 @dataclass(kw_only=True)
 class Blob(BlobOptions, GaussianMethod):
-    """A Gaussian over A, over B, or over both."""
+    """A Gaussian over a classification head, over A, over B, or over both."""
 
     name = "blob"
     paper = "2406.11675"

@@ -60,7 +60,7 @@ class Distilled(Blob):
         with sampler.weights.mean():
             soft: Any = _SoftTargets(training.task)
             student = replace(training, task=soft, examples=examples, validation=())
-            student.run(model, part="student", max_steps=self.distill_steps, kl_scale=0.0)
+            student.run(model, part="student", max_steps=self.distill_steps, kl_scale=0.0, head_kl_scale=0.0)
         debayesianize(model)
         training.logs = teacher.logs
         return Point()

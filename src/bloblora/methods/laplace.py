@@ -37,8 +37,8 @@ from transformers import PreTrainedModel
 from ..adapter import AdapterFileError
 from ..contexts import hooked
 from ..prediction import Sampler, predict
-from ..prediction.hidden import mean_where_read
 from ..prediction.sampler import Forward
+from ..prediction.states import mean_where_read
 from ..tasks.likelihood import likelihood_of
 from ..training import check_positive
 from .method import Method, Training, read_state, write_state

@@ -171,8 +171,9 @@ class GaussianMethod(Method):
     gaussian = True
 
     def draw_weights(self, model: PeftModel, sampler: Sampler, generator: torch.Generator) -> Weights:
-        """Of the posterior."""
-        return Posterior(model, model.active_adapter).sample(generator)
+        """Of the posterior, without a head."""
+        posterior = Posterior(model, model.active_adapter)
+        return posterior.without_head(posterior.sample(generator))
 
     def load(self, base: PreTrainedModel, folder: Path) -> tuple[nn.Module, Sampler]:
         """The adapter with its posterior."""

@@ -25,7 +25,7 @@ from ..adapter import Posterior, bayesianize, debayesianize
 from ..adapter.bayesianize import Weights
 from ..prediction import Sampler
 from ..prediction.forward import BatchForward
-from ..prediction.sampler import Forward, draw_together
+from ..prediction.sampler import Drawn, Forward, draw_together, noted
 from .blob import BlobOptions
 from .ensemble import Ensemble, active, member_names
 from .method import MEAN, Draw
@@ -109,20 +109,21 @@ class Components(Sampler):
                 logits = forward()
             yield logits
             return
-        draws, left = self.draws(seed), num_samples
         if isinstance(forward, BatchForward):
             forward.share_trunk(self._layers())
+        several = self._posteriors[0].adapter_is_gaussian
+        draws, left = self.draws(seed), num_samples if several else min(num_samples, len(self._posteriors))
         while left:
             count = sum(forward.wave(left)) if isinstance(forward, BatchForward) else 1
-            yield from self._together(forward, [*islice(draws, count)])
+            yield from noted(forward, self._together(forward, [*islice(draws, count)]))
             left -= count
 
     def _layers(self) -> list[str]:
         return sorted({name for posterior in self._posteriors for name in posterior.layer_names()})
 
-    def _together(self, forward: Forward, draws: list[tuple[Posterior, Weights]]) -> list[Tensor]:
-        """Logits of each draw; those of one component share a forward."""
-        found: dict[int, Tensor] = {}
+    def _together(self, forward: Forward, draws: list[tuple[Posterior, Weights]]) -> list[Drawn]:
+        """What each draw gives; those of one component share a forward."""
+        found: dict[int, Drawn] = {}
         for posterior in self._posteriors:
             own = {number: weights for number, (of, weights) in enumerate(draws) if of is posterior}
             if own:

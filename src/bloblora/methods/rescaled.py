@@ -10,9 +10,10 @@ costs N passes over the records, and the mean alone, τ = 0, one, which gives it
 noise's variance the NLL is a parabola in τ²: where the mean alone is better than τ = 1, its lowest point is below
 τ² = 1/2, and above it otherwise. So τ is halved from 1 in the one case, or doubled in the other, while that helps.
 
-Few records overfit two numbers. τ stays 1 unless another one's NLL is lower by more than a standard error of the paired
-difference: of models that the data can't tell apart, the simplest is taken (the one-standard-error rule of Breiman,
-Friedman, Olshen & Stone, Classification and Regression Trees, 1984). Only then is τ searched on in steps of √2.
+Few records overfit two numbers. So of all τ whose NLL is above the lowest by no more than a standard error of the
+paired difference, or 0.01 nats, the one nearest to 1 is taken, to a factor of √2: of models that the data can't tell
+apart the simplest (the one-standard-error rule of Breiman, Friedman, Olshen & Stone, Classification and Regression
+Trees, 1984). It keeps what draws say of inputs unlike the records, which the NLL of records doesn't show.
 
 The records are those of validation, or all training records by cross-validation (Stone 1974): each is predicted by a
 model that was trained without it, and the run's own training has them all.
@@ -43,6 +44,7 @@ from .method import Draw, Method, Training, read_state, write_state
 _FILE = "temperature"
 _NUM_SAMPLES = 10
 _MOST = 16.0  # times wider or narrower, beyond which τ isn't tried
+_NO_LOSS = 0.01  # nats a record
 _NO_WIDTH = 1e-6  # what is saved for τ = 0: no draw shows it in float32, and the KL is finite
 # What is the inner method's: attributes, and functions.
 _INNERS = (
@@ -182,34 +184,34 @@ def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood = CATEGORICAL) 
         tried[width] = _Tried(width, temperature, nll, nll_of_width)
         return tried[width].nll.mean().item()
 
-    def gain() -> tuple[_Tried, Tensor, float]:
-        """The best tried, how much better it is than τ = 1 on each record, and the mean's standard error."""
-        best = min(tried.values(), key=lambda one: one.nll.mean())
-        differences = tried[1.0].nll - best.nll
+    def loss(one: _Tried) -> tuple[float, float]:
+        """How much worse than the best it is, and that mean's standard error."""
+        differences = one.nll - best.nll
         count = len(differences)
-        return best, differences, differences.std().item() / math.sqrt(count) if count > 1 else math.inf
+        return differences.mean().item(), differences.std().item() / math.sqrt(count) if count > 1 else math.inf
 
-    def climbed(width: float, factor: float) -> float:
-        """The last τ on a way of multiples at which the NLL still fell."""
-        while 1 / _MOST < width < _MOST and at(width * factor) < at(width):
-            width *= factor
-        return width
+    def nearest() -> _Tried:
+        """Of those that can't be told from the best the nearest to τ = 1."""
+        good = [one for one in tried.values() if one is best or loss(one)[0] <= max(loss(one)[1], _NO_LOSS)]
+        return min(good, key=lambda one: abs(math.log(one.width)) if one.width else math.inf)
 
     narrower, scalable = at(0.0) < at(1.0), parts[0].weights is not None
     of_mean = tried[0.0].temperature
     if scalable:
-        climbed(1.0, 0.5 if narrower else 2.0)
+        width, factor = 1.0, 0.5 if narrower else 2.0
+        while 1 / _MOST < width < _MOST and at(width * factor) < at(width):
+            width *= factor
     else:
         del tried[0.0]
-    best, differences, error = gain()
-    if best.width > 0 and differences.mean() > error:
-        if climbed(best.width, math.sqrt(0.5)) == best.width:
-            climbed(best.width, math.sqrt(2.0))
-        best, differences, error = gain()
-    one = tried[1.0]
-    taken = best if differences.mean() > error else one
+    best, one = min(tried.values(), key=lambda one: one.nll.mean()), tried[1.0]
+    taken = nearest()
+    if taken.width not in (0, 1):
+        at(taken.width * math.sqrt(2.0 if taken.width < 1 else 0.5))
+        best = min(tried.values(), key=lambda one: one.nll.mean())
+        taken = nearest()
+    gain, error = loss(one)
     report = {
-        "num_records": len(differences),
+        "num_records": len(one.nll),
         "temperature": taken.temperature,
         "nll_before": one.nll_of_width.mean().item(),
         "nll_of_temperature_alone": one.nll.mean().item(),
@@ -221,7 +223,7 @@ def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood = CATEGORICAL) 
         report |= {
             "width": taken.width,
             "best_width": best.width,
-            "gain": differences.mean().item(),
+            "gain": gain,
             "gain_standard_error": error,
         }
     return Scales(taken.temperature, of_mean, taken.width if scalable else None), report

@@ -88,7 +88,7 @@ class Scalabl(ScaledMethod):
         prior_std, weighting = self.prior_std, self.kl_weighting
 
         class Trainer(BlobTrainer):
-            def current_kl_weight(self) -> float:
+            def current_kl_weight(self, head: bool = False) -> float:
                 batch = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
                 period = max(1, int(rescaled_dataset_size(len(training.examples)) / batch))
                 return kl_weight(self.state.global_step % period + 1, period, weighting)

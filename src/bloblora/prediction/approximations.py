@@ -12,7 +12,8 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from ..adapter import Posterior
-from ..adapter.bayesianize import Weights
+from ..adapter.bayesianize import Weights, parts_of
+from ..adapter.head import GaussianHead
 from .forward import BatchForward, block_of
 from .sampler import Forward, Sampler, WeightDraws
 
@@ -95,9 +96,23 @@ class OfPosterior(ABC):
         """The layers that draws change: the posterior's."""
         return self.posterior.layer_names()
 
+    @property
+    def head(self) -> GaussianHead | None:
+        """The posterior's."""
+        return self.posterior.head
+
+    @property
+    def adapter_is_gaussian(self) -> bool:
+        """As the posterior's."""
+        return self.posterior.adapter_is_gaussian
+
     @abstractmethod
     def sample(self, generator: torch.Generator) -> Weights:
         """The weights of the next draw."""
+
+    def without_head(self, weights: Weights) -> Weights:
+        """As the posterior's."""
+        return self.posterior.without_head(weights)
 
     def fixed(self, weights: Weights) -> AbstractContextManager[None]:
         """As the posterior's."""
@@ -204,7 +219,7 @@ class Linearized(Sampler):
         }
         weights: list[Weights] = [{name: {} for name in self.posterior.layer_names()} for _ in range(rows)]
         for name, copy in copies.items():
-            layer, _, factor = name.rpartition(".lora_")
+            layer, factor = parts_of(name)
             for of_row, weight in zip(weights, copy, strict=True):
                 of_row[layer][factor] = weight
         with self.posterior.stacked(weights, rows):

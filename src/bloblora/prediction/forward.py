@@ -43,6 +43,7 @@ class BatchForward:
 
     Attributes:
         limit: most draws to make before rows may be dropped; None: no limit.
+        head_shares: of each draw so far, with a Gaussian head (`bloblora.adapter.head.average_head`), (b,).
     """
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Tensor], task: PredictionTask | None) -> None:
@@ -50,6 +51,7 @@ class BatchForward:
         self._trunk: Trunk | None = None
         self._trunk_output: Any = None
         self.limit: int | None = None
+        self.head_shares: list[Tensor] = []
 
     def __call__(self, copies: int = 1) -> Tensor:
         """Logits (copies·b, C) of the batch, repeated."""
@@ -139,7 +141,7 @@ def trunk_below(model: nn.Module, layers: Iterable[str]) -> Trunk | None:
     found = {name: block_of(model, name) for name in layers}
     places = [place for place in found.values() if place]
     others = [name for name, place in found.items() if place is None]
-    if len({blocks for blocks, _ in places}) != 1 or any(name.split(".")[-1] not in HEADS for name in others):
+    if len({blocks for blocks, _ in places}) != 1 or any({*HEADS}.isdisjoint(name.split(".")) for name in others):
         return None
     blocks = list(model.get_submodule(places[0][0]).children())
     first = min(index for _, index in places)

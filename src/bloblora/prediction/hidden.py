@@ -1,17 +1,17 @@
 """The last hidden state of each input, as the model's output head reads it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..contexts import eval_mode, hooked
+from ..contexts import eval_mode
 from .forward import HEADS, PredictionTask
 from .prediction import check_finite, forwards, order_of, sampler_of
-from .sampler import Sampler
+from .sampler import Forward, Sampler
+from .states import with_states
 
 
 @torch.no_grad()
@@ -52,34 +52,6 @@ def hidden_states(
     return torch.cat(rows)[torch.tensor(order).argsort()]
 
 
-def with_states(head: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits (b, C) of a forward, and what a head read of each input, (b, d), the mean where it read several states."""
-    with _differentiable_from(head) as read:
-        logits = forward()
-        slopes = torch.autograd.grad(logits, read, torch.ones_like(logits))
-    return logits.detach(), mean_where_read(read[0], slopes[0]).detach()
-
-
-def mean_where_read(x: Tensor, slope: Tensor) -> Tensor:
-    """Mean of inputs x (b, ..., n) over the positions at which the logits have a slope, (b, n)."""
-    read = (slope != 0).any(-1, keepdim=True)
-    return (x * read).reshape(len(x), -1, x.shape[-1]).sum(1) / read.flatten(1).sum(1, keepdim=True).clamp(min=1)
-
-
-def _mean_logits(sampler: Sampler, forward: Callable[[], Tensor]) -> Tensor:
+def _mean_logits(sampler: Sampler, forward: Forward) -> Tensor:
     (logits,) = sampler.logits(forward, 0, 0)
     return logits
-
-
-@contextmanager
-def _differentiable_from(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Gradients are recorded from the input of a module on, and of nothing before it; that input."""
-    inputs: list[Tensor] = []
-
-    def begin(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        torch.set_grad_enabled(True)
-        inputs.append(args[0].detach().requires_grad_())
-        return inputs[-1], *args[1:]
-
-    with hooked([(module.register_forward_pre_hook, begin)]), torch.no_grad():  # and as it was afterwards
-        yield inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -32,10 +32,13 @@ class Prediction:
         log_probs: (S, n, C) float32, log-probabilities of each draw; -inf where an input has no such class, and in all
             classes for a draw that was not made for that input. S = 1 with ``num_samples`` 0.
         num_samples: N; 0 is the posterior mean.
+        head_share: how much of a draw's entropy is epistemic already, since it is the mean over a Gaussian head, (n,);
+            None without one (`bloblora.adapter.head.average_head`).
     """
 
     log_probs: Tensor
     num_samples: int
+    head_share: Tensor | None = field(default=None, kw_only=True)
 
     kind: ClassVar[str] = "categorical"
     """Name of the likelihood that it is a prediction of."""
@@ -99,13 +102,27 @@ class Prediction:
 
     @cached_property
     def expected_entropy(self) -> Tensor:
-        """Aleatoric uncertainty, the mean of H[p_s] in nats, (n,)."""
+        """Aleatoric uncertainty, the mean of H[p_s] in nats, (n,); of a Gaussian head's mean what its draws leave."""
+        entropies = self._mean_entropy
+        return entropies if self.head_share is None else entropies * (1 - self.head_share)
+
+    @property
+    def _mean_entropy(self) -> Tensor:
         return _entropy(self.log_probs).sum(0) / self.num_draws
 
     @property
     def mutual_information(self) -> Tensor:
-        """Epistemic uncertainty in nats, (n,): 0 where draws agree, and for a single one, which doesn't define it."""
-        return mutual_information(self.predictive_entropy, self.expected_entropy, self.num_draws)
+        """Epistemic uncertainty in nats, (n,): 0 where draws agree, and for a single one, which doesn't define it.
+
+        Of a Gaussian head it has in addition that of each draw of the adapter, also of a single one.
+        """
+        between = mutual_information(self.predictive_entropy, self._mean_entropy, self.num_draws)
+        return between if self.head_share is None else between + self._mean_entropy * self.head_share
+
+    @property
+    def knows_epistemic(self) -> bool:
+        """Whether there is more than one function, so that they can disagree."""
+        return self.head_share is not None or int(self.num_draws.max()) > 1
 
     def answers(self, columns: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
         """Of each input the label, the probability of each of its columns, and the uncertainty in nats."""
@@ -467,9 +484,12 @@ def _binary_entropy(probabilities: Tensor) -> Tensor:
     return (torch.special.entr(probabilities) + torch.special.entr(1 - probabilities)).sum(-1)
 
 
-def prediction_of(logits: Tensor, num_samples: int, likelihood: Likelihood) -> Prediction:
-    """What draws' normalized logits (S, n, C) say, by their likelihood."""
-    return KINDS[likelihood.name].from_logits(logits, num_samples, likelihood)
+def prediction_of(
+    logits: Tensor, num_samples: int, likelihood: Likelihood, head_share: Tensor | None = None
+) -> Prediction:
+    """What draws' normalized logits (S, n, C) say, by their likelihood; with a Gaussian head's share (n,)."""
+    prediction = KINDS[likelihood.name].from_logits(logits, num_samples, likelihood)
+    return prediction if head_share is None else replace(prediction, head_share=head_share)
 
 
 def mutual_information(total: Tensor, aleatoric: Tensor, num_draws: Tensor | int) -> Tensor:

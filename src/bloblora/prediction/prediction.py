@@ -86,19 +86,25 @@ def predict(
     likelihood = likelihood_of(task)
     if stop is not None and likelihood.name != Prediction.kind:
         raise ValueError("stop: when no more draws are needed is known of classes that exclude each other only")
-    order, rows = order_of(inputs, task), []
+    order, rows, shares = order_of(inputs, task), [], []
     with eval_mode(model):
         for forward in forwards(model, inputs, task, order, batch_size, progress):
+            size = forward.rows
             if stop is None or num_samples == 0:
                 logits = likelihood.normalized(draw_logits(forward, sampler, num_samples, seed)).cpu()
             else:
                 logits = _stopped_log_probs(forward, sampler, num_samples, seed, stop).cpu()
             rows.append(check_finite(logits, model))
+            if forward.head_shares:
+                shares.append(_mean_share(forward.head_shares, size))
     if not rows:
         raise ValueError("inputs: there is nothing to predict")
     logits = _cat(rows)
-    logits = logits if order is None else logits[:, torch.tensor(order).argsort()]
-    return prediction_of(logits, num_samples, likelihood)
+    share = torch.cat(shares) if shares else None
+    if order is not None:
+        back = torch.tensor(order).argsort()
+        logits, share = logits[:, back], None if share is None else share[back]
+    return prediction_of(logits, num_samples, likelihood, share)
 
 
 def average_draws(
@@ -168,6 +174,11 @@ def sampler_of(source: nn.Module | Posterior | Sampler | None) -> Sampler:
 def draw_logits(forward: Forward, sampler: Sampler, num_samples: int, seed: int) -> Tensor:
     """(S, b, C) float32 logits of S draws: N, 1 for N = 0, or as many as there are."""
     return torch.stack([logits.float() for logits in sampler.logits(forward, num_samples, seed)])
+
+
+def _mean_share(shares: Sequence[Tensor], size: int) -> Tensor:
+    """Mean over draws of the head's share, (b,), as long as draws were of all rows."""
+    return torch.stack([share.cpu() for share in shares if len(share) == size]).mean(0)
 
 
 def _stopped_log_probs(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from contextvars import copy_context
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from ..adapter import UnevenPartsError
+from ..adapter.head import GaussianHead, average_head
 from .forward import BatchForward
+from .states import with_states
+
+Drawn = tuple[Tensor, Tensor | None]
+"""Logits (b, C) of a draw of an adapter, and, (b,), the share of their entropy that is epistemic because they are the
+mean over a Gaussian head (`average_head`); None without such a head."""
 
 Forward = Callable[[], Tensor]
 """The model on one batch: logits (b, C), a function of the weights that are in force."""
@@ -64,12 +70,26 @@ class WeightDistribution(Protocol):
 class StackedWeights(WeightDistribution, Protocol):
     """One of which several draws can be in force at once, such as `bloblora.adapter.Posterior`."""
 
+    @property
+    def head(self) -> GaussianHead | None:
+        """The classification head that is drawn too, if one is."""
+        ...
+
+    @property
+    def adapter_is_gaussian(self) -> bool:
+        """Whether draws differ in more than the head."""
+        ...
+
     def layer_names(self) -> Collection[str]:
         """The layers that draws change."""
         ...
 
     def sample(self, generator: torch.Generator) -> Any:
         """The weights of the next draw."""
+        ...
+
+    def without_head(self, weights: Any) -> Any:
+        """The same draw with the mean of the head."""
         ...
 
     def stacked(self, samples: Sequence[Any], rows: int) -> AbstractContextManager[None]:
@@ -113,7 +133,10 @@ class Point(Sampler):
 
 @dataclass(frozen=True)
 class WeightDraws(Sampler):
-    """A forward under each draw of the weights; where the weights can be stacked, draws share forwards.
+    r"""A forward under each draw of the weights; where the weights can be stacked, draws share forwards.
+
+    A Gaussian head isn't drawn: given what it reads of an input, the mean over its draws is known (`average_head`).
+    Each draw of the adapter has that mean, and where nothing but the head is Gaussian there is one draw for any N.
 
     Attributes:
         weights: where the draws come from.
@@ -142,13 +165,12 @@ class WeightDraws(Sampler):
             yield logits
         elif isinstance(self.weights, StackedWeights) and isinstance(forward, BatchForward):
             forward.share_trunk(self.weights.layer_names())
-            yield from _together(self.weights, forward, num_samples, self._samples(generator))
-        elif self.mirrored:
-            assert isinstance(self.weights, MirroredWeights)
-            for sample in islice(self._samples(generator), num_samples):
-                with self.weights.fixed(sample):
-                    logits = forward()
-                yield logits
+            count = num_samples if self.weights.adapter_is_gaussian else 1
+            yield from noted(forward, _together(self.weights, forward, count, self._samples(generator)))
+        elif isinstance(self.weights, MirroredWeights):
+            count = num_samples if self.weights.adapter_is_gaussian else 1
+            for sample in islice(self._samples(generator), count):
+                yield draw_together(self.weights, forward, [sample])[0][0]
         else:
             for _ in range(num_samples):
                 with self.weights.draw(generator):
@@ -219,10 +241,10 @@ class Tempered(Sampler):
 
 def _together(
     weights: StackedWeights, forward: BatchForward, num_samples: int, draws: Iterator[Any]
-) -> Iterator[Tensor]:
-    """Logits of each draw, several draws a forward and several forwards at a time."""
+) -> Iterator[Drawn]:
+    """What each draw gives, several draws a forward and several forwards at a time."""
 
-    def run(samples: Sequence[Any]) -> Tensor:
+    def run(samples: Sequence[Any]) -> list[Drawn]:
         return _stacked(weights, forward, samples)
 
     left, even = num_samples, True
@@ -235,32 +257,50 @@ def _together(
         except UnevenPartsError:
             even = False
             results = _side_by_side(run, [[sample] for group in samples for sample in group])
-        for logits in results:
-            yield from logits
+        for drawn in results:
+            yield from drawn
 
 
-def draw_together(weights: MirroredWeights, forward: Forward, samples: Sequence[Any]) -> Sequence[Tensor]:
-    """Logits of each of some draws, in one forward where that is possible."""
+def draw_together(weights: MirroredWeights, forward: Forward, samples: Sequence[Any]) -> list[Drawn]:
+    """What each of some draws gives, in one forward where that is possible."""
     if isinstance(forward, BatchForward):
         try:
-            return [*_stacked(weights, forward, samples)]
+            return _stacked(weights, forward, samples)
         except UnevenPartsError:
             pass
-    logits = []
+    found = []
     for sample in samples:
-        with weights.fixed(sample):
-            logits.append(forward())
-    return logits
+        with weights.fixed(weights.without_head(sample)):
+            found.append(_over_head(weights, forward))
+    return found
+
+
+def noted(forward: Forward, drawn: Iterable[Drawn]) -> Iterator[Tensor]:
+    """The logits of each draw; of a batch its forward is told the shares."""
+    for logits, share in drawn:
+        if share is not None and isinstance(forward, BatchForward):
+            forward.head_shares.append(share)
+        yield logits
+
+
+def _over_head(weights: StackedWeights, forward: Forward) -> Drawn:
+    """Of one draw of an adapter that is in force."""
+    if weights.head is None:
+        return forward(), None
+    return average_head(weights.head, *with_states(weights.head, forward))
 
 
 @torch.no_grad()  # which a thread doesn't inherit
-def _stacked(weights: StackedWeights, forward: BatchForward, samples: Sequence[Any]) -> Tensor:
-    """Logits (S, b, C) of S draws in one forward."""
-    with weights.stacked(samples, len(samples) * forward.rows):
-        return forward(len(samples)).unflatten(0, (len(samples), -1))
+def _stacked(weights: StackedWeights, forward: BatchForward, samples: Sequence[Any]) -> list[Drawn]:
+    """Of S draws in one forward."""
+    count = len(samples)
+    with weights.stacked([weights.without_head(sample) for sample in samples], count * forward.rows):
+        logits, share = _over_head(weights, partial(forward, count))
+    shares = [None] * count if share is None else share.unflatten(0, (count, -1))
+    return [*zip(logits.unflatten(0, (count, -1)), shares, strict=True)]
 
 
-def _side_by_side(run: Callable[[Any], Tensor], groups: Sequence[Any]) -> list[Tensor]:
+def _side_by_side(run: Callable[[Any], list[Drawn]], groups: Sequence[Any]) -> list[list[Drawn]]:
     if len(groups) == 1:
         return [run(groups[0])]
     pool = _pool(len(groups), max(1, torch.get_num_threads() // len(groups)))

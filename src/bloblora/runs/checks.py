@@ -212,8 +212,8 @@ def lora_of(config: RunConfig) -> LoraConfig | None:
         raise RunError(f"{name} {quoted(given)}: is of type {lora.peft_type}; it must be LORA")
     fresh = config.build_lora()
     pairs: dict[str, tuple[Any, Any]] = {"r": (lora.r, fresh.r), "lora_alpha": (lora.lora_alpha, fresh.lora_alpha)}
-    if posterior is not None:
-        pairs["factors"] = (posterior.factors, config.build_method().described()["factors"])
+    if posterior is not None and (factors := config.build_method().described()["factors"]) != "auto":
+        pairs["factors"] = (posterior.factors, factors)
     if (folder / RUN_FILE).is_file():
         stored = read_run_file(folder).config
         pairs["model"] = (stored.get("model", models.DEFAULT_MODEL), config.model)

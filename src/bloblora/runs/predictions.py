@@ -86,6 +86,11 @@ class Averages(Prediction):
         """Epistemic uncertainty, nats, (n,); NaN where it is not known."""
         return self.epistemic
 
+    @property
+    def knows_epistemic(self) -> bool:
+        """Whether there is more than one function; of a single draw all values are 0."""
+        return bool((self.epistemic != 0).any())
+
 
 class ValueAverages(ValuePrediction):
     """Values of which mean and standard deviation were kept, (n,) each, and the epistemic one; NaN where unknown."""

@@ -293,4 +293,7 @@ def base_model(config: RunConfig, task: tasks.Task, trust_remote_code: bool) -> 
     """The pretrained model, with a head where the task needs one."""
     options: dict[str, Any] = {**head_of(task), "dtype": config.dtype, "quantize": config.quantize}
     options |= {"device": processes().device, "trust_remote_code": trust_remote_code}
-    return models.load_model(config.model, **options)
+    model = models.load_model(config.model, **options)
+    if task.head is not None:
+        model.config.problem_type = task.likelihood.problem_type  # by which `bayesianize` knows labels from numbers
+    return model

@@ -84,7 +84,7 @@ class Result:
         found = {} if targets is None else evaluation.summary(prediction, targets)
         if key != "test" and (test := self.scores_of("test", n)):
             # what is epistemic of a single weight sample is 0 for every input
-            epistemic = ("mutual_information", "epistemic_std") if int(prediction.num_draws.max()) < 2 else ()
+            epistemic = ("mutual_information", "epistemic_std") if not prediction.knows_epistemic else ()
             names = [name for name in scores if name in test and name not in epistemic]
             found |= evaluation.ood_metrics(*({name: side[name].float() for name in names} for side in (test, scores)))
         if targets is not None:
@@ -260,7 +260,11 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
         result.sets[key] = _set(chosen)
         result.seconds[key] = time.perf_counter() - start
         logits, likelihood = draws.draw_logits(), trained.task.likelihood
-        predictions = [prediction_of(logits[: max(n, 1)], n, likelihood) for n in job.samples if n > 0 or most == 0]
+        predictions = [
+            prediction_of(logits[: max(n, 1)], n, likelihood, draws.head_share)
+            for n in job.samples
+            if n > 0 or most == 0
+        ]
         if 0 in job.samples and most > 0:
             predictions.append(trained.predict(records, 0, batch_size=job.batch_size))
         targets = runs.targets_of(trained.task, records) if chosen.labelled else None

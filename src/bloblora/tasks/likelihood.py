@@ -34,6 +34,8 @@ class Likelihood(ABC):
     """Whether it has an `expected_square`."""
     smooths: ClassVar[bool] = False
     """Whether it is of classes, of which a share of the loss can be of all alike (`alike`)."""
+    bounds: ClassVar[bool] = False
+    """Whether it has a `noise_cost`."""
     problem_type: ClassVar[ProblemType] = "single_label_classification"
     """What transformers calls it in the configuration of a sequence classification model."""
 
@@ -74,6 +76,19 @@ class Likelihood(ABC):
         """
         raise NotImplementedError(f"{self.name}: no label to expect")
 
+    def noise_cost(self, logits: Tensor, variance: Tensor, labels: Tensor) -> Tensor:
+        r"""How much normal noise in the logits raises the expected NLL at most, (b,) nats.
+
+        With the log-normalizer :math:`\mathcal A` of the family it is a bound of :math:`\mathbb E[\mathcal A(\eta +
+        \sqrt v \circ \epsilon)] - \mathcal A(\eta)`, for the rest of the NLL is linear in η.
+
+        Args:
+            logits: η (b, C).
+            variance: v (b, C).
+            labels: (b, …), as examples hold them.
+        """
+        raise NotImplementedError(f"{self.name}: no bound")
+
     def fisher_root(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """Vectors (K, b, C) whose outer products sum to the Fisher information of logits (b, C), or do so on average.
 
@@ -109,6 +124,7 @@ class Categorical(Likelihood):
     name: ClassVar[str] = "categorical"
     expects: ClassVar[bool] = True
     smooths: ClassVar[bool] = True
+    bounds: ClassVar[bool] = True
 
     def weight(self, labels: Tensor) -> Tensor | float:
         """How much class indices (b,) count in a loss; 1 of probabilities (b, C)."""
@@ -141,6 +157,12 @@ class Categorical(Likelihood):
             finite = logits != -math.inf
             y = (1 - smoothing) * y + smoothing * finite / finite.sum(-1, keepdim=True)
         return _ratio((p * (1 - p)).sum(-1), (p - y).square().sum(-1)) / self.weight(labels)
+
+    def noise_cost(self, logits: Tensor, variance: Tensor, labels: Tensor) -> Tensor:
+        r"""By Jensen's inequality for the logarithm of the sum, :math:`\log \sum_c e^{\eta_c + v_c/2} - \log \sum_c
+        e^{\eta_c}`, times the weight (Harrison et al., arXiv 2404.11599, theorem 2).
+        """
+        return ((logits + variance / 2).logsumexp(-1) - logits.logsumexp(-1)) * self.weight(labels)
 
     def fisher_root(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """√w (e_y − p), whose outer products sum to diag(p) − ppᵀ.
@@ -176,6 +198,7 @@ class BradleyTerry(Categorical):
 
     name: ClassVar[str] = "bradley_terry"
     smooths: ClassVar[bool] = False
+    bounds: ClassVar[bool] = False
     problem_type: ClassVar[ProblemType] = "regression"
 
     def normalized(self, logits: Tensor) -> Tensor:

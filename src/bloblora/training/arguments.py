@@ -34,6 +34,13 @@ class Objective:
             "search": (0.0001, 1.0),
         },
     )
+    head_kl_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Multiplies the KL of a head whose weights are Gaussian (`head_prior_std`); 1 is the ELBO's.",
+            "search": (0.1, 10.0),
+        },
+    )
     dataset_rescaling: bool = field(
         default=False,
         metadata={"help": "Take the number of batches of a pass from the paper's pseudo data size 100·D^(π/γ)."},
@@ -77,6 +84,7 @@ class Objective:
                 setattr(self, name, float(getattr(self, name)))
         check_positive(self, "kl_learning_rate", or_zero=True)
         check_positive(self, "kl_scale", or_zero=True, or_word="auto")
+        check_positive(self, "head_kl_scale", or_zero=True)
         check_std_learning_rate(self)
         check_count("num_weight_draws", self.num_weight_draws, 1)
         check_positive(self, "gamma")

@@ -83,8 +83,8 @@ class ElboCallback(TrainerCallback):
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Let the KL take its own step."""
         self.trainer.kl_step()
-        if self.trainer.posterior is not None:
-            self.trainer._kl_weights.append(self.trainer.current_kl_weight())
+        if (posterior := self.trainer.posterior) is not None:
+            self.trainer._kl_weights.append(self.trainer.current_kl_weight(head=not posterior.adapter_is_gaussian))
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Look at the last step's weights, and at the posterior."""

@@ -24,6 +24,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..adapter import Posterior, find_posterior, load_posterior
+from ..adapter.bayesianize import is_head
+from ..adapter.head import Bounding
 from ..adapter.sharding import trained_state
 from ..adapter.storage import adapter_folder
 from ..adapter.variant import STD_PARAMETER
@@ -187,7 +189,8 @@ class BlobTrainerMixin(_Host):
         if not self._finite(nll):
             raise self._diverged_nll(lambda: loss(module=self._module))
         if self.is_deepspeed_enabled and (posterior := self._with_kl("joint")):  # which adds no gradients later
-            nll = self.with_penalty(nll, self.current_kl_weight() * posterior.kl())
+            adapter, head = posterior.kls()
+            nll = self.with_penalty(nll, self.current_kl_weight() * adapter + self.current_kl_weight(head=True) * head)
         return (nll, *outputs) if return_outputs else nll
 
     def kl_scale(self) -> float:
@@ -195,29 +198,36 @@ class BlobTrainerMixin(_Host):
         if not isinstance(scale := self.args.kl_scale, str):
             return scale
         assert self.posterior is not None
-        return automatic_kl_scale(self._dataset_size(), self.posterior.num_weights, self.posterior.under_head)
+        point_head = self.posterior.under_head and self.posterior.head is None
+        return automatic_kl_scale(self._dataset_size(), max(1, self.posterior.num_weights), point_head)
 
-    def automatic(self) -> dict[str, float]:
-        """What the options of a posterior and its objective are that may be ``auto``, where they are numbers."""
+    def automatic(self) -> dict[str, Any]:
+        """What the options of a posterior and its objective are that may be ``auto``, where they have a part."""
         assert self.posterior is not None
-        found = {"prior_std": self.posterior.config.prior_std, "kl_scale": self.kl_scale()}
+        found: dict[str, Any] = {}
+        if self.posterior.adapter_is_gaussian:
+            found |= {"prior_std": self.posterior.config.prior_std, "kl_scale": self.kl_scale()}
+        if self.posterior.head is not None:
+            found["head_prior_std"] = self.posterior.config.head_prior_std
+        found["factors"] = self.posterior.config.factors
         if self.args.optimizer_style == "joint":
             rate = self.args.std_learning_rate
             found["std_learning_rate"] = automatic_std_learning_rate(self.state.max_steps) if rate == "auto" else rate
-        return {name: value for name, value in found.items() if isinstance(value, int | float)}
+        return {name: value for name, value in found.items() if isinstance(value, int | float) or name == "factors"}
 
-    def current_kl_weight(self) -> float:
-        """Factor of the KL in this step's loss: s/D, or s·λ_i."""
+    def current_kl_weight(self, head: bool = False) -> float:
+        """Factor of the adapter's KL in this step's loss, s/D or s·λ_i; or of a Gaussian head's."""
+        scale = self.args.head_kl_scale if head else self.kl_scale()
         size = float(self._dataset_size())
         if self.args.dataset_rescaling:
             size = rescaled_dataset_size(size, self.args.gamma)
         if self.args.kl_weighting == "uniform":
-            return self.kl_scale() / size
+            return scale / size
         whole = math.floor if self.args.dataloader_drop_last else math.ceil
         micro_batches = whole(size / (self._train_batch_size * self.args.world_size))
         num_batches = max(1, math.ceil(micro_batches / self.args.gradient_accumulation_steps))
         position = self.state.global_step % num_batches + 1
-        return self.kl_scale() * kl_weight(position, num_batches, self.args.kl_weighting)
+        return scale * kl_weight(position, num_batches, self.args.kl_weighting)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in the Trainer; before an optimizer step the KL joins, and nothing that isn't finite passes.
@@ -236,10 +246,8 @@ class BlobTrainerMixin(_Host):
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
         self._correct_squares(loss_scale)
         if not self.is_deepspeed_enabled and (posterior := self._with_kl("joint")):
-            parameters, gradients = self._kl_gradients(posterior)
-            scale = self.current_kl_weight() * loss_scale
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                old = parameter.grad
+            for parameter, gradient, weight in self._kl_gradients(posterior):
+                old, scale = parameter.grad, weight * loss_scale
                 parameter.grad = gradient * scale if old is None else old.add_(gradient, alpha=scale)
         # Here and not in a callback: clipping, which comes between, spreads one NaN over all gradients. With float16
         # the scaler skips such steps itself.
@@ -260,11 +268,14 @@ class BlobTrainerMixin(_Host):
 
     def expects_labels(self) -> bool:
         """Whether the squares of examples' gradients can be made those of the labels that the model expects."""
-        if self.compute_loss_func is not None or self.is_deepspeed_enabled:
+        return not self.is_deepspeed_enabled and self._knows_likelihood and likelihood_of(self.task).expects
+
+    @property
+    def _knows_likelihood(self) -> bool:
+        """Whether the loss is the NLL of the task's likelihood, or without a task of classes."""
+        if self.compute_loss_func is not None:
             return False
-        if self.task is None:
-            return self._trainers_loss and _classifies(self._module)
-        return likelihood_of(self.task).expects
+        return self.task is not None or (self._trainers_loss and _classifies(self._module))
 
     def _expect_labels(self, logits: Tensor, labels: Tensor) -> None:
         """Make the squares of examples' gradients those of the labels that the model expects."""
@@ -284,11 +295,11 @@ class BlobTrainerMixin(_Host):
         rate *= self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 1.0
         if self.args.optimizer_style == "paper_flow":
             with self._common_noise():
-                posterior.flow_(rate * self.current_kl_weight())
+                posterior.flow_(rate * self.current_kl_weight(), rate * self.current_kl_weight(head=True))
             return
-        tensors, gradients = self._kl_gradients(posterior)
         with torch.no_grad():
-            torch._foreach_add_(tensors, gradients, alpha=-rate * self.current_kl_weight())
+            for tensor, gradient, weight in self._kl_gradients(posterior):
+                tensor.add_(gradient, alpha=-rate * weight)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the parts of the ELBO and the state of the posterior to a training log.
@@ -301,7 +312,9 @@ class BlobTrainerMixin(_Host):
             if self.posterior is not None and self._kl_weights:
                 summary = self.posterior.summary()
                 logs["kl"], logs["kl_weight"] = summary["kl"], sum(self._kl_weights) / len(self._kl_weights)
-                logs["elbo"] = -(logs["nll"] + logs["kl"] * logs["kl_weight"])
+                head_kl = summary.get("head_kl", 0.0)
+                cost = (summary["kl"] - head_kl) * logs["kl_weight"] + head_kl * self.current_kl_weight(head=True)
+                logs["elbo"] = -(logs["nll"] + cost)
                 logs |= {name: summary[name] for name in ("median_std", "share_at_prior")}
                 logs |= {f"drift_{name}": value for name, value in self.drift().items()}
             self._reset_logs()
@@ -444,28 +457,55 @@ class BlobTrainerMixin(_Host):
         Of a task it is the mean NLL by its likelihood, smoothed by ``label_smoothing_factor``, or what
         ``compute_loss_func`` makes of ``{"logits": (b, C)}``, the labels and the number of examples of the whole step.
         """
+        if model.training and self.posterior is not None and self._bounds:
+            with self.posterior.bounding() as bounding:
+                return self._parts_of_loss(model, inputs, return_outputs, num_items_in_batch, bounding)
+        return self._parts_of_loss(model, inputs, return_outputs, num_items_in_batch, None)
+
+    def _parts_of_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items_in_batch: Any,
+        bounding: Bounding | None,
+    ) -> Any:
         labels = inputs.get("labels")
         if self.task is None:
             expected = self.posterior is not None and self.posterior.batch.expects_labels
-            if labels is None or not (model.training and expected):
+            if labels is None or not (model.training and (expected or bounding is not None)):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            self._expect_labels(outputs["logits"].detach(), labels)
+            loss = loss + self._noise_cost(outputs["logits"], labels, bounding)
             return (loss, outputs) if return_outputs else loss
         if labels is None:
             raise ValueError(
                 f"train_dataset: a batch of {', '.join(inputs)} has no labels; give each example its label"
             )
         outputs = {"logits": self.task.logits(model, inputs)}
-        if model.training:
-            self._expect_labels(outputs["logits"].detach(), labels)
+        cost = self._noise_cost(outputs["logits"], labels, bounding) if model.training else 0.0
         if self.compute_loss_func is None:
             loss = _mean_nll(likelihood_of(self.task), outputs["logits"], labels, self.args.label_smoothing_factor)
+            loss = loss + cost
         else:
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
                 loss = loss * self.accelerator.num_processes  # which counted together
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _bounds(self) -> bool:
+        """Whether the expected NLL under a Gaussian head has a bound that needs no draws of it."""
+        return self._knows_likelihood and likelihood_of(self.task).bounds
+
+    def _noise_cost(self, logits: Tensor, labels: Tensor, bounding: Bounding | None) -> Tensor | float:
+        """What the head's noise adds to the loss at most, mean over the batch; the squares know of it as well."""
+        if bounding is None or not bounding.outputs:  # with a draw in force there is no noise
+            self._expect_labels(logits.detach(), labels)
+            return 0.0
+        variance = bounding.variance_of(logits)
+        self._expect_labels((logits + variance / 2).detach(), labels)
+        return likelihood_of(self.task).noise_cost(logits.float(), variance.float(), labels).mean()
 
     def _finite(self, nll: Tensor) -> bool:
         """Whether an NLL is finite; all processes of a sharded model say the same, for they look together for where."""
@@ -538,17 +578,22 @@ class BlobTrainerMixin(_Host):
 
     def _with_kl(self, *styles: str) -> Posterior | None:
         """The posterior where it has a KL to minimize, in one of these styles."""
-        return self.posterior if self.args.kl_scale != 0 and self.args.optimizer_style in styles else None
+        if self.posterior is None or self.args.optimizer_style not in styles:
+            return None
+        scales = (self.args.kl_scale, 0 if self.posterior.head is None else self.args.head_kl_scale)
+        return self.posterior if scales != (0, 0) else None
 
-    def _kl_gradients(self, posterior: Posterior) -> tuple[list[Tensor], list[Tensor]]:
-        """The means and Ω parameters, and the KL's gradients with respect to them."""
+    def _kl_gradients(self, posterior: Posterior) -> list[tuple[Tensor, Tensor, float]]:
+        """The means and Ω parameters, each with the KL's gradient with respect to it and the KL's weight."""
         means, std_parameters = posterior.parameters()
+        scales = [self.current_kl_weight(), self.current_kl_weight(head=True)]
+        weights = [scales[is_head(key)] for key in posterior.named_means()]
         with self._common_noise():
             gradients = posterior.kl_gradients()
         if not all_finite(gradients):
             where = f"in the KL of {first_bad_kl(posterior, gradients)}: an entry of Ω is 0, or one of M or Ω is huge"
             raise self._diverged("the loss", where)
-        return [*means, *std_parameters], gradients
+        return [*zip([*means, *std_parameters], gradients, weights * 2, strict=True)]
 
     def _common_noise(self) -> AbstractContextManager[None]:
         """One noise for all processes, for a KL that is estimated: their posteriors must stay equal."""

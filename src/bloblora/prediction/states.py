@@ -1,0 +1,38 @@
+"""What a head read of each input in a forward."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contexts import hooked
+
+
+def with_states(head: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits (b, C) of a forward, and what a head read of each input, (b, d), the mean where it read several states."""
+    with _differentiable_from(head) as read:
+        logits = forward()
+        slopes = torch.autograd.grad(logits, read, torch.ones_like(logits))
+    return logits.detach(), mean_where_read(read[0], slopes[0]).detach()
+
+
+def mean_where_read(x: Tensor, slope: Tensor) -> Tensor:
+    """Mean of inputs x (b, ..., n) over the positions at which the logits have a slope, (b, n)."""
+    read = (slope != 0).any(-1, keepdim=True)
+    return (x * read).reshape(len(x), -1, x.shape[-1]).sum(1) / read.flatten(1).sum(1, keepdim=True).clamp(min=1)
+
+
+@contextmanager
+def _differentiable_from(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Gradients are recorded from the input of a module on, and of nothing before it; that input."""
+    inputs: list[Tensor] = []
+
+    def begin(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        torch.set_grad_enabled(True)
+        inputs.append(args[0].detach().requires_grad_())
+        return inputs[-1], *args[1:]
+
+    with hooked([(module.register_forward_pre_hook, begin)]), torch.no_grad():  # and as it was afterwards
+        yield inputs
