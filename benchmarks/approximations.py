@@ -87,6 +87,8 @@ def train(method: str, seed: int, options: argparse.Namespace) -> runs.Run:
             output=str(options.runs / f"{method}-seed{seed}"),
             model=options.model,
             method=method,
+            factors="A",
+            head_prior_std="none",
             limit=options.limit,
             steps=options.steps,
             learning_rate=options.learning_rate,

@@ -59,7 +59,7 @@ def bayesian(base: PreTrainedModel, layers: list[int] | None) -> PeftModel:
         init_lora_weights=False,
     )
     model = get_peft_model(base, lora)
-    bayesianize(model, BlobConfig()).set_stds(0.05)
+    bayesianize(model, BlobConfig(factors="A", head_prior_std="none")).set_stds(0.05)
     return model.eval()
 
 

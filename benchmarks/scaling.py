@@ -116,7 +116,7 @@ def model_of(method: str, base: PreTrainedModel, point: Point) -> nn.Module:
     )
     model = get_peft_model(base, lora)
     if method == BLOB:
-        bayesianize(model, BlobConfig())
+        bayesianize(model, BlobConfig(factors="A", head_prior_std="none"))
     return model
 
 

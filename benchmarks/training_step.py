@@ -99,7 +99,7 @@ def trainer_of(name: str, base: PreTrainedModel, targets: str | list[str]) -> Tr
     if name not in BLOB:
         kind = MontecloraTrainer if name == MONTECLORA else Trainer
         return kind(model=model, args=TrainingArguments(**common))
-    options = dict(BLOB[name])
+    options = {"factors": "A", "head_prior_std": "none", **BLOB[name]}
     style = options.pop("optimizer_style", "joint")
     bayesianize(model, BlobConfig(**options))  # type: ignore[arg-type]
     return BlobTrainer(model, BlobTrainingArguments(**common, optimizer_style=style, dataset_size=1000))

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-OVER_A = dict(factors="A", head_prior_std=None)
+OVER_A = dict(factors="A", head_prior_std="none")
 """Of `BlobConfig`: the Gaussian over A also under a head that classifies."""
 
 

@@ -235,11 +235,12 @@ def test_predictions_are_the_mean_over_the_heads_draws(kind, base):
     torch.testing.assert_close(found.probabilities, p.mean(0), atol=0.03, rtol=0)
     entropy = torch.special.entr(p.mean(0)).sum(-1)
     information = entropy - torch.special.entr(p).sum(-1).mean(0)
-    torch.testing.assert_close(found.head_share, information / entropy, atol=0.05, rtol=0)
-    torch.testing.assert_close(found.mutual_information, found.head_share * found.predictive_entropy)
+    torch.testing.assert_close(found.head_shares[:, 0], information / entropy, atol=0.05, rtol=0)
+    torch.testing.assert_close(found.std, p.std(0), atol=0.05, rtol=0)
+    torch.testing.assert_close(found.mutual_information, found.head_shares[:, 0] * found.predictive_entropy)
     torch.testing.assert_close(found.expected_entropy + found.mutual_information, found.predictive_entropy)
     mean = predict(model, INPUTS, 0)
-    assert mean.head_share is None
+    assert mean.head_shares is None
     torch.testing.assert_close(mean.log_probs[0], model(**INPUTS).logits.log_softmax(-1).detach())
 
 
@@ -279,7 +280,8 @@ def test_each_draw_of_an_adapter_has_the_mean_over_the_head(base):
     alone = predict(model, {name: tensor[:1] for name, tensor in INPUTS.items()}, 4, seed=2)
     torch.testing.assert_close(alone.log_probs, found.log_probs[:, :1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(alone.mutual_information, found.mutual_information[:1], rtol=1e-3, atol=1e-5)
-    assert (found.mutual_information > found.head_share * found.expected_entropy / (1 - found.head_share)).all()
+    share = found.head_shares[:, 0]
+    assert (found.mutual_information > share * found.expected_entropy / (1 - share)).all()
     stopped = predict(model, INPUTS, 12, stop=StoppingRule(tolerance=1e-9))
     assert len(stopped.log_probs) == 12
     assert (stopped.mutual_information > 0).all()
@@ -324,7 +326,11 @@ def test_a_run_of_labels_has_it(base, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("head_prior_std", 0.0, r"head_prior_std must be a finite number above 0, got 0.0; the only words are 'auto'"),
+        (
+            "head_prior_std",
+            0.0,
+            "head_prior_std must be a finite number above 0, got 0.0; the only words are",
+        ),
         ("head_prior_std", "start", r"head_prior_std must be a finite number above 0, got 'start'"),
         ("head_kl_scale", -1.0, "head_kl_scale must be a finite number of at least 0, got -1.0"),
     ],

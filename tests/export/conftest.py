@@ -4,11 +4,12 @@ import pytest
 
 from bloblora import runs
 from bloblora.runs.config import presets
+from tests.conftest import OVER_A
 from tests.tasks.conftest import tiny_causal, train_tokenizer
 from tests.tiny_base import QUESTIONS, queries, save_base, write_jsonl
 
 OPTIONS = {"ensemble": {"members": 2}, "mixture": {"members": 2, "init_std": 0.16}, "distilled": {"distill_steps": 2}}
-NOISY = {"blob": {"init_std": 0.16}, "scalabl": {"init_std": 0.49}, "mc-dropout": {"lora_dropout": 0.3}}
+NOISY = {"blob": {"init_std": 0.16, **OVER_A}, "scalabl": {"init_std": 0.49}, "mc-dropout": {"lora_dropout": 0.3}}
 
 
 @pytest.fixture(scope="session")

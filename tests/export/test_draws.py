@@ -13,6 +13,7 @@ from tests.tiny_base import QUESTIONS, queries
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RECORDS = {"questions": QUESTIONS, "texts": queries()}
+HEAD = {"factors": "auto", "head_prior_std": "auto"}
 ADAPTERS = (
     "lora",
     "map",
@@ -93,12 +94,12 @@ def test_a_classification_head_is_exported_for_peft(run_of, tmp_path):
         ("blob", "questions", 2, {}),
         ("blob", "questions", 1, {"target_modules": ["q_proj", "lm_head"]}),
         ("lora", "questions", None, {"target_modules": ["lm_head"]}),
-        ("blob", "texts", 1, {"factors": "A", "head_prior_std": None}),
+        ("blob", "texts", 1, {}),
         ("ensemble", "texts", 1, {}),
         ("mc-dropout", "questions", 0, {}),
         ("full", "texts", None, {}),
         ("laplace-lora", "questions", None, {}),
-        ("blob", "texts", None, {}),
+        ("blob", "texts", None, HEAD),
     ],
 )
 def test_a_merged_model_needs_no_adapter(method, kind, draw, options, run_of, tmp_path):
@@ -155,7 +156,7 @@ def test_half_precision_rounds_the_tensors(run_of, tmp_path):
     [
         ("laplace-lora", {}, {}, "method 'laplace-lora': a draw of a linearized model is no adapter; export its mean"),
         ("c-lora", {}, {"num_samples": 0}, "method 'c-lora': its ΔW depends on the input, .* export a run of another"),
-        ("blob", {"kind": "texts"}, {}, "the Gaussian is over the classification head alone.* export its mean"),
+        ("blob", {"kind": "texts", **HEAD}, {}, "the Gaussian is over the classification head alone.* export its mean"),
         ("full", {}, {}, "method 'full' changes all weights and has no adapter; use --format merged"),
         ("lora", {}, {"format": "merged", "draw": 1}, "draw must be below 1, .* got 1"),
         ("full", {}, {"format": "merged", "draw": 1}, "draw must be below 1, .* got 1"),

@@ -26,7 +26,7 @@ COMMANDS = {
     "train": ("train", "--data", "texts.jsonl", "--model", "base", "--output", "out", *TRAINING),
     "predict": ("predict", "run", "--input", "many.jsonl", "--output", "out.csv", "--samples", "2"),
     "evaluate": ("evaluate", "run", "--data", "many.jsonl", "--predictions", "out.jsonl", "--samples", "2"),
-    "export": ("export", "run", "--output", "out", "--samples", "2"),
+    "export": ("export", "run", "--output", "out", "--samples", "0"),
 }
 LONGER = {
     "ensemble": (*COMMANDS["train"], "--method", "ensemble", "--members", "3"),

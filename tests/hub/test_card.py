@@ -47,8 +47,8 @@ def test_the_text_has_each_part(folder, trained):
         "| records trained on | 4 |",
         f"| SHA-256 of the records | {stored['records_sha256']} |",
         "| r | 2 |",
-        "| prior_std | 0.4 |",  # what `auto` stands for
-        "| kl_scale | 0.1 |",
+        "| factors | none |",  # what `auto` stands for
+        "| head_prior_std | 0.25 |",
         f"| private queries.jsonl, n = 4, N = 3 | {trained.test['accuracy']:.3f} | {trained.test['ece']:.3f}, at",
         "| support_desk:test, N = 0 | 0.250 |",
         "](reliability-test.png)",

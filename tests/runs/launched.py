@@ -53,7 +53,7 @@ def everything(folder: Path, suffix: str) -> None:
     batch = BATCH // processes().num_processes
     config = dict(data=texts, model=base, steps=6, batch_size=batch, r=2, learning_rate=0.01)
     saved = dict(config, save_steps=3)
-    adapter = dict(factors="A", head_prior_std=None, init_std=0.25)
+    adapter = dict(factors="A", head_prior_std="none", init_std=0.25)
     blob = runs.RunConfig.of(**saved, output=f"{folder}/blob-{suffix}", **adapter)
     runs.train(blob, progress=False, callbacks=[Quiet()])
     runs.train(runs.RunConfig.of(**saved, output=f"{folder}/head-{suffix}"), progress=False)

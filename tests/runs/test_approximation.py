@@ -11,6 +11,7 @@ from bloblora.data import support_desk
 from bloblora.prediction import Linearized, StoppingRule, TopBlocks, WeightDraws, predict
 from bloblora.runs.decide import calibrate, open_decision
 from bloblora.runs.evaluate import lines_of
+from tests.conftest import OVER_A
 from tests.tiny_base import queries, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,8 +23,8 @@ def folder(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("approximation")
     texts = str(write_jsonl(folder / "texts.jsonl", queries() * 4))
     for name, options in {
-        "blob": {},
-        "scaled": {"temperature_scaling": True, "validation": 0.5},
+        "blob": OVER_A,
+        "scaled": {"temperature_scaling": True, "validation": 0.5, **OVER_A},
         "lora": {"method": "lora"},
     }.items():
         options = {key: value for key, value in OPTIONS.items() if key != "init_std" or name != "lora"} | options

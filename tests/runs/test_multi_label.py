@@ -157,7 +157,7 @@ def test_a_run_from_records_to_a_server(base, tmp_path):
     export(folder, tmp_path / "out", "merged")
     plain = transformers.pipeline("text-classification", str(tmp_path / "out"), top_k=None)([test[0]["text"]])[0]
     draw = loaded.predict(test[:1], 0).probabilities[0]  # whose logits were divided by T
-    divided = run.training["rescaling"]["temperature"]
+    divided = run.training["rescaling"]["temperature_of_mean"]
     theirs = torch.tensor([next(one["score"] for one in plain if one["label"] == name) for name in run.task.labels])
     torch.testing.assert_close((theirs.logit() / divided).sigmoid(), draw, rtol=1e-3, atol=1e-3)
     hosted = load_hosted(open_hosted([str(folder)], SETTINGS), SETTINGS)

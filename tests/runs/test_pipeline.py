@@ -8,6 +8,7 @@ from scipy.special import softmax
 
 import bloblora
 from bloblora import runs
+from tests.conftest import OVER_A
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
 TEXTS = [record["text"] for record in queries()]
@@ -55,9 +56,9 @@ def flat(answers):
     return [a for item in answers for a in (item if isinstance(item, list) else [item])]
 
 
-def test_the_average_over_draws(folder):
+def test_the_average_over_draws(train):
     """Against draws that numpy averages, made one at a time through the posterior's own context."""
-    classify = bloblora.pipeline(folder, num_samples=3, seed=4, batch_size=3)
+    classify = bloblora.pipeline(train(queries(), **OVER_A), num_samples=3, seed=4, batch_size=3)
     posterior, run = bloblora.find_posterior(classify.run.model), classify.run
     generator = torch.Generator().manual_seed(4)
     batch = run.tokenizer(TEXTS[1], return_tensors="pt")

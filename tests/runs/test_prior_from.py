@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from bloblora import find_posterior, runs
 from bloblora.hub import model_card
 from bloblora.methods import rescaled
+from tests.conftest import OVER_A
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,7 +83,7 @@ def test_a_width_that_predictions_ask_for_is_no_part_of_the_prior(folder, base, 
 
 def test_the_prior_of_a_run_that_starts_from_a_lora(folder, base):
     train(folder, base, "lora", method="lora")
-    options = {"start_from": str(folder / "lora"), "prior_mean": "start", "prior_std": "start"}
+    options = {"start_from": str(folder / "lora"), "prior_mean": "start", "prior_std": "start", **OVER_A}
     posterior = find_posterior(train(folder, base, "from-lora", **options, **STILL).model)
     given = load_file(folder / "lora" / "adapter_model.safetensors")
     for name, (mean, std) in posterior.named_priors().items():
@@ -103,7 +104,7 @@ def test_the_prior_of_a_run_that_starts_from_a_lora(folder, base):
         ({"prior_std": 0.3}, "prior_std: prior_from says the prior's mean and width"),
         ({"prior_mean": "start"}, "prior_mean: prior_from says"),
         ({"init_std": 0.3}, "init_std: prior_from says"),
-        ({"factors": "AB"}, "it has factors A, not AB; give the same"),
+        ({"factors": "AB"}, "it has factors none, not AB; give the same"),
         ({"r": 4}, "it has r 2, not 4; give the same"),
         ({"target_modules": ["q_proj"]}, "target_modules: prior_from says which layers are adapted"),
         ({"data": "questions"}, "prior_from .* its labels are parcel, refund, the data's none"),

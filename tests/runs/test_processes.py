@@ -42,7 +42,8 @@ def test_the_posterior_is_that_of_one_process(folder, method):
         assert one.keys() == two.keys()
         for key in one:
             torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)
-        assert not all(torch.allclose(one[key], fresh[key], atol=1e-3) for key in shared)
+        if method != "head":  # `trained` is one
+            assert not shared or not all(torch.allclose(one[key], fresh[key], atol=1e-3) for key in shared)
 
 
 @pytest.mark.parametrize("method", ["lora", "blob", "head"])

@@ -72,7 +72,7 @@ def test_a_loaded_run_predicts_the_same_bits(config, files, data, method):
     )
     assert (find_posterior(loaded.model) is not None) == (method == "blob")
     draws = after.log_probs
-    assert method == "lora" or not torch.equal(draws[0], draws[1])
+    assert method == "lora" or data == "texts" or not torch.equal(draws[0], draws[1])  # of a head the mean is known
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -15,6 +15,7 @@ from bloblora.cli.run import calibrate as calibrate_command
 from bloblora.data import ReadingOptions, support_desk
 from bloblora.runs.decide import calibrate
 from bloblora.serving import Server, Settings, bind, create_app, load_hosted, open_hosted
+from tests.conftest import OVER_A
 from tests.generation.conftest import RECORDS
 from tests.generation.conftest import trained as text_run
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
@@ -32,7 +33,7 @@ def trained(base, folder, *names):
     others = [*queries(), {"text": "do you sell pasta", "label": "other"}]
     data = {"desk": queries(), "lora": queries(), "three": others, "quiz": QUESTIONS}
     for name in names:
-        method = {"method": "lora"} if name == "lora" else {"method": "blob", "std_learning_rate": 0.5}
+        method = {"method": "lora"} if name == "lora" else {"method": "blob", "std_learning_rate": 0.5, **OVER_A}
         file = str(write_jsonl(folder / f"{name}.jsonl", data[name]))
         runs.train(runs.RunConfig.of(data=file, output=str(folder / name), model=str(base), **OPTIONS, **method))
     return {name: str(folder / name) for name in names}

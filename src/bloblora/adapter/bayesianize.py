@@ -20,7 +20,7 @@ from ..quantized import keep_differentiable
 from .batch import follow, is_routed
 from .config import BlobConfig
 from .head import Bounding, GaussianHead, HeadGaussian, gaussian_heads, make_gaussian, make_plain, trained_head
-from .sharding import changing, is_sharded, whole
+from .sharding import changing, is_sharded, reshard, whole
 from .variant import HEAD, BlobVariant, Drawn, Gaussian, mean_of
 from .watch import KlWatch
 
@@ -231,7 +231,8 @@ class Posterior:
             parameter.copy_(q.std_parameter(std, self.config.std_parameterization))
 
     def spread(self) -> list[Tensor]:
-        """The unconstrained parameters of Ω."""
+        """The unconstrained parameters of Ω; of a sharded model their shards, also after a forward."""
+        reshard(self.model)
         return self.parameters()[1]
 
     def scale_(self, factor: float) -> None:
@@ -404,12 +405,13 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     under_head = _has_head(model, adapter_name)
     classifies = head is not None and lora.task_type in (None, "SEQ_CLS") and _gives_labels(model.get_base_model())
     config = config.resolved(under_head, head[1].in_features if head is not None and classifies else None)
-    if config.head_prior_std is not None and head is None:
+    if config.head_prior_std != "none" and not classifies:
         raise ValueError(
             f"BlobConfig.head_prior_std is {config.head_prior_std}, and adapter {adapter_name!r} trains no head that "
-            "ends in a linear layer; make it with LoraConfig(task_type='SEQ_CLS'), or leave head_prior_std out"
+            "ends in a linear layer and gives texts one label each; make it with LoraConfig(task_type='SEQ_CLS') on "
+            "such a model, or leave head_prior_std out"
         )
-    if config.factors == "none" and config.head_prior_std is None:
+    if config.factors == config.head_prior_std == "none":
         raise ValueError(
             "BlobConfig.factors is 'none', and the head is no Gaussian either, so that nothing would be: give factors "
             "'A', or where answers are labels a head, with LoraConfig(task_type='SEQ_CLS')"
@@ -425,7 +427,7 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
             variant.tied_config = getattr(model.get_base_model(), "config", None)
         variant.init(layer, adapter_name)
         layer.lora_variant[adapter_name] = variant
-    if config.head_prior_std is not None:
+    if config.head_prior_std != "none":
         assert head is not None
         make_gaussian(*head, HeadGaussian(config, batch), adapter_name)
     # A partial: copies and pickles of the model hold one of themselves, where a bound method would come back as PEFT's.

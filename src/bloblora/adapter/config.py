@@ -76,13 +76,13 @@ class BlobConfig:
             "held back by a B that starts at 0."
         },
     )
-    head_prior_std: float | Literal["auto"] | None = field(
+    head_prior_std: float | Literal["auto", "none"] = field(
         default="auto",
         metadata={
             "help": "Standard deviation of the prior over the weights of a classification head that is trained with "
             "the adapter, which are then Gaussian too. `auto`: √(2/d) for d inputs (VBLL, arXiv 2404.11599) where "
-            "texts get one label each; for other answers the head is a point. None: a point, as the paper's.",
-            "search": (0.01, 1.0),
+            "texts get one label each; for other answers the head is a point. `none`: a point, as the "
+            "paper's.",
         },
     )
     prior: str = field(
@@ -102,9 +102,9 @@ class BlobConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, words in (("prior_std", ("auto", "start")), ("init_std", ()), ("head_prior_std", ("auto",))):
+        for name, words in (("prior_std", ("auto", "start")), ("init_std", ()), ("head_prior_std", ("auto", "none"))):
             value = getattr(self, name)
-            if value in words or (value is None and name != "prior_std"):
+            if value in words or (name, value) == ("init_std", None):
                 continue
             if not (is_finite(value) and value > 0):
                 known = f"; the only words are {' and '.join(map(repr, words))}" if words else ""
@@ -142,10 +142,10 @@ class BlobConfig:
         if self.prior_std == "auto":
             found["prior_std"] = _STD_UNDER_HEAD if head else _STD
         if self.head_prior_std == "auto":
-            found["head_prior_std"] = math.sqrt(2 / head_inputs) if head_inputs else None
+            found["head_prior_std"] = math.sqrt(2 / head_inputs) if head_inputs else "none"
         if self.factors == "auto":
             width = found.get("head_prior_std", self.head_prior_std)
-            found["factors"] = "A" if width is None else "none"
+            found["factors"] = "A" if width == "none" else "none"
         return replace(self, **found)
 
     def start_std(self, width: float) -> float:

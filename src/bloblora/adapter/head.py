@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .. import posterior as q
 from ..contexts import state_of
+from .sharding import whole
 from .variant import HEAD, STD_PARAMETER, Gaussian
 
 _DRAWS = 128
@@ -47,16 +48,18 @@ class Bounding:
         return selected
 
 
+@torch.no_grad()
 def average_head(head: "GaussianHead", logits: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The mean of class probabilities over the draws of a head, and how much of their entropy is that draws disagree.
+    r"""The mean of class probabilities over a head's draws, and how much of its uncertainty is that they disagree.
 
     .. math:: \mathbb E[\mathrm{softmax}(z + \sqrt v \circ \epsilon)] \approx
               \mathrm{softmax}\Big(\frac{z}{\sqrt{1 + \pi v/8}}\Big)
 
-    the mean-field approximation of Lu, Ie & Sha (arXiv 2006.07584), for two classes MacKay's (1992). The share is
-    :math:`\mathrm I / \mathrm H[\bar p]` with the mutual information :math:`\mathrm I = \mathrm H[\bar p] - \mathbb E\,
-    \mathrm H[p]` of answer and head, by `_DRAWS` draws ε that are the same for all inputs, in pairs ε and −ε. It
-    doesn't depend on a temperature, by which the mean is divided afterwards.
+    the mean-field approximation of Lu, Ie & Sha (arXiv 2006.07584), for two classes MacKay's (1992). The epistemic
+    share of the entropy is :math:`\mathrm I / \mathrm H[\bar p]` with the mutual information
+    :math:`\mathrm I = \mathrm H[\bar p] - \mathbb E\,\mathrm H[p]` of answer and head, and that of the variance of "it
+    is class c" is :math:`\mathrm{Var}[p_c] / \bar p_c(1 - \bar p_c)`. They are those of `_DRAWS` draws ε that are the
+    same for all inputs, in pairs ε and −ε, and don't depend on a temperature, by which the mean is divided afterwards.
 
     Args:
         head: the head.
@@ -64,19 +67,21 @@ def average_head(head: "GaussianHead", logits: Tensor, read: Tensor) -> tuple[Te
         read: what the head read of each input, (b, d).
 
     Returns:
-        Logits of the mean (b, C), and the share (b,), both float32.
+        Logits of the mean (b, C), and the shares (b, 1 + C), of the entropy and of each class's variance; float32.
     """
     z, variance = logits.float(), head.variance(read).float()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(_DRAWS // 2, z.shape[-1], generator=generator).to(z.device)
-    entropy, total = torch.zeros(len(z), device=z.device), torch.zeros_like(z)
+    entropy, (mean, square) = torch.zeros(len(z), device=z.device), torch.zeros(2, *z.shape, device=z.device)
     for epsilon in (*noise, *-noise):
         p = (z + variance.sqrt() * epsilon).softmax(-1)
-        total += p
-        entropy += torch.special.entr(p).sum(-1)
-    of_mean = torch.special.entr(total / _DRAWS).sum(-1)
-    share = 1 - entropy / _DRAWS / of_mean.clamp_min(torch.finfo(of_mean.dtype).tiny)
-    return z / (1 + math.pi / 8 * variance).sqrt(), share.clamp(0, 1)
+        mean += p / _DRAWS
+        square += p.square() / _DRAWS
+        entropy += torch.special.entr(p).sum(-1) / _DRAWS
+    of_mean = torch.cat([torch.special.entr(mean).sum(-1, keepdim=True), mean * (1 - mean)], -1)
+    within = torch.cat([entropy[:, None], mean - square], -1)
+    shares = 1 - within / of_mean.clamp_min(1e-12)
+    return z / (1 + math.pi / 8 * variance).sqrt(), shares.where(of_mean > 1e-12, 0).clamp(0, 1)
 
 
 class HeadGaussian(Gaussian):
@@ -86,9 +91,22 @@ class HeadGaussian(Gaussian):
         super().__init__(*args)
         self.factors = (HEAD,)
 
-    def _prior_width(self, mean: Tensor, factor: str) -> float:
+    @property
+    def _usual_width(self) -> float:
         assert isinstance(self.config.head_prior_std, float | int)
         return self.config.head_prior_std
+
+    def _prior_width(self, mean: Tensor, factor: str) -> float:
+        return self._usual_width
+
+    def prior_of(self, module: Any, adapter_name: str, factor: str) -> tuple[Tensor, Tensor]:
+        """μ and s of the prior: those that were set, or else 0 and ``head_prior_std``."""
+        if (prior := super().prior_of(module, adapter_name, factor)) is not None:
+            return prior
+        weight = module.weight
+        numbers = torch.tensor([0.0, self._usual_width], dtype=torch.promote_types(weight.dtype, torch.float32))
+        mean, std = numbers.to(weight.device)
+        return mean.expand(weight.shape), std.expand(weight.shape)
 
 
 class GaussianHead(nn.Linear):
@@ -112,7 +130,7 @@ class GaussianHead(nn.Linear):
 
     def variance(self, x: Tensor) -> Tensor:
         """v (…, C) of φ (…, d), float32 or wider."""
-        parameter = self.gaussian.std_parameter(self, self.adapter_name, HEAD)
+        parameter = whole(self.gaussian.std_parameter(self, self.adapter_name, HEAD))
         std = q.std(parameter, self.gaussian.config.std_parameterization)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(std.dtype).square(), std.square())

@@ -48,7 +48,7 @@ from ..files import (
 )
 from ..limits import time_limit
 from ..messages import quoted, shortened
-from .bayesianize import Posterior, bayesianize, check_exact_start, find_posterior, key_of
+from .bayesianize import Posterior, bayesianize, check_exact_start, find_posterior, is_head, key_of
 from .config import BlobConfig
 from .sharding import is_sharded, put_
 from .variant import STD_PARAMETER
@@ -63,7 +63,7 @@ _LIBRARIES = ("bloblora", "torch", "transformers", "peft")
 _HASHED = {"mean_config_sha256": MEAN_CONFIG, "mean_sha256": MEAN_FILE, "posterior_sha256": POSTERIOR_FILE}
 _DESCRIPTION = ("format_version", "prior", "config", "libraries", *_HASHED, "sha256")
 _PRIOR = "prior_sha256"  # of the description, where there is such a file
-_OLDER: dict[str, Any] = {"factors": "A", "head_prior_std": None}  # of a file that lacks them
+_OLDER: dict[str, Any] = {"factors": "A", "head_prior_std": "none"}  # of a file that lacks them
 _SETS = ("target_modules", "exclude_modules")
 _LORA_TYPES = {"lora_alpha": float, "init_lora_weights": bool | str | None}
 _OF_PEFT = inspect.signature(PeftModel.save_pretrained)
@@ -521,10 +521,18 @@ def _copy_prior(folder: Path, description: dict[str, Any], posterior: Posterior)
 
 
 def _of_priors(posterior: Posterior) -> dict[str, Tensor]:
-    """What ``prior.safetensors`` holds: a number where all entries of a factor are equal."""
+    """What ``prior.safetensors`` holds: a number where all entries of a factor are equal.
+
+    A head's prior that is as the configuration says isn't in it.
+    """
+    priors = posterior.named_priors()
+    for name in [*filter(is_head, priors)]:
+        mean, std = priors[name]
+        if not mean.any() and (std == torch.tensor(posterior.config.head_prior_std)).all():
+            del priors[name]
     return {
         f"{name}.{part}": (tensor.flatten()[0] if (tensor == tensor.flatten()[0]).all() else tensor).cpu().clone()
-        for name, prior in posterior.named_priors().items()
+        for name, prior in priors.items()
         for part, tensor in zip(_PARTS, prior, strict=True)
     }
 

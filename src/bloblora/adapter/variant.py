@@ -111,11 +111,18 @@ class Gaussian:
                     module.adapter_layer_names = (*module.adapter_layer_names, name)
             mean = mean_of(module, adapter_name, factor)
             width = self._prior_width(mean, factor)
-            if self.prior_at_start or width != self.config.prior_std:
+            if self.prior_at_start or width != self._usual_width:
                 prior_mean = mean if self.prior_at_start else torch.zeros(())
                 self.set_prior(module, adapter_name, factor, prior_mean, torch.tensor(width))
-            parameter = q.init_std_parameter(mean, self.config.start_std(width), self.config.std_parameterization)
+            # Of a head that a process of FSDP gets from the first: accelerate tells parameters apart by where they lie.
+            like = torch.empty(mean.shape, dtype=mean.dtype) if mean.is_meta else mean
+            parameter = q.init_std_parameter(like, self.config.start_std(width), self.config.std_parameterization)
             getattr(module, name)[adapter_name] = nn.Parameter(parameter, requires_grad=mean.requires_grad)
+
+    @property
+    def _usual_width(self) -> float | str:
+        """Standard deviation of the prior of a factor that keeps none of its own."""
+        return self.config.prior_std
 
     def _prior_width(self, mean: Tensor, factor: str) -> float:
         """Standard deviation of the prior of a factor."""

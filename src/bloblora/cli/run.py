@@ -117,7 +117,7 @@ def posterior_summary(run: runs.Run) -> dict[str, float] | None:
         return None
     summary = posterior.summary()
     if "kl" not in run.training["final"]:
-        del summary["kl"], summary["share_at_prior"]
+        summary = {name: value for name, value in summary.items() if "kl" not in name and name != "share_at_prior"}
     return summary
 
 

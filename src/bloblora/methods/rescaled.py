@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapter import AdapterFileError
+from ..adapter.sharding import put_, whole
 from ..prediction import Sampler, ScalableWeights, Tempered, fit_temperature, predict, tempered_nll
 from ..tasks.likelihood import CATEGORICAL, Likelihood, likelihood_of
 from ..tasks.task import Example
@@ -249,14 +250,14 @@ def folds(labels: Sequence[Any], count: int, seed: int = 0) -> list[list[int]]:
 @contextmanager
 def _scaled(weights: ScalableWeights, factor: float) -> Iterator[None]:
     """Draws spread by another factor inside; then they are as they were, to the bit."""
-    before = [tensor.detach().clone() for tensor in weights.spread()]
+    before = [whole(tensor.detach()).clone() for tensor in weights.spread()]
     try:
         weights.scale_(factor)
         yield
     finally:
         with torch.no_grad():
             for tensor, values in zip(weights.spread(), before, strict=True):
-                tensor.copy_(values)
+                put_(tensor, values)
 
 
 def _copy(model: nn.Module) -> nn.Module:

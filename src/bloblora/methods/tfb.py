@@ -135,7 +135,7 @@ def last_layers(posterior: Posterior) -> list[str]:
 @torch.no_grad()
 def rotate(model: PeftModel) -> tuple[Posterior, dict[str, torch.Tensor]]:
     """Rewrite B as U diag(d) and A as Vᵀ A, in place; the posterior, and d (r,) of each of its layers by name."""
-    posterior = bayesianize(model, BlobConfig(head_prior_std=None))
+    posterior = bayesianize(model, BlobConfig(head_prior_std="none"))
     singular_values = {}
     for name, layer in posterior.named_layers().items():
         a, b = (getattr(layer, f"lora_{factor}")[posterior.adapter_name].weight for factor in "AB")

@@ -145,7 +145,7 @@ class TopBlocks(OfPosterior):
         number: blocks that are drawn, counted from the top.
 
     Raises:
-        ValueError: ``number`` is below 1, or no Bayesian layer stands in a block.
+        ValueError: ``number`` is below 1, or no Bayesian layer stands in a block, and no head is Gaussian.
     """
 
     number: int
@@ -153,7 +153,7 @@ class TopBlocks(OfPosterior):
     def __post_init__(self) -> None:
         if self.number < 1:
             raise ValueError(f"number must be 1 or more blocks, got {self.number}")
-        if not any(block_of(self.posterior.model, name) for name in self.posterior.layer_names()):
+        if not any(block_of(self.posterior.model, name) for name in self.posterior.layer_names()) and not self.head:
             raise ValueError("posterior: none of its layers stands in a block (torch.nn.ModuleList) of the model")
 
     def layer_names(self) -> list[str]:

@@ -43,7 +43,7 @@ class BatchForward:
 
     Attributes:
         limit: most draws to make before rows may be dropped; None: no limit.
-        head_shares: of each draw so far, with a Gaussian head (`bloblora.adapter.head.average_head`), (b,).
+        head_shares: of each draw so far, with a Gaussian head (`bloblora.adapter.head.average_head`), (b, 1 + C).
     """
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Tensor], task: PredictionTask | None) -> None:

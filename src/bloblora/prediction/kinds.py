@@ -32,13 +32,14 @@ class Prediction:
         log_probs: (S, n, C) float32, log-probabilities of each draw; -inf where an input has no such class, and in all
             classes for a draw that was not made for that input. S = 1 with ``num_samples`` 0.
         num_samples: N; 0 is the posterior mean.
-        head_share: how much of a draw's entropy is epistemic already, since it is the mean over a Gaussian head, (n,);
-            None without one (`bloblora.adapter.head.average_head`).
+        head_shares: how much of a draw's uncertainty is epistemic already, since it is the mean over a Gaussian head:
+            of its entropy, and of each class's variance p(1 - p), (n, 1 + C); None without such a head
+            (`bloblora.adapter.head.average_head`).
     """
 
     log_probs: Tensor
     num_samples: int
-    head_share: Tensor | None = field(default=None, kw_only=True)
+    head_shares: Tensor | None = field(default=None, kw_only=True)
 
     kind: ClassVar[str] = "categorical"
     """Name of the likelihood that it is a prediction of."""
@@ -56,7 +57,14 @@ class Prediction:
 
     @property
     def num_draws(self) -> Tensor:
-        """Draws that were made for each input, (n,): S, or fewer under a `StoppingRule`."""
+        """Draws that the average is over for each input, (n,): S, or fewer under a `StoppingRule`.
+
+        N where one stands for all, since nothing but a head is Gaussian.
+        """
+        return self._made if self.head_shares is None else self._made.clamp_min(self.num_samples)
+
+    @property
+    def _made(self) -> Tensor:
         return (self.log_probs > -math.inf).any(-1).sum(0)
 
     def draw_logits(self) -> Tensor:
@@ -66,7 +74,7 @@ class Prediction:
     @cached_property
     def log_probabilities(self) -> Tensor:
         """log p̄, (n, C), averaged in log space."""
-        return torch.logsumexp(self.log_probs, dim=0) - self.num_draws.log().unsqueeze(-1)
+        return torch.logsumexp(self.log_probs, dim=0) - self._made.log().unsqueeze(-1)
 
     @property
     def probabilities(self) -> Tensor:
@@ -80,10 +88,16 @@ class Prediction:
 
     @property
     def std(self) -> Tensor:
-        """Standard deviation of each probability over the draws that were made, (n, C); 0 for a single one."""
+        """Standard deviation of each probability over the draws that were made, (n, C); 0 for a single one.
+
+        With a Gaussian head over its draws as well.
+        """
         made = (self.log_probs > -math.inf).any(-1, keepdim=True)
-        deviations = (self.draw_probabilities - self.probabilities).where(made, 0)
-        return (deviations.square().sum(0) / self.num_draws[:, None]).sqrt()
+        p = self.draw_probabilities
+        variances = (p - self.probabilities).where(made, 0).square()
+        if self.head_shares is not None:
+            variances = variances + p * (1 - p) * self.head_shares[:, 1:]
+        return (variances.sum(0) / self._made[:, None]).sqrt()
 
     @property
     def labels(self) -> Tensor:
@@ -104,11 +118,11 @@ class Prediction:
     def expected_entropy(self) -> Tensor:
         """Aleatoric uncertainty, the mean of H[p_s] in nats, (n,); of a Gaussian head's mean what its draws leave."""
         entropies = self._mean_entropy
-        return entropies if self.head_share is None else entropies * (1 - self.head_share)
+        return entropies if self.head_shares is None else entropies * (1 - self.head_shares[:, 0])
 
     @property
     def _mean_entropy(self) -> Tensor:
-        return _entropy(self.log_probs).sum(0) / self.num_draws
+        return _entropy(self.log_probs).sum(0) / self._made
 
     @property
     def mutual_information(self) -> Tensor:
@@ -116,13 +130,15 @@ class Prediction:
 
         Of a Gaussian head it has in addition that of each draw of the adapter, also of a single one.
         """
-        between = mutual_information(self.predictive_entropy, self._mean_entropy, self.num_draws)
-        return between if self.head_share is None else between + self._mean_entropy * self.head_share
+        if self.head_shares is None:
+            return mutual_information(self.predictive_entropy, self.expected_entropy, self.num_draws)
+        between = mutual_information(self.predictive_entropy, self._mean_entropy, self._made)
+        return between + self._mean_entropy * self.head_shares[:, 0]
 
     @property
     def knows_epistemic(self) -> bool:
         """Whether there is more than one function, so that they can disagree."""
-        return self.head_share is not None or int(self.num_draws.max()) > 1
+        return self.head_shares is not None or int(self.num_draws.max()) > 1
 
     def answers(self, columns: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
         """Of each input the label, the probability of each of its columns, and the uncertainty in nats."""
@@ -230,6 +246,10 @@ class OtherPrediction(Prediction, ABC):
         """Draws that were made for each input, (n,)."""
         draws, rows = self.logits.shape[:2]
         return torch.full((rows,), draws)
+
+    @property
+    def _made(self) -> Tensor:
+        return self.num_draws
 
     @property
     def confidence(self) -> Tensor:
@@ -485,11 +505,11 @@ def _binary_entropy(probabilities: Tensor) -> Tensor:
 
 
 def prediction_of(
-    logits: Tensor, num_samples: int, likelihood: Likelihood, head_share: Tensor | None = None
+    logits: Tensor, num_samples: int, likelihood: Likelihood, head_shares: Tensor | None = None
 ) -> Prediction:
-    """What draws' normalized logits (S, n, C) say, by their likelihood; with a Gaussian head's share (n,)."""
+    """What draws' normalized logits (S, n, C) say, by their likelihood; with a Gaussian head's shares (n, 1 + C)."""
     prediction = KINDS[likelihood.name].from_logits(logits, num_samples, likelihood)
-    return prediction if head_share is None else replace(prediction, head_share=head_share)
+    return prediction if head_shares is None else replace(prediction, head_shares=head_shares)
 
 
 def mutual_information(total: Tensor, aleatoric: Tensor, num_draws: Tensor | int) -> Tensor:

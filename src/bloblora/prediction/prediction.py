@@ -96,7 +96,7 @@ def predict(
                 logits = _stopped_log_probs(forward, sampler, num_samples, seed, stop).cpu()
             rows.append(check_finite(logits, model))
             if forward.head_shares:
-                shares.append(_mean_share(forward.head_shares, size))
+                shares.append(_mean_shares(forward.head_shares, size))
     if not rows:
         raise ValueError("inputs: there is nothing to predict")
     logits = _cat(rows)
@@ -176,8 +176,8 @@ def draw_logits(forward: Forward, sampler: Sampler, num_samples: int, seed: int)
     return torch.stack([logits.float() for logits in sampler.logits(forward, num_samples, seed)])
 
 
-def _mean_share(shares: Sequence[Tensor], size: int) -> Tensor:
-    """Mean over draws of the head's share, (b,), as long as draws were of all rows."""
+def _mean_shares(shares: Sequence[Tensor], size: int) -> Tensor:
+    """Mean over draws of the head's shares, (b, 1 + C), as long as draws were of all rows."""
     return torch.stack([share.cpu() for share in shares if len(share) == size]).mean(0)
 
 

@@ -23,8 +23,8 @@ from .forward import BatchForward
 from .states import with_states
 
 Drawn = tuple[Tensor, Tensor | None]
-"""Logits (b, C) of a draw of an adapter, and, (b,), the share of their entropy that is epistemic because they are the
-mean over a Gaussian head (`average_head`); None without such a head."""
+"""Logits (b, C) of a draw of an adapter, and, (b, 1 + C), the shares of their uncertainty that are epistemic because
+they are the mean over a Gaussian head (`average_head`); None without such a head."""
 
 Forward = Callable[[], Tensor]
 """The model on one batch: logits (b, C), a function of the weights that are in force."""

@@ -12,6 +12,7 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_mo
 
 from .. import models, tasks
 from ..adapter import BlobConfig, check_folder, continue_from, find_posterior, matching, posterior_config
+from ..adapter.variant import HEAD, STD_PARAMETER
 from ..data import KINDS, kind_of
 from ..files import read_json
 from ..messages import quoted
@@ -255,6 +256,7 @@ def load_start(model: Any, config: RunConfig) -> None:
     assert start is not None
     name, folder = start
     weights, fresh = load_peft_weights(folder, device="cpu"), get_peft_model_state_dict(model)
+    fresh = {key: tensor for key, tensor in fresh.items() if not key.endswith(STD_PARAMETER + HEAD)}
     missing = [key for key in fresh if key not in weights and ".lora_" in key]
     try:
         result: Any = set_peft_model_state_dict(model, fresh | weights)  # a head may have what a plain one lacks

@@ -68,7 +68,7 @@ class Averages(Prediction):
 
     @property
     def num_draws(self) -> Tensor:
-        """Draws that were made for each input, (n,)."""
+        """Draws that the average is over for each input, (n,)."""
         return self.draws
 
     @property

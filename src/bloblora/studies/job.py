@@ -261,7 +261,7 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
         result.seconds[key] = time.perf_counter() - start
         logits, likelihood = draws.draw_logits(), trained.task.likelihood
         predictions = [
-            prediction_of(logits[: max(n, 1)], n, likelihood, draws.head_share)
+            prediction_of(logits[: max(n, 1)], n, likelihood, draws.head_shares)
             for n in job.samples
             if n > 0 or most == 0
         ]

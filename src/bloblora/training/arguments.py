@@ -37,8 +37,7 @@ class Objective:
     head_kl_scale: float = field(
         default=1.0,
         metadata={
-            "help": "Multiplies the KL of a head whose weights are Gaussian (`head_prior_std`); 1 is the ELBO's.",
-            "search": (0.1, 10.0),
+            "help": "Multiplies the KL of a head whose weights are Gaussian (`head_prior_std`); 1 is the ELBO's."
         },
     )
     dataset_rescaling: bool = field(

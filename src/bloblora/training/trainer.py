@@ -297,8 +297,9 @@ class BlobTrainerMixin(_Host):
             with self._common_noise():
                 posterior.flow_(rate * self.current_kl_weight(), rate * self.current_kl_weight(head=True))
             return
+        gradients = self._kl_gradients(posterior)
         with torch.no_grad():
-            for tensor, gradient, weight in self._kl_gradients(posterior):
+            for tensor, gradient, weight in gradients:
                 tensor.add_(gradient, alpha=-rate * weight)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
