@@ -340,6 +340,12 @@ def test_an_option_out_of_its_range(option, value, message):
         Blob(**{option: value})
 
 
+def test_a_second_time_is_refused(base):
+    model, _ = tiny("llama", base, "none")
+    with pytest.raises(ValueError, match=r"base_model.model.score is Bayesian already; call find_posterior"):
+        bayesianize(model)
+
+
 def test_what_has_no_head_says_so(base):
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="factors is 'none', and the head is no Gaussian either"):

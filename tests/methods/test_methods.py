@@ -51,10 +51,6 @@ def unlabelled(records):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("records", [queries() * 2, QUESTIONS * 2], ids=["texts", "questions"])
 def test_a_run_comes_back_and_its_draws_are_functions(method, records, config):
-    if METHODS[method].needs_head and "label" not in records[0]:
-        with pytest.raises(runs.RunError, match=rf"method '{method}' is for texts with labels"):
-            runs.train(config(method, records), progress=False)
-        return
     run = runs.train(config(method, records), progress=False)
     inputs = unlabelled(records[: len(records) // 2])
     before = run.predict(inputs, 3, seed=5)
@@ -150,7 +146,7 @@ def test_a_temperature_leaves_what_a_method_declares(method, config):
     options = {"temperature_scaling": True, "validation": 0.5, "save_steps": None}
     scaled = config(method, queries()).with_options(method={"name": method}, **options)
     inner, outer = METHODS[method], scaled.build_method()
-    for name in ("name", "starts_from_lora", "post_hoc", "whole_model", "gaussian", "deterministic", "needs_head"):
+    for name in ("name", "starts_from_lora", "post_hoc", "whole_model", "gaussian", "deterministic"):
         assert getattr(outer, name) == getattr(inner, name)
     assert not outer.writes_text
 

@@ -365,9 +365,10 @@ class Posterior:
 
 
 def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name: str | None = None) -> Posterior:
-    """Put a Gaussian over A in every LoRA layer of an adapter, in place.
+    """Put a Gaussian over a classification head that gives one label, or else over A in every LoRA layer, in place.
 
-    The mean starts at the adapter's A, fresh or trained; B, biases and ``modules_to_save`` stay deterministic.
+    The mean starts at the head's weights or the adapter's A, fresh or trained; what else is trained stays
+    deterministic. `BlobConfig` says over what the Gaussian is, by ``factors`` and ``head_prior_std``.
     Outside ``posterior.draw`` and ``posterior.mean`` a model in train mode draws fresh noise per example, in eval mode
     it uses the mean. Ω is trained where A is: for an adapter that was loaded for inference and is frozen,
     ``model.set_adapter(adapter_name)`` makes A, B and Ω trainable together. ``model.save_pretrained`` then writes what
@@ -397,6 +398,11 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
 
     adapter_name = adapter_name or model.active_adapter
     layers = check_layers(model, adapter_name)
+    if heads := gaussian_heads(model, adapter_name):
+        raise ValueError(
+            f"{next(iter(heads))} is Bayesian already; call find_posterior(model), or make a new adapter for another "
+            "configuration"
+        )
     lora: Any = model.peft_config[adapter_name]
     check_exact_start(lora.init_lora_weights)
     _warn_of_experts(model, layers)

@@ -12,7 +12,7 @@ _STD_UNDER_HEAD, _STD = 0.4, 0.1
 
 @dataclass(kw_only=True)
 class BlobConfig:
-    """Configuration of the Gaussian over LoRA's A (or B, or both).
+    """Configuration of the Gaussian over a classification head, or over LoRA's A (or B, or both).
 
     Raises:
         ValueError: a field is out of its range; the message names the field, its value and the range.

@@ -95,8 +95,6 @@ class Method:
     """Names of the likelihoods that it trains and predicts with (`bloblora.tasks.Likelihood`)."""
     weighs_classes: ClassVar[bool] = True
     """Whether its loss is the task's likelihood, in which classes may have weights, and no other one."""
-    needs_head: ClassVar[bool] = False
-    """Whether it is for tasks whose model has a classification head."""
     files: ClassVar[tuple[str, ...]] = ("adapter_config.json", "blob_config.json", "*.safetensors")
     """Patterns of the files that `save` writes, which `bloblora push` uploads."""
 

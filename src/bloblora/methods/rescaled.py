@@ -50,7 +50,7 @@ _NO_WIDTH = 1e-6  # what is saved for τ = 0: no draw shows it in float32, and t
 # What is the inner method's: attributes, and functions.
 _INNERS = (
     *("name", "paper", "training_defaults", "lora_defaults"),
-    *("starts_from_lora", "post_hoc", "whole_model", "gaussian", "takes_prior", "deterministic", "needs_head"),
+    *("starts_from_lora", "post_hoc", "whole_model", "gaussian", "takes_prior", "deterministic"),
     *("sharded", "likelihoods", "weighs_classes", "check_run", "check_draws", "described", "holdout", "prepare"),
     "weights_file",
 )

@@ -39,11 +39,6 @@ def check_task(config: RunConfig, records: Sequence[dict[str, Any]]) -> None:
     if config.training.get("label_smoothing_factor") and not task.family.smooths:
         kinds = "classes, choices and tags"
         raise RunError(f"label_smoothing_factor is for {kinds}; task {task.name!r} has none: leave it out")
-    if method.needs_head and task.task_type != "SEQ_CLS":
-        raise RunError(
-            f"method {method.name!r} is for texts with labels, whose model has a classification head; train task "
-            f"{task.name!r} with another method"
-        )
     if kind == task.kind == "generation" and not method.writes_text:
         names = [name for name in ("temperature_scaling", "temperature_folds") if getattr(config, name)]
         option = names[0] if names else f"method {method.name!r}"
