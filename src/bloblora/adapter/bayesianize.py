@@ -182,11 +182,14 @@ class Posterior:
     def kls(self) -> tuple[Tensor, Tensor]:
         """The KL of the adapter's factors, and that of a head's weights, in nats; see `kl`."""
         style, parameters, means = self.config.std_parameterization, self.named_std_parameters(), self.named_means()
-        sums = [torch.zeros(()), torch.zeros(())]
+        adapter = head = torch.zeros((), device=next(iter(means.values())).device)
         for keys, prior in self._groups():
             kl = prior.kl([whole(means[key]) for key in keys], [whole(parameters[key]) for key in keys], style)
-            sums[is_head(keys[0])] = sums[is_head(keys[0])].to(kl.device) + kl
-        return sums[0].to(kl.device), sums[1].to(kl.device)
+            if is_head(keys[0]):
+                head = kl.to(head.device)
+            else:
+                adapter = adapter + kl.to(adapter.device)
+        return adapter, head
 
     def named_kls(self) -> dict[str, Tensor]:
         """The KL of each Gaussian factor by its name, in nats."""

@@ -70,11 +70,12 @@ def average_head(head: "GaussianHead", logits: Tensor, read: Tensor) -> tuple[Te
         Logits of the mean (b, C), and the shares (b, 1 + C), of the entropy and of each class's variance; float32.
     """
     z, variance = logits.float(), head.variance(read).float()
+    std = variance.sqrt()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(_DRAWS // 2, z.shape[-1], generator=generator).to(z.device)
     entropy, (mean, square) = torch.zeros(len(z), device=z.device), torch.zeros(2, *z.shape, device=z.device)
     for epsilon in (*noise, *-noise):
-        p = (z + variance.sqrt() * epsilon).softmax(-1)
+        p = (z + std * epsilon).softmax(-1)
         mean += p / _DRAWS
         square += p.square() / _DRAWS
         entropy += torch.special.entr(p).sum(-1) / _DRAWS

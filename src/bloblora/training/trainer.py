@@ -5,7 +5,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -209,11 +209,11 @@ class BlobTrainerMixin(_Host):
             found |= {"prior_std": self.posterior.config.prior_std, "kl_scale": self.kl_scale()}
         if self.posterior.head is not None:
             found["head_prior_std"] = self.posterior.config.head_prior_std
-        found["factors"] = self.posterior.config.factors
         if self.args.optimizer_style == "joint":
             rate = self.args.std_learning_rate
             found["std_learning_rate"] = automatic_std_learning_rate(self.state.max_steps) if rate == "auto" else rate
-        return {name: value for name, value in found.items() if isinstance(value, int | float) or name == "factors"}
+        numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
+        return {"factors": self.posterior.config.factors, **numbers}
 
     def current_kl_weight(self, head: bool = False) -> float:
         """Factor of the adapter's KL in this step's loss, s/D or s·λ_i; or of a Gaussian head's."""
@@ -458,41 +458,30 @@ class BlobTrainerMixin(_Host):
         Of a task it is the mean NLL by its likelihood, smoothed by ``label_smoothing_factor``, or what
         ``compute_loss_func`` makes of ``{"logits": (b, C)}``, the labels and the number of examples of the whole step.
         """
-        if model.training and self.posterior is not None and self._bounds:
-            with self.posterior.bounding() as bounding:
-                return self._parts_of_loss(model, inputs, return_outputs, num_items_in_batch, bounding)
-        return self._parts_of_loss(model, inputs, return_outputs, num_items_in_batch, None)
-
-    def _parts_of_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool,
-        num_items_in_batch: Any,
-        bounding: Bounding | None,
-    ) -> Any:
-        labels = inputs.get("labels")
-        if self.task is None:
-            expected = self.posterior is not None and self.posterior.batch.expects_labels
-            if labels is None or not (model.training and (expected or bounding is not None)):
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            loss = loss + self._noise_cost(outputs["logits"], labels, bounding)
+        bounds = model.training and self.posterior is not None and self._bounds
+        with self.posterior.bounding() if bounds else nullcontext() as bounding:  # type: ignore[union-attr]
+            labels = inputs.get("labels")
+            if self.task is None:
+                expected = self.posterior is not None and self.posterior.batch.expects_labels
+                if labels is None or not (model.training and (expected or bounding is not None)):
+                    return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+                loss = loss + self._noise_cost(outputs["logits"], labels, bounding)
+                return (loss, outputs) if return_outputs else loss
+            if labels is None:
+                raise ValueError(
+                    f"train_dataset: a batch of {', '.join(inputs)} has no labels; give each example its label"
+                )
+            outputs = {"logits": self.task.logits(model, inputs)}
+            cost = self._noise_cost(outputs["logits"], labels, bounding) if model.training else 0.0
+            if self.compute_loss_func is None:
+                loss = _mean_nll(likelihood_of(self.task), outputs["logits"], labels, self.args.label_smoothing_factor)
+                loss = loss + cost
+            else:
+                loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+                if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                    loss = loss * self.accelerator.num_processes  # which counted together
             return (loss, outputs) if return_outputs else loss
-        if labels is None:
-            raise ValueError(
-                f"train_dataset: a batch of {', '.join(inputs)} has no labels; give each example its label"
-            )
-        outputs = {"logits": self.task.logits(model, inputs)}
-        cost = self._noise_cost(outputs["logits"], labels, bounding) if model.training else 0.0
-        if self.compute_loss_func is None:
-            loss = _mean_nll(likelihood_of(self.task), outputs["logits"], labels, self.args.label_smoothing_factor)
-            loss = loss + cost
-        else:
-            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-                loss = loss * self.accelerator.num_processes  # which counted together
-        return (loss, outputs) if return_outputs else loss
 
     @property
     def _bounds(self) -> bool:
