@@ -8,7 +8,7 @@ from bloblora.cli import main
 from tests.tiny_base import QUESTIONS, queries, save_base, write_jsonl
 
 SETTINGS = ("--steps", "2", "--batch-size", "2", "--r", "2", "--learning-rate", "0.01")
-_LEARNT = ("--std-learning-rate", "0.5")  # so that Ω leaves its start, and no warning stands in standard error
+LEARNT = ("--std-learning-rate", "0.5")  # so that Ω leaves its start, and no warning stands in standard error
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def files(tmp_path_factory):
 
 
 def _trained(files, folder, data):
-    main(["train", "--data", data, "--model", files.base, "--output", str(folder), *SETTINGS, *_LEARNT])
+    main(["train", "--data", data, "--model", files.base, "--output", str(folder), *SETTINGS, *LEARNT])
     return str(folder)
 
 

@@ -95,6 +95,13 @@ def test_what_is_hashed(stopped):
     assert found["optimizer.pt"] == hashlib.sha256((folder / "optimizer.pt").read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("content", ["", '{"seconds": 1', "[]", '{"seconds": "x"}', '{"seconds": NaN}'])
+def test_a_clock_that_cannot_be_read_costs_its_seconds_alone(go_on, content):
+    status, err, equal = go_on(lambda folder: (folder / "seconds.json").write_text(content))
+    assert (status, equal) == (0, True), err
+    assert "passed over" not in err
+
+
 def test_another_trainings_optimizer_without_hashes(go_on):
     """As a training with another Trainer leaves it."""
 

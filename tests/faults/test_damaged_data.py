@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from openpyxl import Workbook
 
-from bloblora.data import DataError, read_records
+from bloblora.data import DataError, read_records, sources
 from tests.faults.test_altered_files import altered
 from tests.tiny_base import QUESTIONS, queries
 
@@ -130,3 +130,38 @@ def test_what_a_message_says(folder, name, old, new, message):
     with pytest.raises(DataError, match=message):
         read_records(folder / "saved" if "/" in name else file)
     file.write_text(before)
+
+
+def _rows_gz(file, text):
+    file.with_suffix(".jsonl.gz").write_bytes(gzip.compress(f'{{"text": "{text}", "label": "x"}}\n'.encode() * 4))
+    return file.with_suffix(".jsonl.gz")
+
+
+def _one_line_gz(file, text):
+    file.with_suffix(".json.gz").write_bytes(gzip.compress(f'[{{"text": "{text}", "label": "x"}}]'.encode()))
+    return file.with_suffix(".json.gz")
+
+
+def _sheet(file, text):
+    book = Workbook()
+    for cells in (COLUMNS, [text[:32_000], "x"], [text[:32_001], "y"]):
+        book.active.append(cells)
+    book.save(file.with_suffix(".xlsx"))
+    return file.with_suffix(".xlsx")
+
+
+def _sheet_gz(file, text):
+    sheet = _sheet(file, text)
+    packed = file.with_suffix(".xlsx.gz")
+    packed.write_bytes(gzip.compress(sheet.read_bytes()))
+    return packed
+
+
+@pytest.mark.parametrize("make", [_rows_gz, _one_line_gz, _sheet, _sheet_gz])
+def test_a_file_that_unpacks_to_a_thousand_times_its_size(tmp_path, monkeypatch, make):
+    file = make(tmp_path / "bomb", "a" * 500_000)
+    assert len(read_records(file)) > 0  # both limits: a small file may be packed as well as can be
+    monkeypatch.setattr(sources, "_MOST_UNPACKED", 50_000)
+    monkeypatch.setattr(sources, "_MOST_TIMES", 7)
+    with pytest.raises(DataError, match=r"bomb\.\S+: unpacks to more than 7 times its size; .* give it unpacked"):
+        read_records(file)

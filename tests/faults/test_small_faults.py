@@ -1,9 +1,16 @@
 """Input that was found to be taken in silence, or refused only after the work."""
 
+import ctypes
+import shutil
+import subprocess
+import sys
+
 import pytest
 
 from bloblora.data import DataError, read_records
 from bloblora.files import read_json
+from tests.cli.conftest import LEARNT, SETTINGS
+from tests.tiny_base import write_jsonl
 
 
 def test_equal_keys_are_refused(tmp_path):
@@ -22,3 +29,50 @@ def test_half_a_surrogate_pair_in_an_id_is_refused_before_the_work(tmp_path):
     data.write_text('{"text": "a", "label": "x", "id": ["\\udc00"]}\n')
     with pytest.raises(DataError, match=r"data\.jsonl:1: field 'id': .* has half a surrogate pair"):
         read_records(data)
+
+
+@pytest.fixture
+def without_rights():
+    """Run a command in a process for which rights count, also where that of the tests is root's."""
+
+    def command(*arguments):
+        libc = ctypes.CDLL(None)
+        drop, dac_override = 24, 1  # prctl's PR_CAPBSET_DROP; fails where there is nothing to drop
+        done = subprocess.run(
+            [sys.executable, "-m", "bloblora", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: libc.prctl(drop, dac_override, 0, 0, 0),
+        )
+        return done.returncode, done.stderr
+
+    return command
+
+
+@pytest.fixture
+def read_only(run, tmp_path):
+    """A finished run in a folder that can't be written."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "decision.json").unlink(missing_ok=True)
+    folder.chmod(0o555)
+    yield folder
+    folder.chmod(0o755)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+def test_a_finished_run_in_a_folder_that_cannot_be_written(files, read_only, without_rights, tmp_path):
+    """`train` opens it and `predict` reads it; `calibrate` says so before it has predicted anything."""
+    there = sorted(file.name for file in read_only.iterdir())
+    train = ("train", "--data", files.texts, "--model", files.base, "--output", read_only)
+    assert without_rights(*train, *SETTINGS, *LEARNT)[0] == 0
+    status, err = without_rights(*train, *SETTINGS, *LEARNT, "--seed", "7")
+    assert (status, "another configuration" in err) == (2, True)
+    assert without_rights("predict", read_only, "--input", files.outside)[0] == 0
+    unseen = [{"text": f"number {i}", "label": ["parcel", "refund"][i % 2]} for i in range(100)]
+    data = write_jsonl(tmp_path / "unseen.jsonl", unseen)
+    status, err = without_rights("calibrate", read_only, "--data", data)
+    assert status == 2
+    assert err.splitlines()[-1].endswith("decision.json: can't be written: Permission denied")
+    assert "predicting" not in err
+    assert sorted(file.name for file in read_only.iterdir()) == there

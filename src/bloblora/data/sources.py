@@ -17,6 +17,7 @@ from pathlib import Path
 from shutil import copyfileobj
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
+from zipfile import ZipFile
 
 from ..files import parse_json
 from ..messages import quoted, shortened
@@ -27,6 +28,7 @@ from .sets import PAPER_SETS, read_paper_set, support_desk
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet", ".yml", ".yaml", ".conll")
 _PARQUET_ROWS, _BUFFER = 1024, 2**20  # rows and bytes at a time, so that a row group need not fit into memory
+_MOST_UNPACKED, _MOST_TIMES = 2**28, 100  # bytes, and times of the file's size, both of which a bomb is above
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _NOT_IN_CP1252 = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")
 Row = Record | str
@@ -232,6 +234,8 @@ def _sheet_rows(path: Path, say: Say) -> Iterator[tuple[Place, Row]]:
     except ImportError as error:
         raise DataError([f"{path}: .xlsx needs openpyxl: pip install 'bloblora[xlsx]', or save it as .csv"]) from error
     with _seekable(path) as file, _readable(path, "as .xlsx"):
+        with ZipFile(file) as parts:
+            _check_unpacked(path, sum(part.file_size for part in parts.infolist()))
         book = load_workbook(file, read_only=True, data_only=True)
         sheet = book.worksheets[0]
         if len(book.worksheets) > 1:
@@ -314,10 +318,32 @@ def _bytes(path: Path) -> Iterator[BinaryIO]:
             yield file
         return
     try:
-        with gzip.open(path) as unpacked:
+        with _Unpacked(path) as unpacked:
             yield unpacked  # type: ignore[misc]  # it reads as a BinaryIO does
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError([f"{path}: not readable as gzip: {error}"]) from error
+
+
+class _Unpacked(gzip.GzipFile):
+    """A packed file that stops where it turns out to be a bomb."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._checked(super().read(size))
+
+    def read1(self, size: int = -1) -> bytes:
+        return self._checked(super().read1(size))
+
+    def _checked(self, content: bytes) -> bytes:
+        _check_unpacked(Path(str(self.name)), self.tell())
+        return content
+
+
+def _check_unpacked(path: Path, size: int) -> None:
+    """Raise a DataError where a file unpacks to more bytes than records would be packed in."""
+    if size > max(_MOST_UNPACKED, _MOST_TIMES * path.stat().st_size):
+        raise DataError(
+            [f"{path}: unpacks to more than {_MOST_TIMES} times its size; if it is what it should be, give it unpacked"]
+        )
 
 
 @contextmanager
