@@ -49,7 +49,7 @@ def test_calibrate_predict_evaluate(call, folder, held_out, files):
         plausible = {name for name, p in line["probabilities"].items() if 1 - p <= rules["label_sets"]["threshold"]}
         assert set(line["label_set"]) == plausible | {line["label"]}
         assert line["label_set"][0] == line["label"]
-        assert line["out_of_scope"] == (line["predictive_entropy"] > rules["scope"]["threshold"])
+        assert line["out_of_scope"] == (line["mutual_information"] > rules["scope"]["threshold"])  # a Gaussian head's
 
     arguments = ("--data", held_out, "--ood", files.outside, "--samples", "3")
     result = json.loads(call("evaluate", folder, *arguments, "--json")[1])
@@ -173,7 +173,15 @@ def test_predictions_made_elsewhere(call, folder, held_out, tmp_path, monkeypatc
     # the run's own: its rules
     assert call("calibrate", folder, *beside)[0] == 0
     (stored,) = json.loads((folder / "decision.json").read_text())["decisions"]
+    assert stored["decision"]["scope"].pop("score") == own["scope"].pop("score") == "mutual_information"
     assert stored["decision"]["scope"] == pytest.approx(own["scope"], abs=1e-6)
+    assert found["scope"]["score"] == "predictive_entropy"  # nothing says how they were made
+    # a file that lacks the default score
+    bare = tmp_path / "bare.csv"
+    bare.write_text(answers.read_text().replace("mutual_information", "other"))
+    assert call("calibrate", folder, "--predictions", bare, "--data", held_out, *LAX)[0] == 0
+    (stored,) = json.loads((folder / "decision.json").read_text())["decisions"]
+    assert stored["decision"]["scope"]["score"] == "predictive_entropy"
     # what was kept is such a file, and says whose it is
     (kept,) = (folder / "calibration").glob("*.jsonl")
     assert call("calibrate", folder, "--predictions", kept, *LAX)[0] == 0

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, TextIO, get_args
+from typing import Any, Literal, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -192,7 +192,8 @@ def calibrate(
             the inputs that have a label for which it is named.
         label_sets: `lac` for the smallest sets, `aps` for sets that grow where the model is less sure, `raps` between.
         false_alarm: share of inputs in scope that are flagged as out of it.
-        score: what flags them; default `std` of values, and `predictive_entropy` else.
+        score: what flags them; default `std` of values, `mutual_information` where a Gaussian head gives labels, and
+            `predictive_entropy` else.
         matcher: of answers, as for `bloblora correctness`.
         by: what decides whether to withhold a text: `p_correct`, as `bloblora correctness` fitted it, or one of the
             scores of `generate`, such as `sequence_log_probability`.
@@ -314,9 +315,9 @@ def _calibrate_predictions(
         if data is not None:
             _check_unseen(description, data)
     inside, targets = read_predictions(file, task, options.samples, targets=right)
-    score, usual = promises["score"], next(name for name in get_args(Score) if name in inside.uncertainties)
+    score = promises["score"]
     if score in inside.uncertainties and getattr(inside, score).isnan().any():
-        raise RunError(f"{file}: field {score!r}: missing; give it, or take --score {usual}")
+        raise RunError(f"{file}: field {score!r}: missing; give it, or take --score {inside.usual_score}")
     outside = None if ood is None else read_predictions(Path(ood), task, options.samples, labelled=False)[0]
     check_promises(len(targets), predicted=type(inside), **promises)
     return calibrate_on(inside, targets, outside, description, options, **promises)

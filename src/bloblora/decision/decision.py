@@ -185,17 +185,16 @@ def fit_decision(
             that have a label for which it is named, or of the inputs of which all tokens' tag sets hold the right tag.
         kind: of label sets.
         false_alarm: share of inputs in scope that are flagged as out of it.
-        score: what flags them; by default the total uncertainty, ``std`` of values and else ``predictive_entropy``.
-            The epistemic ones need several draws.
+        score: what flags them; default `Prediction.usual_score`. The epistemic ones need several draws.
 
     Raises:
         PromiseError: these data carry none of the promises.
         ValueError: an argument is out of its range, or of a rule that such a prediction hasn't.
     """
-    scores = _check_used(type(prediction), risk, level, kind, score)
-    name = score or scores[0]
+    _check_used(type(prediction), risk, level, kind, score)
+    name: Any = score or prediction.usual_score
     if name in ("mutual_information", "epistemic_std") and not prediction.knows_epistemic:
-        raise ValueError(f"score {name} is not defined for a single draw; take {scores[0]}")
+        raise ValueError(f"score {name} is not defined for a single draw; take {prediction.usual_score}")
     rules: dict[str, Callable[[], Any]] = {}
     if isinstance(prediction, ValuePrediction):
         rules["intervals"] = lambda: fit_intervals(prediction.mean, prediction.std, targets, coverage)
@@ -269,11 +268,9 @@ def check_promises(
     _kept(rules)
 
 
-def _check_used(
-    predicted: type[Prediction], risk: float, level: float, kind: Kind, score: Score | None
-) -> tuple[Score, ...]:
-    """The scores that can flag such predictions, the default first; a ValueError for an option that they don't use."""
-    scores: tuple[Score, ...] = tuple(name for name in get_args(Score) if name in predicted.uncertainties)
+def _check_used(predicted: type[Prediction], risk: float, level: float, kind: Kind, score: Score | None) -> None:
+    """Raise a ValueError for an option that such predictions don't use."""
+    scores = [name for name in get_args(Score) if name in predicted.uncertainties]
     if score is not None and score not in scores:
         raise ValueError(f"score {quoted(score)}: of a {predicted.kind} prediction it is one of {', '.join(scores)}")
     if predicted.kind not in CLASSES and changed(risk=risk, level=level, kind=kind):
@@ -281,7 +278,6 @@ def _check_used(
             "risk, confidence and label_sets are for classes that exclude each other, which a "
             f"{predicted.kind} prediction hasn't: leave them out"
         )
-    return scores
 
 
 def changed(**promises: Any) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 
 from .. import models, tasks
-from ..adapter.storage import BLOB_CONFIG, library_versions, posterior_config
+from ..adapter.storage import library_versions
 from ..files import as_os_error, check_fields, file_sha256, read_hashed_json, write_hashed_json
 from ..messages import quoted
 from ..methods.method import MEAN, Draw
@@ -220,8 +220,7 @@ def _check_output(output: Path) -> None:
 def _check_run(description: RunDescription, format: str, num_samples: int) -> None:
     """Raise a RunError for what can be known before the model is loaded."""
     description.method.check_draws(num_samples)
-    folder = description.folder
-    if num_samples and (folder / BLOB_CONFIG).is_file() and posterior_config(folder).factors == "none":
+    if num_samples and (posterior := description.posterior) and posterior.factors == "none":
         raise RunError(
             "the Gaussian is over the classification head alone, and the mean over its draws is no adapter; export its "
             "mean (--samples 0, or --format merged without --draw), or train with --factors A"

@@ -140,6 +140,15 @@ class Prediction:
         """Whether there is more than one function, so that they can disagree."""
         return self.head_shares is not None or int(self.num_draws.max()) > 1
 
+    @property
+    def usual_score(self) -> str:
+        """Which uncertainty calls an input out of scope where no other is asked for.
+
+        Of a Gaussian head it is the epistemic one. A temperature below 1, as its bound of the NLL leads to, makes the
+        total uncertainty of inputs that are unlike all others small.
+        """
+        return "predictive_entropy" if self.head_shares is None else "mutual_information"
+
     def answers(self, columns: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
         """Of each input the label, the probability of each of its columns, and the uncertainty in nats."""
         probabilities, labels = self.probabilities, self.labels
@@ -268,6 +277,11 @@ class ValuePrediction(OtherPrediction):
     kind = "gaussian"
     uncertainties: ClassVar[Mapping[str, str]] = {"std": "sd", "epistemic_std": "epistemic sd"}
     likelihood: Gaussian
+
+    @property
+    def usual_score(self) -> str:
+        """Of values it is ``std``."""
+        return "std"
 
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:

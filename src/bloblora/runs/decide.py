@@ -131,7 +131,8 @@ def calibrate_on(
         outside: of inputs out of scope; they decide nothing.
         description: of the run that predicted; None for any other model.
         options: with which.
-        promises: of `bloblora.decision.fit_decision`.
+        promises: of `bloblora.decision.fit_decision`; the ``score`` of a run whose head is Gaussian is
+            ``mutual_information`` by default, see `bloblora.prediction.Prediction.usual_score`.
 
     Returns:
         What the file says: what the decisions are for, their thresholds and promises, why others can't be promised, and
@@ -144,6 +145,7 @@ def calibrate_on(
     """
     if description is not None:
         check_place(description)
+        promises["score"] = promises.get("score") or _usual_score(description, inside)
     decision = fit_decision(inside, targets, **promises)
     content = {
         "decision": decision.to_dict(),
@@ -153,6 +155,14 @@ def calibrate_on(
     if description is None:
         return content
     return save_decision(description, _how(options), content)
+
+
+def _usual_score(description: RunDescription, inside: Prediction) -> str:
+    """As `Prediction.usual_score`, which what was kept of a prediction doesn't know."""
+    over_head = (posterior := description.posterior) is not None and posterior.head_prior_std != "none"
+    if inside.num_samples and over_head and not inside.mutual_information.isnan().any():
+        return "mutual_information"
+    return inside.usual_score
 
 
 def save_decision(description: RunDescription, how: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HTTPError  # the HTTP library's: it differs between versions
 
 from .. import tasks
-from ..adapter import library_versions
-from ..adapter.storage import SAVED, content_sha256
+from ..adapter import BlobConfig, library_versions, posterior_config
+from ..adapter.storage import BLOB_CONFIG, SAVED, content_sha256
 from ..files import json_sha256, locked, read_hashed_json, read_json, write_hashed_json
 from ..methods import Method
 from .config import RunConfig, RunError, different
@@ -112,6 +112,11 @@ class RunDescription:
     def reading(self) -> dict[str, Any]:
         """How records for the run are read, for `bloblora.data.Reader`: by the columns it knows, for its task."""
         return {"known": self.columns, "kind": self.task.kind}
+
+    @property
+    def posterior(self) -> BlobConfig | None:
+        """Of what the Gaussian is; None of a method that has none."""
+        return posterior_config(self.folder) if (self.folder / BLOB_CONFIG).is_file() else None
 
 
 def is_deterministic(method: Method, training: dict[str, Any]) -> bool:
