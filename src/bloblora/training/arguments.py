@@ -34,10 +34,11 @@ class Objective:
             "search": (0.0001, 1.0),
         },
     )
-    head_kl_scale: float = field(
-        default=1.0,
+    head_kl_scale: float | str = field(
+        default="auto",
         metadata={
-            "help": "Multiplies the KL of a head whose weights are Gaussian (`head_prior_std`); 1 is the ELBO's."
+            "help": "Multiplies the KL of a head whose weights are Gaussian (`head_prior_std`); 1 is the ELBO's. "
+            "`auto`: D / 240 with D examples, and at most 1."
         },
     )
     dataset_rescaling: bool = field(
@@ -78,12 +79,12 @@ class Objective:
         for name, choices in (("kl_weighting", KlWeighting), ("optimizer_style", OptimizerStyle)):
             if (value := getattr(self, name)) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
-        for name in ("kl_scale", "std_learning_rate"):
+        for name in ("kl_scale", "head_kl_scale", "std_learning_rate"):
             with suppress(TypeError, ValueError):  # a search of the Trainer's makes numbers the type of the word before
                 setattr(self, name, float(getattr(self, name)))
         check_positive(self, "kl_learning_rate", or_zero=True)
         check_positive(self, "kl_scale", or_zero=True, or_word="auto")
-        check_positive(self, "head_kl_scale", or_zero=True)
+        check_positive(self, "head_kl_scale", or_zero=True, or_word="auto")
         check_std_learning_rate(self)
         check_count("num_weight_draws", self.num_weight_draws, 1)
         check_positive(self, "gamma")
@@ -140,6 +141,16 @@ def automatic_kl_scale(num_examples: float, num_weights: int, head: bool) -> flo
     Without one, B is all that learns: 0.4 D / P lets the noise cost 0.2 nats.
     """
     return 0.1 if head else min(0.4 * num_examples / num_weights, 0.1)
+
+
+def automatic_head_kl_scale(num_examples: float) -> float:
+    r"""The ``head_kl_scale`` for D examples: D / 240, and at most 1.
+
+    Until the LoRA has found what tells the labels apart, a head earns little, and its noise costs some nats an example
+    (v/2 at the prior, `bloblora.tasks.Likelihood.noise_cost`). Freeing it of that costs KL / D. Below a few hundred
+    examples that is more than there is to earn, and both stay as they are at the start.
+    """
+    return min(num_examples / 240, 1.0)
 
 
 def automatic_std_learning_rate(steps: int) -> float:

@@ -37,6 +37,7 @@ from .arguments import (
     OBJECTIVE,
     BlobTrainingArguments,
     Objective,
+    automatic_head_kl_scale,
     automatic_kl_scale,
     automatic_std_learning_rate,
     check_style,
@@ -193,10 +194,12 @@ class BlobTrainerMixin(_Host):
             nll = self.with_penalty(nll, self.current_kl_weight() * adapter + self.current_kl_weight(head=True) * head)
         return (nll, *outputs) if return_outputs else nll
 
-    def kl_scale(self) -> float:
-        """Factor of the KL beside its weight: ``kl_scale``, or what it is for this many examples and weights."""
-        if not isinstance(scale := self.args.kl_scale, str):
+    def kl_scale(self, head: bool = False) -> float:
+        """Factor of the adapter's KL, or of a Gaussian head's, beside its weight; `auto` by examples and weights."""
+        if not isinstance(scale := self.args.head_kl_scale if head else self.args.kl_scale, str):
             return scale
+        if head:
+            return automatic_head_kl_scale(self._dataset_size())
         assert self.posterior is not None
         point_head = self.posterior.under_head and self.posterior.head is None
         return automatic_kl_scale(self._dataset_size(), max(1, self.posterior.num_weights), point_head)
@@ -208,7 +211,7 @@ class BlobTrainerMixin(_Host):
         if self.posterior.adapter_is_gaussian:
             found |= {"prior_std": self.posterior.config.prior_std, "kl_scale": self.kl_scale()}
         if self.posterior.head is not None:
-            found["head_prior_std"] = self.posterior.config.head_prior_std
+            found |= {"head_prior_std": self.posterior.config.head_prior_std, "head_kl_scale": self.kl_scale(head=True)}
         if self.args.optimizer_style == "joint":
             rate = self.args.std_learning_rate
             found["std_learning_rate"] = automatic_std_learning_rate(self.state.max_steps) if rate == "auto" else rate
@@ -217,7 +220,7 @@ class BlobTrainerMixin(_Host):
 
     def current_kl_weight(self, head: bool = False) -> float:
         """Factor of the adapter's KL in this step's loss, s/D or s·λ_i; or of a Gaussian head's."""
-        scale = self.args.head_kl_scale if head else self.kl_scale()
+        scale = self.kl_scale(head)
         size = float(self._dataset_size())
         if self.args.dataset_rescaling:
             size = rescaled_dataset_size(size, self.args.gamma)
