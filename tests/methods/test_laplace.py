@@ -178,6 +178,18 @@ def test_draws_have_the_closed_forms_covariance(classify):
         torch.testing.assert_close(at_zero.flatten(), mean)
 
 
+def test_a_width_is_how_far_draws_are_from_the_mean(classify):
+    model, training = classify()
+    sampler = fit_laplace(model, lora(model), training)
+    forward = partial(logits_of, model, training)
+    (mean,) = sampler.logits(forward, 0, 0)
+    before = [logits - mean for logits in sampler.logits(forward, 3, 0)]
+    assert sampler.scalable is sampler
+    sampler.scale_(0.25)
+    after = [logits - mean for logits in sampler.logits(forward, 3, 0)]
+    torch.testing.assert_close(after, [moved / 4 for moved in before], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", ["classify", "ask"])
 def test_both_ways_to_draw_agree(case, request, monkeypatch):
     model, training = request.getfixturevalue(case)()
@@ -281,6 +293,7 @@ def test_a_layer_too_wide_is_named(monkeypatch):
 def test_it_loads_with_the_same_bits_and_without_pickle(method, classify, tmp_path):
     model, training = classify()
     sampler = fit_laplace(model, method.layers(model), training)
+    sampler.scale_(0.5)
     method.save(model, sampler, tmp_path)
     loaded, other = method.load(tiny_classifier(), tmp_path)
     before, after = (

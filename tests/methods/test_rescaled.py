@@ -299,7 +299,7 @@ def test_folds_over_a_cached_trunk(config, tmp_path):
 def test_folds_of_other_methods(method, config):
     options = {"ensemble": {"members": 2}, "laplace-lora": {"prior_precision": 30.0}}.get(method, {})
     run = runs.train(config(temperature_folds=2, method=method, **options), progress=False)
-    assert ("width" in run.training["rescaling"]) == (method in ("swag", "scalabl"))
+    assert ("width" in run.training["rescaling"]) == (method in ("swag", "scalabl", "laplace-lora"))
     loaded = runs.load_run(run.config.output)
     assert torch.equal(loaded.predict(queries(), 3).log_probs, run.predict(queries(), 3).log_probs)
 

@@ -49,6 +49,7 @@ _HOLDOUT_SAMPLES, _HOLDOUT_ERROR = 10, 0.3  # of log δ: some nine predictions
 _CLASSES_A_DRAW = 3  # a backward costs a third of a forward with tangents
 _STATE = "laplace"
 _FORWARD_MODE = Lock()
+_WIDTH = "width"
 _EIGEN = ("G_values", "A_values", "G_vectors", "A_vectors")
 
 
@@ -147,8 +148,8 @@ class LaplaceLora(Method):
 class LinearizedDraws(Sampler):
     """Draws of a model that is linear in the Gaussian weights of its ``layers``.
 
-    ``eigen`` has eigenvalues and eigenvectors of the factors, as they are saved; ``prior_precision`` is δ, and
-    ``log_marginal_likelihood`` that of the training data, in nats.
+    ``eigen`` has eigenvalues and eigenvectors of the factors, as they are saved, and the ``width`` τ by which draws are
+    multiplied; ``prior_precision`` is δ, and ``log_marginal_likelihood`` that of the training data, in nats.
     """
 
     layers: Mapping[str, nn.Linear]
@@ -180,13 +181,26 @@ class LinearizedDraws(Sampler):
                 result = jvp(along, (zero,), (one,))
             yield result[0] + result[1]
 
+    @property
+    def scalable(self) -> LinearizedDraws:
+        """Itself."""
+        return self
+
+    def spread(self) -> list[Tensor]:
+        """The width."""
+        return [self.eigen[_WIDTH]]
+
+    def scale_(self, factor: float) -> None:
+        """Multiply how far each draw is from θ* by a factor above 0, in place."""
+        self.eigen[_WIDTH].mul_(factor)
+
     def draw(self, generator: torch.Generator) -> list[Tensor]:
-        """θ_s − θ* of each layer, U_G (ε / √(λ_G λ_Aᵀ + δ)) U_Aᵀ with U and λ of G and A."""
+        """θ_s − θ* of each layer, τ U_G (ε / √(λ_G λ_Aᵀ + δ)) U_Aᵀ with U and λ of G and A."""
         changes = []
         for name, layer in self.layers.items():
             g_values, a_values, g_vectors, a_vectors = (self.eigen[f"{name}.{part}"] for part in _EIGEN)
             noise = torch.randn(layer.weight.shape, generator=generator)
-            noise *= (g_values.outer(a_values) + self.prior_precision).rsqrt()
+            noise *= (g_values.outer(a_values) + self.prior_precision).rsqrt() * self.eigen[_WIDTH]
             changes.append((g_vectors @ noise @ a_vectors.T).to(layer.weight))
         return changes
 
@@ -245,6 +259,7 @@ def fit_laplace(
         for name, ((g, u), (a, v)) in spectra.items()
         for part, tensor in zip(_EIGEN, (g.clamp(min=0), a.clamp(min=0), u, v), strict=True)
     }
+    eigen[_WIDTH] = torch.ones(())
     if prior_precision is not None:
         return gaussian(prior_precision)
 
