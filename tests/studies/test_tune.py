@@ -53,13 +53,18 @@ def test_an_accuracy_that_no_trial_reaches(content, write, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["blob", "mc-dropout", "tfb", "swag", "ivon", "scalabl", "c-lora", "full"])
-def test_the_default_ranges_hold_the_methods_defaults(method, content, write, tmp_path):
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_default_ranges_hold_the_methods_defaults(method, labels, content, write, tmp_path):
     content["methods"][method] = {}
     content["datasets"]["desk"]["train"].pop("learning_rate")
     job = studies.read_study(write(content)).job("desk", "m", method, 0, tmp_path, tmp_path)
     options = job.config.build_method().options()
-    ranges = _ranges(job, None)
+    ranges = _ranges(job, None, labels)
     assert "learning_rate" in ranges
+    if method == "blob":
+        assert ranges.keys() - {"learning_rate"} == (
+            {"head_prior_std", "head_kl_scale"} if labels else {"prior_std", "kl_scale"}
+        )
     for name, (low, high) in ranges.items():
         default = options[name].default if name in options else job.config.value(name)
         assert isinstance(default, str) or low < default < high

@@ -83,6 +83,7 @@ class BlobConfig:
             "the adapter, which are then Gaussian too. `auto`: √(2/d) for d inputs (VBLL, arXiv 2404.11599) where "
             "texts get one label each; for other answers the head is a point. `none`: a point, as the "
             "paper's.",
+            "search": (0.01, 0.3),
         },
     )
     prior: str = field(

@@ -31,6 +31,18 @@ class BlobOptions(BlobConfig, Objective):
         self.check()
         check_style(self.optimizer_style, self.std_parameterization)
 
+    def idle(self, labels: bool) -> set[str]:
+        """Options that `bloblora tune` may search, without a part in this training.
+
+        Args:
+            labels: whether a head gives one label each, so that it can be Gaussian.
+        """
+        over_head = labels and self.head_prior_std != "none"
+        over_adapter = self.factors != "none" and not (over_head and self.factors == "auto")
+        found = set() if over_head else {"head_prior_std", "head_kl_scale"}
+        found |= set() if over_adapter else {"prior_std", "kl_scale"}
+        return found | ({"kl_learning_rate"} if self.optimizer_style == "joint" else set())
+
     def posterior_config(self) -> BlobConfig:
         """Those of the posterior."""
         return BlobConfig(**{option.name: getattr(self, option.name) for option in fields(BlobConfig)})

@@ -153,6 +153,10 @@ class Method:
         """A and B of the next draw, by layer and letter."""
         raise NotImplementedError(f"method {self.name!r} doesn't say how it draws weights")
 
+    def idle(self, labels: bool) -> set[str]:
+        """Options that `bloblora tune` may search, without a part where a head gives one label each or does not."""
+        return set()
+
     def described(self) -> dict[str, Any]:
         """The options and their values, as JSON takes them."""
         return {name: getattr(self, name) for name in self.options()}

@@ -333,11 +333,15 @@ class RunConfig:
             width = models.hidden_size(self.model)
         return min(float(f"{_LEARNING_RATE * (_WIDTH / (width or _WIDTH)) ** _EXPONENT:.2g}"), _HIGHEST)
 
-    def search_space(self) -> dict[str, tuple[float, float]]:
-        """Where `bloblora tune` looks: as the method's options declare, and half a decade around its learning rate."""
-        rate = self.initial_learning_rate()
-        options = METHODS[self.method["name"]].options().items()
-        found = {name: option.metadata["search"] for name, option in options if "search" in option.metadata}
+    def search_space(self, labels: bool) -> dict[str, tuple[float, float]]:
+        """Where `bloblora tune` looks: as the method's options declare, and half a decade around its learning rate.
+
+        Args:
+            labels: whether a head gives one label each, by which some options have a part or none.
+        """
+        rate, method = self.initial_learning_rate(), self.build_method()
+        searched = {name: option.metadata.get("search") for name, option in method.options().items()}
+        found = {name: ends for name, ends in searched.items() if ends and name not in method.idle(labels)}
         return {**found, "learning_rate": (rate / 10**0.5, rate * 10**0.5)}
 
     def _wrong_names(self) -> Iterator[str]:

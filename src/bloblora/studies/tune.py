@@ -17,6 +17,7 @@ from .. import evaluation
 from ..messages import quoted
 from ..prediction.kinds import CLASSES
 from ..runs import RunError, alone
+from ..tasks.likelihood import CATEGORICAL
 from ..training import DivergedError
 from . import job as jobs
 from .study import Job, Study, located
@@ -88,8 +89,9 @@ def tune(
         raise RunError("a search needs optuna: pip install 'bloblora[study]'") from error
     template = _job(study, dataset, method, seed, output, data)
     baseline = _job(study, dataset, study.baseline, seed, output, data)
-    ranges = _ranges(template, ranges)
-    if (task := jobs.check_data(template)).family.name not in CLASSES and aim == "ece":
+    task = jobs.check_data(template)
+    ranges = _ranges(template, ranges, task.head is not None and task.family.name == CATEGORICAL.name)
+    if task.family.name not in CLASSES and aim == "ece":
         raise RunError(
             f"aim 'ece' is for answers that are one label or choice; those of task {task.name!r} aren't: take 'nll'"
         )
@@ -144,8 +146,10 @@ def _job(study: Study, dataset: str, label: str, seed: int, output: Path, data: 
     return replace(job, sets={_SET: located(validation, data)})
 
 
-def _ranges(template: Job, ranges: Mapping[str, tuple[float, float]] | None) -> dict[str, tuple[float, float]]:
-    known = template.config.search_space()
+def _ranges(
+    template: Job, ranges: Mapping[str, tuple[float, float]] | None, labels: bool
+) -> dict[str, tuple[float, float]]:
+    known = template.config.search_space(labels)
     if ranges is None:
         return known
     for name, (low, high) in ranges.items():

@@ -38,7 +38,8 @@ class Objective:
         default="auto",
         metadata={
             "help": "Multiplies the KL of a head whose weights are Gaussian (`head_prior_std`); 1 is the ELBO's. "
-            "`auto`: D / 240 with D examples, and at most 1."
+            "`auto`: D / 240 with D examples, and at most 1.",
+            "search": (0.1, 3.0),
         },
     )
     dataset_rescaling: bool = field(
