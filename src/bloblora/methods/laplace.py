@@ -157,6 +157,9 @@ class LinearizedDraws(Sampler):
     prior_precision: float
     log_marginal_likelihood: float
 
+    def __post_init__(self) -> None:
+        self.eigen.setdefault(_WIDTH, torch.ones(()))
+
     def logits(self, forward: Forward, num_samples: int, seed: int) -> Iterator[Tensor]:
         """f + J(θ_s − θ*) of N draws; f with N = 0.
 
@@ -259,7 +262,6 @@ def fit_laplace(
         for name, ((g, u), (a, v)) in spectra.items()
         for part, tensor in zip(_EIGEN, (g.clamp(min=0), a.clamp(min=0), u, v), strict=True)
     }
-    eigen[_WIDTH] = torch.ones(())
     if prior_precision is not None:
         return gaussian(prior_precision)
 
