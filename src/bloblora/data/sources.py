@@ -235,7 +235,8 @@ def _sheet_rows(path: Path, say: Say) -> Iterator[tuple[Place, Row]]:
         raise DataError([f"{path}: .xlsx needs openpyxl: pip install 'bloblora[xlsx]', or save it as .csv"]) from error
     with _seekable(path) as file, _readable(path, "as .xlsx"):
         with ZipFile(file) as parts:
-            _check_unpacked(path, sum(part.file_size for part in parts.infolist()))
+            if sum(part.file_size for part in parts.infolist()) > _most_unpacked(path):
+                raise _bomb(path)
         book = load_workbook(file, read_only=True, data_only=True)
         sheet = book.worksheets[0]
         if len(book.worksheets) > 1:
@@ -327,6 +328,10 @@ def _bytes(path: Path) -> Iterator[BinaryIO]:
 class _Unpacked(gzip.GzipFile):
     """A packed file that stops where it turns out to be a bomb."""
 
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._path, self._limit = path, _most_unpacked(path)
+
     def read(self, size: int | None = -1) -> bytes:
         return self._checked(super().read(size))
 
@@ -334,16 +339,20 @@ class _Unpacked(gzip.GzipFile):
         return self._checked(super().read1(size))
 
     def _checked(self, content: bytes) -> bytes:
-        _check_unpacked(Path(str(self.name)), self.tell())
+        if self.tell() > self._limit:
+            raise _bomb(self._path)
         return content
 
 
-def _check_unpacked(path: Path, size: int) -> None:
-    """Raise a DataError where a file unpacks to more bytes than records would be packed in."""
-    if size > max(_MOST_UNPACKED, _MOST_TIMES * path.stat().st_size):
-        raise DataError(
-            [f"{path}: unpacks to more than {_MOST_TIMES} times its size; if it is what it should be, give it unpacked"]
-        )
+def _most_unpacked(path: Path) -> int:
+    """More bytes than records would be packed in a file of this size."""
+    return max(_MOST_UNPACKED, _MOST_TIMES * path.stat().st_size)
+
+
+def _bomb(path: Path) -> DataError:
+    return DataError(
+        [f"{path}: unpacks to more than {_MOST_TIMES} times its size; if it is what it should be, give it unpacked"]
+    )
 
 
 @contextmanager

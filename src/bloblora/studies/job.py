@@ -314,8 +314,8 @@ def _read(source: str, config: runs.RunConfig, *, require_labels: bool = True) -
 
 
 def _described(job: Job) -> dict[str, Any]:
-    """The configuration without what a machine decides: where data lie and output goes."""
-    given = {name: value for name, value in job.config.given().items() if name != "output"}
+    """The configuration without what a machine decides: where data and caches lie and output goes."""
+    given = {name: value for name, value in job.config.given().items() if name not in ("output", "trunk_cache")}
     validation = job.config.validation_data
     named = {"validation": Path(validation).name} if isinstance(validation, str) else {}
     return given | {"data": Path(given["data"]).name} | named
