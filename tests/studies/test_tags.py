@@ -43,6 +43,7 @@ def test_a_study_of_tags(base, tmp_path):
     cached, config = runs.load_run(jobs["lora"].config.output), jobs["lora"].config
     whole = runs.train(config.with_options(trunk_cache=None, output=str(tmp_path / "whole")), progress=False)
     assert [*(tmp_path / "trunk").glob("*.npy")]
+    assert "trunk_cache" not in studies.read_result(tmp_path / "results", jobs["lora"].name).config
     torch.testing.assert_close(cached.predict(test, 0).logits, whole.predict(test, 0).logits, rtol=1e-4, atol=1e-5)
 
     text = (studies.report(tmp_path / "results").parent / "report.md").read_text()
