@@ -6,7 +6,9 @@
 ``arithmetic`` is made by this program from a seed: additions of two- and of three-digit numbers, and days between two
 dates, a third each, in turns; the answer's last number says whether it is right. ``arc_easy`` and ``openbookqa`` are
 read from DIR/{arc_easy,obqa}_{train,test}.jsonl and answered in words; benchmarks/generation.py says what is right.
-Each method is trained on the same questions, stopped in time on a fifth of them. Other questions fit a map of each
+Each method is trained on the same questions in bfloat16, stopped in time on a fifth of them. The posterior mean, and of
+an ensemble the first member, writes the answers, which the draws read; below each table is what changes where each
+token is taken from the average over the draws. Other questions fit a map of each
 score to the probability of being right, and p_correct, whose map cross-validation chooses among all; the test questions
 measure it. Intervals are percentiles over resampled test questions: of these questions alone, not of trainings. What
 results/text_scores/results.json has is not repeated, and a training that was stopped goes on.
@@ -33,7 +35,7 @@ from bloblora.generation import Generation, find_agree, find_matcher
 from bloblora.studies.job import machine
 
 SETTINGS: dict[str, Any] = {"task": "generation", "batch_size": 8, "learning_rate": 1e-3}
-SETTINGS |= {"validation": 0.2, "eval_steps": 20}
+SETTINGS |= {"validation": 0.2, "eval_steps": 20, "dtype": "bfloat16"}
 METHODS = {"lora": "plain LoRA", "ensemble": "ensemble", "blob": "BLoB"}
 FILES = {"arc_easy": "arc_easy", "openbookqa": "obqa"}
 _BATCH = 16
@@ -90,19 +92,29 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace, folder: 
     samples = 0 if method == "lora" else options.samples
     how: dict[str, Any] = {"max_new_tokens": 8 if name == "arithmetic" else 24, "do_sample": False}
     how |= {"agree": find_agree("numeric" if name == "arithmetic" else "normalized"), "draws": samples > 0}
-    asked = {"answers": options.answers, "p_true": True, "batch_size": _BATCH, "progress": True}
-    told = []
-    for records in (calibration, test):
-        written = trained.generate(records, samples, seed, **how, **asked)
-        told.append((written, torch.tensor([right(*pair) for pair in zip(written.texts, records, strict=True)])))
+
+    def told(**asked: Any) -> list[tuple[Generation, Tensor]]:
+        """The answers to each half, and whether they are right."""
+        found = []
+        for records in (calibration, test):
+            written = trained.generate(records, samples, seed, batch_size=_BATCH, progress=True, **how | asked)
+            found.append((written, torch.tensor([right(*pair) for pair in zip(written.texts, records, strict=True)])))
+        return found
+
+    fitted, tested = told(answers=options.answers, p_true=True)
+    average: dict[str, Any] = {}
+    if samples:
+        of_fit, of_test = told(decoding="average", draws=False)
+        average = {"accuracy": accuracies(of_test[1], test), "metrics": measured(*of_fit, *of_test)}
     return {
         "config": {**config.given(), "data": name, "output": None},
         "counts": [len(training), len(calibration), len(test)],
         "num_samples": samples,
         "num_answers": options.answers,
         "training": trained.training,
-        "metrics": measured(*told[0], *told[1]),
-        "accuracy": accuracies(told[1][1], test),
+        "metrics": measured(*fitted, *tested),
+        "accuracy": accuracies(tested[1], test),
+        "average": average,
         "tokens_read": dict(costs(trained, test[:8], samples, options.answers, how)),
         "machine": machine(),
     }
@@ -202,12 +214,20 @@ def report(results: dict[str, Any]) -> str:
         share = f", {at['right']} of them right; their mean p is {at['mean_p']:.3f}" if at["count"] else ""
         text += [f"`p_correct` is {p['map']}. At 0.8 and above: {at['count']} answers{share}.\n"]
         text += ["| score | AUROC | AURC | Brier |", "| --- | ---: | ---: | ---: |"]
-        for score, found in result["metrics"].items():
-            cells = ("{:.3f} ({:.3f} to {:.3f})".format(*found[measure]) for measure in ("auroc", "aurc", "brier"))
-            text += [f"| {score} | {' | '.join(cells)} |"]
+        text += [row_of(score, found) for score, found in result["metrics"].items()]
+        if average := result["average"]:
+            text += [f"\nBy the average {average['accuracy']['all']:.3f} are right, and of the scores:\n"]
+            text += ["| score | AUROC | AURC | Brier |", "| --- | ---: | ---: | ---: |"]
+            text += [row_of(score, found) for score, found in average["metrics"].items()]
         read = ", ".join(f"{what} {tokens:.0f}" for what, tokens in result["tokens_read"].items())
         text += [f"\nTokens that the model reads for a question, each beside the answer's: {read}.\n"]
     return "\n".join(text)
+
+
+def row_of(score: str, found: dict[str, list[float]]) -> str:
+    """A score's row of a table."""
+    cells = ("{:.3f} ({:.3f} to {:.3f})".format(*found[measure]) for measure in ("auroc", "aurc", "brier"))
+    return f"| {score} | {' | '.join(cells)} |"
 
 
 def main() -> None:

@@ -92,7 +92,7 @@ def next_probs(case, inputs, written, draws=3):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_averaged_answer_without_cache(family, case_of):
     case = case_of(family)
-    found = run(case)
+    found = run(case, decoding="average")
     for row in range(3):
         written, log_probs, entropies, expected_entropies = [], [], [], []
         while len(written) < 8 and (not written or written[-1] not in ENDING["eos_token_id"]):
@@ -113,7 +113,33 @@ def test_averaged_answer_without_cache(family, case_of):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "top_k": 0}])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_mean_writes_and_the_draws_read(family, sampled, case_of):
+    case, options = case_of(family), {"do_sample": True, "top_p": 0.9} if sampled else {}
+    found = run(case, **options)
+    assert found.num_samples == len(found.draw_log_probs) == 3
+    assert found.texts == run(case, 0, **options).texts
+    assert found.draw_texts == run(case, decoding="average", **options).draw_texts
+    for row in range(3):
+        written, close = found.token_ids()[row], {"rtol": 0, "atol": 1e-4, "check_dtype": False}
+        assert padded(torch.tensor([written]), 8).tolist() == padded(found.tokens[None, row], 8).tolist()
+        for place, token in enumerate(written):
+            probs = next_probs(case, case.alone(row), written[:place])
+            mean = probs.mean(0)
+            torch.testing.assert_close(found.draw_log_probs[:, row, place], probs[:, token].log(), **close)
+            torch.testing.assert_close(found.entropies[row, place], Categorical(mean).entropy(), **close)
+            expected = Categorical(probs).entropy().mean()
+            torch.testing.assert_close(found.expected_entropies[row, place], expected, **close)
+            assert found.ranks[row, place] == 1 + (mean > mean[token]).sum()
+    assert found.draw_log_probs.masked_select(~found.mask).abs().sum() == 0
+    assert (found.mutual_information > 0).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "top_k": 0}, {"decoding": "average"}],
+)
 def test_neither_batch_nor_padding_nor_order_matter(family, options, case_of):
     case = case_of(family)
     together = run(case, **options)
@@ -161,7 +187,8 @@ def test_sampled_tokens_follow_the_tempered_mean(case_of):
 
     options = {"max_new_tokens": 1, "do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     found = [
-        posterior_generate(case.model, inputs, 3, seed, sampler=Fixed(), **options).tokens.item() for seed in range(300)
+        posterior_generate(case.model, inputs, 3, seed, sampler=Fixed(), decoding="average", **options).tokens.item()
+        for seed in range(300)
     ]
     counts = torch.tensor(found).bincount(minlength=VOCABULARY)[kept]
     assert counts.sum() == 300
@@ -224,16 +251,39 @@ def test_a_temperature_divides_each_draws_logits(case_of):
         torch.testing.assert_close(draw[1, 0], expected, rtol=0, atol=1e-5)
 
 
-def test_weights_are_drawn_once_and_tokens_read_once(case_of, monkeypatch):
-    """Each prompt once a draw, then 7 tokens of the averaged answer and 7 of the draw's own: 3 draws of 3 prompts."""
-    case, sample, shapes, draws = case_of("llama"), Posterior.sample, [], []
-    monkeypatch.setattr(Posterior, "sample", lambda self, generator: draws.append(self) or sample(self, generator))
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # 3 draws of 3 prompts: each prompt once a draw, 7 tokens of the averaged answer, then 7 of the draw's own
+        ({"decoding": "average"}, [(9, 7)] + [(9, 1)] * 14),
+        ({"decoding": "average", "draws": False}, [(9, 7)] + [(9, 1)] * 7),
+        # The mean writes, then each draw reads prompt and answer at once.
+        ({"draws": False}, [(3, 7)] + [(3, 1)] * 7 + [(9, 15)]),
+        ({}, [(3, 7)] + [(3, 1)] * 7 + [(9, 7)] + [(9, 1)] * 7 + [(9, 15)]),
+    ],
+)
+def test_tokens_are_read_once(options, expected, case_of):
+    case, shapes = case_of("llama"), []
     embedding = case.model.get_base_model().get_input_embeddings()
     hook = embedding.register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape)))
-    run(case, 3, eos_token_id=None)
+    run(case, 3, eos_token_id=None, **options)
     hook.remove()
-    assert shapes == [(9, 7)] + [(9, 1)] * 14
+    assert shapes == expected
+
+
+def test_weights_are_drawn_once(case_of, monkeypatch):
+    case, sample, draws = case_of("llama"), Posterior.sample, []
+    monkeypatch.setattr(Posterior, "sample", lambda self, generator: draws.append(self) or sample(self, generator))
+    run(case, 3, decoding="average")
     assert len(draws) == 3
+
+
+def test_a_sampler_that_has_one_function_reads_nothing_again(case_of):
+    model, forwards = with_lora(tiny_causal(vocab_size=VOCABULARY), "q_proj", task_type="CAUSAL_LM"), []
+    hook = model.get_base_model().register_forward_hook(lambda *_: forwards.append(1))
+    posterior_generate(model, case_of("llama").inputs, 5, **GREEDY, eos_token_id=None, draws=False)
+    hook.remove()
+    assert len(forwards) == 8
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -278,6 +328,8 @@ def test_texts_are_the_tokenizers(case_of, tokenizer):
     [
         ({"num_samples": -1}, "num_samples must be 0"),
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"decoding": "median"}, "decoding must be one of mean, average, got 'median'"),
+        ({"inputs": {"input_ids": torch.ones(1, 3).long(), "position_ids": torch.arange(3)[None]}}, "has position_ids"),
         ({"num_beams": 4}, "num_beams must be 1, got 4"),
         ({"num_return_sequences": 2}, "num_return_sequences must be 1, got 2"),
         ({"inputs": {"input_ids": torch.zeros(0, 3)}}, "nothing to answer"),

@@ -89,7 +89,7 @@ def test_neither_batch_nor_padding_nor_order_nor_shared_prompts_matter(family, c
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_of_written_answers_are_those_of_their_writing(family, case_of):
     case = case_of(family)
-    written = posterior_generate(case.model, case.inputs, 3, 4, max_new_tokens=6, do_sample=False)
+    written = posterior_generate(case.model, case.inputs, 3, 4, decoding="average", max_new_tokens=6, do_sample=False)
     prompts = [ids[mask.bool()].tolist() for ids, mask in zip(*case.inputs.values(), strict=True)]
     answers = [tokens[mask].tolist() for tokens, mask in zip(written.tokens, written.mask, strict=True)]
     assert_same(score(case.model, prompts, answers, 3, 4), written, [0, 1, 2])

@@ -147,7 +147,8 @@ def test_generation_is_the_posterior_s(train):
     for (prompt, _), text in zip(prompts, found, strict=True):
         batch = model.tokenizer(prompt, return_tensors="pt")
         tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        answer = posterior_generate(model.model, tokens, 2, tokenizer=model.tokenizer, max_new_tokens=5)
+        options = {"tokenizer": model.tokenizer, "decoding": "average", "max_new_tokens": 5}
+        answer = posterior_generate(model.model, tokens, 2, **options)
         assert text == answer.texts[0]
 
 

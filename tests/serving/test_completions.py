@@ -147,6 +147,31 @@ def test_a_stream_is_the_same_answer_in_parts(client):
     assert parts[-1].choices[0].p_correct == pytest.approx(whole.p_correct, abs=1e-4)
 
 
+def test_the_mean_writes_and_the_draws_read(client, hosted):
+    """What they say of the tokens comes with a stream's last event; where they write, with each token."""
+    run, asked, close = hosted["answers"].run, {"model": "answers", "prompt": OTHER, "max_tokens": 8}, {"abs": 1e-4}
+    run.sampler.scalable.scale_(500.0)  # so that they disagree
+    try:
+        line = next(run.describe_texts([{"prompt": OTHER}], 3, max_new_tokens=8, do_sample=False))["tokens"]
+        whole, average = (
+            client.completions.create(**asked, extra_body={"decoding": name}).choices[0] for name in ("mean", "average")
+        )
+        parts, others = (
+            [part.choices[0] for part in client.completions.create(**asked, stream=True, extra_body={"decoding": name})]
+            for name in ("mean", "average")
+        )
+    finally:
+        run.sampler.scalable.scale_(1 / 500.0)
+    for name in ("log_probabilities", "mutual_information"):
+        assert whole.tokens[name] == pytest.approx(line[name][: len(whole.tokens["texts"])], **close)
+        assert parts[-1].read[name] == pytest.approx(line[name], **close)
+        assert not hasattr(whole, "read")
+    assert {value for part in parts for value in part.tokens["mutual_information"]} == {None}
+    streamed = [value for part in others for value in part.tokens["mutual_information"]]
+    assert streamed == pytest.approx(average.tokens["mutual_information"], **close)
+    assert min(max(streamed), max(line["mutual_information"])) > 0.01
+
+
 def test_stops_and_log_probabilities_share_a_batch(hosted):
     """Of one length or not, each answer is cut by its own stop alone and is as if it were alone."""
     run, sent = hosted["answers"].run, [[] for _ in range(4)]
@@ -177,10 +202,11 @@ def test_a_chat(client, hosted):
         {"role": "developer", "content": "Be short."},
         {"role": "user", "content": [{"type": "text", "text": "Which gas"}, {"type": "text", "text": "?"}]},
     ]
-    options = dict(model="answers", messages=messages, max_completion_tokens=8)
+    options = dict(model="answers", messages=messages, max_completion_tokens=8, extra_body={"decoding": "average"})
     found = client.chat.completions.create(**options, logprobs=True, top_logprobs=3)
     record = {"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Which gas?"}]}
-    line = next(hosted["answers"].run.describe_texts([record], 3, max_new_tokens=8, do_sample=False))
+    how = dict(max_new_tokens=8, do_sample=False, decoding="average")
+    line = next(hosted["answers"].run.describe_texts([record], 3, **how))
     choice = found.choices[0]
     assert (choice.message.role, choice.message.content) == ("assistant", line["answer"])
     entries = choice.logprobs.content

@@ -521,18 +521,19 @@ def generate(
 ) -> None:
     """Write a JSON line for each prompt: the answer, the answers of the weight samples, and the uncertainty.
 
-    The run is one of `bloblora train --task generation`. A line has, in the inputs' order: `answer`, each token by the
-    mean probabilities of all draws; `draws`, what each draw writes on its own; `agreement` (share of pairs of draws
-    that say the same), `self_consistency` (share that says what most say) and `draw_semantic_entropy` (nats, over what
-    they say); with --answers M `sampled`, M answers, and their `semantic_entropy` and `discrete_semantic_entropy`, as
-    published; with --p-true `p_true`; and as means over the answer's tokens `log_probability`, `predictive_entropy`
-    (all uncertainty, nats), of it `mutual_information` (what the model doesn't know) and `expected_entropy` (what the
-    prompt leaves open), whose sums by TokUR are `tokur_total`, `tokur_epistemic` and `tokur_aleatoric`;
-    `sequence_log_probability` is that of the whole answer, `draw_log_probabilities` the same under each draw,
-    `mixture_log_probability` the log of their mean probability, and `log_probability_variance` their variance. `tokens`
-    has the answer's tokens with their values, as `bloblora score` gives them. Of a run that `bloblora correctness` was
-    given also `p_correct`, the probability that the answer is right; and of one that `bloblora calibrate` was given
-    `abstain` (whether to withhold the answer), `answer_set` and `promises`, what these two promise.
+    The run is one of `bloblora train --task generation`. A line has, in the inputs' order: `answer`, as the posterior
+    mean writes it, or by --decoding average each token by the mean probabilities of all draws; `draws`, what each draw
+    writes on its own; `agreement` (share of pairs of draws that say the same), `self_consistency` (share that says what
+    most say) and `draw_semantic_entropy` (nats, over what they say); with --answers M `sampled`, M answers, and their
+    `semantic_entropy` and `discrete_semantic_entropy`, as published; with --p-true `p_true`; and as means over the
+    answer's tokens `log_probability`, `predictive_entropy` (all uncertainty, nats), of it `mutual_information` (what
+    the model doesn't know) and `expected_entropy` (what the prompt leaves open), whose sums by TokUR are `tokur_total`,
+    `tokur_epistemic` and `tokur_aleatoric`; `sequence_log_probability` is that of the whole answer,
+    `draw_log_probabilities` the same under each draw, `mixture_log_probability` the log of their mean probability, and
+    `log_probability_variance` their variance. `tokens` has the answer's tokens with their values, as `bloblora score`
+    gives them. Of a run that `bloblora correctness` was given also `p_correct`, the probability that the answer is
+    right; and of one that `bloblora calibrate` was given `abstain` (whether to withhold the answer), `answer_set` and
+    `promises`, what these two promise.
 
     Examples:
       bloblora generate runs/answers --input prompts.jsonl --output answers.jsonl

@@ -53,7 +53,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Step:
-    """A token of each of b averaged answers, as it is written.
+    """A token of each of b answers, as it is written.
 
     Attributes:
         tokens: (b,); the pad token where an answer has ended.
@@ -78,7 +78,7 @@ class Decoding:
     Attributes:
         sampler, num_samples, seed: of the draws.
         batch: the prompts.
-        on_token: called with each `Step` of the averaged answers.
+        on_token: called with each `Step` of the answers that all draws write.
         draws: also write the answer of each draw; S is 0 in those tensors otherwise.
     """
 
@@ -98,15 +98,13 @@ class Decoding:
         generation_config: GenerationConfig,
         **arguments: Any,
     ) -> Answers | Samples:
-        """The averaged answers, and those of the draws; of `Sampling` the sampled ones."""
+        """The answers that all draws write, and those of each; of the others theirs alone."""
         prompts, logits = self._read(model, input_ids, arguments)
         writer = partial(_Writer, input_ids, logits_processor, stopping_criteria, generation_config)
         return self._write(prompts.read, logits, writer)
 
     def _write(self, read: list[_Sequences], logits: Tensor, writer: _NewWriter) -> Answers | Samples:
-        # Seeded apart from the weights, whose generator takes the seed itself.
-        noises = np.random.SeedSequence([self.seed, 1]).spawn(1 + len(logits) * self.draws)
-        writers = [*map(writer, noises)]
+        writers = [*map(writer, self._noises(1 + len(logits) * self.draws))]
         scores = self._write_averaged(writers[0], [part.copy() for part in read], logits)
         if self.draws:
             self._write_own(writers[1:], read, logits)
@@ -117,6 +115,11 @@ class Decoding:
             draw_tokens, draw_masks = draw_tokens[:0], draw_masks[:0]
         of_tokens = (torch.stack(parts, dim=-1) * mask for parts in zip(*scores, strict=True))
         return Answers(tokens, mask, draw_tokens, draw_masks, *of_tokens)
+
+    def _noises(self, count: int) -> list[np.random.SeedSequence]:
+        """Of the answer, and of each draw's own."""
+        # Seeded apart from the weights, whose generator takes the seed itself.
+        return np.random.SeedSequence([self.seed, 1]).spawn(count)
 
     def _read(self, model: Any, input_ids: Tensor, arguments: dict[str, Any]) -> tuple[_Prompts, Tensor]:
         """The prompts, once read, and the logits (S, b, V) that follow them."""
@@ -172,10 +175,17 @@ class Sampling(Decoding):
         writers = [*map(writer, noises)]
         for start in range(0, len(writers), len(logits)):
             self._write_own(writers[start : start + len(logits)], [part.copy() for part in read], logits)
-        written = [(*one.answer(), one.log_probs) for one in writers[: self.num_answers]]
-        width = max(tokens.shape[-1] for tokens, *_ in written)
-        padded = ((pad(part, (0, width - part.shape[-1])) for part in parts) for parts in written)
-        return Samples(*(torch.stack(parts) for parts in zip(*padded, strict=True)))
+        return _samples(writers[: self.num_answers])
+
+
+@dataclass(frozen=True)
+class OwnAnswers(Decoding):
+    """The answer of each draw alone, as `Decoding` writes it beside the averaged one."""
+
+    def _write(self, read: list[_Sequences], logits: Tensor, writer: _NewWriter) -> Samples:
+        writers = [*map(writer, self._noises(1 + len(logits))[1:])]
+        self._write_own(writers, read, logits)
+        return _samples(writers)
 
 
 class KeptDraws(Sampler):
@@ -336,6 +346,14 @@ class _Writer:
     def log_probs(self) -> Tensor:
         """log p̄ of the answer's tokens, before temperature and the like, (b, T); 0 after its end."""
         return torch.stack(self._log_probs, dim=-1) * torch.stack(self._mask, dim=-1)
+
+
+def _samples(writers: Sequence[_Writer]) -> Samples:
+    """What they have written, with 0 after the end of the shorter ones."""
+    written = [(*one.answer(), one.log_probs) for one in writers]
+    width = max(tokens.shape[-1] for tokens, *_ in written)
+    padded = ((pad(part, (0, width - part.shape[-1])) for part in parts) for parts in written)
+    return Samples(*(torch.stack(parts) for parts in zip(*padded, strict=True)))
 
 
 _NewWriter = Callable[[np.random.SeedSequence], _Writer]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import combinations
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from rich.console import Console
@@ -19,16 +19,19 @@ from transformers import PreTrainedTokenizerBase
 from ..contexts import eval_mode
 from ..prediction import Sampler, WeightDraws
 from ..prediction.prediction import check_num_samples, sampler_of
-from ..prediction.sampler import StackedWeights
+from ..prediction.sampler import Point, StackedWeights
 from .asking import Entailment
 from .asking import p_true as asked_p_true
-from .decoding import Answers, Decoding, KeptDraws, Samples, Sampling, Step
+from .decoding import Answers, Decoding, KeptDraws, OwnAnswers, Samples, Sampling, Step
+from .scoring import score
 from .tokens import TokenScores
 
 DRAW_SCORES = ("agreement", "self_consistency", "draw_semantic_entropy")
 """The measures that compare the answers of draws."""
 SAMPLE_SCORES = ("semantic_entropy", "discrete_semantic_entropy")
 """The measures that compare sampled answers."""
+DecodingName = Literal["mean", "average"]
+"""Whose probabilities an answer's tokens are taken from: the posterior mean's, or the average's over the draws."""
 Agree = Callable[[str, str], bool]
 """Whether two answers mean the same: a symmetric relation, so of an entailment model both directions."""
 
@@ -65,14 +68,15 @@ def clusters(texts: Sequence[str], agree: Agree = same_text) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation(TokenScores):
-    """Answers to n prompts: of the averaged model and of each draw, with their uncertainty.
+    """Answers to n prompts, those of each draw, and their uncertainty.
 
-    The averaged answer takes each token from p̄_t. The draws keep equal weights, however probable its prefix is under
-    each. T is the number of tokens of the longest answer, the end-of-text token counted. Probabilities are the model's
-    own, before temperature, top-p and penalties. What `TokenScores` has is of the averaged answers.
+    An answer takes its tokens from the posterior mean or, where that is asked for, each from p̄_t. Either way the draws
+    read it, and keep equal weights, however probable its prefix is under each. T is the number of tokens of the longest
+    answer, the end-of-text token counted. Probabilities are the model's own, before temperature, top-p and penalties.
+    What `TokenScores` has is of these answers.
 
     Attributes:
-        texts: the averaged answers, n.
+        texts: the answers, n.
         draw_texts: for each prompt the answers of the S draws, each written on its own; none where they weren't asked
             for.
         draw_tokens: those of the draws, (S, n, T'); the pad token or 0 after their end, as in ``tokens``.
@@ -80,7 +84,7 @@ class Generation(TokenScores):
         prompts: texts of the prompts, n, which an `Entailment` puts before answers; empty where they aren't known.
         sampled_texts: for each prompt the M answers that were sampled; none where they weren't asked for.
         sampled_log_probs: of these the mean over tokens of log p, by the draw that wrote them, (M, n), nats.
-        p_true: P(True) of the averaged answers, (n,); None where it wasn't asked for.
+        p_true: P(True) of the answers, (n,); None where it wasn't asked for.
     """
 
     texts: list[str]
@@ -102,7 +106,7 @@ class Generation(TokenScores):
         """Entropy of the draws over the clusters of answers that agree, (n,), nats; each draw counts the same.
 
         How far the weights disagree, in [0, log S]: `discrete_semantic_entropy` of the answer that each draw writes
-        by the options that the averaged answer is written by, where the published one samples answers.
+        by the options that the answer is written by, where the published one samples answers.
         """
         return self._of_draws(lambda texts: _entropy_of_counts(clusters(texts, self.agree)))
 
@@ -139,7 +143,7 @@ class Generation(TokenScores):
 
     @property
     def ranked_answers(self) -> list[list[str]]:
-        """For each prompt the averaged answer, then those of draws that say something else, the most frequent first.
+        """For each prompt the answer, then those of draws that say something else, the most frequent first.
 
         Each stands for all that agree with it; of equally frequent ones the earlier draw's is first.
         """
@@ -151,6 +155,10 @@ class Generation(TokenScores):
             )
             ranked.append([text, *(draws[numbers.index(number) - 1] for number, _ in others)])
         return ranked
+
+    def token_ids(self) -> list[list[int]]:
+        """The answers' tokens, each as long as it is."""
+        return [row[kept].tolist() for row, kept in zip(self.tokens, self.mask, strict=True)]
 
     def scores(self) -> dict[str, Tensor]:
         """Every measure of uncertainty by its name, each (n,); those of answers that were asked for."""
@@ -185,6 +193,7 @@ def posterior_generate(
     agree: Agree = same_text,
     batch_size: int = 16,
     progress: bool = False,
+    decoding: DecodingName = "mean",
     draws: bool = True,
     answers: int = 0,
     answer_temperature: float = 1.0,
@@ -192,7 +201,11 @@ def posterior_generate(
     on_token: Callable[[Sequence[int], Step], None] | None = None,
     **options: Any,
 ) -> Generation:
-    """Answers by the mean of the draws' next-token probabilities, and the answers of each draw.
+    """Answers, what the draws of the weights say of them, and the answers of each draw.
+
+    By default the posterior mean writes, in the time of a plain LoRA, and the draws then read what is written, all of
+    an answer in one forward (`score`). With ``decoding="average"`` each token is taken from the mean of the draws'
+    probabilities, for which each of them reads each token as it comes.
 
     Draw s of a seed is one function for a whole sequence, with a key-value cache of its own: it depends neither on the
     batch, its order and its padding, nor on how many draws follow. The same holds for sampled tokens: equal prompts get
@@ -211,23 +224,26 @@ def posterior_generate(
         agree: whether two answers mean the same; default, equal but for case, punctuation, articles and white space.
         batch_size: prompts a forward.
         progress: show a bar.
+        decoding: ``mean`` or ``average``; where there is one function alone, they are the same.
         draws: also write the answer of each draw.
         answers: M answers to sample for `Generation.semantic_entropy`, by M draws or by N in turns; each N of them cost
             what the draws' answers cost.
         answer_temperature: of these, above 0.
         p_true: also ask the model whether its answer is true, which takes a tokenizer.
-        on_token: called with the rows of a batch and each `bloblora.generation.decoding.Step` of their averaged
-            answers, while they are written; what it raises ends the generation.
+        on_token: called with the rows of a batch and each `bloblora.generation.decoding.Step` of their answers, while
+            they are written: under the mean alone, or under all draws where ``decoding`` is ``average``. What it raises
+            ends the generation.
         **options: as for transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``,
             ``repetition_penalty``, ``stopping_criteria``, …; what is left open comes from the model's generation
-            config. They act on the averaged probabilities, and on each draw's own for its answer.
+            config. They act on the probabilities that answers are taken from, and on each draw's own for its answer.
 
     Returns:
         The `Generation`, on the CPU, rows in the order of ``inputs``.
 
     Raises:
         ValueError: an argument is out of its range, there is no prompt or one is padded on the wrong side, an option
-            asks for several answers, or the sampler's draws are no weights (a linearized Laplace).
+            asks for several answers, the sampler's draws are no weights (a linearized Laplace), or the draws can't read
+            what the mean has written since ``inputs`` has more than tokens.
     """
     _check(inputs, num_samples, batch_size, options)
     if answers < 0 or answer_temperature <= 0:
@@ -235,34 +251,46 @@ def posterior_generate(
     if p_true and tokenizer is None:
         raise ValueError("p_true: the question to the model is a text; give the tokenizer")
     all_draws = sampler or sampler_of(model)
+    by_mean = decoding == "mean" and num_samples > 0 and not isinstance(all_draws, Point)
+    _check_decoding(inputs, decoding, by_mean)
+    writers = 0 if by_mean else num_samples
     sampler = _kept(all_draws, num_samples, seed)
+    writing = _kept(all_draws, 0, seed) if by_mean else sampler
     of_answers = min(num_samples, answers)
     answering = _kept(all_draws, of_answers, seed) if answers else sampler
     sampling = options | {"do_sample": True, "temperature": answer_temperature, "top_k": 0, "top_p": 1.0}
     device = next(model.parameters()).device
     order = _order(inputs)
     starts = range(0, len(order), batch_size)
-    parts, sampled = [], []
+    parts, own, sampled = [], [], []
     with eval_mode(model):
         for start in track(starts, "generating", disable=not progress, console=Console(stderr=True)):
             rows = order[start : start + batch_size]
             batch = {name: tensor.to(device) for name, tensor in _batch(model, inputs, rows).items()}
             told = None if on_token is None else partial(on_token, rows)
-            decoding: Any = Decoding(sampler, num_samples, seed, batch, told, draws)
-            parts.append(model.generate(**batch, **options, use_cache=True, custom_generate=decoding))  # type: ignore[operator]
+            write: Any = partial(cast(Any, model).generate, **batch, use_cache=True)
+            by: Any = Decoding(writing, writers, seed, batch, told, draws and not by_mean)
+            parts.append(write(**options, custom_generate=by))
+            if draws and by_mean:
+                own.append(write(**options, custom_generate=OwnAnswers(sampler, num_samples, seed, batch)))
             if answers:
-                decoding = Sampling(answering, of_answers, seed, batch, num_answers=answers)
-                sampled.append(model.generate(**batch, **sampling, use_cache=True, custom_generate=decoding))  # type: ignore[operator]
+                by = Sampling(answering, of_answers, seed, batch, num_answers=answers)
+                sampled.append(write(**sampling, custom_generate=by))
     found = _joined(parts, order, tokenizer, num_samples, agree)
     prompts = _prompts(inputs)
+    if by_mean:
+        read: dict[str, Any] = {"sampler": all_draws, "batch_size": batch_size, "progress": progress}
+        found = _as_read(found, score(model, prompts, found.token_ids(), num_samples, seed, **read))
+    if own:
+        found = replace(found, **_joined_own(own, order, tokenizer))
     if tokenizer is not None:
         found = replace(found, prompts=tokenizer.batch_decode(prompts, skip_special_tokens=True))
     if sampled:
         found = replace(found, **_joined_samples(sampled, order, tokenizer))
     if p_true and tokenizer is not None:
-        written = [row[kept].tolist() for row, kept in zip(found.tokens, found.mask, strict=True)]
         asked = {"sampler": all_draws, "batch_size": batch_size, "progress": progress}
-        found = replace(found, p_true=asked_p_true(model, prompts, written, tokenizer, num_samples, seed, **asked))
+        p = asked_p_true(model, prompts, found.token_ids(), tokenizer, num_samples, seed, **asked)
+        found = replace(found, p_true=p)
     return found
 
 
@@ -282,9 +310,19 @@ def _check(inputs: Mapping[str, Tensor], num_samples: int, batch_size: int, opti
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     for name in ("num_beams", "num_return_sequences"):
         if (value := options.get(name, 1)) != 1:
-            raise ValueError(f"{name} must be 1, got {value}: there is one averaged answer, and one of each draw")
+            raise ValueError(f"{name} must be 1, got {value}: there is one answer, and one of each draw")
     if "input_ids" not in inputs or not len(inputs["input_ids"]):
         raise ValueError("inputs: there is nothing to answer; pass what the tokenizer returned for one or more prompts")
+
+
+def _check_decoding(inputs: Mapping[str, Tensor], decoding: str, by_mean: bool) -> None:
+    if decoding not in (known := get_args(DecodingName)):
+        raise ValueError(f"decoding must be one of {', '.join(known)}, got {decoding!r}")
+    if by_mean and (other := sorted(inputs.keys() - {"input_ids", "attention_mask", "labels"})):
+        raise ValueError(
+            f"inputs: has {', '.join(other)}, and the draws read prompts of tokens alone where the mean has written; "
+            "take decoding='average'"
+        )
 
 
 def _order(inputs: Mapping[str, Tensor]) -> list[int]:
@@ -344,6 +382,22 @@ def _joined_samples(
     texts = [_texts(*answer, tokenizer) for answer in zip(tokens, mask, strict=True)]
     log_probs = joined["log_probs"].sum(-1) / mask.sum(-1)
     return {"sampled_texts": [*map(list, zip(*texts, strict=True))], "sampled_log_probs": log_probs}
+
+
+def _joined_own(
+    parts: Sequence[Samples], order: list[int], tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
+    """What `Generation` has of the draws' answers."""
+    joined = _in_order(parts, order)
+    tokens, mask = joined["tokens"], joined["mask"]
+    texts = [_texts(*answer, tokenizer) for answer in zip(tokens, mask, strict=True)]
+    return {"draw_texts": [*map(list, zip(*texts, strict=True))], "draw_tokens": tokens}
+
+
+def _as_read(found: Generation, scores: TokenScores) -> Generation:
+    """Answers with what the draws say that have read them."""
+    names = ("draw_log_probs", "entropies", "expected_entropies", "ranks", "num_samples")
+    return replace(found, **{name: getattr(scores, name) for name in names})
 
 
 def _joined(

@@ -204,7 +204,7 @@ class Run:
         decision: Decision | None = None,
         **options: Any,
     ) -> Iterator[dict[str, Any]]:
-        """For each record the averaged answer, those of the draws, and the uncertainty, also of each token."""
+        """For each record the answer, those of the draws, and the uncertainty, also of each token."""
         records = self.records(records)
         found = self.generate(records, num_samples, seed, **options)
         answers = [{"answer": text, "draws": draws} for text, draws in zip(found.texts, found.draw_texts, strict=True)]

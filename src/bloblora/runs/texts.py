@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +13,7 @@ from .. import tasks
 from ..decision import Correctness, Decision, confidence_of
 from ..generation import Generation, TokenScores, claim_tokens, find_agree
 from ..generation.claims import claims_of
+from ..generation.text import DecodingName
 from .config import RunError
 
 
@@ -32,6 +33,14 @@ class WritingOptions:
     top_p: float = field(
         default=1.0,
         metadata={"help": "Sample only among the most probable tokens that have this probability together."},
+    )
+    decoding: DecodingName = field(
+        default="mean",
+        metadata={
+            "help": "Whose probabilities an answer's tokens are taken from. `mean`: the posterior mean's, as fast as a "
+            "plain LoRA; the weight samples then read the whole answer once. `average`: the average over the weight "
+            "samples, each of which reads each token."
+        },
     )
     answers: int = field(
         default=0,
@@ -62,6 +71,8 @@ class WritingOptions:
             problems.append(f"temperature must be a finite number of at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.decoding not in (known := get_args(DecodingName)):
+            problems.append(f"decoding must be one of {', '.join(known)}, got {self.decoding!r}")
         if self.answers < 0:
             problems.append(f"answers must be 0 (none) or more, got {self.answers}")
         if not (math.isfinite(self.answer_temperature) and self.answer_temperature > 0):
@@ -79,10 +90,10 @@ class WritingOptions:
         Raises:
             ValueError, ModelError: ``agree`` names no relation.
         """
-        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature else {}
-        scores = {"answers": self.answers, "answer_temperature": self.answer_temperature, "p_true": self.p_true}
-        options = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0, **sampling, **scores}
-        return {**options, "agree": find_agree(self.agree)}
+        changed = {"do_sample": self.temperature > 0, "agree": find_agree(self.agree)}
+        if not self.temperature:
+            return {**self.writing(), **changed, "temperature": None, "top_p": None}
+        return {**self.writing(), **changed, "top_k": 0}
 
 
 def response_examples(

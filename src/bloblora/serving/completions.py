@@ -80,6 +80,7 @@ def read_completion(body: Any, hosted: Mapping[str, Hosted], settings: Settings,
             max_new_tokens=new_tokens,
             temperature=request.temperature or 0.0,
             top_p=1.0 if request.top_p is None else request.top_p,
+            decoding=request.decoding or WritingOptions.decoding,
             answers=answers,
             answer_temperature=request.answer_temperature or 1.0,
             agree=request.agree or WritingOptions.agree,
@@ -278,13 +279,15 @@ def _choice(
         content = {"delta": {"content": text} if text else {}}
     elif asked.chat:
         content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+    ended: dict[str, Any] = {"finish_reason": None} if end is None else dict(end)
     own = {
         "texts": [shown for _, shown, _ in tokens],
         "log_probabilities": [token.log_probability for token, _, _ in tokens],
         "mutual_information": [token.mutual_information for token, _, _ in tokens],
     }
+    if not asked.stream:
+        own |= {name: values[: len(tokens)] for name, values in ended.pop("read").items()}
     logprobs = _logprobs(asked, tokens) if asked.logprobs else None
-    ended = {"finish_reason": None} if end is None else end
     return {"index": index, **content, "logprobs": logprobs, **ended, "tokens": own}
 
 

@@ -170,6 +170,11 @@ class _Writing(_Strict):
     samples: Annotated[int, Field(ge=0)] | None = _field(
         "bloblora's own: weight samples N; 0 is the posterior mean", 10, default=None
     )
+    decoding: Literal["mean", "average"] | None = _field(
+        "bloblora's own: tokens by the posterior mean, whose answer the weight samples then read, or by their average",
+        "mean",
+        default=None,
+    )
     draws: bool | None = _field(
         "bloblora's own: also what each weight sample writes by itself, and the measures that compare these answers",
         True,

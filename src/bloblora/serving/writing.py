@@ -44,11 +44,18 @@ class Way:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer: log p̄ and mutual information in nats, and ids and log p̄ of the most probable ones."""
+    """A token of an answer.
+
+    Attributes:
+        id: of the token.
+        log_probability: by what it was taken from, nats.
+        mutual_information: nats; None where the posterior mean has written it and the draws have yet to read it.
+        top: ids and log-probabilities of the most probable ones.
+    """
 
     id: int
     log_probability: float
-    mutual_information: float
+    mutual_information: float | None
     top: list[tuple[int, float]]
 
 
@@ -79,9 +86,9 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
     """Write answers, and tell each `Writing` its tokens.
 
     Returns:
-        Of each answer ``finish_reason``, ``uncertainty`` (its scores by name), ``num_draws``, ``draws`` (their answers)
-        and ``sampled`` where these are asked for, and of ``rules`` ``p_correct``, ``abstain``, ``answer_set`` and
-        ``promises``, but of none that has a stop.
+        Of each answer ``finish_reason``, ``uncertainty`` (its scores by name), ``read`` (what the draws say of its
+        tokens), ``num_draws``, ``draws`` (their answers) and ``sampled`` where these are asked for, and of ``rules``
+        ``p_correct``, ``abstain``, ``answer_set`` and ``promises``, but of none that has a stop.
 
     Raises:
         GoneError: nobody waits for any of them.
@@ -95,7 +102,7 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
         how.seed,
         batch_size=len(examples),
         draws=how.draws or (rules is not None and rules.of_draws),
-        on_token=partial(_tell, answers),
+        on_token=partial(_tell, answers, how.num_samples > 0 and how.writing.decoding == "mean"),
         stopping_criteria=StoppingCriteriaList([_Ended(longest, run.tokenizer, width)]),
         **how.writing.of_generation(),
     )
@@ -109,27 +116,31 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
     written = {"draws": found.draw_texts} if how.draws else {}
     written |= {"sampled": [*found.sampled_texts]} if found.sampled_texts else {}
     limit = how.writing.max_new_tokens
+    of_tokens = [found.token_lists(row) for row in range(len(answers))]
     return [
         {"finish_reason": _reason(found.tokens[row, found.mask[row]], run.tokenizer, answer.stop, limit)}
         | {name: values[row] for name, values in decided.items() if not answer.stop}
         | {name: [_before(text, answer.stop) for text in texts[row]] for name, texts in written.items()}
         | {"uncertainty": {name: float(values[row]) for name, values in scores.items()}}
+        | {"read": {name: of_tokens[row][name] for name in ("log_probabilities", "mutual_information")}}
         | {"num_draws": len(found.draw_log_probs)}
         for row, answer in enumerate(answers)
     ]
 
 
-def _tell(answers: Sequence[Writing], rows: Sequence[int], step: Step) -> None:
+def _tell(answers: Sequence[Writing], read_later: bool, rows: Sequence[int], step: Step) -> None:
     """Send each answer that still runs its token."""
     draws = len(step.logits)
     log_probs = step.log_probs.logsumexp(0) - math.log(draws)
-    epistemic = mutual_information(step.entropies, step.expected_entropies, draws)
+    epistemic: list[float | None] = [None] * len(rows)
+    if not read_later:
+        epistemic = mutual_information(step.entropies, step.expected_entropies, draws).tolist()
     most: list[list[tuple[int, float]]] = [[] for _ in rows]
     if top := max(answers[row].top for row in rows):
         values, ids = (step.logits.log_softmax(-1).logsumexp(0) - math.log(draws)).topk(top)
         pairs = zip(rows, ids.tolist(), values.tolist(), strict=True)
         most = [[*zip(*pair, strict=True)][: answers[row].top] for row, *pair in pairs]
-    columns = (step.running.tolist(), step.tokens.tolist(), log_probs.tolist(), epistemic.tolist(), most)
+    columns = (step.running.tolist(), step.tokens.tolist(), log_probs.tolist(), epistemic, most)
     for row, (running, *token) in zip(rows, zip(*columns, strict=True), strict=True):
         if running:
             answers[row].send(Token(*token))
