@@ -4,9 +4,10 @@
 
 The first run is Bayesian, the second a plain LoRA of the same model; both write text, and one server has both. First
 tokens are streamed to one client on the loopback; in each round the plain LoRA, the posterior mean and N weight samples
-take turns, and each time is divided by the plain LoRA's in that round. Then 1, 4 and 16 clients post prompts for a few
-seconds each, every client the next as soon as it has its answer. The clients share the server's machine. What
-results/serving_text/results.json has is not repeated.
+take turns (the last N also with each token by the average over the samples, `decoding: average`), and each time is
+divided by the plain LoRA's in that round. Then 1, 4 and 16 clients post prompts for a few seconds each, every client
+the next as soon as it has its answer. The clients share the server's machine. What results/serving_text/results.json
+has is not repeated.
 """
 
 import json
@@ -73,6 +74,8 @@ def main() -> None:
     results = kept(options.results)
     bodies: dict[str, dict[str, Any]] = {PLAIN: {"model": "plain", "samples": 0}}
     bodies |= {f"N = {samples}": {"model": "run", "samples": samples} for samples in options.samples}
+    last = f"N = {options.samples[-1]}"
+    bodies[f"{last}, average"] = {**bodies[last], "decoding": "average"}
     bodies = {name: {**body, "max_tokens": options.tokens} for name, body in bodies.items()}
     with (
         server([f"run={options.run}", f"plain={options.plain}"], 16, 10) as url,

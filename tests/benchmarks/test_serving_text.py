@@ -19,7 +19,8 @@ def test_it_runs_and_repeats_nothing(trained, tmp_path, monkeypatch):
     serving_text.main()
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["load"].pop("N = 2, 1 clients") == {"answers a second": 7.0}
-    assert results["load"].keys() == {"plain LoRA, 1 clients", "plain LoRA, 2 clients", "N = 2, 2 clients"}
+    ways = ("plain LoRA", "N = 2", "N = 2, average")
+    assert results["load"].keys() == {f"{way}, {n} clients" for way in ways for n in (1, 2)} - {"N = 2, 1 clients"}
     assert all(one["seconds of one"] > 0 and one["answers a second"] < 1e4 for one in results["load"].values())
     first = results["first token"]
     assert first["plain LoRA"]["over the plain LoRA's"]["median"] == pytest.approx(1)
