@@ -50,6 +50,7 @@ _DECIDING = (
     *("chat_template*", "additional_chat_templates/*", "adapter_config.json"),
 )
 """Files of a model's folder that transformers reads, so that they decide what model and tokenizer compute."""
+_FRESH = "_bloblora_fresh"
 _PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet")  # counted from behind the pad token
 _OWN_CODE = (
     "it comes with Python code of its own, which isn't run; if you have read that code and trust it, give "
@@ -183,7 +184,8 @@ def load_model(
     """Base model: a causal language model, or with ``num_labels`` one with a fresh classification head.
 
     The head is drawn from torch's global generator, so seed it before, and is in float32 whatever ``dtype`` is: it is
-    trained, and an AdamW step is smaller than what bfloat16 resolves. Weights are read from safetensors alone.
+    trained, and an AdamW step is smaller than what bfloat16 resolves. So is a layer between the model and the head that
+    the files lack, such as the pooler of DeBERTa; `fresh_layers` names it. Weights are read from safetensors alone.
 
     Args:
         name: as `resolve` takes it.
@@ -211,7 +213,11 @@ def load_model(
             raise ModelError(f"quantize {quantize!r}: model {quoted(name)} is quantized already; leave quantize out")
         options |= loading_options(quantize, DTYPES[dtype], device) | {"trust_remote_code": trust_remote_code}
         model, missing = _with_weights(kind, path, dtype=DTYPES[dtype], **options)
-    _check_whole(name, missing if num_labels is None else [key for key in missing if _in_trunk(model, key)])
+    _check_whole(name, missing if num_labels is None else [key for key in missing if _must_be_there(model, key)])
+    fresh = [] if num_labels is None else sorted({key.rpartition(".")[0] for key in missing if not _of_head(key)})
+    if fresh and quantize != "none":
+        raise ModelError(f"quantize {quantize!r}: {fresh[0]} of {quoted(name)} has to be trained; leave quantize out")
+    setattr(model, _FRESH, fresh)
     with _explained(name):
         if quantize == "hqq":
             quantize_hqq(model, DTYPES[dtype], device)
@@ -221,6 +227,14 @@ def load_model(
         if dtype != "float32":
             _keep_head_in_float32(model)
     return model
+
+
+def fresh_layers(model: PreTrainedModel) -> list[str]:
+    """Layers below a head of `load_model` that its files lack, so that they are to be trained with it.
+
+    PEFT trains what is called ``classifier`` or ``score`` beside an adapter, and leaves such a layer as it was drawn.
+    """
+    return getattr(model, _FRESH, [])
 
 
 def load_classifier(name: str) -> PreTrainedModel:
@@ -347,16 +361,22 @@ def layer_names(
         return [layer for layer, _ in model.named_modules()]
 
 
-def _in_trunk(model: PreTrainedModel, key: str) -> bool:
-    """Whether a weight is one of the model below its head."""
-    return key.startswith(f"{model.base_model_prefix}.")
+def _must_be_there(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight is one of the model below its head and its pooler."""
+    trunk = f"{model.base_model_prefix}."
+    return key.startswith(trunk) and not key.startswith(f"{trunk}pooler.")
+
+
+def _of_head(key: str) -> bool:
+    """Whether a weight is one that PEFT trains beside an adapter by itself."""
+    return any(part.endswith(("classifier", "score")) for part in key.split("."))
 
 
 def _keep_head_in_float32(model: PreTrainedModel) -> None:
     """Cast what is above the trunk, and what it is given; PEFT's copies of it have the hook too."""
-    for name, module in model.named_children():
-        if name != model.base_model_prefix:
-            module.float().register_forward_pre_hook(_to_float32)
+    above = [module for name, module in model.named_children() if name != model.base_model_prefix]
+    for module in {*above, *map(model.get_submodule, fresh_layers(model))}:
+        module.float().register_forward_pre_hook(_to_float32)
 
 
 def _to_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,6 +1,7 @@
 """One training: from data file to saved adapter, resumed where it was stopped."""
 
 import math
+import re
 import resource
 import shutil
 import sys
@@ -18,6 +19,8 @@ import torch
 import yaml
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from peft import LoraConfig
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
 from torch.utils.data import ConcatDataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
@@ -374,12 +377,34 @@ def _above_trunk(model: Any, training: methods.Training, folder: Path, progress:
 def fresh_lora(config: RunConfig, task: tasks.Task, base: Any) -> LoraConfig:
     """LoRA's configuration on a base model; a RunError where that has fewer blocks than are to be adapted."""
     options: dict[str, Any] = {"task_type": task.task_type}
+    if fresh := models.fresh_layers(base):
+        options["modules_to_save"] = sorted({*fresh, *(config.lora.get("modules_to_save") or ())})
     if config.top_blocks is not None:
         blocks = base.config.get_text_config().num_hidden_layers
         if config.top_blocks > blocks:
             raise RunError(f"top_blocks must be at most the model's {blocks} blocks, got {config.top_blocks}")
         options["layers_to_transform"] = [*range(blocks - config.top_blocks, blocks)]
-    return config.build_lora(**options)
+    lora = config.build_lora(**options)
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    if lora.target_modules is None and not lora.target_parameters and base.config.model_type not in known:
+        lora.target_modules = _linear_layers(base)
+    return lora
+
+
+def _linear_layers(base: Any) -> str:
+    """A regular expression of the linear layers of a model's blocks; a RunError where there is none."""
+    blocks = {id(block) for each in base.base_model.modules() if isinstance(each, nn.ModuleList) for block in each}
+    inside = [name for name, module in base.named_modules() if id(module) in blocks]
+    names = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and any(name.startswith(f"{block}.") for block in inside)
+    ]
+    if not names:
+        kind = base.config.model_type
+        raise RunError(f"target_modules: none are known of a {kind}, whose blocks have no linear layers; name some")
+    ends = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in names})
+    return rf".*\.\d+\.({'|'.join(map(re.escape, ends))})"
 
 
 def _arguments(config: RunConfig, num_examples: int, progress: bool) -> dict[str, Any]:
