@@ -25,14 +25,15 @@ def files(tmp_path_factory):
     )
 
 
-def _trained(files, folder, data):
-    main(["train", "--data", data, "--model", files.base, "--output", str(folder), *SETTINGS, *LEARNT])
+def _trained(files, folder, data, *options):
+    main(["train", "--data", data, "--model", files.base, "--output", str(folder), *SETTINGS, *LEARNT, *options])
     return str(folder)
 
 
 @pytest.fixture(scope="session")
 def run(files, tmp_path_factory):
-    return _trained(files, tmp_path_factory.mktemp("runs") / "texts", files.texts)
+    """With a Gaussian head, as more records have it by default."""
+    return _trained(files, tmp_path_factory.mktemp("runs") / "texts", files.texts, "--factors", "none")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from tests.tiny_base import QUESTIONS, queries
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RECORDS = {"questions": QUESTIONS, "texts": queries()}
-HEAD = {"factors": "auto", "head_prior_std": "auto"}
+HEAD = {"factors": "none", "head_prior_std": "auto"}
 ADAPTERS = (
     "lora",
     "map",

@@ -25,6 +25,7 @@ def trained(base, tmp_path_factory):
         batch_size=2,
         r=2,
         learning_rate=0.01,
+        factors="none",
         keep_checkpoints=True,
     )
     run = runs.train(config, progress=False)

@@ -56,7 +56,7 @@ def everything(folder: Path, suffix: str) -> None:
     adapter = dict(factors="A", head_prior_std="none", init_std=0.25)
     blob = runs.RunConfig.of(**saved, output=f"{folder}/blob-{suffix}", **adapter)
     runs.train(blob, progress=False, callbacks=[Quiet()])
-    runs.train(runs.RunConfig.of(**saved, output=f"{folder}/head-{suffix}"), progress=False)
+    runs.train(runs.RunConfig.of(**saved, output=f"{folder}/head-{suffix}", factors="none"), progress=False)
     validated = dict(config, method="lora", validation=f"{folder}/validation.jsonl", eval_steps=2, patience=2)
     runs.train(runs.RunConfig.of(**validated, output=f"{folder}/validated-{suffix}"), progress=False)
     # everybody of the same run, of which one process has made several chunks

@@ -60,13 +60,13 @@ def test_each_option_has_one_owner_and_is_said(trained):
         assert len(names) == len(set(names))
         assert all(option.metadata["help"] for option in sections["method"].values())
     stored = json.loads((trained / "run.json").read_text())
-    assert stored["config"]["method"] == {"name": "blob", "prior_std": 0.1}
+    assert stored["config"]["method"] == {"name": "blob", "prior_std": 0.1, "head_prior_std": "none"}
     assert stored["config"]["lora"] == {"r": 2, "use_rslora": True, "rank_pattern": {"v_proj": 3}}
     assert stored["config"]["training"].keys() == {
         "max_steps", "per_device_train_batch_size", "learning_rate", "weight_decay", "lr_scheduler_type", "adam_beta2"
     }  # fmt: skip
     given = yaml.safe_load((trained / "config.yaml").read_text())
-    given["training"]["learning_rate"] = 2e-3
+    given["training"]["learning_rate"], given["method"]["head_prior_std"] = 2e-3, "none"
     assert given | {"validation": 0.0, "temperature_scaling": False, "dtype": "float32"} == stored["config"]
 
 

@@ -9,7 +9,7 @@ import pytest
 from bloblora import runs
 from bloblora.cli import main
 from bloblora.hub import model_card
-from bloblora.runs.automatic import resolved
+from bloblora.runs.automatic import left_open, resolved
 from bloblora.runs.selection import hold_out
 from tests.tiny_base import QUESTIONS, write_jsonl
 
@@ -57,6 +57,30 @@ def test_other_options_leave_no_room_for_a_share(options):
     assert not resolved(given(**options), records(200), 0).validation
 
 
+@pytest.mark.parametrize(
+    ("count", "options", "width"),
+    [
+        (199, {"validation": 0}, "none"),
+        (200, {"validation": 0}, "auto"),
+        (240, {}, "none"),  # of which 48 are held out
+        (260, {}, "auto"),
+        (20, {"factors": "none"}, "auto"),
+        (20, {"head_prior_std": 0.1}, 0.1),
+        (20, {"method": "mixture"}, "none"),
+        (20, {"method": "lora"}, None),
+    ],
+)
+def test_a_head_of_few_records_is_no_gaussian(count, options, width):
+    config = resolved(given(**options), records(count), 0)
+    assert config.value("head_prior_std") == width
+    assert resolved(config, records(count), 0) == config
+    if width == "none":
+        assert "head_prior_std" in left_open(given(**options))
+    questions = [{"question": "a", "choices": ["b", "c"], "answer": 0}] * count
+    asked = given(**options)
+    assert resolved(asked, questions, 0).value("head_prior_std") == asked.value("head_prior_std")
+
+
 def test_records_of_their_own_can_fit_a_temperature():
     config = given(validation="other.jsonl")
     assert [resolved(config, records(20), count).temperature_scaling for count in (9, 10)] == [False, True]
@@ -95,8 +119,8 @@ def test_the_learning_rate_falls_with_the_width_of_the_base(base, tmp_path):
 def trained(base, tmp_path):
     def build(rows=None, **options):
         data = write_jsonl(tmp_path / "data.jsonl", rows or records(60))
-        settings = {"model": str(base), "batch_size": 4, "r": 2, "steps": 4, **options}
-        return runs.train(runs.RunConfig.of(data=str(data), output=str(tmp_path / "run"), **settings), progress=False)
+        settings = {"model": str(base), "output": str(tmp_path / "run"), "batch_size": 4, "r": 2, "steps": 4, **options}
+        return runs.train(runs.RunConfig.of(data=str(data), **settings), progress=False)
 
     return build
 
@@ -114,7 +138,7 @@ def test_the_dtype_is_one_that_model_and_device_have(monkeypatch, base, capabili
     assert dtype(method="full") == "float32"
 
 
-def test_what_was_read_is_said_first(trained, caplog):
+def test_what_was_read_is_said_first(trained, caplog, tmp_path):
     rows = [*records(60), {"text": "one of its kind and a little longer than the others", "label": "rare"}]
     with caplog.at_level(logging.INFO, "bloblora"):
         run = trained(rows, method="lora")
@@ -125,6 +149,11 @@ def test_what_was_read_is_said_first(trained, caplog):
     )
     assert lines[1] == "12 records choose the checkpoint, and fit the temperature; 49 are trained on"
     assert lines[2] == "4 steps of 4 records: 0.3 passes over them; base model in float32"
+    assert not any("Gaussian" in line for line in lines)
+    with caplog.at_level(logging.INFO, "bloblora"):
+        trained(rows, method="blob", output=str(tmp_path / "blob"))
+    said = "the Gaussian is over LoRA's A, the head is a point (by default below 200 training records)"
+    assert said in [record.getMessage() for record in caplog.records]
 
 
 def test_the_held_out_part_is_measured(trained):

@@ -104,7 +104,7 @@ def test_the_prior_of_a_run_that_starts_from_a_lora(folder, base):
         ({"prior_std": 0.3}, "prior_std: prior_from says the prior's mean and width"),
         ({"prior_mean": "start"}, "prior_mean: prior_from says"),
         ({"init_std": 0.3}, "init_std: prior_from says"),
-        ({"factors": "AB"}, "it has factors none, not AB; give the same"),
+        ({"factors": "AB"}, "it has factors A, not AB; give the same"),
         ({"r": 4}, "it has r 2, not 4; give the same"),
         ({"target_modules": ["q_proj"]}, "target_modules: prior_from says which layers are adapted"),
         ({"data": "questions"}, "prior_from .* its labels are parcel, refund, the data's none"),

@@ -1,4 +1,4 @@
-"""What a configuration leaves to data, model and device: steps, learning rate, validation, a temperature, dtype."""
+"""What a configuration leaves to data, model and device: steps, validation, what is Gaussian, dtype, and so on."""
 
 import math
 from collections.abc import Sequence
@@ -16,6 +16,9 @@ _FEWEST = 10  # records held out, below which a checkpoint would be chosen by ch
 _MOST = 500  # beyond which an evaluation costs more than it tells: the standard error of the accuracy is at most 0.022
 # Of n records training sees a multiple of √n: the fewer there are, the more often each. A fresh head needs more than
 # an answer that the pretrained model can score. Where it is too long, validation stops it in time.
+# Below so many training records a Gaussian head stays close to its prior, and its mean learns less than a point does:
+# the Gaussian is over A then (benchmarks/studies/first_hour.yaml).
+FEWEST_FOR_GAUSSIAN_HEAD = 200
 _EXAMPLES_WITH_HEAD = 320
 _EXAMPLES = 80
 
@@ -43,6 +46,9 @@ def resolved(config: RunConfig, records: Sequence[dict[str, Any]], separate: int
         options["max_steps"] = _num_steps(config, task, len(records) - held_out)
     if config.value("learning_rate") == "auto":
         options["learning_rate"] = config.initial_learning_rate()
+    few = task.name == "classification" and len(records) - held_out < FEWEST_FOR_GAUSSIAN_HEAD
+    if few and config.value("head_prior_std") == config.value("factors") == "auto":
+        options["head_prior_std"] = "none"
     return with_dtype(config.with_options(**options))
 
 
@@ -59,7 +65,7 @@ def with_dtype(config: RunConfig) -> RunConfig:
 
 def left_open(config: RunConfig) -> tuple[str, ...]:
     """The options that `resolved` decides."""
-    automatic = dict.fromkeys(("validation", "max_steps", "learning_rate", "dtype"), "auto")
+    automatic = dict.fromkeys(("validation", "max_steps", "learning_rate", "dtype", "head_prior_std"), "auto")
     return tuple(
         name for name, value in {**automatic, "temperature_scaling": None}.items() if config.value(name) == value
     )
