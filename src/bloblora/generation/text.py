@@ -253,11 +253,12 @@ def posterior_generate(
     all_draws = sampler or sampler_of(model)
     by_mean = decoding == "mean" and num_samples > 0 and not isinstance(all_draws, Point)
     _check_decoding(inputs, decoding, by_mean)
+    # Draws are made where they write alone: the first token of the mean doesn't wait for them.
     writers = 0 if by_mean else num_samples
-    sampler = _kept(all_draws, num_samples, seed)
-    writing = _kept(all_draws, 0, seed) if by_mean else sampler
+    writing = _kept(all_draws, writers, seed)
+    sampler = _kept(all_draws, num_samples, seed) if by_mean and draws else writing
     of_answers = min(num_samples, answers)
-    answering = _kept(all_draws, of_answers, seed) if answers else sampler
+    answering = _kept(all_draws, of_answers, seed) if answers else writing
     sampling = options | {"do_sample": True, "temperature": answer_temperature, "top_k": 0, "top_p": 1.0}
     device = next(model.parameters()).device
     order = _order(inputs)
