@@ -314,7 +314,7 @@ def test_plain_again(base):
 def test_a_run_of_labels_has_it(base, tmp_path):
     data = write_jsonl(tmp_path / "data.jsonl", queries())
     given = dict(data=str(data), model=str(base), steps=30, learning_rate=0.02, validation=0)
-    run = runs.train(runs.RunConfig.of(output=str(tmp_path / "run"), **given), progress=False)
+    run = runs.train(runs.RunConfig.of(output=str(tmp_path / "run"), factors="none", **given), progress=False)
     stds = find_posterior(run.model).named_stds()[SCORE]
     assert stds.std() / stds.mean() > 0.01  # the data shape it
     found = run.predict(queries(), 10)

@@ -64,7 +64,7 @@ def read_only(run, tmp_path):
 def test_a_finished_run_in_a_folder_that_cannot_be_written(files, read_only, without_rights, tmp_path):
     """`train` opens it and `predict` reads it; `calibrate` says so before it has predicted anything."""
     there = sorted(file.name for file in read_only.iterdir())
-    train = ("train", "--data", files.texts, "--model", files.base, "--output", read_only)
+    train = ("train", "--data", files.texts, "--model", files.base, "--output", read_only, "--factors", "none")
     assert without_rights(*train, *SETTINGS, *LEARNT)[0] == 0
     status, err = without_rights(*train, *SETTINGS, *LEARNT, "--seed", "7")
     assert (status, "another configuration" in err) == (2, True)

@@ -283,11 +283,13 @@ def posterior_generate(
         read: dict[str, Any] = {"sampler": all_draws, "batch_size": batch_size, "progress": progress}
         found = _as_read(found, score(model, prompts, found.token_ids(), num_samples, seed, **read))
     if own:
-        found = replace(found, **_joined_own(own, order, tokenizer))
+        texts, tokens, _ = _joined_samples(own, order, tokenizer)
+        found = replace(found, draw_texts=texts, draw_tokens=tokens)
     if tokenizer is not None:
         found = replace(found, prompts=tokenizer.batch_decode(prompts, skip_special_tokens=True))
     if sampled:
-        found = replace(found, **_joined_samples(sampled, order, tokenizer))
+        texts, _, log_probs = _joined_samples(sampled, order, tokenizer)
+        found = replace(found, sampled_texts=texts, sampled_log_probs=log_probs)
     if p_true and tokenizer is not None:
         asked = {"sampler": all_draws, "batch_size": batch_size, "progress": progress}
         p = asked_p_true(model, prompts, found.token_ids(), tokenizer, num_samples, seed, **asked)
@@ -376,23 +378,12 @@ def _in_order(parts: Sequence[Answers] | Sequence[Samples], order: list[int]) ->
 
 def _joined_samples(
     parts: Sequence[Samples], order: list[int], tokenizer: PreTrainedTokenizerBase | None
-) -> dict[str, Any]:
-    """What `Generation` has of sampled answers."""
+) -> tuple[list[list[str]], Tensor, Tensor]:
+    """Of each prompt the texts, and of all of them tokens (M, n, T) and the mean over tokens of log p, (M, n)."""
     joined = _in_order(parts, order)
     tokens, mask = joined["tokens"], joined["mask"]
     texts = [_texts(*answer, tokenizer) for answer in zip(tokens, mask, strict=True)]
-    log_probs = joined["log_probs"].sum(-1) / mask.sum(-1)
-    return {"sampled_texts": [*map(list, zip(*texts, strict=True))], "sampled_log_probs": log_probs}
-
-
-def _joined_own(
-    parts: Sequence[Samples], order: list[int], tokenizer: PreTrainedTokenizerBase | None
-) -> dict[str, Any]:
-    """What `Generation` has of the draws' answers."""
-    joined = _in_order(parts, order)
-    tokens, mask = joined["tokens"], joined["mask"]
-    texts = [_texts(*answer, tokenizer) for answer in zip(tokens, mask, strict=True)]
-    return {"draw_texts": [*map(list, zip(*texts, strict=True))], "draw_tokens": tokens}
+    return [*map(list, zip(*texts, strict=True))], tokens, joined["log_probs"].sum(-1) / mask.sum(-1)
 
 
 def _as_read(found: Generation, scores: TokenScores) -> Generation:
