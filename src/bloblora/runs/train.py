@@ -393,18 +393,17 @@ def fresh_lora(config: RunConfig, task: tasks.Task, base: Any) -> LoraConfig:
 
 def _linear_layers(base: Any) -> str:
     """A regular expression of the linear layers of a model's blocks; a RunError where there is none."""
-    blocks = {id(block) for each in base.base_model.modules() if isinstance(each, nn.ModuleList) for block in each}
-    inside = [name for name, module in base.named_modules() if id(module) in blocks]
-    names = [
-        name
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and any(name.startswith(f"{block}.") for block in inside)
-    ]
-    if not names:
+    ends = {
+        name.partition(".")[2]  # behind the block's number
+        for blocks in base.base_model.modules()
+        if isinstance(blocks, nn.ModuleList)
+        for name, module in blocks.named_modules()
+        if isinstance(module, nn.Linear) and "." in name
+    }
+    if not ends:
         kind = base.config.model_type
         raise RunError(f"target_modules: none are known of a {kind}, whose blocks have no linear layers; name some")
-    ends = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in names})
-    return rf".*\.\d+\.({'|'.join(map(re.escape, ends))})"
+    return rf".*\.\d+\.({'|'.join(map(re.escape, sorted(ends)))})"
 
 
 def _arguments(config: RunConfig, num_examples: int, progress: bool) -> dict[str, Any]:
