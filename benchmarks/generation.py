@@ -59,7 +59,7 @@ def run(method: str, seed: int, options: argparse.Namespace, folder: Path) -> di
     metrics = {}
     for n in (n for name, n in _NAMES if name == method):
         written = trained.generate(
-            records, n, seed, batch_size=_BATCH, progress=True, max_new_tokens=24, do_sample=False
+            records, n, seed, batch_size=_BATCH, progress=True, max_new_tokens=24, do_sample=False, draws=True
         )
         metrics[n] = {**answer_metrics(written, records), **token_metrics(trained, records, n, seed)}
     return {

@@ -56,7 +56,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     inputs.pop("token_type_ids", None)
     found = posterior_generate(
-        run.model, inputs, options.samples, tokenizer=run.tokenizer, max_new_tokens=6, do_sample=False, progress=True
+        run.model,
+        inputs,
+        options.samples,
+        tokenizer=run.tokenizer,
+        max_new_tokens=6,
+        do_sample=False,
+        draws=True,
+        progress=True,
     )
     table = Table("capital of", "answer", "which is", "agreement", "epistemic, nats", "so it is")
     counts = dict.fromkeys(((said, kind) for said in ("said", "refused") for kind in ("right", "wrong", "invented")), 0)

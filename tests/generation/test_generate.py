@@ -25,7 +25,7 @@ ENDING = {**GREEDY, "eos_token_id": list(range(2, 14))}
 
 
 def run(case, num_samples=3, inputs=None, **options):
-    return posterior_generate(case.model, inputs or case.inputs, num_samples, 4, **{**ENDING, **options})
+    return posterior_generate(case.model, inputs or case.inputs, num_samples, 4, **{**ENDING, "draws": True, **options})
 
 
 def assert_same(found, expected, rows):
@@ -210,7 +210,7 @@ def test_draws_of_a_narrow_posterior_are_the_mean():
 def test_a_plain_lora_is_one_draw():
     model = with_lora(tiny_causal(vocab_size=VOCABULARY), "q_proj", task_type="CAUSAL_LM")
     case = make_case("llama")
-    found = posterior_generate(model, case.inputs, 5, **GREEDY)
+    found = posterior_generate(model, case.inputs, 5, draws=True, **GREEDY)
     assert torch.equal(found.tokens, case.written(model.generate(**case.inputs, **GREEDY)))
     assert len(found.draw_tokens) == 1
     assert found.mutual_information.max() == 0
@@ -221,7 +221,7 @@ def test_members_of_an_ensemble_are_draws():
     model = get_peft_model(tiny_causal(vocab_size=VOCABULARY), lora, adapter_name="member_0").eval()
     model.add_adapter("member_1", lora)
     case = make_case("llama")
-    found = posterior_generate(model, case.inputs, 10, sampler=Members(model), **GREEDY)
+    found = posterior_generate(model, case.inputs, 10, sampler=Members(model), draws=True, **GREEDY)
     expected = []
     for name in ("member_0", "member_1"):
         model.set_adapter(name)
@@ -234,7 +234,7 @@ def test_one_mask_of_dropout_is_one_function():
     case = make_case("llama")
     model = with_lora(tiny_causal(vocab_size=VOCABULARY), "q_proj", "v_proj", task_type="CAUSAL_LM")
     weights, generator = DroppedColumns(model, 0.4), torch.Generator().manual_seed(0)
-    found = posterior_generate(model, case.inputs, 3, sampler=WeightDraws(weights), **GREEDY)
+    found = posterior_generate(model, case.inputs, 3, sampler=WeightDraws(weights), draws=True, **GREEDY)
     for tokens in found.draw_tokens:
         with weights.draw(generator):
             assert torch.equal(tokens, case.written(model.generate(**case.inputs, **GREEDY)))
@@ -281,7 +281,7 @@ def test_weights_are_drawn_once(case_of, monkeypatch):
 def test_a_sampler_that_has_one_function_reads_nothing_again(case_of):
     model, forwards = with_lora(tiny_causal(vocab_size=VOCABULARY), "q_proj", task_type="CAUSAL_LM"), []
     hook = model.get_base_model().register_forward_hook(lambda *_: forwards.append(1))
-    posterior_generate(model, case_of("llama").inputs, 5, **GREEDY, eos_token_id=None, draws=False)
+    posterior_generate(model, case_of("llama").inputs, 5, **GREEDY, eos_token_id=None)
     hook.remove()
     assert len(forwards) == 8
 
@@ -351,7 +351,7 @@ def test_linearized_draws_cannot_write(case_of):
     model.lm_head = head
     shape = {"G_values": VOCABULARY, "A_values": 32, "G_vectors": (VOCABULARY,) * 2, "A_vectors": (32, 32)}
     eigen = {f"head.{name}": torch.ones(size) for name, size in shape.items()}
-    with pytest.raises(ValueError, match="draws are linearized"):
-        posterior_generate(
-            model, case_of("llama").inputs, 2, sampler=LinearizedDraws({"head": head}, eigen, 1.0, 0.0), **GREEDY
-        )
+    how = dict(sampler=LinearizedDraws({"head": head}, eigen, 1.0, 0.0), **GREEDY)
+    for options in ({}, {"draws": True}, {"answers": 1}, {"decoding": "average"}):
+        with pytest.raises(ValueError, match="draws are linearized"):
+            posterior_generate(model, case_of("llama").inputs, 2, **how, **options)

@@ -101,3 +101,11 @@ def test_sampled_answers_by_hand():
     assert not {"semantic_entropy", "discrete_semantic_entropy"} & scored.keys()
     with pytest.raises(ValueError, match="answers: none were sampled"):
         generation().semantic_entropy  # noqa: B018
+
+
+def test_answers_of_draws_that_were_not_asked_for():
+    none = generation(draw_texts=[[], []], draw_tokens=torch.zeros(0, 2, 0, dtype=torch.long))
+    assert none.ranked_answers == [["The sun"], ["iron"]]
+    assert not {"agreement", "self_consistency", "draw_semantic_entropy"} & none.scores().keys()
+    with pytest.raises(ValueError, match="ask with draws=True"):
+        none.agreement  # noqa: B018

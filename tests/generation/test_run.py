@@ -28,8 +28,9 @@ def test_training_teaches_the_responses(trained):
 
 def test_a_loaded_run_writes_the_same(trained):
     again = runs.load_run(trained.config.output)
-    expected = trained.generate(RECORDS, 3, max_new_tokens=8, do_sample=False)
-    found = again.generate([{"prompt": record["prompt"]} for record in RECORDS], 3, max_new_tokens=8, do_sample=False)
+    how = dict(max_new_tokens=8, do_sample=False, draws=True)
+    expected = trained.generate(RECORDS, 3, **how)
+    found = again.generate([{"prompt": record["prompt"]} for record in RECORDS], 3, **how)
     assert found.texts == expected.texts
     assert found.draw_texts == expected.draw_texts
 
@@ -48,7 +49,7 @@ def test_every_method_of_weight_draws_writes(method, base, tmp_path):
         **{**SETTINGS, "steps": 2},
         **options,
     )
-    found = runs.train(config, progress=False).generate(RECORDS, 3, max_new_tokens=4, do_sample=False)
+    found = runs.train(config, progress=False).generate(RECORDS, 3, max_new_tokens=4, do_sample=False, draws=True)
     assert len(found.draw_tokens) == {"lora": 1, "ensemble": 2}.get(method, 3)
     assert torch.isfinite(torch.stack([*found.scores().values()])).all()
 
@@ -56,7 +57,7 @@ def test_every_method_of_weight_draws_writes(method, base, tmp_path):
 def test_the_command(trained, tmp_path, capsys, caplog):
     prompts = write_jsonl(tmp_path / "prompts.jsonl", RECORDS)
     output = tmp_path / "answers.jsonl"
-    options = GenerationOptions(samples=3, max_new_tokens=8)
+    options = GenerationOptions(samples=3, max_new_tokens=8, draws=True)
     folder = shutil.copytree(trained.config.output, tmp_path / "run")
     stored = json.loads((folder / "run.json").read_text())
     stored["training"]["warnings"] = ["it learned nothing"]
@@ -66,7 +67,7 @@ def test_the_command(trained, tmp_path, capsys, caplog):
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [line["prompt"] for line in lines] == [record["prompt"] for record in RECORDS]
     assert lines[0]["id"] == 7
-    expected = trained.generate(RECORDS, 3, max_new_tokens=8, do_sample=False)
+    expected = trained.generate(RECORDS, 3, max_new_tokens=8, do_sample=False, draws=True)
     assert [line["answer"] for line in lines] == expected.texts
     assert [line["draws"] for line in lines] == expected.draw_texts
     for name, values in expected.scores().items():
@@ -92,6 +93,7 @@ def test_the_command_answers_a_stream_with_samples(trained, monkeypatch, capsys)
     first = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     options = {"max_new_tokens": 4, "do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 0}
     assert [line["answer"] for line in first] == trained.generate(RECORDS, 2, **options).texts
+    assert not {"draws", "agreement"} & first[0].keys()
 
 
 def test_a_long_prompt_leaves_room_for_the_answer(trained, monkeypatch):

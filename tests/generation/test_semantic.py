@@ -58,7 +58,7 @@ def test_answers_are_sampled_from_the_single_function(case_of):
 
 def test_each_draw_samples_in_its_turn(case_of):
     case = case_of("llama")
-    options = dict(answers=5, max_new_tokens=1, do_sample=False, draws=False)
+    options = dict(answers=5, max_new_tokens=1, do_sample=False)
     found = posterior_generate(case.model, case.inputs, 2, seed=1, batch_size=2, **options)
     generator = torch.Generator().manual_seed(1)
     by_draw = []
@@ -70,7 +70,7 @@ def test_each_draw_samples_in_its_turn(case_of):
         expected = [by_draw[m % 2][row][token].item() for m, token in enumerate(tokens)]
         assert found.sampled_log_probs[:, row].tolist() == pytest.approx(expected, abs=1e-4)
     # what precedes is the same without them, and fewer answers are the first
-    alone = posterior_generate(case.model, case.inputs, 2, seed=1, max_new_tokens=1, do_sample=False, draws=False)
+    alone = posterior_generate(case.model, case.inputs, 2, seed=1, max_new_tokens=1, do_sample=False)
     assert alone.texts == found.texts
     fewer = posterior_generate(case.model, case.inputs, 2, seed=1, **options | {"answers": 2})
     assert fewer.sampled_texts == [texts[:2] for texts in found.sampled_texts]

@@ -59,7 +59,7 @@ def expected(hosted):
     """What the run itself says."""
     run = hosted["answers"].run
     return {
-        prompt: next(run.describe_texts([{"prompt": prompt}], 3, max_new_tokens=16, do_sample=False))
+        prompt: next(run.describe_texts([{"prompt": prompt}], 3, max_new_tokens=16, do_sample=False, draws=True))
         for prompt in (PROMPT, OTHER)
     }
 

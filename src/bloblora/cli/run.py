@@ -501,6 +501,13 @@ class GenerationOptions(WritingOptions, CodeOptions):
     samples: int = field(default=10, metadata={"help": "Weight samples N; 0 is the posterior mean."})
     seed: int = field(default=0, metadata={"help": "Of the weight samples, and of sampled tokens."})
     batch_size: int = field(default=16, metadata={"help": "Prompts a forward pass."})
+    draws: bool = field(
+        default=False,
+        metadata={
+            "help": "Also let each weight sample write an answer of its own, and measure how far they agree: so many "
+            "answers more."
+        },
+    )
 
     def __post_init__(self) -> None:
         PredictionOptions(samples=self.samples, seed=self.seed, batch_size=self.batch_size)
@@ -519,24 +526,25 @@ def generate(
     output: str | None = None,
     device: str | None = None,
 ) -> None:
-    """Write a JSON line for each prompt: the answer, the answers of the weight samples, and the uncertainty.
+    """Write a JSON line for each prompt: the answer, and what the weight samples say of it.
 
     The run is one of `bloblora train --task generation`. A line has, in the inputs' order: `answer`, as the posterior
-    mean writes it, or by --decoding average each token by the mean probabilities of all draws; `draws`, what each draw
-    writes on its own; `agreement` (share of pairs of draws that say the same), `self_consistency` (share that says what
-    most say) and `draw_semantic_entropy` (nats, over what they say); with --answers M `sampled`, M answers, and their
-    `semantic_entropy` and `discrete_semantic_entropy`, as published; with --p-true `p_true`; and as means over the
+    mean writes it, or by --decoding average each token by the mean probabilities of all draws; and as means over the
     answer's tokens `log_probability`, `predictive_entropy` (all uncertainty, nats), of it `mutual_information` (what
     the model doesn't know) and `expected_entropy` (what the prompt leaves open), whose sums by TokUR are `tokur_total`,
     `tokur_epistemic` and `tokur_aleatoric`; `sequence_log_probability` is that of the whole answer,
     `draw_log_probabilities` the same under each draw, `mixture_log_probability` the log of their mean probability, and
     `log_probability_variance` their variance. `tokens` has the answer's tokens with their values, as `bloblora score`
-    gives them. Of a run that `bloblora correctness` was given also `p_correct`, the probability that the answer is
-    right; and of one that `bloblora calibrate` was given `abstain` (whether to withhold the answer), `answer_set` and
-    `promises`, what these two promise.
+    gives them. With --draws a line has `draws`, what each draw writes on its own, `agreement` (share of pairs of draws
+    that say the same), `self_consistency` (share that says what most say) and `draw_semantic_entropy` (nats, over what
+    they say); with --answers M `sampled`, M answers, and their `semantic_entropy` and `discrete_semantic_entropy`, as
+    published; with --p-true `p_true`. Of a run that `bloblora correctness` was given also `p_correct`, the probability
+    that the answer is right; and of one that `bloblora calibrate` was given `abstain` (whether to withhold the answer),
+    `answer_set` and `promises`, what these two promise.
 
     Examples:
       bloblora generate runs/answers --input prompts.jsonl --output answers.jsonl
+      bloblora generate runs/answers --input prompts.jsonl --draws --answers 10
       echo '{"prompt": "Question: Which gas do plants take in?\\nAnswer:"}' | bloblora generate runs/answers --input -
 
     Args:
@@ -558,7 +566,7 @@ def generate(
     correctness = open_correctness(description, "generate", options.how())
     decision = open_text_decision(description, "generate", options.how(), correctness)
     settings: dict[str, Any] = {"batch_size": options.batch_size, "correctness": correctness, "decision": decision}
-    settings |= options.of_generation()
+    settings |= {"draws": options.draws, **options.of_generation()}
     batches = read_batches(input, 64, reading, require_labels=False, **description.reading)
 
     def load() -> runs.Run:
@@ -711,6 +719,7 @@ def correctness(
             batch_size=options.batch_size,
             progress=sys.stdout.isatty() and not json,
             trust_remote_code=options.trust_remote_code,
+            draws=options.draws,
             **options.of_generation(),
         )
     if json:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import pad
 from transformers import Cache, GenerationConfig
 
@@ -87,7 +86,7 @@ class Decoding:
     seed: int
     batch: Mapping[str, Tensor]
     on_token: Callable[[Step], None] | None = None
-    draws: bool = True
+    draws: bool = False
 
     def __call__(
         self,
@@ -224,10 +223,8 @@ class _Reader(ABC):
 
     def __call__(self, draws: int = 1) -> Tensor:
         """Logits (draws·b, V) of the next token, by the weights in force for each of so many equal parts."""
-        logits = self.next_logits(draws)
-        if unpack_dual(logits).tangent is not None:
-            raise ValueError("sampler: its draws are linearized, no weights that could write; take another method")
-        return logits
+        check_weights()
+        return self.next_logits(draws)
 
     @abstractmethod
     def next_logits(self, draws: int) -> Tensor:
@@ -346,6 +343,12 @@ class _Writer:
     def log_probs(self) -> Tensor:
         """log p̄ of the answer's tokens, before temperature and the like, (b, T); 0 after its end."""
         return torch.stack(self._log_probs, dim=-1) * torch.stack(self._mask, dim=-1)
+
+
+def check_weights() -> None:
+    """Raise a ValueError in the forward of a sampler that differentiates it, where others are in ``no_grad``."""
+    if torch.is_grad_enabled():
+        raise ValueError("sampler: its draws are linearized, no weights that read or write; take another method")
 
 
 def _samples(writers: Sequence[_Writer]) -> Samples:

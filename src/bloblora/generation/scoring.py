@@ -22,7 +22,7 @@ from ..prediction.prediction import check_finite, check_num_samples, sampler_of
 from ..tasks import TaskError, TextGeneration
 from ..tasks.choice_text import check_model, collate_trees
 from ..tasks.encoding import pad
-from .decoding import TokenSums
+from .decoding import TokenSums, check_weights
 from .tokens import TokenScores
 
 _MOST_LOGITS = 2**25
@@ -69,7 +69,7 @@ def score(
 
     Raises:
         ValueError: ``num_samples`` or ``batch_size`` is out of range, there is nothing to score, a prompt or a response
-            is empty, or texts come without a tokenizer.
+            is empty, texts come without a tokenizer, or draws are no weights (a linearized Laplace).
         FloatingPointError: a probability is NaN.
     """
     check_num_samples(num_samples)
@@ -113,7 +113,12 @@ _Group = tuple[tuple[int, ...], list[tuple[int, ...]]]
 
 
 class _Forward(BatchForward):
-    """The model on a batch; an encoder-decoder has no trunk that all draws share."""
+    """The model on a batch, by weights; an encoder-decoder has no trunk that all draws share."""
+
+    def __call__(self, copies: int = 1) -> Tensor:
+        """Logits (copies·tokens, V) of the batch, repeated."""
+        check_weights()
+        return super().__call__(copies)
 
     def share_trunk(self, layers: Iterable[str]) -> None:
         if not isinstance(self._task, _Encoded):

@@ -143,7 +143,7 @@ class Generation(TokenScores):
 
     @property
     def ranked_answers(self) -> list[list[str]]:
-        """For each prompt the answer, then those of draws that say something else, the most frequent first.
+        """For each prompt the answer, then of draws that wrote their own those that differ, the most frequent first.
 
         Each stands for all that agree with it; of equally frequent ones the earlier draw's is first.
         """
@@ -167,6 +167,8 @@ class Generation(TokenScores):
         return super().scores() | {name: getattr(self, name) for name in names} | asked
 
     def _of_draws(self, score: Callable[[list[str]], float]) -> Tensor:
+        if not len(self.draw_tokens):
+            raise ValueError("draws: their own answers weren't asked for; ask with draws=True")
         return torch.tensor([score(self._compared(row, texts)) for row, texts in enumerate(self.draw_texts)])
 
     def _sampled_clusters(self) -> list[list[int]]:
@@ -194,14 +196,14 @@ def posterior_generate(
     batch_size: int = 16,
     progress: bool = False,
     decoding: DecodingName = "mean",
-    draws: bool = True,
+    draws: bool = False,
     answers: int = 0,
     answer_temperature: float = 1.0,
     p_true: bool = False,
     on_token: Callable[[Sequence[int], Step], None] | None = None,
     **options: Any,
 ) -> Generation:
-    """Answers, what the draws of the weights say of them, and the answers of each draw.
+    """Answers, what the draws of the weights say of them, and where that is asked for what each draw answers itself.
 
     By default the posterior mean writes, in the time of a plain LoRA, and the draws then read what is written, all of
     an answer in one forward (`score`). With ``decoding="average"`` each token is taken from the mean of the draws'
@@ -225,7 +227,7 @@ def posterior_generate(
         batch_size: prompts a forward.
         progress: show a bar.
         decoding: ``mean`` or ``average``; where there is one function alone, they are the same.
-        draws: also write the answer of each draw.
+        draws: also write the answer of each draw, one by one what N answers cost.
         answers: M answers to sample for `Generation.semantic_entropy`, by M draws or by N in turns; each N of them cost
             what the draws' answers cost.
         answer_temperature: of these, above 0.

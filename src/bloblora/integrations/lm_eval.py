@@ -103,7 +103,7 @@ class BlobLM(HFLM):
         pad = self.tokenizer.pad_token_id
         inputs = {"input_ids": context, "attention_mask": options.pop("attention_mask")}
         how: dict[str, Any] = {"sampler": self._sampler, "batch_size": len(context), "pad_token_id": pad}
-        how |= {"decoding": "average", "draws": False}
+        how["decoding"] = "average"
         how["max_new_tokens"] = max_length - context.shape[1]
         how["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(self.tokenizer, stop)])
         answers = posterior_generate(self.model, inputs, self._samples, self._seed, **how, **options)

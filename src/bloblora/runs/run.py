@@ -21,7 +21,7 @@ from .checks import check_sharded, head_of
 from .config import RunConfig, RunError
 from .folder import RunDescription, open_run
 from .processes import processes, shard, sharded
-from .texts import response_examples, text_lines
+from .texts import needs_draws, response_examples, text_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,14 +202,16 @@ class Run:
         *,
         correctness: Correctness | None = None,
         decision: Decision | None = None,
+        draws: bool = False,
         **options: Any,
     ) -> Iterator[dict[str, Any]]:
-        """For each record the answer, those of the draws, and the uncertainty, also of each token."""
+        """For each record the answer and its uncertainty, also of each token; and other answers that are asked for."""
         records = self.records(records)
-        found = self.generate(records, num_samples, seed, **options)
-        answers = [{"answer": text, "draws": draws} for text, draws in zip(found.texts, found.draw_texts, strict=True)]
-        if found.sampled_texts:
-            answers = [{**one, "sampled": texts} for one, texts in zip(answers, found.sampled_texts, strict=True)]
+        own = draws or needs_draws(correctness, decision)
+        found = self.generate(records, num_samples, seed, draws=own, **options)
+        answers: list[dict[str, Any]] = [{"answer": text} for text in found.texts]
+        for name, texts in (("draws", found.draw_texts if draws else ()), ("sampled", found.sampled_texts)):
+            answers = [{**one, name: others} for one, others in zip(answers, texts, strict=True)] if texts else answers
         yield from text_lines(records, answers, found, self.tokenizer, correctness, decision=decision)
 
     def describe_scores(

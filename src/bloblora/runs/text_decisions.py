@@ -11,7 +11,6 @@ from torch import Tensor
 from ..decision import Decision, check_text_promises, confidence_of, fit_text_decision
 from ..decision.correctness import Correctness
 from ..files import json_sha256
-from ..generation.text import DRAW_SCORES
 from .config import RunError
 from .correctness import CORRECTNESS_FILE, LabelledTexts, find_entry, map_of, open_maps, place_of
 from .decide import DECISION_FILE, check_place, open_decisions, save_decision
@@ -67,7 +66,9 @@ def promise_texts(
     check_text_promises(len(records), sets=texts.given is None, **promises)
     correctness = _map_of_others(description, texts, how) if by == "p_correct" else None
     run = load_run(description, trust_remote_code=trust_remote_code)
-    scores, right, ranks = texts.read(run, how, batch_size=batch_size, progress=progress, **generation)
+    # Sets have the draws' answers in them.
+    options = {**generation, "draws": True} if texts.given is None else {}
+    scores, right, ranks = texts.read(run, how, batch_size=batch_size, progress=progress, **options)
     confidence = confidence_of(scores, by, correctness)
     decision = fit_text_decision(confidence, right, ranks, score=by, **promises)
     content: dict[str, Any] = {
@@ -125,15 +126,6 @@ class TextRules:
     how: Mapping[str, Any]
     correctness: Correctness | None
     decision: Decision | None
-
-    @property
-    def of_draws(self) -> bool:
-        """Whether they need the answers of the draws."""
-        names = {*(self.correctness.scores if self.correctness else ())}
-        if self.decision and self.decision.answering:
-            names.add(self.decision.answering.score)
-        sets = self.decision is not None and self.decision.answer_sets is not None
-        return sets or not names.isdisjoint(DRAW_SCORES)
 
 
 def open_text_rules(description: RunDescription) -> list[TextRules]:

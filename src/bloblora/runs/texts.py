@@ -13,7 +13,7 @@ from .. import tasks
 from ..decision import Correctness, Decision, confidence_of
 from ..generation import Generation, TokenScores, claim_tokens, find_agree
 from ..generation.claims import claims_of
-from ..generation.text import DecodingName
+from ..generation.text import DRAW_SCORES, DecodingName
 from .config import RunError
 
 
@@ -128,6 +128,15 @@ def response_examples(
         yield example
     if problems:
         raise tasks.TaskError(*problems[:20], *([f"… and {len(problems) - 20} more"] if len(problems) > 20 else []))
+
+
+def needs_draws(correctness: Correctness | None, decision: Decision | None) -> bool:
+    """Whether a map or a rule needs the answers of the draws themselves."""
+    names = set(() if correctness is None else correctness.scores)
+    if decision is not None and decision.answering is not None:
+        names.add(decision.answering.score)
+    sets = decision is not None and decision.answer_sets is not None
+    return sets or not names.isdisjoint(DRAW_SCORES)
 
 
 def decided_texts(decision: Decision, found: TokenScores, correctness: Correctness | None) -> dict[str, list[Any]]:

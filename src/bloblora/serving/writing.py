@@ -17,7 +17,7 @@ from ..generation.decoding import Step
 from ..prediction.kinds import mutual_information
 from ..runs import Run
 from ..runs.text_decisions import TextRules
-from ..runs.texts import WritingOptions, decided_texts
+from ..runs.texts import WritingOptions, decided_texts, needs_draws
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
         how.num_samples,
         how.seed,
         batch_size=len(examples),
-        draws=how.draws or (rules is not None and rules.of_draws),
+        draws=how.draws or (rules is not None and needs_draws(rules.correctness, rules.decision)),
         on_token=partial(_tell, answers, how.num_samples > 0 and how.writing.decoding == "mean"),
         stopping_criteria=StoppingCriteriaList([_Ended(longest, run.tokenizer, width)]),
         **how.writing.of_generation(),
