@@ -213,21 +213,23 @@ def report(results: dict[str, Any]) -> str:
         at = p["at_0.8"]
         share = f", {at['right']} of them right; their mean p is {at['mean_p']:.3f}" if at["count"] else ""
         text += [f"`p_correct` is {p['map']}. At 0.8 and above: {at['count']} answers{share}.\n"]
-        text += ["| score | AUROC | AURC | Brier |", "| --- | ---: | ---: | ---: |"]
-        text += [row_of(score, found) for score, found in result["metrics"].items()]
+        text += table(result["metrics"])
         if average := result["average"]:
             text += [f"\nBy the average {average['accuracy']['all']:.3f} are right, and of the scores:\n"]
-            text += ["| score | AUROC | AURC | Brier |", "| --- | ---: | ---: | ---: |"]
-            text += [row_of(score, found) for score, found in average["metrics"].items()]
+            text += table(average["metrics"])
         read = ", ".join(f"{what} {tokens:.0f}" for what, tokens in result["tokens_read"].items())
         text += [f"\nTokens that the model reads for a question, each beside the answer's: {read}.\n"]
     return "\n".join(text)
 
 
-def row_of(score: str, found: dict[str, list[float]]) -> str:
-    """A score's row of a table."""
-    cells = ("{:.3f} ({:.3f} to {:.3f})".format(*found[measure]) for measure in ("auroc", "aurc", "brier"))
-    return f"| {score} | {' | '.join(cells)} |"
+def table(metrics: dict[str, dict[str, list[float]]]) -> list[str]:
+    """A row for each score."""
+    measures = {"auroc": "AUROC", "aurc": "AURC", "brier": "Brier"}
+    lines = [f"| score | {' | '.join(measures.values())} |", "| --- | ---: | ---: | ---: |"]
+    for score, found in metrics.items():
+        cells = ("{:.3f} ({:.3f} to {:.3f})".format(*found[measure]) for measure in measures)
+        lines.append(f"| {score} | {' | '.join(cells)} |")
+    return lines
 
 
 def main() -> None:
