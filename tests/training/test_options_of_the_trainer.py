@@ -123,3 +123,13 @@ def test_the_best_checkpoint_comes_back_whole(named, tmp_path):
     trainer.train()
     assert trainer.state.best_global_step < 3
     assert_equal(trainable(find_posterior(model, named).model), seen[trainer.state.best_global_step])
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "sgd"])
+def test_optimizers_that_have_another_epsilon_or_none(optim, tmp_path):
+    model = classifier()
+    before = trainable(model)
+    BlobTrainer(
+        model, arguments(tmp_path, optim=optim), task=TASK, train_dataset=examples(8), data_collator=TASK.collate
+    ).train()
+    assert all((after != before[name]).any() for name, after in trainable(model).items())

@@ -252,6 +252,24 @@ def test_squares_of_a_divided_loss_are_those_of_the_loss(tmp_path, options):
     torch.testing.assert_close(divided, expected, rtol=0.01, atol=expected.max().item() / 1000)
 
 
+@pytest.mark.parametrize("options", [dict(gradient_accumulation_steps=2), dict(num_weight_draws=2)])
+def test_a_bounded_head_has_the_gradient_of_the_whole_loss(tmp_path, options):
+    """However a batch of eight is computed; there are no squares in it to be made those of the whole loss."""
+    found = []
+    for extra in ({}, options):
+        gradients = Gradients(find_posterior(model := classifier(head_prior_std=0.3, factors="none", init_std=0.1)))
+        batch = 8 // extra.get("gradient_accumulation_steps", 1)
+        arguments = dict(max_steps=1, per_device_train_batch_size=batch, head_kl_scale=0.0, **extra)
+        trainer = make_trainer(
+            tmp_path, model, 8, callbacks=[gradients], train_sampling_strategy="sequential", **arguments
+        )
+        trainer.train()
+        found.append(gradients.seen[0])
+    for divided, expected in zip(found[1], found[0], strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(divided, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_a_kl_of_many_weights_is_not_too_small_for_adam(tmp_path):
     """With B = 0 the data say nothing of Ω; a KL that weighs 1e-9 a weight moves it at its rate: 0.02 · (1 + ⅔ + ⅓)."""
     model = classifier(std_parameterization="log", init_std=0.01)

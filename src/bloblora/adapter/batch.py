@@ -19,9 +19,9 @@ class Batch:
     Attributes:
         rows: b; None before the first forward.
         tokens: b·T of each input that has tokens.
-        squares: factor of the square of each example's gradient, (b,): of how many NLLs the loss is the mean, label
-            tokens where the model is given them and examples otherwise. What is written into it before the backward
-            counts there. None before a layer asks for it.
+        squares: factor of the square of each example's gradient, (b,): of how many NLLs the loss is the mean, the
+            labels other than -100, of tokens or examples, that the model is given, and otherwise the examples. What is
+            written into it before the backward counts there. None before a layer asks for it.
         expects_labels: whether a training writes into `squares` what makes them those of the model's own labels.
         lengths: tokens of each text, where rows hold several and there is no attention mask; None elsewhere, and under
             ``torch.compile``, which can't look at them.
@@ -76,8 +76,8 @@ class Batch:
             return len(x)
         if self.squares is None:
             labels = self._labels
-            tokens = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
-            terms = (labels != -100).sum() if tokens else self.rows
+            indices = isinstance(labels, Tensor) and not labels.is_floating_point()
+            terms = (labels != -100).sum() if indices else self.rows
             self.squares = torch.ones(self.rows, device=x.device) * terms
         of_rows = len(x) == self.rows if parts is None else parts == self.rows
         return (self.squares if of_rows else self.squares[0]).to(x.device)

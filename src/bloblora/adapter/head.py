@@ -37,15 +37,13 @@ class Bounding:
         self.outputs: list[tuple[Tensor, Tensor]] = []
 
     def variance_of(self, logits: Tensor) -> Tensor:
-        """v of the logits that were made of the last forward's outputs, in their shape, differentiable.
+        """v (b, C) of the logits that were made of the last forward's outputs (b, …, C), differentiable.
 
         Which of the outputs they are is their derivative, for selecting is linear.
         """
         output, variance = self.outputs[-1]
-        probe = torch.zeros_like(logits, requires_grad=True)
-        (back,) = torch.autograd.grad(logits, output, probe, create_graph=True)
-        (selected,) = torch.autograd.grad(back, probe, variance.to(back.dtype), create_graph=True)
-        return selected
+        (selected,) = torch.autograd.grad(logits, output, torch.ones_like(logits), retain_graph=True)
+        return (selected * variance).reshape(len(logits), -1, logits.shape[-1]).sum(1)
 
 
 @torch.no_grad()
@@ -136,6 +134,7 @@ class GaussianHead(nn.Linear):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(std.dtype).square(), std.square())
 
+    @torch.compiler.disable  # what is compiled together has no derivative from one of its outputs to another
     def _bounded(self, x: Tensor, bounding: Bounding) -> Tensor:
         z, variance = F.linear(x, self.weight, self.bias), self.variance(x)
         # A forward that doesn't use Ω would get no gradient of it from DistributedDataParallel.

@@ -69,6 +69,8 @@ class Method:
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
+    searched: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    """Where `bloblora tune` looks for options whose fields don't say it."""
     training_defaults: ClassVar[Mapping[str, Any]] = {}
     """Of `TrainingArguments`, where this method needs others than a LoRA does."""
     lora_defaults: ClassVar[Mapping[str, Any]] = {}

@@ -340,7 +340,7 @@ class RunConfig:
             labels: whether a head gives one label each, by which some options have a part or none.
         """
         rate, method = self.initial_learning_rate(), self.build_method()
-        searched = {name: option.metadata.get("search") for name, option in method.options().items()}
+        searched = {name: o.metadata.get("search", method.searched.get(name)) for name, o in method.options().items()}
         found = {name: ends for name, ends in searched.items() if ends and name not in method.idle(labels)}
         return {**found, "learning_rate": (rate / 10**0.5, rate * 10**0.5)}
 

@@ -1,9 +1,10 @@
 """What the evidence lower bound needs beside transformers' TrainingArguments."""
 
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from transformers import TrainingArguments
 
@@ -15,7 +16,17 @@ OptimizerStyle = Literal["joint", "paper", "paper_flow"]
 
 @dataclass(kw_only=True)
 class Objective:
-    """How the negative evidence lower bound is minimized; fields of `BlobTrainingArguments` and options of methods."""
+    """How the negative evidence lower bound is minimized; fields of `BlobTrainingArguments` and options of methods.
+
+    transformers' ``HfArgumentParser`` reads the fields as well: what it finds in ``metadata`` it hands to argparse, and
+    only where None is one of the types are ``auto`` and a number both read as they are meant.
+    """
+
+    searched: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "kl_scale": (0.0001, 1.0),
+        "head_kl_scale": (0.1, 3.0),
+        "kl_learning_rate": (0.063, 0.63),
+    }
 
     kl_weighting: KlWeighting = field(
         default="uniform",
@@ -24,22 +35,20 @@ class Objective:
             "late in a pass, whose weights sum to 1, so that the KL counts as often as a batch has examples."
         },
     )
-    kl_scale: float | str = field(
+    kl_scale: float | str | None = field(
         default="auto",
         metadata={
             "help": "Multiplies the KL: the temperature of the posterior, and the knob between accuracy and "
             "calibration. 1 is the ELBO; lower trusts the data more. `auto`: 0.1 under a head that is trained from "
             "nothing; where the base model's own outputs are trained 0.4 D / P with D examples and P Gaussian "
             "weights, and at most 0.1.",
-            "search": (0.0001, 1.0),
         },
     )
-    head_kl_scale: float | str = field(
+    head_kl_scale: float | str | None = field(
         default="auto",
         metadata={
             "help": "Multiplies the KL of a head whose weights are Gaussian (`head_prior_std`); 1 is the ELBO's. "
             "`auto`: D / 240 with D examples, and at most 1.",
-            "search": (0.1, 3.0),
         },
     )
     dataset_rescaling: bool = field(
@@ -60,15 +69,14 @@ class Objective:
         metadata={
             "help": "Learning rate on the KL (`paper`, `paper_flow`); follows the same schedule. Higher makes Ω larger "
             "and M smaller.",
-            "search": (0.063, 0.63),
         },
     )
     std_learning_rate: float | str | None = field(
         default="auto",
         metadata={
             "help": "Learning rate of Ω's parameter (`joint`); follows the same schedule. Of Ω = exp ρ it is a share: "
-            "at 0.02 a step changes Ω by about 2 %. `auto` is 0.02, and below 800 steps, in which that would not bring "
-            "Ω to the ELBO's optimum, 16 / steps. None: learning_rate."
+            "at 0.02 a step changes Ω by about a fiftieth. `auto` is 0.02, and below 800 steps, in which that would "
+            "not bring Ω to the ELBO's optimum, 16 / steps. None: learning_rate."
         },
     )
     num_weight_draws: int = field(

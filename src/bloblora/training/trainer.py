@@ -56,6 +56,7 @@ from .divergence import (
 )
 
 _EPSILON = 1e-15  # of Adam, for Ω
+_IGNORED = -100  # a label that transformers' losses leave out
 
 if TYPE_CHECKING:
     _Host = Trainer
@@ -263,9 +264,12 @@ class BlobTrainerMixin(_Host):
         """Make squares of gradients of a loss that was scaled, or divided among forwards, those of the loss itself."""
         factor = self.current_gradient_accumulation_steps * self.args.num_weight_draws / loss_scale
         if factor != 1 and self.posterior is not None and self.posterior.uses_squares:
-            if self.is_deepspeed_enabled:  # which keeps the gradients to itself
+            # A head whose NLL is bounded has no draws, and so no squares.
+            named = self.posterior.named_std_parameters().items()
+            of_squares = [parameter for key, parameter in named if not (self._bounds and is_head(key))]
+            if of_squares and self.is_deepspeed_enabled:  # which keeps the gradients to itself
                 raise ValueError("std_gradient must not be 'fisher' where DeepSpeed scales or divides the loss")
-            for parameter in self.std_parameters():
+            for parameter in of_squares:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
 
@@ -344,7 +348,7 @@ class BlobTrainerMixin(_Host):
                 group["params"] = [parameter for parameter in group["params"] if parameter not in moved]
             rate = self.args.learning_rate if rate == "auto" else rate  # until the scheduler knows the steps
             # Adam's own would hide a KL that weighs 1e-8 a weight, as with 10⁷ of them.
-            small = {"eps": _EPSILON} if "eps" in optimizer.defaults else {}
+            small = {"eps": _EPSILON} if isinstance(optimizer.defaults.get("eps"), float) else {}
             optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0, **small})
         return optimizer
 
@@ -468,6 +472,7 @@ class BlobTrainerMixin(_Host):
                 expected = self.posterior is not None and self.posterior.batch.expects_labels
                 if labels is None or not (model.training and (expected or bounding is not None)):
                     return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                labels = _classes(labels)
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
                 loss = loss + self._noise_cost(outputs["logits"], labels, bounding)
                 return (loss, outputs) if return_outputs else loss
@@ -493,12 +498,17 @@ class BlobTrainerMixin(_Host):
 
     def _noise_cost(self, logits: Tensor, labels: Tensor, bounding: Bounding | None) -> Tensor | float:
         """What the head's noise adds to the loss at most, mean over the batch; the squares know of it as well."""
+        counted = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        if self.task is None:  # classes, of which the model's own loss leaves some out
+            counted = labels != _IGNORED
+            labels = labels.where(counted, 0)
         if bounding is None or not bounding.outputs:  # with a draw in force there is no noise
             self._expect_labels(logits.detach(), labels)
             return 0.0
         variance = bounding.variance_of(logits)
         self._expect_labels((logits + variance / 2).detach(), labels)
-        return likelihood_of(self.task).noise_cost(logits.float(), variance.float(), labels).mean()
+        costs = likelihood_of(self.task).noise_cost(logits.float(), variance.float(), labels)
+        return (costs * counted).sum() / counted.sum()
 
     def _finite(self, nll: Tensor) -> bool:
         """Whether an NLL is finite; all processes of a sharded model say the same, for they look together for where."""
@@ -710,6 +720,17 @@ def _mean_nll(likelihood: Likelihood, logits: Tensor, labels: Tensor, smoothing:
     """Of logits (b, C); a share of it is of the classes alike that an example has, whose logits are finite."""
     nll = -likelihood.log_prob(logits, labels).mean()
     return (1 - smoothing) * nll - smoothing * likelihood.alike(logits, labels).mean() if smoothing else nll
+
+
+def _classes(labels: Tensor) -> Tensor:
+    """Class indices (b,) as transformers' loss of classes takes them; a ValueError where they are none."""
+    if labels.is_floating_point():
+        raise ValueError(
+            f"labels: {labels.dtype} of shape {tuple(labels.shape)} are no classes: transformers would train several "
+            "labels at once, or a value; set config.problem_type to 'multi_label_classification' or 'regression' "
+            "before bayesianize, or give whole numbers"
+        )
+    return labels.reshape(-1)
 
 
 def _classifies(model: nn.Module) -> bool:
