@@ -50,7 +50,7 @@ _DECIDING = (
     *("chat_template*", "additional_chat_templates/*", "adapter_config.json"),
 )
 """Files of a model's folder that transformers reads, so that they decide what model and tokenizer compute."""
-_FRESH = "_bloblora_fresh"
+_DRAWN = "_bloblora_drawn"
 _PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet")  # counted from behind the pad token
 _OWN_CODE = (
     "it comes with Python code of its own, which isn't run; if you have read that code and trust it, give "
@@ -214,10 +214,11 @@ def load_model(
         options |= loading_options(quantize, DTYPES[dtype], device) | {"trust_remote_code": trust_remote_code}
         model, missing = _with_weights(kind, path, dtype=DTYPES[dtype], **options)
     _check_whole(name, missing if num_labels is None else [key for key in missing if _must_be_there(model, key)])
-    fresh = [] if num_labels is None else sorted({key.rpartition(".")[0] for key in missing if not _of_head(key)})
+    drawn = [] if num_labels is None else sorted({key.rpartition(".")[0] for key in missing})
+    fresh = [layer for layer in drawn if not _of_head(layer)]
     if fresh and quantize != "none":
         raise ModelError(f"quantize {quantize!r}: {fresh[0]} of {quoted(name)} has to be trained; leave quantize out")
-    setattr(model, _FRESH, fresh)
+    setattr(model, _DRAWN, drawn)
     with _explained(name):
         if quantize == "hqq":
             quantize_hqq(model, DTYPES[dtype], device)
@@ -234,7 +235,20 @@ def fresh_layers(model: PreTrainedModel) -> list[str]:
 
     PEFT trains what is called ``classifier`` or ``score`` beside an adapter, and leaves such a layer as it was drawn.
     """
-    return getattr(model, _FRESH, [])
+    return [layer for layer in getattr(model, _DRAWN, []) if not _of_head(layer)]
+
+
+def draw_again(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> None:
+    """Draw what had no weights in the files of a model of `load_model`, or of another what PEFT takes for its head.
+
+    Args:
+        model: whose way to draw is taken.
+        modules: copies of its modules, by their names in it.
+    """
+    for name, module in modules.items():
+        for part, layer in module.named_modules(prefix=name):
+            if part in getattr(model, _DRAWN, ()) or (not hasattr(model, _DRAWN) and _of_head(part)):
+                model._init_weights(layer)
 
 
 def load_classifier(name: str) -> PreTrainedModel:
@@ -367,9 +381,9 @@ def _must_be_there(model: PreTrainedModel, key: str) -> bool:
     return key.startswith(trunk) and not key.startswith(f"{trunk}pooler.")
 
 
-def _of_head(key: str) -> bool:
-    """Whether a weight is one that PEFT trains beside an adapter by itself."""
-    return any(part.endswith(("classifier", "score")) for part in key.split("."))
+def _of_head(layer: str) -> bool:
+    """Whether PEFT trains a layer beside an adapter by itself."""
+    return any(part.endswith(("classifier", "score")) for part in layer.split("."))
 
 
 def _keep_head_in_float32(model: PreTrainedModel) -> None:

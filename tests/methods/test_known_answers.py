@@ -7,10 +7,10 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from scipy.optimize import minimize
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import RobertaConfig, RobertaForSequenceClassification, Trainer, TrainingArguments
 
 from bloblora.adapter import BlobConfig, Posterior, bayesianize, find_posterior
 from bloblora.methods import METHODS, Training
@@ -524,3 +524,38 @@ def test_a_distilled_point_is_the_best_fit_to_the_average_of_draws(tmp_path):
     assert cross_entropy(delta(student).double().numpy()) == pytest.approx(best, abs=1e-4)
     assert cross_entropy(delta(teacher).double().numpy()) > best + 1e-3
     assert find_posterior(student) is None
+
+
+def test_tfb_of_a_layer_with_fewer_outputs_than_ranks():
+    """Its rotation leaves B A as it is, and what B doesn't read has a noise that does nothing."""
+    torch.manual_seed(0)
+    model = get_peft_model(Net(), LoraConfig(r=5, target_modules=["linear"], init_lora_weights=False))
+    layer = model.base_model.model.linear
+    before = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    posterior, singular_values = rotate(model)
+    torch.testing.assert_close(layer.lora_B["default"].weight @ layer.lora_A["default"].weight, before)
+    (values,) = singular_values.values()
+    assert values[3:].tolist() == [0, 0]
+    set_noise(posterior, singular_values, 0.1, [*singular_values])
+    assert all(std.isfinite().all() for std in posterior.named_stds().values())
+
+
+def test_members_have_heads_of_their_own_and_the_pretrained_rest():
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    base = RobertaForSequenceClassification(RobertaConfig(num_labels=3, **sizes))
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["classifier", "word_embeddings"])
+    model = Ensemble(members=2).prepare(base, lora)
+    own = {n: p for n, p in model.named_parameters() if ".modules_to_save.member_0." in n and "bias" not in n}
+    others = {n: model.get_parameter(n.replace("member_0", "member_1")) for n in own}
+    same = {n.split(".modules_to_save")[0].rsplit(".")[-1]: torch.equal(p, others[n]) for n, p in own.items()}
+    assert same == {"classifier": False, "word_embeddings": True}
+    assert len(own) == 3  # dense, out_proj and the embedding
+    assert not any(torch.equal(p, others[n]) for n, p in own.items() if "classifier" in n)
+
+
+def test_scalabl_trains_loras_bias():
+    model = Scalabl().prepare(tiny_llama(), LoraConfig(target_modules=["q_proj"], lora_bias=True))
+    model.train()(torch.tensor([[5, 6, 7]])).logits.square().mean().backward()
+    biases = [p for n, p in model.named_parameters() if "lora_B" in n and n.endswith("bias")]
+    assert biases
+    assert all(bias.grad.abs().max() > 0 for bias in biases)

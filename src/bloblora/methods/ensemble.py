@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, set_seed
 
 from .. import adapter
 from ..contexts import changed, replaced
+from ..models import draw_again
 from ..prediction import Sampler
 from .method import MEAN, Draw, Method, Training
 
@@ -48,9 +49,9 @@ class Ensemble(Method):
         model = get_peft_model(base, lora, adapter_name=names[0])
         for name in names[1:]:
             model.add_adapter(name, lora)
-            for module in model.modules():
-                if isinstance(module, ModulesToSaveWrapper):  # PEFT copies the first member's head: start afresh
-                    base._init_weights(module.modules_to_save[name])
+            parts = model.get_base_model().named_modules()
+            # PEFT copies the first member's head.
+            draw_again(base, {p: m.modules_to_save[name] for p, m in parts if isinstance(m, ModulesToSaveWrapper)})
         return model
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:

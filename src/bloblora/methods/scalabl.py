@@ -139,7 +139,8 @@ class _ScaledVariant(LoraVariant):
         return h * scales
 
     def expand(self, module: Any, adapter_name: str, h: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        return nn.functional.linear(h, module.lora_B[adapter_name].weight[rows])
+        b = module.lora_B[adapter_name]
+        return nn.functional.linear(h, b.weight[rows], None if b.bias is None else b.bias[rows])
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
         h = self.project(module, active_adapter, x.to(module.lora_A[active_adapter].weight.dtype))

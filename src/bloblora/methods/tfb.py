@@ -21,6 +21,7 @@ from typing import Literal, get_args
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.nn import functional as F
 
 from ..adapter import BlobConfig, Posterior, bayesianize
 from ..prediction import Point, Prediction, Sampler, TopBlocks, WeightDraws, predict
@@ -140,9 +141,11 @@ def rotate(model: PeftModel) -> tuple[Posterior, dict[str, torch.Tensor]]:
     for name, layer in posterior.named_layers().items():
         a, b = (getattr(layer, f"lora_{factor}")[posterior.adapter_name].weight for factor in "AB")
         u, d, vt = torch.linalg.svd(b.float(), full_matrices=False)
-        b.copy_(u * d)
-        a.copy_(vt @ a.float())
-        singular_values[name] = d
+        rows = vt @ a.float()
+        # With fewer outputs than r the rest of B is 0, and what A has there does nothing.
+        a.zero_()[: len(d)] = rows
+        b.zero_()[:, : len(d)] = u * d
+        singular_values[name] = F.pad(d, (0, len(a) - len(d)))
     return posterior, singular_values
 
 
