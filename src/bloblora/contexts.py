@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -43,6 +44,11 @@ _REPLACED: Counter[nn.Module] = Counter()
 """Modules for which some contexts have another forward, and how many."""
 _PREDICTING: Counter[nn.Module] = Counter()
 """Modules in train mode that are in eval mode for some predictions, and how many."""
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """A model without what ``torch.compile`` or a wrapper for several processes or devices puts around it."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 @contextmanager

@@ -9,7 +9,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.optimize import minimize
 from torch import nn
 from torch.distributions import Normal, kl_divergence
-from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import bloblora
 from bloblora import BlobConfig, BlobTrainer, bayesianize, find_posterior, runs
@@ -382,3 +389,70 @@ def test_the_trainers_own_classification_loss_has_the_bound(base, tmp_path):
     expected = expected + CATEGORICAL.noise_cost(logits, variance, batch["labels"]).mean()
     torch.testing.assert_close(loss, expected)
     assert (variance > 0.01).all()
+
+
+def own_loss(model, folder, labels, **options):
+    """The loss of transformers' own model, of the texts with these labels, and the trainer."""
+    arguments = BlobTrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True, **options)
+    rows = [{"input_ids": row, "attention_mask": (row != 0).long(), "labels": labels[0]} for row in IDS]
+    trainer = BlobTrainer(model, arguments, train_dataset=rows)
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    model.train()
+    return trainer.compute_loss(model, {**INPUTS, "labels": torch.stack([torch.as_tensor(label) for label in labels])})
+
+
+def test_labels_as_transformers_own_loss_takes_them(base, tmp_path):
+    """A label of -100 is left out, and (b, 1) is (b,)."""
+    model, _ = tiny("llama", base, "none")
+    both = own_loss(model, tmp_path, [0, 1])
+    torch.testing.assert_close(own_loss(model, tmp_path, [[0], [1]]), both)
+    first, second = own_loss(model, tmp_path, [0, -100]), own_loss(model, tmp_path, [-100, 1])
+    torch.testing.assert_close((first + second) / 2, both)
+    assert abs(first - second) > 0.01
+
+
+def test_labels_that_are_no_classes(base, tmp_path):
+    """transformers would make it a training of several labels at once, after the head has become Gaussian."""
+    model, _ = tiny("llama", base, "none")
+    with pytest.raises(ValueError, match=r"labels: torch.float32 of shape \(2, 3\) are no classes.*problem_type"):
+        own_loss(model, tmp_path, [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"), [(BertForTokenClassification, "classifier"), (BertForQuestionAnswering, "qa_outputs")]
+)
+def test_an_adapter_that_does_not_say_what_it_is_for(kind, head):
+    """The model's class does: a head that gives no text a label is a point."""
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    lora = LoraConfig(r=2, target_modules=["query"], modules_to_save=[head])
+    posterior = bayesianize(get_peft_model(kind(BertConfig(num_labels=2, **sizes)), lora))
+    assert posterior.head is None
+    assert posterior.adapter_is_gaussian
+
+
+def test_under_inference_mode_and_without_the_adapter(base):
+    model, _ = tiny("llama", base, "none")
+    expected = predict(model, INPUTS, 2)
+    with torch.inference_mode():
+        found = predict(model, INPUTS, 2)
+    assert torch.equal(found.log_probs, expected.log_probs)
+    assert torch.equal(found.mutual_information, expected.mutual_information)
+    with model.disable_adapter():
+        without = predict(model, INPUTS, 2)
+        right = model(**INPUTS).logits.softmax(-1)
+    torch.testing.assert_close(without.probabilities, right)
+    assert (without.mutual_information == 0).all()
+
+
+def test_a_compiled_training_has_the_bound(base, tmp_path):
+    losses = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        model, posterior = tiny("llama", base, "none")
+        rows = [{"input_ids": row[:3], "labels": torch.tensor(i)} for i, row in enumerate(IDS)]
+        arguments = BlobTrainingArguments(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True, **options
+        )
+        trainer = BlobTrainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        losses.append((trainer.state.log_history[-1]["train_loss"], posterior.named_stds()[SCORE]))
+    torch.testing.assert_close(losses[1], losses[0])

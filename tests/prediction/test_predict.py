@@ -297,3 +297,35 @@ def test_models_whose_logits_are_not_those_of_classes(base, options, message):
     for arguments in (dict(inputs={"input_ids": torch.tensor([[5, 6], [7, 8]])}), texts):
         with pytest.raises(ValueError, match=message):
             predict(model, **arguments)
+
+
+def bayesian_classifier():
+    model = with_lora(tiny_classifier(), "q_proj", "v_proj", task_type="SEQ_CLS")
+    bayesianize(model, BlobConfig(init_std=0.16, head_prior_std="none"))
+    return model.eval()
+
+
+def test_a_compiled_or_wrapped_model_has_its_draws():
+    model, inputs = bayesian_classifier(), {"input_ids": torch.tensor([[5, 6, 7]])}
+    expected = predict(model, inputs, 3)
+    assert (expected.std > 1e-4).all()
+    for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model)):
+        assert torch.equal(predict(wrapped, inputs, 3).log_probs, expected.log_probs)
+
+
+def test_draws_of_a_merged_adapter_are_refused():
+    model, inputs = bayesian_classifier(), {"input_ids": torch.tensor([[5, 6, 7]])}
+    mean = predict(model, inputs, 0).probabilities
+    model.merge_adapter()
+    torch.testing.assert_close(predict(model, inputs, 0).probabilities, mean)
+    with pytest.raises(ValueError, match=r"adapter 'default' is merged into .*call model.unmerge_adapter"):
+        predict(model, inputs, 2)
+
+
+def test_pairs_of_texts_are_read_whole():
+    tokenizer, model = train_tokenizer(), bayesian_classifier()
+    pair = {"text": "My card was charged", "text_pair": "the trophy"}
+    found = predict(model, [pair], 2, tokenizer=tokenizer)
+    right = predict(model, tokenizer([pair["text"]], [pair["text_pair"]], return_tensors="pt"), 2)
+    torch.testing.assert_close(found.log_probs, right.log_probs)
+    assert (found.log_probs != predict(model, [pair["text"]], 2, tokenizer=tokenizer).log_probs).any()

@@ -12,9 +12,11 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from .. import posterior as q
-from ..contexts import in_context
+from ..contexts import in_context, unwrapped
 from ..messages import quoted
 from ..quantized import keep_differentiable
 from .batch import follow, is_routed
@@ -35,6 +37,7 @@ _FUSED = {
     "up_proj": ("up_proj",),
 }
 _AT_PRIOR_TOLERANCE = 0.05
+_CLASSIFIERS = {*MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()}
 
 Weights = dict[str, dict[str, Tensor]]
 """A draw: A (r, n), B (m, r) or a head's weight (C, d) of each layer, by the layer's name and the factor."""
@@ -364,6 +367,12 @@ class Posterior:
 
     def _in_force(self, drawn: Mapping[str, Drawn]) -> AbstractContextManager[None]:
         """What each layer has, by its name."""
+        merged = (name for name, layer in self._layers.items() if self.adapter_name in _merged(layer))
+        if (name := next((name for name in merged if drawn[name].weights), None)) is not None:
+            raise ValueError(
+                f"adapter {self.adapter_name!r} is merged into {name}, where a draw of its weights has no effect; call "
+                "model.unmerge_adapter(), or ask for the mean alone (num_samples=0)"
+            )
         return in_context({_variant(layer, self.adapter_name): drawn[name] for name, layer in self._layers.items()})
 
 
@@ -412,7 +421,7 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     keep_differentiable(model)
     config, head = config or BlobConfig(), trained_head(model, adapter_name)
     under_head = _has_head(model, adapter_name)
-    classifies = head is not None and lora.task_type in (None, "SEQ_CLS") and _gives_labels(model.get_base_model())
+    classifies = head is not None and _gives_labels(model.get_base_model(), lora.task_type)
     config = config.resolved(under_head, head[1].in_features if head is not None and classifies else None)
     if config.head_prior_std != "none" and not classifies:
         raise ValueError(
@@ -462,7 +471,11 @@ def debayesianize(model: PeftModel, adapter_name: str | None = None) -> None:
 
 
 def find_posterior(model: nn.Module, adapter_name: str | None = None) -> Posterior | None:
-    """The posterior of an adapter (default: the active one) of a model, or None where it is a plain LoRA."""
+    """The posterior of an adapter (default: the active one) of a model, or None where it is a plain LoRA.
+
+    The model may be compiled, or wrapped for several processes or devices.
+    """
+    model = unwrapped(model)
     if not isinstance(model, PeftModel):
         return None
     adapter_name = adapter_name or model.active_adapter
@@ -475,8 +488,16 @@ def _has_head(model: PeftModel, adapter_name: str) -> bool:
     return bool(lora.modules_to_save) and lora.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
-def _gives_labels(base: Any) -> bool:
-    """Whether a model's logits are those of classes that exclude each other, and not of a vocabulary's tokens."""
+def _gives_labels(base: Any, task_type: str | None) -> bool:
+    """Whether a model's logits are those of classes that exclude each other, one for each text.
+
+    Where the adapter doesn't say what it is for, the class of one of transformers' models does.
+    """
+    named = isinstance(base, PreTrainedModel)
+    if task_type is None and named and type(base).__name__ not in _CLASSIFIERS:
+        return False
+    if task_type not in (None, "SEQ_CLS"):
+        return False
     config, embeddings = getattr(base, "config", None), getattr(base, "get_output_embeddings", None)
     if embeddings is not None and embeddings() is not None:
         return False
@@ -510,6 +531,11 @@ def _embedding_weight(base: nn.Module) -> Tensor | None:
     """The input embedding, to which a head may be tied; None for a model that has none."""
     find = getattr(base, "get_input_embeddings", None)
     return getattr(find(), "weight", None) if find else None
+
+
+def _merged(layer: nn.Module) -> Sequence[str]:
+    """The adapters that are merged into a layer."""
+    return getattr(layer, "merged_adapters", ())
 
 
 def _bayesian_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.functional import pad as pad_tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..contexts import eval_mode
+from ..contexts import eval_mode, unwrapped
 from ..messages import quoted
 from ..prediction import Sampler
 from ..prediction.forward import BatchForward
@@ -75,25 +74,25 @@ def score(
     check_num_samples(num_samples)
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    inner = extract_model_from_parallel(model)
+    inner = unwrapped(model)
     of_encoder = bool(inner.config.is_encoder_decoder)
     pairs = [*_pairs(prompts, responses, tokenizer, of_encoder)]
-    sampler = sampler or sampler_of(model)
+    sampler = sampler or sampler_of(inner)
     task = _Encoded(inner) if of_encoder else _Trees(inner)
-    device = next(model.parameters()).device
+    device = next(inner.parameters()).device
     batches = [*_batches(pairs, batch_size, _MOST_LOGITS // inner.config.get_text_config().vocab_size)]
     places: list[int] = []
     parts: list[tuple[Tensor, ...]] = []
-    with eval_mode(model):
+    with eval_mode(inner):
         for rows in track(batches, "scoring", disable=not progress, console=Console(stderr=True)):
             numbers, groups = _grouped(pairs, rows, alone=not task.shares([pairs[row] for row in rows]))
             batch = {name: tensor.to(device) for name, tensor in task.collate(groups).items()}
             sums = TokenSums(batch["targets"])
-            for logits in sampler.logits(_Forward(model, batch, task), num_samples, seed):
+            for logits in sampler.logits(_Forward(inner, batch, task), num_samples, seed):
                 sums.add(logits.float())
             lengths = [len(pairs[number][1]) for number in numbers]
             found = (batch["targets"], *sums.result())
-            check_finite(found[1], model)
+            check_finite(found[1], inner)
             parts += [*zip(*(values.cpu().split(lengths, dim=-1) for values in found), strict=True)]
             places += numbers
     width = max(len(response) for _, response in pairs)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from ..contexts import eval_mode
+from ..contexts import eval_mode, unwrapped
 from ..prediction import Sampler, WeightDraws
 from ..prediction.prediction import check_num_samples, sampler_of
 from ..prediction.sampler import Point, StackedWeights
@@ -252,6 +252,7 @@ def posterior_generate(
         raise ValueError(f"answers must be 0 or more, at a temperature above 0; got {answers} at {answer_temperature}")
     if p_true and tokenizer is None:
         raise ValueError("p_true: the question to the model is a text; give the tokenizer")
+    model = unwrapped(model)
     all_draws = sampler or sampler_of(model)
     by_mean = decoding == "mean" and num_samples > 0 and not isinstance(all_draws, Point)
     _check_decoding(inputs, decoding, by_mean)

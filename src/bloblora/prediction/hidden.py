@@ -48,6 +48,7 @@ def hidden_states(
     with eval_mode(model):
         for forward in forwards(model, inputs, task, order, batch_size, progress):
             states = with_states(head, partial(_mean_logits, sampler, forward))[1]
+            assert states is not None
             rows.append(check_finite(states.float().cpu(), model))
     return torch.cat(rows)[torch.tensor(order).argsort()]
 

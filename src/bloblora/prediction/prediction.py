@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedTokenizerBase
 
 from ..adapter import Posterior, find_posterior
-from ..contexts import TOKENIZING, eval_mode
+from ..contexts import TOKENIZING, eval_mode, unwrapped
 from ..data import as_records
 from ..tasks.likelihood import CATEGORICAL, likelihood_of
 from .approximations import StoppingRule
@@ -23,6 +23,7 @@ from .kinds import Prediction, prediction_of
 from .sampler import Forward, Point, Sampler, WeightDraws
 
 
+@torch.inference_mode(False)  # in which a Gaussian head could not find what it has read
 @torch.no_grad()
 def predict(
     model: nn.Module,
@@ -50,7 +51,8 @@ def predict(
     may train it meanwhile.
 
     Args:
-        model: a PEFT model, Bayesian or plain, or any other of which ``sampler`` draws.
+        model: a PEFT model, Bayesian or plain, or any other of which ``sampler`` draws; it may be compiled or wrapped,
+            but predictions are the model's own.
         inputs: encoded examples of ``task``; or, for a model whose ``logits`` are (n, C), texts with a ``tokenizer``,
             what a tokenizer returned (tensors of n rows), or a DataLoader of such batches, which is taken in its order.
         num_samples: N draws; 0 uses the posterior mean.
@@ -70,7 +72,8 @@ def predict(
 
     Raises:
         ValueError: ``num_samples`` or ``batch_size`` is out of range, there is no input, a DataLoader shuffles, or a
-            tokenizer has no pad token or comes with a task; or, without a task, by `class_logits`.
+            tokenizer has no pad token or comes with a task, the adapter is merged; or, without a task, by
+            `class_logits`.
         FloatingPointError: by `check_finite`, where a probability is NaN.
         DataError: inputs for the tokenizer are no texts.
     """
@@ -82,6 +85,7 @@ def predict(
             raise ValueError("tokenizer and task both say how inputs become batches; leave one of them out")
         task = _Texts(tokenizer)
         inputs = task.encode(inputs)
+    model = unwrapped(model)
     sampler = sampler or sampler_of(model)
     likelihood = likelihood_of(task)
     if stop is not None and likelihood.name != Prediction.kind:
@@ -276,7 +280,9 @@ class _Texts:
             raise ValueError("inputs: with a tokenizer alone they must be texts; give a task for questions and prompts")
         limited = self.tokenizer.model_max_length < 1_000_000  # one that knows no limit says so with a huge number
         with TOKENIZING:
-            return [dict(self.tokenizer(record["text"], truncation=limited)) for record in records]
+            return [
+                dict(self.tokenizer(record["text"], record.get("text_pair"), truncation=limited)) for record in records
+            ]
 
     def length(self, example: dict[str, list[int]]) -> int:
         return len(example["input_ids"])

@@ -287,7 +287,8 @@ def _over_head(weights: StackedWeights, forward: Forward) -> Drawn:
     """Of one draw of an adapter that is in force."""
     if weights.head is None:
         return forward(), None
-    return average_head(weights.head, *with_states(weights.head, forward))
+    logits, read = with_states(weights.head, forward)
+    return (logits, None) if read is None else average_head(weights.head, logits, read)
 
 
 @torch.no_grad()  # which a thread doesn't inherit

@@ -10,10 +10,15 @@ from torch import Tensor, nn
 from ..contexts import hooked
 
 
-def with_states(head: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits (b, C) of a forward, and what a head read of each input, (b, d), the mean where it read several states."""
+def with_states(head: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Logits (b, C) of a forward, and what a head read of each input, (b, d), the mean where it read several states.
+
+    None where the forward was without it, as in ``disable_adapter``.
+    """
     with _differentiable_from(head) as read:
         logits = forward()
+        if not read:
+            return logits, None
         slopes = torch.autograd.grad(logits, read, torch.ones_like(logits))
     return logits.detach(), mean_where_read(read[0], slopes[0]).detach()
 

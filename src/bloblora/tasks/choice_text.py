@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..contexts import unwrapped
 from ..messages import quoted
 from .encoding import check_template, collate_labels, continuation_ids, fit_prefix, fit_question, pad, prompt_ids
 from .task import Batch, Choice, Example, Record, Score, TaskError
@@ -196,7 +196,7 @@ def tree_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
 def tree_inputs(model: nn.Module, batch: Batch, advice: str) -> dict[str, Any]:
     """What a model takes of trees; a TaskError, with an advice, by `check_model`."""
     check_model(model, batch, advice)
-    dtype = extract_model_from_parallel(model).dtype
+    dtype = unwrapped(model).dtype
     zeros = torch.zeros_like(batch["attention_mask"], dtype=dtype)
     return {
         "input_ids": batch["input_ids"],
@@ -208,7 +208,7 @@ def tree_inputs(model: nn.Module, batch: Batch, advice: str) -> dict[str, Any]:
 
 def check_model(model: nn.Module, batch: Batch, advice: str) -> None:
     """Raise a TaskError when the model would ignore or change the tree's mask."""
-    inner = extract_model_from_parallel(model)
+    inner = unwrapped(model)
     config = inner.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager"):
         raise TaskError(

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..contexts import hooked
+from ..contexts import hooked, unwrapped
 from .choice_text import TreeChoice, tree_inputs
 from .encoding import fit_prefix, prompt_ids
 from .generation import chat_ids, ended, plain_ids
@@ -109,7 +108,7 @@ class Reward(TreeChoice):
             TaskError: a model whose head isn't one output of each token, as that of causal models is.
         """
         found: list[Tensor] = []
-        inner = extract_model_from_parallel(model)
+        inner = unwrapped(model)
         head = getattr(inner.get_base_model() if isinstance(inner, PeftModel) else inner, self.head_module, None)
         if head is None:
             raise TaskError(f"model: it has no head named {self.head_module!r}; {self.needs}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..contexts import unwrapped
 from .encoding import collate_labels, pad
 from .task import Batch, Example, Record, Task, TaskError
 
@@ -63,7 +63,7 @@ class TextHead(Task):
         Raises:
             TaskError: a model with another pad token (it finds a text's end by it) or number of outputs.
         """
-        pad_token_id = extract_model_from_parallel(model).config.get_text_config().pad_token_id
+        pad_token_id = unwrapped(model).config.get_text_config().pad_token_id
         if pad_token_id != self.pad_token_id:
             raise TaskError(
                 f"model: config.pad_token_id is {pad_token_id}; the tokenizer pads with {self.pad_token_id}, "

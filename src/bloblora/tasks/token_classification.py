@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..contexts import unwrapped
 from ..messages import quoted
 from .classification import OneOfLabels, shown_labels
 from .encoding import pad
@@ -162,7 +162,7 @@ class TokenClassification(OneOfLabels):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         if logits.shape != (*batch["input_ids"].shape, len(self.labels)):
             raise TaskError(
-                f"model: {type(extract_model_from_parallel(model)).__name__} has logits of the shape "
+                f"model: {type(unwrapped(model)).__name__} has logits of the shape "
                 f"{tuple(logits.shape)}, but the task has {len(self.labels)} tags; load a token classification model "
                 f"with num_labels={len(self.labels)}"
             )
