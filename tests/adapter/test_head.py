@@ -435,6 +435,8 @@ def test_under_inference_mode_and_without_the_adapter(base):
     expected = predict(model, INPUTS, 2)
     with torch.inference_mode():
         found = predict(model, INPUTS, 2)
+        merged = average_draws(lambda: model(**INPUTS).logits, find_posterior(model), 2)
+    torch.testing.assert_close(merged, found.log_probabilities)
     assert torch.equal(found.log_probs, expected.log_probs)
     assert torch.equal(found.mutual_information, expected.mutual_information)
     with model.disable_adapter():

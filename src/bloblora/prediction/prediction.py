@@ -23,7 +23,6 @@ from .kinds import Prediction, prediction_of
 from .sampler import Forward, Point, Sampler, WeightDraws
 
 
-@torch.inference_mode(False)  # in which a Gaussian head could not find what it has read
 @torch.no_grad()
 def predict(
     model: nn.Module,

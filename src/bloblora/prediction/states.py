@@ -36,8 +36,10 @@ def _differentiable_from(module: nn.Module) -> Iterator[list[Tensor]]:
 
     def begin(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         torch.set_grad_enabled(True)
-        inputs.append(args[0].detach().requires_grad_())
+        x = args[0].clone() if args[0].is_inference() else args[0].detach()
+        inputs.append(x.requires_grad_())
         return inputs[-1], *args[1:]
 
-    with hooked([(module.register_forward_pre_hook, begin)]), torch.no_grad():  # and as it was afterwards
+    hooks = [(module.register_forward_pre_hook, begin)]
+    with hooked(hooks), torch.inference_mode(False), torch.no_grad():  # and as it was afterwards
         yield inputs
