@@ -97,6 +97,37 @@ def test_choices_as_json_in_a_table(tmp_path):
     assert read_records(as_table(",", flat=False)(QUESTIONS, tmp_path)) == QUESTIONS
 
 
+@pytest.mark.parametrize(
+    ("cell", "labels"),
+    [
+        ('["late", "damaged"]', ["late", "damaged"]),
+        ("['late', 'damaged']", ["late", "damaged"]),
+        (" ['late',\n 'damaged'] ", ["late", "damaged"]),
+        ("""["customer's", 'a "b"', 3]""", ["customer's", 'a "b"', "3"]),
+        ("[]", []),
+        ("late; damaged", ["late", "damaged"]),
+        ("['late' 'damaged']", None),
+        ("[late, damaged]", None),
+        ("['late', ['damaged']]", None),
+        ("['late', None]", None),
+    ],
+)
+def test_several_labels_in_a_cell(cell, labels, tmp_path):
+    pd.DataFrame([{"text": "a", "labels": cell}]).to_csv(file := tmp_path / "data.csv", index=False)
+    if labels is None:
+        with pytest.raises(DataError) as caught:
+            read_records(file)
+        assert f"field 'labels': {quoted(cell)} must be a list of texts, which may be empty" in str(caught.value)
+    else:
+        assert read_records(file) == [{"text": "a", "labels": labels}]
+
+
+def test_lists_as_python_prints_them(tmp_path):
+    frame = pd.DataFrame(QUESTIONS)
+    frame.to_csv(tmp_path / "data.csv", index=False)
+    assert read_records(tmp_path / "data.csv") == QUESTIONS
+
+
 def test_questions_of_a_table_may_have_fewer_choices(tmp_path):
     file = tmp_path / "data.csv"
     file.write_text("question,choice_0,choice_1,choice_2,answer\nGas?,a,b,,1\n")
