@@ -145,6 +145,13 @@ nlu:
 - synonym: two
   examples: |
     - 2
+- intent: no
+  examples:
+  - text: off
+  - no
+- intent: 007
+  examples: |
+    - yes
 """
 
 
@@ -153,6 +160,9 @@ def test_rasa(tmp_path):
         {"text": "a table in Berlin", "label": "book"},
         {"text": "a table for two", "label": "book"},
         {"text": "hello", "label": "greet"},
+        {"text": "off", "label": "no"},
+        {"text": "no", "label": "no"},
+        {"text": "yes", "label": "007"},
     ]
 
 
