@@ -95,6 +95,15 @@ def test_xlsx(tmp_path, said):
     ]
 
 
+def test_an_xlsx_with_a_column_twice(tmp_path):
+    book = openpyxl.Workbook()
+    for row in (["text", "label", "label"], ["a", "x", "y"]):
+        book.active.append(row)
+    book.save(file := tmp_path / "data.xlsx")
+    with pytest.raises(DataError, match=r"data\.xlsx: row 1: column 'label' is there twice"):
+        read_records(file)
+
+
 @pytest.mark.parametrize(
     "content",
     [

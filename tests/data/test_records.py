@@ -24,6 +24,9 @@ QUESTIONS = [
 ]
 
 
+UNQUOTED = "a cell that begins with a quote must end with the next one"
+
+
 def as_jsonl(records, folder):
     file = folder / "data.jsonl"
     file.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
@@ -152,6 +155,27 @@ def test_what_editors_leave(name, content, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "Dear team,\nbye",
+        "a, b\nc, d\ne",
+        'say "a"',
+        '"a", b',
+        '5" wide',
+        "f:\n\treturn",
+        "f:\n\tif a:\n\t\treturn",
+        "\n",
+    ],
+)
+@pytest.mark.parametrize("separator", [",", "\t", ";"])
+@pytest.mark.parametrize("columns", [["text", "label"], ["label", "text"]])
+def test_any_text_in_quotes(text, separator, columns, tmp_path):
+    record = {"text": f"{text}.", "label": "a"}
+    pd.DataFrame([record] * 2)[columns].to_csv(file := tmp_path / "data.csv", sep=separator, index=False)
+    assert read_records(file) == [record] * 2
+
+
+@pytest.mark.parametrize(
     ("label", "text"), [(3, "3"), (3.0, "3"), (0.5, "0.5"), (True, "true"), (False, "false"), ("3", "3")]
 )
 def test_labels_become_texts(label, text, tmp_path):
@@ -253,6 +277,17 @@ def test_a_long_list_of_problems_is_cut_in_the_message_alone(tmp_path):
         ("not.yml", b"a: [", ": not readable as YAML"),
         ("other.yml", b"a: 1", ": must be Rasa's NLU data"),
         ("cells.csv", b"text,label\na,b\na, and more,b\n", ":3: more cells than the header has columns: ['b']"),
+        (
+            "twice.csv",
+            b"text,label,text\na,b,\n",
+            ":1: column 'text' is there twice; rename one of both, or take it out",
+        ),
+        ("long.csv", b"text,label\na,b\n" + b"a " * 70_000 + b",b\n", ":3: not a table: a cell has more than 131,072"),
+        ("long_header.csv", b"a" * 140_000, ":1: not a table: a cell has more than 131,072 characters"),
+        ("open.tsv", b'text\tlabel\na\tb\n"c\td\n\nsay "e"\tf\n', f":3: not a table: {UNQUOTED}"),
+        ("open.csv", b'text,label\na,b\n\n"c,d\ne,f\n', f":4: not a table: {UNQUOTED}"),
+        ("closed.tsv", b'text\tlabel\n"c\td\ne\tf\n5"\tb\n', f":2: a cell holds the cells of other rows; {UNQUOTED}"),
+        ("closed.tsv", b'label\ttext\nd\t"c\nf\te\nb\t5"\n', f":2: a cell holds the cells of other rows; {UNQUOTED}"),
         ("header.csv", b"text,label\n", ": there are no records in it"),
         ("empty.jsonl", b"\n", ": there are no records in it"),
         ("cut.json", b'[{"text": "a",\n "label"', ":2: not valid JSON"),
