@@ -175,6 +175,40 @@ def test_rasa(tmp_path):
     ]
 
 
+def tagged(words, tags):
+    return {"tokens": words.split(), "tags": tags.split()}
+
+
+@pytest.mark.parametrize(
+    ("lines", "records", "comments"),
+    [
+        (
+            "# id 5b1 domain=en\nAda B-P\nlives O\n\n# id 5b2 domain=en\nin O\n",
+            [("Ada lives", "B-P O"), ("in", "O")],
+            2,
+        ),
+        ("# sent_id = 1\n# text = Ada lives\nAda\t_\t_\tB-P\nlives\t_\t_\tO\n", [("Ada lives", "B-P O")], 2),
+        ("# sent_id = 1\nAda\t_\t_\tB-P\n", [("Ada", "B-P")], 1),
+        ("# a b c\n# d e f\nAda B-P\n", [("Ada", "B-P")], 2),
+        ("# made by a tool\n\nAda B-P\n\n# O\n", [("Ada", "B-P"), ("#", "O")], 1),
+        ("# O\n1 O\n# O\n\n#\tO\n", [("# 1 #", "O O O"), ("#", "O")], 0),
+        ("# id 5b1 =\n# O\n1 O\n", [("# 1", "O O")], 1),
+    ],
+)
+def test_comments_in_conll(lines, records, comments, tmp_path, said):
+    file = write(tmp_path / "data.conll", lines)
+    assert read_records(file) == [tagged(*record) for record in records]
+    assert said == ([f"{file}: left out {comments} comment line{'s' * (comments > 1)}"] if comments else [])
+
+
+def test_conll_with_lines_of_different_columns(tmp_path):
+    file = write(tmp_path / "data.conll", "Ada B-P\n\nin O\nNew York B-L\n\nthen\nO O\n")
+    with pytest.raises(DataError) as caught:
+        read_records(file)
+    told = "columns; each must have as many as the others"
+    assert caught.value.problems == [f"{file}:3: its lines have 2, 3 {told}", f"{file}:6: its lines have 1, 2 {told}"]
+
+
 def annotated(number, text, *choices, cancelled=False):
     result = [{"type": "choices", "from_name": "c", "to_name": "t", "value": {"choices": [*choices]}}]
     return {"id": number, "data": {"content": text}, "annotations": [{"was_cancelled": cancelled, "result": result}]}

@@ -224,16 +224,33 @@ def _holds_rows(cells: list[str]) -> bool:
 
 def _tagged_rows(path: Path, say: Say) -> Iterator[tuple[Place, Row]]:
     """Sentences of CoNLL's form, each with the number of its first line: a line has a token and its tag, the first and
-    the last of its columns, and blank lines are between sentences.
+    the last of its columns, and blank lines are between sentences. Comments before a sentence are left out.
     """
-    cells: list[list[str]] = []
+    sentence, columns, comments = list[str](), 2, 0
     for number, line in enumerate(chain(_lines(path, say), [""]), start=1):
-        if (parts := line.split()) and parts[0] != "-DOCSTART-":
-            cells.append(parts)
-        elif not parts and cells:
-            tokens, tags = [one[0] for one in cells], [one[-1] if one[1:] else None for one in cells]
-            yield (f"{path}:", number - len(cells)), {"tokens": tokens} | ({"tags": tags} if any(tags) else {})
-            cells = []
+        if line.strip():
+            sentence += [line] if line.split()[0] != "-DOCSTART-" else []
+            continue
+        columns = next((len(one.split()) for one in sentence if not one.startswith("# ")), columns)
+        before = next((i for i, one in enumerate(sentence) if not _is_comment(one, columns)), len(sentence))
+        cells, comments, sentence = [one.split() for one in sentence[before:]], comments + before, []
+        if (widths := sorted({*map(len, cells)}))[1:]:
+            found = ", ".join(map(str, widths))
+            yield (
+                (f"{path}:", number - len(cells)),
+                f"its lines have {found} columns; each must have as many as the others",
+            )
+        elif cells:
+            tags = [one[-1] for one in cells] if widths[0] > 1 else []
+            record = {"tokens": [one[0] for one in cells]} | ({"tags": tags} if tags else {})
+            yield (f"{path}:", number - len(cells)), record
+    if comments:
+        say(f"{path}: left out {comments} comment line{'' if comments == 1 else 's'}")
+
+
+def _is_comment(line: str, columns: int) -> bool:
+    """Whether a line before a sentence's first word of so many columns is a comment; "#" may be a word, with a tag."""
+    return line.startswith("# ") and (len(line.split()) != columns or line.split()[2:3] == ["="])
 
 
 def _is_blank(cells: Iterable[Any]) -> bool:
