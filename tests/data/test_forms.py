@@ -1,6 +1,7 @@
 """Files as people have them: other encodings, separators, exports and columns give the records that they mean."""
 
 import gzip
+import io
 import json
 import logging
 
@@ -90,8 +91,8 @@ def test_xlsx(tmp_path, said):
     assert read_records(file) == [{"text": "a", "label": "1"}, {"text": "12", "label": "2"}]
     assert said == [
         f"{file}: read the first sheet, Queries; not Notes",
-        f"{file}: text is column 'Text', label is column 'Label' (--text-column, --label-column to choose otherwise)",
         f"{file}: left out 2 blank rows",
+        f"{file}: text is column 'Text', label is column 'Label' (--text-column, --label-column to choose otherwise)",
     ]
 
 
@@ -285,6 +286,35 @@ def test_given_columns(tmp_path, said):
         read_records(file, ReadingOptions(text_column="body"))
     with pytest.raises(DataError, match="--text-column, --answer-column are of several kinds of records"):
         read_records(file, ReadingOptions(text_column="text", answer_column="tag"))
+
+
+@pytest.mark.parametrize(
+    ("given", "known"),
+    [
+        ({}, {}),
+        ({"text": "query", "label": "intent"}, {}),
+        ({"label": "intent"}, {}),
+        ({}, {"text": "query", "label": "intent"}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_columns_that_the_first_rows_lack(given, known, stream, tmp_path, monkeypatch):
+    rows = [{"query": "a"}, {"query": "b", "intent": None}, {"query": "c", "intent": "x", "second": "y"}]
+    records = [{"text": "a"}, {"text": "b"}, {"text": "c", "label": "x", "second": "y"}]
+    content = "".join(f"{json.dumps(row)}\n" for row in rows)
+    source = "-" if stream else write(tmp_path / "data.jsonl", content)
+    options = ReadingOptions(**{f"{name}_column": column for name, column in given.items()})
+    for size in (10, 3):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+        batches = read_batches(source, size, options, known=known, require_labels=False)
+        assert [record for batch in batches for record in batch] == records
+    paired = ReadingOptions(text_pair_column="second", **{f"{name}_column": column for name, column in given.items()})
+    if not stream:
+        assert read_records(source, paired, known=known, require_labels=False)[2]["text_pair"] == "y"
+        with pytest.raises(
+            DataError, match="--label-column 'tag': there is no such column; it has query, intent, second"
+        ):
+            read_records(source, ReadingOptions(label_column="tag"), require_labels=False)
 
 
 def test_columns_of_the_run_are_used_where_they_are_there(tmp_path, said):
