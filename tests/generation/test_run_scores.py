@@ -5,9 +5,13 @@ import io
 import json
 import shutil
 import sys
+from datetime import datetime
+from decimal import Decimal
 
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from transformers import dynamic_module_utils
 
 from bloblora import runs
@@ -65,6 +69,15 @@ def test_the_command_scores_texts_and_claims(trained, tmp_path):
         claimed = sum(claim["sequence_log_probability"] for claim in line["claims"])
         assert claimed == pytest.approx(inside, abs=1e-4)
     assert "p_correct" not in lines[0]
+
+
+def test_other_columns_may_be_of_any_type(trained, tmp_path):
+    rows = [{**record, "when": datetime(2024, 1, 2), "cost": Decimal("0.5"), "raw": b"\xff"} for record in TEXTS[1:]]
+    parquet.write_table(pa.Table.from_pylist(rows), data := tmp_path / "texts.parquet")
+    score(trained.config.output, str(data), OPTIONS, ReadingOptions(), output=str(tmp_path / "scores.jsonl"))
+    lines = lines_of(tmp_path / "scores.jsonl")
+    assert [line["response"] for line in lines] == [record["response"] for record in TEXTS[1:]]
+    assert not {"when", "cost", "raw"} & lines[0].keys()
 
 
 def test_a_stop_loses_no_more_than_a_chunk(trained, tmp_path, monkeypatch):
