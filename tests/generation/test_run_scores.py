@@ -175,6 +175,7 @@ def test_a_map_of_texts_that_are_given(folder, tmp_path, capsys):
 
 def test_a_map_of_answers_and_references(folder, tmp_path, capsys):
     """The run answers two prompts as it has learnt; half of the references are others."""
+    folder = str(shutil.move(folder, tmp_path / "my run"))
     given = [record | {"response": text} for record in RECORDS for text in (record["response"], "iron")] * 5
     references = [{name: record[name] for name in ("prompt", "response")} for record in given]
     data = write_jsonl(tmp_path / "references.jsonl", references)
@@ -185,11 +186,12 @@ def test_a_map_of_answers_and_references(folder, tmp_path, capsys):
     assert "10 of 20 texts are right" in said
     assert "brier" in said
     assert "ece_floor" in said
+    assert f"next: bloblora generate '{folder}' --input FILE" in said
     generate(folder, str(data), GENERATION, ReadingOptions(), output=str(tmp_path / "answers.jsonl"))
     # equal prompts get equal answers, of which half are right
     found = [line["p_correct"] for line in lines_of(tmp_path / "answers.jsonl")]
     assert found == pytest.approx([0.5] * 20, abs=0.1)
-    file = tmp_path / "run" / "correctness.json"
+    file = tmp_path / "my run" / "correctness.json"
     stored = json.loads(file.read_text())
     stored["maps"][0]["correctness"]["num_right"] = 12
     file.write_text(json.dumps(stored))

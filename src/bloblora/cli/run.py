@@ -731,8 +731,7 @@ def correctness(
     print(f"{fitted['num_right']} of {fitted['num_examples']} texts are right")
     print(f"map: {fitted['kind']} of {', '.join(fitted['scores'])}")
     print(", ".join(f"{name} {value:.4g}" for name, value in fitted["metrics"].items()))
-    command = f"bloblora {entry['of']} {directory} --input FILE"
-    print(f"saved to {Path(directory) / CORRECTNESS_FILE}; next: {command}")
+    print(f"saved to {Path(directory) / CORRECTNESS_FILE}; next: {after_calibration(directory, entry['of'])}")
 
 
 def _rescaled(rescaling: dict[str, Any]) -> str:
