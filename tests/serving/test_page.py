@@ -463,6 +463,7 @@ def test_tagged_words(opened, base, tmp_path):
             for tag, p in zip(answer["tags"], answer["token_confidence"], strict=True)
         ]
         assert all(title.startswith(start) for title, start in zip(titles, expected, strict=False))
+        assert page.get_by_role("status").inner_text() == "2 tags."
         assert "By the calibrated rule these may have other tags" in article.inner_text()
         page.get_by_text("Settings").click()
         page.get_by_label("a list").check()
