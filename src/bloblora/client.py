@@ -199,7 +199,7 @@ class DrawClient:
     def _next(self, name: str, prompt: list[int], tokens: list[int], advice: str, **options: Any) -> list[float]:
         """Log-probability of each of the tokens as the next one, nats."""
         _, logprobs = self._ask(name, prompt, return_tokens_as_token_ids=True, **options)
-        top = logprobs["top_logprobs"][0]
+        top = (logprobs.get("top_logprobs") or [None])[0] or {}
         found = []
         for token in tokens:
             text = str(self._tokenizer.decode([token]))
@@ -242,12 +242,13 @@ class CompletionServer:
         response = self._post({"model": model, "prompt": prompt, **options})
         try:
             (choice,) = response.json()["choices"]
-            text, logprobs = choice["text"], choice.get("logprobs")
-        except (KeyError, TypeError, ValueError) as error:
+            text, logprobs = choice["text"], choice.get("logprobs") or {}
+            if logprobs.get("content") is not None:
+                logprobs = _as_completion(logprobs["content"])
+            _check_completion(text, logprobs, bool(options.get("echo")))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ServerError(f"{self.base_url}, model {model!r}: not a completion: {response.text[:200]}") from error
-        if logprobs and "content" in logprobs:
-            logprobs = _as_completion(logprobs["content"])
-        if not (logprobs and logprobs.get("token_logprobs")):
+        if not logprobs.get("token_logprobs"):
             raise ServerError(
                 f"{self.base_url}, model {model!r}: the answer has no log-probabilities although 'logprobs' was asked "
                 "for; use a server that gives them with /v1/completions, such as vLLM"
@@ -280,6 +281,14 @@ def _as_completion(content: list[dict[str, Any]]) -> dict[str, Any]:
     """Log-probabilities in the form of chats, which llama.cpp gives here too, in the form of completions."""
     tops = [{f"token_id:{top['id']}": top["logprob"] for top in token["top_logprobs"]} for token in content]
     return {"token_logprobs": [token["logprob"] for token in content], "top_logprobs": tops}
+
+
+def _check_completion(text: Any, logprobs: dict[str, Any], echo: bool) -> None:
+    """Raise what Python raises of another type, or a ValueError; of an echoed prompt the first token has no number."""
+    numbers = [*(logprobs.get("token_logprobs") or ())][echo:]
+    numbers += [score for top in logprobs.get("top_logprobs") or () if top is not None for score in top.values()]
+    if not isinstance(text, str) or not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError("a text and numbers are needed")
 
 
 def _wait(response: httpx.Response, attempt: int) -> float:

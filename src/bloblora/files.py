@@ -171,8 +171,8 @@ def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
     return content
 
 
-def parse_yaml(text: str) -> Any:
-    """What a YAML document says.
+def parse_yaml(text: str, *, as_texts: bool = False) -> Any:
+    """What a YAML document says; with ``as_texts`` whatever isn't a list or a mapping is a text.
 
     Raises:
         ValueError: it isn't YAML, or its aliases repeat more than `MOST_REPEATED` values.
@@ -181,7 +181,7 @@ def parse_yaml(text: str) -> Any:
 
     loader = None
     try:
-        loader = yaml.SafeLoader(text)  # which reads the first characters
+        loader = (yaml.BaseLoader if as_texts else yaml.SafeLoader)(text)  # which reads the first characters
         node = loader.get_single_node()
         sizes: dict[int, float] = {}
         if node is not None and _size(node, sizes) > MOST_REPEATED + len(sizes):

@@ -206,6 +206,31 @@ def test_what_cannot_be_promised_is_not_saved(call, folder, held_out, files):
     assert not (folder / "decision.json").exists()
 
 
+@pytest.mark.parametrize("name", ["data", "validation"])
+def test_the_runs_own_data_by_any_name(call, folder, held_out, files, tmp_path, monkeypatch, name):
+    own = Path(shutil.copy(files.texts, tmp_path / "own.jsonl"))
+    content = json.loads((folder / "run.json").read_text())
+    said = {"data": "the run was trained on these", "validation": "they chose the run's checkpoint"}[name]
+    digests = {"data": "records_sha256", "validation": "validation_sha256"}
+    other = {"records_sha256": "0" * 64, digests[name]: content["records_sha256"]}
+    content["config"] |= {"data": "other.jsonl", "validation": "other.jsonl", "output": "run", name: "own.jsonl"}
+    write_signed(folder / "run.json", content | other)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linked.jsonl").symlink_to(own)
+    shutil.copy(own, tmp_path / "copied.jsonl")
+    for source in ("own.jsonl", "./own.jsonl", own, "linked.jsonl", "copied.jsonl"):
+        fails(call("calibrate", folder, "--data", source, *LAX), said)
+    (away := tmp_path / "away").mkdir()
+    shutil.copy(held_out, own)  # others since, at the same place
+    shutil.copy(held_out, away / "own.jsonl")
+    monkeypatch.chdir(away)
+    fails(call("calibrate", folder, "--data", own, *LAX), said)
+    assert call("calibrate", folder, "--data", "own.jsonl", *LAX)[0] == 0
+    if name == "data":
+        assert "the run was trained on these" in call("evaluate", folder, "--data", own, "--samples", "3")[2]
+        assert "trained on" not in call("evaluate", folder, "--data", "own.jsonl", "--samples", "3")[2]
+
+
 def test_help_says_what_is_promised(call):
     text = call("calibrate", "--help")[1]
     assert all(part in text for part in ("decision.json", "--false-alarm", "Example", "used for nothing else"))

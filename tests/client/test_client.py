@@ -117,6 +117,10 @@ def replying(*replies):
         server.server_close()
 
 
+def completed(logprobs, text="x"):
+    return 200, {}, {"choices": [{"text": text, "logprobs": logprobs}]}
+
+
 def ask(case, url, **options):
     return DrawClient(case.folder, url, concurrency=1, **options).generate([{"prompt": "x"}])
 
@@ -144,6 +148,14 @@ def test_a_busy_server_is_asked_again(exported):
         ((200, {}, {"choices": [{"text": "x"}]}), "the answer has no log-probabilities although 'logprobs'"),
         ((200, {}, {"choices": []}), r'not a completion: \{"choices": \[\]\}'),
         ((200, {}, b"<html>"), "not a completion: <html>"),
+        ((200, {}, [1]), r"not a completion: \[1\]"),
+        (completed([1]), "not a completion"),
+        (completed({"token_logprobs": [-1.0, None]}), "not a completion"),
+        (completed({"token_logprobs": -1.0}), "not a completion"),
+        (completed({"token_logprobs": [-1.0], "top_logprobs": [[1]]}), "not a completion"),
+        (completed({"content": [{"logprob": -1.0, "top_logprobs": [{"logprob": -1.0}]}]}), "not a completion"),
+        (completed({"content": [{"token": "x"}]}), "not a completion"),
+        (completed(None, text=None), "not a completion"),
         ((401, {}, b"who are you"), "status 401: who are you"),
         ((200, {"Slow": "2"}, GOOD), "no answer in 0.3 s; give a longer timeout"),
     ],
@@ -156,6 +168,13 @@ def test_an_answer_that_cannot_be_used(reply, message, exported):
 def test_a_prompt_that_is_read_otherwise(exported):
     with replying((200, {}, GOOD)) as (url, _), pytest.raises(ServerError, match="1 log-probabilities for a prompt of"):
         DrawClient(exported("choice_text").folder, url).predict(QUESTIONS)
+
+
+@pytest.mark.parametrize("top", [None, [], [None]], ids=str)
+def test_no_next_tokens(top, exported):
+    reply = completed({"token_logprobs": [-1.0], "top_logprobs": top})
+    with replying(reply) as (url, _), pytest.raises(ServerError, match="isn't among the 0 most probable tokens"):
+        DrawClient(exported("choice_letter").folder, url, top_logprobs=5).predict(QUESTIONS)
 
 
 def test_nobody_there(exported):

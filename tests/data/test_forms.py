@@ -1,6 +1,7 @@
 """Files as people have them: other encodings, separators, exports and columns give the records that they mean."""
 
 import gzip
+import io
 import json
 import logging
 
@@ -90,9 +91,18 @@ def test_xlsx(tmp_path, said):
     assert read_records(file) == [{"text": "a", "label": "1"}, {"text": "12", "label": "2"}]
     assert said == [
         f"{file}: read the first sheet, Queries; not Notes",
-        f"{file}: text is column 'Text', label is column 'Label' (--text-column, --label-column to choose otherwise)",
         f"{file}: left out 2 blank rows",
+        f"{file}: text is column 'Text', label is column 'Label' (--text-column, --label-column to choose otherwise)",
     ]
+
+
+def test_an_xlsx_with_a_column_twice(tmp_path):
+    book = openpyxl.Workbook()
+    for row in (["text", "label", "label"], ["a", "x", "y"]):
+        book.active.append(row)
+    book.save(file := tmp_path / "data.xlsx")
+    with pytest.raises(DataError, match=r"data\.xlsx: row 1: column 'label' is there twice"):
+        read_records(file)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +155,13 @@ nlu:
 - synonym: two
   examples: |
     - 2
+- intent: no
+  examples:
+  - text: off
+  - no
+- intent: 007
+  examples: |
+    - yes
 """
 
 
@@ -153,7 +170,44 @@ def test_rasa(tmp_path):
         {"text": "a table in Berlin", "label": "book"},
         {"text": "a table for two", "label": "book"},
         {"text": "hello", "label": "greet"},
+        {"text": "off", "label": "no"},
+        {"text": "no", "label": "no"},
+        {"text": "yes", "label": "007"},
     ]
+
+
+def tagged(words, tags):
+    return {"tokens": words.split(), "tags": tags.split()}
+
+
+@pytest.mark.parametrize(
+    ("lines", "records", "comments"),
+    [
+        (
+            "# id 5b1 domain=en\nAda B-P\nlives O\n\n# id 5b2 domain=en\nin O\n",
+            [("Ada lives", "B-P O"), ("in", "O")],
+            2,
+        ),
+        ("# sent_id = 1\n# text = Ada lives\nAda\t_\t_\tB-P\nlives\t_\t_\tO\n", [("Ada lives", "B-P O")], 2),
+        ("# sent_id = 1\nAda\t_\t_\tB-P\n", [("Ada", "B-P")], 1),
+        ("# a b c\n# d e f\nAda B-P\n", [("Ada", "B-P")], 2),
+        ("# made by a tool\n\nAda B-P\n\n# O\n", [("Ada", "B-P"), ("#", "O")], 1),
+        ("# O\n1 O\n# O\n\n#\tO\n", [("# 1 #", "O O O"), ("#", "O")], 0),
+        ("# id 5b1 =\n# O\n1 O\n", [("# 1", "O O")], 1),
+    ],
+)
+def test_comments_in_conll(lines, records, comments, tmp_path, said):
+    file = write(tmp_path / "data.conll", lines)
+    assert read_records(file) == [tagged(*record) for record in records]
+    assert said == ([f"{file}: left out {comments} comment line{'s' * (comments > 1)}"] if comments else [])
+
+
+def test_conll_with_lines_of_different_columns(tmp_path):
+    file = write(tmp_path / "data.conll", "Ada B-P\n\nin O\nNew York B-L\n\nthen\nO O\n")
+    with pytest.raises(DataError) as caught:
+        read_records(file)
+    told = "columns; each must have as many as the others"
+    assert caught.value.problems == [f"{file}:3: its lines have 2, 3 {told}", f"{file}:6: its lines have 1, 2 {told}"]
 
 
 def annotated(number, text, *choices, cancelled=False):
@@ -232,6 +286,35 @@ def test_given_columns(tmp_path, said):
         read_records(file, ReadingOptions(text_column="body"))
     with pytest.raises(DataError, match="--text-column, --answer-column are of several kinds of records"):
         read_records(file, ReadingOptions(text_column="text", answer_column="tag"))
+
+
+@pytest.mark.parametrize(
+    ("given", "known"),
+    [
+        ({}, {}),
+        ({"text": "query", "label": "intent"}, {}),
+        ({"label": "intent"}, {}),
+        ({}, {"text": "query", "label": "intent"}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_columns_that_the_first_rows_lack(given, known, stream, tmp_path, monkeypatch):
+    rows = [{"query": "a"}, {"query": "b", "intent": None}, {"query": "c", "intent": "x", "second": "y"}]
+    records = [{"text": "a"}, {"text": "b"}, {"text": "c", "label": "x", "second": "y"}]
+    content = "".join(f"{json.dumps(row)}\n" for row in rows)
+    source = "-" if stream else write(tmp_path / "data.jsonl", content)
+    options = ReadingOptions(**{f"{name}_column": column for name, column in given.items()})
+    for size in (10, 3):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+        batches = read_batches(source, size, options, known=known, require_labels=False)
+        assert [record for batch in batches for record in batch] == records
+    paired = ReadingOptions(text_pair_column="second", **{f"{name}_column": column for name, column in given.items()})
+    if not stream:
+        assert read_records(source, paired, known=known, require_labels=False)[2]["text_pair"] == "y"
+        with pytest.raises(
+            DataError, match="--label-column 'tag': there is no such column; it has query, intent, second"
+        ):
+            read_records(source, ReadingOptions(label_column="tag"), require_labels=False)
 
 
 def test_columns_of_the_run_are_used_where_they_are_there(tmp_path, said):

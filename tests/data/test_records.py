@@ -24,6 +24,9 @@ QUESTIONS = [
 ]
 
 
+UNQUOTED = "a cell that begins with a quote must end with the next one"
+
+
 def as_jsonl(records, folder):
     file = folder / "data.jsonl"
     file.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
@@ -97,6 +100,37 @@ def test_choices_as_json_in_a_table(tmp_path):
     assert read_records(as_table(",", flat=False)(QUESTIONS, tmp_path)) == QUESTIONS
 
 
+@pytest.mark.parametrize(
+    ("cell", "labels"),
+    [
+        ('["late", "damaged"]', ["late", "damaged"]),
+        ("['late', 'damaged']", ["late", "damaged"]),
+        (" ['late',\n 'damaged'] ", ["late", "damaged"]),
+        ("""["customer's", 'a "b"', 3]""", ["customer's", 'a "b"', "3"]),
+        ("[]", []),
+        ("late; damaged", ["late", "damaged"]),
+        ("['late' 'damaged']", None),
+        ("[late, damaged]", None),
+        ("['late', ['damaged']]", None),
+        ("['late', None]", None),
+    ],
+)
+def test_several_labels_in_a_cell(cell, labels, tmp_path):
+    pd.DataFrame([{"text": "a", "labels": cell}]).to_csv(file := tmp_path / "data.csv", index=False)
+    if labels is None:
+        with pytest.raises(DataError) as caught:
+            read_records(file)
+        assert f"field 'labels': {quoted(cell)} must be a list of texts, which may be empty" in str(caught.value)
+    else:
+        assert read_records(file) == [{"text": "a", "labels": labels}]
+
+
+def test_lists_as_python_prints_them(tmp_path):
+    frame = pd.DataFrame(QUESTIONS)
+    frame.to_csv(tmp_path / "data.csv", index=False)
+    assert read_records(tmp_path / "data.csv") == QUESTIONS
+
+
 def test_questions_of_a_table_may_have_fewer_choices(tmp_path):
     file = tmp_path / "data.csv"
     file.write_text("question,choice_0,choice_1,choice_2,answer\nGas?,a,b,,1\n")
@@ -118,6 +152,27 @@ def test_questions_of_a_table_may_have_fewer_choices(tmp_path):
 def test_what_editors_leave(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     assert read_records(tmp_path / name) == [{"text": "a", "label": "b"}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Dear team,\nbye",
+        "a, b\nc, d\ne",
+        'say "a"',
+        '"a", b',
+        '5" wide',
+        "f:\n\treturn",
+        "f:\n\tif a:\n\t\treturn",
+        "\n",
+    ],
+)
+@pytest.mark.parametrize("separator", [",", "\t", ";"])
+@pytest.mark.parametrize("columns", [["text", "label"], ["label", "text"]])
+def test_any_text_in_quotes(text, separator, columns, tmp_path):
+    record = {"text": f"{text}.", "label": "a"}
+    pd.DataFrame([record] * 2)[columns].to_csv(file := tmp_path / "data.csv", sep=separator, index=False)
+    assert read_records(file) == [record] * 2
 
 
 @pytest.mark.parametrize(
@@ -222,6 +277,17 @@ def test_a_long_list_of_problems_is_cut_in_the_message_alone(tmp_path):
         ("not.yml", b"a: [", ": not readable as YAML"),
         ("other.yml", b"a: 1", ": must be Rasa's NLU data"),
         ("cells.csv", b"text,label\na,b\na, and more,b\n", ":3: more cells than the header has columns: ['b']"),
+        (
+            "twice.csv",
+            b"text,label,text\na,b,\n",
+            ":1: column 'text' is there twice; rename one of both, or take it out",
+        ),
+        ("long.csv", b"text,label\na,b\n" + b"a " * 70_000 + b",b\n", ":3: not a table: a cell has more than 131,072"),
+        ("long_header.csv", b"a" * 140_000, ":1: not a table: a cell has more than 131,072 characters"),
+        ("open.tsv", b'text\tlabel\na\tb\n"c\td\n\nsay "e"\tf\n', f":3: not a table: {UNQUOTED}"),
+        ("open.csv", b'text,label\na,b\n\n"c,d\ne,f\n', f":4: not a table: {UNQUOTED}"),
+        ("closed.tsv", b'text\tlabel\n"c\td\ne\tf\n5"\tb\n', f":2: a cell holds the cells of other rows; {UNQUOTED}"),
+        ("closed.tsv", b'label\ttext\nd\t"c\nf\te\nb\t5"\n', f":2: a cell holds the cells of other rows; {UNQUOTED}"),
         ("header.csv", b"text,label\n", ": there are no records in it"),
         ("empty.jsonl", b"\n", ": there are no records in it"),
         ("cut.json", b'[{"text": "a",\n "label"', ":2: not valid JSON"),

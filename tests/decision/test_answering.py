@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import binom, binomtest
 
-from bloblora.decision import fit_answering
+from bloblora.decision import PromiseError, fit_answering, fit_answering_by
 from tests.decision.conftest import standard_error
 
 SPLITS = 2000
@@ -181,6 +181,8 @@ def test_what_cannot_be_promised():
         fit_answering(*binary(confidence, wrong), risk=1e-6)
     with pytest.raises(ValueError, match=r"promises a risk of 0\.9 with probability 0\.95$"):
         fit_answering(*binary(confidence, np.ones(60)), risk=0.9)
+    with pytest.raises(PromiseError, match="p_correct is 0 for all 60 records, and what has 0 is never answered"):
+        fit_answering_by(torch.zeros(60), torch.ones(60), risk=0.5, score="p_correct")
     with pytest.raises(ValueError, match=r"risk must be in \(0, 1\), got 5"):
         fit_answering(*binary(confidence, wrong), risk=5)
     with pytest.raises(ValueError, match="row 0 sums to 2"):

@@ -26,6 +26,12 @@ ANSWERS = [
 ]
 
 
+def _write_different(place: Path, records: list[dict[str, Any]], *names: str) -> None:
+    """Files of which none holds the records of another, on which nothing is calibrated, in the same order."""
+    for shift, name in enumerate(names):
+        write_jsonl(place / f"{name}.jsonl", records[shift:] + records[:shift])
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """A folder with data files, trained runs, and a cache whose default model is tiny."""
@@ -34,21 +40,16 @@ def place(tmp_path_factory):
     texts = [record["text"] for record in support_desk("test")[:60]]
     labelled = [{"text": text, "label": ("parcel", "refund")[i % 2]} for i, text in enumerate(texts)]
     write_jsonl(place / "queries.jsonl", queries())
-    for name in ("held_out", "validation", "test", "questions"):
-        write_jsonl(place / f"{name}.jsonl", labelled)
+    _write_different(place, labelled, "held_out", "validation", "test", "questions")
     valued = [{"text": text, "value": len(text) / 10} for text in texts]
-    for name in ("reviews", "held_out_reviews", "validation_reviews"):
-        write_jsonl(place / f"{name}.jsonl", valued)
+    _write_different(place, valued, "reviews", "held_out_reviews", "validation_reviews")
     tagged = [{"text": text, "labels": ["late", "damaged"][: i % 3]} for i, text in enumerate(texts)]
-    for name in ("tagged", "held_out_tagged", "validation_tagged"):
-        write_jsonl(place / f"{name}.jsonl", tagged)
+    _write_different(place, tagged, "tagged", "held_out_tagged", "validation_tagged")
     words = [text.split() for text in texts]
     sentences = [{"tokens": row, "tags": ["B-X" if len(word) > 4 else "O" for word in row]} for row in words]
-    for name in ("sentences", "held_out_sentences", "validation_sentences"):
-        write_jsonl(place / f"{name}.jsonl", sentences)
+    _write_different(place, sentences, "sentences", "held_out_sentences", "validation_sentences")
     preferred = [{"prompt": text, "chosen": "it is late", "rejected": text[:9]} for text in texts]
-    for name in ("preferences", "held_out_preferences"):
-        write_jsonl(place / f"{name}.jsonl", preferred)
+    _write_different(place, preferred, "preferences", "held_out_preferences")
     write_jsonl(place / "other.jsonl", support_desk("out_of_scope")[:20])
     write_jsonl(place / "choices.jsonl", QUESTIONS)
     (place / "tickets.csv").write_text(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from bloblora import runs
 from bloblora.cli import main
 from bloblora.export import export, read_manifest
+from bloblora.export.export import _vllm_command
 from bloblora.runs import RunError
 from tests.tiny_base import write_signed
 
@@ -90,11 +92,13 @@ def test_a_kill_leaves_no_folder_and_the_next_export_succeeds(run_of, tmp_path):
 
 
 def test_the_command(run_of, tmp_path, capsys):
-    main(["export", str(run_of("blob")), "--output", str(tmp_path / "out"), "--samples", "2", "--seed", "4"])
+    command = ["export", str(run_of("blob")), "--output", str(tmp_path / "my out")]
+    main([*command, "--samples", "2", "--seed", "4"])
     said = capsys.readouterr().out
-    assert f"vllm: cd {tmp_path / 'out'} && vllm serve " in said
+    assert f"vllm: cd '{tmp_path / 'my out'}' && vllm serve " in said
     assert "mean, draw_00, draw_01" in said
-    assert read_manifest(tmp_path / "out").seed == 4
+    assert read_manifest(tmp_path / "my out").seed == 4
     with pytest.raises(SystemExit):
-        main(["export", str(run_of("blob")), "--output", str(tmp_path / "out")])
+        main(command)
     assert "choose another output" in capsys.readouterr().err
+    assert shlex.split(_vllm_command("my models/base", ["mean"], 8))[2:4] == ["my models/base", "--enable-lora"]

@@ -5,9 +5,13 @@ import io
 import json
 import shutil
 import sys
+from datetime import datetime
+from decimal import Decimal
 
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from transformers import dynamic_module_utils
 
 from bloblora import runs
@@ -65,6 +69,15 @@ def test_the_command_scores_texts_and_claims(trained, tmp_path):
         claimed = sum(claim["sequence_log_probability"] for claim in line["claims"])
         assert claimed == pytest.approx(inside, abs=1e-4)
     assert "p_correct" not in lines[0]
+
+
+def test_other_columns_may_be_of_any_type(trained, tmp_path):
+    rows = [{**record, "when": datetime(2024, 1, 2), "cost": Decimal("0.5"), "raw": b"\xff"} for record in TEXTS[1:]]
+    parquet.write_table(pa.Table.from_pylist(rows), data := tmp_path / "texts.parquet")
+    score(trained.config.output, str(data), OPTIONS, ReadingOptions(), output=str(tmp_path / "scores.jsonl"))
+    lines = lines_of(tmp_path / "scores.jsonl")
+    assert [line["response"] for line in lines] == [record["response"] for record in TEXTS[1:]]
+    assert not {"when", "cost", "raw"} & lines[0].keys()
 
 
 def test_a_stop_loses_no_more_than_a_chunk(trained, tmp_path, monkeypatch):
@@ -162,6 +175,7 @@ def test_a_map_of_texts_that_are_given(folder, tmp_path, capsys):
 
 def test_a_map_of_answers_and_references(folder, tmp_path, capsys):
     """The run answers two prompts as it has learnt; half of the references are others."""
+    folder = str(shutil.move(folder, tmp_path / "my run"))
     given = [record | {"response": text} for record in RECORDS for text in (record["response"], "iron")] * 5
     references = [{name: record[name] for name in ("prompt", "response")} for record in given]
     data = write_jsonl(tmp_path / "references.jsonl", references)
@@ -172,11 +186,12 @@ def test_a_map_of_answers_and_references(folder, tmp_path, capsys):
     assert "10 of 20 texts are right" in said
     assert "brier" in said
     assert "ece_floor" in said
+    assert f"next: bloblora generate '{folder}' --input FILE" in said
     generate(folder, str(data), GENERATION, ReadingOptions(), output=str(tmp_path / "answers.jsonl"))
     # equal prompts get equal answers, of which half are right
     found = [line["p_correct"] for line in lines_of(tmp_path / "answers.jsonl")]
     assert found == pytest.approx([0.5] * 20, abs=0.1)
-    file = tmp_path / "run" / "correctness.json"
+    file = tmp_path / "my run" / "correctness.json"
     stored = json.loads(file.read_text())
     stored["maps"][0]["correctness"]["num_right"] = 12
     file.write_text(json.dumps(stored))

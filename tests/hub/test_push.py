@@ -12,9 +12,9 @@ import torch
 
 from bloblora import hub as bloblora_hub
 from bloblora import runs
-from bloblora.hub.push import stage
+from bloblora.hub.push import _make_public, stage
 from tests.hub import server
-from tests.tiny_base import queries, write_jsonl
+from tests.tiny_base import queries, write_jsonl, write_signed
 
 # huggingface_hub reads its environment once, so commands that have it in common share a process
 _COMMANDS = """
@@ -235,6 +235,20 @@ def test_what_goes_up_of_other_methods_is_enough(base, trained, tmp_path, method
     for file in tmp_path.glob("staged/**/*.json"):
         assert method == "ensemble" or file.parent == tmp_path / "staged"
     assert method != "full" or str(base) not in (tmp_path / "staged" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["start_from", "prior_from", "imported"])
+def test_where_a_run_came_from_does_not_go_up(name, trained, tmp_path):
+    (tmp_path / "staged").mkdir()
+    stage(runs.open_run(trained.folder), tmp_path / "staged")
+    run = json.loads((tmp_path / "staged" / "run.json").read_text())
+    place = run["training"] if name == "imported" else run["config"]
+    place[name] = str(tmp_path / "before")
+    write_signed(tmp_path / "staged" / "run.json", run)
+    _make_public(tmp_path / "staged", "user/desk", "nobody/tiny")
+    run = json.loads((tmp_path / "staged" / "run.json").read_text())
+    assert (run["training"] if name == "imported" else run["config"])[name] == "before"
+    assert not any(str(tmp_path).encode() in file.read_bytes() for file in (tmp_path / "staged").rglob("*.*"))
 
 
 def test_a_base_models_configuration_is_asked_for_once(hub, process):

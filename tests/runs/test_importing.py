@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bloblora import find_posterior, runs
+from bloblora.cli import main
 from bloblora.runs import RunError, import_adapter
 from tests.tiny_base import QUESTIONS
 
@@ -91,6 +92,11 @@ def test_answers_are_those_of_its_layers(theirs, base, tmp_path, drawn):
     for row, expected in zip(found, answers(base, layers, noise), strict=True):
         torch.testing.assert_close(row[: len(expected)], expected, rtol=1e-4, atol=1e-5)
     assert runs.open_run(tmp_path / "run").training == {"imported": str(folder)}
+
+
+def test_the_command_says_what_to_type_next(theirs, tmp_path, capsys):
+    main(["import", str(theirs[0]), "--output", str(tmp_path / "my run")])
+    assert f"next: bloblora evaluate '{tmp_path / 'my run'}' --data FILE" in capsys.readouterr().out
 
 
 def test_what_cannot_be_imported(theirs, base, tmp_path):

@@ -1,6 +1,7 @@
 """Several labels at once: records, likelihood, metrics beside scikit-learn's, promises, and a run from end to end."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,6 +129,13 @@ def test_labels_with_few_records_carry_no_promise():
     assert Decision.from_dict(Decision(label_thresholds=rule).to_dict()) == Decision(label_thresholds=rule)
     with pytest.raises(PromiseError, match="needs at least 4 records to calibrate on, got 2"):
         fit_label_thresholds(probabilities[:2], has[:2], 0.8)
+
+
+def test_what_became_of_promises_where_no_input_has_a_promised_label(prediction, targets):
+    rule = fit_label_thresholds(prediction.probabilities, targets, 0.5)
+    decision = Decision(label_thresholds=replace(rule, num_examples=[40, 40, 0]))
+    assert decision.realized(prediction, targets).keys() == {"least_recall", "recall", "named"}
+    assert decision.realized(prediction, targets * torch.tensor([0, 0, 1])).keys() == {"named"}
 
 
 def test_a_run_from_records_to_a_server(base, tmp_path):

@@ -182,7 +182,7 @@ def test_a_run_that_learned_nothing_says_so_everywhere(trained, tmp_path, capsys
 
 
 def test_records_that_chose_the_checkpoint_calibrate_nothing(trained, tmp_path, capsys):
-    other = str(write_jsonl(tmp_path / "other.jsonl", records(60)))
+    other = str(write_jsonl(tmp_path / "other.jsonl", records(60)[::-1]))
     trained(method="lora", validation=other)
     with pytest.raises(SystemExit):
         main(["calibrate", str(tmp_path / "run"), "--data", other])

@@ -193,7 +193,12 @@ def test_examples(folders, tmp_path):
     assert next(example["text"] for example in examples_for(numbers)) == "could you help me with this, please"
     bundled = replace(desk, config=desk.config.with_options(data="support_desk:train"))
     assert examples_for(bundled)[1] == {"text": "i want out"}
+    pair = {"text": "it is late", "text_pair": "where is my parcel"}
+    assert examples_for(desk, str(write_jsonl(tmp_path / "pair.jsonl", [{**pair, "label": "parcel"}]))) == [pair]
+    chat = [{"role": "user", "content": "where?"}]
     for records, directory, message in (
+        ([{"messages": chat}], "desk", r"wrong\.jsonl': records with messages; give each a 'prompt' that is a text"),
+        ([{"prompt": chat, "responses": ["a"]}], "desk", "records with messages; give each a 'prompt'"),
         ([{"text": "a"}] * 7, "desk", "7 records; give at most 6"),
         ([{"text": "a"}], "quiz", "records with 'text'; no run takes these"),
     ):

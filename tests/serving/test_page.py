@@ -323,6 +323,22 @@ def test_title_description_and_examples_that_were_given(opened, folders, tmp_pat
         assert not page.get_by_label("Model", exact=True).is_visible()  # there is one
 
 
+def test_an_example_is_asked_whole(opened, folders, tmp_path):
+    """Its second text too, until its text is changed."""
+    pair = {"text": "it is late", "text_pair": "where is my parcel"}
+    (tmp_path / "examples.jsonl").write_text(json.dumps(pair))
+    settings = replace(SETTINGS, examples=str(tmp_path / "examples.jsonl"))
+    with serving(load_hosted(open_hosted([folders["desk"]], settings), settings), settings) as client:
+        page = opened(str(client.base_url))
+        with page.expect_request("**/v1/predict") as asked:
+            page.get_by_role("button", name="it is late / where is my parcel").click()
+        assert asked.value.post_data_json["inputs"] == [pair]
+        page.get_by_role("heading", name="it is late / where is my parcel").wait_for()
+        with page.expect_request("**/v1/predict") as asked:
+            ask(page, "it is later")
+        assert asked.value.post_data_json["inputs"] == [{"text": "it is later"}]
+
+
 def test_without_a_title_it_has_the_name_and_purpose_of_the_run(page):
     assert page.get_by_role("heading", level=1).inner_text() == page.title() == "desk"
     assert page.get_by_text("Sorts a text into one of 2 labels: parcel, refund.").is_visible()
@@ -405,15 +421,20 @@ def test_rewards(opened, base, tmp_path):
     runs.train(runs.RunConfig.of(data=pairs, output=str(tmp_path / "run"), **options), progress=False)
     with serving(load_hosted(open_hosted([str(tmp_path / "run")], SETTINGS), SETTINGS)) as client:
         page = opened(str(client.base_url))
-        for responses in (["my card", "gas", "air"], ["twice"]):
+        for responses in (["my card", "gas", "air"], ["twice"], ["10", "9", "gas"], ["gas", "gas"]):
             body = {"inputs": {"prompt": "what?", "responses": responses}}
             answer = client.post("/v1/predict", json=body).json()["answers"][0]
             page.get_by_role("textbox", name="Prompt").fill("what?")
             page.get_by_role("textbox", name="Choices").fill("\n".join(responses))
             page.get_by_role("button", name="Answer", exact=True).click()
             article = page.get_by_role("article").first
-            article.get_by_role("cell", name=f"{answer['rewards'][0]:.2f} ± {answer['reward_stds'][0]:.2f}").wait_for()
-            assert article.locator("tbody th").all_inner_texts() == responses
+            rewards = zip(answer["rewards"], answer["reward_stds"], strict=True)
+            names = ["0: gas", "1: gas"] if len({*responses}) < len(responses) else responses
+            article.get_by_text(names[0], exact=True).last.wait_for()
+            assert article.locator("tbody th").all_inner_texts() == names
+            assert article.locator("tbody td").all_inner_texts() == [f"{mean:.2f} ± {std:.2f}" for mean, std in rewards]
+            widths = article.locator("rect.bar").evaluate_all("bars => bars.map(bar => +bar.getAttribute('width'))")
+            assert widths == pytest.approx([100 * answer["probabilities"][name] for name in names])
             assert article.locator(".verdict strong").inner_text() == answer["best"]
 
 
@@ -442,6 +463,7 @@ def test_tagged_words(opened, base, tmp_path):
             for tag, p in zip(answer["tags"], answer["token_confidence"], strict=True)
         ]
         assert all(title.startswith(start) for title, start in zip(titles, expected, strict=False))
+        assert page.get_by_role("status").inner_text() == "2 tags."
         assert "By the calibrated rule these may have other tags" in article.inner_text()
         page.get_by_text("Settings").click()
         page.get_by_label("a list").check()

@@ -31,11 +31,13 @@ from ..runs.correctness import CORRECTNESS_FILE, calibrate_texts, open_correctne
 from ..runs.decide import DECISION_FILE, DECISIONS, calibrate_on, open_decision
 from ..runs.decide import calibrate as calibrate_run
 from ..runs.evaluate import METRICS_FILE, read_metrics, save_metrics
+from ..runs.folder import records_sha256
 from ..runs.lines import lines_file, write_table
 from ..runs.outcome import log
 from ..runs.predictions import answer_of, check_made_by, read_predictions
 from ..runs.processes import use_device
 from ..runs.scoring import score_file
+from ..runs.selection import select_for
 from ..runs.text_decisions import open_text_decision, promise_texts
 from ..runs.texts import WritingOptions
 from ..training import PosteriorHistograms
@@ -266,7 +268,7 @@ def _calibrate(
 ) -> dict[str, Any]:
     """`calibrate` of a run that predicts."""
     records, outside = _read(description, data, ood, reading)
-    _check_unseen(description, data)
+    _check_unseen(description, data, records)
     check_promises(len(records), predicted=KINDS[description.task.likelihood.name], **promises)
     return calibrate_run(description, records, outside, options, progress=progress, **promises)
 
@@ -289,8 +291,8 @@ def _calibrate_texts(
 ) -> dict[str, Any]:
     """`calibrate` of a run that writes text."""
     with _named(data):
-        _check_unseen(description, data)
         records = read_records(data, reading, **description.reading)
+        _check_unseen(description, data, records)
         settings: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
         settings["trust_remote_code"] = options.trust_remote_code
         return promise_texts(description, records, options.how(), **settings, **promises, **options.of_generation())
@@ -313,7 +315,7 @@ def _calibrate_predictions(
     if description is not None:
         check_made_by(file, description, options)
         if data is not None:
-            _check_unseen(description, data)
+            _check_unseen(description, data, records)
     inside, targets = read_predictions(file, task, options.samples, targets=right)
     score = promises["score"]
     if score in inside.uncertainties and getattr(inside, score).isnan().any():
@@ -402,7 +404,7 @@ def evaluate(
         distance = runs.open_distance(description) if distances else None
         training = runs.training_records(description) if distances and distance is None else None
         run = runs.load_run(description, options.approximate, trust_remote_code=options.trust_remote_code)
-        if _is_training_data(description, data):
+        if _is_source(description, "data", data, records):
             print(
                 f"data {quoted(data)}: the run was trained on these; its metrics say little of others", file=sys.stderr
             )
@@ -708,8 +710,8 @@ def correctness(
     runs.check_alone("correctness")
     check_generates((description := _opened(directory)).task)
     with _named(data):
-        _check_unseen(description, data)
         records = read_records(data, reading, **description.reading)
+        _check_unseen(description, data, records)
         entry = calibrate_texts(
             description,
             records,
@@ -729,8 +731,7 @@ def correctness(
     print(f"{fitted['num_right']} of {fitted['num_examples']} texts are right")
     print(f"map: {fitted['kind']} of {', '.join(fitted['scores'])}")
     print(", ".join(f"{name} {value:.4g}" for name, value in fitted["metrics"].items()))
-    command = f"bloblora {entry['of']} {directory} --input FILE"
-    print(f"saved to {Path(directory) / CORRECTNESS_FILE}; next: {command}")
+    print(f"saved to {Path(directory) / CORRECTNESS_FILE}; next: {after_calibration(directory, entry['of'])}")
 
 
 def _rescaled(rescaling: dict[str, Any]) -> str:
@@ -770,16 +771,39 @@ def _opened(directory: str, options: PredictionOptions | None = None) -> RunDesc
     return description
 
 
-def _check_unseen(description: RunDescription, data: str) -> None:
+def _check_unseen(description: RunDescription, data: str, records: list[dict[str, Any]]) -> None:
     other = "calibrate on records that it has not seen"
-    if _is_training_data(description, data):
+    if _is_source(description, "data", data, records):
         raise RunError(f"data {quoted(data)}: the run was trained on these; {other}")
-    if data == description.config.validation_data:
+    if description.config.validation and _is_source(description, "validation", data, records):
         raise RunError(f"data {quoted(data)}: they chose the run's checkpoint; {other}")
 
 
-def _is_training_data(description: RunDescription, data: str) -> bool:
-    return data.removesuffix(":train") == description.config.source("data").removesuffix(":train")
+def _is_source(
+    description: RunDescription, name: Literal["data", "validation"], data: str, records: list[dict[str, Any]]
+) -> bool:
+    """Whether these are the run's own training or validation data: the same records, or read from the same place."""
+    config, digests = (
+        description.config,
+        {"data": description.records_sha256, "validation": description.validation_sha256},
+    )
+    if _place(Path(), data) == _place(_trained_in(description), str(config.source(name))):
+        return True
+    return digests[name] == records_sha256(select_for(config, records) if name == "data" else records)
+
+
+def _trained_in(description: RunDescription) -> Path:
+    """What the run's relative paths are relative to, by where its folder is now; else the current folder."""
+    folder, output = description.folder.resolve(), Path(description.config.output)
+    if not output.is_absolute() and folder.parts[-len(output.parts) :] == output.parts:
+        return folder.parents[len(output.parts) - 1]
+    return folder if description.remote else Path()  # of data of a run on the hub only the names are known
+
+
+def _place(folder: Path, source: str) -> str:
+    """A file or a folder of data in one spelling; other names without the default split."""
+    path = folder / source
+    return str(path.resolve()) if path.exists() else source.removesuffix(":train")
 
 
 def _histograms(folder: str) -> list[PosteriorHistograms]:

@@ -1,5 +1,6 @@
 """A run for others: exported for other programs, and on the Hugging Face hub."""
 
+import shlex
 from typing import Any, Literal
 
 from transformers.utils import logging
@@ -42,7 +43,7 @@ def import_(
     how: dict[str, Any] = {"prior_std": prior_std, "std_parameterization": std_parameterization}
     how |= {"model": model, "task": task, "max_length": max_length, "trust_remote_code": code.trust_remote_code}
     run = import_adapter(directory, output, **how)
-    print(f"{output}: a run of method {run.method.name}; next: bloblora evaluate {output} --data FILE")
+    print(f"{output}: a run of method {run.method.name}; next: bloblora evaluate {shlex.quote(output)} --data FILE")
 
 
 def export(
@@ -88,7 +89,7 @@ def export(
         raise RunError(f"{directory}: {error}") from error
     print(f"{output}: {len(manifest.files)} files, {', '.join(filter(None, [manifest.mean, *manifest.draws]))}")
     for program, command in manifest.commands.items():
-        print(f"{program}: cd {output} && {command}")
+        print(f"{program}: cd {shlex.quote(output)} && {command}")
     for warning in manifest.warnings:
         print(f"note: {warning}")
 

@@ -1,5 +1,6 @@
 """Many runs: compare, report, tune."""
 
+import shlex
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -86,7 +87,7 @@ def compare(
             ended=progress.ended,
         )
     failed = [outcome for outcome in outcomes if outcome.error]
-    print(f"{len(outcomes) - len(failed)} runs done, {len(failed)} failed; next: bloblora report {output}")
+    print(f"{len(outcomes) - len(failed)} runs done, {len(failed)} failed; next: bloblora report {shlex.quote(output)}")
     if failed:
         raise runs.RunError("\n".join(f"{outcome.job.name}: {outcome.error}" for outcome in failed))
 

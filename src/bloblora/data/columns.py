@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -88,6 +89,7 @@ _PAIRS = (
 _BEFORE = {"labels": ("label",), "value": ("label", "labels")}
 """Fields that are a record's answer rather than another one, where both could be."""
 _CHOICE = re.compile(r"choice_\d+")
+_LIST = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
 
 
 def find_columns(
@@ -169,8 +171,7 @@ def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
         record["choices"] = [text for text in texts if text != ""]
     for name in ("choices", "responses", "tokens", "tags"):
         if isinstance(record.get(name), str):
-            with suppress(ValueError, RecursionError):  # reported with its value by the check that follows
-                record[name] = json.loads(record[name])
+            record[name] = _parsed(record[name])  # what is no list is reported with its value by the check that follows
     record, names = _named_choices(record)
     if "answer" in record:
         record["answer"] = _index(record["answer"], record.get("choices"), names)
@@ -201,17 +202,32 @@ def _label(value: Any) -> Any:
 
 
 def label_list(value: Any) -> Any:
-    """Labels as a list: of JSON, or of a text in which ``|``, ``;`` or else a comma stands between them."""
-    if isinstance(value, str):
-        with suppress(ValueError, RecursionError):
-            if isinstance(found := json.loads(value), list):
-                value = found
-    if isinstance(value, str):
+    """Labels as a list: of JSON, as Python prints one, or of a text with ``|``, ``;`` or else a comma between them.
+
+    What only looks like a list stays a text.
+    """
+    if isinstance(value, str) and isinstance(found := _parsed(value), list):
+        value = found
+    if isinstance(value, str) and not _LIST.fullmatch(value):
         mark = next((mark for mark in "|;," if mark in value), "|")
         value = [part for part in value.split(mark) if part.strip()]
     if not isinstance(value, list | tuple):
         return value
     return [label.strip() if isinstance(label, str) else _label(label) for label in value]
+
+
+def _parsed(text: str) -> Any:
+    """What a cell says in JSON, or the list of texts and numbers that Python prints so; else the cell itself."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(text)
+    if _LIST.fullmatch(text):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = ast.literal_eval(text.strip())
+            # Without commas, as numpy prints texts, Python would join them.
+            alike = "".join(repr(found).split()) == "".join(text.split())
+            if alike and isinstance(found, list) and all(isinstance(item, str | int | float) for item in found):
+                return found
+    return text
 
 
 def _json_value(value: Any) -> Any:

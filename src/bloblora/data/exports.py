@@ -21,7 +21,7 @@ def rasa_rows(source: str, text: str) -> Iterator[Record | str]:
         DataError: not YAML, or no list ``nlu``.
     """
     try:
-        content = parse_yaml(text)
+        content = parse_yaml(text, as_texts=True)  # an intent may be called "yes", which YAML 1.1 takes for true
     except ValueError as error:
         raise DataError([f"{source}: not readable as YAML: {error}"]) from error
     if not isinstance(content, dict) or not isinstance(content.get("nlu"), list):

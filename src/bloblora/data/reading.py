@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 
 from ..messages import quoted
@@ -24,6 +24,7 @@ from .records import (
 from .sources import Row, Say, rows_of
 
 _log = logging.getLogger("bloblora")
+_AHEAD = 256  # rows of which the columns are known before the first is a record: not every row needs to have all
 _MOST_LABELS = 10_000  # of which it is known which differ by case alone
 
 
@@ -41,6 +42,7 @@ class Reader:
         require_labels: whether each record must have its label or answer.
         silent: log nothing.
         kind: of the records, one of `KINDS`; fields of other kinds are left out. Default: what their fields say.
+        ahead: rows that are read before the first is a record, to find columns that not every row has.
 
     Attributes:
         columns: the column of each field that isn't called as its field; known once the first row was read.
@@ -58,9 +60,10 @@ class Reader:
         require_labels: bool = True,
         silent: bool = False,
         kind: str | None = None,
+        ahead: int = _AHEAD,
     ) -> None:
         self.source, self.options, self.known = str(source), options, known or {}
-        self.kind = kind
+        self.kind, self._ahead = kind, ahead
         self.require_labels = require_labels
         self.columns: dict[str, str] = {}
         self._say: Say = (lambda text: None) if silent else _log.info
@@ -88,18 +91,17 @@ class Reader:
 
     def checked(self) -> Iterator[tuple[Place, Record, list[str]]]:
         """Each row as a record, with its place and its problems; a DataError where there is none."""
-        first, empty, resolved, stripped = None, True, False, 0
+        first, stripped, rows = None, 0, self._rows()
         labels: set[str] = set()
-        for place, row in self._rows():
-            empty = False
+        if not (ahead := [*islice(rows, self._ahead)]):
+            raise DataError([f"{self._name}: there are no records in it"])
+        if every := _fields(self._of_kind(row) for _, row in ahead if not isinstance(row, str)):
+            self._find_columns(every)
+        for place, row in chain(ahead, rows):
             if isinstance(row, str):
                 yield place, {}, [row]
                 continue
-            row = self._of_kind(row)
-            if not resolved:
-                self._find_columns(row)
-                resolved = True
-            record = to_record(row, self.columns)
+            record = to_record(self._of_kind(row), self.columns)
             kind = record_kind(record)
             if kind == "text" and isinstance(label := record.get("label"), str):
                 record["label"] = label.strip()
@@ -113,8 +115,6 @@ class Reader:
                     fields = f"it has {first_field(kind)}, those before {first_field(first)}"
                     problems = [f"{fields}; keep the kinds in separate files"]
             yield place, record, [problem + self._hint(problem) for problem in problems]
-        if empty:
-            raise DataError([f"{self._name}: there are no records in it"])
         if stripped:
             self._say(f"{self._name}: took white space off {_count(stripped, 'label')}")
         if same := _same_but_for_case(labels):
@@ -195,7 +195,10 @@ def read_batches(
     if not stream:
         for _ in Reader(source, options, known=known, require_labels=require_labels, kind=kind):
             pass
-    reader = Reader(source, options, known=known, require_labels=require_labels, silent=not stream, kind=kind)
+    ahead = size if stream else _AHEAD
+    reader = Reader(
+        source, options, known=known, require_labels=require_labels, silent=not stream, kind=kind, ahead=ahead
+    )
     rows = reader.checked()
     while batch := [*islice(rows, size)]:
         problems = Problems()
@@ -204,6 +207,14 @@ def read_batches(
         reader.report(problems, right=True)
         if records := [record for _, record, found in batch if not found]:
             yield records
+
+
+def _fields(rows: Iterable[Record]) -> Record:
+    """All fields of the rows, with the first value of each that isn't null."""
+    found: Record = {}
+    for row in rows:
+        found |= {name: value for name, value in row.items() if found.get(name) is None}
+    return found
 
 
 def _same_but_for_case(labels: set[str]) -> str:

@@ -12,7 +12,7 @@ from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from shutil import copyfileobj
 from tempfile import TemporaryFile
@@ -30,6 +30,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet", ".yml", ".ya
 _PARQUET_ROWS, _BUFFER = 1024, 2**20  # rows and bytes at a time, so that a row group need not fit into memory
 _MOST_UNPACKED, _MOST_TIMES = 2**28, 100  # bytes, and times of the file's size, both of which a bomb is above
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_QUOTES = "a cell that begins with a quote must end with the next one; write quotes that belong to its text twice"
 _NOT_IN_CP1252 = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")
 Row = Record | str
 """A row as it was read, or why it can't be."""
@@ -179,33 +180,77 @@ def _object(row: Any) -> Row:
 
 def _table_rows(path: Path, suffix: str, say: Say) -> Iterator[tuple[Place, Row]]:
     delimiter = "\t" if suffix == ".tsv" else _delimiter(path, say)
-    reader = csv.DictReader(_lines(path, say), delimiter=delimiter)
-    blank = 0
+    reader = csv.reader(_lines(path, say), delimiter=delimiter, strict=True)
+    blank, first = 0, 1  # the line on which a row begins
     try:
-        for row in reader:
-            if _is_blank(row.values()):
-                blank += 1
-                continue
-            surplus = row.pop(None, None)  # where DictReader puts cells without a name
-            problem = f"more cells than the header has columns: {quoted(surplus)}; quote cells that hold {delimiter!r}"
-            yield (f"{path}:", reader.line_num), problem if surplus else row
+        _check_names(f"{path}:1", header := next(reader, []))
+        first = reader.line_num + 1
+        for cells in reader:
+            place, first = (f"{path}:", first), reader.line_num + 1
+            if _is_blank(cells):
+                blank += bool(cells)
+            elif surplus := cells[len(header) :]:
+                problem = "more cells than the header has columns"
+                yield place, f"{problem}: {quoted(surplus)}; quote cells that hold {delimiter!r}"
+            elif delimiter == "\t" and _holds_rows(cells):
+                yield place, f"a cell holds the cells of other rows; {_QUOTES}"
+            else:
+                yield place, dict(zip_longest(header, cells))
     except csv.Error as error:
-        raise DataError([f"{path}:{reader.line_num}: not a table: {error}"]) from error
+        most = csv.field_size_limit()
+        what = f"a cell has more than {most:,} characters, which .jsonl may have" if "limit" in str(error) else _QUOTES
+        raise DataError([f"{path}:{first}: not a table: {what}"]) from error
     _say_blank(path, blank, say)
+
+
+def _check_names(place: str, header: list[str]) -> None:
+    if twice := [name for name in header if name.strip() and header.count(name) > 1]:
+        raise DataError([f"{place}: column {quoted(twice[0])} is there twice; rename one of both, or take it out"])
+
+
+def _holds_rows(cells: list[str]) -> bool:
+    """Whether a cell has line breaks and tabs where rows have theirs.
+
+    A quote that begins a text and one that ends another row's make one cell of all that is between them.
+    """
+    after = len(cells) - 1
+    for before, cell in enumerate(cells):
+        lines = [line.split("\t") for line in cell.splitlines()] if "\t" in cell else []
+        tabs = [after - before, *[after] * (len(lines) - 2), before]
+        if [len(parts) - 1 for parts in lines] == tabs and all(part.strip() for parts in lines for part in parts):
+            return True
+    return False
 
 
 def _tagged_rows(path: Path, say: Say) -> Iterator[tuple[Place, Row]]:
     """Sentences of CoNLL's form, each with the number of its first line: a line has a token and its tag, the first and
-    the last of its columns, and blank lines are between sentences.
+    the last of its columns, and blank lines are between sentences. Comments before a sentence are left out.
     """
-    cells: list[list[str]] = []
+    sentence, columns, comments = list[str](), 2, 0
     for number, line in enumerate(chain(_lines(path, say), [""]), start=1):
-        if (parts := line.split()) and parts[0] != "-DOCSTART-":
-            cells.append(parts)
-        elif not parts and cells:
-            tokens, tags = [one[0] for one in cells], [one[-1] if one[1:] else None for one in cells]
-            yield (f"{path}:", number - len(cells)), {"tokens": tokens} | ({"tags": tags} if any(tags) else {})
-            cells = []
+        if line.strip():
+            sentence += [line] if line.split()[0] != "-DOCSTART-" else []
+            continue
+        columns = next((len(one.split()) for one in sentence if not one.startswith("# ")), columns)
+        before = next((i for i, one in enumerate(sentence) if not _is_comment(one, columns)), len(sentence))
+        cells, comments, sentence = [one.split() for one in sentence[before:]], comments + before, []
+        if (widths := sorted({*map(len, cells)}))[1:]:
+            found = ", ".join(map(str, widths))
+            yield (
+                (f"{path}:", number - len(cells)),
+                f"its lines have {found} columns; each must have as many as the others",
+            )
+        elif cells:
+            tags = [one[-1] for one in cells] if widths[0] > 1 else []
+            record = {"tokens": [one[0] for one in cells]} | ({"tags": tags} if tags else {})
+            yield (f"{path}:", number - len(cells)), record
+    if comments:
+        say(f"{path}: left out {comments} comment line{'' if comments == 1 else 's'}")
+
+
+def _is_comment(line: str, columns: int) -> bool:
+    """Whether a line before a sentence's first word of so many columns is a comment; "#" may be a word, with a tag."""
+    return line.startswith("# ") and (len(line.split()) != columns or line.split()[2:3] == ["="])
 
 
 def _is_blank(cells: Iterable[Any]) -> bool:
@@ -219,7 +264,7 @@ def _say_blank(path: Path, blank: int, say: Say) -> None:
 
 def _delimiter(path: Path, say: Say) -> str:
     """What separates most columns of the header; a comma where none does."""
-    header = next(_lines(path, lambda _: None), "")
+    header = next(_lines(path, lambda _: None), "")[: csv.field_size_limit()]
     counts = {delimiter: len(next(csv.reader([header], delimiter=delimiter), [])) for delimiter in _DELIMITERS}
     found = max(counts, key=counts.__getitem__)
     if found != ",":
@@ -247,7 +292,7 @@ def _sheet_rows(path: Path, say: Say) -> Iterator[tuple[Place, Row]]:
             if _is_blank(cells):
                 blank += header is not None
             elif header is None:
-                header = ["" if cell is None else str(cell) for cell in cells]
+                _check_names(f"{path}: row {number}", header := ["" if cell is None else str(cell) for cell in cells])
             else:
                 row = {name: _cell(cell) for name, cell in zip(header, cells, strict=False) if name}
                 yield (f"{path}: row ", number), row

@@ -119,6 +119,8 @@ def fit_answering_by(
     wrong = (~right)[order].cumsum(0)
     below = torch.cat([ranked[1:], torch.zeros(1)])
     ends = (ranked > below).nonzero()[:, 0]  # records of equal confidence are answered together
+    if not len(ends):
+        raise PromiseError(f"{score} is 0 for all {len(right)} records, and what has 0 is never answered")
     counts, errors = (ends + 1).numpy(), wrong[ends].numpy()
     last = _last_passed(counts, errors, risk, 1 - level)
     if last is None:

@@ -112,9 +112,9 @@ class Decision:
             Of the rules that are there: ``answered`` (share), ``selective_risk`` (share of errors among them, 0 where
             none is answered), ``set_coverage``, ``set_size`` (mean number of labels), ``false_alarm``, and with
             ``outside`` ``detection``; of values ``promised_coverage`` and ``promised_width`` (mean); of several
-            labels ``recall`` (mean over those with a promise), ``least_recall`` and ``named`` (labels an input); of
-            tokens ``set_coverage`` (share of records of which all sets hold the right tag) and ``set_size`` (tags a
-            token).
+            labels ``named`` (labels an input), and where an input has one with a promise ``recall`` (mean over these)
+            and ``least_recall``; of tokens ``set_coverage`` (share of records of which all sets hold the right tag) and
+            ``set_size`` (tags a token).
         """
         decided = self.decide(inside)
         result: dict[str, float] = {}
@@ -126,7 +126,8 @@ class Decision:
             assert self.label_thresholds is not None
             has = targets.bool() & torch.tensor(self.label_thresholds.promised)
             recalls = (named & has).sum(0)[(any_ := has.any(0))] / has.sum(0)[any_]
-            result |= {"least_recall": recalls.min().item(), "recall": recalls.mean().item()}
+            if len(recalls):
+                result |= {"least_recall": recalls.min().item(), "recall": recalls.mean().item()}
             result["named"] = _per_input(named)
         if (answers := decided.answers) is not None:
             wrong = answers & (inside.labels != targets.to(inside.labels.device))

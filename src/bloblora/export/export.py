@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -287,7 +288,8 @@ def _vllm_command(base: str, names: list[str], rank: int) -> str:
     """To be run in the export's folder."""
     largest = next((allowed for allowed in _VLLM_RANKS if allowed >= rank), rank)
     loras = " ".join(f"{name}={name}" for name in names)
-    return f"vllm serve {base} --enable-lora --max-loras {len(names)} --max-lora-rank {largest} --lora-modules {loras}"
+    model = shlex.quote(base)
+    return f"vllm serve {model} --enable-lora --max-loras {len(names)} --max-lora-rank {largest} --lora-modules {loras}"
 
 
 @contextmanager

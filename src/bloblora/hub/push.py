@@ -23,7 +23,7 @@ from .card import CARD_FILE, is_generated, model_card, public_base, public_name
 
 _PICTURES = ("reliability*.png", VALIDATION_FIGURE)
 _PATTERNS = ("run.json", "task.json", "decision.json", "correctness.json", "distance.*", METRICS_FILE, *_PICTURES)
-_PLACES = ("data", "validation", "output", "trunk_cache")
+_PLACES = ("data", "validation", "output", "trunk_cache", "start_from", "prior_from")
 
 
 def push(
@@ -101,7 +101,8 @@ def _make_public(staging: Path, repo_id: str, base_model: str | None) -> None:
     card = str(model_card(staging, repo_id, base_model))
     run = read_run_file(staging)
     config = run.config
-    config |= {name: public_name(config[name]) for name in _PLACES if isinstance(config.get(name), str)}
+    for content, names in ((config, _PLACES), (run.training, ("imported",))):
+        content |= {name: public_name(content[name]) for name in names if isinstance(content.get(name), str)}
     hub_id = base_model or public_base(config.get("model", DEFAULT_MODEL))
     if base_model is not None:
         config["model"] = base_model

@@ -93,6 +93,7 @@ class RunDescription:
         records_sha256: of the training records.
         remote: whether it is on the hub.
         columns: of the training data, by field, where they aren't called as their field.
+        validation_sha256: of the validation records.
     """
 
     folder: Path
@@ -107,6 +108,7 @@ class RunDescription:
     records_sha256: str | None = None
     remote: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
+    validation_sha256: str | None = None
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -164,6 +166,7 @@ def open_run(directory: str | os.PathLike[str] | RunDescription) -> RunDescripti
         stored.records_sha256,
         remote,
         stored.columns,
+        stored.validation_sha256,
     )
 
 

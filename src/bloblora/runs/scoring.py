@@ -11,7 +11,7 @@ from ..data import MappedRows, write_rows
 from ..decision import Correctness, Decision
 from ..files import json_sha256
 from .checks import check_generates
-from .folder import RunDescription, alone, records_sha256
+from .folder import RunDescription, alone, read_fields, records_sha256
 from .lines import lines_file, write_table
 from .predictions import state_of
 from .processes import append_lines
@@ -52,7 +52,7 @@ def score_file(
         TaskError: of responses that are missing or too long.
     """
     with TemporaryDirectory() as scratch:
-        write_rows(Path(scratch) / "records.arrow", records)
+        write_rows(Path(scratch) / "records.arrow", map(_used, records))
         rows = MappedRows(Path(scratch) / "records.arrow")
         check_generates(description.task, rows)
         tokenizer = models.load_tokenizer(description.config.model, trust_remote_code=trust_remote_code)
@@ -76,3 +76,8 @@ def score_file(
                 write_table(lines, output)
                 for file in (lines, lines.with_name(f"{lines.name}.meta.json")):
                     file.unlink()
+
+
+def _used(record: dict[str, Any]) -> dict[str, Any]:
+    """What is read of a record; its other columns may be of types that JSON lacks."""
+    return read_fields(record) | {name: record[name] for name in ("id", "claims") if name in record}

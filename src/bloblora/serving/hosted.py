@@ -230,14 +230,16 @@ def examples_for(description: RunDescription, file: str | None = None) -> list[d
 
 
 def _read_examples(file: str) -> list[dict[str, Any]]:
-    """The inputs in a file, without labels; a RunError where there are too many."""
+    """The inputs in a file, without labels; a RunError where there are too many, or messages, which the page lacks."""
     records = read_records(file, require_labels=False)
+    if any("messages" in record or not isinstance(record.get("prompt", ""), str) for record in records):
+        raise RunError(f"examples {quoted(file)}: records with messages; give each a 'prompt' that is a text")
     if len(records) > _MAX_EXAMPLES:
         raise RunError(f"examples {quoted(file)}: {len(records)} records; give at most {_MAX_EXAMPLES}")
     return [
         {
             name: record[name]
-            for name in ("text", "tokens", "question", "choices", "prompt", "responses")
+            for name in ("text", "text_pair", "tokens", "question", "choices", "prompt", "responses")
             if name in record
         }
         for record in records
