@@ -329,6 +329,11 @@ def test_columns_of_the_run_are_used_where_they_are_there(tmp_path, said):
     assert reader.columns == {"text": "query", "label": "intent"}
 
 
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_a_table_that_begins_with_blank_lines(separator, tmp_path):
+    assert read_records(write(tmp_path / "data.csv", f"\n{separator}\n" + table(separator))) == RECORDS
+
+
 def test_blank_and_invalid_rows(tmp_path, said):
     file = write(tmp_path / "data.csv", "text,label\na,x\n,\n ,\nb,\n,y\nc,y\nd,\n")
     with pytest.raises(DataError) as caught:

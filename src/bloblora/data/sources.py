@@ -183,7 +183,8 @@ def _table_rows(path: Path, suffix: str, say: Say) -> Iterator[tuple[Place, Row]
     reader = csv.reader(_lines(path, say), delimiter=delimiter, strict=True)
     blank, first = 0, 1  # the line on which a row begins
     try:
-        _check_names(f"{path}:1", header := next(reader, []))
+        header = next((cells for cells in reader if not _is_blank(cells)), [])
+        _check_names(f"{path}:{reader.line_num}", header)
         first = reader.line_num + 1
         for cells in reader:
             place, first = (f"{path}:", first), reader.line_num + 1
@@ -264,7 +265,7 @@ def _say_blank(path: Path, blank: int, say: Say) -> None:
 
 def _delimiter(path: Path, say: Say) -> str:
     """What separates most columns of the header; a comma where none does."""
-    header = next(_lines(path, lambda _: None), "")[: csv.field_size_limit()]
+    header = next((line for line in _lines(path, lambda _: None) if line.strip()), "")[: csv.field_size_limit()]
     counts = {delimiter: len(next(csv.reader([header], delimiter=delimiter), [])) for delimiter in _DELIMITERS}
     found = max(counts, key=counts.__getitem__)
     if found != ",":
