@@ -123,6 +123,9 @@ def test_another_n_other_promises_and_predictions_that_are_kept(call, folder, he
     assert [entry["num_samples"] for entry in stored] == [3, 0]  # both are there
     for samples in ("3", "0"):
         assert "decision" in lines(call("predict", folder, "--input", held_out, "--samples", samples)[1])[0]
+    named = [json.loads(line) | {"id": f"n{i}"} for i, line in enumerate(held_out.read_text().splitlines())]
+    same = write_jsonl(folder / "named.jsonl", named)
+    assert call("calibrate", folder, "--data", same, *LAX)[0] == 0  # whose kept predictions have other ids
     # the same records once more: no model is needed, whatever is promised now
     loaded = []
     monkeypatch.setattr(decide, "load_run", lambda *_: loaded.append(1))

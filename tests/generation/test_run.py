@@ -12,6 +12,7 @@ import torch
 from bloblora import runs
 from bloblora.cli.run import GenerationOptions, generate
 from bloblora.data import ReadingOptions
+from bloblora.generation.asking import question_length
 from bloblora.runs.checks import check_generates
 from tests.tiny_base import queries, write_jsonl, write_signed
 
@@ -108,6 +109,19 @@ def test_a_long_prompt_leaves_room_for_the_answer(trained, monkeypatch):
     torch.testing.assert_close(found.draw_sequence_log_probs, expected.draw_sequence_log_probs)
     with pytest.raises(runs.RunError, match="max_new_tokens must be below 40, the tokens that the model reads, got 40"):
         trained.generate([long], 2, max_new_tokens=40)
+
+
+def test_a_long_prompt_leaves_room_for_the_question_whether_its_answer_is_true(trained, monkeypatch):
+    long, read = {"prompt": "which gas is it " * 40}, []
+    monkeypatch.setattr(trained.tokenizer, "model_max_length", 100)
+    embeddings = trained.model.get_base_model().get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape[1]))
+    trained.generate([long], 2, max_new_tokens=16, do_sample=False, p_true=True)
+    hook.remove()
+    assert 80 < max(read) <= 100
+    more = question_length(trained.tokenizer)
+    with pytest.raises(runs.RunError, match=f"max_new_tokens must be below {100 - more}"):
+        trained.generate([long], 2, max_new_tokens=100 - more, p_true=True)
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,10 @@ def test_a_stop_loses_no_more_than_a_chunk(trained, tmp_path, monkeypatch):
     ]
     with pytest.raises(runs.RunError, match="num_samples 3 there, 2 now"):
         score(run_folder, str(data), ScoringOptions(samples=2), ReadingOptions(), output=str(output))
-    other = write_jsonl(tmp_path / "other.jsonl", [TEXTS[0] | {"claims": []}, *TEXTS[1:]])
-    with pytest.raises(runs.RunError, match="claims_sha256"):
-        score(run_folder, str(other), *given)
+    for changed in ({"claims": []}, {"id": "another"}):
+        other = write_jsonl(tmp_path / "other.jsonl", [TEXTS[0] | changed, *TEXTS[1:]])
+        with pytest.raises(runs.RunError, match="lines_sha256"):
+            score(run_folder, str(other), *given)
 
 
 def test_a_stream_and_a_table(trained, tmp_path, monkeypatch, capsys):

@@ -183,6 +183,13 @@ def test_sentences_and_claims(tokenizer):
     ):
         with pytest.raises(TaskError, match=message):
             claims_of({"claims": [claim]}, text, None)
+    text = "水が好き。鉄"
+    ids = tokenizer(text)["input_ids"]
+    first, second = claim_tokens(tokenizer, ids, text, [(0, 5), (5, 6)])
+    assert (first | second).all()  # also a character's second and third token
+    assert first.sum() + second.sum() == len(ids) == len(tokenizer(text[:5])["input_ids"]) + second.sum()
+    ids = tokenizer("carbon dioxide. the card")["input_ids"]
+    text = "carbon dioxide. the card"
     with pytest.raises(TaskError, match="the tokenizer changes the text"):
         claim_tokens(tokenizer, ids, text.upper(), [(0, 1)])
 

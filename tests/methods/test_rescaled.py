@@ -14,6 +14,7 @@ from bloblora import runs
 from bloblora.adapter import BlobConfig, bayesianize
 from bloblora.hub import model_card
 from bloblora.methods import Method, Rescaled, Training, rescaled
+from bloblora.methods.ensemble import Ensemble
 from bloblora.methods.rescaled import _HeldOut, fit_scales, folds
 from bloblora.methods.scalabl import ScaledRows
 from bloblora.methods.swag import LowRank
@@ -214,6 +215,16 @@ def test_no_record_is_predicted_by_a_model_that_was_trained_on_it(tmp_path):
         assert numbers.union(task.asked[start:end]) == {*range(17)}
     assert sorted(task.asked) == [*range(17)]
     assert training.found["rescaling"]["num_records"] == 17
+
+
+def test_a_copy_has_the_adapters_whose_turn_is_yet_to_come():
+    """PEFT freezes all but one; what is trained later must not be shared either."""
+    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = Ensemble(members=2).prepare(tiny_llama(), lora)
+    copied = dict(rescaled._copy(model).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert (copied[name] is parameter) == ("member_" not in name), name
+        assert torch.equal(copied[name], parameter)
 
 
 def test_a_copy_shares_what_is_frozen():

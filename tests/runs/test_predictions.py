@@ -1,5 +1,7 @@
 """Predictions that another program made, read from its files."""
 
+import math
+
 import pytest
 import torch
 
@@ -111,6 +113,20 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path, line, message):
     file = write_jsonl(tmp_path / "bad.jsonl", [{"probabilities": [0.5, 0.5], "target": 1}, line])
     with pytest.raises(DataError, match=f"bad.jsonl:2: {message}"):
         read_predictions(file)
+
+
+def test_columns_are_the_runs_labels_in_whatever_order_a_row_has_them(tmp_path):
+    ranked = [
+        {"probabilities": {"card": 0.7, "parcel": 0.3}, "target": "parcel"},
+        {"probabilities": {"parcel": 0.6, "card": 0.4}, "target": "parcel", "log_probabilities": [-0.5, -0.9]},
+    ]
+    task = Classification(labels=("card", "parcel"), pad_token_id=0)
+    found, targets = read_predictions(write_jsonl(tmp_path / "ranked.jsonl", ranked), task)
+    assert found.log_probabilities.tolist() == [
+        pytest.approx([math.log(0.7), math.log(0.3)]),
+        pytest.approx([-0.9, -0.5]),
+    ]
+    assert targets.tolist() == [1, 1]
 
 
 def test_other_labels_than_the_runs(tmp_path):

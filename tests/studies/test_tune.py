@@ -31,6 +31,18 @@ def test_a_search_goes_on_and_keeps_to_its_constraint(content, write, tmp_path):
     assert trials[: len(feasible)] == sorted(feasible, key=lambda trial: trial.metrics["ece"])
 
 
+def test_trials_of_another_study_do_not_count(content, write, tmp_path):
+    options = dict(method="wide blob", ranges={"prior_std": (0.1, 1.0)}, data=tmp_path, trials=1)
+    study, output = studies.read_study(write(content)), tmp_path / "search"
+    (trial,) = studies.tune(study, "desk", output, **options)
+    assert studies.tune(study, "desk", output, **options) == [trial]
+    with pytest.raises(RunError, match="its trials are of another seed or other samples; choose another folder"):
+        studies.tune(study, "desk", output, seed=7, **options)
+    content["train"]["steps"] = 3
+    with pytest.raises(RunError, match="trial0 is the result of another configuration"):
+        studies.tune(studies.read_study(write(content)), "desk", output, **options)
+
+
 def test_a_trial_that_diverges_does_not_end_the_search(content, write, tmp_path):
     study = studies.read_study(write(content))
     wide = dict(method="wide blob", ranges={"learning_rate": (1e-16, 1e28)}, data=tmp_path)

@@ -155,7 +155,7 @@ def write_gguf(file: Path, model: PeftModel, adapter_name: str) -> None:
         if factor.startswith("B"):  # by what the layer's scale differs from α/r
             own = layers[f"base_model.model.{layer}"]
             tensor = tensor * (own.scaling[adapter_name] * own.r[adapter_name] / lora.lora_alpha)
-        writer.add_tensor(f"{name}.weight.lora_{factor[0].lower()}", tensor.float().numpy())
+        writer.add_tensor(f"{name}.weight.lora_{factor[0].lower()}", tensor.float().cpu().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -52,6 +52,7 @@ def claim_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, 
     # A character may have several tokens, so each token's end is that of all tokens so far.
     ends = torch.tensor([len(str(tokenizer.decode(ids[: i + 1]))) for i in range(len(ids))])
     starts = torch.cat([torch.zeros(1, dtype=ends.dtype), ends[:-1]])
+    starts = torch.where(starts < ends, starts, (ends - 1).clamp_min(0))  # one more of the last character
     if (shift := str(tokenizer.decode(ids)).find(text)) < 0:
         raise TaskError(f"claims: the tokenizer changes the text {text[:40]!r}, so that no claim can be found in it")
     return [(starts < shift + end) & (ends > shift + start) for start, end in spans]

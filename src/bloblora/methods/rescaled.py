@@ -32,6 +32,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -261,7 +263,14 @@ def _scaled(weights: ScalableWeights, factor: float) -> Iterator[None]:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A copy of a model in which modules without a trained weight are the same ones."""
-    frozen = [m for m in model.modules() if not any(parameter.requires_grad for parameter in m.parameters())]
-    shared = [*frozen, *(parameter for parameter in model.parameters() if not parameter.requires_grad)]
+    """A copy of a model in which the base's weights, but for those that are trained, are the same ones.
+
+    Of several adapters all but one are frozen until it is their turn.
+    """
+    parts = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    named = [pair for part in parts for pair in part.named_parameters()]
+    own = {parameter for name, parameter in named if not name.startswith(("base_layer.", "original_module."))}
+    own |= {parameter for parameter in model.parameters() if parameter.requires_grad}
+    frozen = [module for module in model.modules() if own.isdisjoint(module.parameters())]
+    shared = [*frozen, *(parameter for parameter in model.parameters() if parameter not in own)]
     return copy.deepcopy(model, {id(part): part for part in shared})

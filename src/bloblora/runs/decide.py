@@ -103,7 +103,8 @@ def calibrate(
 
     def kept(side: Sequence[dict[str, Any]]) -> Prediction:
         identity = identity_of(description, side, options)
-        file = description.folder / KEPT_PREDICTIONS / f"{json_sha256(identity)[:12]}.jsonl"
+        named = json_sha256({**identity, "ids": [record.get("id") for record in side]})
+        file = description.folder / KEPT_PREDICTIONS / f"{named[:12]}.jsonl"
         file.parent.mkdir(exist_ok=True)
         keep_predictions(file, description.task, side, predict, identity, progress=progress)
         with file.open(encoding="utf-8") as lines:

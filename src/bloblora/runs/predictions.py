@@ -360,6 +360,8 @@ def _read_row(row: Mapping[str, Any], labels: Sequence[str] | None) -> dict[str,
     log_probabilities = [math.log(p) if p else -math.inf for p in probabilities]
     if given := row.get("log_probabilities"):
         log_probabilities = _logs(given, len(probabilities))
+    if labels and names:
+        log_probabilities = [log_probabilities[names.index(label)] for label in labels]
     return {"log_probabilities": log_probabilities} | _known(row, "mutual_information", "expected_entropy")
 
 
@@ -368,7 +370,7 @@ def _right_column(row: Mapping[str, Any], labels: Sequence[str] | None) -> int:
     target, given = row.get("target"), row["probabilities"]
     if target in (None, ""):
         raise ValueError("field 'target': missing; it is the right label, or its index")
-    known = [*map(str, given)] if isinstance(given, dict) else [*(labels or ())]
+    known = [*map(str, given)] if isinstance(given, dict) and not labels else [*(labels or ())]
     index = "question" in row and isinstance(target, int)  # a choice may be called "1" too
     if str(target) in known and not index:
         return known.index(str(target))

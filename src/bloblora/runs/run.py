@@ -13,6 +13,7 @@ from .. import models, tasks
 from ..data import as_records, unanswered
 from ..decision import Correctness, Decision
 from ..generation import Generation, TokenScores, posterior_generate, score
+from ..generation.asking import question_length
 from ..methods import Method
 from ..prediction import Prediction, Sampler, StoppingRule, Tempered, hidden_states, predict
 from ..quantized import dequantize
@@ -159,12 +160,14 @@ class Run:
         """Answers to records or prompts, in their order, whatever response they have; see
         `bloblora.posterior_generate`.
 
-        A prompt that leaves no room for ``max_new_tokens`` in what the model can read loses its beginning.
+        A prompt that leaves no room for ``max_new_tokens``, and with ``p_true`` for the question whether the answer is
+        true, in what the model can read loses its beginning.
 
         Raises:
             RunError: ``max_new_tokens`` alone are more than that.
         """
         new, limit = options.get("max_new_tokens") or 0, self.tokenizer.model_max_length
+        limit -= question_length(self.tokenizer) if options.get("p_true") else 0
         if new >= limit:
             raise RunError(f"max_new_tokens must be below {limit}, the tokens that the model reads, got {new}")
         task, longest = self.task, limit - new + 1  # of which the task leaves one for the answer

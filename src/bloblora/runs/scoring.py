@@ -58,8 +58,9 @@ def score_file(
         tokenizer = models.load_tokenizer(description.config.model, trust_remote_code=trust_remote_code)
         for _ in response_examples(description.task, rows, tokenizer, claims):
             pass
-        of_claims = json_sha256({"claims": [row.get("claims") for row in rows], "by": claims})
-        identity = {**state_of(description), **how, "records_sha256": records_sha256(rows), "claims_sha256": of_claims}
+        also = {name: [row.get(name) for row in rows] for name in ("claims", "id")}
+        identity = {**state_of(description), **how, "records_sha256": records_sha256(rows)}
+        identity["lines_sha256"] = json_sha256({**also, "claims_by": claims})
         for name, rules in (("correctness", correctness), ("decision", decision)):
             identity[f"{name}_sha256"] = None if rules is None else json_sha256(rules.to_dict())
         run: list[Run] = []

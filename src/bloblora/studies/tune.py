@@ -117,6 +117,9 @@ def tune(
         )
         # A sampler that starts anew must not repeat the draws of the one before it.
         search.sampler = optuna.samplers.TPESampler(seed=seed + len(search.trials))
+        for trial in _trials(search):
+            if not jobs.is_done(_with(template, f"trial{trial.number}", trial.options), output):
+                raise RunError(f"{output}: its trials are of another seed or other samples; choose another folder")
         while sum(trial.state.is_finished() for trial in search.trials) < trials:
             search.optimize(objective, n_trials=1)
             if search.trials[-1].value is not None:
