@@ -24,7 +24,7 @@ def check_choices(case, url, **options):
 def check_texts(case, url):
     """Each draw's text is that of `generate`, and its log-probabilities are those of transformers' own."""
     found = DrawClient(case.folder, url).generate(case.records, max_new_tokens=6)
-    expected = case.run.generate(case.records, SAMPLES, SEED, max_new_tokens=6, do_sample=False)
+    expected = case.run.generate(case.records, SAMPLES, SEED, max_new_tokens=6, do_sample=False, draws=True)
     assert [whole(texts) for texts in found.texts] == [whole(texts) for texts in expected.draw_texts]
     generator = torch.Generator().manual_seed(SEED)
     for draw in range(SAMPLES):
