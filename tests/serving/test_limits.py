@@ -11,6 +11,7 @@ import pytest
 from bloblora import runs
 from bloblora.serving import Settings, open_hosted, read_keys
 from bloblora.serving.hosted import examples_for
+from bloblora.tasks.reward import Reward
 from tests.serving.conftest import SETTINGS, serving
 from tests.tiny_base import queries, write_jsonl
 
@@ -195,6 +196,10 @@ def test_examples(folders, tmp_path):
     assert examples_for(bundled)[1] == {"text": "i want out"}
     pair = {"text": "it is late", "text_pair": "where is my parcel"}
     assert examples_for(desk, str(write_jsonl(tmp_path / "pair.jsonl", [{**pair, "label": "parcel"}]))) == [pair]
+    rewards = replace(desk, task=Reward(pad_token_id=0))
+    chosen = [{"prompt": "why?", "chosen": "since", "rejected": "as"}]
+    found = examples_for(rewards, str(write_jsonl(tmp_path / "pairs.jsonl", chosen)))
+    assert found == [{"prompt": "why?", "responses": ["as", "since"]}]
     chat = [{"role": "user", "content": "where?"}]
     for records, directory, message in (
         ([{"messages": chat}], "desk", r"wrong\.jsonl': records with messages; give each a 'prompt' that is a text"),

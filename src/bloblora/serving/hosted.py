@@ -232,7 +232,8 @@ def examples_for(description: RunDescription, file: str | None = None) -> list[d
 def _read_examples(file: str) -> list[dict[str, Any]]:
     """The inputs in a file, without labels; a RunError where there are too many, or messages, which the page lacks."""
     records = read_records(file, require_labels=False)
-    if any("messages" in record or not isinstance(record.get("prompt", ""), str) for record in records):
+    texts = ("prompt", "chosen", "rejected")
+    if any("messages" in record or not all(isinstance(record.get(n, ""), str) for n in texts) for record in records):
         raise RunError(f"examples {quoted(file)}: records with messages; give each a 'prompt' that is a text")
     if len(records) > _MAX_EXAMPLES:
         raise RunError(f"examples {quoted(file)}: {len(records)} records; give at most {_MAX_EXAMPLES}")
@@ -242,6 +243,7 @@ def _read_examples(file: str) -> list[dict[str, Any]]:
             for name in ("text", "text_pair", "tokens", "question", "choices", "prompt", "responses")
             if name in record
         }
+        | ({"responses": sorted([record["chosen"], record["rejected"]])} if "chosen" in record else {})
         for record in records
     ]
 
