@@ -245,9 +245,10 @@ def draw_again(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> None
         model: whose way to draw is taken.
         modules: copies of its modules, by their names in it.
     """
+    is_fresh = set(getattr(model, _DRAWN)).__contains__ if hasattr(model, _DRAWN) else _of_head
     for name, module in modules.items():
         for part, layer in module.named_modules(prefix=name):
-            if part in getattr(model, _DRAWN, ()) or (not hasattr(model, _DRAWN) and _of_head(part)):
+            if is_fresh(part):
                 model._init_weights(layer)
 
 

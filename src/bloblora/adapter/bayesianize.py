@@ -367,11 +367,12 @@ class Posterior:
 
     def _in_force(self, drawn: Mapping[str, Drawn]) -> AbstractContextManager[None]:
         """What each layer has, by its name."""
-        merged = (name for name, layer in self._layers.items() if self.adapter_name in _merged(layer))
-        if (name := next((name for name in merged if drawn[name].weights), None)) is not None:
+        changed = {name: layer for name, layer in self._layers.items() if drawn[name].weights}
+        merged = [name for name, layer in changed.items() if self.adapter_name in getattr(layer, "merged_adapters", ())]
+        if merged:
             raise ValueError(
-                f"adapter {self.adapter_name!r} is merged into {name}, where a draw of its weights has no effect; call "
-                "model.unmerge_adapter(), or ask for the mean alone (num_samples=0)"
+                f"adapter {self.adapter_name!r} is merged into {merged[0]}, where a draw of its weights has no effect; "
+                "call model.unmerge_adapter(), or ask for the mean alone (num_samples=0)"
             )
         return in_context({_variant(layer, self.adapter_name): drawn[name] for name, layer in self._layers.items()})
 
@@ -493,10 +494,8 @@ def _gives_labels(base: Any, task_type: str | None) -> bool:
 
     Where the adapter doesn't say what it is for, the class of one of transformers' models does.
     """
-    named = isinstance(base, PreTrainedModel)
-    if task_type is None and named and type(base).__name__ not in _CLASSIFIERS:
-        return False
-    if task_type not in (None, "SEQ_CLS"):
+    own = not isinstance(base, PreTrainedModel) or type(base).__name__ in _CLASSIFIERS
+    if task_type != "SEQ_CLS" and not (task_type is None and own):
         return False
     config, embeddings = getattr(base, "config", None), getattr(base, "get_output_embeddings", None)
     if embeddings is not None and embeddings() is not None:
@@ -531,11 +530,6 @@ def _embedding_weight(base: nn.Module) -> Tensor | None:
     """The input embedding, to which a head may be tied; None for a model that has none."""
     find = getattr(base, "get_input_embeddings", None)
     return getattr(find(), "weight", None) if find else None
-
-
-def _merged(layer: nn.Module) -> Sequence[str]:
-    """The adapters that are merged into a layer."""
-    return getattr(layer, "merged_adapters", ())
 
 
 def _bayesian_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -519,6 +519,10 @@ class GenerationOptions(WritingOptions, CodeOptions):
         """What an answer and its scores depend on."""
         return {"num_samples": self.samples, "seed": self.seed} | self.writing()
 
+    def of_generation(self) -> dict[str, Any]:
+        """As `Run.generate` takes them; raises as of `WritingOptions`."""
+        return super().of_generation() | {"draws": self.draws}
+
 
 def generate(
     directory: str,
@@ -568,7 +572,7 @@ def generate(
     correctness = open_correctness(description, "generate", options.how())
     decision = open_text_decision(description, "generate", options.how(), correctness)
     settings: dict[str, Any] = {"batch_size": options.batch_size, "correctness": correctness, "decision": decision}
-    settings |= {"draws": options.draws, **options.of_generation()}
+    settings |= options.of_generation()
     batches = read_batches(input, 64, reading, require_labels=False, **description.reading)
 
     def load() -> runs.Run:
@@ -721,7 +725,6 @@ def correctness(
             batch_size=options.batch_size,
             progress=sys.stdout.isatty() and not json,
             trust_remote_code=options.trust_remote_code,
-            draws=options.draws,
             **options.of_generation(),
         )
     if json:
@@ -783,13 +786,12 @@ def _is_source(
     description: RunDescription, name: Literal["data", "validation"], data: str, records: list[dict[str, Any]]
 ) -> bool:
     """Whether these are the run's own training or validation data: the same records, or read from the same place."""
-    config, digests = (
-        description.config,
-        {"data": description.records_sha256, "validation": description.validation_sha256},
-    )
+    config = description.config
     if _place(Path(), data) == _place(_trained_in(description), str(config.source(name))):
         return True
-    return digests[name] == records_sha256(select_for(config, records) if name == "data" else records)
+    if name == "validation":
+        return description.validation_sha256 == records_sha256(records)
+    return description.records_sha256 == records_sha256(select_for(config, records))
 
 
 def _trained_in(description: RunDescription) -> Path:
