@@ -115,12 +115,12 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path, line, message):
         read_predictions(file)
 
 
-def test_columns_are_the_runs_labels_in_whatever_order_a_row_has_them(tmp_path):
+@pytest.mark.parametrize("task", [Classification(labels=("card", "parcel"), pad_token_id=0), None])
+def test_columns_are_the_labels_in_whatever_order_a_row_has_them(tmp_path, task):
     ranked = [
         {"probabilities": {"card": 0.7, "parcel": 0.3}, "target": "parcel"},
         {"probabilities": {"parcel": 0.6, "card": 0.4}, "target": "parcel", "log_probabilities": [-0.5, -0.9]},
     ]
-    task = Classification(labels=("card", "parcel"), pad_token_id=0)
     found, targets = read_predictions(write_jsonl(tmp_path / "ranked.jsonl", ranked), task)
     assert found.log_probabilities.tolist() == [
         pytest.approx([math.log(0.7), math.log(0.3)]),

@@ -290,7 +290,7 @@ def read_predictions(
     if not numbered:
         raise DataError([f"{file}: there are no predictions in it"])
     form = _FORMS[_kind(numbered[0][1]) if task is None else task.family.name]
-    names = (task and task.labels) or form.names(numbered[0][1])
+    names = (task and task.labels) or form.names([row for _, row in numbered])
     rows, right, problems = [], [], []
     for place, row in numbered:
         try:
@@ -450,14 +450,23 @@ def _right_tags(row: Mapping[str, Any], names: Sequence[str] | None) -> list[int
     return [known.index(str(tag)) for tag in target]
 
 
-def _tags_in(row: Mapping[str, Any]) -> Sequence[str] | None:
-    given = row.get("probabilities")
+def _tags_in(rows: Sequence[Mapping[str, Any]]) -> Sequence[str] | None:
+    given = rows[0].get("probabilities")
     return [*given[0]] if isinstance(given, list) and given and isinstance(given[0], dict) else None
 
 
-def _labels_in(row: Mapping[str, Any]) -> Sequence[str] | None:
-    given = row.get("probabilities")
+def _labels_in(rows: Sequence[Mapping[str, Any]]) -> Sequence[str] | None:
+    given = rows[0].get("probabilities")
     return [*given] if isinstance(given, dict) else None
+
+
+def _shared_labels(rows: Sequence[Mapping[str, Any]]) -> Sequence[str] | None:
+    """Those of all rows, in the first one's order; None of questions, each of which has choices of its own."""
+    names = _labels_in(rows)
+    for row in rows:
+        if names is None or "question" in row or {*(_labels_in([row]) or ())} != {*names}:
+            return None
+    return names
 
 
 def _distribution(values: Iterable[Any], shown: Any) -> list[float]:
@@ -479,7 +488,7 @@ def _kind(row: Mapping[str, Any]) -> str:
     """The likelihood that a row of any model's predictions is of."""
     if "value" in row and "std" in row:
         return "gaussian"
-    if {"tokens", "tags"} <= row.keys() or _tags_in(row):
+    if {"tokens", "tags"} <= row.keys() or _tags_in([row]):
         return "tags"
     return "bernoulli" if "labels" in row or isinstance(row.get("target"), list) else Prediction.kind
 
@@ -513,17 +522,17 @@ class _Form:
         right: its right answer; of rows that could be read.
         of: the prediction whose lines these are.
         stacked: right answers as metrics take them.
-        names: of the columns, where they are those of the first row.
+        names: of the columns, where the rows say them.
     """
 
     read: Callable[[Mapping[str, Any], Sequence[str] | None], dict[str, Any]]
     right: Callable[[Mapping[str, Any], Sequence[str] | None], Any]
     of: Callable[[Sequence[Mapping[str, Any]], int], Prediction]
     stacked: Callable[[Sequence[Any]], Tensor] = torch.tensor
-    names: Callable[[Mapping[str, Any]], Sequence[str] | None] = lambda _: None
+    names: Callable[[Sequence[Mapping[str, Any]]], Sequence[str] | None] = lambda _: None
 
 
-_CLASSES = _Form(_read_row, _right_column, Averages.of)
+_CLASSES = _Form(_read_row, _right_column, Averages.of, names=_shared_labels)
 _FORMS = {
     "categorical": _CLASSES,
     "bradley_terry": _CLASSES,
