@@ -3,7 +3,8 @@
     python examples/continue_lora.py
 
 A plain LoRA is trained by PEFT and the Trainer of Transformers, and saved. It is loaded again, `bayesianize` puts a
-Gaussian around its A, and BlobTrainer continues. The table shows both on queries that neither has seen.
+Gaussian over its head, and BlobTrainer continues and fits a temperature on held-out queries. The table shows both on
+queries that neither has seen.
 """
 
 import argparse
@@ -29,9 +30,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=5, help="number of weight samples N")
     options = parser.parse_args(arguments)
     tokenizer = load_tokenizer(options.model)
-    train, test = support_desk("train"), support_desk("test")
+    train, held_out, test = (support_desk(split) for split in ("train", "validation", "test"))
     labels = sorted({record["label"] for record in train})
-    dataset = [{**tokenizer(record["text"]), "labels": labels.index(record["label"])} for record in train]
+    dataset, validation = (
+        [{**tokenizer(record["text"]), "labels": labels.index(record["label"])} for record in records]
+        for records in (train, held_out)
+    )
     collator = DataCollatorWithPadding(tokenizer)
     inputs = tokenizer([record["text"] for record in test], padding=True, return_tensors="pt")
     targets = torch.tensor([labels.index(record["label"]) for record in test])
@@ -49,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         posterior = bayesianize(model, BlobConfig())
         continued = BlobTrainingArguments(folder, max_steps=max(1, options.steps // 2), **TRAINING)
-        BlobTrainer(model, continued, train_dataset=dataset, data_collator=collator).train()
+        BlobTrainer(model, continued, train_dataset=dataset, eval_dataset=validation, data_collator=collator).train()
         for num_samples in (0, options.samples):
             found = predict(model, inputs, num_samples, seed=0, progress=True)
             rows[f"continued as BLoB, N = {num_samples}"] = evaluation.summary(found, targets)

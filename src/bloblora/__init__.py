@@ -7,14 +7,14 @@ if TYPE_CHECKING:
     from .adapter import BlobConfig, Posterior, find_posterior, load, save
     from .adapter.bayesianize import bayesianize
     from .generation import Generation, posterior_generate
-    from .prediction import Prediction, predict
+    from .prediction import Prediction, predict, set_temperature
     from .runs.pipeline import pipeline
     from .training import BlobTrainer, BlobTrainerMixin, BlobTrainingArguments
 
 _PLACES = {
     "adapter": ("BlobConfig", "Posterior", "bayesianize", "find_posterior", "load", "save"),
     "generation": ("Generation", "posterior_generate"),
-    "prediction": ("Prediction", "predict"),
+    "prediction": ("Prediction", "predict", "set_temperature"),
     "runs.pipeline": ("pipeline",),
     "training": ("BlobTrainer", "BlobTrainerMixin", "BlobTrainingArguments"),
 }
@@ -49,4 +49,5 @@ __all__ = [
     "posterior_generate",
     "predict",
     "save",
+    "set_temperature",
 ]

@@ -120,6 +120,7 @@ def names(place: Path, page: str) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "texts": texts,
         "dataset": [{**padded, "labels": i % 2} for i, padded in enumerate(encoded)],
+        "held_out": [{**padded, "labels": i % 2} for i, padded in enumerate(encoded)],
         "model": model,
         "posterior": bayesianize(model, BlobConfig()),
         "inputs": tokenizer(texts, padding=True, return_tensors="pt"),

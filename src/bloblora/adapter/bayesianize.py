@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from .. import posterior as q
 from ..contexts import in_context, unwrapped
+from ..files import is_finite
 from ..messages import quoted
 from ..quantized import keep_differentiable
 from .batch import follow, is_routed
@@ -64,7 +65,7 @@ class Posterior:
         self.model = model
         self.adapter_name = adapter_name
         self._layers = dict(_bayesian_layers(model, adapter_name))
-        first = _variant(next(iter(self._layers.values())), adapter_name)
+        self._first = first = _variant(next(iter(self._layers.values())), adapter_name)
         self.config = first.config
         self.watch = first.watch = first.watch or KlWatch()
         self.batch = first.batch
@@ -97,6 +98,20 @@ class Posterior:
     def named_stds(self) -> dict[str, Tensor]:
         """Ω of each, by the same names and of the same shapes."""
         return {n: q.std(p, self.config.std_parameterization) for n, p in self.named_std_parameters().items()}
+
+    @property
+    def temperatures(self) -> tuple[float, float] | None:
+        """T of an average over draws, and of the mean alone, by which predictions divide logits; None where they don't.
+
+        `bloblora.set_temperature` fits them, and `bloblora.save` keeps them.
+        """
+        return self._first.temperatures
+
+    @temperatures.setter
+    def temperatures(self, values: tuple[float, float] | None) -> None:
+        if values is not None and not (len(values) == 2 and all(is_finite(value) and value > 0 for value in values)):
+            raise ValueError(f"temperatures must be two finite numbers above 0, got {values!r}")
+        self._first.temperatures = None if values is None else (values[0], values[1])
 
     @property
     def uses_squares(self) -> bool:

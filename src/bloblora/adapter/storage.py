@@ -63,6 +63,7 @@ _LIBRARIES = ("bloblora", "torch", "transformers", "peft")
 _HASHED = {"mean_config_sha256": MEAN_CONFIG, "mean_sha256": MEAN_FILE, "posterior_sha256": POSTERIOR_FILE}
 _DESCRIPTION = ("format_version", "prior", "config", "libraries", *_HASHED, "sha256")
 _PRIOR = "prior_sha256"  # of the description, where there is such a file
+_TEMPERATURES = "temperatures"  # of the description, where some were fitted
 _OLDER: dict[str, Any] = {"factors": "A", "head_prior_std": "none"}  # of a file that lacks them
 _SETS = ("target_modules", "exclude_modules")
 _LORA_TYPES = {"lora_alpha": float, "init_lora_weights": bool | str | None}
@@ -232,6 +233,10 @@ def _restore_posterior(model: PeftModel, folder: Path, adapter_name: str) -> Non
         posterior = bayesianize(model, config, adapter_name)
         _copy_std_parameters(folder / POSTERIOR_FILE, posterior, config)
         _copy_prior(folder, description, posterior)
+        try:
+            posterior.temperatures = description.get(_TEMPERATURES)
+        except (TypeError, ValueError) as error:
+            raise AdapterFileError(f"{folder / BLOB_CONFIG}: field {_TEMPERATURES!r}: {error}") from error
 
 
 def load_posterior(model: PeftModel, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Posterior:
@@ -374,6 +379,8 @@ def save_posterior(posterior: Posterior, directory: str | os.PathLike[str]) -> N
         description[_PRIOR] = tensors_sha256(prior)
     else:
         (directory / PRIOR_FILE).unlink(missing_ok=True)
+    if posterior.temperatures:
+        description[_TEMPERATURES] = [*posterior.temperatures]
     description["sha256"] = json_sha256(description)
     (directory / BLOB_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
@@ -478,7 +485,7 @@ def _read_description(file: Path) -> tuple[dict[str, Any], BlobConfig]:
                 f"{file}: {place}unknown fields {unknown}; {versions}: load it with a version that has them"
             )
 
-    check_known(description.keys(), {*_DESCRIPTION, _PRIOR}, "")
+    check_known(description.keys(), {*_DESCRIPTION, _PRIOR, _TEMPERATURES}, "")
     if missing := sorted(set(_DESCRIPTION) - description.keys()):
         raise AdapterFileError(f"{file}: missing fields {missing}; restore it or save again")
     if not isinstance(description["config"], dict):

@@ -72,6 +72,7 @@ class Gaussian:
         kept: of a copy that was made inside a draw, that draw, which it stays; None otherwise.
         prior_at_start: whether the prior's mean is the factor's value at `init`.
         watch: of the first module of an adapter, whose forwards stand for all; None otherwise.
+        temperatures: of the first module, `Posterior.temperatures`.
 
     Args:
         config: the adapter's configuration.
@@ -86,6 +87,7 @@ class Gaussian:
         self.kept: Drawn | None = None
         self.prior_at_start = config.prior_mean == "start"
         self.watch: KlWatch | None = None
+        self.temperatures: tuple[float, float] | None = None
         self._located = False  # faster than to look for buffers that aren't there
 
     def __getstate__(self) -> dict[str, Any]:

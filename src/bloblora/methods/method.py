@@ -297,7 +297,7 @@ class Training:
         measured = self.validation and self.own_task.kind != "generation"
         loop = (trainer or BlobTrainer)(
             model,
-            BlobTrainingArguments(**arguments),
+            BlobTrainingArguments(**arguments, temperature_scaling=False),
             task=task,
             train_dataset=self.examples,
             eval_dataset=self.validation or None,

@@ -3,7 +3,7 @@
 from .approximations import Linearized, StoppingRule, TopBlocks
 from .hidden import hidden_states
 from .kinds import KINDS, MultiLabelPrediction, Prediction, RewardPrediction, TagsPrediction, ValuePrediction
-from .prediction import average_draws, predict
+from .prediction import average_draws, predict, set_temperature
 from .sampler import Point, Sampler, ScalableWeights, Tempered, WeightDraws
 from .temperature import fit_temperature, tempered_nll
 
@@ -26,5 +26,6 @@ __all__ = [
     "fit_temperature",
     "hidden_states",
     "predict",
+    "set_temperature",
     "tempered_nll",
 ]

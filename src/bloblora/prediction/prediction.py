@@ -20,7 +20,8 @@ from ..tasks.likelihood import CATEGORICAL, likelihood_of
 from .approximations import StoppingRule
 from .forward import BatchForward, PredictionTask, class_logits
 from .kinds import Prediction, prediction_of
-from .sampler import Forward, Point, Sampler, WeightDraws
+from .sampler import Forward, Point, Sampler, Tempered, WeightDraws
+from .temperature import fit_temperature
 
 
 @torch.no_grad()
@@ -59,8 +60,8 @@ def predict(
         task: collates examples and reads the logits.
         tokenizer: makes ``inputs`` of texts, or of what else `bloblora.data.as_records` makes into records with
             ``text``; what is longer than its limit is truncated.
-        sampler: where the draws come from; default the model's posterior. A plain model is one function: one draw is
-            made for any N.
+        sampler: where the draws come from; default the model's posterior, with the temperature that
+            `set_temperature` has fitted. A plain model is one function: one draw is made for any N.
         stop: when to make no more draws for an input; an approximation, which changes results.
         batch_size: inputs a forward; a DataLoader has its own.
         progress: show a bar.
@@ -85,7 +86,7 @@ def predict(
         task = _Texts(tokenizer)
         inputs = task.encode(inputs)
     model = unwrapped(model)
-    sampler = sampler or sampler_of(model)
+    sampler = sampler or tempered_sampler_of(find_posterior(model))
     likelihood = likelihood_of(task)
     if stop is not None and likelihood.name != Prediction.kind:
         raise ValueError("stop: when no more draws are needed is known of classes that exclude each other only")
@@ -129,7 +130,76 @@ def average_draws(
         ValueError: ``num_samples`` is negative.
     """
     check_num_samples(num_samples)
-    return CATEGORICAL.merged(draw_logits(forward, sampler_of(posterior), num_samples, seed))
+    sampler = tempered_sampler_of(posterior) if isinstance(posterior, Posterior) else sampler_of(posterior)
+    return CATEGORICAL.merged(draw_logits(forward, sampler, num_samples, seed))
+
+
+def set_temperature(
+    model: nn.Module,
+    inputs: Any,
+    labels: Sequence[Any] | Tensor | None = None,
+    num_samples: int = 10,
+    seed: int = 0,
+    *,
+    task: PredictionTask | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 16,
+) -> float:
+    r"""Fit a temperature on inputs that training hasn't seen, by which predictions of the posterior are then divided.
+
+    .. math:: T = \arg\min_T \sum_k -\log \bar p_T(y_k \mid x_k) + \tfrac12 (\log T)^2, \qquad
+              \bar p_T(y \mid x) = \frac1N \sum_s \mathrm{softmax}\big(f(x; W_s)/T\big)_y
+
+    (Guo et al., arXiv 1706.04599). Of a Gaussian head the average of draws is divided, not each of them. The posterior
+    mean alone gets a T of its own. Both are in `Posterior.temperatures`, and saved with the adapter. `BlobTrainer`
+    calls this after a training with its ``eval_dataset``.
+
+    Args:
+        model: with a Bayesian adapter.
+        inputs: as for `predict`.
+        labels: the right class of each input, (n,), or what a task's examples have as ``label``; default, what the
+            inputs have: ``label`` of each of the task's examples, or ``labels`` of a batch or of a DataLoader's.
+        num_samples: N draws.
+        seed: of the draws.
+        task: as for `predict`.
+        tokenizer: as for `predict`.
+        batch_size: inputs a forward; a DataLoader has its own.
+
+    Returns:
+        T of the average over N draws.
+
+    Raises:
+        ValueError: the model has no Bayesian adapter, there are no labels, not one for each input, or one is no class;
+            or as `predict`.
+    """
+    if (posterior := find_posterior(model)) is None:
+        raise ValueError("model: its adapter isn't Bayesian, so it can't keep a temperature; call bayesianize first")
+    likelihood = likelihood_of(task)
+    right = likelihood.stacked([*_labels_of(inputs)] if labels is None else [*labels])
+    found = []
+    for draws in (num_samples, 0):
+        options: Any = {"task": task, "tokenizer": tokenizer, "batch_size": batch_size}
+        logits = predict(model, inputs, draws, seed, sampler=sampler_of(posterior), **options).draw_logits()
+        if len(right) != logits.shape[1]:
+            raise ValueError(f"labels: there are {len(right)}, and {logits.shape[1]} inputs; give each input its own")
+        first, last, count = int(right.min()), int(right.max()), logits.shape[-1]
+        if likelihood.name == Prediction.kind and not 0 <= first <= last < count:
+            raise ValueError(f"labels: must be classes from 0 to {count - 1}, got {first} to {last}")
+        found.append(fit_temperature([logits], [right], likelihood))
+    posterior.temperatures = found[0], found[1]
+    return found[0]
+
+
+def _labels_of(inputs: Any) -> Sequence[Any]:
+    """The labels that inputs of `predict` have."""
+    try:
+        if isinstance(inputs, DataLoader):
+            return torch.cat([batch["labels"].cpu() for batch in inputs]).tolist()
+        if isinstance(inputs, Mapping):
+            return torch.as_tensor(inputs["labels"]).tolist()
+        return [example["label"] for example in inputs]
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError("labels: the inputs have none; give the right class of each, from 0") from error
 
 
 def check_finite(values: Tensor, model: nn.Module | None = None) -> Tensor:
@@ -172,6 +242,14 @@ def sampler_of(source: nn.Module | Posterior | Sampler | None) -> Sampler:
     if source is None:
         return Point()
     return WeightDraws(source) if isinstance(source, Posterior) else source
+
+
+def tempered_sampler_of(posterior: Posterior | None) -> Sampler:
+    """Draws of a posterior over its temperature, where one was fitted."""
+    sampler = sampler_of(posterior)
+    return (
+        sampler if posterior is None or posterior.temperatures is None else Tempered(sampler, *posterior.temperatures)
+    )
 
 
 def draw_logits(forward: Forward, sampler: Sampler, num_samples: int, seed: int) -> Tensor:

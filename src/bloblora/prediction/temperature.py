@@ -15,6 +15,10 @@ from torch import Tensor
 
 from ..tasks.likelihood import CATEGORICAL, Likelihood
 
+FEWEST_FOR_TEMPERATURE = 10
+# In simulations of calibrated models (2, 4 and 20 classes, accuracy 0.38 to 0.85) log T has a standard error of 0.15 to
+# 0.35 at n = 30 and of 0.30 to 0.49 at 10, and costs 0.01 to 0.02 and 0.03 to 0.07 nats. Of models that are too sure by
+# a factor of 3 it costs 0.07 to 0.14 at 10, and doing without 0.20 to 1.1.
 _LOG_RANGE = math.log(20.0)
 
 

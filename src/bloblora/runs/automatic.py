@@ -6,7 +6,8 @@ from contextlib import suppress
 from typing import Any
 
 from .. import models, tasks
-from .checks import FEWEST_FOR_TEMPERATURE, task_name
+from ..prediction.temperature import FEWEST_FOR_TEMPERATURE
+from .checks import task_name
 from .config import SAVING, UNFIT, RunConfig
 from .processes import computes_bfloat16, processes
 from .selection import label_counts, num_held_out

@@ -18,13 +18,10 @@ from ..files import read_json
 from ..messages import quoted
 from ..methods import METHODS, Method
 from ..methods.rescaled import saved_factor
+from ..prediction.temperature import FEWEST_FOR_TEMPERATURE
 from .config import RunConfig, RunError
 from .folder import RUN_FILE, TASK_FILE, open_run, read_run_file
 
-FEWEST_FOR_TEMPERATURE = 10
-# In simulations of calibrated models (2, 4 and 20 classes, accuracy 0.38 to 0.85) log T has a standard error of 0.15 to
-# 0.35 at n = 30 and of 0.30 to 0.49 at 10, and costs 0.01 to 0.02 and 0.03 to 0.07 nats. Of models that are too sure by
-# a factor of 3 it costs 0.07 to 0.14 at 10, and doing without 0.20 to 1.1.
 _FEW = 50  # a standard error of the accuracy of 0.07
 
 

@@ -62,6 +62,7 @@ _LEARNING_RATE, _WIDTH, _EXPONENT, _HIGHEST = 5e-4, 2000, 0.781, 2e-3
 _LAYERS = r"(?!all-linear$)[\w.-]+(\s*,\s*[\w.-]+)*"  # names with commas; any other text is a pattern of PEFT's
 
 _OWNED = {"output_dir", "seed", "use_cpu", "disable_tqdm", "dataset_size", "resume_from_checkpoint", *OBJECTIVE}
+_OWNED |= {"temperature_scaling"}  # `Rescaled` fits it, with a width, of any method
 _PEFT = {option.name for option in fields(PeftConfig)}  # what every kind of adapter has, set by PEFT or the run
 _SOURCES = ("data", "validation")  # of records, which may also be in memory
 _SECTIONS = ("reading", "task", "lora", "method", "training")

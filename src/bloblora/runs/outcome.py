@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ..adapter import find_posterior
 from ..evaluation import example_scores, metrics
 from ..methods import TEMPERED_NLL, Training
 from ..prediction import Prediction, predict
@@ -84,6 +85,16 @@ def held_out_metrics(run: Run, training: Training) -> tuple[dict[str, Any], list
     nlls = [example_scores(prediction, targets)["nll"] for prediction in found.values()]
     problems = [*_guessing(run.task, training, found[counts[-1]], labels), *_harm(*nlls)]
     return {"num_examples": len(targets), "by_num_samples": by_samples}, problems
+
+
+def unscaled_head(run: Run) -> Iterator[str]:
+    """What to say of a Gaussian head whose logits no temperature makes right."""
+    posterior = find_posterior(run.model)
+    if posterior is not None and posterior.head is not None and "rescaling" not in run.training:
+        yield (
+            "no temperature was fitted, and the probabilities of a Gaussian head are far too unsure without one: hold "
+            "records out (validation), or give temperature_folds 5 where there are few"
+        )
 
 
 def validation_problems(training: dict[str, Any]) -> Iterator[str]:

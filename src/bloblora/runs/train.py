@@ -63,7 +63,7 @@ from .folder import (
     records_sha256,
     write_run_file,
 )
-from .outcome import ExpectedTime, announce, held_out_metrics, validation_problems
+from .outcome import ExpectedTime, announce, held_out_metrics, unscaled_head, validation_problems
 from .processes import on_cpu, processes
 from .run import Run, base_model, load_run
 from .selection import hold_out, select_for
@@ -230,6 +230,7 @@ def _fit(
     said = len(problems)  # by the training
     if training.validated:
         problems += validation_problems(result)
+    problems += unscaled_head(run)
     if len(training.validation) and task.kind != "generation":
         result["held_out"], found = held_out_metrics(run, training)
         problems += found

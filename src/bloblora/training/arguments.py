@@ -127,6 +127,13 @@ class BlobTrainingArguments(Objective, TrainingArguments):
     eval_num_samples: int = field(
         default=0, metadata={"help": "Weight draws averaged in the Trainer's evaluation; 0 is the posterior mean."}
     )
+    temperature_scaling: bool = field(
+        default=True,
+        metadata={
+            "help": "After the training fit a temperature on `eval_dataset`, of 10 examples or more, by which "
+            "predictions of the posterior divide their logits (`bloblora.set_temperature`)."
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "As in TrainingArguments; off, since a loss that is not finite stops the training anyway."},

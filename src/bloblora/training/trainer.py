@@ -4,7 +4,7 @@ import copy
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -173,7 +173,44 @@ class BlobTrainerMixin(_Host):
         if resume_from_checkpoint and self.args.save_total_limit is not None and self.args.should_save:
             remove_torn(self.args.output_dir, resume_from_checkpoint)
         self._reset_logs()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.posterior is not None:
+            self.posterior.temperatures = None
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.posterior is not None and getattr(self.args, "temperature_scaling", False) and self._knows_likelihood:
+            self._set_temperature(self.posterior)
+        return output
+
+    def _set_temperature(self, posterior: Posterior) -> None:
+        """Fit a temperature on the evaluation data; warn where a Gaussian head, which needs one, gets none."""
+        from ..prediction.prediction import set_temperature
+        from ..prediction.temperature import FEWEST_FOR_TEMPERATURE
+
+        data: Any = self.eval_dataset
+        whole = isinstance(data, Sized) and not isinstance(data, Mapping) and not self.is_fsdp_enabled
+        if whole and not self.is_deepspeed_enabled and len(data) >= FEWEST_FOR_TEMPERATURE:
+            inputs = [*data] if self.task is not None else self._eval_batches(data)
+            options: Any = {"task": self.task, "batch_size": self.args.per_device_eval_batch_size}
+            try:
+                set_temperature(self._module, inputs, **options)
+            except ValueError as error:  # which must not cost a training
+                warnings.warn(f"eval_dataset: no temperature was fitted on it: {error}", stacklevel=3)
+        elif posterior.head is not None:
+            warnings.warn(
+                "no temperature was fitted, and the probabilities of a Gaussian head are far too unsure without one: "
+                f"give an eval_dataset of {FEWEST_FOR_TEMPERATURE} examples or more that aren't trained on, call "
+                "bloblora.set_temperature(model, …), or set temperature_scaling=False where the order of the labels is "
+                "all that counts",
+                stacklevel=3,
+            )
+
+    def _eval_batches(self, data: Any) -> DataLoader[Any]:
+        """All of the evaluation data in each process, as the model takes it."""
+        collator = self.data_collator
+        if hasattr(data, "column_names"):
+            data = self._remove_unused_columns(data, description="evaluation")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="evaluation")
+        return DataLoader(data, self.args.per_device_eval_batch_size, collate_fn=collator)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -424,11 +461,11 @@ class BlobTrainerMixin(_Host):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Evaluation on the posterior mean, or on the average over ``eval_num_samples`` draws."""
-        from ..prediction.prediction import draw_logits, sampler_of
+        """Evaluation on the posterior mean, or on the average over ``eval_num_samples`` draws, over T where known."""
+        from ..prediction.prediction import draw_logits, tempered_sampler_of
 
         task, draws = self.task, getattr(self.args, "eval_num_samples", 0)
-        if task is None and not draws:
+        if task is None and not draws and (self.posterior is None or self.posterior.temperatures is None):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
@@ -440,7 +477,7 @@ class BlobTrainerMixin(_Host):
 
         likelihood = likelihood_of(task)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = draw_logits(forward, sampler_of(self.posterior), draws, self.args.seed)
+            logits = draw_logits(forward, tempered_sampler_of(self.posterior), draws, self.args.seed)
         loss = None if labels is None else -likelihood.averaged(logits, labels).mean()
         return (loss, None, None) if prediction_loss_only else (loss, likelihood.merged(logits), labels)
 
