@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from bloblora import data, runs
+from bloblora import data, methods, runs
 from bloblora.cli import main
 from bloblora.hub import model_card
 from bloblora.tasks import TaskError
@@ -39,6 +39,8 @@ METHODS = {
     "distilled": {"distill_steps": 2},
     "laplace-lora": {"subset_of_weights": "last_layer"},
     "tfb": {},
+    "swag": {"burn_in": 0.0, "learning_rate": 0.2},
+    "c-lora": {},
 }
 
 
@@ -64,7 +66,7 @@ def validated(run_or_folder):
     return training["validation"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_keeps_its_best_checkpoint(method, config):
     """The NLL of the trained run is the curve's lowest: of post-hoc methods and distillation, of what is under them."""
     c = config(WRONG, method=method, **METHODS[method])
@@ -106,6 +108,23 @@ def test_the_best_checkpoints_width_comes_back(method, config, tmp_path):
     assert adapter_bytes(c.output) == adapter_bytes(short.output)
 
 
+def test_swags_best_checkpoint_has_two_iterates(config, tmp_path):
+    """Its mean and its width are those of a run that ends there, though weights of the burn-in answer better."""
+    options = dict(method="swag", eval_steps=1, learning_rate=0.2, collect_rate=1.0, warmup_steps=0, covariance_rank=2)
+    c = config(WRONG, **options, num_iterates=4, burn_in=0.34)
+    runs.train(c, progress=False)
+    (one,) = validated(c.output)["trainings"]
+    assert min(one["curve"], key=lambda row: row["nll"])["step"] < 4
+    assert one["best_step"] == 4  # after the second of 3, 4, 5 and 6
+    short = config(None, **options, num_iterates=2, burn_in=0.5).with_options(
+        output=str(tmp_path / "short"), steps=4, eval_steps=None
+    )
+    runs.train(short, progress=False)
+    assert adapter_bytes(c.output) == adapter_bytes(short.output)
+    columns = [(Path(output) / "swag.safetensors").read_bytes() for output in (c.output, short.output)]
+    assert columns[0] == columns[1]
+
+
 WRONG_ANSWERS = [{**q, "answer": 1 - q["answer"], "question": f"Again: {q['question']}"} for q in QUESTIONS]
 
 
@@ -145,7 +164,7 @@ def test_a_fresh_head_cannot_answer_before_its_training(config):
 
 
 @pytest.mark.parametrize(("step", "patience"), [*product([1, 3, 4, 5], [None]), (4, 1), (3, 2), (5, 2)])
-@pytest.mark.parametrize("method", ["blob", "ensemble"])
+@pytest.mark.parametrize("method", ["blob", "ensemble", "swag"])
 def test_a_stopped_run_goes_on_to_the_same_bytes_and_curve(method, step, patience, config, tmp_path):
     options = {"method": method, "patience": patience, **METHODS[method]}
     whole = config(WRONG, **options).with_options(output=str(tmp_path / "whole"))

@@ -11,13 +11,17 @@ SWAG's; the code of arXiv 2405.03425 has 1 by default. A classification head is 
 The learning rate falls linearly from its warm-up to ``collect_rate`` of it at the end of the burn-in and then stays, or
 goes in cycles. Burn-in, rate, n and K are near the published code's: half of 15 to 18 epochs, a tenth to a sixth of the
 learning rate, an iterate an epoch, K = 5. There K − 1 is the option's also where D has fewer columns; here it is D's.
+
+Validation evaluates the mean of the iterates so far, once there are two. The checkpoint that is kept is the best of
+those that have two, and its iterates are the ones that count.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -147,7 +151,7 @@ class Swag(GaussianMethod):
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train a LoRA, and put the mean of its iterates in its place.
 
-        Warns where a callback ended the training before there were two; then there is one function.
+        Warns where the training ended before there were two; then there is one function.
         """
         iterates = Iterates(model)
 
@@ -157,7 +161,7 @@ class Swag(GaussianMethod):
         training.run(model, trainer=Trainer)
         if iterates.count < 2:
             warnings.warn(
-                f"the training ended with {iterates.count} iterates, so that all samples are the last weights; SWAG "
+                f"the training ended with {iterates.count} iterates, so that all samples are the same; SWAG "
                 "collects them late: let it run for max_steps, or lower burn_in",
                 stacklevel=1,
             )
@@ -234,6 +238,16 @@ class Iterates:
         """The last deviations, each from the mean of its time, (rank, ...)."""
         return torch.stack(self._columns[name][-rank:])
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model has the means inside; then its weights are as they were, to the bit."""
+        before = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
+        try:
+            self._put(self.means)
+            yield
+        finally:
+            self._put(before)
+
     def save(self, file: Path) -> None:
         """Write all that `load` needs."""
         tensors = {"count": torch.tensor(self.count)}
@@ -259,6 +273,11 @@ class Iterates:
             if name in self._columns:
                 self._columns[name] = [*tensors.get(f"columns.{name}", torch.empty(0)).to(mean.device)]
 
+    @torch.no_grad()
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._trained.items():
+            parameter.copy_(weights[name])
+
 
 class _Collect(TrainerCallback):
     """Collects iterates after the steps that a method says."""
@@ -272,7 +291,7 @@ class _Collect(TrainerCallback):
 
 
 class _Trainer(BlobTrainer):
-    """The Trainer with SWAG's learning rate; a checkpoint holds the iterates' moments."""
+    """The Trainer with SWAG's learning rate, whose evaluations are of the mean; a checkpoint holds the moments."""
 
     method: Swag
     collector: Iterates
@@ -290,6 +309,18 @@ class _Trainer(BlobTrainer):
             self.lr_scheduler = LambdaLR(optimizer, factor)
         return self.lr_scheduler
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.collector.count < 2:
+            return super().evaluate(*args, **kwargs)
+        with self.collector.averaged():
+            return super().evaluate(*args, **kwargs)
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        second = self.method.collected(self.state.max_steps)[1]
+        if (self.state.best_global_step or 0) < second <= self.state.global_step:
+            self.state.best_metric = None  # weights of the burn-in, however good, are no Gaussian
+        return super()._determine_best_metric(*args, **kwargs)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # Not after the Trainer's state, whose file makes a checkpoint complete.
         super()._save_optimizer_and_scheduler(output_dir)
@@ -300,6 +331,10 @@ class _Trainer(BlobTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.collector.load(Path(checkpoint, f"{_STATE}.safetensors"))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.collector.load(Path(str(self.state.best_model_checkpoint), f"{_STATE}.safetensors"))
 
 
 @dataclass(frozen=True)

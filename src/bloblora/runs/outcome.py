@@ -101,9 +101,10 @@ def validation_problems(training: dict[str, Any]) -> Iterator[str]:
     """What to say where validation was still getting better at the last step, or was better before the first one."""
     for one in training["validation"]["trainings"]:
         chosen = [_chosen_by(row) for row in one["curve"]]
-        if one["before"] and (before := _chosen_by(one["before"])) <= min(chosen):
+        best = next(_chosen_by(row) for row in one["curve"] if row["step"] == one["best_step"])
+        if one["before"] and (before := _chosen_by(one["before"])) <= best:
             yield (
-                f"training did not help: the validation NLL was {before:.3f} before it, and {min(chosen):.3f} at the "
+                f"training did not help: the validation NLL was {before:.3f} before it, and {best:.3f} at the "
                 "best step. Give more records, or train with a lower learning_rate"
             )
             return
