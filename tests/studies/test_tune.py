@@ -3,7 +3,7 @@ import pytest
 from bloblora import studies
 from bloblora.cli import main
 from bloblora.runs import RunError
-from bloblora.studies.tune import _ranges
+from bloblora.studies.tune import _ranges, jobs
 from tests.tiny_base import queries
 
 
@@ -52,6 +52,31 @@ def test_a_trial_that_diverges_does_not_end_the_search(content, write, tmp_path)
     beyond = wide | {"ranges": {"learning_rate": (1e28, 1e30)}}
     with pytest.raises(RunError, match="all of 2 trials diverged; search lower learning rates"):
         studies.tune(study, "desk", tmp_path / "beyond", trials=2, **beyond)
+
+
+def test_trials_that_fail_or_are_interrupted_do_not_count(content, write, tmp_path, monkeypatch, capfd):
+    study = studies.read_study(write(content))
+    options = dict(method="wide blob", ranges={"prior_std": (0.1, 1.0)}, trials=2, data=tmp_path)
+    run, tried = jobs.run, []
+    errors = iter([None, KeyboardInterrupt(), None, None])
+
+    def stopped(job, *args, **kwargs):
+        tried.append(job.config.value("prior_std"))
+        if (error := next(errors)) is not None:
+            raise error
+        return run(job, *args, **kwargs)
+
+    monkeypatch.setattr(jobs, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        studies.tune(study, "desk", tmp_path / "search", **options)
+    assert len(studies.tune(study, "desk", tmp_path / "search", **options)) == 2
+    assert len(tried) == 3
+    assert tried[2] == tried[1]
+    errors = iter([OSError("disk full"), None])
+    with pytest.raises(OSError, match="disk full"):
+        studies.tune(study, "desk", tmp_path / "failing", **options | {"trials": 1})
+    assert len(studies.tune(study, "desk", tmp_path / "failing", **options | {"trials": 1})) == 1
+    assert "Trial" not in capfd.readouterr().err
 
 
 def test_an_accuracy_that_no_trial_reaches(content, write, tmp_path, capsys):

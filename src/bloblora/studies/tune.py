@@ -60,6 +60,8 @@ def tune(
 ) -> list[Trial]:
     """Try settings; trials that are in ``output`` count, so a stopped search goes on. One that diverges counts too.
 
+    One that failed doesn't, nor one that Ctrl-C ended, whose setting is tried again.
+
     Args:
         study: its method with the label ``method``, data sets, options and largest N are used; a data set needs a
             validation set.
@@ -105,11 +107,14 @@ def tune(
             except DivergedError as error:
                 warnings.warn(f"trial {trial.number + 1}: {error}", stacklevel=2)
                 raise optuna.TrialPruned from error
+            except KeyboardInterrupt:
+                search.enqueue_trial(trial.params)  # the first when the search goes on
+                raise
             trial.set_user_attr("metrics", found)
             trial.set_constraint("accuracy", max(least - found.get("accuracy", 0.0), -1.0))
             return found[aim]
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # a trial that fails ends the search with its own error
         search = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(output / "search.log"))),
             study_name=f"{dataset} {method} {aim} {within if aim == 'ece' else ''} {sorted(ranges.items())}",
@@ -120,7 +125,8 @@ def tune(
         for trial in _trials(search):
             if not jobs.is_done(_with(template, f"trial{trial.number}", trial.options), output):
                 raise RunError(f"{output}: its trials are of another seed or other samples; choose another folder")
-        while sum(trial.state.is_finished() for trial in search.trials) < trials:
+        ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+        while len(search.get_trials(deepcopy=False, states=ended)) < trials:
             search.optimize(objective, n_trials=1)
             if search.trials[-1].value is not None:
                 reported(_trials(search)[-1])
