@@ -43,6 +43,16 @@ def test_trials_of_another_study_do_not_count(content, write, tmp_path):
         studies.tune(studies.read_study(write(content)), "desk", output, **options)
 
 
+def test_searches_in_one_folder_are_told_apart(content, write, tmp_path):
+    study, output = studies.read_study(write(content)), tmp_path / "search"
+    options = dict(method="wide blob", trials=1, data=tmp_path)
+    first = [studies.tune(study, "desk", output, ranges={"prior_std": (0.1, high)}, **options) for high in (1.0, 0.5)]
+    assert first[0][0].options != first[1][0].options
+    assert len([*(output / "runs").glob("*trial0.json")]) == 2
+    again = [studies.tune(study, "desk", output, ranges={"prior_std": (0.1, high)}, **options) for high in (1.0, 0.5)]
+    assert again == first
+
+
 def test_a_trial_that_diverges_does_not_end_the_search(content, write, tmp_path):
     study = studies.read_study(write(content))
     wide = dict(method="wide blob", ranges={"learning_rate": (1e-16, 1e28)}, data=tmp_path)

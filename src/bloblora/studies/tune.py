@@ -6,6 +6,7 @@ calibration among what is nearly as accurate as plain LoRA. Test data are never 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -97,13 +98,15 @@ def tune(
         raise RunError(
             f"aim 'ece' is for answers that are one label or choice; those of task {task.name!r} aren't: take 'nll'"
         )
+    name = f"{dataset} {method} {aim} {within if aim == 'ece' else ''} {sorted(ranges.items())}"
+    prefix = f"{hashlib.sha256(name.encode()).hexdigest()[:8]}--trial"  # other searches may be in the same folder
     with alone(output, inside=True):
         least = _metrics(baseline, output)["accuracy"] - within if aim == "ece" else -math.inf
 
         def objective(trial: optuna.Trial) -> float:
             options = {name: trial.suggest_float(name, low, high, log=True) for name, (low, high) in ranges.items()}
             try:
-                found = _metrics(_with(template, f"trial{trial.number}", options), output)
+                found = _metrics(_with(template, f"{prefix}{trial.number}", options), output)
             except DivergedError as error:
                 warnings.warn(f"trial {trial.number + 1}: {error}", stacklevel=2)
                 raise optuna.TrialPruned from error
@@ -117,13 +120,13 @@ def tune(
         optuna.logging.set_verbosity(optuna.logging.ERROR)  # a trial that fails ends the search with its own error
         search = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(output / "search.log"))),
-            study_name=f"{dataset} {method} {aim} {within if aim == 'ece' else ''} {sorted(ranges.items())}",
+            study_name=name,
             load_if_exists=True,
         )
         # A sampler that starts anew must not repeat the draws of the one before it.
         search.sampler = optuna.samplers.TPESampler(seed=seed + len(search.trials))
         for trial in _trials(search):
-            if not jobs.is_done(_with(template, f"trial{trial.number}", trial.options), output):
+            if not jobs.is_done(_with(template, f"{prefix}{trial.number}", trial.options), output):
                 raise RunError(f"{output}: its trials are of another seed or other samples; choose another folder")
         ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
         while len(search.get_trials(deepcopy=False, states=ended)) < trials:
