@@ -89,6 +89,13 @@ def test_trials_that_fail_or_are_interrupted_do_not_count(content, write, tmp_pa
     assert "Trial" not in capfd.readouterr().err
 
 
+def test_whole_numbers_are_searched_as_such(content, write, tmp_path):
+    options = dict(method="wide blob", ranges={"r": (1.0, 4.0), "lora_alpha": (1, 64)}, trials=2, data=tmp_path)
+    for trial in studies.tune(studies.read_study(write(content)), "desk", tmp_path / "search", **options):
+        assert {name: type(value) for name, value in trial.options.items()} == {"r": int, "lora_alpha": int}
+        assert 1 <= trial.options["r"] <= 4
+
+
 def test_an_accuracy_that_no_trial_reaches(content, write, tmp_path, capsys):
     file = str(write(content))
     arguments = ["--data", str(tmp_path), "--method", "wide blob", "--aim", "ece", "--within", "-2", "--trials", "2"]
@@ -124,6 +131,9 @@ def test_what_cannot_be_searched_is_named(content, write, tmp_path):
         ({"method": "map"}, "method 'map' is not one of the study's: lora, wide blob"),
         ({"ranges": {"members": (1, 2)}}, "method 'blob' has no option 'members'"),
         ({"ranges": {"prior_std": (2, 1)}}, "prior_std: 2, 1; the first must be above 0"),
+        ({"ranges": {"lora_dropout": (0.1, 3.0)}}, r"lora_dropout must be in \[0, 1\), got 3.0"),
+        ({"ranges": {"batch_size": (1.5, 4)}}, "batch_size: 1.5, 4; both must be whole numbers"),
+        ({"ranges": {"use_rslora": (0.1, 1)}}, "use_rslora: 0.1, 1; it isn't a number; searched by default: "),
     ):
         arguments = {"dataset": "desk", "method": "wide blob", "data": tmp_path, **changed}
         with pytest.raises(RunError, match=message):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from .. import evaluation
 from ..messages import quoted
 from ..prediction.kinds import CLASSES
 from ..runs import RunError, alone
+from ..runs.config import SHORT, options_of
 from ..tasks.likelihood import CATEGORICAL
 from ..training import DivergedError
 from . import job as jobs
@@ -72,8 +74,8 @@ def tune(
         aim: ``nll``, the lowest NLL, or ``ece``, the lowest ECE with an accuracy ``within`` that of the baseline.
         within: see ``aim``; 0.01 is one point.
         trials: how many in all.
-        ranges: lowest and highest value of each option to search; default those that the
-            method declares, and the learning rate.
+        ranges: lowest and highest value of each option to search, above 0, whole numbers where it is one; default those
+            that the method declares, and the learning rate.
         seed: of training and of the search.
         data: folder that relative paths of data files start from.
         reported: told of each trial.
@@ -104,7 +106,7 @@ def tune(
         least = _metrics(baseline, output)["accuracy"] - within if aim == "ece" else -math.inf
 
         def objective(trial: optuna.Trial) -> float:
-            options = {name: trial.suggest_float(name, low, high, log=True) for name, (low, high) in ranges.items()}
+            options = {name: _suggested(trial, name, *ends) for name, ends in ranges.items()}
             try:
                 found = _metrics(_with(template, f"{prefix}{trial.number}", options), output)
             except DivergedError as error:
@@ -161,17 +163,32 @@ def _job(study: Study, dataset: str, label: str, seed: int, output: Path, data: 
 def _ranges(
     template: Job, ranges: Mapping[str, tuple[float, float]] | None, labels: bool
 ) -> dict[str, tuple[float, float]]:
-    known = template.config.search_space(labels)
-    if ranges is None:
-        return known
-    for name, (low, high) in ranges.items():
+    config = template.config
+    known = config.search_space(labels)
+    sections = options_of(config.method["name"], config.task["name"]).values()
+    kinds = {name: re.findall(r"\w+", str(option.type)) for options in sections for name, option in options.items()}
+    found = {}
+    for name, (low, high) in (known if ranges is None else ranges).items():
         if not 0 < low < high:
             raise RunError(f"ranges: {name}: {low}, {high}; the first must be above 0 and below the second")
-        try:
-            template.config.with_options(**{name: low})
-        except RunError as error:
-            raise RunError(f"ranges: {error}; searched by default: {', '.join(known)}") from error
-    return dict(ranges)
+        kind = kinds.get(SHORT.get(name, name), ["float"])  # what isn't an option is an error below
+        if not {"int", "float"} & {*kind}:
+            raise RunError(f"ranges: {name}: {low}, {high}; it isn't a number; searched by default: {', '.join(known)}")
+        if "float" not in kind and (low % 1 or high % 1):
+            raise RunError(f"ranges: {name}: {low}, {high}; both must be whole numbers")
+        number = float if "float" in kind else int
+        found[name] = number(low), number(high)
+        for end in found[name]:
+            try:
+                config.with_options(**{name: end})
+            except RunError as error:
+                raise RunError(f"ranges: {error}; searched by default: {', '.join(known)}") from error
+    return found
+
+
+def _suggested(trial: Any, name: str, low: float, high: float) -> float:
+    suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
+    return suggest(name, low, high, log=True)
 
 
 def _with(template: Job, name: str, options: Mapping[str, Any]) -> Job:
