@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from bloblora import studies
@@ -141,6 +143,19 @@ def test_what_cannot_be_searched_is_named(content, write, tmp_path):
     content["datasets"]["desk"].pop("validation")
     with pytest.raises(RunError, match="desk: field 'validation' is missing"):
         studies.tune(studies.read_study(write(content)), "desk", tmp_path / "search", method="wide blob", data=tmp_path)
+
+
+def test_a_search_has_one_model_and_one_budget(content, write, tmp_path):
+    options = dict(method="wide blob", ranges={"prior_std": (0.1, 1.0)}, trials=1, data=tmp_path)
+    content["budgets"] = [3]
+    studies.tune(studies.read_study(write(content)), "desk", tmp_path / "search", **options)
+    (trial,) = (tmp_path / "search" / "runs").glob("*trial0.json")
+    assert studies.read_result(tmp_path / "search", trial.stem).training["curve"][-1][0] == 3
+    for name, several in (("budgets", [3, 5]), ("models", [*content["models"], "smollm2-135m"])):
+        study = studies.read_study(write(content | {name: several}))
+        message = f"{name}: {', '.join(map(str, several))}; a search has one, so leave the others out"
+        with pytest.raises(RunError, match=re.escape(message)):
+            studies.tune(study, "desk", tmp_path / "other", **options)
 
 
 def test_validation_on_the_training_records_that_are_not_used(content, write, tmp_path):

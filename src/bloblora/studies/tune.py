@@ -66,8 +66,8 @@ def tune(
     One that failed doesn't, nor one that Ctrl-C ended, whose setting is tried again.
 
     Args:
-        study: its method with the label ``method``, data sets, options and largest N are used; a data set needs a
-            validation set.
+        study: its method with the label ``method``, data sets, options, budget and largest N are used; it has one
+            model and at most one budget, and a data set needs a validation set.
         dataset: which.
         output: folder of the trials' results, models and the search's journal.
         method: label of the method that is searched.
@@ -84,8 +84,8 @@ def tune(
         The trials that ended, the best one by the aim first; where none is feasible, the most accurate one.
 
     Raises:
-        RunError: no validation set, an unknown label, data set or option, optuna isn't installed, another search is at
-            work in ``output``, or every trial diverged.
+        RunError: no validation set, several models or budgets, an unknown label, data set or option, optuna isn't
+            installed, another search is at work in ``output``, or every trial diverged.
     """
     try:
         import optuna
@@ -155,8 +155,11 @@ def _job(study: Study, dataset: str, label: str, seed: int, output: Path, data: 
         raise RunError(f"method {quoted(label)} is not one of the study's: {', '.join(study.methods)}")
     if (validation := study.datasets[dataset].validation) is None:
         raise RunError(f"datasets: {dataset}: field 'validation' is missing; a search never looks at test data")
-    only = replace(study, models=study.models[:1], samples=(max(study.samples),))
-    job = only.job(dataset, study.models[0], label, seed, output / "runs", data)
+    for name, several in (("models", study.models), ("budgets", study.budgets)):
+        if len(several) > 1:
+            raise RunError(f"{name}: {', '.join(map(str, several))}; a search has one, so leave the others out")
+    only, steps = replace(study, samples=(max(study.samples),)), next(iter(study.budgets), None)
+    job = only.job(dataset, study.models[0], label, seed, output / "runs", data, steps)
     return replace(job, sets={_SET: located(validation, data)})
 
 
