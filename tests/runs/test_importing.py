@@ -38,7 +38,7 @@ def theirs(base, tmp_path_factory):
 
 
 @torch.no_grad()
-def answers(base, layers, noise):
+def answers(base, layers, noise, alphas=None):
     """Probabilities of the letters by the formula of its layers: W₀x + s·B(Ax) + s·B((x∘r)(σ∘E)ᵀ∘t), signs r and t."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
 
@@ -51,7 +51,7 @@ def answers(base, layers, noise):
             if noise:
                 e, r, t = noise[name]
                 added = added + ((x * r) @ (rho**2 * e).T) * t
-            return output + ALPHA / R * added @ b.T
+            return output + (alphas or {}).get(name.rpartition(".")[2], ALPHA) / len(a) * added @ b.T
 
         return forward
 
@@ -94,6 +94,29 @@ def test_answers_are_those_of_its_layers(theirs, base, tmp_path, drawn):
     assert runs.open_run(tmp_path / "run").training == {"imported": str(folder)}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha_pattern": {"q_proj": 64}}, {"rank_pattern": {"v_proj": 2}}, {"layers_to_transform": [0]}],
+    ids=str,
+)
+def test_options_of_single_layers_are_taken_over(options, theirs, base, tmp_path):
+    folder, layers = theirs
+    if "layers_to_transform" in options:
+        layers = {name: layer for name, layer in layers.items() if ".layers.1." not in name}
+    for name, rank in options.get("rank_pattern", {}).items():
+        cut = {key: {n: t[:, :rank] if "_B" in n else t[:rank] for n, t in layers[key].items()}
+               for key in layers if key.endswith(name)}  # fmt: skip
+        layers = layers | cut
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | options))
+    tensors = {f"{WRAPPED}{name}.{kind}": t.contiguous() for name, of in layers.items() for kind, t in of.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    found = import_adapter(tmp_path, tmp_path / "run").predict(QUESTIONS, 0).probabilities
+    expected = answers(base, layers, {}, options.get("alpha_pattern"))
+    for row, letters in zip(found, expected, strict=True):
+        torch.testing.assert_close(row[: len(letters)].float(), letters, rtol=1e-4, atol=1e-5)
+
+
 def test_the_command_says_what_to_type_next(theirs, tmp_path, capsys):
     main(["import", str(theirs[0]), "--output", str(tmp_path / "my run")])
     assert f"next: bloblora evaluate '{tmp_path / 'my run'}' --data FILE" in capsys.readouterr().out
@@ -112,6 +135,9 @@ def test_what_cannot_be_imported(theirs, base, tmp_path):
             ({"base_model_name_or_path": None}, tensors, "it names no base model; give one"),
             ({}, fewer, "its layers aren't the base model's: they differ in base_model.model.lm_head.lora_A"),
             ({"r": 2}, tensors, "it doesn't fit the base model"),
+            ({"use_dora": True, "bias": "all"}, tensors, "use_dora is True, bias is 'all'; an adapter with that"),
+            ({"modules_to_save": ["norm"], "loftq_config": {}}, tensors, "modules_to_save is ['norm']; an adapter"),
+            ({"init_lora_weights": "pissa"}, tensors, "init_lora_weights is 'pissa'; an adapter with that can't be"),
         ]
     ):
         place = tmp_path / str(number)

@@ -7,11 +7,12 @@ begin with PEFT's prefix twice.
 
 import os
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from ..adapter import find_posterior
 from ..adapter.storage import MEAN_CONFIG, MEAN_FILE
 from ..data import IN_MEMORY
 from ..files import check_finite_tensors, read_json, read_tensors
+from ..messages import quoted
 from ..methods.method import posterior_draws
 from .automatic import with_dtype
 from .config import RunConfig, RunError
@@ -28,7 +30,10 @@ from .run import Run, base_model, load_run
 from .train import fresh_lora, save_run
 
 _PREFIX, _RHO = "base_model.model.", ".lora_A_rho"
-_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "fan_in_fan_out")
+_LORA = (
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "fan_in_fan_out"),
+    *("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern"),
+)
 
 
 def import_adapter(
@@ -58,7 +63,8 @@ def import_adapter(
         The run, loaded from its folder.
 
     Raises:
-        RunError: the folder has no such adapter, it doesn't fit the base model, or an option is out of its range.
+        RunError: the folder has no such adapter, or one with an option of LoRA that a run doesn't have, such as
+            ``use_dora``; it doesn't fit the base model; or an option is out of its range.
     """
     folder, output = Path(directory), Path(output)
     with alone(output):  # the lock that a kill left beside a whole run goes
@@ -72,6 +78,7 @@ def import_adapter(
             f"{folder / MEAN_CONFIG}: task_type is {content.get('task_type')!r}; only adapters of language models, "
             "'CAUSAL_LM', can be imported: of others that code saves no classification head"
         )
+    _check_options(content, folder / MEAN_CONFIG)
     if (model := model or content.get("base_model_name_or_path")) is None:
         raise RunError(f"{folder / MEAN_CONFIG}: it names no base model; give one")
     middle = torch.cat([tensor.flatten() for tensor in rho.values()]).float().median()
@@ -84,7 +91,7 @@ def import_adapter(
         prior_std=prior_std,
         std_parameterization=std_parameterization or ("square" if middle > 0 else "softplus"),
         task={"name": task, "max_length": max_length},
-        lora={name: content[name] for name in _LORA if content.get(name) is not None},
+        lora={name: content[name] for name in _LORA if content.get(name) not in (None, {})},
     )
     config = with_dtype(given)
     with alone(output):
@@ -100,6 +107,19 @@ def import_adapter(
         run = Run(peft_model, tokenizer, built, sampler, config, method, training)
         save_run(run, method, output, replace(described(config), base=models.fingerprint(config.model)))
     return load_run(output, trust_remote_code=trust_remote_code)
+
+
+def _check_options(content: dict[str, Any], file: Path) -> None:
+    """Raise a RunError for options of LoRA without which the answers would be others, such as ``use_dora``."""
+    known, defaults = {*_LORA, *(option.name for option in fields(PeftConfig))}, LoraConfig().to_dict()
+    if content.get("init_lora_weights") == "gaussian":  # where the training started
+        known.add("init_lora_weights")
+    others = {name: value for name, value in content.items() if name not in known and value}
+    if wrong := [f"{name} is {quoted(value)}" for name, value in others.items() if value != defaults.get(name)]:
+        raise RunError(
+            f"{file}: {', '.join(wrong)}; an adapter with that can't be imported: of LoRA's options a run takes over "
+            f"{', '.join(_LORA)}"
+        )
 
 
 def _split(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
