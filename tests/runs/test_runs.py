@@ -201,6 +201,17 @@ def test_seconds_add_up_over_sessions(config):
     assert stored["training"] == run.training
 
 
+def test_the_last_log_is_of_the_end(config, tmp_path):
+    config = config.with_options(steps=5, validation=0)
+    curves = []
+    for every in (1, 3):
+        run = runs.train(config.with_options(output=str(tmp_path / str(every)), logging_steps=every), progress=False)
+        assert run.training["final"]["step"] == 5
+        curves.append(dict(run.training["curve"]))
+    fine, coarse = curves
+    assert coarse == pytest.approx({3: (fine[1] + fine[2] + fine[3]) / 3, 5: (fine[4] + fine[5]) / 2}, rel=1e-5)
+
+
 def test_config_yaml_trains_the_same(config, tmp_path):
     runs.train(config, progress=False)
     stored = yaml.safe_load((Path(config.output) / "config.yaml").read_text(encoding="utf-8"))

@@ -269,7 +269,7 @@ class Training:
         arguments = self.arguments | changes
         arguments["output_dir"] = str(Path(arguments["output_dir"], part))
         loop = self._loop(model, trainer, arguments)
-        for callback in (*self.callbacks, *([_LogAtEvaluations()] if self.validation else [])):
+        for callback in (*self.callbacks, _LogLosses()):
             loop.add_callback(callback)
         if self.validation and self.own_task.head is None:
             loop.add_callback(_EvaluateBefore(loop))
@@ -347,11 +347,11 @@ class Validated:
         return cls(part, best["step"], best["nll"], best.get("accuracy"), stopped_early, seconds, curve, before)
 
 
-class _LogAtEvaluations(TrainerCallback):
-    """Logs the training's losses at each evaluation: a training that stops early has some, beside the evaluation's."""
+class _LogLosses(TrainerCallback):
+    """Logs the training's losses also at its end, and at each evaluation, which may turn out to be the end."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_log |= control.should_evaluate
+        control.should_log |= control.should_evaluate or control.should_training_stop
 
     on_epoch_end = on_step_end
 
