@@ -67,6 +67,38 @@ def test_whoever_has_gone_is_not_answered_and_errors_are(held):
     assert noted.calls[1:] == [("a", [2]), ("bad", [1])]
 
 
+def test_whoever_has_gone_takes_no_place(held):
+    batcher, noted, _ = held
+    gone = batcher.submit("a", [1] * 8)
+    assert all(future.cancel() for future in gone)
+    assert len(batcher) == 0
+    stays = batcher.submit("b", range(8))
+    noted.go.set()
+    assert [future.result(10) for future in stays] == [value**2 for value in range(8)]
+    assert noted.calls[1:] == [("b", [0, 1, 2]), ("b", [3, 4, 5]), ("b", [6, 7])]
+
+
+def test_gone_while_it_waits_for_others():
+    noted = Noted()
+    noted.go.set()
+    batcher = Batcher(noted, max_batch=8, max_wait_ms=100.0, limit=8)
+    gone = batcher.submit("a", [1])[0]
+    time.sleep(0.02)
+    assert gone.cancel()
+    assert batcher.submit("a", [2])[0].result(10) == 4
+    assert batcher.submit("a", [3])[0].result(10) == 9
+    batcher.close()
+
+
+def test_the_batch_in_progress_counts_in_when_to_come_again(held):
+    """It is the first, has taken 0.4 s, and two more are to come."""
+    batcher, _, _ = held
+    batcher.submit("a", [1] * 6)
+    time.sleep(0.4)
+    with pytest.raises(QueueFullError, match=r"come again in [2-9] s"):
+        batcher.submit("a", [1] * 3)
+
+
 def test_closing_answers_what_waits(held):
     batcher, noted, _ = held
     asked = batcher.submit("a", range(7))

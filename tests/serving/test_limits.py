@@ -4,6 +4,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Event, Timer
 
 import httpx
 import pytest
@@ -110,6 +111,36 @@ def test_a_full_queue(hosted):
                 assert int(response.headers["Retry-After"]) >= 1
                 assert "of at most 4" in response.json()["message"]
         assert client.post("/v1/predict", json=body).status_code == 200
+
+
+def test_clients_that_have_gone_leave_the_queue(hosted, monkeypatch):
+    """The model is at work for a first client; three others fill the queue and go before a fifth comes."""
+    answer, started, go = hosted["desk"].answer, Event(), Event()
+
+    def held(*args):
+        started.set()
+        assert go.wait(30)
+        return answer(*args)
+
+    monkeypatch.setattr(hosted["desk"], "answer", held)
+    settings = replace(SETTINGS, queue=6, max_inputs=2, batch_size=2)
+    body = {"inputs": [TEXT, TEXT]}
+    with serving({"desk": hosted["desk"]}, settings) as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, "/v1/predict", json=body)
+        assert started.wait(30)
+        for _ in range(3):
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/predict", json=body, timeout=0.3)
+        deadline = time.monotonic() + 10
+        while len(client.server.config.app.state.batcher) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        Timer(0.3, go.set).start()
+        assert client.post("/v1/predict", json=body).status_code == 200
+        assert first.result().status_code == 200
+        counts = client.get("/metrics").text
+        assert 'bloblora_requests_total{path="/v1/predict",status="499"} 3.0' in counts
+        assert 'bloblora_requests_total{path="/v1/predict",status="200"} 2.0' in counts
+        assert 'bloblora_batch_size_sum{model="desk"} 4.0' in counts
 
 
 def test_a_stop_finishes_what_is_held(hosted):

@@ -41,7 +41,7 @@ from .schema import (
     answer_of,
     failure,
 )
-from .server import DOCS_FILES, Access, Batcher, QueueFullError
+from .server import DOCS_FILES, Access, Batcher, QueueFullError, unless_gone
 from .writing import Way, Writing, write
 
 _DESCRIPTION = "Answers of Bayesian LoRAs with their uncertainty: probabilities averaged over weight samples."
@@ -135,11 +135,11 @@ def _add_predict(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings,
     @app.post(
         "/v1/predict", responses=_ERRORS, operation_id="predict", dependencies=guards, response_model_exclude_none=True
     )
-    async def predict(body: Annotated[AnyBody, Body(openapi_examples=EXAMPLES)]) -> PredictResponse:
+    async def predict(body: Annotated[AnyBody, Body(openapi_examples=EXAMPLES)], request: Request) -> PredictResponse:
         """Answer inputs; those of requests that come together share forward passes, which changes no answer."""
         name, num_samples, inputs = await to_thread.run_sync(_read, body, hosted, settings)
         futures = app.state.batcher.submit((name, num_samples), inputs)
-        answers = await asyncio.gather(*map(asyncio.wrap_future, futures))
+        answers = await unless_gone(request, asyncio.gather(*map(asyncio.wrap_future, futures)))
         return PredictResponse(model=name, samples=num_samples, answers=[*map(answer_of, answers)])
 
 

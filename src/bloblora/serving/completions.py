@@ -23,7 +23,7 @@ from ..runs.texts import WritingOptions
 from .hosted import Hosted, Settings
 from .problems import InputsError, encoded, find_run, problem_of, samples_of, validated
 from .schema import OPENAI_PATHS, ChatRequest, CompletionRequest, failure
-from .server import Batcher
+from .server import Batcher, unless_gone
 from .writing import Token, Way, Writing
 
 
@@ -99,14 +99,10 @@ async def answered(asked: Asked, request: Request, writer: Batcher) -> Response:
     answers = _Answers(asked, writer)
     if asked.stream:
         return _Stream(asked, answers)
-    whole, gone = asyncio.ensure_future(_whole(asked, answers)), asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return JSONResponse(await whole) if whole.done() else Response(status_code=499)  # which nobody reads
+        return JSONResponse(await unless_gone(request, _whole(asked, answers)))
     finally:
         answers.leave()
-        whole.cancel()
-        gone.cancel()
 
 
 def _records(request: Any, chat: bool) -> list[tuple[str, dict[str, Any]]]:
@@ -314,8 +310,3 @@ def _logprobs(asked: Asked, tokens: Sequence[tuple[Token, str, int]]) -> dict[st
         for token, text, _ in tokens
     ]
     return {"content": content, "refusal": None}
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -8,7 +8,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -16,12 +16,13 @@ from ipaddress import ip_address
 from pathlib import Path
 from threading import Condition, Thread
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,6 +32,7 @@ from .schema import failure
 DOCS_FILES = "/docs/files"
 GRACE_SECONDS = 30.0
 _CLOSE = {"Connection": "close"}
+T = TypeVar("T")
 _OPEN = ("/", "/health", "/ready", "/docs", "/openapi.json")
 
 
@@ -218,6 +220,24 @@ def _refusal(path: str, status: int, message: str, headers: Mapping[str, str] | 
     return JSONResponse(failure(path, status, message), status, headers)
 
 
+async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
+    """Wait for a request's answer, which is cancelled with an HTTPException of status 499 when its client goes away."""
+    whole, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not whole.done():
+            raise HTTPException(499, "the client has gone")  # which nobody reads, but is counted
+        return await whole
+    finally:
+        whole.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 class QueueFullError(RuntimeError):
     """No room for a request's inputs; there should be in ``retry_after`` seconds, at least 1."""
 
@@ -230,8 +250,9 @@ class Batcher:
     """Calls a function on what waits, in one thread, until it is closed.
 
     A batch is of the oldest input and those of the same key, in their order. It is taken when there are ``max_batch``
-    of them, or when the oldest has waited ``max_wait_ms`` milliseconds. At most ``limit`` inputs wait. ``answer`` takes
-    a key and the inputs and returns as many answers; an error is every one's answer.
+    of them, or when the oldest has waited ``max_wait_ms`` milliseconds. At most ``limit`` inputs wait, of which those
+    whose future was cancelled are none. ``answer`` takes a key and the inputs and returns as many answers; an error is
+    every one's answer.
     """
 
     def __init__(
@@ -241,13 +262,13 @@ class Batcher:
         self._waiting: list[_Input] = []
         self._changed = Condition()
         self._closed = False
-        self._batch_seconds = 0.0
+        self._batch_seconds, self._began = 0.0, math.inf  # of the last batch, and of the one in progress
         self._thread = Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 
     def __len__(self) -> int:
         """Inputs that wait."""
-        return len(self._waiting)
+        return sum(not input_.answer.cancelled() for input_ in self._waiting)
 
     def submit(self, key: Hashable, inputs: Sequence[Any]) -> list[Future[Any]]:
         """Put inputs in the queue: all or none, with a QueueFullError; a RuntimeError once the batcher is closed."""
@@ -255,9 +276,9 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
+            self._waiting = [input_ for input_ in self._waiting if not input_.answer.cancelled()]
             if len(self._waiting) + len(added) > self._limit:
-                calls = len(self._waiting) / self._max_batch
-                raise QueueFullError(len(self._waiting), self._limit, max(1, math.ceil(calls * self._batch_seconds)))
+                raise QueueFullError(len(self._waiting), self._limit, self._seconds_left())
             self._waiting.extend(added)
             self._changed.notify()
         return [input_.answer for input_ in added]
@@ -269,12 +290,17 @@ class Batcher:
             self._changed.notify()
         self._thread.join()
 
+    def _seconds_left(self) -> int:
+        """Until what waits is answered, if each batch takes as long as the last, or as the one in progress so far."""
+        a_batch = max(self._batch_seconds, time.monotonic() - self._began)
+        return max(1, math.ceil((1 + len(self._waiting) / self._max_batch) * a_batch))
+
     def _work(self) -> None:
-        while taken := self._take():
+        while (taken := self._take()) is not None:
             batch = [input_ for input_ in taken if input_.answer.set_running_or_notify_cancel()]
             if not batch:  # whoever asked has gone
                 continue
-            start = time.monotonic()
+            self._began = time.monotonic()
             try:
                 answers = self._answer(batch[0].key, [input_.value for input_ in batch])
                 for input_, answer in zip(batch, answers, strict=True):
@@ -283,14 +309,14 @@ class Batcher:
                 for input_ in batch:
                     if not input_.answer.done():
                         input_.answer.set_exception(error)
-            self._batch_seconds = time.monotonic() - start
+            self._batch_seconds, self._began = time.monotonic() - self._began, math.inf
 
-    def _take(self) -> list["_Input"]:
-        """Take the oldest input and others like it out of the queue; empty when closed and nothing waits."""
+    def _take(self) -> list["_Input"] | None:
+        """Take the oldest input and others like it out of the queue; None when closed and nothing waits."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if not self._waiting:
-                return []
+                return None
             left = self._waiting[0].since + self._max_wait - time.monotonic()
             self._changed.wait_for(lambda: self._closed or len(self._alike()) == self._max_batch, left)
             batch = self._alike()
