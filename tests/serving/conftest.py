@@ -78,11 +78,11 @@ def hosted(folders):
 
 
 @contextmanager
-def serving(hosted, settings=SETTINGS, keys=(), drain_seconds=0.0, allowed_hosts=()):
+def serving(hosted, settings=SETTINGS, keys=(), drain_seconds=0.0, allowed_hosts=(), grace_seconds=30.0):
     """A client of a server that runs in a thread; `client.server` is the server."""
     app = create_app(hosted, settings, keys, allowed_hosts)
     with bind("127.0.0.1", 0) as port:
-        server = Server(app, drain_seconds)
+        server = Server(app, drain_seconds, grace_seconds)
         thread = Thread(target=server.run, kwargs={"sockets": [port]})
         thread.start()
         url = "http://{}:{}".format(*port.getsockname())

@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -384,6 +385,37 @@ def test_a_client_that_goes_away_ends_the_generation(stream, hosted, server, mon
         if len(steps) == before:
             break
     assert 1 <= len(steps) < 30
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_is_open_when_the_grace_is_over_ends_with_an_error(stream, hosted, monkeypatch, capfd):
+    run, told, go = hosted["answers"].run, threading.Event(), threading.Event()
+    generate = run.generate_encoded
+
+    def held(examples, *args, on_token, **options):
+        def tell(rows, step):
+            on_token(rows, step)
+            told.set()
+            assert go.wait(30)
+
+        return generate(examples, *args, on_token=tell, **options)
+
+    monkeypatch.setattr(run, "generate_encoded", held)
+    body = {"model": "answers", "prompt": PROMPT, "stream": stream}
+    with serving(hosted, TEXT_SETTINGS, grace_seconds=1.0) as server, ThreadPoolExecutor(1) as pool:
+        try:
+            asked = pool.submit(server.post, "/v1/completions", json=body)
+            assert told.wait(30)
+            server.server.handle_exit(15, None)
+            response = asked.result()
+        finally:
+            go.set()
+    lines = [line for line in response.text.splitlines() if line] if stream else [response.text]
+    assert len(lines) == 1 + stream  # of the token that was written
+    error = {"message": "the server has stopped before the answer was complete", "type": "server_error"}
+    assert json.loads(lines[-1].removeprefix("data: ")) == {"error": {**error, "param": None, "code": None}}
+    assert response.status_code == (200 if stream else 503)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_rules_that_do_not_fit_are_found_before_the_model_is_loaded(writer_folder, tmp_path):

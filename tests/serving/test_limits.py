@@ -1,6 +1,7 @@
 """What is refused, with which code, and what the message says."""
 
 import json
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -158,6 +159,37 @@ def test_a_stop_finishes_what_is_held(hosted):
         assert [len(future.result().json()["answers"]) for future in held] == [32, 32]
         with pytest.raises(httpx.TransportError):  # it still answers until the time is over
             ask_until(deadline, f"{client.base_url}/ready")
+
+
+def test_what_is_open_when_the_grace_is_over_gets_503(hosted, monkeypatch, capfd):
+    """One is at the model, one waits, and one's body hasn't come."""
+    answer, started, go = hosted["desk"].answer, Event(), Event()
+
+    def held(*args):
+        started.set()
+        assert go.wait(30)
+        return answer(*args)
+
+    monkeypatch.setattr(hosted["desk"], "answer", held)
+    with serving({"desk": hosted["desk"]}, grace_seconds=1.0) as client, ThreadPoolExecutor(2) as pool:
+        try:
+            asked = [pool.submit(client.post, "/v1/predict", json={"inputs": TEXT}) for _ in "ab"]
+            assert started.wait(30)
+            host, port = client.base_url.host, client.base_url.port
+            with socket.create_connection((host, port)) as unfinished:
+                head = f"POST /v1/predict HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9\r\n\r\n{{"
+                unfinished.sendall(head.encode())
+                client.server.handle_exit(15, None)
+                for response in [future.result() for future in asked]:
+                    assert (response.status_code, response.headers["Connection"]) == (503, "close")
+                    assert response.json() == {
+                        "message": "the server has stopped before the answer was complete",
+                        "problems": [],
+                    }
+                assert unfinished.recv(1000).startswith(b"HTTP/1.1 503 ")
+        finally:
+            go.set()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def ask_until(deadline, url):

@@ -41,7 +41,7 @@ from .schema import (
     answer_of,
     failure,
 )
-from .server import DOCS_FILES, Access, Batcher, QueueFullError, unless_gone
+from .server import DOCS_FILES, Access, Batcher, QueueFullError, ended, unless_gone
 from .writing import Way, Writing, write
 
 _DESCRIPTION = "Answers of Bayesian LoRAs with their uncertainty: probabilities averaged over weight samples."
@@ -53,6 +53,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     421: {"model": Failure, "description": "the Host header has a name that isn't the server's"},
     422: {"model": Failure, "description": "fields that can't be used"},
     429: {"model": Failure, "description": "the queue is full; Retry-After says when to come again"},
+    503: {"model": Failure, "description": "the server has stopped before the answer was complete"},
 }
 _OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
     status: {**error, "model": OpenAIFailure} for status, error in _ERRORS.items() if status != 422
@@ -127,6 +128,7 @@ def create_app(
         max_body_bytes=settings.max_body_bytes,
         read_seconds=settings.read_seconds,
     )
+    app.add_middleware(ended)
     app.add_middleware(metrics.counted)
     return app
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -22,7 +21,7 @@ from ..messages import shortened
 from ..runs.texts import WritingOptions
 from .hosted import Hosted, Settings
 from .problems import InputsError, encoded, find_run, problem_of, samples_of, validated
-from .schema import OPENAI_PATHS, ChatRequest, CompletionRequest, failure
+from .schema import OPENAI_PATHS, ChatRequest, CompletionRequest, event, failure
 from .server import Batcher, unless_gone
 from .writing import Token, Way, Writing
 
@@ -239,20 +238,16 @@ async def _events(asked: Asked, answers: _Answers) -> AsyncIterator[str]:
     try:
         if asked.chat:
             start = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-            yield _event({**head, "choices": [start], **nothing})
+            yield event({**head, "choices": [start], **nothing})
         async for index, new, tokens, end in answers:
-            yield _event({**head, "choices": [_choice(asked, index, new, tokens, end)], **nothing})
+            yield event({**head, "choices": [_choice(asked, index, new, tokens, end)], **nothing})
         if asked.usage:
-            yield _event({**head, "choices": [], "usage": _usage(asked, answers)})
+            yield event({**head, "choices": [], "usage": _usage(asked, answers)})
         yield "data: [DONE]\n\n"
     except Exception as error:
         message = f"{type(error).__name__} on the server, whose log says more: {shortened(str(error))}"
-        yield _event(failure(OPENAI_PATHS[0], 500, message))
+        yield event(failure(OPENAI_PATHS[0], 500, message))
         raise
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, allow_nan=False)}\n\n"
 
 
 def _head(asked: Asked) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Requests and answers, from which FastAPI writes the OpenAPI schema, and the metrics that Prometheus reads."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -463,7 +464,7 @@ class OpenAIFailure(BaseModel):
 
 
 OPENAI_PATHS = ("/v1/completions", "/v1/chat/completions")
-_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
+_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
 
 
@@ -478,6 +479,11 @@ def failure(path: str, status: int, message: str, problems: Sequence[Problem] = 
         message=message, type=kind, param=problems[0].field if problems else None, code=code or _CODES.get(status)
     )
     return OpenAIFailure(error=error).model_dump()
+
+
+def event(content: dict[str, Any]) -> str:
+    """One of a stream's server-sent events."""
+    return f"data: {json.dumps(content, allow_nan=False)}\n\n"
 
 
 _PATHS = ("/", "/v1/predict", *OPENAI_PATHS, "/v1/models", "/health", "/ready", "/metrics", "/docs", "/openapi.json")

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from ipaddress import ip_address
@@ -27,7 +28,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..runs import RunError
-from .schema import failure
+from .schema import event, failure
 
 DOCS_FILES = "/docs/files"
 GRACE_SECONDS = 30.0
@@ -40,9 +41,9 @@ class Server(uvicorn.Server):
     """Stops in two steps: ``/ready`` says so first, and what is held is finished.
 
     Until ``drain_seconds`` have passed new requests are still taken, because a load balancer needs that long to see
-    it. Then no connection is accepted, and those that wait get their answers, for at most ``grace_seconds``. A second
-    signal ends the process at once. The app is one that `create_app` made; ``started`` is called with the URL once
-    requests are taken.
+    it. Then no connection is accepted, and those that wait get their answers, for at most ``grace_seconds``, or else
+    status 503. A second signal ends the process at once. The app is one that `create_app` made; ``started`` is called
+    with the URL once requests are taken.
     """
 
     def __init__(
@@ -214,6 +215,37 @@ class Access:
 
     def _too_large(self, length: str) -> str:
         return f"the body has {length} bytes; at most {self._max_body_bytes} are taken"
+
+
+def ended(app: ASGIApp) -> ASGIApp:
+    """ASGI middleware: requests that are open when the server's grace is over get status 503, streams a last event."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        headers: Headers | None = None
+        complete = False
+
+        async def noted(message: Message) -> None:
+            nonlocal headers, complete
+            if message["type"] == "http.response.start":
+                headers = Headers(raw=message["headers"])
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await app(scope, receive, noted)
+        except asyncio.CancelledError:  # by uvicorn, which would send a status 500
+            message = "the server has stopped before the answer was complete"
+            if headers is None:
+                await _refusal(scope["path"], 503, message, _CLOSE)(scope, receive, send)
+            elif headers.get("content-type", "").startswith("text/event-stream") and not complete:
+                last = event(failure(scope["path"], 503, message)).encode()
+                with suppress(asyncio.CancelledError):  # the second, where the client reads nothing
+                    await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    return call
 
 
 def _refusal(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
