@@ -323,7 +323,9 @@ def test_fuzzed_again_and_again(server, path, mode):
 
 
 def test_other_refusals_have_the_same_form(hosted, server):
-    assert server.post("/v1/completions", content=b"{").json()["error"]["param"] == "body"
+    error = server.post("/v1/completions", content=b"{").json()["error"]
+    assert error["param"] == "body"
+    assert "send it with the header 'Content-Type: application/json'" in error["message"]
     large = server.post("/v1/chat/completions", content=b" " * (TEXT_SETTINGS.max_body_bytes + 1))
     assert (large.status_code, large.json()["error"]["type"]) == (413, "invalid_request_error")
     with serving(hosted, TEXT_SETTINGS, keys=("right",)) as locked:

@@ -18,6 +18,7 @@ from tests.serving.conftest import SETTINGS, serving
 from tests.tiny_base import queries, write_jsonl
 
 TEXT = {"text": "where is my parcel"}
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.parametrize(
@@ -61,12 +62,32 @@ def test_fields_that_cannot_be_used(client, body, field, value, message):
 
 @pytest.mark.parametrize(
     ("content", "kind", "status"),
-    [("{", "application/json", 422), ("[" * 100_000, "application/json", 400), ("{}", "text/plain", 422)],
+    [("", "application/json", 422), ("[" * 100_000, "application/json", 400)],
 )
 def test_no_json(client, content, kind, status):
     response = client.post("/v1/predict", content=content, headers={"Content-Type": kind})
     assert response.status_code == status
     assert response.json()["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "value", "message"),
+    [
+        ("{", JSON, "''", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ('{"inputs": "a",\n "model": desk}', JSON, "'desk}'", "Expecting value: line 2 column 11 (char 26)"),
+        ('{"a": "\ud800"}b', JSON, "'b'", "Extra data: line 1 column 11 (char 10)"),
+        ('{"inputs": "a"}', {"Content-Type": "text/plain"}, "b'{", "'Content-Type: application/json'"),
+        ("{" * 1000, {}, "b'{{{", "send it with the header 'Content-Type: application/json'"),
+    ],
+)
+def test_what_is_wrong_with_a_body_that_is_no_json(client, content, headers, value, message):
+    content = content.encode("utf-8", "surrogatepass")
+    response = client.post("/v1/predict", content=content, headers=headers)
+    assert response.status_code == 422
+    (problem,) = response.json()["problems"]
+    assert problem["field"] == "body"
+    assert problem["value"].startswith(value)
+    assert message in problem["message"]
 
 
 def test_bodies_too_large(hosted):

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from importlib.metadata import version
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -240,6 +241,9 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:  # there is no JSON
+        if isinstance(cause := error.__cause__, JSONDecodeError):
+            problem = problem_of("body", cause.doc[cause.pos :], f"isn't JSON: {cause}")
+            return await refused(request, InputsError(problem))
         return await refused(request, InputsError(*(problem_of("body", None, part["msg"]) for part in error.errors())))
 
     @app.exception_handler(QueueFullError)

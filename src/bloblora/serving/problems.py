@@ -32,6 +32,8 @@ class InputsError(HTTPException):
 
 def validated(kind: type[Request], body: Any, settings: Settings) -> Request:
     """The request that a body is; an InputsError where it is none."""
+    if isinstance(body, bytes):  # FastAPI has left it so
+        raise InputsError(problem_of("body", body, "send it with the header 'Content-Type: application/json'"))
     try:
         return kind.model_validate(body, context=settings)
     except ValidationError as error:
