@@ -176,6 +176,7 @@ def test_a_stop_finishes_what_is_held(hosted):
         client.server.handle_exit(15, None)
         ready = client.get("/ready")
         assert (ready.status_code, ready.json()) == (503, {"status": "stopping"})
+        assert client.head("/ready").status_code == 503
         assert client.get("/health").status_code == 200
         assert [len(future.result().json()["answers"]) for future in held] == [32, 32]
         with pytest.raises(httpx.TransportError):  # it still answers until the time is over

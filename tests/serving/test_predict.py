@@ -115,6 +115,9 @@ def test_health_and_metrics(hosted):
     with serving({"desk": hosted["desk"]}) as client:
         assert client.get("/health").json() == {"status": "ok"}
         assert client.get("/ready").json() == {"status": "ready"}
+        for path in ("/health", "/ready"):
+            head = client.head(path)
+            assert (head.status_code, head.content) == (200, b"")
         ask(client, RECORDS["desk"], samples=2)
         ask(client, RECORDS["desk"][0], samples=5)
         client.get("/nowhere")

@@ -194,11 +194,13 @@ def _add_models(app: FastAPI, hosted: Mapping[str, Hosted], settings: Settings, 
 
 
 def _add_status(app: FastAPI, metrics: Metrics) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", operation_id="health")
     async def health() -> Status:
         """The process lives."""
         return Status(status="ok")
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", operation_id="ready", responses={503: {"model": Status, "description": "it is stopping"}})
     async def ready(response: Response) -> Status:
         """Whether requests are taken: until the server is told to stop."""
