@@ -296,8 +296,11 @@ def test_models(client, server):
             BAD,
             "top_logprobs",
             None,
-            "needs logprobs",
+            "no effect without logprobs",
         ),
+        ({"stream_options": {"include_usage": True}}, BAD, "stream_options", None, "no effect without stream"),
+        ({"extra_body": {"answer_temperature": 0.5}}, BAD, "answer_temperature", None, "no effect without answers"),
+        ({"extra_body": {"agree": "exact", "answers": 0}}, BAD, "agree", None, "no effect without answers or draws"),
     ],
 )
 def test_what_is_refused(client, fields, error, param, code, message):
@@ -320,6 +323,18 @@ def test_fuzzed(server, path, mode):
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 def test_fuzzed_again_and_again(server, path, mode):
     assert fuzzed(server, path, mode, 500) <= {200, 400, 404}
+
+
+def test_options_that_the_rules_or_the_draws_use_are_taken(client, hosted, monkeypatch):
+    """Without them there would be no p_correct, where the map is for answers that agree so."""
+    asked = {"model": "answers", "prompt": PROMPT, "max_tokens": 4}
+    assert client.completions.create(**asked, extra_body={"agree": "exact", "draws": True}).choices[0].draws
+    (rules,) = hosted["answers"].rules
+    how = rules.how | {"agree": "exact", "answer_temperature": 0.5}
+    monkeypatch.setattr(hosted["answers"], "rules", [replace(rules, how=how)])
+    own = {"agree": "exact", "answer_temperature": 0.5}
+    found = client.completions.create(model="answers", prompt=PROMPT, extra_body=own)
+    assert 0 < found.choices[0].p_correct < 1
 
 
 def test_other_refusals_have_the_same_form(hosted, server):

@@ -21,7 +21,7 @@ from ..messages import shortened
 from ..runs.texts import WritingOptions
 from .hosted import Hosted, Settings
 from .problems import InputsError, encoded, find_run, problem_of, samples_of, validated
-from .schema import OPENAI_PATHS, ChatRequest, CompletionRequest, event, failure
+from .schema import OPENAI_PATHS, ChatRequest, CompletionRequest, Problem, event, failure
 from .server import Batcher, unless_gone
 from .writing import Token, Way, Writing
 
@@ -69,8 +69,6 @@ def read_completion(body: Any, hosted: Mapping[str, Hosted], settings: Settings,
         raise InputsError(problem_of("answers", answers, f"must be at most {settings.max_answers}"))
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     top = (request.top_logprobs if chat else request.logprobs) or 0
-    if chat and top and not request.logprobs:
-        raise InputsError(problem_of("top_logprobs", top, "needs logprobs: true"))
     how = Way(
         run.name,
         samples_of(request.samples, settings),
@@ -87,10 +85,24 @@ def read_completion(body: Any, hosted: Mapping[str, Hosted], settings: Settings,
         ),
         bool(request.draws),
     )
+    if problems := _without_effect(body, run.rules_for(how) is not None):
+        raise InputsError(*problems)
     logprobs = bool(request.logprobs) if chat else request.logprobs is not None
     examples = [_fitting(run, record, place, how, settings) for place, record in _records(request, chat)]
     usage = bool(request.stream_options and request.stream_options.include_usage)
     return Asked(run, how, examples, stop, top, chat, logprobs, bool(request.stream), usage)
+
+
+def _without_effect(body: Mapping[str, Any], ruled: bool) -> list[Problem]:
+    """Of each option that does nothing without another; with ``ruled`` there are rules for this way of writing."""
+    needed: dict[str, tuple[str, ...]] = {"top_logprobs": ("logprobs",), "stream_options": ("stream",)}
+    if not ruled:
+        needed |= {"answer_temperature": ("answers",), "agree": ("answers", "draws")}
+    return [
+        problem_of(name, body[name], f"has no effect without {' or '.join(others)}")
+        for name, others in needed.items()
+        if body.get(name) and not any(map(body.get, others))
+    ]
 
 
 async def answered(asked: Asked, request: Request, writer: Batcher) -> Response:
