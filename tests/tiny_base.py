@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from bloblora import models
+from bloblora.data import support_desk
 from bloblora.files import write_hashed_json
 from bloblora.runs.folder import _without_places
 from tests.tasks.conftest import tiny_causal, train_tokenizer
@@ -43,6 +44,12 @@ def save_default(cache: Path) -> Path:
 
 def queries() -> list[dict]:
     return [{"text": text, "label": label} for label, texts in TEXTS.items() for text in texts]
+
+
+def held_out(count: int = 60) -> list[dict]:
+    """Records that differ, with the same labels, and none of `queries`."""
+    texts = [record["text"] for record in support_desk("test")[:count]]
+    return [{"text": text, "label": ("parcel", "refund")[i % 2]} for i, text in enumerate(texts)]
 
 
 def write_jsonl(file: Path, records: list[dict]) -> Path:

@@ -9,6 +9,7 @@ import pytest
 from bloblora import runs
 from bloblora.data import support_desk
 from bloblora.runs import decide
+from tests import tiny_base
 from tests.cli.test_commands import lines
 from tests.cli.test_errors import NOWHERE, fails
 from tests.tiny_base import queries, write_jsonl, write_signed
@@ -19,10 +20,7 @@ REALIZED = ("answered", "selective_risk", "set_coverage", "set_size", "false_ala
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
-    """Records that differ, with the labels of the tiny run."""
-    texts = [record["text"] for record in support_desk("test")[:60]]
-    records = [{"text": text, "label": ("parcel", "refund")[i % 2]} for i, text in enumerate(texts)]
-    return write_jsonl(tmp_path_factory.mktemp("held_out") / "held_out.jsonl", records)
+    return write_jsonl(tmp_path_factory.mktemp("held_out") / "held_out.jsonl", tiny_base.held_out())
 
 
 @pytest.fixture
@@ -204,34 +202,45 @@ def test_what_cannot_be_promised_is_not_saved(call, folder, held_out, files):
     fails(call(*calibrate, *LAX, "--label-sets", "top"), "expected one of 'lac', 'aps', 'raps'")
     fails(call(*calibrate, *LAX, "--samples", "-1"), "samples must be 0")
     fails(call("calibrate", folder, "--data", files.questions, *LAX), "needs records with 'text'")
-    fails(call("calibrate", folder, "--data", files.texts, *LAX), "the run was trained on these")
+    fails(call("calibrate", folder, "--data", files.texts, *LAX), "the run has seen 4 of the 4 records")
     fails(call(*calibrate, *LAX, "--samples", "0", "--score", "mutual_information"), "take predictive_entropy")
     assert not (folder / "decision.json").exists()
 
 
-@pytest.mark.parametrize("name", ["data", "validation"])
-def test_the_runs_own_data_by_any_name(call, folder, held_out, files, tmp_path, monkeypatch, name):
-    own = Path(shutil.copy(files.texts, tmp_path / "own.jsonl"))
+def test_data_that_the_run_has_seen_are_refused(call, run, held_out, tmp_path):
+    """In any order, and as a part of others."""
+    folder, own = shutil.copytree(run, tmp_path / "run"), tmp_path / "own.jsonl"
+    for some, known in ((queries()[::-1], 4), (queries()[1:], 3), ([*queries(), *tiny_base.held_out(4)], 4)):
+        said = f"the run has seen {known} of the {len(some)} records: it was trained on them"
+        write_jsonl(own, [{**record, "id": i} for i, record in enumerate(some)])
+        fails(call("calibrate", folder, "--data", own, *LAX), said, "calibrate on records that it has not seen")
+        fails(call("calibrate", folder, "--predictions", held_out, "--data", own, *LAX), said)
+        with pytest.raises(runs.RunError, match=said):
+            decide.calibrate(runs.open_run(folder), some)
+        assert said in call("evaluate", folder, "--data", own, "--samples", "3")[2]
+    assert "has seen" not in call("evaluate", folder, "--data", held_out, "--samples", "3")[2]
+    (Path(folder) / "seen.json").write_text("{}")
+    fails(call("calibrate", folder, "--data", own, *LAX), "seen.json: field 'records' is missing")
+
+
+def test_a_few_records_that_the_run_has_seen_are_left_out(call, files, run, tmp_path):
+    """What counts is the content, also where others lie at the place of the training data."""
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
     content = json.loads((folder / "run.json").read_text())
-    said = {"data": "the run was trained on these", "validation": "they chose the run's checkpoint"}[name]
-    digests = {"data": "records_sha256", "validation": "validation_sha256"}
-    other = {"records_sha256": "0" * 64, digests[name]: content["records_sha256"]}
-    content["config"] |= {"data": "other.jsonl", "validation": "other.jsonl", "output": "run", name: "own.jsonl"}
-    write_signed(folder / "run.json", content | other)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "linked.jsonl").symlink_to(own)
-    shutil.copy(own, tmp_path / "copied.jsonl")
-    for source in ("own.jsonl", "./own.jsonl", own, "linked.jsonl", "copied.jsonl"):
-        fails(call("calibrate", folder, "--data", source, *LAX), said)
-    (away := tmp_path / "away").mkdir()
-    shutil.copy(held_out, own)  # others since, at the same place
-    shutil.copy(held_out, away / "own.jsonl")
-    monkeypatch.chdir(away)
-    fails(call("calibrate", folder, "--data", own, *LAX), said)
-    assert call("calibrate", folder, "--data", "own.jsonl", *LAX)[0] == 0
-    if name == "data":
-        assert "the run was trained on these" in call("evaluate", folder, "--data", own, "--samples", "3")[2]
-        assert "trained on" not in call("evaluate", folder, "--data", "own.jsonl", "--samples", "3")[2]
+    content["config"]["data"] = own = str(tmp_path / "own.jsonl")
+    write_signed(folder / "run.json", content)
+    relabelled = queries()[0] | {"label": "parcel"}
+    write_jsonl(Path(own), [relabelled, *queries()[2:], *tiny_base.held_out(58)])
+    status, _, err = call("calibrate", folder, "--data", own, *LAX)
+    assert status == 0
+    assert "warning: the run has seen 2 of the 61 records: it was trained on them" in err
+    (stored,) = json.loads((folder / "decision.json").read_text())["decisions"]
+    assert stored["decision"]["scope"]["num_examples"] == 59
+    predicted = tmp_path / "answers.jsonl"
+    assert call("predict", folder, "--input", own, "--samples", "3", "--output", predicted)[0] == 0
+    assert call("calibrate", folder, "--predictions", predicted, "--data", own, *LAX)[0] == 0
+    (again,) = json.loads((folder / "decision.json").read_text())["decisions"]
+    assert again["decision"]["label_sets"] == pytest.approx(stored["decision"]["label_sets"], abs=1e-6)
 
 
 def test_help_says_what_is_promised(call):

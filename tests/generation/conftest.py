@@ -91,4 +91,6 @@ def trained(base, tmp_path_factory):
     config = partial(runs.RunConfig.of, data=str(data), model=str(base), **SETTINGS)
     # Of two examples the KL leaves nothing to learn, and random layers need more than q and v.
     options = {"kl_scale": 0.0, "init_std": 0.0001, "target_modules": ["o_proj", "up_proj", "down_proj", "lm_head"]}
-    return runs.train(config(output=str(folder / "blob"), **options), progress=False)
+    run = runs.train(config(output=str(folder / "blob"), **options), progress=False)
+    (folder / "blob" / "seen.json").unlink()  # it answers nothing else, and so is calibrated on this
+    return run

@@ -7,7 +7,7 @@ import pytest
 from bloblora import runs
 from bloblora.runs.decide import calibrate
 from bloblora.runs.evaluate import save_metrics
-from tests.tiny_base import queries, write_jsonl
+from tests.tiny_base import held_out, queries, write_jsonl
 
 THREE = runs.PredictionOptions(samples=3)
 
@@ -35,6 +35,6 @@ def trained(base, tmp_path_factory):
     mean = {"accuracy": 0.25, "nll": float("inf"), "num_samples": 0}
     save_metrics(runs.open_run(output), mean, runs.PredictionOptions(samples=0), "support_desk:test")
     promises = {"risk": 0.9, "level": 0.5, "coverage": 0.5, "false_alarm": 0.5}
-    calibrate(runs.open_run(output), queries() * 10, options=THREE, **promises)
+    calibrate(runs.open_run(output), held_out(), options=THREE, **promises)
     write_jsonl(output / "queries.jsonl", queries())  # nobody else's business
     return SimpleNamespace(folder=output, data=data, test=test)

@@ -15,7 +15,7 @@ import bloblora
 from bloblora import runs
 from bloblora.data import DataError
 from bloblora.runs.decide import calibrate
-from tests.tiny_base import TEXTS, queries, write_jsonl
+from tests.tiny_base import TEXTS, held_out, queries, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TWO = runs.PredictionOptions(samples=2)
@@ -91,8 +91,9 @@ def test_every_entry_point_takes_them(trained):
         assert runs.evaluate(trained, source, ALL, TWO) == runs.evaluate(trained, queries(), queries(), TWO)
     description, promises = runs.open_run(trained.config.output), {"risk": 0.9, "level": 0.1, "coverage": 0.5}
     promises["false_alarm"] = 0.5
-    assert calibrate(description, frame, ALL, TWO, **promises) == calibrate(
-        description, queries(), queries(), TWO, **promises
+    others = held_out()
+    assert calibrate(description, pandas.DataFrame(others), ALL, TWO, **promises) == calibrate(
+        description, others, queries(), TWO, **promises
     )
     with pytest.raises(DataError, match="row 1, 2, 3, 4: field 'label': missing"):
         runs.evaluate(trained, ALL, None, TWO)

@@ -91,8 +91,9 @@ def test_lines_kept_predictions_promises_and_the_server(trained, tmp_path):
     assert model["kind"] == "tokens"
     with pytest.raises(ValueError, match=r"risk, confidence and label_sets are for classes"):
         calibrate(description, test, options=SETTINGS, risk=0.2)
+    few = [{"tokens": ["yes", *one["tokens"]], "tags": ["O", *one["tags"]]} for one in test[:3]]
     with pytest.raises(PromiseError, match=r"coverage 0.9 needs at least 9 records"):
-        calibrate(description, test[:3], options=SETTINGS)
+        calibrate(description, few, options=SETTINGS)
 
 
 def test_an_export_is_a_token_classifier_of_transformers(trained, tmp_path):

@@ -134,7 +134,7 @@ def test_what_is_of_classes_is_refused_before_training(base, tmp_path, options, 
 
 
 def test_what_is_of_classes_is_refused_of_a_run(trained, tmp_path, capsys):
-    folder, test = trained.config.output, [*records(4)]
+    folder, test = trained.config.output, [*records(4, seed=1)]
     for name in ("stop", "linearized"):
         with pytest.raises(runs.RunError, match=f"approximate '{name}' is for classes and choices"):
             runs.load_run(folder, name)

@@ -443,7 +443,8 @@ def test_tagged_words(opened, base, tmp_path):
     data = [{"tokens": ["the", word], "tags": ["O", "B-X" if word == "card" else "O"]} for word in ("card", "gas") * 4]
     options = {"model": str(base), "steps": 30, "batch_size": 4, "r": 2, "validation": 0, "learning_rate": 0.03}
     run = runs.train(runs.RunConfig.of(data=data, output=str(tmp_path / "run"), **options), progress=False)
-    calibrate(runs.open_run(run.config.output), data * 2, options=SETTINGS, coverage=0.8)
+    others = [{"tokens": [f"{i}", *one["tokens"]], "tags": ["O", *one["tags"]]} for i, one in enumerate(data * 2)]
+    calibrate(runs.open_run(run.config.output), others, options=SETTINGS, coverage=0.8)
     with serving(load_hosted(open_hosted([run.config.output], SETTINGS), SETTINGS)) as client:
         page = opened(str(client.base_url))
         asked = ["the", "card"]

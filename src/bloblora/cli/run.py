@@ -23,7 +23,6 @@ from ..decision import MAPS, changed, check_promises
 from ..decision.conformal import Kind, Score
 from ..files import replacing
 from ..messages import quoted
-from ..prediction import KINDS
 from ..prediction.kinds import CLASSES
 from ..runs import CodeOptions, PredictionOptions, RunConfig, RunDescription, RunError, open_run
 from ..runs.checks import check_generates
@@ -31,13 +30,12 @@ from ..runs.correctness import CORRECTNESS_FILE, calibrate_texts, open_correctne
 from ..runs.decide import DECISION_FILE, DECISIONS, calibrate_on, open_decision
 from ..runs.decide import calibrate as calibrate_run
 from ..runs.evaluate import METRICS_FILE, read_metrics, save_metrics
-from ..runs.folder import records_sha256
 from ..runs.lines import lines_file, write_table
 from ..runs.outcome import log
 from ..runs.predictions import answer_of, check_made_by, read_predictions
 from ..runs.processes import use_device
 from ..runs.scoring import score_file
-from ..runs.selection import select_for
+from ..runs.seen import said, seen, unseen
 from ..runs.text_decisions import open_text_decision, promise_texts
 from ..runs.texts import WritingOptions
 from ..training import PosteriorHistograms
@@ -156,7 +154,8 @@ def calibrate(
     `predict` and `evaluate` use them from then on, with the same --samples, --seed and --approximate; calibrate again
     with others to have rules for both. A rule that the data can't carry is left out, and the message says why; where
     they carry none, that is an error. The predictions are kept in the run's folder, so that other promises on the same
-    data need no model. Data that the run was trained on make the promises worthless.
+    data need no model. Records that the run was trained on, or that chose its checkpoint, make the promises worthless:
+    few are left out, half of all are an error.
 
     --predictions FILE takes what was predicted elsewhere, by this run or any other model: JSON lines with
     `probabilities` (by label, or a list) and `target` (the right label, or its index), of several labels at once with
@@ -268,8 +267,6 @@ def _calibrate(
 ) -> dict[str, Any]:
     """`calibrate` of a run that predicts."""
     records, outside = _read(description, data, ood, reading)
-    _check_unseen(description, data, records)
-    check_promises(len(records), predicted=KINDS[description.task.likelihood.name], **promises)
     return calibrate_run(description, records, outside, options, progress=progress, **promises)
 
 
@@ -292,7 +289,6 @@ def _calibrate_texts(
     """`calibrate` of a run that writes text."""
     with _named(data):
         records = read_records(data, reading, **description.reading)
-        _check_unseen(description, data, records)
         settings: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
         settings["trust_remote_code"] = options.trust_remote_code
         return promise_texts(description, records, options.how(), **settings, **promises, **options.of_generation())
@@ -308,15 +304,15 @@ def _calibrate_predictions(
     **promises: Any,
 ) -> dict[str, Any]:
     """`calibrate` on predictions that are at hand, of a run or of any other model."""
-    task, right = description.task if description else None, None
+    task, right, positions = description.task if description else None, None, None
     if data is not None:
         records = read_records(data, reading, **(description.reading if description else {}))
         right = [answer_of(record, task) for record in records]
     if description is not None:
         check_made_by(file, description, options)
         if data is not None:
-            _check_unseen(description, data, records)
-    inside, targets = read_predictions(file, task, options.samples, targets=right)
+            positions = unseen(description, records)
+    inside, targets = read_predictions(file, task, options.samples, targets=right, positions=positions)
     score = promises["score"]
     if score in inside.uncertainties and getattr(inside, score).isnan().any():
         raise RunError(f"{file}: field {score!r}: missing; give it, or take --score {inside.usual_score}")
@@ -404,10 +400,9 @@ def evaluate(
         distance = runs.open_distance(description) if distances else None
         training = runs.training_records(description) if distances and distance is None else None
         run = runs.load_run(description, options.approximate, trust_remote_code=options.trust_remote_code)
-        if _is_source(description, "data", data, records):
-            print(
-                f"data {quoted(data)}: the run was trained on these; its metrics say little of others", file=sys.stderr
-            )
+        if num_seen := len(seen(description, records)):
+            of_all = said(num_seen, len(records))
+            print(f"data {quoted(data)}: {of_all}; its metrics on them say little of others", file=sys.stderr)
         bars = sys.stdout.isatty() and not json  # the bar goes to standard output
         if training is not None:
             distance = runs.fit_distance(run, description, training, batch_size=options.batch_size, progress=bars)
@@ -715,7 +710,6 @@ def correctness(
     check_generates((description := _opened(directory)).task)
     with _named(data):
         records = read_records(data, reading, **description.reading)
-        _check_unseen(description, data, records)
         entry = calibrate_texts(
             description,
             records,
@@ -772,40 +766,6 @@ def _opened(directory: str, options: PredictionOptions | None = None) -> RunDesc
     for problem in description.training.get("warnings", ()):
         log.warning(f"this run: {problem}")
     return description
-
-
-def _check_unseen(description: RunDescription, data: str, records: list[dict[str, Any]]) -> None:
-    other = "calibrate on records that it has not seen"
-    if _is_source(description, "data", data, records):
-        raise RunError(f"data {quoted(data)}: the run was trained on these; {other}")
-    if description.config.validation and _is_source(description, "validation", data, records):
-        raise RunError(f"data {quoted(data)}: they chose the run's checkpoint; {other}")
-
-
-def _is_source(
-    description: RunDescription, name: Literal["data", "validation"], data: str, records: list[dict[str, Any]]
-) -> bool:
-    """Whether these are the run's own training or validation data: the same records, or read from the same place."""
-    config = description.config
-    if _place(Path(), data) == _place(_trained_in(description), str(config.source(name))):
-        return True
-    if name == "validation":
-        return description.validation_sha256 == records_sha256(records)
-    return description.records_sha256 == records_sha256(select_for(config, records))
-
-
-def _trained_in(description: RunDescription) -> Path:
-    """What the run's relative paths are relative to, by where its folder is now; else the current folder."""
-    folder, output = description.folder.resolve(), Path(description.config.output)
-    if not output.is_absolute() and folder.parts[-len(output.parts) :] == output.parts:
-        return folder.parents[len(output.parts) - 1]
-    return folder if description.remote else Path()  # of data of a run on the hub only the names are known
-
-
-def _place(folder: Path, source: str) -> str:
-    """A file or a folder of data in one spelling; other names without the default split."""
-    path = folder / source
-    return str(path.resolve()) if path.exists() else source.removesuffix(":train")
 
 
 def _histograms(folder: str) -> list[PosteriorHistograms]:

@@ -23,6 +23,7 @@ from .folder import RunDescription, check_writable, read_fields, records_sha256
 from .predictions import state_of
 from .processes import CHUNK
 from .run import Run, load_run
+from .seen import unseen
 from .texts import response_examples, response_of
 
 CORRECTNESS_FILE = "correctness.json"
@@ -74,7 +75,7 @@ def calibrate_texts(
 
     Args:
         description: of the run.
-        records: labelled, used for nothing else.
+        records: labelled, used for nothing else. A few that the run has seen are left out, with a warning.
         how: ``num_samples`` and ``seed``, and what else decides the scores: ``max_new_tokens``, ``temperature``, ….
         matcher: see `bloblora.generation.find_matcher`.
         maps: see `bloblora.decision.fit_correctness`.
@@ -87,21 +88,21 @@ def calibrate_texts(
         What the file says of the map.
 
     Raises:
-        RunError: a run that isn't of text, is on the hub, or whose folder can't be written; records of another kind, or
-            without what they need.
+        RunError: a run that isn't of text, is on the hub, or whose folder can't be written; records of another kind,
+            without what they need, or of which the run has seen at least half.
         CorrectnessError: too few texts are right or wrong; nothing is saved.
         ValueError: there is no such matcher, or a reference that it can't use.
     """
     texts = LabelledTexts.of(description, records, matcher)
     if texts.given is not None:
-        check_counts(sum(texts.given), len(records))
+        check_counts(sum(texts.given), len(texts.given))
     place, state, file = place_of(texts.kind, how), state_of(description), description.folder / CORRECTNESS_FILE
     check_writable(file)
     _MAPS.read(file)  # what is added to must be readable
     run = load_run(description, trust_remote_code=trust_remote_code)
     scores, right, _ = texts.read(run, how, batch_size=batch_size, progress=progress, **generation)
     fitted = fit_correctness(scores, right, maps=maps)
-    entry = {**place, **state, "records_sha256": records_sha256(records), "prompts": texts.prompts}
+    entry = {**place, **state, "records_sha256": records_sha256(texts.records), "prompts": texts.prompts}
     entry |= {"matcher": matcher if texts.given is None else None, "correctness": fitted.to_dict()}
     _MAPS.put(file, entry, place, state)
     return entry
@@ -191,7 +192,9 @@ class LabelledTexts:
                 agree(reference, reference)
             except Exception as error:  # a user's function may raise anything
                 raise RunError(f"record {number}: field 'response': matcher {matcher}: {error}") from error
-        return cls(records, given, references, agree)
+        kept = unseen(description, records)
+        given, references = given and [given[i] for i in kept], [references[i] for i in kept if references]
+        return cls([records[i] for i in kept], given, references, agree)
 
     @property
     def kind(self) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from ..data import as_records
-from ..decision import Decision, fit_decision
+from ..decision import Decision, check_promises, fit_decision
 from ..files import json_sha256
-from ..prediction import Prediction
+from ..prediction import KINDS, Prediction
 from .checks import check_kind
 from .config import RunError
 from .entries import EntriesFile, has
@@ -20,6 +20,7 @@ from .evaluate import targets_of
 from .folder import RunDescription, check_writable
 from .predictions import identity_of, keep_predictions, kept_prediction, state_of
 from .run import PredictionOptions, Run, load_run
+from .seen import unseen
 
 DECISION_FILE = "decision.json"
 
@@ -69,7 +70,7 @@ def calibrate(
     Args:
         description: of the run.
         records: in scope, what `bloblora.data.as_records` takes, used for nothing else: not for training or a
-            temperature, not to choose settings.
+            temperature, not to choose settings. A few that the run has seen are left out, with a warning.
         outside: out of scope; they decide nothing.
         options: of the predictions; the decisions are for these samples, seed and approximation only.
         progress: show a bar.
@@ -79,8 +80,8 @@ def calibrate(
         As `calibrate_on`.
 
     Raises:
-        RunError: records of the other kind, a label that the run doesn't know, a run on the hub, or one whose folder
-            can't be written.
+        RunError: records of the other kind, of which the run has seen at least half, or with a label that it doesn't
+            know; a run on the hub, or one whose folder can't be written.
         DataError: records that can't be used.
         PromiseError: none of the promises can be made on these records; nothing is saved.
         ValueError: a promise is out of its range.
@@ -92,6 +93,9 @@ def calibrate(
     for side in (records, outside):
         if side is not None:
             check_kind(description.task, side)
+    targets_of(description.task, records)  # errors number all records
+    records = [records[position] for position in unseen(description, records)]
+    check_promises(len(records), predicted=KINDS[description.task.likelihood.name], **promises)
     targets = targets_of(description.task, records)
 
     @cache

@@ -253,6 +253,7 @@ def read_predictions(
     *,
     targets: Sequence[Any] | None = None,
     labelled: bool = True,
+    positions: Sequence[int] | None = None,
 ) -> tuple[Prediction, Tensor]:
     """Probabilities or values, and right answers, of any model's predictions.
 
@@ -271,6 +272,7 @@ def read_predictions(
         num_samples: N that they were made with.
         targets: the right answers, where the file has none.
         labelled: whether a line needs a right answer; without, none are read.
+        positions: of the lines that are taken; None for all.
 
     Returns:
         The prediction, and the right columns, (n,), or values, (n,), or whether there is each label, (n, L), or the
@@ -287,6 +289,8 @@ def read_predictions(
         )
     if targets is not None:
         numbered = [(place, row | {"target": right}) for (place, row), right in zip(numbered, targets, strict=True)]
+    if positions is not None:
+        numbered = [numbered[position] for position in positions]
     if not numbered:
         raise DataError([f"{file}: there are no predictions in it"])
     form = _FORMS[_kind(numbered[0][1]) if task is None else task.family.name]

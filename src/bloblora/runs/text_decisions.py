@@ -63,7 +63,7 @@ def promise_texts(
     check_place(description)
     texts = LabelledTexts.of(description, records, matcher)
     promises = {"risk": risk, "level": level, "coverage": coverage}
-    check_text_promises(len(records), sets=texts.given is None, **promises)
+    check_text_promises(len(texts.records), sets=texts.given is None, **promises)
     correctness = _map_of_others(description, texts, how) if by == "p_correct" else None
     run = load_run(description, trust_remote_code=trust_remote_code)
     # Sets have the draws' answers in them.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ from .folder import (
 from .outcome import ExpectedTime, announce, held_out_metrics, unscaled_head, validation_problems
 from .processes import on_cpu, processes
 from .run import Run, base_model, load_run
+from .seen import write_seen
 from .selection import hold_out, select_for
 
 _SCRATCH = ".data"
@@ -156,6 +158,7 @@ def train(
         elif len(held_out):
             training.holdout = _mapped(scratch / "holdout.arrow", partial(encode, held_out))
         if main:
+            write_seen(output, chain(records, separate))
             write_run_file(output, description)
             write_text(output / CONFIG_FILE, yaml.safe_dump(given.given(), sort_keys=False, allow_unicode=True))
         if main:
