@@ -31,7 +31,15 @@ def given(**options):
 
 @pytest.mark.parametrize(
     ("count", "labels", "held_out", "temperature"),
-    [(40, 4, 0, False), (60, 4, 12, True), (200, 4, 40, True), (300, 150, 0, False), (10_000, 4, 500, True)],
+    [
+        (40, 4, 0, False),
+        (60, 4, 12, True),
+        (200, 4, 40, True),
+        (300, 150, 60, True),
+        (300, 300, 0, False),
+        (10_000, 4, 500, True),
+        (10_000, 1000, 500, True),
+    ],
 )
 def test_a_share_is_held_out_where_it_is_of_use(count, labels, held_out, temperature):
     rows = records(count, labels)
@@ -154,6 +162,21 @@ def test_what_was_read_is_said_first(trained, caplog, tmp_path):
         trained(rows, method="blob", output=str(tmp_path / "blob"))
     said = "the Gaussian is over LoRA's A, the head is a point (by default below 200 training records)"
     assert said in [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "said"),
+    [
+        (records(20), {}, ", as a fifth must be at least 10 records, and each label keeps one; 20 are trained on"),
+        (records(60, 60), {}, ", as a fifth must be at least 10 records, and each label keeps one; 60 are trained on"),
+        (records(60), {"save_steps": 2}, ", by the other options; 60 are trained on"),
+        (records(60), {"validation": 0}, "; 60 are trained on"),
+    ],
+)
+def test_that_nothing_is_held_out_is_said(trained, caplog, rows, options, said):
+    with caplog.at_level(logging.INFO, "bloblora"):
+        trained(rows, method="lora", **options)
+    assert f"no records are held out{said}" in [record.getMessage() for record in caplog.records]
 
 
 def test_the_held_out_part_is_measured(trained):

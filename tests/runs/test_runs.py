@@ -20,6 +20,7 @@ from bloblora import runs
 from bloblora.adapter import find_posterior
 from bloblora.data import DataError
 from bloblora.files import write_text
+from bloblora.runs.selection import split
 from tests.tasks.conftest import tiny_causal, with_lora
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
@@ -280,6 +281,34 @@ def test_limit_takes_so_many_of_each_label():
     assert runs.select(records, 4, seed=1) == chosen != runs.select(records, 4, seed=2)
     assert len(runs.select(records, 100)) == 27
     assert runs.select(records, None) is records
+
+
+@pytest.mark.parametrize(
+    ("counts", "share", "held_out"),
+    [
+        ([10, 4, 6], 0.2, [2, 1, 1]),  # as rounded
+        ([10, 10], 0.25, [2, 3]),  # 5 of them
+        ([9, 8, 3], 0.15, [1, 1, 1]),  # remainders of 0.35, 0.2 and 0.45
+        ([1, 1, 40], 0.5, [0, 0, 21]),
+        ([2, 2], 0.99, [1, 1]),
+    ],
+)
+def test_a_share_of_all_records_is_held_out(counts, share, held_out):
+    records = [
+        {"text": f"{label}{i}", "label": label}
+        for label, count in zip("abc", counts, strict=False)
+        for i in range(count)
+    ]
+    kept, out = split(records, share)
+    assert sorted(Counter(r["label"] for r in out).values()) == sorted(filter(None, held_out))
+    assert sorted(r["text"] for r in kept + out) == sorted(r["text"] for r in records)
+
+
+def test_labels_with_few_records_take_turns():
+    records = [{"text": f"{i}", "label": f"{i % 100}"} for i in range(1000)]
+    labels = [[r["label"] for r in split(records, 0.05, seed)[1]] for seed in (0, 0, 1)]
+    assert [len({*names}) for names in labels] == [50, 50, 50]
+    assert labels[0] == labels[1] != labels[2]
 
 
 def test_limit_takes_so_many_questions():

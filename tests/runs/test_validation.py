@@ -353,7 +353,6 @@ def test_wrong_options(validation, options, message, config):
     ("validation", "error", "message"),
     [
         (0.01, runs.RunError, "validation 0.01 of 4 records leaves no validation record"),
-        (0.99, runs.RunError, "validation 0.99 of 4 records leaves no training record"),
         ("nowhere.jsonl", data.DataError, "validation 'nowhere.jsonl': data 'nowhere.jsonl': no such file"),
         ("support_desk:nowhere", data.DataError, "validation .*split 'nowhere' is not one of"),
         ([], data.DataError, "validation .*there are no records in it"),
@@ -361,7 +360,7 @@ def test_wrong_options(validation, options, message, config):
         ([*RIGHT, {"text": "a", "label": "cards"}], runs.RunError, "field 'label': 'cards' not among the training"),
         ([{"text": "a"}], data.DataError, "validation .*field 'label': missing"),
     ],
-    ids=["no share", "all", "no file", "no split", "empty", "kind", "label", "no label"],
+    ids=["no share", "no file", "no split", "empty", "kind", "label", "no label"],
 )
 def test_wrong_records_are_known_before_the_model_is_loaded(validation, error, message, config, tmp_path):
     c = config(validation).with_options(model=str(tmp_path / "no model"))

@@ -72,6 +72,15 @@ def left_open(config: RunConfig) -> tuple[str, ...]:
     )
 
 
+def why_none(config: RunConfig) -> str:
+    """Why nothing is held out by default, to go on with after that; empty where the configuration itself says so."""
+    if config.validation != "auto":
+        return ""
+    if _no_room(config):
+        return ", by the other options"
+    return f", as a fifth must be at least {_FEWEST} records, and each label keeps one"
+
+
 def _num_steps(config: RunConfig, task: type[tasks.Task], count: int) -> int:
     """Steps of a training on ``count`` records: a multiple of √count examples, and at least one pass."""
     head = task.task_type != "CAUSAL_LM"
@@ -85,9 +94,14 @@ def _share(config: RunConfig, counts: Sequence[int]) -> float:
 
     0 where that would be too few, or other options leave no room for it.
     """
-    idle = config.start_from is not None and config.build_method().post_hoc
-    idle |= config.training.get("eval_strategy") == "no" or not config.training.keys().isdisjoint((*SAVING, *UNFIT))
-    if idle or config.method.get("holdout"):
+    if _no_room(config):
         return 0.0
     share = min(_SHARE, _MOST / sum(counts))
     return share if num_held_out(counts, share) >= _FEWEST else 0.0
+
+
+def _no_room(config: RunConfig) -> bool:
+    """Whether other options leave no room for validation."""
+    idle = config.start_from is not None and config.build_method().post_hoc
+    idle |= config.training.get("eval_strategy") == "no" or not config.training.keys().isdisjoint((*SAVING, *UNFIT))
+    return idle or bool(config.method.get("holdout"))

@@ -89,10 +89,8 @@ def check_validation(
     Warns where some are training records too, and where they are too few, unless there may be ``few``.
     """
     source = f"validation {quoted(config.source('validation'))}"
-    if not len(training) or not len(validation):
-        side, other = ("training", "smaller") if len(validation) else ("validation", "larger")
-        count = len(training) + len(validation)
-        raise RunError(f"{source} of {count} records leaves no {side} record; give a {other} share")
+    if not len(validation):
+        raise RunError(f"{source} of {len(training)} records leaves no validation record; give a larger share")
     here, there = kind_of(validation), kind_of(training)
     if here != there:
         raise RunError(f"{source}: must have records with {KINDS[there]}, as the training data, not {KINDS[here]}")

@@ -15,7 +15,7 @@ from ..evaluation import example_scores, metrics
 from ..methods import TEMPERED_NLL, Training
 from ..prediction import Prediction, predict
 from ..tasks import Task
-from .automatic import FEWEST_FOR_GAUSSIAN_HEAD
+from .automatic import FEWEST_FOR_GAUSSIAN_HEAD, why_none
 from .config import RunConfig
 from .folder import is_deterministic
 from .run import Run
@@ -30,8 +30,13 @@ _HARM = 0.01  # nats
 _TIMED_STEPS = 5
 
 
-def announce(records: Sequence[dict[str, Any]], training: Training, steps: int, batch: int, config: RunConfig) -> None:
-    """Say what was read, what is held out, how long the training is, the base model's dtype, and what is Gaussian."""
+def announce(
+    records: Sequence[dict[str, Any]], training: Training, steps: int, batch: int, config: RunConfig, given: RunConfig
+) -> None:
+    """Say what was read, what is held out, how long the training is, the base model's dtype, and what is Gaussian.
+
+    ``given`` still has what is automatic.
+    """
     task: Any = training.task
     texts, held_out = training.examples, training.validation or training.holdout
     longest = max(task.length(example) for part in (texts, held_out) for example in part)
@@ -43,6 +48,8 @@ def announce(records: Sequence[dict[str, Any]], training: Training, steps: int, 
         log.info(f"{len(training.validation)} records choose the checkpoint{fitted}; {len(texts)} are trained on")
     elif len(held_out):
         log.info(f"{len(held_out)} records are held out; {len(texts)} are trained on")
+    else:
+        log.info(f"no records are held out{why_none(given)}; {len(texts)} are trained on")
     passes = steps * batch / len(texts)
     log.info(f"{steps} steps of {batch} records: {passes:.1f} passes over them; base model in {config.dtype}")
     if config.value("head_prior_std") == "none":

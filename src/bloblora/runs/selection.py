@@ -1,5 +1,6 @@
 """Which records of a source a run trains on, which it holds out, and which it leaves."""
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
@@ -32,7 +33,9 @@ def unused(records: Records, limit: int, seed: int = 0) -> Records:
 def split(records: Records, share: float, seed: int = 0, by: str | None = "label") -> tuple[Records, Records]:
     """Records to train on and a share that is held out, per label where records have one; each in the given order."""
     generator = random.Random(seed)
-    out = {i for group in _groups(records, by) for i in generator.sample(group, num_held_out([len(group)], share))}
+    groups = _groups(records, by)
+    counts = _held_out([len(group) for group in groups], share, seed)
+    out = {i for group, count in zip(groups, counts, strict=True) for i in generator.sample(group, count)}
     return _at(records, [i for i in range(len(records)) if i not in out]), _at(records, sorted(out))
 
 
@@ -55,7 +58,25 @@ def groups_by(config: RunConfig, records: Sequence[dict[str, Any]]) -> str | Non
 
 def num_held_out(counts: Sequence[int], share: float) -> int:
     """How many records `split` holds out where each label has so many."""
-    return sum(round(share * count) for count in counts)
+    return sum(_held_out(counts, share))
+
+
+def _held_out(counts: Sequence[int], share: float, seed: int = 0) -> list[int]:
+    """How many of each label are held out: the share, rounded, of all but one at most.
+
+    Where the rounded ones don't make the share of all records, as of many labels with few records each, by the largest
+    remainders; labels with the same one take turns by the seed.
+    """
+    out, total = [min(round(share * count), count - 1) for count in counts], round(share * sum(counts))
+    if sum(out) == total:
+        return out
+    out = [min(math.floor(share * count), count - 1) for count in counts]
+    generator = random.Random(seed)
+    more = [i for i, count in enumerate(counts) if out[i] < count - 1]
+    more.sort(key=lambda i: (out[i] - share * counts[i], generator.random()))
+    for i in more[: total - sum(out)]:
+        out[i] += 1
+    return out
 
 
 def _chosen(records: Records, limit: int, seed: int, by: str | None) -> list[int]:

@@ -162,7 +162,7 @@ def train(
             write_run_file(output, description)
             write_text(output / CONFIG_FILE, yaml.safe_dump(given.given(), sort_keys=False, allow_unicode=True))
         if main:
-            announce(records, training, *_length(arguments, len(examples)), config)
+            announce(records, training, *_length(arguments, len(examples)), config, given)
         run = _fit(config, method, training, tokenizer, progress, callbacks, trust_remote_code)
         if main:
             base = models.fingerprint(config.model) | description.base  # of the hub's more files may be here by now
