@@ -8,6 +8,7 @@ import json
 import math
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -91,14 +92,25 @@ def naming(place: str | os.PathLike[str]) -> Iterator[None]:
 def as_os_error(place: str | os.PathLike[str]) -> Iterator[None]:
     """Raise an OSError where other libraries can't write: torch, safetensors and tokenizers have errors of their own.
 
-    Errors of what is to be written pass.
+    Errors of what is to be written pass. What is raised says what the system says, such as that the disk is full: torch
+    doesn't.
     """
     try:
         yield
     except (OSError, ValueError, ArithmeticError, NotImplementedError):
         raise
     except Exception as error:
-        raise OSError(f"{place}: can't be written: {shortened(str(error))}") from error
+        raise OSError(f"{place}: can't be written: {_refusal(Path(place)) or shortened(str(error))}") from error
+
+
+def _refusal(place: Path) -> str | None:
+    """Why nothing more can be written to a file or a folder, as the system says it; None where something can."""
+    try:
+        with tempfile.TemporaryFile(dir=place if place.is_dir() else place.parent) as probe:
+            probe.write(bytes(1 << 20))
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def write_text(file: Path, text: str) -> None:

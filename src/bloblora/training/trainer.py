@@ -29,7 +29,7 @@ from ..adapter.head import Bounding
 from ..adapter.sharding import trained_state
 from ..adapter.storage import adapter_folder
 from ..adapter.variant import STD_PARAMETER
-from ..files import as_os_error
+from ..files import as_os_error, naming
 from ..messages import shortened
 from ..posterior import separate_noise, stack
 from ..tasks.likelihood import Likelihood, likelihood_of
@@ -686,7 +686,7 @@ class BlobTrainerMixin(_Host):
             # A folder of an earlier run that is written again must not look complete meanwhile.
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         try:
-            with as_os_error(folder):
+            with naming(folder), as_os_error(folder):
                 super()._save_checkpoint(model, trial)
         except OSError:
             if self.args.should_save and not (folder / TRAINER_STATE_NAME).is_file():
