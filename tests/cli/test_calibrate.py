@@ -243,6 +243,17 @@ def test_a_few_records_that_the_run_has_seen_are_left_out(call, files, run, tmp_
     assert again["decision"]["label_sets"] == pytest.approx(stored["decision"]["label_sets"], abs=1e-6)
 
 
+def test_copies_are_counted(call, folder, held_out, tmp_path):
+    relabelled = [record | {"label": "refund"} for record in tiny_base.held_out(5)]
+    data = write_jsonl(tmp_path / "copies.jsonl", [*tiny_base.held_out(), *relabelled])
+    predicted, own = tmp_path / "answers.jsonl", ("--output", tmp_path / "rules.json")
+    assert call("predict", folder, "--input", data, "--output", predicted)[0] == 0
+    for source in ((folder, "--data", data), ("--predictions", predicted, "--data", data, *own)):
+        status, _, err = call("calibrate", *source, *LAX)
+        assert (status, "warning: 5 of 65 records are copies: they have the input of another one." in err) == (0, True)
+    assert "copies" not in call("calibrate", folder, "--data", held_out, *LAX)[2]
+
+
 def test_help_says_what_is_promised(call):
     text = call("calibrate", "--help")[1]
     assert all(part in text for part in ("decision.json", "--false-alarm", "Example", "used for nothing else"))

@@ -18,14 +18,14 @@ from transformers.utils import logging
 
 from .. import evaluation, runs
 from ..adapter import find_posterior
-from ..data import Reader, ReadingOptions, read_batches, read_records
+from ..data import Reader, ReadingOptions, read_batches, read_records, unanswered
 from ..decision import MAPS, changed, check_promises
 from ..decision.conformal import Kind, Score
 from ..files import replacing
 from ..messages import quoted
 from ..prediction.kinds import CLASSES
 from ..runs import CodeOptions, PredictionOptions, RunConfig, RunDescription, RunError, open_run
-from ..runs.checks import check_generates
+from ..runs.checks import check_generates, warn_of_copies
 from ..runs.correctness import CORRECTNESS_FILE, calibrate_texts, open_correctness
 from ..runs.decide import DECISION_FILE, DECISIONS, calibrate_on, open_decision
 from ..runs.decide import calibrate as calibrate_run
@@ -308,6 +308,8 @@ def _calibrate_predictions(
     if data is not None:
         records = read_records(data, reading, **(description.reading if description else {}))
         right = [answer_of(record, task) for record in records]
+    if data is not None:
+        warn_of_copies([unanswered(record) for record in records])
     if description is not None:
         check_made_by(file, description, options)
         if data is not None:

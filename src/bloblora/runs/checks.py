@@ -20,7 +20,7 @@ from ..methods import METHODS, Method
 from ..methods.rescaled import saved_factor
 from ..prediction.temperature import FEWEST_FOR_TEMPERATURE
 from .config import RunConfig, RunError
-from .folder import RUN_FILE, TASK_FILE, open_run, read_run_file
+from .folder import RUN_FILE, TASK_FILE, open_run, read_fields, read_run_file
 
 _FEW = 50  # a standard error of the accuracy of 0.07
 
@@ -141,6 +141,16 @@ def check_rescaling(
             f"{option}: {len(records)} records are too few for a temperature (its logarithm is known to about "
             f"±{(1 + len(records) / 1.5**2) ** -0.5:.1f}); at least {FEWEST_FOR_TEMPERATURE} are better",
             stacklevel=2,
+        )
+
+
+def warn_of_copies(inputs: Sequence[dict[str, Any]]) -> None:
+    """Warn where inputs of calibration records are there several times: each counts as one more independent record."""
+    if copies := len(inputs) - len({json.dumps(read_fields(one), sort_keys=True) for one in inputs}):
+        warnings.warn(
+            f"{copies} of {len(inputs)} records are copies: they have the input of another one. A promise takes all "
+            "records for independent ones, and holds for fewer; keep one of each",
+            stacklevel=3,
         )
 
 

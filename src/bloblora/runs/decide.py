@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data import as_records
+from ..data import as_records, unanswered
 from ..decision import Decision, check_promises, fit_decision
 from ..files import json_sha256
 from ..prediction import KINDS, Prediction
-from .checks import check_kind
+from .checks import check_kind, warn_of_copies
 from .config import RunError
 from .entries import EntriesFile, has
 from .evaluate import targets_of
@@ -95,6 +95,7 @@ def calibrate(
             check_kind(description.task, side)
     targets_of(description.task, records)  # errors number all records
     records = [records[position] for position in unseen(description, records)]
+    warn_of_copies([unanswered(record) for record in records])
     check_promises(len(records), predicted=KINDS[description.task.likelihood.name], **promises)
     targets = targets_of(description.task, records)
 

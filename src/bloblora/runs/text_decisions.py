@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..data import unanswered
 from ..decision import Decision, check_text_promises, confidence_of, fit_text_decision
 from ..decision.correctness import Correctness
 from ..files import json_sha256
+from .checks import warn_of_copies
 from .config import RunError
 from .correctness import CORRECTNESS_FILE, LabelledTexts, find_entry, map_of, open_maps, place_of
 from .decide import DECISION_FILE, check_place, open_decisions, save_decision
@@ -64,6 +66,7 @@ def promise_texts(
     texts = LabelledTexts.of(description, records, matcher)
     promises = {"risk": risk, "level": level, "coverage": coverage}
     check_text_promises(len(texts.records), sets=texts.given is None, **promises)
+    warn_of_copies([unanswered(record) if texts.given is None else record for record in texts.records])
     correctness = _map_of_others(description, texts, how) if by == "p_correct" else None
     run = load_run(description, trust_remote_code=trust_remote_code)
     # Sets have the draws' answers in them.
