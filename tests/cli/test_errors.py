@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_base import write_signed
+from tests.tiny_base import write_jsonl, write_signed
 
 NOWHERE = "./no-such-model"  # a model that can't be loaded: whatever is reported before it was found before it
 
@@ -133,7 +133,7 @@ def lost_base(run, tmp_path):
     return copy
 
 
-def test_data_that_does_not_fit_the_run(call, lost_base, files):
+def test_data_that_does_not_fit_the_run(call, lost_base, files, tmp_path):
     folder = lost_base()
     for source, parts in (
         (files.unknown, ["record 5: field 'label': 'other'", "is not one of the 2 labels (parcel, refund)"]),
@@ -144,6 +144,15 @@ def test_data_that_does_not_fit_the_run(call, lost_base, files):
     ):
         fails(call("evaluate", folder, "--data", source), source, *parts)
     fails(call("evaluate", folder, "--data", files.texts, "--ood", files.questions), files.questions, "not 'question'")
+    others = [{"text": f"{i}", "label": "ab"[i % 4 == 3]} for i in range(40)]
+    for command in ("evaluate", "calibrate"):
+        status, _, err = call(command, folder, "--data", write_jsonl(tmp_path / "others.jsonl", others))
+        first, *lines = err.splitlines()
+        assert (status, first.endswith("40 answers that the run can't be measured by:")) == (2, True)
+        assert lines == [
+            f"record {places}: field 'label': '{name}' is not one of the 2 labels (parcel, refund)"
+            for places, name in (("1, 2, 3, 5, 6 and 25 more", "a"), ("4, 8, 12, 16, 20 and 5 more", "b"))
+        ]
     fails(call("predict", folder, "--input", files.questions), files.questions, "needs records with 'text'")
     fails(call("predict", folder, "--input", files.bad), ":5: field 'text': ''")
     fails(call("evaluate", folder, "--data", files.texts), f"model '{NOWHERE}': no such folder")

@@ -13,6 +13,7 @@ import torch
 
 from .. import tasks
 from ..data import as_records
+from ..data.records import Problems
 from ..decision import Decision
 from ..evaluation import Distance, reliability, reliability_diagram, summary
 from ..files import locked, read_json, replacing, write_json
@@ -103,18 +104,18 @@ def describe(
 
 def targets_of(task: tasks.Task, records: Sequence[dict[str, Any]]) -> torch.Tensor:
     """The right answer of each labelled record as metrics take it, (n,): the column's index, or the value."""
-    labels, wrong = [], []
+    labels, wrong = [], Problems()
     for number, record in enumerate(records, start=1):
         try:
             labels.append(task.target(record))
         except tasks.TaskError as error:
-            wrong.append(f"record {number}: {error}")
+            wrong.add(("record ", number), error.problems)
             continue
         if labels[-1] is None:
-            wrong.append(f"record {number}: field {task.answer!r}: missing")
-    if wrong:
-        more = f"\n… and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise RunError("\n".join(["answers that the run can't be measured by:", *wrong[:10]]) + more)
+            wrong.add(("record ", number), [f"field {task.answer!r}: missing"])
+    if lines := wrong.lines():
+        more = f"\n… and {len(lines) - 10} more problems" if len(lines) > 10 else ""
+        raise RunError("\n".join([f"{wrong.rows} answers that the run can't be measured by:", *lines[:10]]) + more)
     return task.likelihood.targets(labels)
 
 
