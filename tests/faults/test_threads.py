@@ -1,4 +1,4 @@
-"""Predictions in several threads at once: each is what it is alone, and the model is as before afterwards."""
+"""Predictions and trainings in several threads at once: each is what it is alone."""
 
 import asyncio
 import os
@@ -47,6 +47,17 @@ def run(request, base, tmp_path, monkeypatch):
     if request.param == "temperature":
         run.sampler = Tempered(run.sampler, 2.0, 2.0)
     return run
+
+
+def test_trainings_in_threads_are_those_alone(base, tmp_path):
+    settings = {"data": queries(), "model": str(base), "steps": 20, "batch_size": 2, "r": 2, "learning_rate": 0.05}
+
+    def train(name):
+        config = runs.RunConfig.of(output=str(tmp_path / name), **settings)
+        return runs.train(config, progress=False).adapter_sha256
+
+    with ThreadPoolExecutor(2) as pool:
+        assert {train("alone"), *pool.map(train, ["one", "other"])} == {train("again")}
 
 
 @pytest.mark.parametrize("run", [*METHODS, *OTHERS], indirect=True)

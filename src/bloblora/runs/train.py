@@ -6,6 +6,7 @@ import resource
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,6 +72,8 @@ from .seen import write_seen
 from .selection import hold_out, select_for
 
 _SCRATCH = ".data"
+# torch's generators are global: trainings in threads take turns, or they would draw each other's noise.
+_GENERATORS = threading.RLock()
 
 
 def train(
@@ -163,7 +166,8 @@ def train(
             write_text(output / CONFIG_FILE, yaml.safe_dump(given.given(), sort_keys=False, allow_unicode=True))
         if main:
             announce(records, training, *_length(arguments, len(examples)), config, given)
-        run = _fit(config, method, training, tokenizer, progress, callbacks, trust_remote_code)
+        with _GENERATORS:
+            run = _fit(config, method, training, tokenizer, progress, callbacks, trust_remote_code)
         if main:
             base = models.fingerprint(config.model) | description.base  # of the hub's more files may be here by now
             save_run(run, method, output, replace(description, base=base))
