@@ -263,6 +263,8 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(content, w
     assert "is a file; give a folder" in outcomes["lora"]
     assert "log: " in outcomes["lora"]
     assert outcomes["wide blob"] is None
+    text = studies.report(tmp_path / "results").with_name("report.md").read_text()
+    assert re.search(r"2 runs that the study has, 1 lack results:\n\n- `desk--lora--seed0` failed: .* is a file", text)
     blocked.unlink()
     assert [(o.job.label, o.error) for o in compare(study, tmp_path)] == [("lora", None)]
 

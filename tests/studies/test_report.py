@@ -1,20 +1,31 @@
 """What a report concludes from numbers whose answer is known."""
 
+import re
+import shutil
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 
-from bloblora.studies.job import Result
-from bloblora.studies.report import Row, _chosen, conclusion
+from bloblora.files import write_json
+from bloblora.studies import DataSet, EvalSet, Study, report
+from bloblora.studies.job import Result, write_result
+from bloblora.studies.report import Row, _chosen, _differences, conclusion
 
 NOISE = torch.linspace(-1, 1, 200)[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
 
 
-def row(label, nll, seeds=1):
+def result(label, nll, seed=0):
     """Of 200 examples; ``nll`` is each one's, or their mean alone where scores are missing."""
     scores = {"test/0/nll": nll} if isinstance(nll, torch.Tensor) else {}
     metrics = {"test": {"0": {"nll": float(torch.as_tensor(nll).mean()), "num_draws": 1}}}
-    results = [Result("job", "desk", label, {}, {}, {}, {}, metrics=metrics, scores=scores) for _ in range(seeds)]
-    return Row(label, label, 0, results)
+    return Result(
+        f"desk--{label}--seed{seed}", "desk", label, {"seed": seed}, {}, {}, {}, metrics=metrics, scores=scores
+    )
+
+
+def row(label, nll, seeds=1):
+    return Row(label, label, 0, [result(label, nll, seed) for seed in range(seeds)])
 
 
 LORA, BETTER, WORSE, ALIKE = (
@@ -55,12 +66,56 @@ def test_it_says_of_how_many_seeds():
     assert conclusion("desk", [row("lora", 1 + NOISE, 3), row("better", NOISE, 3)], "lora").endswith("(3 seeds).")
 
 
+def test_methods_are_compared_on_the_seeds_that_both_have():
+    """Seed 2 is hard: the mean of all of lora's seeds is above those of both others, which seed by seed are no better.
+
+    So it is whatever the order of the results.
+    """
+    lora = Row("lora", "lora", 0, [result("lora", by + NOISE, seed) for seed, by in ((2, 4), (0, 1), (1, 1.2))])
+    worse = Row("worse", "worse", 0, [result("worse", by + NOISE, seed) for seed, by in ((1, 1.7), (0, 1.5))])
+    apart = Row("apart", "apart", 0, [result("apart", 0.1 + NOISE, 7)])
+    text = conclusion("desk", [lora, worse, apart], "lora")
+    assert "“lora” has the lowest NLL on test data, 2.067; “lora” has no seed in common with “apart”. " in text
+    assert "it is above 0 for “worse”" in text
+    assert text.endswith(
+        "(4 seeds, but seeds 0 and 1 and 2 of “lora”, but seeds 0 and 1 of “worse”, but seed 7 of “apart”)."
+    )
+    (table,) = _differences([lora, worse, apart], "lora", "test")
+    assert "mean over the seeds that both have (2 seeds, but none of “apart”)." in table
+    assert re.findall(r"^\| (.*?) \| (.*?) ", table, re.MULTILINE)[2:] == [("worse", "+0.500")]
+    better = Row("better", "better", 0, [result("better", by + NOISE, seed) for seed, by in ((2, 3.5), (1, 0.7))])
+    said = "“better” has the lowest NLL on test data, 2.100, against 2.600 of “lora” with the same seeds 1 and 2."
+    assert said in conclusion("desk", [lora, better], "lora")
+
+
+def test_runs_without_a_result_are_listed(tmp_path):
+    study = Study("desk", {"lora": {}, "blob": {}}, {"desk": DataSet({}, EvalSet("test.jsonl"))}, seeds=(0, 1))
+    errors = {"desk--blob--seed0": "RunError: it diverged", "desk--gone--seed0": "not of this study"}
+    write_json(tmp_path / "runs" / "study.json", asdict(study) | {"file": None, "errors": errors})
+    machine = {"cpu": "a", "threads": 1, "torch": "1", "transformers": "1", "peft": "1"}
+    training = {"seconds": 1, "peak_memory_bytes": 1}
+    for seed in (0, 1):
+        found = replace(result("lora", 1 + NOISE, seed), machine=machine, training=training, seconds={"test": 1.0})
+        write_result(replace(found, config={"seed": seed, "method": {"name": "lora"}}), tmp_path)
+    for where in ("", "once its runs' own files are gone"):
+        if where:
+            shutil.rmtree(tmp_path / "runs")
+        text = report(tmp_path).with_name("report.md").read_text()
+        assert (
+            "Of 4 runs that the study has, 2 lack results:\n\n- `desk--blob--seed0` failed: RunError: it diverged\n"
+            "- Not run: `desk--blob--seed1`\n" in text
+        )
+
+
 def validated(label, nlls, steps, **options):
     """Of so many evaluated steps; a test NLL a seed."""
     training = {"validation": {"trainings": [{"curve": [{"step": step} for step in steps]}]}}
     config = {"method": {"name": label.partition(",")[0]}, "training": {"eval_steps": steps[0], **options}}
-    metrics = [{"test": {"0": {"nll": nll, "num_draws": 1}}} for nll in nlls]
-    return Row(label, label, 0, [Result("job", "desk", label, config, {}, training, {}, metrics=m) for m in metrics])
+    found = [
+        Result("job", "desk", label, {**config, "seed": seed}, {}, training, {}, metrics=result(label, nll).metrics)
+        for seed, nll in enumerate(nlls)
+    ]
+    return Row(label, label, 0, found)
 
 
 def test_it_counts_how_often_the_steps_were_chosen_wrong():
@@ -74,3 +129,6 @@ def test_it_counts_how_often_the_steps_were_chosen_wrong():
         ["lora", "1.200", "1.067", "-0.133", "0.333"]
     ]
     assert not [*_chosen([chosen, other])]
+    unsorted = Row(fixed.label, fixed.method, 0, fixed.results[:0:-1])  # seeds 2 and 1
+    (table,) = _chosen([chosen, unsorted])
+    assert "| lora | 1.200 ± 0.000 | 1.100 ± 0.283 | -0.100 ± 0.283 |" in table

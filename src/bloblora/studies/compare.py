@@ -56,7 +56,8 @@ def compare(
 
     Args:
         study: what to compare.
-        output: folder of the results; those of each run are in ``runs`` below it, with ``study.json``.
+        output: folder of the results; those of each run are in ``runs`` below it, with ``study.json``, which
+            has the errors of those that failed.
         runs: folder of the trained models and logs.
         data: folder that relative paths of data files start from.
         file: the study's file, which the report names.
@@ -92,9 +93,13 @@ def compare(
     with ExitStack() as locks, _lifeline() as as_parent:
         for folder in {runs.resolve(), (output / jobs.RUNS).resolve()}:
             locks.enter_context(alone(folder, inside=True))
-        write_json(output / jobs.RUNS / jobs.STUDY_FILE, {"file": file, **asdict(study)})
+        described: dict[str, Any] = {"file": file, **asdict(study), "errors": {}}
+        write_json(output / jobs.RUNS / jobs.STUDY_FILE, described)
         planned(everything, pending)
         for outcome in _outcomes(pending, submit, workers):
+            if outcome.error is not None:
+                described["errors"][outcome.job.name] = outcome.error
+                write_json(output / jobs.RUNS / jobs.STUDY_FILE, described)
             ended(outcome)
             outcomes.append(outcome)
     return outcomes

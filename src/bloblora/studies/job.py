@@ -70,6 +70,11 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def seed(self) -> int:
+        """Of the training."""
+        return self.config.get("seed", runs.RunConfig.seed)
+
     def lacks(self, job: Job, *sets: str) -> bool:
         """Whether scores are missing of some of the job's sets, by default of any, or of a number of weight samples."""
         there = [self.scores_of(key, n) for key in sets or job.sets for n in job.samples]

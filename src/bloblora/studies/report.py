@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from html import escape
 from pathlib import Path
 from statistics import mean
@@ -64,6 +64,20 @@ class Row:
         """Scores per example of one set, a dict a seed."""
         return [scores for result in self.results if (scores := result.scores_of(key, self.num_samples))]
 
+    def paired(self, other: Row, key: str, *, scored: bool = False) -> tuple[Row, Row]:
+        """Both with those seeds alone of which both have metrics of a set, or scores, in the same order."""
+        found = [
+            {
+                result.seed: result
+                for result in row.results
+                if (result.scores_of(key, n) if scored else str(n) in result.metrics.get(key, {}))
+            }
+            for row in (self, other)
+            for n in [row.num_samples]
+        ]
+        first, second = ([of[seed] for seed in found[0] if seed in found[1]] for of in found)
+        return replace(self, results=first), replace(other, results=second)
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -119,6 +133,7 @@ def report(folder: Path, html: Path | None = None, baseline: str | None = None, 
         datasets.setdefault(result.dataset, []).append(result)
     parts: list[str | Picture] = [f"# {title}\n"]
     parts += [f"{conclusion(dataset, _rows(of), baseline)}\n" for dataset, of in datasets.items()]
+    parts += _missing(study, {result.name for result in results})
     parts += [f"Made by `{comparison}` and `{command}`.\n", *_setting(results)]
     for dataset, of in datasets.items():
         parts += _sections(dataset, of, baseline)
@@ -134,18 +149,30 @@ def report(folder: Path, html: Path | None = None, baseline: str | None = None, 
 
 def conclusion(dataset: str, rows: Sequence[Row], baseline: str) -> str:
     """What the test NLL says, in one to three sentences, and no more than its intervals do."""
-    nll = {row.label: mean(row.values("test")["nll"]) for row in rows}
-    best = min(nll, key=lambda label: nll[label])
     reference = _reference(rows, baseline)
-    said = f"**{dataset}**: “{best}” has the lowest NLL on test data, {nll[best]:.3f}"
+    pairs = {row.label: row.paired(reference or row, "test") for row in rows}
+    nll = {
+        label: (mean(one.values("test")["nll"]), mean(other.values("test")["nll"]))
+        for label, (one, other) in pairs.items()
+        if one.results
+    }
+    # the mean over the seeds of both, less the reference's, as seeds differ
+    best = min(nll, key=lambda x: nll[x][0] - (nll[x][1] if reference and math.isfinite(nll[x][1]) else 0))
+    said = f"**{dataset}**: “{best}” has the lowest NLL on test data, {nll[best][0]:.3f}"
     if reference is None:
         return f"{said}; there is no result of “{baseline}” to compare with."
-    said += "." if best == reference.label else f", against {nll[reference.label]:.3f} of “{reference.label}”."
-    of_reference = reference.scores("test")
+    if best != reference.label:
+        said += f", against {nll[best][1]:.3f} of “{reference.label}”"
+        if len(pairs[best][1].results) < len(reference.results):
+            said += f" with the same {_listed_seeds(pairs[best][1])}"
+    if apart := [label for label in pairs if label not in nll]:
+        said += f"; “{reference.label}” has no seed in common with {_names(apart)}"
+    said += "."
     found = {
-        row.label: evaluation.paired_bootstrap(scores, of_reference, "nll")
+        row.label: evaluation.paired_bootstrap(one.scores("test"), other.scores("test"), "nll")
         for row in rows
-        if row.method != baseline and of_reference and (scores := row.scores("test"))
+        for one, other in [row.paired(reference, "test", scored=True)]
+        if row.method != baseline and one.results
     }
     if not found:
         return f"{said} Without scores per example of both, nothing says whether a difference is more than chance."
@@ -157,7 +184,10 @@ def conclusion(dataset: str, rows: Sequence[Row], baseline: str) -> str:
         else f"no method has a lower NLL by more than its 95 % interval, of {len(found)} compared"
     )
     said += f"; it is above 0 for {_names(higher)}." if higher else "."
-    return f"{said} Each interval is of one comparison, and of other test records, not of other seeds ({_seeds(rows)})."
+    return (
+        f"{said} Each interval is of one comparison over the seeds that both have, and of other test records, not of "
+        f"other seeds ({_seeds(rows)})."
+    )
 
 
 def _names(labels: Sequence[str]) -> str:
@@ -226,22 +256,27 @@ def _table(caption: str, rows: Mapping[str, Mapping[str, Sequence[float]]], colu
 
 def _differences(rows: Sequence[Row], baseline: str, key: str) -> Iterator[str]:
     """How far each method is from the baseline on the same examples of one set."""
-    row = _reference(rows, baseline)
-    reference = row.scores(key) if row else []
-    stored = set(reference[0]) if reference else set()
+    if (reference := _reference(rows, baseline)) is None:
+        return
+    stored = {name for scores in reference.scores(key)[:1] for name in scores}
     if "confidence" in stored:
         stored.add("squared_calibration_error")
     compared = [name for name in evaluation.metric_names("main", outside=False) if name in stored]
     titles = {name: f"Δ {evaluation.METRICS[name].title}" for name in compared}
-    found = {}
-    for row in rows:
-        scores = row.scores(key)
-        if row.method != baseline and reference and scores:
-            found[row.label] = {
-                title: evaluation.paired_bootstrap(scores, reference, name) for name, title in titles.items()
-            }
+    pairs = [row.paired(reference, key, scored=True) for row in rows if row.method != baseline]
+    found = {
+        one.label: {
+            title: evaluation.paired_bootstrap(one.scores(key), other.scores(key), name)
+            for name, title in titles.items()
+        }
+        for one, other in pairs
+        if one.results
+    }
     if found:
-        text = f"Difference from {baseline} with a 95 % interval: bootstrap over the same examples, mean over seeds."
+        text = (
+            f"Difference from {baseline} with a 95 % interval: bootstrap over the same examples, mean over the seeds "
+            f"that both have ({_seeds([one for one, _ in pairs])})."
+        )
         yield _table(text, found, list(titles.values()))  # type: ignore[arg-type]
 
 
@@ -294,8 +329,9 @@ def _chosen(rows: Sequence[Row]) -> Iterator[str]:
             pairs.setdefault(json.dumps(options, sort_keys=True), {})[at_end] = row
     table: dict[str, dict[str, list[float]]] = {}
     for pair in pairs.values():
-        if len(pair) == 2 and len(pair[True].results) == len(pair[False].results):
-            chosen, fixed = (pair[which].values("test")["nll"] for which in (False, True))
+        both = pair[False].paired(pair[True], "test") if len(pair) == 2 else ()
+        if both and both[0].results:
+            chosen, fixed = (row.values("test")["nll"] for row in both)
             differences = [a - b for a, b in zip(chosen, fixed, strict=True)]
             wrong = [float(difference > 0) for difference in differences]
             table[pair[False].label] = {"last step": fixed, "chosen step": chosen, "Δ": differences, "wrong": wrong}
@@ -412,9 +448,32 @@ def _listed(options: Mapping[str, object]) -> str:
     return ", ".join(f"`{name}: {value}`" for name, value in options.items()) or "no options"
 
 
+def _missing(study: Mapping[str, Any], there: Collection[str]) -> Iterator[str]:
+    """Which runs of the study failed, and why, and which have no result."""
+    planned = [*Study(**{option.name: study[option.name] for option in fields(Study)}).names()] if study else []
+    errors = {name: error for name, error in study.get("errors", {}).items() if name in planned}
+    left = [f"`{name}`" for name in planned if name not in there and name not in errors]
+    if errors or left:
+        lines = [f"- `{name}` failed: {error}" for name, error in errors.items()]
+        lines += [f"- Not run: {', '.join(left)}"] if left else []
+        yield f"Of {len(planned)} runs that the study has, {len(errors) + len(left)} lack results:\n"
+        yield "\n".join(lines) + "\n"
+
+
 def _seeds(rows: Sequence[Row]) -> str:
-    counts = sorted({len(row.results) for row in rows})
-    return f"{' or '.join(map(str, counts))} seed{'s' if counts != [1] else ''}"
+    """How many seeds there are, and of rows that lack some which they have."""
+    every = {result.seed for row in rows for result in row.results}
+    some: dict[str, list[str]] = {}
+    for row in rows:
+        if len(row.results) < len(every):
+            some.setdefault(_listed_seeds(row), []).append(row.label)
+    only = (f"but {seeds or 'none'} of {_names(labels)}" for seeds, labels in some.items())
+    return ", ".join([f"{len(every)} seed{'s' if len(every) != 1 else ''}", *only])
+
+
+def _listed_seeds(row: Row) -> str:
+    seeds = sorted(result.seed for result in row.results)
+    return f"seed{'s' if len(seeds) > 1 else ''} {' and '.join(map(str, seeds))}" if seeds else ""
 
 
 def _markdown(parts: Iterable[str | Picture]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -133,16 +133,32 @@ class Study:
         """
         found = [
             self.job(dataset, model, label, seed, Path(runs), Path(data), steps)
-            for seed in self.seeds
-            for dataset in self.datasets
-            for model in self.models
-            for steps in self.budgets or (None,)
-            for label in self.methods
+            for dataset, model, label, seed, steps in self._each()
         ]
         alike = [job for job, count in Counter(job.name for job in found).items() if count > 1]
         if alike:
             raise RunError(f"methods, datasets: the files of two runs would be called {alike[0]}; rename one")
         return found
+
+    def names(self) -> list[str]:
+        """Those of every run, in the same order."""
+        each = self._each()
+        return [
+            _run_name(self._place(dataset, model, steps), label, seed) for dataset, model, label, seed, steps in each
+        ]
+
+    def _each(self) -> Iterator[tuple[str, str, str, int, int | None]]:
+        for seed in self.seeds:
+            for dataset in self.datasets:
+                for model in self.models:
+                    for steps in self.budgets or (None,):
+                        for label in self.methods:
+                            yield dataset, model, label, seed, steps
+
+    def _place(self, dataset: str, model: str, steps: int | None) -> list[str]:
+        """The data set, and the model and the steps where there are several."""
+        several = [model] if len(self.models) > 1 else []
+        return [dataset, *several, *([] if steps is None else [f"{steps} steps"])]
 
     def job(
         self, dataset: str, model: str, label: str, seed: int, runs: Path, data: Path, steps: int | None = None
@@ -152,13 +168,10 @@ class Study:
         options = {**self.train, **chosen.train, **self.methods[label]}
         if not {"method", "preset"} & options.keys():
             options["method"] = label
-        place = [dataset]
-        if len(self.models) > 1:
-            place.append(model)
         if steps is not None:
-            place.append(f"{steps} steps")
             options["steps"] = steps
-        name = "--".join(file_name(part) for part in (*place, label, f"seed{seed}"))
+        place = self._place(dataset, model, steps)
+        name = _run_name(place, label, seed)
         options |= {"model": model, "seed": seed, "output": str(runs / name)}
         options["data"] = _locate(own := options["data"], data)
         if isinstance(validation := options.get("validation"), str) and validation != "auto":
@@ -300,6 +313,10 @@ def _sequence(value: Any, kind: type, where: str) -> tuple[Any, ...]:
 def _locate(name: str, folder: Path) -> str:
     """A data file below ``folder`` where there is one, else the name, which may be a data set's."""
     return str(folder / name) if (folder / name).exists() else name
+
+
+def _run_name(place: Sequence[str], label: str, seed: int) -> str:
+    return "--".join(file_name(part) for part in (*place, label, f"seed{seed}"))
 
 
 def file_name(text: str) -> str:
