@@ -10,7 +10,7 @@ import torch
 from bloblora.files import write_json
 from bloblora.studies import DataSet, EvalSet, Study, report
 from bloblora.studies.job import Result, write_result
-from bloblora.studies.report import Row, _chosen, _differences, conclusion
+from bloblora.studies.report import Row, _chosen, _differences, _rows, conclusion
 
 NOISE = torch.linspace(-1, 1, 200)[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
 
@@ -86,6 +86,37 @@ def test_methods_are_compared_on_the_seeds_that_both_have():
     better = Row("better", "better", 0, [result("better", by + NOISE, seed) for seed, by in ((2, 3.5), (1, 0.7))])
     said = "“better” has the lowest NLL on test data, 2.100, against 2.600 of “lora” with the same seeds 1 and 2."
     assert said in conclusion("desk", [lora, better], "lora")
+
+
+def drawn(label, *seeds):
+    """Results whose numbers of draws by N are given, a dict a seed."""
+    of = [{str(n): {"nll": 1.0 + n / 10, "num_draws": count} for n, count in draws.items()} for draws in seeds]
+    config = {"method": {"name": label}}
+    return [
+        Result("job", "desk", label, {**config, "seed": i}, {}, {}, {}, metrics={"test": found})
+        for i, found in enumerate(of)
+    ]
+
+
+def test_a_row_has_all_seeds_of_a_method_and_one_number_of_draws():
+    found = [
+        *drawn("lora", {0: 1, 1: 1}, {0: 1, 1: 1}),
+        *drawn("blob", {0: 1, 1: 1}, {0: 1, 1: 1}),
+        *drawn("tfb", {0: 1, 1: 1, 4: 1}, {0: 1, 1: 1, 4: 4}),  # the first seed chose the width 0
+        *drawn("swag", {0: 1, 4: 1}, {0: 1, 4: 1}),
+        *drawn("of a package that is not here", {0: 1, 1: 1}),
+    ]
+    assert [(row.label, row.num_samples, len(row.results)) for row in _rows(found)] == [
+        ("lora", 0, 2),
+        ("blob, N = 0", 0, 2),
+        ("blob, N = 1", 1, 2),
+        ("tfb, N = 0", 0, 2),
+        ("tfb, N = 1", 1, 2),
+        ("tfb, N = 4", 4, 2),
+        ("swag", 0, 2),
+        ("of a package that is not here, N = 0", 0, 1),
+        ("of a package that is not here, N = 1", 1, 1),
+    ]
 
 
 def test_runs_without_a_result_are_listed(tmp_path):

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import evaluation
 from ..files import read_json, write_text
 from ..messages import quoted
+from ..methods import METHODS
 from ..runs import RunError, alone
 from .job import METRICS_FILE, RUNS, STUDY_FILE, Result, read_metrics, read_results, write_metrics
 from .study import Study, file_name
@@ -234,19 +235,26 @@ def _measured(rows: Mapping[str, Mapping[str, object]]) -> list[str]:
 
 
 def _rows(results: Sequence[Result]) -> list[Row]:
-    """A row a method and number of draws; one row for a method whose draws are all the same."""
-    rows: dict[tuple[str, int], Row] = {}
+    """A row a method and number of draws; one row for a method whose draws are all the same, whatever the seed."""
+    by_method: dict[str, dict[int, list[Result]]] = {}
     for result in results:
-        by_samples = {int(n): metrics["num_draws"] for n, metrics in result.metrics["test"].items()}
-        points = all(drawn == 1 for drawn in by_samples.values())
-        seen = set()
-        for n in sorted(by_samples):
-            count = round(by_samples[n]) if n and not points else 0  # an ensemble has no more draws than members
-            if count not in seen:
-                label = result.label if points else f"{result.label}, N = {count}"
-                rows.setdefault((result.label, count), Row(label, result.label, n)).results.append(result)
-            seen.add(count)
+        for n in result.metrics["test"]:
+            by_method.setdefault(result.label, {}).setdefault(int(n), []).append(result)
+    rows: dict[tuple[str, int], Row] = {}
+    for method, by_samples in by_method.items():
+        draws = {n: max(r.metrics["test"][str(n)]["num_draws"] for r in of) for n, of in sorted(by_samples.items())}
+        points = {drawn for n, drawn in draws.items() if n > 1} == {1} or _is_deterministic(by_samples)
+        for n, drawn in draws.items():
+            count = round(drawn) if n and not points else 0  # an ensemble has no more draws than members
+            label = method if points else f"{method}, N = {count}"
+            rows.setdefault((method, count), Row(label, method, n, by_samples[n]))
     return list(rows.values())
+
+
+def _is_deterministic(by_samples: Mapping[int, Sequence[Result]]) -> bool:
+    """Whether the method of results is known to be one function."""
+    (first, *_), *_ = by_samples.values()
+    return (kind := METHODS.get(first.config["method"]["name"])) is not None and kind.deterministic
 
 
 def _table(caption: str, rows: Mapping[str, Mapping[str, Sequence[float]]], columns: Sequence[str]) -> str:
