@@ -25,7 +25,7 @@ from bloblora.studies.compare import _error, _lifeline
 from bloblora.studies.job import write_result
 from bloblora.training import last_checkpoint
 from tests.studies.conftest import make_content, write_study
-from tests.tiny_base import write_jsonl
+from tests.tiny_base import queries, write_jsonl
 
 
 def compare(study, folder, **options):
@@ -109,6 +109,9 @@ def test_methods_that_are_stopped_in_time_have_a_table_and_a_figure(content, wri
     assert "validation NLL against step" in page
     config = studies.read_result(tmp_path / "results", "desk--in_time--seed0").config
     assert config["validation"] == "validation.jsonl"
+    write_jsonl(tmp_path / "validation.jsonl", queries()[1:])
+    with pytest.raises(RunError, match=r"in_time--seed0 .*configuration \(sha256 of validation: "):
+        here(study, tmp_path)
 
 
 def test_models_and_budgets_are_compared_each_by_itself(content, base, write, tmp_path):
@@ -177,8 +180,34 @@ def test_a_result_on_another_test_set_is_not_taken_for_this_one(done):
     study, folder = done
     desk = study.datasets["desk"]
     changed = replace(study, datasets={"desk": replace(desk, test=replace(desk.test, limit=1))})
-    with pytest.raises(RunError, match=r"test: .*'limit': None} there, .*'limit': 1} now"):
+    with pytest.raises(RunError, match=r"test: limit: None there, 1 now; test: sha256: '\w*' there"):
         compare(changed, folder)
+
+
+@pytest.mark.parametrize("name", ["train", "test", "outside", "validation"])
+def test_a_result_on_other_records_is_not_taken_for_this_one(done, name, tmp_path):
+    study, root = done
+    shutil.copytree(root / "results", tmp_path / "results")
+    for file in root.glob("*.jsonl"):
+        shutil.copy(file, tmp_path)
+    there = tmp_path / "results", root / "runs", tmp_path
+    assert studies.plan(study, *there)[1] == []
+    first, second, *others = (tmp_path / f"{name}.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / f"{name}.jsonl").write_text("".join([second, first, *others]))
+    if name == "validation":  # which `tune` alone reads
+        assert studies.plan(study, *there)[1] == []
+        return
+    what = {"train": "sha256 of training", "test": "test: sha256", "outside": "out_of_scope: sha256"}[name]
+    with pytest.raises(RunError, match=rf"lora--seed0 .*configuration \({what}: '\w*' there, '\w*' now"):
+        studies.plan(study, *there)
+
+
+def test_a_result_without_labels_is_not_taken_for_one_with_them(done):
+    study, folder = done
+    desk = study.datasets["desk"]
+    unlabelled = replace(desk, shifted={"other": replace(desk.shifted["other"], labelled=False)})
+    with pytest.raises(RunError, match=r"configuration \(other: labelled: True there, False now"):
+        compare(replace(study, datasets={"desk": unlabelled}), folder)
 
 
 def test_two_at_once_do_not_write_into_each_others_runs_or_results(done):
@@ -323,7 +352,7 @@ def test_results_of_other_versions(done, tmp_path):
     content = json.loads(file.read_text())
     content["config"]["keep_checkpoints"] = False
     content["config"]["lora"]["lora_dropout"] = 0.0
-    del content["seconds"]
+    del content["seconds"], content["sha256"], content["sets"]["test"]["sha256"], content["sets"]["test"]["labelled"]
     file.write_text(json.dumps(content))
     assert studies.plan(study, tmp_path / "results", root / "runs", root)[1] == []
     content["novelty"] = 1

@@ -108,12 +108,13 @@ def compare(
 def plan(study: Study, output: Path, runs: Path, data: Path = Path(".")) -> tuple[list[Job], list[Job]]:
     """All jobs of a study, and those that are left; what they will read is checked. Arguments and errors: `compare`."""
     everything = study.jobs(runs, data)
-    pending = [job for job in everything if not jobs.is_done(job, output)]
+    read: jobs.Read = {}
+    pending = [job for job in everything if not jobs.is_done(job, output, read)]
     alike: dict[Any, dict[str, Job]] = {}
     for job in pending:
         alike.setdefault((job.dataset, job.config.data), {})[job.label] = job
     for by_label in alike.values():
-        jobs.check_data(*by_label.values())
+        jobs.check_data(*by_label.values(), read=read)
     return everything, pending
 
 

@@ -13,7 +13,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,17 @@ from ..messages import quoted
 from ..prediction import Prediction
 from ..prediction.kinds import prediction_of
 from ..runs.checks import check_task, task_name
+from ..runs.folder import records_sha256
+from ..runs.selection import select_for
 from ..tasks import TASKS, Task
 from .study import EvalSet, Job
 
 RUNS = "runs"
 STUDY_FILE = "study.json"
 METRICS_FILE = "metrics.json"
+
+Read = dict[str, list[dict[str, Any]]]
+"""What was read of data files, so that the many jobs of a study read each once."""
 
 
 @dataclass
@@ -51,10 +56,12 @@ class Result:
         training: ``seconds``, ``peak_memory_bytes``, ``num_examples``, ``final`` (the last log), ``curve`` (step and
             training NLL, mean since the log before), ``validation`` (of the best checkpoint, and a curve).
         machine: see `machine`, and ``dtype``, the base model's.
-        sets: ``data`` and ``limit`` of each set.
+        sets: ``data``, ``limit``, ``labelled``, ``unused`` and the records' ``sha256`` of each set; earlier versions
+            left some out.
         metrics: by set, then N: see `bloblora.evaluation.summary`; of each set but ``test`` also how well uncertainty
             tells it from ``test`` (`bloblora.evaluation.ood_metrics`), which is all there is without labels.
         seconds: of predicting each set with the most weight samples.
+        sha256: of the records of ``training``, and of ``validation`` where they aren't a share of those.
         scores: per example: ``<set>/<N>/<score>``, (n,) float32; empty where only ``metrics.json`` is there.
     """
 
@@ -68,6 +75,7 @@ class Result:
     sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -143,7 +151,7 @@ def write_metrics(results: Iterable[Result], study: Mapping[str, Any], folder: P
     rows = [_without_scores(result) for result in results]
     shared = {
         name: dict(pair for pair in rows[0][name].items() if all(pair in row[name].items() for row in rows))
-        for name in ("config", "options", "machine", "sets")
+        for name in ("config", "options", "machine", "sets", "sha256")
     }
     for row in rows:
         for name, known in shared.items():
@@ -195,19 +203,28 @@ def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
-def is_done(job: Job, results: Path) -> bool:
-    """Whether the job has all its results.
+def is_done(job: Job, results: Path, read: Read | None = None) -> bool:
+    """Whether the job has all its results; data files that were ``read`` before are not read again.
 
     Raises:
-        RunError: its result is of another configuration; nothing of it is overwritten.
+        RunError: its result is of another configuration, or of other records; nothing of it is overwritten.
+        DataError: a file can't be used.
     """
     result = read_result(results, job.name)
     if result is None:
         return False
     different = runs.different(result.config, _described(job))
-    for key, chosen in job.sets.items():
-        if (there := result.sets.get(key, now := _set(chosen))) != now:
-            different.append(f"{key}: {there} there, {now} now")
+    read = {} if read is None else read
+    now = {
+        key: {**_set(chosen), "sha256": records_sha256(_records(job, key, read))} for key, chosen in job.sets.items()
+    }
+    pairs = [(f"{key}: ", result.sets.get(key, {}), chosen) for key, chosen in now.items()]
+    for place, there, here in [("sha256 of ", result.sha256, _sha256(job, read)), *pairs]:
+        different += [
+            f"{place}{name}: {quoted(there[name])} there, {quoted(value)} now"
+            for name, value in here.items()
+            if there.get(name, value) != value
+        ]
     if different:
         raise runs.RunError(
             f"{results / job.name} is the result of another configuration ({'; '.join(different)}), written by "
@@ -216,16 +233,17 @@ def is_done(job: Job, results: Path) -> bool:
     return not result.lacks(job)
 
 
-def check_data(job: Job, *others: Job) -> type[Task]:
+def check_data(job: Job, *others: Job, read: Read | None = None) -> type[Task]:
     """Read what the job will read, so that a wrong file stops a study before hours of work; the task that it has.
 
-    The others are of the same data and other methods.
+    The others are of the same data and other methods; ``read`` as for `is_done`.
 
     Raises:
         DataError: a file can't be used.
         RunError: its records are prompts, whose answers can't be scored as others are, or can't be the method's.
     """
-    records = read_records(job.config.source("data"), job.config.reading_options(), kind=job.config.record_kind)
+    read = {} if read is None else read
+    records = _training(job.config, read)
     task = TASKS[task_name(job.config, records)]
     if task.kind == "generation":
         raise runs.RunError(
@@ -234,9 +252,9 @@ def check_data(job: Job, *others: Job) -> type[Task]:
     for one in (job, *others):
         check_task(one.config, records)
     if (validation := job.config.validation_data) is not None:
-        _read(str(validation), job.config)
+        _beside(str(validation), job.config, read)
     for chosen in job.sets.values():
-        _read(chosen.data, job.config, require_labels=chosen.labelled)
+        _beside(chosen.data, job.config, read, require_labels=chosen.labelled)
     return task
 
 
@@ -254,15 +272,20 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
     if result is None or not result.scores:
         config, method = _described(job), job.config.build_method().described()
         where = machine() | {"dtype": trained.config.dtype}
-        result = Result(job.name, job.dataset, job.label, config, method, trained.training, where)
+        found = runs.open_run(job.config.output)
+        digests = {"training": found.records_sha256, "validation": found.validation_sha256}
+        separate = job.config.validation_data is not None
+        sha256 = {name: digest for name, digest in digests.items() if digest and (separate or name == "training")}
+        result = Result(job.name, job.dataset, job.label, config, method, trained.training, where, sha256=sha256)
+    read: Read = {}
     most, distance = max(job.samples), _distance(trained, job) if job.distances else None
     for key, chosen in job.sets.items():
         if not result.lacks(job, key):
             continue
-        records = _records(chosen, job.config)
+        records = _records(job, key, read)
         start = time.perf_counter()
         draws = trained.predict(records, most, job.config.seed, batch_size=job.batch_size, progress=progress)
-        result.sets[key] = _set(chosen)
+        result.sets[key] = {**_set(chosen), "sha256": records_sha256(records)}
         result.seconds[key] = time.perf_counter() - start
         logits, likelihood = draws.draw_logits(), trained.task.likelihood
         predictions = [
@@ -304,18 +327,40 @@ def _distance(trained: runs.Run, job: Job) -> evaluation.Distance:
     return runs.fit_distance(trained, description, runs.training_records(description), batch_size=job.batch_size)
 
 
-def _records(chosen: EvalSet, config: runs.RunConfig) -> list[dict[str, Any]]:
-    records = _read(chosen.data, config, require_labels=chosen.labelled)
+def _records(job: Job, key: str, read: Read) -> list[dict[str, Any]]:
+    """The records of one of the job's sets."""
+    chosen, config = job.sets[key], job.config
+    records = _beside(chosen.data, config, read, require_labels=chosen.labelled)
     if chosen.unused:
         records = runs.unused(records, config.limit or len(records), config.limit_seed)
     return runs.select(records, chosen.limit)
 
 
-def _read(source: str, config: runs.RunConfig, *, require_labels: bool = True) -> list[dict[str, Any]]:
+def _sha256(job: Job, read: Read) -> dict[str, str]:
+    """`Result.sha256` of what the job would read now."""
+    found = {"training": records_sha256(select_for(job.config, _training(job.config, read)))}
+    if (validation := job.config.validation_data) is not None:
+        found["validation"] = records_sha256(_beside(str(validation), job.config, read))
+    return found
+
+
+def _training(config: runs.RunConfig, read: Read) -> list[dict[str, Any]]:
+    return _read(read, config.source("data"), config.reading_options(), kind=config.record_kind)
+
+
+def _beside(source: str, config: runs.RunConfig, read: Read, *, require_labels: bool = True) -> list[dict[str, Any]]:
     """Records beside the training records, whose columns are used where they are there."""
     given = config.reading_options()
-    options = ReadingOptions(skip_invalid=given.skip_invalid)
-    return read_records(source, options, known=given.columns(), require_labels=require_labels, kind=config.record_kind)
+    options, kind = ReadingOptions(skip_invalid=given.skip_invalid), config.record_kind
+    return _read(read, source, options, known=given.columns(), require_labels=require_labels, kind=kind)
+
+
+def _read(read: Read, source: str, options: ReadingOptions, **how: Any) -> list[dict[str, Any]]:
+    """`read_records`, once for each source and way of reading it."""
+    key = repr((source, options, how))
+    if key not in read:
+        read[key] = read_records(source, options, **how)
+    return read[key]
 
 
 def _described(job: Job) -> dict[str, Any]:
@@ -327,4 +372,4 @@ def _described(job: Job) -> dict[str, Any]:
 
 
 def _set(chosen: EvalSet) -> dict[str, Any]:
-    return {"data": Path(chosen.data).name, "limit": chosen.limit, **({"unused": True} if chosen.unused else {})}
+    return asdict(chosen) | {"data": Path(chosen.data).name}
