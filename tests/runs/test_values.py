@@ -15,6 +15,7 @@ from bloblora import pipeline, runs
 from bloblora.cli import main
 from bloblora.export import export
 from bloblora.runs.decide import calibrate, open_decision
+from bloblora.runs.selection import select_for
 from bloblora.serving import load_hosted, open_hosted
 from bloblora.tasks import encode_all
 from tests.runs.conftest import train
@@ -187,3 +188,12 @@ def test_other_methods_predict_values_too(base, tmp_path, method):
     run = train(base, tmp_path, [*records(24)], method=method)
     found = runs.load_run(run.config.output).predict([*records(3, seed=1)], 3)
     assert torch.equal(found.logits, run.predict([*records(3, seed=1)], 3).logits)
+
+
+def test_records_that_are_not_used_are_those_that_training_leaves():
+    """A field that happens to be called as that of another task's answers doesn't group them."""
+    data = [{"text": f"card {i}", "value": float(i), "label": f"{i % 5}"} for i in range(20)]
+    config = runs.RunConfig.of(data="stars.jsonl", output="run", task="regression", limit=3)
+    used, left = select_for(config, data), runs.unused(config, data)
+    assert len(used) == 3
+    assert left == [record for record in data if record not in used]

@@ -47,6 +47,15 @@ def test_jobs_are_seed_by_seed_and_a_methods_options_win(content, write, tmp_pat
             "two runs would be called desk--wide_blob--",
         ),
         (lambda c: c["datasets"]["desk"].update(shifted={"test": "a"}), "shifted: 'test' is the name of another set"),
+        (
+            lambda c: (
+                c["datasets"]["desk"].update(
+                    train={"data": "train.jsonl", "limit": 2}, test={"data": "train.jsonl", "unused": True}
+                ),
+                c["methods"].update(x={"method": "lora", "limit_seed": 1}),
+            ),
+            "methods: x: 'limit_seed' leaves other records unused than those of the other methods, and test of desk",
+        ),
         (lambda c: c.update(batch_size=0), "batch_size: 0; it must be a number of inputs, at least 1"),
         (lambda c: c.update(distances="no"), "distances: 'no'; it must be true or false"),
         (lambda c: c.update(keep_runs="no"), "keep_runs: 'no'; it must be true or false"),

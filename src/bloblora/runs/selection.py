@@ -25,9 +25,11 @@ def select_for(config: RunConfig, records: Records) -> Records:
     return select(records, config.limit, config.limit_seed, groups_by(config, records))
 
 
-def unused(records: Records, limit: int, seed: int = 0) -> Records:
-    """The records that `select` leaves out, in the given order."""
-    return _at(records, sorted({*range(len(records))}.difference(_chosen(records, limit, seed, "label"))))
+def unused(config: RunConfig, records: Records) -> Records:
+    """Those that `select_for` leaves out of the records of a configuration's data, in the given order."""
+    limit = len(records) if config.limit is None else config.limit
+    chosen = _chosen(records, limit, config.limit_seed, groups_by(config, records))
+    return _at(records, sorted({*range(len(records))}.difference(chosen)))
 
 
 def split(records: Records, share: float, seed: int = 0, by: str | None = "label") -> tuple[Records, Records]:

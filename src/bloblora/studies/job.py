@@ -31,7 +31,7 @@ from ..prediction import Prediction
 from ..prediction.kinds import prediction_of
 from ..runs.checks import check_task, task_name
 from ..runs.folder import records_sha256
-from ..runs.selection import select_for
+from ..runs.selection import groups_by, select_for
 from ..tasks import TASKS, Task
 from .study import EvalSet, Job
 
@@ -332,8 +332,8 @@ def _records(job: Job, key: str, read: Read) -> list[dict[str, Any]]:
     chosen, config = job.sets[key], job.config
     records = _beside(chosen.data, config, read, require_labels=chosen.labelled)
     if chosen.unused:
-        records = runs.unused(records, config.limit or len(records), config.limit_seed)
-    return runs.select(records, chosen.limit)
+        records = runs.unused(config, records)
+    return runs.select(records, chosen.limit, by=groups_by(config, _training(config, read)))
 
 
 def _sha256(job: Job, read: Read) -> dict[str, str]:

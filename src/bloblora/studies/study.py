@@ -181,7 +181,13 @@ class Study:
         except (TypeError, ValueError) as error:
             raise RunError(f"methods: {label} on {dataset}: {error}") from error
         sets = {key: located(value, data) for key, value in chosen.sets().items()}
+        own_choice = [name for name in ("limit", "limit_seed") if name in self.methods[label]]
         for key, value in {**chosen.sets(), "validation": chosen.validation}.items():
+            if value and value.unused and own_choice:
+                raise RunError(
+                    f"methods: {label}: {own_choice[0]!r} leaves other records unused than those of the other methods, "
+                    f"and {key} of {dataset} are the unused ones; give it in the data set's 'train'"
+                )
             if value and value.unused and (value.data != own or config.limit is None):
                 raise RunError(
                     f"datasets: {dataset}: {key}: 'unused' is for the training file, {own}, and a 'limit' of it"
