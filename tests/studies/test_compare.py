@@ -172,7 +172,7 @@ def test_a_new_number_of_draws_needs_no_training(done):
 
 def test_a_result_of_another_configuration_is_not_overwritten(done):
     study, folder = done
-    with pytest.raises(RunError, match=r"another configuration \(max_steps: 2 there, 3 now\)"):
+    with pytest.raises(RunError, match=r"another .*\(max_steps: 2 there, 3 now\), .*; rename the method, or"):
         compare(replace(study, train={**study.train, "steps": 3}), folder)
 
 
@@ -180,7 +180,9 @@ def test_a_result_on_another_test_set_is_not_taken_for_this_one(done):
     study, folder = done
     desk = study.datasets["desk"]
     changed = replace(study, datasets={"desk": replace(desk, test=replace(desk.test, limit=1))})
-    with pytest.raises(RunError, match=r"test: limit: None there, 1 now; test: sha256: '\w*' there"):
+    with pytest.raises(
+        RunError, match=r"test: limit: None there, 1 now; test: sha256: '\w*' .*; rename the data set, or"
+    ):
         compare(changed, folder)
 
 

@@ -75,7 +75,10 @@ def test_methods_are_compared_on_the_seeds_that_both_have():
     worse = Row("worse", "worse", 0, [result("worse", by + NOISE, seed) for seed, by in ((1, 1.7), (0, 1.5))])
     apart = Row("apart", "apart", 0, [result("apart", 0.1 + NOISE, 7)])
     text = conclusion("desk", [lora, worse, apart], "lora")
-    assert "“lora” has the lowest NLL on test data, 2.067; “lora” has no seed in common with “apart”. " in text
+    assert (
+        "“lora” has the lowest NLL on test data, 2.067; “lora” has no seed on the same records in common with “apart”. "
+        in text
+    )
     assert "it is above 0 for “worse”" in text
     assert text.endswith(
         "(4 seeds, but seeds 0 and 1 and 2 of “lora”, but seeds 0 and 1 of “worse”, but seed 7 of “apart”)."
@@ -86,6 +89,27 @@ def test_methods_are_compared_on_the_seeds_that_both_have():
     better = Row("better", "better", 0, [result("better", by + NOISE, seed) for seed, by in ((2, 3.5), (1, 0.7))])
     said = "“better” has the lowest NLL on test data, 2.100, against 2.600 of “lora” with the same seeds 1 and 2."
     assert said in conclusion("desk", [lora, better], "lora")
+
+
+def test_what_was_measured_on_other_records_is_named_and_not_compared():
+    lora, better = row("lora", 1 + NOISE), row("better", 0.5 + NOISE)
+    fewer, renamed = row("fewer", 0.1 + NOISE[:50]), row("renamed", 0.2 + NOISE)
+    for of, examples, limit in ((lora, 200, None), (better, 200, None), (fewer, 50, None), (renamed, 200, 10)):
+        of.results[0].metrics["test"]["0"]["num_examples"] = examples
+        of.results[0].sets["test"] = {"data": "test.jsonl", "limit": limit}
+    rows = [lora, better, fewer, renamed]
+    text = conclusion("desk", rows, "lora")
+    assert "“better” has the lowest NLL on test data, 0.500, against 1.000 of “lora”" in text
+    assert "“lora” has no seed on the same records in common with “fewer”, “renamed”." in text
+    *notes, table = _differences(rows, "lora", "test")
+    assert notes[0].startswith(
+        "\ndesk: “fewer” of seed 0 was measured on other records of test than “lora” (number diff"
+    )
+    assert notes[1].startswith(
+        "\ndesk: “renamed” of seed 0 was measured on other records of test than “lora” (limit diff"
+    )
+    assert len(notes) == 2
+    assert re.findall(r"^\| (.*?) \|", table, re.MULTILINE)[2:] == ["better"]
 
 
 def drawn(label, *seeds):

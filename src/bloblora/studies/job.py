@@ -83,6 +83,14 @@ class Result:
         """Of the training."""
         return self.config.get("seed", runs.RunConfig.seed)
 
+    def other_records(self, other: Result, key: str) -> list[str]:
+        """In what both say that they were measured on different records of a set; nothing where on the same."""
+        here, there = (
+            result.sets.get(key, {}) | {"number": {m.get("num_examples") for m in result.metrics.get(key, {}).values()}}
+            for result in (self, other)
+        )
+        return [name for name in here if name in there and here[name] != there[name]]
+
     def lacks(self, job: Job, *sets: str) -> bool:
         """Whether scores are missing of some of the job's sets, by default of any, or of a number of weight samples."""
         there = [self.scores_of(key, n) for key in sets or job.sets for n in job.samples]
@@ -213,7 +221,7 @@ def is_done(job: Job, results: Path, read: Read | None = None) -> bool:
     result = read_result(results, job.name)
     if result is None:
         return False
-    different = runs.different(result.config, _described(job))
+    changed, different = runs.different(result.config, _described(job)), []
     read = {} if read is None else read
     now = {
         key: {**_set(chosen), "sha256": records_sha256(_records(job, key, read))} for key, chosen in job.sets.items()
@@ -225,10 +233,11 @@ def is_done(job: Job, results: Path, read: Read | None = None) -> bool:
             for name, value in here.items()
             if there.get(name, value) != value
         ]
-    if different:
+    if changed or different:
         raise runs.RunError(
-            f"{results / job.name} is the result of another configuration ({'; '.join(different)}), written by "
-            f"bloblora {result.machine.get('bloblora')}; rename the method, or choose another folder"
+            f"{results / job.name} is the result of another configuration ({'; '.join(changed + different)}), written "
+            f"by bloblora {result.machine.get('bloblora')}; rename the {'data set' if different else 'method'}, or "
+            "choose another folder"
         )
     return not result.lacks(job)
 

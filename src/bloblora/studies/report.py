@@ -66,7 +66,7 @@ class Row:
         return [scores for result in self.results if (scores := result.scores_of(key, self.num_samples))]
 
     def paired(self, other: Row, key: str, *, scored: bool = False) -> tuple[Row, Row]:
-        """Both with those seeds alone of which both have metrics of a set, or scores, in the same order."""
+        """Both with those seeds alone of which both have metrics of the same records of a set, or scores, in order."""
         found = [
             {
                 result.seed: result
@@ -76,7 +76,9 @@ class Row:
             for row in (self, other)
             for n in [row.num_samples]
         ]
-        first, second = ([of[seed] for seed in found[0] if seed in found[1]] for of in found)
+        one, two = found
+        seeds = [seed for seed in one if seed in two and not one[seed].other_records(two[seed], key)]
+        first, second = ([of[seed] for seed in seeds] for of in found)
         return replace(self, results=first), replace(other, results=second)
 
 
@@ -167,7 +169,7 @@ def conclusion(dataset: str, rows: Sequence[Row], baseline: str) -> str:
         if len(pairs[best][1].results) < len(reference.results):
             said += f" with the same {_listed_seeds(pairs[best][1])}"
     if apart := [label for label in pairs if label not in nll]:
-        said += f"; “{reference.label}” has no seed in common with {_names(apart)}"
+        said += f"; “{reference.label}” has no seed on the same records in common with {_names(apart)}"
     said += "."
     found = {
         row.label: evaluation.paired_bootstrap(one.scores("test"), other.scores("test"), "nll")
@@ -266,6 +268,7 @@ def _differences(rows: Sequence[Row], baseline: str, key: str) -> Iterator[str]:
     """How far each method is from the baseline on the same examples of one set."""
     if (reference := _reference(rows, baseline)) is None:
         return
+    yield from _on_other_records(rows, reference, key)
     stored = {name for scores in reference.scores(key)[:1] for name in scores}
     if "confidence" in stored:
         stored.add("squared_calibration_error")
@@ -286,6 +289,24 @@ def _differences(rows: Sequence[Row], baseline: str, key: str) -> Iterator[str]:
             f"that both have ({_seeds([one for one, _ in pairs])})."
         )
         yield _table(text, found, list(titles.values()))  # type: ignore[arg-type]
+
+
+def _on_other_records(rows: Sequence[Row], reference: Row, key: str) -> Iterator[str]:
+    """Which methods can't be compared with the reference's, and what to do."""
+    by_seed = {result.seed: result for result in reference.results if key in result.metrics}
+    found = {
+        (result.label, result.seed): ", ".join(names)
+        for row in rows
+        for result in row.results
+        if key in result.metrics and result.seed in by_seed
+        if (names := result.other_records(by_seed[result.seed], key))
+    }
+    for (label, seed), names in found.items():
+        yield (
+            f"\n{reference.results[0].dataset}: “{label}” of seed {seed} was measured on other records of {key} than "
+            f"“{reference.method}” ({names} differ), and is not compared with it: run one of both again, or give other "
+            "records as a data set of another name."
+        )
 
 
 def _learning(dataset: str, most_draws: Mapping[str, Row]) -> Iterator[str | Picture]:
