@@ -87,10 +87,18 @@ def resolve(name: str, *, cache: Path | None = None, progress: bool = True) -> s
         return str(path)
     if path.is_file():
         raise ModelError(f"model {quoted(name)}: a file, but not a .gguf one; give a folder, a .gguf file or a hub id")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"model {quoted(name)}: no such folder")
+    check_folder(name)
     _check_on_hub(name)
     return name
+
+
+def check_folder(name: str) -> None:
+    """Raise a ModelError for a name that can only be a folder or a file, and isn't there."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf" and not path.is_file():
+        raise ModelError(f"model {quoted(name)}: no such file")
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not path.exists():
+        raise ModelError(f"model {quoted(name)}: no such folder")
 
 
 def located(name: str) -> str:

@@ -20,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 from bloblora import evaluation, runs, studies
 from bloblora.data import read_records
+from bloblora.models import ModelError
 from bloblora.runs import RunError, alone
 from bloblora.studies.compare import _error, _lifeline
 from bloblora.studies.job import write_result
@@ -303,6 +304,33 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(content, w
 def test_a_wrong_data_file_stops_before_anything_runs(content, write, tmp_path):
     content["datasets"]["desk"]["out_of_scope"] = "none.jsonl"
     with pytest.raises(ValueError, match=r"none\.jsonl"):
+        compare(studies.read_study(write(content)), tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("record", "file", "message"),
+    [
+        ({"text": "a song", "label": "music"}, "test", r"test: '.*test.jsonl': field 'label': 'music' not among the"),
+        ({"text": "a song", "label": "music"}, "shifted", r"other: '.*jsonl': field 'label': 'music' not among the"),
+        (
+            {"question": "which?", "choices": ["a", "b"], "answer": 1},
+            "test",
+            "test: '.*test.jsonl': must have records with 'text', as the training data, not 'question' and 'choices'",
+        ),
+        ({"question": "which?", "choices": ["a", "b"]}, "outside", "out_of_scope: '.*jsonl': must have records with"),
+    ],
+)
+def test_a_set_that_is_not_of_the_task_stops_before_anything_runs(record, file, message, content, write, tmp_path):
+    write_jsonl(tmp_path / f"{file}.jsonl", [record])
+    with pytest.raises(RunError, match=f"datasets: desk: {message}"):
+        compare(studies.read_study(write(content)), tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_that_is_not_there_stops_before_anything_runs(content, write, tmp_path):
+    content["models"] = [str(tmp_path / "none")]
+    with pytest.raises(ModelError, match="none': no such folder"):
         compare(studies.read_study(write(content)), tmp_path)
     assert not (tmp_path / "runs").exists()
 

@@ -56,6 +56,22 @@ def test_jobs_are_seed_by_seed_and_a_methods_options_win(content, write, tmp_pat
             ),
             "methods: x: 'limit_seed' leaves other records unused than those of the other methods, and test of desk",
         ),
+        (lambda c: c.update(name=["a"]), r"name: \['a'\]; it must be a text"),
+        *(
+            (
+                lambda c, limit=limit: c["datasets"]["desk"].update(test={"data": "test.jsonl", "limit": limit}),
+                f"datasets: desk: test: field 'limit': {limit!r}; it must be a number of records, at least 1",
+            )
+            for limit in ("a", 1.5, 0, -2, True)
+        ),
+        (
+            lambda c: c["datasets"]["desk"]["shifted"]["other"].update(labelled="no"),
+            "datasets: desk: shifted: other: field 'labelled': 'no'; it must be true or false",
+        ),
+        (
+            lambda c: c["datasets"]["desk"].update(test={"data": "test.jsonl", "labelled": False}),
+            "datasets: desk: test: field 'labelled': false; methods are measured by its labels",
+        ),
         (lambda c: c.update(batch_size=0), "batch_size: 0; it must be a number of inputs, at least 1"),
         (lambda c: c.update(distances="no"), "distances: 'no'; it must be true or false"),
         (lambda c: c.update(keep_runs="no"), "keep_runs: 'no'; it must be true or false"),

@@ -91,16 +91,7 @@ def check_validation(
     source = f"validation {quoted(config.source('validation'))}"
     if not len(validation):
         raise RunError(f"{source} of {len(training)} records leaves no validation record; give a larger share")
-    here, there = kind_of(validation), kind_of(training)
-    if here != there:
-        raise RunError(f"{source}: must have records with {KINDS[there]}, as the training data, not {KINDS[here]}")
-    task = tasks.TASKS[task_name(config, training)]
-    known, asked = ({label for record in side for label in task.labels_of(record)} for side in (training, validation))
-    if unknown := sorted(asked.difference(known, config.task.get("labels") or ())):
-        names = ", ".join(map(quoted, unknown[:10])) + (", …" if len(unknown) > 10 else "")
-        raise RunError(
-            f"{source}: field {task.answer!r}: {names} not among the training records' labels; add such records"
-        )
+    check_beside(source, config, training, validation)
     counts = Counter(json.dumps(record, sort_keys=True) for record in validation)
     seen = {text for record in training if (text := json.dumps(record, sort_keys=True)) in counts}
     if copies := sum(counts[text] for text in seen):
@@ -114,6 +105,29 @@ def check_validation(
             f"{source}: {len(validation)} records are too few to tell checkpoints apart (standard error of the "
             f"accuracy: up to {0.5 / len(validation) ** 0.5:.2f}); at least {_FEW} are better",
             stacklevel=2,
+        )
+
+
+def check_beside(
+    source: str,
+    config: RunConfig,
+    training: Sequence[dict[str, Any]],
+    records: Sequence[dict[str, Any]],
+    *,
+    labelled: bool = True,
+) -> None:
+    """Raise a RunError where records are of another kind than the training records, or have labels that those lack."""
+    here, there = kind_of(records), kind_of(training)
+    if here != there:
+        raise RunError(f"{source}: must have records with {KINDS[there]}, as the training data, not {KINDS[here]}")
+    if not labelled:
+        return
+    task = tasks.TASKS[task_name(config, training)]
+    known, asked = ({label for record in side for label in task.labels_of(record)} for side in (training, records))
+    if unknown := sorted(asked.difference(known, config.task.get("labels") or ())):
+        names = ", ".join(map(quoted, unknown[:10])) + (", …" if len(unknown) > 10 else "")
+        raise RunError(
+            f"{source}: field {task.answer!r}: {names} not among the training records' labels; add such records"
         )
 
 

@@ -22,14 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import evaluation, runs
+from .. import evaluation, models, runs
 from ..adapter import library_versions
 from ..data import ReadingOptions, read_records
 from ..files import read_json, write_json, write_tensors, write_text
 from ..messages import quoted
 from ..prediction import Prediction
 from ..prediction.kinds import prediction_of
-from ..runs.checks import check_task, task_name
+from ..runs.checks import check_beside, check_task, task_name
 from ..runs.folder import records_sha256
 from ..runs.selection import groups_by, select_for
 from ..tasks import TASKS, Task
@@ -249,7 +249,9 @@ def check_data(job: Job, *others: Job, read: Read | None = None) -> type[Task]:
 
     Raises:
         DataError: a file can't be used.
-        RunError: its records are prompts, whose answers can't be scored as others are, or can't be the method's.
+        RunError: its records are prompts, whose answers can't be scored as others are, or can't be the method's; a set
+            is of another kind than the training records, or has labels that those lack.
+        ModelError: the base model is a folder or a file that isn't there.
     """
     read = {} if read is None else read
     records = _training(job.config, read)
@@ -262,8 +264,12 @@ def check_data(job: Job, *others: Job, read: Read | None = None) -> type[Task]:
         check_task(one.config, records)
     if (validation := job.config.validation_data) is not None:
         _beside(str(validation), job.config, read)
-    for chosen in job.sets.values():
-        _beside(chosen.data, job.config, read, require_labels=chosen.labelled)
+    for key, chosen in job.sets.items():
+        place, found = f"datasets: {job.dataset}: {key}: {quoted(chosen.data)}", _records(job, key, read)
+        if not found:
+            raise runs.RunError(f"{place}: no record is left to evaluate on")
+        check_beside(place, job.config, select_for(job.config, records), found, labelled=chosen.labelled)
+    models.check_folder(job.config.model)
     return task
 
 

@@ -218,18 +218,20 @@ def read_study(file: str | os.PathLike[str]) -> Study:
 
 def _study(content: Mapping[str, Any], stem: str) -> Study:
     _check_fields(content, Study, "the file")
-    for name in ("methods", "datasets"):
-        if not content.get(name):
-            raise RunError(f"field {quoted(name)} is missing; it lists what to compare")
+    for part in ("methods", "datasets"):
+        if not content.get(part):
+            raise RunError(f"field {quoted(part)} is missing; it lists what to compare")
     methods = {
         str(label): _options(options or {}, f"methods: {label}")
         for label, options in _mapping(content["methods"], "methods").items()
     }
     datasets = {str(name): _dataset(value, name) for name, value in _mapping(content["datasets"], "datasets").items()}
+    if not isinstance(name := content.get("name", stem), str | int | float):
+        raise RunError(f"name: {quoted(name)}; it must be a text")
     study = Study(
         **{
             **content,
-            "name": str(content.get("name", stem)),
+            "name": str(name),
             "methods": methods,
             "datasets": datasets,
             "train": _options(content.get("train") or {}, "train"),
@@ -245,9 +247,9 @@ def _study(content: Mapping[str, Any], stem: str) -> Study:
         raise RunError(f"samples: {study.samples[0]} is negative; N is 0 (the mean) or more")
     if type(study.batch_size) is not int or study.batch_size < 1:
         raise RunError(f"batch_size: {quoted(study.batch_size)}; it must be a number of inputs, at least 1")
-    for name in ("distances", "keep_runs"):
-        if type(value := getattr(study, name)) is not bool:
-            raise RunError(f"{name}: {quoted(value)}; it must be true or false")
+    for part in ("distances", "keep_runs"):
+        if type(value := getattr(study, part)) is not bool:
+            raise RunError(f"{part}: {quoted(value)}; it must be true or false")
     return study
 
 
@@ -269,6 +271,9 @@ def _dataset(value: Any, name: str) -> DataSet:
         for part in ("test", "out_of_scope", "validation")
         if content.get(part) is not None
     }
+    for part in ("test", "validation"):
+        if part in single and not single[part].labelled:
+            raise RunError(f"{where}: {part}: field 'labelled': false; methods are measured by its labels")
     return DataSet(
         train=train, shifted={str(k): _eval_set(v, f"{where}: shifted: {k}") for k, v in shifted.items()}, **single
     )
@@ -280,6 +285,11 @@ def _eval_set(value: Any, where: str, labelled: bool = True) -> EvalSet:
     _check_fields(content, EvalSet, where)
     if not isinstance(content.get("data"), str):
         raise RunError(f"{where}: field 'data': {quoted(content.get('data'))}; it must name a file or a data set")
+    if (limit := content.get("limit")) is not None and (type(limit) is not int or limit < 1):
+        raise RunError(f"{where}: field 'limit': {quoted(limit)}; it must be a number of records, at least 1")
+    for name in ("labelled", "unused"):
+        if type(value := content.get(name, False)) is not bool:
+            raise RunError(f"{where}: field {name!r}: {quoted(value)}; it must be true or false")
     return EvalSet(**{"labelled": labelled, **content})
 
 
