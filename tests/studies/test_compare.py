@@ -365,6 +365,19 @@ def test_metrics_alone_give_the_tables_and_no_intervals(done, tmp_path):
         studies.plan(replace(study, train={**study.train, "steps": 3}), alone_there, root / "runs", root)
 
 
+def test_each_number_of_draws_has_the_uncertainty_that_predict_has(content, write, tmp_path):
+    """A Gaussian head's part of it is a mean over the draws, of which a smaller N has fewer."""
+    content |= {"seeds": [0], "methods": {"lora": {}, "head": {"method": "blob", "factors": "A", "init_std": 0.3}}}
+    study = studies.read_study(write(content))
+    job = study.jobs(tmp_path / "runs", tmp_path)[1]
+    result = studies.job.run(job, tmp_path / "results", progress=False)
+    run, records = runs.load_run(job.config.output), read_records(str(tmp_path / "test.jsonl"))
+    for n in (0, 2, 4):
+        prediction = run.predict(records, n, seed=0)
+        assert (prediction.head_shares is None) == (n == 0)
+        torch.testing.assert_close(result.scores[f"test/{n}/mutual_information"], prediction.mutual_information)
+
+
 def test_out_of_scope_metrics_are_those_of_the_scores(done):
     result = studies.read_result(done[1] / "results", "desk--wide_blob--seed0")
     inside, outside = (result.scores_of(key, 4)["confidence"].numpy() for key in ("test", "out_of_scope"))

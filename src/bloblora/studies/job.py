@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -299,17 +300,17 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
             continue
         records = _records(job, key, read)
         start = time.perf_counter()
-        draws = trained.predict(records, most, job.config.seed, batch_size=job.batch_size, progress=progress)
+        predict = partial(trained.predict, records, seed=job.config.seed, batch_size=job.batch_size)
+        draws = predict(num_samples=most, progress=progress)
         result.sets[key] = {**_set(chosen), "sha256": records_sha256(records)}
         result.seconds[key] = time.perf_counter() - start
         logits, likelihood = draws.draw_logits(), trained.task.likelihood
-        predictions = [
-            prediction_of(logits[: max(n, 1)], n, likelihood, draws.head_shares)
-            for n in job.samples
-            if n > 0 or most == 0
-        ]
-        if 0 in job.samples and most > 0:
-            predictions.append(trained.predict(records, 0, batch_size=job.batch_size))
+        predictions = [draws]
+        for n in job.samples:
+            if n == 0 < most or (n < most and draws.head_shares is not None):  # a Gaussian head's are means over draws
+                predictions.append(predict(num_samples=n))
+            elif n < most:
+                predictions.append(prediction_of(logits[:n], n, likelihood))
         targets = runs.targets_of(trained.task, records) if chosen.labelled else None
         distances = distance.scores(trained.hidden_states(records, batch_size=job.batch_size)) if distance else None
         for prediction in predictions:

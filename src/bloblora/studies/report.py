@@ -240,8 +240,8 @@ def _rows(results: Sequence[Result]) -> list[Row]:
     """A row a method and number of draws; one row for a method whose draws are all the same, whatever the seed."""
     by_method: dict[str, dict[int, list[Result]]] = {}
     for result in results:
-        for n in result.metrics["test"]:
-            by_method.setdefault(result.label, {}).setdefault(int(n), []).append(result)
+        for key in result.metrics["test"]:
+            by_method.setdefault(result.label, {}).setdefault(int(key), []).append(result)
     rows: dict[tuple[str, int], Row] = {}
     for method, by_samples in by_method.items():
         draws = {n: max(r.metrics["test"][str(n)]["num_draws"] for r in of) for n, of in sorted(by_samples.items())}
@@ -301,11 +301,11 @@ def _on_other_records(rows: Sequence[Row], reference: Row, key: str) -> Iterator
         if key in result.metrics and result.seed in by_seed
         if (names := result.other_records(by_seed[result.seed], key))
     }
-    for (label, seed), names in found.items():
+    for (label, seed), differing in found.items():
         yield (
             f"\n{reference.results[0].dataset}: “{label}” of seed {seed} was measured on other records of {key} than "
-            f"“{reference.method}” ({names} differ), and is not compared with it: run one of both again, or give other "
-            "records as a data set of another name."
+            f"“{reference.method}” ({differing} differ), and is not compared with it: run one of both again, or give "
+            "other records as a data set of another name."
         )
 
 
