@@ -23,6 +23,18 @@ def test_jobs_are_seed_by_seed_and_a_methods_options_win(content, write, tmp_pat
     assert not jobs[0].sets["out_of_scope"].labelled
 
 
+def test_a_model_or_a_budget_that_is_added_renames_no_run(content, write, tmp_path):
+    content["train"]["steps"] = 3
+    before = read_study(write(content)).jobs(tmp_path / "runs", tmp_path)
+    for added in ({"models": [*content["models"], "other"]}, {"budgets": [3, 5]}):
+        study = read_study(write(content | added))
+        jobs = {job.name: job for job in study.jobs(tmp_path / "runs", tmp_path)}
+        assert len(jobs) == 2 * len(before)
+        assert [*jobs] == study.names()
+        assert all(jobs[job.name].config.given() == job.config.given() for job in before)
+        assert all(jobs[job.name].dataset == job.dataset for job in before)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

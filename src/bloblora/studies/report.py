@@ -139,7 +139,10 @@ def report(folder: Path, html: Path | None = None, baseline: str | None = None, 
     parts += _missing(study, {result.name for result in results})
     parts += [f"Made by `{comparison}` and `{command}`.\n", *_setting(results)]
     for dataset, of in datasets.items():
-        parts += _sections(dataset, of, baseline)
+        config = _flat(of[0].config)
+        several = {"model": study.get("models", ()), "max_steps": study.get("budgets", ())}
+        place = {name: config.get(name, values[0]) for name, values in several.items() if len(values) > 1}
+        parts += _sections(dataset, of, baseline, place)
     text = folder / "report.md"
     with alone(text), alone(html):
         for part in parts:
@@ -203,7 +206,9 @@ def _reference(rows: Sequence[Row], baseline: str) -> Row | None:
     return next((row for row in reversed(rows) if row.method == baseline), None)
 
 
-def _sections(dataset: str, results: Sequence[Result], baseline: str) -> Iterator[str | Picture]:
+def _sections(
+    dataset: str, results: Sequence[Result], baseline: str, place: Mapping[str, Any]
+) -> Iterator[str | Picture]:
     rows = _rows(results)
     sets = list(dict.fromkeys(key for result in results for key in result.metrics if key != "test"))
     labelled = [key for key in sets if any("nll" in row.values(key) for row in rows)]
@@ -211,6 +216,8 @@ def _sections(dataset: str, results: Sequence[Result], baseline: str) -> Iterato
     test = {row.label: {k: v for key in outside for k, v in row.values(key).items()} | _cost(row) for row in rows}
     most_draws = {row.method: row for row in sorted(rows, key=lambda row: row.num_samples)}
     yield f"\n## {dataset}\n"
+    if place:
+        yield f"With {_listed(place)}.\n"
     times = "Times are those of the fastest seed: other work ran beside."
     yield _table(f"Test data, {_seeds(rows)}. {_LEGEND} {times}", test, [*_measured(test), *_COST])
     more = evaluation.metric_names("more", outside=False)

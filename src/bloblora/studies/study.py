@@ -69,7 +69,7 @@ class Job:
 
     Attributes:
         name: of its files: data set, method and seed.
-        dataset: name of the data set, and of the model and the steps where there are several.
+        dataset: name of the data set, and of the model and the steps where they aren't the study's first.
         label: the method's name in tables.
         config: the training.
         sets: what to evaluate on, by name.
@@ -96,8 +96,9 @@ class Study:
         name: title of the report.
         methods: options of `RunConfig` by the method's label; where ``method`` isn't among them, the label is it.
         datasets: by name.
-        models: base models.
-        budgets: numbers of optimizer steps; each run is made with each of them. Without, ``steps`` says how many.
+        models: base models; those after the first are part of their runs' names.
+        budgets: numbers of optimizer steps, likewise; each run is made with each of them. Without, ``steps`` says how
+            many.
         seeds: of training.
         samples: numbers of draws N to report; the draws of a smaller N are the first of a larger one's.
         train: options of every training; a data set's go before them, a method's before both.
@@ -156,9 +157,9 @@ class Study:
                             yield dataset, model, label, seed, steps
 
     def _place(self, dataset: str, model: str, steps: int | None) -> list[str]:
-        """The data set, and the model and the steps where there are several."""
-        several = [model] if len(self.models) > 1 else []
-        return [dataset, *several, *([] if steps is None else [f"{steps} steps"])]
+        """The data set, and a model and steps that aren't the first ones: so that more of them can be added."""
+        further = [model] if model != self.models[0] else []
+        return [dataset, *further, *([f"{steps} steps"] if steps not in (None, *self.budgets[:1]) else [])]
 
     def job(
         self, dataset: str, model: str, label: str, seed: int, runs: Path, data: Path, steps: int | None = None
