@@ -89,6 +89,7 @@ def train(method: str, seed: int, options: argparse.Namespace) -> runs.Run:
             method=method,
             factors="A",
             head_prior_std="none",
+            validation=0,
             limit=options.limit,
             steps=options.steps,
             learning_rate=options.learning_rate,

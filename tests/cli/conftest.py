@@ -32,8 +32,9 @@ def _trained(files, folder, data, *options):
 
 @pytest.fixture(scope="session")
 def run(files, tmp_path_factory):
-    """With a Gaussian head, as more records have it by default."""
-    return _trained(files, tmp_path_factory.mktemp("runs") / "texts", files.texts, "--factors", "none")
+    """With a Gaussian head, as more records have it by default, and the temperature that it needs."""
+    options = ("--factors", "none", "--temperature-folds", "2")
+    return _trained(files, tmp_path_factory.mktemp("runs") / "texts", files.texts, *options)
 
 
 @pytest.fixture(scope="session")

@@ -97,8 +97,10 @@ def test_a_calibration_of_other_predictions_is_refused(call, folder, held_out):
         fails(call(*command, "--samples", "3", "--seed", "1"), "seed 1", again)
         write(adapter_sha256="f00")
         fails(call(*command, "--samples", "3"), "adapter_sha256 f00 there", again)
-        write(temperature=1.5, width=0.5)  # fitted then, and not now
-        fails(call(*command, "--samples", "3"), "temperature 1.5 there, None now; width 0.5 there, None now", again)
+        write(temperature=1.5, width=0.5)  # fitted otherwise then
+        now = run["training"]["rescaling"]
+        differ = f"temperature 1.5 there, {now['temperature']} now; width 0.5 there, {now['width']} now"
+        fails(call(*command, "--samples", "3"), differ, again)
         write_signed(file, stored | {"format_version": 1})
         fails(call(*command, "--samples", "3"), "format_version is 1; this bloblora reads 2")
         write(decision={})

@@ -37,7 +37,7 @@ def test_they_are_fitted_once_on_what_was_trained_on(trained, call, files, tmp_p
     assert again == out
     result, description = json.loads(out), runs.open_run(config.output)
     kept = runs.training_records(description)
-    assert len(kept) == description.training["num_examples"] == 6
+    assert len(kept) == description.training["num_examples"] == 5
     distance, run = runs.open_distance(description), runs.load_run(description)
     outside = [json.loads(line) for line in Path(files.outside).read_text(encoding="utf-8").splitlines()]
     sides = [distance.scores(run.hidden_states(side)) for side in (queries(), outside)]

@@ -11,7 +11,7 @@ import bloblora
 from bloblora import runs
 from bloblora.prediction import Tempered, WeightDraws
 from bloblora.serving import Settings, load_hosted, open_hosted
-from tests.tiny_base import give_base, queries, write_jsonl
+from tests.tiny_base import give_base, held_out, queries, write_jsonl
 
 LAYER = "model.layers.0.mlp.down_proj.weight"
 FOUND = (
@@ -40,7 +40,7 @@ def nan_run(files, run, tmp_path_factory):
 
 
 def test_commands_write_nothing(call, files, nan_run, tmp_path):
-    many = str(write_jsonl(tmp_path / "many.jsonl", queries() * 30))
+    many = str(write_jsonl(tmp_path / "many.jsonl", held_out()))
     before = {file: file.read_bytes() for file in nan_run.iterdir() if file.is_file()}
     for command in (
         ("predict", nan_run, "--input", files.texts),
