@@ -9,6 +9,7 @@ from tests.tiny_base import QUESTIONS, queries, save_base, write_jsonl
 
 SETTINGS = ("--steps", "2", "--batch-size", "2", "--r", "2", "--learning-rate", "0.01")
 LEARNT = ("--std-learning-rate", "0.5")  # so that Ω leaves its start, and no warning stands in standard error
+HEAD = ("--factors", "none", "--temperature-folds", "2")
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +34,7 @@ def _trained(files, folder, data, *options):
 @pytest.fixture(scope="session")
 def run(files, tmp_path_factory):
     """With a Gaussian head, as more records have it by default, and the temperature that it needs."""
-    options = ("--factors", "none", "--temperature-folds", "2")
-    return _trained(files, tmp_path_factory.mktemp("runs") / "texts", files.texts, *options)
+    return _trained(files, tmp_path_factory.mktemp("runs") / "texts", files.texts, *HEAD)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 
 from bloblora.data import DataError, read_records
 from bloblora.files import read_json
-from tests.cli.conftest import LEARNT, SETTINGS
+from tests.cli.conftest import HEAD, LEARNT, SETTINGS
 from tests.tiny_base import write_jsonl
 
 
@@ -64,9 +64,9 @@ def read_only(run, tmp_path):
 def test_a_finished_run_in_a_folder_that_cannot_be_written(files, read_only, without_rights, tmp_path):
     """`train` opens it and `predict` reads it; `calibrate` says so before it has predicted anything."""
     there = sorted(file.name for file in read_only.iterdir())
-    train = ("train", "--data", files.texts, "--model", files.base, "--output", read_only, "--factors", "none")
-    assert without_rights(*train, *SETTINGS, *LEARNT)[0] == 0
-    status, err = without_rights(*train, *SETTINGS, *LEARNT, "--seed", "7")
+    train = ("train", "--data", files.texts, "--model", files.base, "--output", read_only)
+    assert without_rights(*train, *SETTINGS, *LEARNT, *HEAD)[0] == 0
+    status, err = without_rights(*train, *SETTINGS, *LEARNT, *HEAD, "--seed", "7")
     assert (status, "another configuration" in err) == (2, True)
     assert without_rights("predict", read_only, "--input", files.outside)[0] == 0
     unseen = [{"text": f"number {i}", "label": ["parcel", "refund"][i % 2]} for i in range(100)]
