@@ -120,6 +120,20 @@ def test_keys(hosted, tmp_path):
         assert "security" not in schema["paths"]["/ready"]["get"]
 
 
+@pytest.fixture
+def holding(hosted, monkeypatch):
+    """Whether the model has been asked, and what lets it answer."""
+    answer, started, go = hosted["desk"].answer, Event(), Event()
+
+    def held(*args):
+        started.set()
+        assert go.wait(30)
+        return answer(*args)
+
+    monkeypatch.setattr(hosted["desk"], "answer", held)
+    return started, go
+
+
 def test_a_full_queue(hosted):
     """While the model is at work four inputs may wait: eight requests of two can't all be held."""
     settings = replace(SETTINGS, queue=4, max_inputs=4, batch_size=1, samples=20)
@@ -135,16 +149,9 @@ def test_a_full_queue(hosted):
         assert client.post("/v1/predict", json=body).status_code == 200
 
 
-def test_clients_that_have_gone_leave_the_queue(hosted, monkeypatch):
+def test_clients_that_have_gone_leave_the_queue(hosted, holding):
     """The model is at work for a first client; three others fill the queue and go before a fifth comes."""
-    answer, started, go = hosted["desk"].answer, Event(), Event()
-
-    def held(*args):
-        started.set()
-        assert go.wait(30)
-        return answer(*args)
-
-    monkeypatch.setattr(hosted["desk"], "answer", held)
+    started, go = holding
     settings = replace(SETTINGS, queue=6, max_inputs=2, batch_size=2)
     body = {"inputs": [TEXT, TEXT]}
     with serving({"desk": hosted["desk"]}, settings) as client, ThreadPoolExecutor(1) as pool:
@@ -183,16 +190,9 @@ def test_a_stop_finishes_what_is_held(hosted):
             ask_until(deadline, f"{client.base_url}/ready")
 
 
-def test_what_is_open_when_the_grace_is_over_gets_503(hosted, monkeypatch, capfd):
+def test_what_is_open_when_the_grace_is_over_gets_503(hosted, holding, capfd):
     """One is at the model, one waits, and one's body hasn't come."""
-    answer, started, go = hosted["desk"].answer, Event(), Event()
-
-    def held(*args):
-        started.set()
-        assert go.wait(30)
-        return answer(*args)
-
-    monkeypatch.setattr(hosted["desk"], "answer", held)
+    started, go = holding
     with serving({"desk": hosted["desk"]}, grace_seconds=1.0) as client, ThreadPoolExecutor(2) as pool:
         try:
             asked = [pool.submit(client.post, "/v1/predict", json={"inputs": TEXT}) for _ in "ab"]

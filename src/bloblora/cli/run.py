@@ -308,7 +308,6 @@ def _calibrate_predictions(
     if data is not None:
         records = read_records(data, reading, **(description.reading if description else {}))
         right = [answer_of(record, task) for record in records]
-    if data is not None:
         warn_of_copies([unanswered(record) for record in records])
     if description is not None:
         check_made_by(file, description, options)
