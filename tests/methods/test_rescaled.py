@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+import bloblora
 from bloblora import posterior as q
 from bloblora import runs
 from bloblora.adapter import BlobConfig, bayesianize
@@ -18,6 +19,7 @@ from bloblora.methods.ensemble import Ensemble
 from bloblora.methods.rescaled import _HeldOut, fit_scales, folds
 from bloblora.methods.scalabl import ScaledRows
 from bloblora.methods.swag import LowRank
+from bloblora.models import load_model
 from bloblora.prediction import Point, StoppingRule, Tempered, WeightDraws, fit_temperature, predict
 from bloblora.serving import Settings, load_hosted, open_hosted
 from tests.conftest import tiny_llama, with_lora
@@ -262,6 +264,11 @@ def test_a_scaled_posterior_comes_back(config):
     assert run.scales == {name: fitted[name] for name in names}
     loaded = runs.load_run(run.config.output)
     assert torch.equal(loaded.predict(queries(), 3).log_probs, run.predict(queries(), 3).log_probs)
+    # In a script that knows of no run the folder's adapter says the same.
+    alone = bloblora.load(load_model(run.config.model, num_labels=2), run.config.output)
+    examples = [run.task.encode(record, run.tokenizer) for record in queries()]
+    found = bloblora.predict(alone, examples, 3, task=run.task)
+    torch.testing.assert_close(found.probabilities, run.predict(queries(), 3).probabilities, rtol=0, atol=1e-4)
     metrics = runs.evaluate(loaded, queries() * 5, options=runs.PredictionOptions(samples=10))
     assert (metrics["temperature"], metrics["width"]) == (fitted["temperature"], fitted["width"])
     card = str(model_card(run.config.output))

@@ -37,7 +37,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..adapter import AdapterFileError
+from ..adapter import AdapterFileError, Posterior
 from ..adapter.sharding import put_, whole
 from ..prediction import Sampler, ScalableWeights, Tempered, fit_temperature, predict, tempered_nll
 from ..tasks.likelihood import CATEGORICAL, Likelihood, likelihood_of
@@ -92,8 +92,14 @@ class Rescaled(Method):
         return Tempered(sampler, **asdict(scales))
 
     def save(self, model: nn.Module, sampler: Sampler, folder: Path) -> None:
-        """Write the inner method's files, in which τ is a part of the posterior, and T."""
+        """Write the inner method's files, in which τ is a part of the posterior, and T.
+
+        A posterior keeps T as well: its folder is read by `bloblora.load`, which knows of no runs.
+        """
         assert isinstance(sampler, Tempered)
+        if isinstance(posterior := sampler.scalable, Posterior):
+            of_mean = sampler.temperature_of_mean
+            posterior.temperatures = (of_mean if sampler.width == 0 else sampler.temperature, of_mean)
         self.inner.save(model, sampler.sampler, folder)
         write_state(folder, _FILE, {scale.name: getattr(sampler, scale.name) for scale in fields(Scales)})
 
