@@ -20,7 +20,7 @@ from ..adapter import AdapterFileError, Posterior, check_folder, find_posterior
 from ..adapter.bayesianize import Weights
 from ..adapter.storage import BLOB_CONFIG
 from ..files import check_finite_tensors, file_sha256, read_hashed_json, read_tensors, write_hashed_json, write_tensors
-from ..prediction import Point, Sampler, WeightDraws, fit_temperature, tempered_nll
+from ..prediction import Point, Prediction, Sampler, WeightDraws, fit_temperature, tempered_nll
 from ..prediction.prediction import check_finite
 from ..tasks import Task
 from ..tasks.likelihood import Categorical, Likelihood, likelihood_of
@@ -228,6 +228,7 @@ class Training:
         logs: those of the last training that hold its losses.
         problems: what is wrong with a posterior that was trained, a sentence each.
         found: what a method says in ``run.json`` of what it chose, by name.
+        predicted: what it has predicted of ``validation`` in the end, by N, where it has.
         trained: the model comes trained; `train_lora` leaves it as it is.
     """
 
@@ -242,6 +243,7 @@ class Training:
     logs: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
+    predicted: Mapping[int, Prediction] = field(default_factory=dict)
     trained: bool = False
 
     @property

@@ -39,7 +39,8 @@ from transformers import PreTrainedModel
 
 from ..adapter import AdapterFileError, Posterior
 from ..adapter.sharding import put_, whole
-from ..prediction import Sampler, ScalableWeights, Tempered, fit_temperature, predict, tempered_nll
+from ..prediction import Prediction, Sampler, ScalableWeights, Tempered, fit_temperature, predict, tempered_nll
+from ..prediction.kinds import prediction_of
 from ..tasks.likelihood import CATEGORICAL, Likelihood, likelihood_of
 from ..tasks.task import Example
 from .method import Draw, Method, Training, read_state, write_state
@@ -84,7 +85,9 @@ class Rescaled(Method):
         parts = [*self._out_of_fold(model, training)] if self.folds else []
         sampler = self.inner.fit(model, training)
         parts = parts or [_HeldOut(model, sampler, training.validation, training.task)]
-        scales, report = fit_scales(parts, likelihood_of(training.task))
+        scales, report = fit_scales(parts, likelihood := likelihood_of(training.task))
+        if not self.folds:
+            training.predicted = parts[0].predicted(scales, likelihood)
         if scales.width not in (None, 1):
             assert sampler.scalable is not None
             sampler.scalable.scale_(scales.width or _NO_WIDTH)
@@ -155,27 +158,37 @@ class _Tried:
 
 
 class _HeldOut:
-    """Records that a model hasn't seen, and what it says of them."""
+    """Records that a model hasn't seen, and what it says of them, each time asked once."""
 
     def __init__(self, model: nn.Module, sampler: Sampler, examples: Sequence[Example], task: Any) -> None:
         self.labels = likelihood_of(task).stacked([example["label"] for example in examples])
         self.weights = sampler.scalable
         self.averages = True  # draws, which are more than the mean
         self._inputs: Any = {"model": model, "inputs": examples, "task": task, "sampler": sampler}
+        self._logits: dict[float, Tensor] = {}
         if self.weights is None:  # the model isn't needed any more
-            draws = self._predicted(_NUM_SAMPLES)
+            draws = self._asked(_NUM_SAMPLES)
             self.averages = len(draws) > 1
-            self._logits = {1.0: draws, 0.0: self._predicted(0) if self.averages else draws}
+            self._logits = {1.0: draws, 0.0: self._asked(0) if self.averages else draws}
             self._inputs = None
 
     def logits(self, width: float) -> Tensor:
         """Of each draw under a τ, (S, n, C); τ is 1, or 0 for the mean, where draws can't be scaled."""
-        if self.weights is None:
-            return self._logits[width]
-        with _scaled(self.weights, width or 1.0):
-            return self._predicted(_NUM_SAMPLES if width else 0)
+        if width not in self._logits:
+            assert self.weights is not None
+            with _scaled(self.weights, width or 1.0):
+                self._logits[width] = self._asked(_NUM_SAMPLES if width else 0)
+        return self._logits[width]
 
-    def _predicted(self, num_samples: int) -> Tensor:
+    def predicted(self, scales: Scales, likelihood: Likelihood) -> dict[int, Prediction]:
+        """What is predicted of the records under τ and T, by the mean and by draws; the keys are N."""
+        mean = likelihood.normalized(self.logits(0.0) / scales.temperature_of_mean)
+        draws = mean
+        if scales.width != 0:
+            draws = likelihood.normalized(self.logits(scales.width or 1.0) / scales.temperature)
+        return {n: prediction_of(logits, n, likelihood) for n, logits in ((0, mean), (_NUM_SAMPLES, draws))}
+
+    def _asked(self, num_samples: int) -> Tensor:
         return predict(**self._inputs, num_samples=num_samples).draw_logits()
 
 

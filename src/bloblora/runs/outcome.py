@@ -84,7 +84,10 @@ def held_out_metrics(run: Run, training: Training) -> tuple[dict[str, Any], list
     labels = [example["label"] for example in training.validation]
     targets = run.task.likelihood.targets(labels)
     counts = (0,) if is_deterministic(run.method, run.training) else (0, NUM_SAMPLES)
-    found = {n: predict(run.model, training.validation, n, run.config.seed, **options) for n in counts}
+    found = {
+        n: training.predicted.get(n) or predict(run.model, training.validation, n, run.config.seed, **options)
+        for n in counts
+    }
     by_samples = {}
     for n, prediction in found.items():
         values = metrics(prediction, targets)
