@@ -11,9 +11,10 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 
 from bloblora import pipeline, runs
 from bloblora.cli import main
-from bloblora.data import DataError
+from bloblora.data import DataError, columns
 from bloblora.export import export
 from bloblora.runs.decide import calibrate, open_decision
+from bloblora.runs.folder import read_fields
 from bloblora.serving import load_hosted, open_hosted
 from tests.runs.conftest import train
 from tests.serving.conftest import SETTINGS, serving
@@ -38,6 +39,24 @@ def records(count, seed=0):
             count -= 1
             chosen, rejected = sorted([a, b], key=worth, reverse=True)
             yield {"prompt": generator.choice(["what?", "the gas"]), "chosen": chosen, "rejected": rejected}
+
+
+def test_a_run_learns_by_how_much_a_response_is_better(base, tmp_path):
+    def first_nll(name, margin):
+        data = [record | margin for record in records(30)]
+        options = {"steps": 1, "batch_size": 8, "r": 2, "validation": 0, "method": "lora"}
+        run = runs.train(
+            runs.RunConfig.of(data=data, output=str(tmp_path / name), model=str(base), **options), progress=False
+        )
+        return run.training["curve"][0][1]
+
+    assert first_nll("by_three", {"margin": 3.0}) > first_nll("plain", {}) + 1
+
+
+def test_what_a_run_reads_are_the_fields_of_all_kinds_of_records():
+    known = {name for names in columns._FIELDS.values() for name in names}
+    record = dict.fromkeys(sorted(known), "x")
+    assert read_fields(record) == record
 
 
 def responses(count, seed=9):

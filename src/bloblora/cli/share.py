@@ -27,7 +27,7 @@ def import_(
 
     Examples:
       bloblora import checkpoints/blob/obqa --model meta-llama/Llama-2-7b-hf --output runs/obqa
-      bloblora evaluate runs/obqa --data openbookqa:test
+      bloblora evaluate runs/obqa --data obqa:test
 
     Args:
         directory: folder that the published code saved an adapter to.

@@ -41,6 +41,7 @@ _FIELDS = (
     "messages",
     "chosen",
     "rejected",
+    "margin",
     "responses",
 )
 _HUB_FILES = ["*.json", "*.safetensors", "*.png"]  # nothing that could be run
