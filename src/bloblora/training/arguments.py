@@ -110,8 +110,9 @@ class BlobTrainingArguments(Objective, TrainingArguments):
     with b the examples of an optimizer step over all processes, D those of a pass and s = ``kl_scale``. With s = 1 that
     is the negative ELBO. Where ``kl_weighting`` is ``reweighted``, λ_i of `kl_weight` stands for 1/D.
 
-    ``max_grad_norm`` clips the gradients that the KL has no part in, those of B and of a head: in the others it would
-    shrink the noisy NLL's part and the KL's together, and so move the point at which both are in balance.
+    ``max_grad_norm`` clips the gradients of A, B and a head together, as in a plain LoRA: one bad batch would throw a
+    mean that isn't clipped far off. It doesn't clip those of Ω, whose NLL part is larger the larger the gradients are:
+    clipped where it is large, it would lose against the KL, and Ω would become too wide. Nor those of a Gaussian head.
 
     Raises:
         ValueError: a field is out of its range.
