@@ -114,7 +114,8 @@ def test_an_option_of_another_method_is_named(config):
         ("swag", "covariance_rank", 1, "covariance_rank must be 0, or at least 2, got 1"),
         ("swag", "collect_schedule", "cosine", "collect_schedule must be one of constant, cyclical, got 'cosine'"),
         ("swag", "lr_scheduler_type", "linear", "lr_scheduler_type must be 'constant_with_warmup' for method 'swag'"),
-        ("ensemble", "members", 1, "members must be at least 2, got 1"),
+        ("ensemble", "members", 1, "members must be a whole number of at least 2, got 1"),
+        ("laplace-lora", "subset_of_weights", "last", "subset_of_weights must be one of all, last_layer, got 'last'"),
         ("blob", "prior_std", -1.0, "prior_std must be a finite number above 0, got -1.0"),
     ],
 )

@@ -2,7 +2,7 @@ from fractions import Fraction
 
 import pytest
 
-from bloblora.training import kl_weight, rescaled_dataset_size
+from bloblora.training.arguments import kl_weight, rescaled_dataset_size
 
 
 @pytest.mark.parametrize("num_batches", [1, 2, 7, 60])

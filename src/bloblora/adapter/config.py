@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
+from ..checks import check_choice
 from ..files import is_finite
 from ..posterior import PER_EXAMPLE, Prior, build_prior
 
@@ -113,8 +114,7 @@ class BlobConfig:
         self.build_prior()
         hints = get_type_hints(type(self))
         for name in ("prior_mean", "std_parameterization", "estimator", "std_gradient", "factors"):
-            if (value := getattr(self, name)) not in (choices := get_args(hints[name])):
-                raise ValueError(f"BlobConfig.{name} must be one of {', '.join(choices)}, got {value!r}")
+            check_choice(f"BlobConfig.{name}", getattr(self, name), hints[name])
 
         if self.std_gradient == "fisher" and self.estimator not in PER_EXAMPLE:
             raise ValueError(

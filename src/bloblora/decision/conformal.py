@@ -44,12 +44,13 @@ torchcp is LGPL and needs torch_geometric; puncc needs numpy 1; crepes leaves th
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import scipy  # loads scipy.stats, half a second, where it is used
 import torch
 from torch import Tensor
 
+from ..checks import check_choice
 from ..evaluation.inputs import check_scores, checked_probabilities
 from ..files import is_finite
 from ..messages import quoted
@@ -84,7 +85,7 @@ class LabelSets:
     free_ranks: int = 5
 
     def __post_init__(self) -> None:
-        _check_name("kind of label sets", self.kind, Kind)
+        check_choice("kind of label sets", self.kind, Kind)
         check_share("coverage", self.coverage)
         check_numbers(self, "num_examples", "penalty", "free_ranks")
 
@@ -230,7 +231,7 @@ class Scope:
     num_examples: int
 
     def __post_init__(self) -> None:
-        _check_name("score", self.score, Score)
+        check_choice("score", self.score, Score)
         check_share("false_alarm", self.false_alarm)
         check_numbers(self, "num_examples")
 
@@ -413,11 +414,6 @@ def check_numbers(rule: object, *names: str) -> None:
         value = getattr(rule, name)
         if not is_finite(value) or (name in names and value < 0):
             raise ValueError(f"{name} must be a number{' of 0 or more' if name in names else ''}, got {quoted(value)}")
-
-
-def _check_name(name: str, value: str, kinds: object) -> None:
-    if value not in get_args(kinds):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(kinds))}, got {quoted(value)}")
 
 
 def _scores(probabilities: Tensor, kind: Kind, penalty: float, free_ranks: int) -> Tensor:

@@ -71,9 +71,7 @@ def score(
             is empty, texts come without a tokenizer, or draws are no weights (a linearized Laplace).
         FloatingPointError: a probability is NaN.
     """
-    check_num_samples(num_samples)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    check_num_samples(num_samples, batch_size)
     inner = unwrapped(model)
     of_encoder = bool(inner.config.is_encoder_decoder)
     pairs = [*_pairs(prompts, responses, tokenizer, of_encoder)]

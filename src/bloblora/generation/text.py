@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import combinations
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import check_choice
 from ..contexts import eval_mode, unwrapped
 from ..prediction import Sampler, WeightDraws
 from ..prediction.prediction import check_num_samples, sampler_of
@@ -311,9 +312,7 @@ def _kept(sampler: Sampler, num_samples: int, seed: int) -> Sampler:
 
 
 def _check(inputs: Mapping[str, Tensor], num_samples: int, batch_size: int, options: Mapping[str, Any]) -> None:
-    check_num_samples(num_samples)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    check_num_samples(num_samples, batch_size)
     for name in ("num_beams", "num_return_sequences"):
         if (value := options.get(name, 1)) != 1:
             raise ValueError(f"{name} must be 1, got {value}: there is one answer, and one of each draw")
@@ -322,8 +321,7 @@ def _check(inputs: Mapping[str, Tensor], num_samples: int, batch_size: int, opti
 
 
 def _check_decoding(inputs: Mapping[str, Tensor], decoding: str, by_mean: bool) -> None:
-    if decoding not in (known := get_args(DecodingName)):
-        raise ValueError(f"decoding must be one of {', '.join(known)}, got {decoding!r}")
+    check_choice("decoding", decoding, DecodingName)
     if by_mean and (other := sorted(inputs.keys() - {"input_ids", "attention_mask", "labels"})):
         raise ValueError(
             f"inputs: has {', '.join(other)}, and the draws read prompts of tokens alone where the mean has written; "

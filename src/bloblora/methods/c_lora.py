@@ -38,10 +38,10 @@ from transformers import PreTrainedModel
 from .. import posterior as q
 from ..adapter.batch import Batch, follow, is_routed
 from ..adapter.bayesianize import check_layers
+from ..checks import check_count, check_positive
 from ..contexts import in_context, state_of
 from ..prediction import Sampler, WeightDraws
-from ..training import BlobTrainer, check_positive
-from ..training.arguments import check_count
+from ..training import BlobTrainer
 from .method import PRIOR_IN_LOSS, Method, Training, load_added
 
 _NETWORK = "c_lora_network"

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn, tensor
 
 from ..adapter import debayesianize
+from ..checks import check_count
 from ..prediction import Point, Sampler, WeightDraws, predict
 from ..tasks.likelihood import Categorical, likelihood_of
 from ..tasks.task import Example
@@ -43,8 +44,7 @@ class Distilled(Blob):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.distill_steps < 1:
-            raise ValueError(f"distill_steps must be at least 1, got {self.distill_steps}")
+        check_count("distill_steps", self.distill_steps, 1)
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train the teacher, which validation can stop in time, then the student in its place."""

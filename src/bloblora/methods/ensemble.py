@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from .. import adapter
+from ..checks import check_count
 from ..contexts import changed, replaced
 from ..models import draw_again
 from ..prediction import Sampler
@@ -39,8 +40,7 @@ class Ensemble(Method):
     files = (*Method.files, *(f"member_*/{pattern}" for pattern in Method.files))
 
     def __post_init__(self) -> None:
-        if self.members < 2:
-            raise ValueError(f"members must be at least 2, got {self.members}")
+        check_count("members", self.members, 2)
 
     @torch.no_grad()
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:

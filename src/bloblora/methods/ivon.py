@@ -25,8 +25,9 @@ from peft import PeftModel
 from torch import nn
 
 from ..adapter import BlobConfig, bayesianize
+from ..checks import check_positive
 from ..prediction import Sampler, WeightDraws
-from ..training import BlobTrainer, check_positive
+from ..training import BlobTrainer
 from .method import GaussianMethod, Training
 
 _REACH = 10.0

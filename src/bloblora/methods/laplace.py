@@ -35,12 +35,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from ..adapter import AdapterFileError
+from ..checks import check_choice, check_positive
 from ..contexts import hooked
 from ..prediction import Sampler, predict
 from ..prediction.sampler import Forward
 from ..prediction.states import mean_where_read
 from ..tasks.likelihood import likelihood_of
-from ..training import check_positive
 from .method import Method, Training, read_state, write_state
 
 _LONGEST_SIDE = 16_384  # a factor of 1 GB
@@ -52,12 +52,14 @@ _FORWARD_MODE = Lock()
 _WIDTH = "width"
 _EIGEN = ("G_values", "A_values", "G_vectors", "A_vectors")
 
+Subset = Literal["all", "last_layer"]
+
 
 @dataclass(kw_only=True)
 class LaplaceLora(Method):
     """A Gaussian over A and B of all layers, or over the last layer's weights; other weights stay a point."""
 
-    subset_of_weights: Literal["all", "last_layer"] = field(
+    subset_of_weights: Subset = field(
         default="all",
         metadata={
             "help": "`all`: A and B of every layer. `last_layer`: the linear layer of a classification head, and where "
@@ -85,6 +87,7 @@ class LaplaceLora(Method):
     files = (*Method.files, f"{_STATE}.json")
 
     def __post_init__(self) -> None:
+        check_choice("subset_of_weights", self.subset_of_weights, Subset)
         if self.prior_precision is not None:
             check_positive(self, "prior_precision")
         if not 0 <= self.holdout < 1:

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checks import check_positive
 from ..prediction import Point, Sampler
-from ..training import BlobTrainer, check_positive
+from ..training import BlobTrainer
 from .method import PRIOR_IN_LOSS, Method, Training
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -30,9 +30,9 @@ from transformers import PreTrainedModel
 from .. import adapter
 from .. import posterior as q
 from ..adapter.batch import Batch, follow, is_routed
-from ..messages import quoted
+from ..checks import check_choice, check_positive
 from ..prediction import Sampler, WeightDraws
-from ..training import BlobTrainer, check_positive
+from ..training import BlobTrainer
 from ..training.arguments import KlWeighting, kl_weight, rescaled_dataset_size
 from .method import Training, read_state, write_state
 from .scaled_a import ScaledA, ScaledMethod
@@ -72,8 +72,7 @@ class Scalabl(ScaledMethod):
     def __post_init__(self) -> None:
         check_positive(self, "prior_std", "init_std")
         check_positive(self, "kl_learning_rate", or_zero=True)
-        if self.kl_weighting not in (known := get_args(KlWeighting)):
-            raise ValueError(f"kl_weighting must be one of {', '.join(known)}, got {quoted(self.kl_weighting)}")
+        check_choice("kl_weighting", self.kl_weighting, KlWeighting)
 
     def prepare(self, base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         """The base with a LoRA that has scales."""

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..adapter import AdapterFileError, BlobConfig, bayesianize, find_posterior
+from ..checks import check_choice, check_count, check_positive
 from ..files import read_tensors, write_tensors
 from ..messages import quoted
 from ..prediction import Sampler, WeightDraws
 from ..prediction.approximations import OfPosterior
-from ..training import BlobTrainer, check_positive
-from ..training.arguments import check_count
+from ..training import BlobTrainer
 from .method import GaussianMethod, Training, read_state, write_state
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ class Swag(GaussianMethod):
         if self.covariance_rank == 1:
             raise ValueError("covariance_rank must be 0, or at least 2, got 1")
         check_positive(self, "collect_rate", "covariance_scale")
-        if self.collect_schedule not in (known := get_args(Cycles)):
-            raise ValueError(f"collect_schedule must be one of {', '.join(known)}, got {quoted(self.collect_schedule)}")
+        check_choice("collect_schedule", self.collect_schedule, Cycles)
 
     def check_run(self, lora: Mapping[str, Any], training: Mapping[str, Any]) -> None:
         """Raises: there is another learning rate schedule, or too few steps."""

@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -24,11 +24,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..adapter import BlobConfig, Posterior, bayesianize
+from ..checks import check_choice, check_count, check_positive
 from ..prediction import Point, Prediction, Sampler, TopBlocks, WeightDraws, predict
 from ..prediction.forward import block_of
 from ..tasks.likelihood import likelihood_of
-from ..training import check_positive
-from ..training.arguments import check_count
 from .method import GaussianMethod, Training
 
 _BISECTIONS = 6
@@ -73,8 +72,7 @@ class Tfb(GaussianMethod):
         check_count("num_anchors", self.num_anchors, 1)
         if self.min_std >= self.max_std:
             raise ValueError(f"min_std must be below max_std {self.max_std}, got {self.min_std}")
-        if self.subset_of_weights not in (known := get_args(Subset)):
-            raise ValueError(f"subset_of_weights must be one of {', '.join(known)}, got {self.subset_of_weights!r}")
+        check_choice("subset_of_weights", self.subset_of_weights, Subset)
 
     def fit(self, model: nn.Module, training: Training) -> Sampler:
         """Train a plain LoRA unless it is trained, then find σq.

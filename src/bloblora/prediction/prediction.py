@@ -77,9 +77,7 @@ def predict(
         FloatingPointError: by `check_finite`, where a probability is NaN.
         DataError: inputs for the tokenizer are no texts.
     """
-    check_num_samples(num_samples)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    check_num_samples(num_samples, batch_size)
     if tokenizer is not None:
         if task is not None:
             raise ValueError("tokenizer and task both say how inputs become batches; leave one of them out")
@@ -229,10 +227,12 @@ def _likely_cause(model: nn.Module | None) -> str:
     )
 
 
-def check_num_samples(num_samples: int) -> None:
-    """Raise a ValueError where N is negative."""
+def check_num_samples(num_samples: int, batch_size: int = 1) -> None:
+    """Raise a ValueError where N is negative, or a batch has no input."""
     if num_samples < 0:
         raise ValueError(f"num_samples must be 0 (the mean) or more, got {num_samples}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
 
 
 def sampler_of(source: nn.Module | Posterior | Sampler | None) -> Sampler:

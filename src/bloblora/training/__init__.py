@@ -6,11 +6,7 @@ from .arguments import (
     OBJECTIVE,
     BlobTrainingArguments,
     Objective,
-    check_positive,
-    check_std_learning_rate,
     check_style,
-    kl_weight,
-    rescaled_dataset_size,
 )
 from .callbacks import PosteriorHistograms
 from .checkpoints import last_checkpoint
@@ -37,10 +33,6 @@ __all__ = [
     "DivergedError",
     "Objective",
     "PosteriorHistograms",
-    "check_positive",
-    "check_std_learning_rate",
     "check_style",
-    "kl_weight",
     "last_checkpoint",
-    "rescaled_dataset_size",
 ]

@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from transformers import TrainingArguments
 
-from ..files import is_finite
+from ..checks import check_choice, check_count, check_positive
 
 KlWeighting = Literal["uniform", "reweighted"]
 OptimizerStyle = Literal["joint", "paper", "paper_flow"]
@@ -85,16 +85,16 @@ class Objective:
 
     def check(self) -> None:
         """Raise a ValueError where a field is out of its range; a number that is a text becomes a number."""
-        for name, choices in (("kl_weighting", KlWeighting), ("optimizer_style", OptimizerStyle)):
-            if (value := getattr(self, name)) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+        check_choice("kl_weighting", self.kl_weighting, KlWeighting)
+        check_choice("optimizer_style", self.optimizer_style, OptimizerStyle)
         for name in ("kl_scale", "head_kl_scale", "std_learning_rate"):
             with suppress(TypeError, ValueError):  # a search of the Trainer's makes numbers the type of the word before
                 setattr(self, name, float(getattr(self, name)))
         check_positive(self, "kl_learning_rate", or_zero=True)
         check_positive(self, "kl_scale", or_zero=True, or_word="auto")
         check_positive(self, "head_kl_scale", or_zero=True, or_word="auto")
-        check_std_learning_rate(self)
+        if self.std_learning_rate is not None:
+            check_positive(self, "std_learning_rate", or_word="auto")
         check_count("num_weight_draws", self.num_weight_draws, 1)
         check_positive(self, "gamma")
 
@@ -188,31 +188,6 @@ def check_style(optimizer_style: str, std_parameterization: str) -> None:
     """Raise a ValueError where a posterior of this parameterization can't be trained in this style."""
     if optimizer_style == "paper_flow" and std_parameterization != "square":
         raise ValueError("optimizer_style 'paper_flow' needs std_parameterization 'square'; use 'joint' or 'paper'")
-
-
-def check_std_learning_rate(options: object) -> None:
-    """Raise a ValueError unless it is a rate, ``auto`` or None."""
-    if getattr(options, name := "std_learning_rate") is not None:
-        check_positive(options, name, or_word="auto")
-
-
-def check_positive(options: object, *names: str, or_zero: bool = False, or_word: str | None = None) -> None:
-    """Raise a ValueError unless the options of these names are finite numbers above 0, or at least 0, or the word."""
-    for name in names:
-        value = getattr(options, name)
-        if or_word is not None and value == or_word:
-            continue
-        if not (is_finite(value) and (value > 0 or (or_zero and value == 0))):
-            word = f"; {or_word!r} is the only word that it may be" if or_word else ""
-            raise ValueError(
-                f"{name} must be a finite number {'of at least' if or_zero else 'above'} 0, got {value!r}{word}"
-            )
-
-
-def check_count(name: str, value: object, minimum: int) -> None:
-    """Raise a ValueError unless the value is a whole number of at least ``minimum``."""
-    if not (isinstance(value, int) and value >= minimum):
-        raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
 
 
 def kl_weight(position: int, num_batches: int, weighting: str) -> float:

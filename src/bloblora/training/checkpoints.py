@@ -46,11 +46,6 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint holds, unaltered, all that a training needs to go on; not one that is deleted meanwhile."""
-    return _problem(folder) is None
-
-
 def files_sha256(folder: str | os.PathLike[str]) -> dict[str, str]:
     """SHA-256 of each file of tensors in a checkpoint, by its path; what callbacks write later is JSON."""
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix in _TENSORS and file.is_file())
@@ -58,7 +53,7 @@ def files_sha256(folder: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _problem(folder: Path) -> str | None:
-    """Why a training can't go on from a checkpoint."""
+    """Why a training can't go on from a checkpoint, or None; one that is deleted meanwhile has a problem too."""
     try:
         state = read_json(folder / TRAINER_STATE_NAME, ValueError)
         check_fields(state, TrainerState, folder / TRAINER_STATE_NAME, ValueError, besides=_STATE_TYPES)
@@ -91,7 +86,7 @@ def remove_torn(output_dir: str | os.PathLike[str], after: str | os.PathLike[str
     """
     step = -1 if after is None else _step(Path(after))
     for folder in _folders(output_dir):
-        if _step(folder) > step and not is_complete(folder):
+        if _step(folder) > step and _problem(folder) is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
