@@ -98,7 +98,11 @@ def _run(command: str, arguments: Sequence[str]) -> None:
         from .options import parsed
 
         function = getattr(import_module(f".{COMMANDS[command]}", __name__), command + "_" * iskeyword(command))
-        function(**parsed(command, function, arguments))
+        options = parsed(command, function, arguments)
+        from transformers.utils.logging import disable_progress_bar  # after the parser, which may only show the help
+
+        disable_progress_bar()
+        function(**options)
 
 
 def _show_help(command: str, arguments: Sequence[str]) -> None:

@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
-from transformers.utils import logging
 
 from .. import runs
 from ..adapter import find_posterior, library_versions
@@ -61,7 +60,6 @@ def info(code: runs.CodeOptions, directory: str | None = None, json: bool = Fals
         directory: folder of a run.
         json: print JSON.
     """
-    logging.disable_progress_bar()
     if directory is None:
         result: dict[str, Any] = {
             **library_versions(),

@@ -5,7 +5,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging
 
 from .. import evaluation, runs
 from ..data import support_desk
@@ -46,7 +45,6 @@ def demo(
         seed: of everything.
         limit: evaluate on this many queries only.
     """
-    logging.disable_progress_bar()
     runs.PredictionOptions(samples=samples, seed=seed)
     if limit is not None and limit < 1:
         raise runs.RunError(f"limit must be at least 1, got {limit}")

@@ -14,7 +14,6 @@ from typing import Any, Literal, TextIO
 
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging
 
 from .. import evaluation, runs
 from ..adapter import find_posterior
@@ -86,7 +85,6 @@ def train(
         tensorboard: folder for TensorBoard: the losses, and histograms of the posterior's Ω, M and |M|/Ω.
         device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
     """
-    logging.disable_progress_bar()
     use_device(device)
     callbacks = _histograms(tensorboard) if tensorboard else ()
     run = runs.train(config, callbacks=callbacks, trust_remote_code=code.trust_remote_code)
@@ -202,7 +200,6 @@ def calibrate(
         json: print JSON: what the rules are for, their thresholds and promises.
         device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
     """
-    logging.disable_progress_bar()
     use_device(device)
     runs.check_alone("calibrate")
     if output is not None:
@@ -375,7 +372,6 @@ def evaluate(
         json: print JSON instead of a table.
         device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
     """
-    logging.disable_progress_bar()
     use_device(device)
     # All that can be wrong is looked at before the base model is loaded.
     runs.check_alone("evaluate")
@@ -472,7 +468,6 @@ def predict(
             .tsv makes it a table, with a column probability_LABEL for each label.
         device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
     """
-    logging.disable_progress_bar()
     use_device(device)
     several = runs.processes().num_processes > 1
     if several and (output is None or input == "-"):
@@ -559,7 +554,6 @@ def generate(
             .tsv makes it a table.
         device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
     """
-    logging.disable_progress_bar()
     use_device(device)
     runs.check_alone("generate")
     if output is not None:
@@ -635,7 +629,6 @@ def score(
         output: file to write; default standard output. A name that ends in .csv or .tsv makes it a table.
         device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
     """
-    logging.disable_progress_bar()
     use_device(device)
     runs.check_alone("score")
     if output is not None:
@@ -705,7 +698,6 @@ def correctness(
         json: print JSON.
         device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
     """
-    logging.disable_progress_bar()
     use_device(device)
     runs.check_alone("correctness")
     check_generates((description := _opened(directory)).task)

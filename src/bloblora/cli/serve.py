@@ -2,7 +2,6 @@
 
 import math
 
-from transformers.utils import logging
 
 from ..runs import RunError
 from ..runs.processes import use_device
@@ -48,7 +47,6 @@ def serve(
         grace_seconds: after these, how long open requests may still take; a second SIGTERM or Ctrl-C ends at once.
         device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
     """
-    logging.disable_progress_bar()
     use_device(device)
     for name, seconds in (("drain_seconds", drain_seconds), ("grace_seconds", grace_seconds)):
         if not (math.isfinite(seconds) and seconds >= 0):

@@ -3,7 +3,6 @@
 import shlex
 from typing import Any, Literal
 
-from transformers.utils import logging
 
 from ..hub import push as push_run
 from ..hub import write_card
@@ -39,7 +38,6 @@ def import_(
         std_parameterization: `square` for σ = ρ², `softplus` for a negative `--bayes-eps`; default by the sign of ρ.
         code: of the base model.
     """
-    logging.disable_progress_bar()
     how: dict[str, Any] = {"prior_std": prior_std, "std_parameterization": std_parameterization}
     how |= {"model": model, "task": task, "max_length": max_length, "trust_remote_code": code.trust_remote_code}
     run = import_adapter(directory, output, **how)
@@ -79,7 +77,6 @@ def export(
         draw: which one to merge, counted from 0; default the mean.
         dtype: of the tensors of `lora`; `merged` has the base model's, `gguf` float32.
     """
-    logging.disable_progress_bar()
     from ..export import export as export_run
 
     try:
@@ -140,7 +137,6 @@ def push(
         private: make a private repository.
         update: commit to a repository that exists already.
     """
-    logging.disable_progress_bar()
     how: dict[str, Any] = {"private": private, "revision": revision, "update": update, "base_model": base_model}
     address = push_run(directory, to, trust_remote_code=code.trust_remote_code, **how)
     print(f"uploaded: {address}; next: bloblora predict hub:{to}{f'@{revision}' if revision else ''} --input FILE")

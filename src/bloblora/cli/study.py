@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers.utils import logging
 
 from .. import evaluation, runs, studies
 from ..messages import quoted
@@ -60,7 +59,6 @@ def compare(
         slurm: parameters as submitit names them: slurm_partition, gpus_per_node, timeout_min, …
         dry_run: only check the file and the data, and list the runs.
     """
-    logging.disable_progress_bar()
     if workers < 1:
         raise runs.RunError(f"workers must be at least 1, got {workers}")
     read = studies.read_study(study)
@@ -147,7 +145,6 @@ def tune(
             options, and half a decade to each side of its learning rate.
         seed: of training and of the search.
     """
-    logging.disable_progress_bar()
     if trials < 1:
         raise runs.RunError(f"trials must be at least 1, got {trials}")
     read = studies.read_study(study)
