@@ -1,4 +1,4 @@
-"""One run: train, calibrate, evaluate, predict, generate."""
+"""One run: train, calibrate, evaluate, predict, generate, score, correctness."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from ..runs.lines import lines_file, write_table
 from ..runs.outcome import log
 from ..runs.predictions import answer_of, check_made_by, read_predictions
 from ..runs.processes import use_device
+from ..runs.run import SamplingOptions
 from ..runs.scoring import score_file
 from ..runs.seen import said, seen, unseen
 from ..runs.text_decisions import open_text_decision, promise_texts
@@ -488,10 +489,9 @@ def predict(
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions(WritingOptions, CodeOptions):
+class GenerationOptions(WritingOptions, SamplingOptions):
     """How a run writes."""
 
-    samples: int = field(default=10, metadata={"help": "Weight samples N; 0 is the posterior mean."})
     seed: int = field(default=0, metadata={"help": "Of the weight samples, and of sampled tokens."})
     batch_size: int = field(default=16, metadata={"help": "Prompts a forward pass."})
     draws: bool = field(
@@ -502,13 +502,13 @@ class GenerationOptions(WritingOptions, CodeOptions):
         },
     )
 
-    def __post_init__(self) -> None:
-        PredictionOptions(samples=self.samples, seed=self.seed, batch_size=self.batch_size)
-        super().__post_init__()
+    def problems(self) -> list[str]:
+        """What is out of its range, and what would be right."""
+        return SamplingOptions.problems(self) + super().problems()
 
     def how(self) -> dict[str, Any]:
         """What an answer and its scores depend on."""
-        return {"num_samples": self.samples, "seed": self.seed} | self.writing()
+        return super().how() | self.writing()
 
     def of_generation(self) -> dict[str, Any]:
         """As `Run.generate` takes them; raises as of `WritingOptions`."""
@@ -575,23 +575,14 @@ def generate(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringOptions(CodeOptions):
+class ScoringOptions(SamplingOptions):
     """How a run scores texts."""
 
-    samples: int = field(default=10, metadata={"help": "Weight samples N; 0 is the posterior mean."})
-    seed: int = field(default=0, metadata={"help": "Of the weight samples."})
     batch_size: int = field(default=16, metadata={"help": "Texts a forward pass."})
     claims: Literal["sentences"] | None = field(
         default=None,
         metadata={"help": "`sentences` scores each sentence of a response that has no `claims` of its own, too."},
     )
-
-    def __post_init__(self) -> None:
-        PredictionOptions(samples=self.samples, seed=self.seed, batch_size=self.batch_size)
-
-    def how(self) -> dict[str, Any]:
-        """What scores depend on."""
-        return {"num_samples": self.samples, "seed": self.seed}
 
 
 def score(
@@ -752,7 +743,7 @@ def _validated(validation: dict[str, Any]) -> str:
 
 
 def _opened(directory: str, options: PredictionOptions | None = None) -> RunDescription:
-    """A run's description, whose method allows the approximation; how its training ended badly is said again."""
+    """The description of a run whose method allows the approximation; the warnings of its training are repeated."""
     description = open_run(directory)
     if options is not None:
         options.check(description.method, description.task)
@@ -805,7 +796,7 @@ def _write(
 ) -> None:
     """Write a line for each record of ``source``; the run is loaded once the first batch has been checked."""
     run = None
-    lines = _lines_file(output)
+    lines = None if output is None else lines_file(Path(output))
     with _alone(output, lines):
         with _writing(runs.part_of(lines) if lines else None) as handle:
             for records in batches:
@@ -838,13 +829,6 @@ def _writing(output: Path | None) -> Iterator[TextIO]:
         return
     with replacing(output) as partial, partial.open("w", encoding="utf-8") as handle:
         yield handle
-
-
-def _lines_file(output: str | None) -> Path | None:
-    """Where lines are written to: the output, or of a table a hidden file beside it."""
-    if output is None:
-        return None
-    return lines_file(Path(output))
 
 
 def _as_table(lines: Path, output: str | None) -> None:

@@ -2,7 +2,6 @@
 
 import math
 
-
 from ..runs import RunError
 from ..runs.processes import use_device
 

@@ -3,7 +3,6 @@
 import shlex
 from typing import Any, Literal
 
-
 from ..hub import push as push_run
 from ..hub import write_card
 from ..runs import CodeOptions, RunError, import_adapter

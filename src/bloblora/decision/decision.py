@@ -130,8 +130,7 @@ class Decision:
                 result |= {"least_recall": recalls.min().item(), "recall": recalls.mean().item()}
             result["named"] = _per_input(named)
         if (answers := decided.answers) is not None:
-            wrong = answers & (inside.labels != targets.to(inside.labels.device))
-            result |= {"answered": _share(answers), "selective_risk": int(wrong.sum()) / max(1, int(answers.sum()))}
+            result |= _answered(answers, inside.labels == targets.to(inside.labels.device))
         if (sets := decided.label_sets) is not None:
             result["set_coverage"] = _share(sets.gather(1, targets[:, None].to(sets.device)))
             result["set_size"] = _per_input(sets)
@@ -143,6 +142,13 @@ class Decision:
             result["false_alarm"] = _share(decided.out_of_scope)
         if outside is not None and (flagged := self.decide(outside).out_of_scope) is not None:
             result["detection"] = _share(flagged)
+        return result
+
+    def realized_by_texts(self, confidence: Tensor, right: Tensor, ranks: Tensor | None) -> dict[str, float]:
+        """The same for texts, of which `fit_text_decision` takes these."""
+        result = {} if self.answering is None else _answered(self.answering.answers(confidence), right)
+        if self.answer_sets is not None and ranks is not None:
+            result["set_coverage"] = _share(ranks <= self.answer_sets.threshold)
         return result
 
     def to_dict(self) -> dict[str, Any]:
@@ -307,6 +313,11 @@ def _kept(rules: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
     if not found:
         raise PromiseError("\n".join(refused.values()))
     return found | {"refused": refused}
+
+
+def _answered(answers: Tensor, right: Tensor) -> dict[str, float]:
+    wrong = answers & ~right
+    return {"answered": _share(answers), "selective_risk": int(wrong.sum()) / max(1, int(answers.sum()))}
 
 
 def _per_input(which: Tensor) -> float:

@@ -18,8 +18,8 @@ from ..generation import Matcher, find_matcher
 from ..messages import quoted
 from .checks import check_generates
 from .config import RunError
-from .entries import EntriesFile, has
-from .folder import RunDescription, check_writable, read_fields, records_sha256
+from .entries import EntriesFile, has, there_and_now
+from .folder import RunDescription, check_local, check_writable, read_fields, records_sha256
 from .predictions import state_of
 from .processes import CHUNK
 from .run import Run, load_run
@@ -153,11 +153,9 @@ def find_entry(description: RunDescription, kind: str, how: Mapping[str, Any]) -
     for entry in entries:
         if has(entry, wanted):
             return entry
-    there = "; ".join(", ".join(f"{name} {entry.get(name)}" for name in wanted) for entry in entries)
-    now = ", ".join(f"{name} {value}" for name, value in wanted.items())
     raise RunError(
-        f"{file} is for other texts ({there} there, {now} now); run `bloblora correctness` again with these options, "
-        "or remove the file to do without p_correct"
+        f"{file} is for other texts ({there_and_now(entries, wanted)}); run `bloblora correctness` again with these "
+        "options, or remove the file to do without p_correct"
     )
 
 
@@ -180,8 +178,7 @@ class LabelledTexts:
     @classmethod
     def of(cls, description: RunDescription, records: Sequence[dict[str, Any]], matcher: str) -> LabelledTexts:
         """Check the records, before a model is loaded; raises what `calibrate_texts` does."""
-        if description.remote:
-            raise RunError(f"{description.name}: is on the hub; calibrate in a folder, and push that")
+        check_local(description)
         check_generates(description.task, records)
         given, agree = _given(records), find_matcher(matcher)
         references = [] if given else [response_of(record) for record in records]

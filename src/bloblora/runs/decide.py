@@ -15,10 +15,10 @@ from ..files import json_sha256
 from ..prediction import KINDS, Prediction
 from .checks import check_kind, warn_of_copies
 from .config import RunError
-from .entries import EntriesFile, has
+from .entries import EntriesFile, changes, has, there_and_now
 from .evaluate import targets_of
-from .folder import RunDescription, check_writable
-from .predictions import identity_of, keep_predictions, kept_prediction, state_of
+from .folder import RunDescription, check_local, check_writable
+from .predictions import SCALES, identity_of, keep_predictions, kept_prediction, state_of
 from .run import PredictionOptions, Run, load_run
 from .seen import unseen
 
@@ -160,7 +160,7 @@ def calibrate_on(
     }
     if description is None:
         return content
-    return save_decision(description, _how(options), content)
+    return save_decision(description, options.how(), content)
 
 
 def _usual_score(description: RunDescription, inside: Prediction) -> str:
@@ -190,17 +190,16 @@ def open_decision(description: RunDescription, options: PredictionOptions) -> De
         RunError: they are for another N, seed, approximation, adapter, T or τ, or the file is damaged.
     """
     file = description.folder / DECISION_FILE
-    here, entries = _how(options), open_decisions(description)
+    here, entries = options.how(), open_decisions(description)
     if not file.is_file():
         return None
     for entry, decision in entries:
         if has(entry, here):
             return decision
-    there = "; ".join(", ".join(f"{name} {entry.get(name)}" for name in here) for entry, _ in entries)
-    now = ", ".join(f"{name} {value}" for name, value in here.items())
+    there = there_and_now((entry for entry, _ in entries), here)
     raise RunError(
-        f"{file} is for other predictions ({there} there, {now} now); run `bloblora calibrate` again with these, or "
-        "remove the file to predict without decisions"
+        f"{file} is for other predictions ({there}); run `bloblora calibrate` again with these, or remove the file to "
+        "predict without decisions"
     )
 
 
@@ -222,20 +221,15 @@ def open_realized(description: RunDescription, options: PredictionOptions) -> di
     Raises:
         RunError: as `open_decisions`.
     """
-    here = _how(options)
+    here = options.how()
     return next((entry["realized"] for entry, _ in open_decisions(description) if has(entry, here)), {})
 
 
 def _checked(file: Path, state: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Decision]]:
     for entry in DECISIONS.read(file):
-        different = [
-            f"{name} {entry.get(name)} there, {state.get(name)} now"
-            for name in ("adapter_sha256", "temperature", "width", "files_sha256")
-            if entry.get(name) != state.get(name)
-        ]
-        if different:
+        if found := changes(entry, {**dict.fromkeys(SCALES), **state}):
             raise RunError(
-                f"{file} is for other predictions ({'; '.join(different)}); run `bloblora calibrate` again with these, "
+                f"{file} is for other predictions ({'; '.join(found)}); run `bloblora calibrate` again with these, "
                 "or remove the file to predict without decisions"
             )
         try:
@@ -246,11 +240,5 @@ def _checked(file: Path, state: dict[str, Any]) -> Iterator[tuple[dict[str, Any]
 
 def check_place(description: RunDescription) -> None:
     """Raise a RunError for a run on the hub, or one whose folder can't be written."""
-    if description.remote:
-        raise RunError(f"{description.name}: is on the hub; calibrate in a folder, and push that")
+    check_local(description)
     check_writable(description.folder / DECISION_FILE)
-
-
-def _how(options: PredictionOptions) -> dict[str, Any]:
-    """Which predictions the decisions are for."""
-    return {"num_samples": options.samples, "seed": options.seed, "approximate": options.approximate}

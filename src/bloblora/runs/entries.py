@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -58,3 +58,14 @@ class EntriesFile:
 def has(entry: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     """Whether an entry has these values."""
     return all(entry.get(name) == value for name, value in values.items())
+
+
+def changes(entry: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Each value that is another one in an entry than now, and both, for a message."""
+    return [f"{name} {entry.get(name)} there, {value} now" for name, value in now.items() if entry.get(name) != value]
+
+
+def there_and_now(entries: Iterable[Mapping[str, Any]], now: Mapping[str, Any]) -> str:
+    """What entries are for, and what is asked for now, for a message."""
+    there, here = ([", ".join(f"{name} {one.get(name)}" for name in now) for one in side] for side in (entries, [now]))
+    return f"{'; '.join(there)} there, {here[0]} now"

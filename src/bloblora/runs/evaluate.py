@@ -85,8 +85,7 @@ def evaluate(
     if distance is not None and outside is not None:
         states = run.hidden_states([*records, *outside], **settings)
         distances = distance.scores(states[: len(records)]), distance.scores(states[len(records) :])
-    result = summary(inside, targets, far, distances=distances) | {"num_draws": int(inside.num_draws.max())}
-    result |= run.scales
+    result = summary(inside, targets, far, distances=distances) | run.scales
     return result | (decision.realized(inside, targets, far) if decision else {})
 
 
@@ -144,7 +143,7 @@ def save_metrics(
     place: dict[str, Any] = {"data": metrics_source(data)}
     if ood is not None:
         place["out_of_scope"] = metrics_source(ood)
-    place |= {"num_samples": options.samples, "seed": options.seed, "approximate": options.approximate}
+    place |= options.how()
     state = state_of(description)
     file = description.folder / METRICS_FILE
     with locked(file):

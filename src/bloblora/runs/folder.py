@@ -257,6 +257,12 @@ def check_writable(file: str | os.PathLike[str]) -> None:
         raise RunError(f"{file}: can't be written: {error.strerror or error}") from error
 
 
+def check_local(description: RunDescription) -> None:
+    """Raise a RunError for a run on the hub, where nothing can be saved."""
+    if description.remote:
+        raise RunError(f"{description.name}: is on the hub; calibrate in a folder, and push that")
+
+
 @contextmanager
 def alone(output: Path, *, inside: bool = False) -> Iterator[None]:
     """Raise a RunError while another process writes the same file, or the same folder or ``inside`` it."""

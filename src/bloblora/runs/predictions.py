@@ -26,6 +26,7 @@ from ..prediction.kinds import OtherPrediction, prediction_of
 from ..prediction.prediction import check_finite
 from ..tasks import Bernoulli, Tags
 from .config import RunError
+from .entries import changes
 from .folder import RunDescription, records_sha256
 from .lines import columns_of, lines_of, repeated
 from .processes import append_lines
@@ -33,6 +34,9 @@ from .run import PredictionOptions
 
 _NOT_PROBABILITIES = ("target", "id", "text", "text_pair", "question", "label", "labels")
 _PREFIX = "probability_"
+
+SCALES = ("temperature", "width")
+"""T and τ, which a run has where they were fitted."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ def _draws(rows: Iterable[Mapping[str, Any]], num_samples: int) -> Tensor:
 def state_of(description: RunDescription) -> dict[str, Any]:
     """What a run's predictions depend on, of its folder: the adapter, all files that decide answers, and T and τ."""
     rescaling = description.training.get("rescaling", {})
-    scales = {name: rescaling[name] for name in ("temperature", "width") if name in rescaling}
+    scales = {name: rescaling[name] for name in SCALES if name in rescaling}
     files_sha256 = json_sha256(description.files)
     return {"adapter_sha256": description.adapter_sha256, **scales, "files_sha256": files_sha256}
 
@@ -169,8 +173,7 @@ def identity_of(
     description: RunDescription, records: Sequence[dict[str, Any]], options: PredictionOptions
 ) -> dict[str, Any]:
     """Whose predictions of what these are."""
-    how = {"num_samples": options.samples, "seed": options.seed, "approximate": options.approximate}
-    return {**state_of(description), "records_sha256": records_sha256(records), **how}
+    return {**state_of(description), "records_sha256": records_sha256(records), **options.how()}
 
 
 def keep_predictions(
@@ -314,9 +317,8 @@ def check_made_by(file: Path, description: RunDescription, options: PredictionOp
         return
     stored, here = read_json(meta, RunError), identity_of(description, [], options)
     # evaluate's file doesn't say the last one, and no records are here to compare
-    names = [name for name in here if name != "records_sha256" and (name in stored or name != "files_sha256")]
-    wrong = [f"{name} {stored.get(name)} there, {here[name]} now" for name in names if stored.get(name) != here[name]]
-    if wrong:
+    known = {n: value for n, value in here.items() if n != "records_sha256" and (n in stored or n != "files_sha256")}
+    if wrong := changes(stored, known):
         raise RunError(f"{file}: other predictions than this run's with these options ({'; '.join(wrong)})")
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from ..files import naming, parse_json, read_json, replacing, write_json
 from ..messages import quoted
 from .config import RunError
+from .entries import changes
 from .folder import alone
 
 CHUNK = 256
@@ -176,10 +177,8 @@ def _append_lines(
 
 
 def _check_same(file: Path, stored: dict[str, Any], identity: dict[str, Any]) -> None:
-    names = [name for name in identity if stored.get(name) != identity[name]]
-    if names:
-        different = "; ".join(f"{name} {stored.get(name)} there, {identity[name]} now" for name in names)
-        raise RunError(f"{file} holds other predictions ({different}); give another file, or remove it")
+    if found := changes(stored, identity):
+        raise RunError(f"{file} holds other predictions ({'; '.join(found)}); give another file, or remove it")
 
 
 def _whole_chunks(file: Path, handle: Any, rows: Sequence[T], is_of: Callable[[dict[str, Any], T], bool]) -> int:

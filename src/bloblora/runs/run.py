@@ -36,8 +36,8 @@ class CodeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictionOptions(CodeOptions):
-    """How a run predicts: options of all commands that do.
+class SamplingOptions(CodeOptions):
+    """Which weight samples a run takes: options of all commands that predict, write or score.
 
     Raises:
         RunError: one is out of its range; the message lists all.
@@ -46,6 +46,30 @@ class PredictionOptions(CodeOptions):
     samples: int = field(default=10, metadata={"help": "Weight samples N; 0 is the posterior mean."})
     seed: int = field(default=0, metadata={"help": "Of the weight samples."})
     batch_size: int = field(default=32, metadata={"help": "Inputs a forward pass."})
+
+    def __post_init__(self) -> None:
+        if problems := self.problems():
+            raise RunError("\n".join(problems))
+
+    def problems(self) -> list[str]:
+        """What is out of its range, and what would be right."""
+        problems = [f"samples must be 0 (the mean) or more, got {self.samples}"] if self.samples < 0 else []
+        problems += [f"batch_size must be at least 1, got {self.batch_size}"] if self.batch_size < 1 else []
+        return problems + ([f"seed must be in 0..2^32 - 1, got {self.seed}"] if not 0 <= self.seed < 2**32 else [])
+
+    def how(self) -> dict[str, Any]:
+        """What results depend on."""
+        return {"num_samples": self.samples, "seed": self.seed}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionOptions(SamplingOptions):
+    """How a run predicts: options of all commands that do.
+
+    Raises:
+        RunError: one is out of its range; the message lists all.
+    """
+
     approximate: str | None = field(
         default=None,
         metadata={
@@ -57,8 +81,7 @@ class PredictionOptions(CodeOptions):
     )
 
     def __post_init__(self) -> None:
-        if problems := self.problems():
-            raise RunError("\n".join(problems))
+        super().__post_init__()
         self.approximation  # noqa: B018  # raises for a name that is none
 
     @property
@@ -71,11 +94,9 @@ class PredictionOptions(CodeOptions):
         if self.approximation:
             self.approximation.check(method, task)
 
-    def problems(self) -> list[str]:
-        """What is out of its range, and what would be right."""
-        problems = [f"samples must be 0 (the mean) or more, got {self.samples}"] if self.samples < 0 else []
-        problems += [f"batch_size must be at least 1, got {self.batch_size}"] if self.batch_size < 1 else []
-        return problems + ([f"seed must be in 0..2^32 - 1, got {self.seed}"] if not 0 <= self.seed < 2**32 else [])
+    def how(self) -> dict[str, Any]:
+        """What predictions depend on."""
+        return super().how() | {"approximate": self.approximate}
 
 
 @dataclass

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from ..data import unanswered
 from ..decision import Decision, check_text_promises, confidence_of, fit_text_decision
 from ..decision.correctness import Correctness
@@ -16,7 +14,7 @@ from .checks import warn_of_copies
 from .config import RunError
 from .correctness import CORRECTNESS_FILE, LabelledTexts, find_entry, map_of, open_maps, place_of
 from .decide import DECISION_FILE, check_place, open_decisions, save_decision
-from .entries import has
+from .entries import has, there_and_now
 from .folder import RunDescription
 from .run import load_run
 
@@ -77,7 +75,7 @@ def promise_texts(
     content: dict[str, Any] = {
         "decision": decision.to_dict(),
         "promises": decision.promises,
-        "realized": _realized(decision, confidence, right, ranks),
+        "realized": decision.realized_by_texts(confidence, right, ranks),
     }
     if correctness is not None:
         content["correctness_sha256"] = json_sha256(correctness.to_dict())
@@ -109,10 +107,10 @@ def open_text_decision(
         if wanted and (correctness is None or wanted != json_sha256(correctness.to_dict())):
             raise RunError(f"{file} is for another map to p_correct; run `bloblora calibrate` again")
         return decision
-    there, now = ("; ".join(map(_words, entries)) for entries in ([entry for entry, _ in of_kind], [here]))
+    there = there_and_now((entry["text"]["options"] for entry, _ in of_kind), here["text"]["options"])
     raise RunError(
-        f"{file} is for other texts ({there} there, {now} now); run `bloblora calibrate` again with these options, or "
-        "remove the file to do without decisions"
+        f"{file} is for other texts ({there}); run `bloblora calibrate` again with these options, or remove the file "
+        "to do without decisions"
     )
 
 
@@ -165,18 +163,6 @@ def _map_of_others(description: RunDescription, texts: LabelledTexts, how: Mappi
     return map_of(description.folder / CORRECTNESS_FILE, entry)
 
 
-def _realized(decision: Decision, confidence: Tensor, right: Tensor, ranks: Tensor | None) -> dict[str, float]:
-    """What became of the promises on texts, with the names of `Decision.realized`."""
-    result: dict[str, float] = {}
-    if (answering := decision.answering) is not None:
-        answered = answering.answers(confidence)
-        result["answered"] = answered.double().mean().item()
-        result["selective_risk"] = int((answered & ~right).sum()) / max(1, int(answered.sum()))
-    if decision.answer_sets is not None and ranks is not None:
-        result["set_coverage"] = (ranks <= decision.answer_sets.threshold).double().mean().item()
-    return result
-
-
 def _of_kind(description: RunDescription, kind: str) -> list[tuple[dict[str, Any], Decision]]:
     found = open_decisions(description)
     return [(entry, decision) for entry, decision in found if (entry.get("text") or {}).get("of") == kind]
@@ -186,7 +172,3 @@ def _place(kind: str, how: Mapping[str, Any]) -> dict[str, Any]:
     """What the decisions are for."""
     of = {"num_samples": how["num_samples"], "seed": how["seed"], "approximate": None}
     return {**of, "text": place_of(kind, how)}
-
-
-def _words(entry: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in entry["text"]["options"].items())

@@ -64,6 +64,11 @@ class WritingOptions:
     )
 
     def __post_init__(self) -> None:
+        if problems := self.problems():
+            raise RunError("\n".join(problems))
+
+    def problems(self) -> list[str]:
+        """What is out of its range, and what would be right."""
         problems = []
         if self.max_new_tokens < 1:
             problems.append(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
@@ -77,8 +82,7 @@ class WritingOptions:
             problems.append(f"answers must be 0 (none) or more, got {self.answers}")
         if not (math.isfinite(self.answer_temperature) and self.answer_temperature > 0):
             problems.append(f"answer_temperature must be a finite number above 0, got {self.answer_temperature}")
-        if problems:
-            raise RunError("\n".join(problems))
+        return problems
 
     def writing(self) -> dict[str, Any]:
         """What an answer and its scores depend on, beside the weight samples."""
