@@ -53,12 +53,14 @@ def replacing(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(output: Path, *, inside: bool = False, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of an output, among all processes and threads; a process that ends in any way holds none.
+    """Hold the lock of an output, which one thread of one process can hold at a time.
+
+    The lock of a process that ends, in whatever way, is released. Partial files that such a process left are removed.
 
     Args:
         output: a file, or a folder that appears when it is complete: the lock is beside it.
-        inside: of a folder that is written into: the lock is in it.
-        wait: for another holder.
+        inside: whether the output is a folder that is written into; the lock is then in it.
+        wait: whether to wait while another holds the lock.
 
     Raises:
         filelock.Timeout: another holds it, and ``wait`` is False.
@@ -409,8 +411,5 @@ def file_sha256(file: Path) -> str:
 
 
 def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
     with regular(file).open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -26,19 +26,19 @@ class Registry(Mapping[str, T]):
     Args:
         group: the entry points' group, ``bloblora.methods``, ``bloblora.priors``, ``bloblora.tasks`` or
             ``bloblora.metrics``.
-        own: where ours are, ``module:attribute``, by name.
+        own: ours by name; one that is imported when it is first used is said as ``module:attribute``.
         problem: what is wrong with a thing of another package, or None.
     """
 
     def __init__(
-        self, group: str, own: Mapping[str, str], problem: Callable[[str, Any], str | None] = lambda *_: None
+        self, group: str, own: Mapping[str, T | str], problem: Callable[[str, Any], str | None] = lambda *_: None
     ) -> None:
         self._group, self._own, self._problem = group, own, problem
         self._loaded: dict[str, T] = {}
 
     def __getitem__(self, name: str) -> T:
         if name not in self._loaded:
-            self._loaded[name] = self._own_entries[name].load() if name in self._own else self._others[name]
+            self._loaded[name] = self._load(name, self._own[name]) if name in self._own else self._others[name]
         return self._loaded[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -61,9 +61,8 @@ class Registry(Mapping[str, T]):
             raise error(f"{field} {quoted(name)} is not one of {', '.join(self)}")
         return self[name]
 
-    @cached_property
-    def _own_entries(self) -> dict[str, EntryPoint]:
-        return {name: EntryPoint(name, place, self._group) for name, place in self._own.items()}
+    def _load(self, name: str, own: T | str) -> T:
+        return EntryPoint(name, own, self._group).load() if isinstance(own, str) else own
 
     @cached_property
     def _others(self) -> dict[str, T]:

@@ -49,7 +49,7 @@ def test_by_hand():
     distance = Distance.fit(z, labels)
     found = distance.scores(torch.tensor([[0.0, 0.0], [13.0, 4.0]]))["mahalanobis"]
     torch.testing.assert_close(found, torch.tensor([0.0, 25.0], dtype=torch.float64))
-    assert Distance.from_tensors(distance.tensors()).scores(z)["mahalanobis"].tolist() == pytest.approx([2.0] * 8)
+    assert Distance(**vars(distance)).scores(z)["mahalanobis"].tolist() == pytest.approx([2.0] * 8)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,7 @@ covariance; ours is shrunk towards a multiple of the identity (Ledoit & Wolf, J.
 records span few of the dimensions, and what is out of scope leaves the rest.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -73,15 +71,6 @@ class Distance:
             return {"mahalanobis": nearest}
         background = ((z - self.background_mean) @ self.background_whitening.double().T).square().sum(-1)
         return {"mahalanobis": nearest, "relative_mahalanobis": nearest - background}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything, as safetensors take it."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Any]) -> "Distance":
-        """What `tensors` gave; raises a TypeError where a tensor is missing or unknown."""
-        return cls(**tensors)
 
 
 def _whitening(residuals: Tensor) -> Tensor:

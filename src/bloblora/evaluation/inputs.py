@@ -16,8 +16,8 @@ def checked(predicted: Tensor | Prediction, targets: Tensor) -> tuple[Tensor, Te
     """Log-probabilities (n, C) and targets (n,) on the CPU, as float64 and int64.
 
     Args:
-        predicted: a prediction or its log-probabilities, normalized (what rounding lifted above log 1 = 0 is lowered to
-            it); -inf for a class that an example lacks.
+        predicted: a prediction or its log-probabilities, normalized; -inf for a class that an example lacks. Values
+            that rounding made slightly larger than log 1 = 0 become 0.
         targets: class indices.
 
     Raises:

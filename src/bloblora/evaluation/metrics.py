@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -411,11 +410,9 @@ def _own() -> Iterator[Metric]:
             yield Metric(fpr95, f"FPR95 {short}", function, False, share, fpr95, takes=takes, table="more", of=of)
 
 
-_OWN = SimpleNamespace(**{metric.name: metric for metric in _own()})
-
 METRICS: Registry[Metric] = Registry(
     "bloblora.metrics",
-    {name: f"{__name__}:_OWN.{name}" for name in vars(_OWN)},
+    {metric.name: metric for metric in _own()},
     lambda name, metric: (
         None if isinstance(metric, Metric) and metric.name == name else f"it isn't a Metric of the name {name!r}"
     ),

@@ -270,11 +270,11 @@ class ScaleMixturePrior(Prior):
 PRIORS: Registry[type[Prior]] = Registry(
     "bloblora.priors",
     {
-        "normal": f"{__name__}:NormalPrior",
-        "laplace": f"{__name__}:LaplacePrior",
-        "student_t": f"{__name__}:StudentTPrior",
-        "scale_mixture": f"{__name__}:ScaleMixturePrior",
-        "learned_normal": f"{__name__}:LearnedNormalPrior",
+        "normal": NormalPrior,
+        "laplace": LaplacePrior,
+        "student_t": StudentTPrior,
+        "scale_mixture": ScaleMixturePrior,
+        "learned_normal": LearnedNormalPrior,
     },
     lambda _, prior: None if isinstance(prior, type) and issubclass(prior, Prior) else "it isn't a class of Prior",
 )

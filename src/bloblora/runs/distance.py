@@ -29,7 +29,7 @@ def open_distance(description: RunDescription) -> Distance | None:
     if values.get("adapter_sha256") != description.adapter_sha256:
         return None
     try:
-        return Distance.from_tensors(tensors)
+        return Distance(**tensors)
     except TypeError as error:
         raise AdapterFileError(f"{description.folder / _STATE}.safetensors: {error}") from error
 
@@ -81,7 +81,7 @@ def fit_distance(
         folder, values = description.folder, {"adapter_sha256": description.adapter_sha256}
         try:
             with locked(folder / f"{_STATE}.json"), locked(folder / f"{_STATE}.safetensors"):
-                write_state(folder, _STATE, values, distance.tensors())
+                write_state(folder, _STATE, values, vars(distance))
         except OSError as error:  # a folder that others share, for reading
             warnings.warn(f"the distance isn't in the run's folder, which can't be written: {error}", stacklevel=2)
     return distance
