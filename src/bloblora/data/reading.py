@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -191,14 +192,12 @@ def read_batches(
     Raises:
         DataError: as `read_records`.
     """
+    read = partial(Reader, source, options, known=known, require_labels=require_labels, kind=kind)
     stream = str(source) == "-"
     if not stream:
-        for _ in Reader(source, options, known=known, require_labels=require_labels, kind=kind):
+        for _ in read():
             pass
-    ahead = size if stream else _AHEAD
-    reader = Reader(
-        source, options, known=known, require_labels=require_labels, silent=not stream, kind=kind, ahead=ahead
-    )
+    reader = read(silent=not stream, ahead=size if stream else _AHEAD)
     rows = reader.checked()
     while batch := [*islice(rows, size)]:
         problems = Problems()

@@ -435,14 +435,14 @@ def _quantile(scores: Tensor, level: float) -> float:
     return scores.sort().values[_rank(len(scores), level) - 1].item()
 
 
-def _share_below(n: int, level: float, probability: float = 0.95) -> float:
-    """Least share of new scores that are at most the quantile of n, with a probability over those n.
+def _share_below(n: int, level: float) -> float:
+    """Least share of new scores that are at most the quantile of n, with probability 0.95 over those n.
 
     The share is Beta(k, n + 1 - k) where no two scores are equal, and no smaller where some are (Vovk 2012, arXiv
     1209.2673).
     """
     k = _rank(n, level)
-    return float(scipy.stats.beta.ppf(1 - probability, k, n + 1 - k))
+    return float(scipy.stats.beta.ppf(0.05, k, n + 1 - k))
 
 
 def _promised_coverage(what: str, coverage: float, n: int) -> str:

@@ -19,7 +19,7 @@ from ..prediction import Sampler
 from ..prediction.forward import BatchForward
 from ..prediction.prediction import check_finite, check_num_samples, sampler_of
 from ..tasks import TaskError, TextGeneration
-from ..tasks.choice_text import check_model, collate_trees
+from ..tasks.choice_text import additive_mask, check_model, collate_trees
 from ..tasks.encoding import pad
 from .decoding import TokenSums, check_weights
 from .tokens import TokenScores
@@ -155,8 +155,7 @@ class _Trees:
         """Logits (responses' tokens, V) of a batch, in the order of its targets."""
         mask, counted = batch["attention_mask"], batch["choice_ids"] >= 0
         if mask.ndim == 4:
-            zeros = torch.zeros_like(mask, dtype=self.model.dtype)
-            mask = zeros.masked_fill(~mask, torch.finfo(self.model.dtype).min)
+            mask = additive_mask(mask, self.model.dtype)
         width, window = batch["input_ids"].shape[1], counted.shape[1] + 1
         logits = model(
             input_ids=batch["input_ids"],

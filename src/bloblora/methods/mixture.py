@@ -25,7 +25,7 @@ from ..adapter import Posterior, bayesianize, debayesianize
 from ..adapter.bayesianize import Weights
 from ..prediction import Sampler
 from ..prediction.forward import BatchForward
-from ..prediction.sampler import Drawn, Forward, draw_together, noted
+from ..prediction.sampler import DrawnLogits, Forward, draw_together, noted
 from .blob import BlobOptions
 from .ensemble import Ensemble, active, member_names
 from .method import MEAN, Draw
@@ -121,9 +121,9 @@ class Components(Sampler):
     def _layers(self) -> list[str]:
         return sorted({name for posterior in self._posteriors for name in posterior.layer_names()})
 
-    def _together(self, forward: Forward, draws: list[tuple[Posterior, Weights]]) -> list[Drawn]:
+    def _together(self, forward: Forward, draws: list[tuple[Posterior, Weights]]) -> list[DrawnLogits]:
         """What each draw gives; those of one component share a forward."""
-        found: dict[int, Drawn] = {}
+        found: dict[int, DrawnLogits] = {}
         for posterior in self._posteriors:
             own = {number: weights for number, (of, weights) in enumerate(draws) if of is posterior}
             if own:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -152,13 +151,18 @@ class Prediction:
     def answers(self, columns: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
         """Of each input the label, the probability of each of its columns, and the uncertainty in nats."""
         probabilities, labels = self.probabilities, self.labels
-        scores = {name: getattr(self, name) for name in (*self.uncertainties, "expected_entropy")}
-        for i, names in enumerate(columns):
+        for i, (names, scores) in enumerate(zip(columns, self._scores(), strict=True)):
             yield {
                 "label": names[int(labels[i])],
                 "probabilities": {name: float(probabilities[i, j]) for j, name in enumerate(names)},
-                **{name: float(values[i]) for name, values in scores.items()},
+                **scores,
             }
+
+    def _scores(self) -> Iterator[dict[str, float]]:
+        """Of each input the uncertainty in nats."""
+        names = (*self.uncertainties, "expected_entropy")
+        columns = (getattr(self, name).tolist() for name in names)
+        return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
 
 
 class RewardPrediction(Prediction):
@@ -220,7 +224,7 @@ class RewardPrediction(Prediction):
             yield {"best": names[best[i]], **rows, **answer}
 
 
-class OtherPrediction(Prediction, ABC):
+class OtherPrediction(Prediction):
     """What draws say of answers that aren't classes, of which there are no probabilities, confidence or entropy.
 
     Attributes:
@@ -346,7 +350,7 @@ class ValuePrediction(OtherPrediction):
         return (dict(zip(numbers, row, strict=True)) for row in zip(*rows, strict=True))
 
 
-class AveragedPrediction(OtherPrediction, ABC):
+class AveragedPrediction(OtherPrediction):
     """Answers of several parts, with probabilities that are averaged over the draws part by part; entropies in nats."""
 
     uncertainties: ClassVar[Mapping[str, str]] = {"predictive_entropy": "entropy", "mutual_information": "MI"}
@@ -393,13 +397,12 @@ class MultiLabelPrediction(AveragedPrediction):
     def answers(self, columns: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
         """Of each input its labels, the most probable first, the probability of each, and the uncertainty."""
         probabilities = self.probabilities
-        scores = {name: getattr(self, name).tolist() for name in (*self.uncertainties, "expected_entropy")}
-        for i, names in enumerate(columns):
+        for i, (names, scores) in enumerate(zip(columns, self._scores(), strict=True)):
             row = dict(zip(names, probabilities[i].tolist(), strict=True))
             yield {
                 "labels": [name for name in sorted(row, key=lambda name: -row[name]) if row[name] > 0.5],
                 "probabilities": row,
-                **{name: values[i] for name, values in scores.items()},
+                **scores,
             }
 
 
@@ -503,13 +506,13 @@ class TagsPrediction(AveragedPrediction):
         """Of each input the tag of each token, the entities, and how uncertain each token and the whole are."""
         per_token = ("token_confidence", "token_entropy", "token_mutual_information")
         rows = {name: getattr(self, name).tolist() for name in per_token}
-        scores = {name: getattr(self, name).tolist() for name in (*self.uncertainties, "expected_entropy")}
-        for i, (words, tags, found) in enumerate(zip(columns, self.tags(), self.entities(), strict=True)):
+        inputs = zip(columns, self.tags(), self.entities(), self._scores(), strict=True)
+        for i, (words, tags, found, scores) in enumerate(inputs):
             yield {
                 "tags": tags,
                 "entities": [one | {"text": " ".join(words[one["start"] : one["end"]])} for one in found],
                 **{name: values[i][: len(words)] for name, values in rows.items()},
-                **{name: values[i] for name, values in scores.items()},
+                **scores,
             }
 
 

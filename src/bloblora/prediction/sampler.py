@@ -22,7 +22,7 @@ from ..adapter.head import GaussianHead, average_head
 from .forward import BatchForward
 from .states import with_states
 
-Drawn = tuple[Tensor, Tensor | None]
+DrawnLogits = tuple[Tensor, Tensor | None]
 """Logits (b, C) of a draw of an adapter, and, (b, 1 + C), the shares of their uncertainty that are epistemic because
 they are the mean over a Gaussian head (`average_head`); None without such a head."""
 
@@ -241,10 +241,10 @@ class Tempered(Sampler):
 
 def _together(
     weights: StackedWeights, forward: BatchForward, num_samples: int, draws: Iterator[Any]
-) -> Iterator[Drawn]:
+) -> Iterator[DrawnLogits]:
     """What each draw gives, several draws a forward and several forwards at a time."""
 
-    def run(samples: Sequence[Any]) -> list[Drawn]:
+    def run(samples: Sequence[Any]) -> list[DrawnLogits]:
         return _stacked(weights, forward, samples)
 
     left, even = num_samples, True
@@ -261,7 +261,7 @@ def _together(
             yield from drawn
 
 
-def draw_together(weights: MirroredWeights, forward: Forward, samples: Sequence[Any]) -> list[Drawn]:
+def draw_together(weights: MirroredWeights, forward: Forward, samples: Sequence[Any]) -> list[DrawnLogits]:
     """What each of some draws gives, in one forward where that is possible."""
     if isinstance(forward, BatchForward):
         try:
@@ -275,7 +275,7 @@ def draw_together(weights: MirroredWeights, forward: Forward, samples: Sequence[
     return found
 
 
-def noted(forward: Forward, drawn: Iterable[Drawn]) -> Iterator[Tensor]:
+def noted(forward: Forward, drawn: Iterable[DrawnLogits]) -> Iterator[Tensor]:
     """The logits of each draw; of a batch its forward is told the shares."""
     for logits, share in drawn:
         if share is not None and isinstance(forward, BatchForward):
@@ -283,7 +283,7 @@ def noted(forward: Forward, drawn: Iterable[Drawn]) -> Iterator[Tensor]:
         yield logits
 
 
-def _over_head(weights: StackedWeights, forward: Forward) -> Drawn:
+def _over_head(weights: StackedWeights, forward: Forward) -> DrawnLogits:
     """Of one draw of an adapter that is in force."""
     if weights.head is None:
         return forward(), None
@@ -292,7 +292,7 @@ def _over_head(weights: StackedWeights, forward: Forward) -> Drawn:
 
 
 @torch.no_grad()  # which a thread doesn't inherit
-def _stacked(weights: StackedWeights, forward: BatchForward, samples: Sequence[Any]) -> list[Drawn]:
+def _stacked(weights: StackedWeights, forward: BatchForward, samples: Sequence[Any]) -> list[DrawnLogits]:
     """Of S draws in one forward."""
     count = len(samples)
     with weights.stacked([weights.without_head(sample) for sample in samples], count * forward.rows):
@@ -301,7 +301,7 @@ def _stacked(weights: StackedWeights, forward: BatchForward, samples: Sequence[A
     return [*zip(logits.unflatten(0, (count, -1)), shares, strict=True)]
 
 
-def _side_by_side(run: Callable[[Any], list[Drawn]], groups: Sequence[Any]) -> list[list[Drawn]]:
+def _side_by_side(run: Callable[[Any], list[DrawnLogits]], groups: Sequence[Any]) -> list[list[DrawnLogits]]:
     if len(groups) == 1:
         return [run(groups[0])]
     pool = _pool(len(groups), max(1, torch.get_num_threads() // len(groups)))

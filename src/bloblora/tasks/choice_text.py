@@ -178,32 +178,39 @@ def collate_trees(examples: Sequence[Example], pad_token_id: int) -> Batch:
 
 def tree_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     """Log-likelihood of each choice's scored tokens, nats: (b, C) float32, -inf for choices it lacks."""
-    choice_ids, sources, lengths = batch["choice_ids"], batch["sources"], batch["choice_lengths"]
-    width, window = batch["input_ids"].shape[1], choice_ids.shape[1] + 1
+    sources = batch["sources"]
+    width, window = batch["input_ids"].shape[1], sources.shape[1] + 1
     # Indices, not a number: a number makes a view, for which torch multiplies by a copy of the head an example.
-    last = torch.arange(width - window, width, device=choice_ids.device)
+    last = torch.arange(width - window, width, device=sources.device)
     advice = "use the task 'choice_letter', which needs no such mask"
     output = model(**tree_inputs(model, batch, advice), logits_to_keep=last)
     logits = output.logits.float()
     targets = batch["input_ids"][:, 1 - window :]
     rows = torch.arange(len(targets), device=targets.device).unsqueeze(1)
-    log_probs = logits[rows, sources, targets] - logits.logsumexp(-1).gather(1, sources)
+    return sums_by_choice(logits[rows, sources, targets] - logits.logsumexp(-1).gather(1, sources), batch)
+
+
+def sums_by_choice(values: Tensor, batch: Batch) -> Tensor:
+    """Sums over each choice's scored tokens, (b, C), of values of branch tokens (b, M); -inf for choices it lacks."""
+    choice_ids, lengths = batch["choice_ids"], batch["choice_lengths"]
     counts_for = choice_ids.unsqueeze(-1) == torch.arange(lengths.shape[1], device=lengths.device)
-    scores = torch.where(counts_for, log_probs.unsqueeze(-1), 0).sum(1)
-    return scores.masked_fill(lengths == 0, -torch.inf)
+    return torch.where(counts_for, values.unsqueeze(-1), 0).sum(1).masked_fill(lengths == 0, -torch.inf)
 
 
 def tree_inputs(model: nn.Module, batch: Batch, advice: str) -> dict[str, Any]:
     """What a model takes of trees; a TaskError, with an advice, by `check_model`."""
     check_model(model, batch, advice)
-    dtype = unwrapped(model).dtype
-    zeros = torch.zeros_like(batch["attention_mask"], dtype=dtype)
     return {
         "input_ids": batch["input_ids"],
-        "attention_mask": zeros.masked_fill(~batch["attention_mask"], torch.finfo(dtype).min),
+        "attention_mask": additive_mask(batch["attention_mask"], unwrapped(model).dtype),
         "position_ids": batch["position_ids"],
         "use_cache": False,
     }
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds to its scores: 0 where a query sees a key, and the lowest number elsewhere."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def check_model(model: nn.Module, batch: Batch, advice: str) -> None:

@@ -128,8 +128,7 @@ class Classification(OneOfLabels, TextHead):
         """The label's index."""
         label = record.get("label")
         if label is not None and label not in self.labels:
-            known = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
-            raise TaskError(f"field 'label': {quoted(label)} is not one of the {len(self.labels)} labels ({known})")
+            raise TaskError(f"field 'label': {quoted(label)} is not one of {shown_labels(self.labels)}")
         return None if label is None else self.labels.index(label)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..contexts import hooked, unwrapped
-from .choice_text import TreeChoice, tree_inputs
+from .choice_text import TreeChoice, sums_by_choice, tree_inputs
 from .encoding import fit_prefix, prompt_ids
 from .generation import chat_ids, ended, plain_ids
 from .likelihood import BradleyTerry, Likelihood
@@ -118,12 +118,11 @@ class Reward(TreeChoice):
 
         with hooked([(head.register_forward_hook, keep)]):
             model(**tree_inputs(model, batch, "shorten responses, or load another model"))
-        choice_ids, lengths = batch["choice_ids"], batch["choice_lengths"]
+        choice_ids = batch["choice_ids"]
         values = found[0][:, -choice_ids.shape[1] :].float()
         if values.shape != (*choice_ids.shape, 1):
             raise TaskError(f"model: its head gives {values.shape[-1]} numbers; load it with num_labels=1")
-        counts_for = choice_ids.unsqueeze(-1) == torch.arange(lengths.shape[1], device=lengths.device)
-        rewards = torch.where(counts_for, values, 0).sum(1).masked_fill(lengths == 0, -torch.inf)
+        rewards = sums_by_choice(values.squeeze(-1), batch)
         if model.training and "margins" in batch:
             return rewards.scatter_add(1, batch["labels"].unsqueeze(1), -batch["margins"].to(rewards).unsqueeze(1))
         return rewards
