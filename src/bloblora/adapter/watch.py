@@ -8,7 +8,7 @@ _STEPS = 3  # one or two may be of someone who tries out a forward and a step
 
 
 class KlWatch:
-    """Of one adapter: counts optimizer steps on Ω between which nothing looked at Ω, as who computes a KL must.
+    """Counts the optimizer steps on one adapter's Ω since something last read Ω, which computing a KL does.
 
     A loop of your own that calls `Posterior.kl`, or computes a KL from ``named_stds``, is never warned about.
 

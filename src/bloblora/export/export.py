@@ -160,14 +160,14 @@ def export(
             written = _write_merged(run, folder, draw, seed)
         else:
             written = _write_adapters(run, folder, format, num_samples, seed, DTYPES[dtype], base)
+        warnings = written.setdefault("warnings", [])
         if (kind := run.config.quantize) != "none":
-            warning = _DEQUANTIZED if format == "merged" else _QUANTIZED
-            written["warnings"] = [*written.get("warnings", []), warning.format(kind)]
+            warnings.append((_DEQUANTIZED if format == "merged" else _QUANTIZED).format(kind))
         if run.task.head_note:
-            written["warnings"] = [*written.get("warnings", []), run.task.head_note]
+            warnings.append(run.task.head_note)
         temperature = run.scales.get("temperature" if num_samples else "temperature_of_mean", 1.0)
         if temperature != 1:
-            written["warnings"] = [*written.get("warnings", []), _TEMPERATURE.format(temperature)]
+            warnings.append(_TEMPERATURE.format(temperature))
         manifest = Manifest(
             format=format,
             base_model=base,

@@ -502,7 +502,7 @@ def _training_defaults(method: str, given: Collection[str] = ()) -> dict[str, An
 
 def different(old: Mapping[str, Any], new: Mapping[str, Any], *, besides: tuple[str, ...] = ("output",)) -> list[str]:
     """Where two configurations differ, of what `RunConfig.given` gave; an option that one lacks has its default."""
-    flat_old, flat_new = _flat(old), _flat(new)
+    flat_old, flat_new = flat_options(old), flat_options(new)
     names = [name for name in {**flat_old, **flat_new} if name not in besides]
     pairs = {name: (_effective(old, name), _effective(new, name)) for name in names}
     return [f"{name}: {quoted(there)} there, {quoted(now)} now" for name, (there, now) in pairs.items() if there != now]
@@ -556,17 +556,18 @@ def unknown_option(name: str, known: Collection[str], method: str, where: str = 
     return f"{where}unknown option {quoted(name)}"
 
 
-def _flat(given: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {name: value for name, value in given.items() if name not in _SECTIONS}
+def flat_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of all sections by their names; ``method`` and ``task`` are names too."""
+    found = {name: value for name, value in given.items() if name not in _SECTIONS}
     for place in _SECTIONS:
         for name, value in given.get(place, {}).items():
-            flat[place if name == "name" else name] = value
-    return flat
+            found[place if name == "name" else name] = value
+    return found
 
 
 def _effective(given: Mapping[str, Any], name: str) -> Any:
     """An option's value: what was given, or its default."""
-    flat = _flat(given)
+    flat = flat_options(given)
     if name in flat:
         return list(value) if isinstance(value := flat[name], tuple) else value
     method = flat.get("method", "blob")

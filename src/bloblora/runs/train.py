@@ -164,7 +164,6 @@ def train(
             write_seen(output, chain(records, separate))
             write_run_file(output, description)
             write_text(output / CONFIG_FILE, yaml.safe_dump(given.given(), sort_keys=False, allow_unicode=True))
-        if main:
             announce(records, training, *_length(arguments, len(examples)), config, given)
         with _GENERATORS:
             run = _fit(config, method, training, tokenizer, progress, callbacks, trust_remote_code)

@@ -23,7 +23,7 @@ from .hosted import Hosted, Settings
 from .problems import InputsError, encoded, find_run, problem_of, samples_of, validated
 from .schema import OPENAI_PATHS, ChatRequest, CompletionRequest, Problem, event, failure
 from .server import Batcher, unless_gone
-from .writing import Token, Way, Writing
+from .writing import Token, Way, Writing, first_stop
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class _Text:
 
     def take(self, ended: bool) -> tuple[str, list[tuple[Token, str, int]]]:
         """What can be shown that wasn't, with its tokens: nothing while a character or a stop may be incomplete."""
-        end = min((place for stop in self.stop if (place := self.text.find(stop)) >= 0), default=len(self.text))
+        end = first_stop(self.text, self.stop)
         if not ended:
             begun = (stop[:length] for stop in self.stop for length in range(1, min(len(stop), len(self.text) + 1)))
             if self.text.endswith("\N{REPLACEMENT CHARACTER}") or any(map(self.text.endswith, begun)):

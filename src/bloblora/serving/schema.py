@@ -94,7 +94,7 @@ class PromptInput(_Strict):
 
 
 def _form(value: Any) -> str:
-    """Which form of one input a value has: its tag, which `app` leaves out of an error's place."""
+    """Which form of one input a value has: its tag, which `problems` leaves out of an error's place."""
     if isinstance(value, str):
         return "<plain>"
     there = value if isinstance(value, dict) else dir(value)

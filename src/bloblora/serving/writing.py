@@ -120,7 +120,7 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
     return [
         {"finish_reason": _reason(found.tokens[row, found.mask[row]], run.tokenizer, answer.stop, limit)}
         | {name: values[row] for name, values in decided.items() if not answer.stop}
-        | {name: [_before(text, answer.stop) for text in texts[row]] for name, texts in written.items()}
+        | {name: [text[: first_stop(text, answer.stop)] for text in texts[row]] for name, texts in written.items()}
         | {"uncertainty": {name: float(values[row]) for name, values in scores.items()}}
         | {"read": {name: of_tokens[row][name] for name in ("log_probabilities", "mutual_information")}}
         | {"num_draws": len(found.draw_log_probs)}
@@ -166,9 +166,9 @@ def _stopped(ids: Tensor, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str
     return any(one in text for one in stop)
 
 
-def _before(text: str, stop: Sequence[str]) -> str:
-    """The part of a text before its first stop."""
-    return text[: min((place for one in stop if (place := text.find(one)) >= 0), default=len(text))]
+def first_stop(text: str, stop: Sequence[str]) -> int:
+    """Where the first stop in a text starts; where there is none, the text's end."""
+    return min((place for one in stop if (place := text.find(one)) >= 0), default=len(text))
 
 
 def _reason(ids: Tensor, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], limit: int) -> str:

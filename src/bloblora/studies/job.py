@@ -38,7 +38,7 @@ from .study import EvalSet, Job
 
 RUNS = "runs"
 STUDY_FILE = "study.json"
-METRICS_FILE = "metrics.json"
+STUDY_METRICS_FILE = "metrics.json"
 
 Read = dict[str, list[dict[str, Any]]]
 """What was read of data files, so that the many jobs of a study read each once."""
@@ -155,7 +155,7 @@ def read_results(folder: Path) -> list[Result]:
     return [replace(result, **rounded(_without_scores(result))) for result in results]
 
 
-def write_metrics(results: Iterable[Result], study: Mapping[str, Any], folder: Path) -> None:
+def write_study_metrics(results: Iterable[Result], study: Mapping[str, Any], folder: Path) -> None:
     """Write what all runs found, but for the scores, into one small file: a line a run."""
     rows = [_without_scores(result) for result in results]
     shared = {
@@ -167,21 +167,21 @@ def write_metrics(results: Iterable[Result], study: Mapping[str, Any], folder: P
             row[name] = {key: value for key, value in row[name].items() if key not in known}
     head = "".join(f"{json.dumps(k)}: {_compact(v)},\n" for k, v in (("study", study), ("shared", shared)))
     lines = ",\n".join(_compact({key: value for key, value in row.items() if value != {}}) for row in rows)
-    write_text(folder / METRICS_FILE, f'{{\n{head}"runs": [\n{lines}\n]\n}}\n')
+    write_text(folder / STUDY_METRICS_FILE, f'{{\n{head}"runs": [\n{lines}\n]\n}}\n')
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
+def read_study_metrics(folder: Path) -> dict[str, Any]:
     """``metrics.json`` as it stands: ``study``, what all runs ``shared``, ``runs``; empty where there is none."""
-    file = folder / METRICS_FILE
+    file = folder / STUDY_METRICS_FILE
     return read_json(file, runs.RunError) if file.is_file() else {}
 
 
 def _collected(folder: Path) -> dict[str, Result]:
-    content = read_metrics(folder)
+    content = read_study_metrics(folder)
     shared, found = content.get("shared", {}), {}
     for row in content.get("runs", ()):
         whole = row | {name: {**known, **row.get(name, {})} for name, known in shared.items()}
-        found[row["name"]] = _result(whole, folder / METRICS_FILE)
+        found[row["name"]] = _result(whole, folder / STUDY_METRICS_FILE)
     return found
 
 

@@ -21,7 +21,8 @@ from ..files import read_json, write_text
 from ..messages import quoted
 from ..methods import METHODS
 from ..runs import RunError, alone
-from .job import METRICS_FILE, RUNS, STUDY_FILE, Result, read_metrics, read_results, write_metrics
+from ..runs.config import flat_options
+from .job import RUNS, STUDY_FILE, STUDY_METRICS_FILE, Result, read_results, read_study_metrics, write_study_metrics
 from .study import Study, file_name
 
 if TYPE_CHECKING:
@@ -123,8 +124,8 @@ def report(folder: Path, html: Path | None = None, baseline: str | None = None, 
         raise RunError(f"baseline {quoted(baseline)} is not one of the methods {', '.join(labels)}")
     given = [part for pair in {"--baseline": baseline, "--title": title}.items() if pair[1] for part in pair]
     file = folder / RUNS / STUDY_FILE
-    study = read_json(file, RunError) if file.is_file() else read_metrics(folder).get("study", {})
-    write_metrics(results, study, folder)
+    study = read_json(file, RunError) if file.is_file() else read_study_metrics(folder).get("study", {})
+    write_study_metrics(results, study, folder)
     baseline = baseline or study.get("baseline", Study.baseline)
     title, html = title or study.get("name", folder.name), html or folder / "report.html"
     order = list({baseline: None, **study.get("methods", {}), **labels})
@@ -139,7 +140,7 @@ def report(folder: Path, html: Path | None = None, baseline: str | None = None, 
     parts += _missing(study, {result.name for result in results})
     parts += [f"Made by `{comparison}` and `{command}`.\n", *_setting(results)]
     for dataset, of in datasets.items():
-        config = _flat(of[0].config)
+        config = flat_options(of[0].config)
         several = {"model": study.get("models", ()), "max_steps": study.get("budgets", ())}
         place = {name: config.get(name, values[0]) for name, values in several.items() if len(values) > 1}
         parts += _sections(dataset, of, baseline, place)
@@ -355,12 +356,13 @@ def _validation(dataset: str, most_draws: Mapping[str, Row]) -> Iterator[str | P
 
 
 def _chosen(rows: Sequence[Row]) -> Iterator[str]:
-    """What it brought to choose the steps, beside the same training that was evaluated at its last step alone."""
+    """Test NLL of the step that validation chose, compared with the same training's last step."""
     pairs: dict[str, dict[bool, Row]] = {}
     for row in rows:
         found = [one for result in row.results for one in result.training.get("validation", {}).get("trainings", ())]
         if found:
-            options = {**_flat(row.results[0].config), **row.results[0].options, "eval_steps": None, "seed": None}
+            first = row.results[0]
+            options = {**flat_options(first.config), **first.options, "eval_steps": None, "seed": None}
             at_end = all(len(one["curve"]) == 1 for one in found)
             pairs.setdefault(json.dumps(options, sort_keys=True), {})[at_end] = row
     table: dict[str, dict[str, list[float]]] = {}
@@ -405,7 +407,7 @@ def _by_prior_std(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
     for row in rows:
         if isinstance(row.results[0].options.get("prior_std"), str):
             continue
-        options = {**_flat(row.results[0].config), **row.results[0].options, "prior_std": None, "seed": None}
+        options = {**flat_options(row.results[0].config), **row.results[0].options, "prior_std": None, "seed": None}
         groups.setdefault(json.dumps(options, sort_keys=True), []).append(row)
     found: dict[str, dict[str, Row]] = {}
     for group in groups.values():
@@ -455,29 +457,22 @@ def _setting(results: Sequence[Result]) -> Iterator[str]:
         ", ".join([m["cpu"], f"{m['threads']} threads", *([m["dtype"]] if "dtype" in m else []), *_versions(m)])
         for m in (result.machine for result in results)
     )
-    yield f"\n## Setting\n\n- {len(results)} runs on {'; '.join(machines)}; all numbers are in {METRICS_FILE}."
+    yield f"\n## Setting\n\n- {len(results)} runs on {'; '.join(machines)}; all numbers are in {STUDY_METRICS_FILE}."
     if any("ece_floor" in found for result in results for found in result.metrics["test"].values()):
         yield f"- {_CALIBRATION}"
     if not all(result.scores for result in results):
         yield (
-            f"- Of some runs only {METRICS_FILE} is there. Intervals and reliability need their scores per example, "
-            f"which `bloblora compare` leaves in {RUNS}."
+            f"- Of some runs only {STUDY_METRICS_FILE} is there. Intervals and reliability need their scores per "
+            f"example, which `bloblora compare` leaves in {RUNS}."
         )
-    first, *others = (_flat(result.config).items() for result in results)
+    first, *others = (flat_options(result.config).items() for result in results)
     yield "- All: " + _listed(dict(pair for pair in first if all(pair in other for other in others)))
     for label in dict.fromkeys(result.label for result in results):
         own = next(result for result in results if result.label == label)
-        alike = [_flat(result.config) for result in results if result.dataset == own.dataset]
-        given = {
-            k: v for k, v in _flat(own.config).items() if any(other.get(k) != v for other in alike) and k != "seed"
-        }
+        alike = [flat_options(result.config) for result in results if result.dataset == own.dataset]
+        pairs = flat_options(own.config).items()
+        given = {k: v for k, v in pairs if any(other.get(k) != v for other in alike) and k != "seed"}
         yield f"- {label}: " + _listed({"method": own.config["method"]["name"], **given, **own.options})
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of all sections by their names; ``method`` and ``task`` are names too."""
-    sections = {key: value if isinstance(value, Mapping) else {"name": value} for key, value in config.items()}
-    return {key if name == "name" else name: v for key, section in sections.items() for name, v in section.items()}
 
 
 def _listed(options: Mapping[str, object]) -> str:

@@ -163,9 +163,9 @@ def automatic_kl_scale(num_examples: float, num_weights: int, head: bool) -> flo
 def automatic_head_kl_scale(num_examples: float) -> float:
     r"""The ``head_kl_scale`` for D examples: D / 240, and at most 1.
 
-    Until the LoRA has found what tells the labels apart, a head earns little, and its noise costs some nats an example
-    (v/2 at the prior, `bloblora.tasks.Likelihood.noise_cost`). Freeing it of that costs KL / D. Below a few hundred
-    examples that is more than there is to earn, and both stay as they are at the start.
+    Early in training the head improves the NLL only a little, while its noise costs several nats an example (v/2 at
+    the prior, `bloblora.tasks.Likelihood.noise_cost`). Reducing that noise raises the KL term by KL / D. With few
+    examples this costs more than it gains, so both would stay as they are at the start.
     """
     return min(num_examples / 240, 1.0)
 

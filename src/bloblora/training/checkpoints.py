@@ -46,7 +46,7 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def files_sha256(folder: str | os.PathLike[str]) -> dict[str, str]:
+def tensor_files_sha256(folder: str | os.PathLike[str]) -> dict[str, str]:
     """SHA-256 of each file of tensors in a checkpoint, by its path; what callbacks write later is JSON."""
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix in _TENSORS and file.is_file())
     return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}

@@ -45,7 +45,7 @@ from .arguments import (
     rescaled_dataset_size,
 )
 from .callbacks import ElboCallback
-from .checkpoints import KEPT, files_sha256, last_checkpoint, remove_torn
+from .checkpoints import KEPT, last_checkpoint, remove_torn, tensor_files_sha256
 from .divergence import (
     DivergedError,
     all_finite,
@@ -698,7 +698,7 @@ class BlobTrainerMixin(_Host):
         # What makes a checkpoint complete is written next, by one process: not before all have saved their generators.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self.state.stateful_callbacks[KEPT]["sha256"] = files_sha256(output_dir)  # type: ignore[index, call-overload]
+            self.state.stateful_callbacks[KEPT]["sha256"] = tensor_files_sha256(output_dir)  # type: ignore[index, call-overload]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _restoring("generators", checkpoint):
