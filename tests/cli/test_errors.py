@@ -150,7 +150,7 @@ def test_data_that_does_not_fit_the_run(call, lost_base, files, tmp_path):
         first, *lines = err.splitlines()
         assert (status, first.endswith("40 answers that the run can't be measured by:")) == (2, True)
         assert lines == [
-            f"record {places}: field 'label': '{name}' is not one of 2 labels: parcel, refund"
+            f"record {places}: field 'label': '{name}' is not one of 2 labels: parcel, refund."
             for places, name in (("1, 2, 3, 5, 6 and 25 more", "a"), ("4, 8, 12, 16, 20 and 5 more", "b"))
         ]
     fails(call("predict", folder, "--input", files.questions), files.questions, "needs records with 'text'")

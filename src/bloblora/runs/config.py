@@ -558,11 +558,8 @@ def unknown_option(name: str, known: Collection[str], method: str, where: str = 
 
 def flat_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of all sections by their names; ``method`` and ``task`` are names too."""
-    found = {name: value for name, value in given.items() if name not in _SECTIONS}
-    for place in _SECTIONS:
-        for name, value in given.get(place, {}).items():
-            found[place if name == "name" else name] = value
-    return found
+    sections = {place: value if place in _SECTIONS else {"name": value} for place, value in given.items()}
+    return {place if name == "name" else name: v for place, section in sections.items() for name, v in section.items()}
 
 
 def _effective(given: Mapping[str, Any], name: str) -> Any:
