@@ -12,7 +12,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
 
-from bloblora.data import DataError, Reader, ReadingOptions, read_batches, read_records
+from bloblora.data import DataError, Reader, ReadingOptions, as_records, read_batches, read_records
 
 RECORDS = [{"text": "wo ist mein päckchen?", "label": "parcel"}, {"text": "geld zurück", "label": "refund"}]
 
@@ -139,6 +139,93 @@ def test_tables_in_json_that_are_none(tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             read_records(write(tmp_path / "data.json", text))
+
+
+CHOICES = "question,choice_0,choice_1,choice_2,choice_3,answer\n"
+
+
+@pytest.mark.parametrize(
+    ("cells", "choices", "answer"),
+    [
+        ("a,,c,d,2", ["a", "c", "d"], 1),
+        ("a,,c,d,D", ["a", "c", "d"], 2),
+        ("a,,c,d,0", ["a", "c", "d"], 0),
+        (",b,c,,2", ["b", "c"], 1),
+        ("a,b,,,B", ["a", "b"], 1),
+        ("a,,c,d,c", ["a", "c", "d"], 1),
+        ("a,,c,d,", ["a", "c", "d"], None),
+    ],
+)
+def test_an_answer_is_of_the_columns_whichever_are_empty(cells, choices, answer, tmp_path):
+    expected = {"question": "q", "choices": choices} | ({} if answer is None else {"answer": answer})
+    file = write(tmp_path / "data.csv", f"{CHOICES}q,{cells}\n")
+    assert read_records(file, require_labels=False) == [expected]
+    row = dict(zip(CHOICES.strip().split(","), [cell or None for cell in f"q,{cells}".split(",")], strict=True))
+    for cleaned in (row, {name: cell for name, cell in row.items() if cell or name == "choice_0"}):
+        if cleaned.get("choice_0") or len(cleaned) == len(row):
+            lines = write(tmp_path / "data.jsonl", json.dumps(cleaned))
+            assert read_records(lines, require_labels=False) == [expected]
+
+
+@pytest.mark.parametrize("answer", ["1", "B"])
+def test_an_answer_that_is_empty(answer, tmp_path):
+    file = write(tmp_path / "data.csv", f"{CHOICES}q,a,,c,d,{answer}\nq,a,b,,,3\n")
+    with pytest.raises(DataError) as error:
+        read_records(file)
+    assert error.value.problems == [
+        f"{file}:2: field 'answer': 1 must be the index of a choice that isn't empty",
+        f"{file}:3: field 'answer': 3 is not an index into 2 choices (0..1)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (["True", "False", ""], ["true", "false", None]),
+        (["TRUE", "FALSE"], ["true", "false"]),
+        (["1.0", "-2.00", "10.0", ""], ["1", "-2", "10", None]),
+        (["True", "False", "unknown"], None),
+        (["1.0", "2.5"], None),
+        (["1.0", "2.0", "1.0.1"], None),
+        (["1", "007"], None),
+    ],
+)
+def test_labels_of_a_table_of_texts_are_those_of_other_forms(written, read, tmp_path, said):
+    rows = [*zip("abcd", written, strict=False), *(("x", written[0]) for _ in range(300))]
+    file = write(tmp_path / "data.csv", "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows[::-1]))
+    found = [record.get("label") for record in read_records(file, require_labels=False)][: -len(written) - 1 : -1]
+    assert found == (read or written)
+    pairs = [f"{text!r} as {label!r}" for text, label in zip(written, read or (), strict=False) if label]
+    assert [sorted(line.partition("read label ")[2].split(", ")) for line in said] == ([sorted(pairs)] if read else [])
+
+
+def test_dates_as_labels(tmp_path):
+    frame = pd.DataFrame({"text": ["a", "b"], "label": pd.to_datetime(["2020-01-01", "2021-02-03"])})
+    for column, labels in (
+        (frame["label"], ["2020-01-01", "2021-02-03"]),
+        (frame["label"] + pd.Timedelta(hours=1), ["2020-01-01 01:00:00", "2021-02-03 01:00:00"]),
+    ):
+        dates = frame.assign(label=column)
+        dates.to_parquet(tmp_path / "data.parquet")
+        dates.to_excel(tmp_path / "data.xlsx", index=False)
+        dates.to_csv(tmp_path / "data.csv", index=False)
+        expected = [{"text": text, "label": label} for text, label in zip("ab", labels, strict=True)]
+        for suffix in ("parquet", "xlsx", "csv"):
+            assert read_records(tmp_path / f"data.{suffix}") == expected, suffix
+        assert as_records(dates) == expected
+
+
+def test_a_number_beyond_all_is_no_label(tmp_path):
+    file = write(tmp_path / "data.jsonl", '{"text": "a", "label": 1e400}')
+    with pytest.raises(DataError, match="field 'label': inf must be a text"):
+        read_records(file)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_an_empty_second_text_is_none(suffix, tmp_path):
+    content = {"csv": "text,text_pair,label\na,,p\n", "jsonl": '{"text": "a", "text_pair": "", "label": "p"}'}
+    file = write(tmp_path / f"data.{suffix}", content[suffix])
+    assert read_records(file) == [{"text": "a", "label": "p"}]
 
 
 RASA = """

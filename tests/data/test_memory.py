@@ -5,7 +5,7 @@ import pandas
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from bloblora.data import DataError, as_records, read_records
+from bloblora.data import DataError, ReadingOptions, as_records, read_records
 
 RECORDS = [{"text": "where is my parcel", "label": "parcel"}, {"text": "give the money back", "label": "refund"}]
 TEXTS = [record["text"] for record in RECORDS]
@@ -98,3 +98,67 @@ def test_problems():
         as_records(DatasetDict(train=Dataset.from_list(RECORDS), test=Dataset.from_list(RECORDS)))
     with pytest.raises(DataError, match="5 of type int holds no records; give a list of dicts or texts, a table"):
         as_records(5)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), pandas.NA, pandas.NaT])
+def test_a_null_cell_means_what_it_means_in_a_file(missing, tmp_path):
+    rows = [
+        {"text": "a", "text_pair": "x", "labels": ["p"], "tie": None},
+        {"text": "b", "text_pair": missing, "labels": missing, "tie": missing},
+    ]
+    expected = [{"text": "a", "text_pair": "x", "labels": ["p"]}, {"text": "b", "labels": None}]
+    assert as_records(rows) == as_records(pandas.DataFrame(rows)) == expected
+    with pytest.raises(DataError, match="row 2: field 'labels': missing"):
+        as_records(rows, require_labels=True)
+    question = {"question": "q", "choice_0": "x", "choice_1": "y", "choice_2": missing, "answer": 1.0}
+    frame = pandas.DataFrame([question, question | {"choice_2": "z", "answer": 2.0}])
+    two = {"question": "q", "choices": ["x", "y"], "answer": 1}
+    assert as_records(frame) == [two, {"question": "q", "choices": ["x", "y", "z"], "answer": 2}]
+    frame.to_csv(file := tmp_path / "choices.csv", index=False)
+    assert read_records(file) == as_records(frame)
+    with pytest.raises(DataError, match="row 1: field 'text': missing; it must be a text"):
+        as_records([{"text": missing, "label": "a"}])
+    pair = {"chosen": "a", "rejected": "b"}
+    assert as_records([pair | {"prompt": missing}]) == as_records([pair | {"prompt": ""}]) == [pair]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_is_no_label(number):
+    for record, field in (
+        ({"text": "a", "labels": ["x", number]}, "'labels', item 1"),
+        ({"tokens": ["a", "b"], "tags": ["O", number]}, "'tags', item 1"),
+    ):
+        with pytest.raises(DataError, match=f"field {field}: {number} must be a text that isn't empty"):
+            as_records([record])
+    if number == number:
+        with pytest.raises(DataError, match=f"row 1: field 'label': {number} must be a text that isn't empty"):
+            as_records([{"text": "a", "label": number}])
+    assert as_records([{"text": "a", "label": 10**400}]) == [{"text": "a", "label": str(10**400)}]
+
+
+def test_polars_nan():
+    polars = pytest.importorskip("polars")
+    frame = polars.DataFrame({"text": ["a", "b"], "label": [1.0, float("nan")]})
+    assert as_records(frame) == [{"text": "a", "label": "1"}, {"text": "b"}]
+
+
+def test_columns_by_the_options_of_python(caplog):
+    with pytest.raises(
+        DataError, match="its columns are q, x, and none is obvious; give text_column, text_pair_column"
+    ):
+        as_records([{"q": "a", "x": "b"}])
+    caplog.set_level("INFO", "bloblora")
+    options = ReadingOptions(text_column="q")
+    assert as_records([{"q": "a", "topic": "b"}], options) == [{"text": "a", "label": "b"}]
+    assert caplog.messages == ["the records: label is column 'topic' (label_column to choose otherwise)"]
+    with pytest.raises(DataError, match="text_column 'q': there is no such column; it has x"):
+        as_records([{"x": "a"}], options)
+
+
+def test_labels_of_a_run_in_another_form():
+    found = as_records(
+        [{"text": "a", "label": label} for label in ("True", True, 1, "1.0", "x")], labels=("true", "1.0")
+    )
+    assert [record["label"] for record in found] == ["true", "true", "1.0", "1.0", "x"]
+    both = as_records([{"text": "a", "label": label} for label in ("True", "true", "TRUE")], labels=("True", "true"))
+    assert [record["label"] for record in both] == ["True", "true", "TRUE"]

@@ -13,7 +13,7 @@ from transformers import DataCollatorWithPadding
 
 import bloblora
 from bloblora import runs
-from bloblora.data import DataError
+from bloblora.data import DataError, as_records, read_records
 from bloblora.runs.decide import calibrate
 from tests.tiny_base import TEXTS, held_out, queries, write_jsonl
 
@@ -153,3 +153,24 @@ def test_prompts(base, tmp_path):
     assert run.generate([record["prompt"] for record in records], 2, **options).texts == expected
     (line,) = run.describe_texts(records[0]["prompt"], 2, **options)
     assert line["prompt"] == records[0]["prompt"]
+
+
+def test_columns_and_labels_in_another_form(base, tmp_path):
+    """A column of another name, and the labels of a table of texts, of a typed one and of texts that were typed."""
+    rows = [{"said": record["text"], "label": record["label"] == "parcel"} for record in queries()]
+    pandas.DataFrame(rows).to_csv(file := tmp_path / "rows.csv", index=False)
+    of_file = runs.train(config_of(base, str(file), tmp_path / "file", text_column="said"), progress=False)
+    config = config_of(base, pandas.DataFrame(rows), tmp_path / "run", text_column="said")
+    run = runs.train(config.with_options(seed=0), progress=False)
+    assert run.task.labels == of_file.task.labels == ("false", "true")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["reading"] == {"text_column": "said"}
+    expected = runs.evaluate(run, pandas.DataFrame(rows), options=TWO)
+    as_texts = pandas.read_csv(file, dtype=str)
+    assert set(as_texts["label"]) == {"True", "False"}
+    assert runs.evaluate(runs.load_run(tmp_path / "run"), as_texts, options=TWO) == expected
+    description = runs.open_run(tmp_path / "file")
+    assert read_records(file, **description.reading) == as_records(as_texts, **description.reading)
+    with pytest.raises(runs.RunError, match="the run has seen 4 of the 4 records"):
+        calibrate(description, as_texts)
+    with pytest.raises(DataError, match="text_column 'words': there is no such column; it has said, label"):
+        config_of(base, pandas.DataFrame(rows), tmp_path / "none", text_column="words")

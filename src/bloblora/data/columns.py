@@ -6,10 +6,10 @@ import ast
 import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from datetime import date, time
+from datetime import date, datetime, time
 from string import ascii_uppercase
 from typing import Any
 
@@ -88,12 +88,22 @@ _PAIRS = (
 )
 _BEFORE = {"labels": ("label",), "value": ("label", "labels")}
 """Fields that are a record's answer rather than another one, where both could be."""
-_CHOICE = re.compile(r"choice_\d+")
+_CHOICE = re.compile(r"choice_\d{1,4}")
 _LIST = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
+_WHOLE_FLOAT = re.compile(r"([+-]?[0-9]{1,15})\.0+")  # whose digits a float holds
+
+
+def option(name: str) -> str:
+    """The option of the command line that names a field's column."""
+    return f"--{name.replace('_', '-')}-column"
 
 
 def find_columns(
-    source: str, present: Sequence[str], given: Mapping[str, str], known: Mapping[str, str] | None = None
+    source: str,
+    present: Sequence[str],
+    given: Mapping[str, str],
+    known: Mapping[str, str] | None = None,
+    option: Callable[[str], str] = option,
 ) -> dict[str, str]:
     """The column of each field that isn't called as its field: given, known of a run, or obvious by its name.
 
@@ -102,15 +112,16 @@ def find_columns(
         present: the columns that are there.
         given: column by field; each must be there, but for case and spaces.
         known: the same, used where they are there.
+        option: what messages call the option that names a field's column.
 
     Raises:
         DataError: a column isn't there, columns of several kinds of records are given, or none is obvious; the message
             names those that are there.
     """
-    found = {name: _the_given(source, name, column, present) for name, column in given.items()}
+    found = {name: _the_given(source, option(name), column, present) for name, column in given.items()}
     found |= {name: c for name, c in (known or {}).items() if c in present and name not in found}
     if not _kinds(given):
-        options = ", ".join(map(_option, given))
+        options = ", ".join(map(option, given))
         raise DataError([f"{source}: {options} are of several kinds of records: give those of one kind"])
     names = _Names(present)
     kind, possible = names.kind(), _kinds(given or [*found][:1])
@@ -118,7 +129,7 @@ def find_columns(
     if kind is None:
         if not present:
             return {}
-        ways = "; or ".join(", ".join(map(_option, fields_)) for fields_ in _FIELDS.values())
+        ways = "; or ".join(", ".join(map(option, fields_)) for fields_ in _FIELDS.values())
         raise DataError([f"{source}: its columns are {_listed(present)}, and none is obvious; give {ways}"])
     found = {name: column for name, column in found.items() if name in _FIELDS[kind]}
     wanted = ("messages",) if kind == "generation" and names.of("messages") else _FIELDS[kind]
@@ -140,18 +151,23 @@ def obvious_kind(present: Sequence[str]) -> str | None:
     return _Names(present).kind()
 
 
-def said_of(found: Mapping[str, str], given: Mapping[str, str], known: Mapping[str, str]) -> str | None:
+def said_of(
+    found: Mapping[str, str],
+    given: Mapping[str, str],
+    known: Mapping[str, str],
+    option: Callable[[str], str] = option,
+) -> str | None:
     """The line that says which columns were guessed; None where none was."""
     guessed = {name: column for name, column in found.items() if name not in given and known.get(name) != column}
     if not guessed:
         return None
     taken = ", ".join(f"{name} is column {quoted(column)}" for name, column in guessed.items())
-    return f"{taken} ({', '.join(map(_option, guessed))} to choose otherwise)"
+    return f"{taken} ({', '.join(map(option, guessed))} to choose otherwise)"
 
 
 def missing_hint(name: str, present: Sequence[str]) -> str:
     """What to add to the message that a field is missing."""
-    return f"; its columns are {_listed(present)}: name one with {_option(name)}"
+    return f"; its columns are {_listed(present)}: name one with {option(name)}"
 
 
 def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
@@ -165,16 +181,20 @@ def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
     record = {name: value for name, value in (rest | moved).items() if not _is_missing(name, value)}
     for name in {"labels", "value", "tokens"} & {*rest, *moved}:
         record.setdefault(name, None)  # so that it is what is said to be missing
-    flat = sorted((name for name in record if _CHOICE.fullmatch(name)), key=lambda name: int(name[7:]))
-    if flat and "choices" not in record:
-        texts = [record.pop(name) for name in flat]
-        record["choices"] = [text for text in texts if text != ""]
+    if record_kind(record) is None:
+        record |= {name: None for name in [name for name in _DECIDING if name in (*rest, *moved)][:1]}
+    if record.get("prompt") == "" and {"chosen", "responses"} & {*record}:
+        del record["prompt"]  # which a preference need not have
+    if flat := _flat_choices(rest) if "choices" not in record else []:
+        record = {name: value for name, value in record.items() if not _CHOICE.fullmatch(name)} | {"choices": flat}
     for name in ("choices", "responses", "tokens", "tags"):
         if isinstance(record.get(name), str):
             record[name] = _parsed(record[name])  # what is no list is reported with its value by the check that follows
     record, names = _named_choices(record)
     if "answer" in record:
         record["answer"] = _index(record["answer"], record.get("choices"), names)
+    if flat:
+        record = _without_gaps(record)
     if isinstance(record.get("label"), list | tuple):
         record["labels"] = record.pop("label")
     if isinstance(record.get("labels"), bool | int | float):  # as transformers calls the class of an example
@@ -195,10 +215,35 @@ def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
 
 
 def _label(value: Any) -> Any:
-    """A number or a boolean as the text that JSON has for it."""
-    if not isinstance(value, bool | int | float):
+    """A number or a boolean as the text that JSON has for it, a date as `date_text`; NaN and infinity are no labels."""
+    if isinstance(value, date | time):
+        return date_text(value)
+    if not isinstance(value, bool | int | float) or value != value or abs(value) == math.inf:
         return value
     return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def is_boolean(label: str) -> bool:
+    """Whether a text is what a table of texts has for a boolean."""
+    return label.casefold() in ("true", "false")
+
+
+def is_whole_float(label: str) -> bool:
+    """Whether a text is what a table of texts has for a float that is a whole number, such as ``1.0``."""
+    return _WHOLE_FLOAT.fullmatch(label) is not None
+
+
+def typed(label: str) -> str:
+    """The label that a boolean or a whole float becomes where it isn't a text, of such a text; else the text itself."""
+    if found := _WHOLE_FLOAT.fullmatch(label):
+        return str(int(found[1]))
+    return label.casefold() if is_boolean(label) else label
+
+
+def date_text(value: date | time) -> str:
+    """A date or a time in ISO 8601, with a space between them; without the time where that is midnight."""
+    midnight = isinstance(value, datetime) and value.tzinfo is None and value.time() == time()
+    return str(value.date() if isinstance(value, datetime) and midnight else value)
 
 
 def label_list(value: Any) -> Any:
@@ -297,15 +342,11 @@ def _normal(column: str) -> str:
     return re.sub(r"[\s_\-\ufeff]+", "", column).casefold()
 
 
-def _the_given(source: str, name: str, column: str, present: Sequence[str]) -> str:
+def _the_given(source: str, option: str, column: str, present: Sequence[str]) -> str:
     same = [other for other in present if _normal(other) == _normal(column)]
     if column in present or len(same) == 1:
         return column if column in present else same[0]
-    raise DataError([f"{source}: {_option(name)} {quoted(column)}: there is no such column; it has {_listed(present)}"])
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}-column"
+    raise DataError([f"{source}: {option} {quoted(column)}: there is no such column; it has {_listed(present)}"])
 
 
 def _listed(columns: Sequence[str]) -> str:
@@ -314,12 +355,31 @@ def _listed(columns: Sequence[str]) -> str:
 
 
 def _is_missing(name: str, value: Any) -> bool:
-    """Null, and where an answer should be also an empty cell or the NaN that pandas writes for one.
+    """Null, the NaN that pandas has for it, and an empty cell of what a record need not have.
 
     An empty cell of labels is none of them.
     """
-    of_answers = name == "margin" or (name in ANSWERS and name != "labels")
-    return value is None or (of_answers and (value == "" or value != value))
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True
+    return value == "" and (name in ("margin", "text_pair") or (name in ANSWERS and name != "labels"))
+
+
+def _flat_choices(row: Mapping[str, Any]) -> list[Any]:
+    """The choices that have a column each, without empty ones at the end; one between others is an empty text."""
+    texts = {int(name[7:]): value for name, value in row.items() if _CHOICE.fullmatch(name)}
+    there = [number for number, value in texts.items() if value != "" and not _is_missing("choices", value)]
+    return [texts[number] if number in there else "" for number in range(min(texts), max(there) + 1)] if there else []
+
+
+def _without_gaps(record: Record) -> Record:
+    """The record without empty choices, and its answer's index among the others; an empty answer stays, an error."""
+    choices, answer = record["choices"], record.get("answer")
+    places = [place for place, choice in enumerate(choices) if choice != ""]
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        if answer not in places:
+            return record
+        answer = places.index(answer)
+    return record | {"choices": [choices[place] for place in places]} | ({} if answer is None else {"answer": answer})
 
 
 def _named_choices(record: Record) -> tuple[Record, list[str]]:
@@ -348,7 +408,7 @@ def _index(answer: Any, choices: Any, names: Sequence[str]) -> Any:
     if not isinstance(answer, str):
         return answer
     meant = {i for i, choice in enumerate(choices) if isinstance(choice, str) and choice.strip() == answer.strip()}
-    letter = answer.strip().upper()
+    letter = (answer if meant else typed(answer.strip())).strip().upper()
     # ASCII, because "²" is a digit too, of which int() makes nothing
     if letter.isascii() and letter.isdigit() and len(letter) < 10:
         meant |= {int(letter)} if int(letter) < len(choices) or not meant else set()

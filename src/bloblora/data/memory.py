@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..messages import quoted
+from .columns import ReadingOptions
 from .reading import Reader
 from .records import DataError, Place, Record
 from .sources import Row, with_names
@@ -13,7 +14,14 @@ IN_MEMORY = "in memory"
 
 
 def as_records(
-    source: Any, *, texts_are: str = "text", require_labels: bool = False, kind: str | None = None
+    source: Any,
+    options: ReadingOptions = ReadingOptions(),  # noqa: B008  # frozen
+    *,
+    texts_are: str = "text",
+    require_labels: bool = False,
+    known: Mapping[str, str] | None = None,
+    kind: str | None = None,
+    labels: Sequence[str] | None = None,
 ) -> list[Record]:
     """Records of whatever holds them.
 
@@ -21,9 +29,12 @@ def as_records(
         source: a list of dicts, of texts, or of both; a pandas or Polars table, of which each row is a record; a
             ``datasets.Dataset``, whose ``ClassLabel`` columns, also of lists, become names; a column of texts; one dict
             or text.
+        options: which columns hold the fields, and whether rows that can't be used are left out.
         texts_are: the field that a text alone stands for: ``text``, or ``prompt`` where the model writes.
         require_labels: whether each record must have its label or answer.
-        kind: of the records, as of `Reader`.
+        known: columns by field, as of `Reader`; so for `kind` and `labels`.
+        kind: of the records.
+        labels: of a run.
 
     Returns:
         The records, with extra fields as they are. As in tables on the disk, numbers as labels become texts, labels
@@ -33,14 +44,15 @@ def as_records(
         DataError: lists every problem with rows, field and value; or ``source`` is nothing that holds records.
     """
     rows = [*_rows(source)]
-    return [*_Held(rows, texts_are, require_labels, kind)] if rows else []
+    how: dict[str, Any] = {"require_labels": require_labels, "known": known, "kind": kind, "labels": labels}
+    return [*_Held(rows, texts_are, options, **how)] if rows else []
 
 
 class _Held(Reader):
     """The records of rows in memory, of which there is at least one."""
 
-    def __init__(self, rows: Sequence[Any], texts_are: str, require_labels: bool, kind: str | None) -> None:
-        super().__init__("the records", require_labels=require_labels, kind=kind)
+    def __init__(self, rows: Sequence[Any], texts_are: str, options: ReadingOptions, **how: Any) -> None:
+        super().__init__("the records", options, **how)
         self._given, self._texts_are = rows, texts_are
 
     def _rows(self) -> Iterator[tuple[Place, Row]]:
@@ -51,8 +63,8 @@ class _Held(Reader):
             else:
                 yield ("row ", number), f"{quoted(row)} is neither a dict nor a text"
 
-    def _hint(self, problem: str) -> str:
-        return ""  # no option names a column here
+    def _option(self, name: str) -> str:
+        return f"{name}_column"
 
 
 def _rows(source: Any) -> Iterator[Any]:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 from ..messages import quoted
-from .columns import ReadingOptions, find_columns, missing_hint, obvious_kind, said_of, to_record
+from .columns import (
+    ReadingOptions,
+    find_columns,
+    is_boolean,
+    is_whole_float,
+    missing_hint,
+    obvious_kind,
+    option,
+    said_of,
+    to_record,
+    typed,
+)
 from .records import (
     KINDS,
     DataError,
@@ -44,6 +55,8 @@ class Reader:
         silent: log nothing.
         kind: of the records, one of `KINDS`; fields of other kinds are left out. Default: what their fields say.
         ahead: rows that are read before the first is a record, to find columns that not every row has.
+        labels: those of a run: one of them that a source writes in another form (True, 1.0) is meant by it. Without
+            them, labels of a .csv or .tsv that are all booleans, or all whole floats, become what they are elsewhere.
 
     Attributes:
         columns: the column of each field that isn't called as its field; known once the first row was read.
@@ -62,9 +75,10 @@ class Reader:
         silent: bool = False,
         kind: str | None = None,
         ahead: int = _AHEAD,
+        labels: Sequence[str] | None = None,
     ) -> None:
         self.source, self.options, self.known = str(source), options, known or {}
-        self.kind, self._ahead = kind, ahead
+        self.kind, self._ahead, self._labels = kind, ahead, labels
         self.require_labels = require_labels
         self.columns: dict[str, str] = {}
         self._say: Say = (lambda text: None) if silent else _log.info
@@ -93,11 +107,12 @@ class Reader:
     def checked(self) -> Iterator[tuple[Place, Record, list[str]]]:
         """Each row as a record, with its place and its problems; a DataError where there is none."""
         first, stripped, rows = None, 0, self._rows()
-        labels: set[str] = set()
+        labels, retyped = set[str](), dict[str, str]()
         if not (ahead := [*islice(rows, self._ahead)]):
             raise DataError([f"{self._name}: there are no records in it"])
         if every := _fields(self._of_kind(row) for _, row in ahead if not isinstance(row, str)):
             self._find_columns(every)
+        meant = self._meant(ahead)
         for place, row in chain(ahead, rows):
             if isinstance(row, str):
                 yield place, {}, [row]
@@ -107,6 +122,8 @@ class Reader:
             if kind == "text" and isinstance(label := record.get("label"), str):
                 record["label"] = label.strip()
                 stripped += record["label"] != label
+                if (label := meant(record["label"])) != record["label"]:
+                    retyped[record["label"]] = record["label"] = label
                 if len(labels) < _MOST_LABELS:
                     labels.add(record["label"])
             problems = record_problems(record, kind, require_answer=self.require_labels)
@@ -118,8 +135,41 @@ class Reader:
             yield place, record, [problem + self._hint(problem) for problem in problems]
         if stripped:
             self._say(f"{self._name}: took white space off {_count(stripped, 'label')}")
+        if retyped:
+            forms = ", ".join(f"{quoted(text)} as {quoted(label)}" for text, label in [*retyped.items()][:5])
+            self._say(f"{self._name}: read label {forms}{', …' if len(retyped) > 5 else ''}")
         if same := _same_but_for_case(labels):
             self._warn(f"{self._name}: labels that differ by case alone are different labels: {same}")
+
+    def _meant(self, ahead: Sequence[tuple[Place, Row]]) -> Callable[[str], str]:
+        """What makes of a label as it is written the one that is meant."""
+        if self._labels is None:
+            return typed if self._all_typed(ahead) else str
+        by_form: dict[str, list[str]] = {}
+        for known in self._labels:
+            by_form.setdefault(typed(known), []).append(known)
+        single = {form: of[0] for form, of in by_form.items() if len(of) == 1}
+        return lambda label: label if label in by_form.get(typed(label), ()) else single.get(typed(label), label)
+
+    def _all_typed(self, ahead: Sequence[tuple[Place, Row]]) -> bool:
+        """Whether a table of texts has labels that are all booleans, or all whole floats, by all of its rows."""
+        if Path(Path(self.source).name.removesuffix(".gz")).suffix.lower() not in (".csv", ".tsv"):
+            return False
+
+        def labels(rows: Iterable[tuple[Place, Row]]) -> Iterator[str]:
+            found = (
+                to_record(self._of_kind(row), self.columns).get("label")
+                for _, row in rows
+                if row and isinstance(row, dict)
+            )
+            return (label.strip() for label in found if isinstance(label, str))
+
+        return any(
+            any(labels(ahead))
+            and all(map(form, labels(ahead)))
+            and all(map(form, labels(rows_of(self.source, _unsaid))))
+            for form in (is_boolean, is_whole_float)
+        )
 
     def _rows(self) -> Iterator[tuple[Place, Row]]:
         return rows_of(self.source, self._say)
@@ -133,15 +183,19 @@ class Reader:
         return rest if obvious_kind([*map(str, rest)]) == self.kind else row
 
     def _find_columns(self, row: Record) -> None:
-        given = self.options.columns()
+        given, named = self.options.columns(), self._option
         self._present = [str(column) for column in row]
-        self.columns = find_columns(self._name, self._present, given, self.known)
-        if text := said_of(self.columns, given, self.known):
+        self.columns = find_columns(self._name, self._present, given, self.known, named)
+        if text := said_of(self.columns, given, self.known, named):
             self._say(f"{self._name}: {text}")
         kind = record_kind(to_record(row, self.columns))
         if self.kind is None and kind and (others := other_kinds(row, kind)):
             also = " and ".join(KINDS[other] for other in others)
             self._say(f"{self._name}: read as records with {KINDS[kind]}; it also has {also} (--task to read them)")
+
+    def _option(self, name: str) -> str:
+        """What messages call the option that names a field's column."""
+        return option(name)
 
     def _hint(self, problem: str) -> str:
         """What to do about a field that is missing because no column holds it."""
@@ -159,6 +213,7 @@ def read_records(
     known: Mapping[str, str] | None = None,
     require_labels: bool = True,
     kind: str | None = None,
+    labels: Sequence[str] | None = None,
 ) -> list[Record]:
     """Read and check labelled records, given as for `Reader`.
 
@@ -171,7 +226,7 @@ def read_records(
     Raises:
         DataError: lists every problem with file, line, field and value.
     """
-    return [*Reader(source, options, known=known, require_labels=require_labels, kind=kind)]
+    return [*Reader(source, options, known=known, require_labels=require_labels, kind=kind, labels=labels)]
 
 
 def read_batches(
@@ -182,6 +237,7 @@ def read_batches(
     known: Mapping[str, str] | None = None,
     require_labels: bool = True,
     kind: str | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Iterator[list[Record]]:
     """The records of `read_records`, ``size`` at a time.
 
@@ -192,7 +248,7 @@ def read_batches(
     Raises:
         DataError: as `read_records`.
     """
-    read = partial(Reader, source, options, known=known, require_labels=require_labels, kind=kind)
+    read = partial(Reader, source, options, known=known, require_labels=require_labels, kind=kind, labels=labels)
     stream = str(source) == "-"
     if not stream:
         for _ in read():
@@ -206,6 +262,10 @@ def read_batches(
         reader.report(problems, right=True)
         if records := [record for _, record, found in batch if not found]:
             yield records
+
+
+def _unsaid(text: str) -> None:
+    """Say nothing."""
 
 
 def _fields(rows: Iterable[Record]) -> Record:

@@ -171,6 +171,7 @@ def record_problems(record: Mapping[str, Any], kind: str | None, *, require_answ
         return [*_text_problems(record.get("text"), "field 'text'"), *pair, *wrong]
     if kind == "choice":
         choices = _choice_problems(record.get("choices")) or _answer_problems(record, "answer", require_answer)
+        choices = _empty_answer(record) or choices
         return _text_problems(record.get("question"), "field 'question'") + choices
     if kind == "preference":
         return _preference_problems(record, require_answer)
@@ -214,6 +215,14 @@ def _choice_problems(choices: Any) -> list[str]:
         found = "missing; it" if choices is None else repr(choices)
         return [f"field 'choices': {found} must be a list of at least 2 texts"]
     return [p for i, choice in enumerate(choices) for p in _text_problems(choice, f"field 'choices', item {i}")]
+
+
+def _empty_answer(record: Mapping[str, Any]) -> list[str]:
+    choices, answer = record.get("choices"), record.get("answer")
+    if not isinstance(choices, list | tuple) or isinstance(answer, bool) or not isinstance(answer, int):
+        return []
+    empty = 0 <= answer < len(choices) and choices[answer] == ""
+    return [f"field 'answer': {answer} must be the index of a choice that isn't empty"] if empty else []
 
 
 def _answer_problems(record: Mapping[str, Any], name: str, required: bool) -> list[str]:

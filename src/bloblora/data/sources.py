@@ -11,6 +11,7 @@ import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date, time
 from io import TextIOWrapper
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -21,7 +22,7 @@ from zipfile import ZipFile
 
 from ..files import parse_json
 from ..messages import quoted, shortened
-from .columns import obvious_kind
+from .columns import date_text, obvious_kind
 from .exports import label_studio_row, rasa_rows
 from .records import DataError, Place, Record
 from .sets import PAPER_SETS, read_paper_set, support_desk
@@ -303,6 +304,8 @@ def _sheet_rows(path: Path, say: Say) -> Iterator[tuple[Place, Row]]:
 def _cell(value: Any) -> str | None:
     if isinstance(value, bool) or value is None:
         return None if value is None else str(value).lower()
+    if isinstance(value, date | time):
+        return date_text(value)
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 

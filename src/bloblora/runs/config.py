@@ -73,6 +73,10 @@ class RunError(ValueError):
     """A run's folder or configuration can't be used; the message says what would be right."""
 
 
+class _Records(list[dict[str, Any]]):
+    """What was made records of, whose fields are in no other columns any more."""
+
+
 @dataclass(kw_only=True)
 class RunConfig:
     """Everything that decides a run.
@@ -196,16 +200,25 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
+        if problems := [*self._wrong_names()]:
+            raise RunError("\n".join(problems))
         for name in _SOURCES:
             if not isinstance(source := getattr(self, name), str | int | float | None):
-                setattr(self, name, as_records(source, require_labels=True, kind=self.record_kind))
+                setattr(self, name, self._records(name, source))
         if isinstance(self.model, str):
             self.model = models.located(self.model)
         if isinstance(targets := self.lora.get("target_modules"), str) and re.fullmatch(_LAYERS, targets):
             self.lora = {**self.lora, "target_modules": re.split(r"\s*,\s*", targets)}
-        problems = [*self._wrong_names()] or [*self._wrong_values(), *self._wrong_combinations()]
-        if problems:
+        if problems := [*self._wrong_values(), *self._wrong_combinations()]:
             raise RunError("\n".join(problems))
+
+    def _records(self, name: str, source: Any) -> list[dict[str, Any]]:
+        """Of what is in memory; validation records have the columns of the training records where these are there."""
+        given, how = self.reading_options(), self.reading_by()
+        if name == "data" and not isinstance(source, _Records):
+            return _Records(as_records(source, given, require_labels=True, **how))
+        skip = ReadingOptions(skip_invalid=given.skip_invalid)
+        return _Records(as_records(source, skip, require_labels=True, known=given.columns(), **how))
 
     @classmethod
     def of(cls, **options: Any) -> RunConfig:
@@ -284,6 +297,10 @@ class RunConfig:
     def reading_options(self) -> ReadingOptions:
         """How the training data are read."""
         return ReadingOptions(**self.reading)
+
+    def reading_by(self) -> dict[str, Any]:
+        """What a task that is given says of them, for `bloblora.data.Reader`."""
+        return {"kind": self.record_kind, "labels": self.task.get("labels")}
 
     def build_method(self) -> Method:
         """The method with its options, and on top of it a temperature where one is asked for.

@@ -87,9 +87,8 @@ def calibrate(
         ValueError: a promise is out of its range.
     """
     check_place(description)
-    kind = description.task.kind
-    records = as_records(records, require_labels=True, kind=kind)
-    outside = None if outside is None else as_records(outside, kind=kind)
+    records = as_records(records, require_labels=True, **description.reading)
+    outside = None if outside is None else as_records(outside, **description.reading)
     for side in (records, outside):
         if side is not None:
             check_kind(description.task, side)

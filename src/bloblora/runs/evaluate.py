@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from .. import tasks
-from ..data import as_records
 from ..data.records import Problems
 from ..decision import Decision
 from ..evaluation import Distance, reliability, reliability_diagram, summary
@@ -51,7 +50,7 @@ def evaluate(
         RunError: records of the other kind, a label that the run doesn't know, or ``predictions`` of something else.
         DataError: records that can't be used.
     """
-    records = as_records(records, require_labels=True, kind=run.task.kind)
+    records = run.records(records, require_labels=True)
     check_kind(run.task, records)
     targets = targets_of(run.task, records)
     if outside is not None:

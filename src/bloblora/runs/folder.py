@@ -114,7 +114,8 @@ class RunDescription:
     @property
     def reading(self) -> dict[str, Any]:
         """How records for the run are read, for `bloblora.data.Reader`: by the columns it knows, for its task."""
-        return {"known": self.columns, "kind": self.task.kind}
+        known = {**self.config.reading_options().columns(), **self.columns}
+        return {"known": known, "kind": self.task.kind, "labels": self.task.labels}
 
     @property
     def posterior(self) -> BlobConfig | None:

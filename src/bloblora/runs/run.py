@@ -142,10 +142,11 @@ class Run:
         """When `predict` makes no more draws for an input."""
         return self.approximation.stop if self.approximation else None
 
-    def records(self, source: Any) -> list[dict[str, Any]]:
+    def records(self, source: Any, *, require_labels: bool = False) -> list[dict[str, Any]]:
         """What `bloblora.data.as_records` makes of a source; a text alone is one to classify, or to answer."""
-        kind = self.task.kind
-        return as_records(source, texts_are="prompt" if kind == "generation" else "text", kind=kind)
+        kind, known = self.task.kind, self.config.reading_options().columns()
+        how: dict[str, Any] = {"kind": kind, "labels": self.task.labels, "require_labels": require_labels}
+        return as_records(source, texts_are="prompt" if kind == "generation" else "text", known=known, **how)
 
     def predict(
         self,

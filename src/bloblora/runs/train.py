@@ -113,8 +113,8 @@ def train(
     main = processes().is_main_process
     with _elsewhere() if finished else _scratch(output) as scratch:
         stored = read_description(output, config, besides=left_open(config))
-        source, options = config.data, config.reading_options()
-        reader = source if isinstance(source, list) else datasets_.Reader(source, options, kind=config.record_kind)
+        source, options, how = config.data, config.reading_options(), config.reading_by()
+        reader = source if isinstance(source, list) else datasets_.Reader(source, options, **how)
         everything = _mapped(scratch / "records.arrow", partial(_read, reader))
         columns = {} if isinstance(reader, list) else reader.columns
         records = select_for(config, everything)
@@ -279,7 +279,7 @@ def _validation(config: RunConfig, scratch: Path, columns: dict[str, str]) -> An
         reader = (
             source
             if isinstance(source, list)
-            else datasets_.Reader(source, options, known=columns, kind=config.record_kind)
+            else datasets_.Reader(source, options, known=columns, **config.reading_by())
         )
         return _mapped(scratch / "validation_records.arrow", partial(_read, reader))
 

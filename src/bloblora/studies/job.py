@@ -361,14 +361,14 @@ def _sha256(job: Job, read: Read) -> dict[str, str]:
 
 
 def _training(config: runs.RunConfig, read: Read) -> list[dict[str, Any]]:
-    return _read(read, config.source("data"), config.reading_options(), kind=config.record_kind)
+    return _read(read, config.source("data"), config.reading_options(), **config.reading_by())
 
 
 def _beside(source: str, config: runs.RunConfig, read: Read, *, require_labels: bool = True) -> list[dict[str, Any]]:
     """Records beside the training records, whose columns are used where they are there."""
     given = config.reading_options()
-    options, kind = ReadingOptions(skip_invalid=given.skip_invalid), config.record_kind
-    return _read(read, source, options, known=given.columns(), require_labels=require_labels, kind=kind)
+    options, how = ReadingOptions(skip_invalid=given.skip_invalid), config.reading_by()
+    return _read(read, source, options, known=given.columns(), require_labels=require_labels, **how)
 
 
 def _read(read: Read, source: str, options: ReadingOptions, **how: Any) -> list[dict[str, Any]]:
