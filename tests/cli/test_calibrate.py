@@ -245,6 +245,62 @@ def test_a_few_records_that_the_run_has_seen_are_left_out(call, files, run, tmp_
     assert again["decision"]["label_sets"] == pytest.approx(stored["decision"]["label_sets"], abs=1e-6)
 
 
+def test_predictions_of_both_sides_in_one_file(call, folder, held_out, files, tmp_path):
+    """Rules and what became of them are those of the same records given apart."""
+    both, alone = tmp_path / "both.jsonl", tmp_path / "outside.jsonl"
+    arguments = (
+        "evaluate",
+        folder,
+        "--data",
+        held_out,
+        "--ood",
+        files.outside,
+        "--samples",
+        "3",
+        "--predictions",
+        both,
+    )
+    assert call(*arguments)[0] == 0
+    written = both.read_text()
+    marks = [line.get("outside", False) for line in map(json.loads, written.splitlines())]
+    assert marks == [False] * 60 + [True] * 3
+    assert call(*arguments)[0] == 0  # read again
+    assert both.read_text() == written
+    assert call("predict", folder, "--input", files.outside, "--samples", "3", "--output", alone)[0] == 0
+    own = call("calibrate", folder, "--data", held_out, "--ood", files.outside, *LAX, "--json")
+    expected = json.loads(own[1])
+    for more in ((), ("--data", held_out), ("--ood", alone), ("--ood", both)):
+        status, out, err = call("calibrate", folder, "--predictions", both, *more, *LAX, "--json")
+        assert status == 0, err
+        use = "left out, because of --ood" if "--ood" in more else "taken as out of scope"
+        assert f"both.jsonl: 3 lines of inputs out of scope, marked so by `bloblora evaluate --ood`, are {use}" in err
+        assert json.loads(out)["decision"]["scope"] == pytest.approx(expected["decision"]["scope"])
+        assert json.loads(out)["realized"] == pytest.approx(expected["realized"])
+
+
+@pytest.mark.parametrize("kind", ["texts", "questions"])
+def test_predictions_of_what_the_run_has_seen_are_refused(call, run, choice_run, files, kind, tmp_path):
+    folder = shutil.copytree(run if kind == "texts" else choice_run, tmp_path / "run")
+    own, predicted = getattr(files, kind), tmp_path / "predicted.jsonl"
+    assert call("evaluate", folder, "--data", own, "--samples", "3", "--predictions", predicted)[0] == 0
+    count = len(predicted.read_text().splitlines())
+    said = f"the run has seen {count} of the {count} records: it was trained on them"
+    fails(call("calibrate", folder, "--predictions", predicted, *LAX), said)
+    rows = [json.loads(line) for line in predicted.read_text().splitlines()]
+    if kind == "texts":  # a table, and targets by index
+        names = [*rows[0]["probabilities"]]
+        cells = [[row["text"], row["target"], *map(str, row["probabilities"].values())] for row in rows]
+        header = ["text", "target", *(f"probability_{name}" for name in names)]
+        (table := tmp_path / "table.csv").write_text("".join(f"{','.join(row)}\n" for row in [header, *cells]))
+        fails(call("calibrate", folder, "--predictions", table, *LAX), said)
+        indexed = [row | {"target": names.index(row["target"])} for row in rows]
+        fails(call("calibrate", folder, "--predictions", write_jsonl(tmp_path / "i.jsonl", indexed), *LAX), said)
+    bare = [{name: value for name, value in row.items() if name not in ("text", "question")} for row in rows]
+    status, _, err = call("calibrate", folder, "--predictions", write_jsonl(tmp_path / "bare.jsonl", bare * 20), *LAX)
+    assert f"warning: {tmp_path / 'bare.jsonl'}: {20 * count} of {20 * count} lines don't say their whole record" in err
+    assert status == 0, err
+
+
 def test_copies_are_counted(call, folder, held_out, tmp_path):
     relabelled = [record | {"label": "refund"} for record in tiny_base.held_out(5)]
     data = write_jsonl(tmp_path / "copies.jsonl", [*tiny_base.held_out(), *relabelled])

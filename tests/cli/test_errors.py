@@ -92,6 +92,38 @@ def test_outputs_that_cannot_be_written(train, call, run, files, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("command", "read", "written"),
+    [
+        ("predict", "--input", "--output"),
+        ("generate", "--input", "--output"),
+        ("score", "--input", "--output"),
+        ("evaluate", "--data", "--output"),
+        ("evaluate", "--data", "--predictions"),
+        ("evaluate", "--ood", "--diagram"),
+        ("calibrate", "--data", "--output"),
+        ("calibrate", "--ood", "--output"),
+        ("calibrate", "--predictions", "--output"),
+    ],
+)
+@pytest.mark.parametrize("link", ["none", "soft", "hard"])
+def test_what_is_read_is_not_written(call, files, tmp_path, command, read, written, link):
+    own, other = tmp_path / "own.jsonl", tmp_path / "other.jsonl"
+    own.write_text(text := Path(files.texts).read_text())
+    if link != "none":
+        other.symlink_to(own) if link == "soft" else other.hardlink_to(own)
+    target = tmp_path / "." / "own.jsonl" if link == "none" else other
+    data = () if read == "--data" or command not in ("evaluate", "calibrate") else ("--data", files.texts)
+    message = f"{written} '{target}': is the same file as {read} '{own}'; give another"
+    fails(call(command, NOWHERE, *data, read, own, written, target), message)
+    assert own.read_text() == text
+
+
+def test_outputs_that_are_one_file(call, files, tmp_path):
+    both = ("--output", tmp_path / "a.json", "--predictions", tmp_path / "a.json")
+    fails(call("evaluate", NOWHERE, "--data", files.texts, *both), "is the same file as --output")
+
+
+@pytest.mark.parametrize(
     "arguments", [(), ("--version-number",), ("nope",), ("evaluate",), ("evaluate", "--data", "x"), ("predict", "run")]
 )
 def test_commands_that_lack_something(call, arguments):

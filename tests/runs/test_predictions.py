@@ -238,3 +238,39 @@ def test_preferences_of_any_model(tmp_path):
     found = calibrate_on(inside, right, coverage=0.8)
     assert found["decision"]["label_sets"]["threshold"] == pytest.approx(0.8)
     assert found["realized"]["set_coverage"] == pytest.approx(8 / 9)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_number_is_no_index_where_labels_are_numbers(named, tmp_path):
+    labels = ("1", "2", "3")
+    values = dict(zip(labels, (0.5, 0.3, 0.2), strict=True)) if named else [0.5, 0.3, 0.2]
+    task = None if named else Classification(labels=labels, pad_token_id=0)
+    lines = [{"probabilities": values, "target": target} for target in (1, "3", 2.0, 0)]
+    file = write_jsonl(tmp_path / "numbers.jsonl", lines)
+    message = r"numbers.jsonl:4: field 'target': 0 is none of the 3 labels 1, 2, 3; it is no index, because label '1'"
+    with pytest.raises(DataError, match=message) as error:
+        read_predictions(file, task)
+    assert len(error.value.problems) == 1
+    _, targets = read_predictions(write_jsonl(file, lines[:3]), task)
+    assert targets.tolist() == [0, 2, 1]
+    bare = write_jsonl(file, [{"probabilities": [0.5, 0.5], "target": target} for target in (0, "1")])
+    assert read_predictions(bare)[1].tolist() == [0, 1]
+
+
+def test_a_boolean_target(tmp_path):
+    lines = [{"probabilities": {"false": 0.5, "true": 0.5}, "target": target} for target in (True, "False", 0)]
+    assert read_predictions(write_jsonl(tmp_path / "a.jsonl", lines))[1].tolist() == [1, 0, 0]
+
+
+def test_lines_out_of_scope_are_not_in_scope(tmp_path):
+    lines = [
+        {"probabilities": {"a": 0.9, "b": 0.1}, "target": "a"},
+        {"probabilities": {"a": 0.4, "b": 0.6}, "outside": True},
+        {"probabilities": {"a": 0.2, "b": 0.8}, "target": "b", "outside": False},
+    ]
+    file = write_jsonl(tmp_path / "both.jsonl", lines)
+    inside, targets = read_predictions(file, targets=None)
+    assert (inside.probabilities[:, 0].tolist(), targets.tolist()) == ([pytest.approx(0.9), pytest.approx(0.2)], [0, 1])
+    outside, _ = read_predictions(file, labelled=False, outside=True)
+    assert outside.probabilities[:, 0].tolist() == [pytest.approx(0.4)]
+    assert read_predictions(file, targets=["b", "b"])[1].tolist() == [1, 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -31,11 +31,11 @@ from ..runs.decide import calibrate as calibrate_run
 from ..runs.evaluate import METRICS_FILE, read_metrics, save_metrics
 from ..runs.lines import lines_file, write_table
 from ..runs.outcome import log
-from ..runs.predictions import answer_of, check_made_by, read_predictions
+from ..runs.predictions import answer_of, check_made_by, count_outside, predicted_records, read_predictions
 from ..runs.processes import use_device
 from ..runs.run import SamplingOptions
 from ..runs.scoring import score_file
-from ..runs.seen import said, seen, unseen
+from ..runs.seen import said, seen, unseen, unseen_predictions
 from ..runs.text_decisions import open_text_decision, promise_texts
 from ..runs.texts import WritingOptions
 from ..training import PosteriorHistograms
@@ -161,8 +161,8 @@ def calibrate(
     the list of the right ones in `target`, of preferences with `probabilities` by response and the chosen one in
     `target`, and of values with `value`, `std` and `target`; such as lines of `predict` with the target added. Or a
     .csv with the same in columns, one for each label. Of tags of words `probabilities` is a list with an object by tag
-    for each word, and `target` the list of the right tags; or lines that `evaluate --predictions` wrote. With --data
-    the right answers are those of its records, in the same order.
+    for each word, and `target` the list of the right tags; or lines that `evaluate --predictions` wrote, of which those
+    of its --ood are taken as out of scope. With --data the right answers are those of its records, in the same order.
 
     Of a run that writes text, data are as for `bloblora correctness`, but other records than it was given. The rules
     are for `generate`, or where records have `right` for `score`, with the same --samples and --seed, and of answers
@@ -203,11 +203,10 @@ def calibrate(
     """
     use_device(device)
     runs.check_alone("calibrate")
-    if output is not None:
-        runs.check_writable(output)
-        if directory is not None and Path(output).absolute() == (Path(directory) / DECISION_FILE).absolute():
-            there = "the rules are saved there anyway, and for other N beside; leave it out"
-            raise RunError(f"output {quoted(output)}: {there}")
+    _check_outputs({"output": output}, {"data": data, "predictions": predictions, "ood": ood})
+    if output and directory and Path(output).absolute() == (Path(directory) / DECISION_FILE).absolute():
+        there = "the rules are saved there anyway, and for other N beside; leave it out"
+        raise RunError(f"output {quoted(output)}: {there}")
     promises: dict[str, Any] = {"risk": risk, "level": confidence, "coverage": coverage, "false_alarm": false_alarm}
     kinds: dict[str, Any] = {"kind": label_sets, "score": score}
     description = _opened(directory, options) if directory is not None else None
@@ -311,11 +310,19 @@ def _calibrate_predictions(
         check_made_by(file, description, options)
         if data is not None:
             positions = unseen(description, records)
+        else:
+            positions = unseen_predictions(description, file, predicted_records(file, description.task))
     inside, targets = read_predictions(file, task, options.samples, targets=right, positions=positions)
     score = promises["score"]
     if score in inside.uncertainties and getattr(inside, score).isnan().any():
         raise RunError(f"{file}: field {score!r}: missing; give it, or take --score {inside.usual_score}")
-    outside = None if ood is None else read_predictions(Path(ood), task, options.samples, labelled=False)[0]
+    if marked := count_outside(file):
+        use = "are taken as out of scope" if ood is None else "are left out, because of --ood"
+        log.info(f"{file}: {marked} lines of inputs out of scope, marked so by `bloblora evaluate --ood`, {use}")
+    outside, source = None, Path(ood) if ood is not None else file if marked else None
+    if source is not None:
+        only = count_outside(source) > 0
+        outside, _ = read_predictions(source, task, options.samples, labelled=False, outside=only)
     check_promises(len(targets), predicted=type(inside), **promises)
     return calibrate_on(inside, targets, outside, description, options, **promises)
 
@@ -378,9 +385,7 @@ def evaluate(
     runs.check_alone("evaluate")
     if distances and ood is None:
         raise RunError("distances tell inputs in scope from others; give some of the others with --ood")
-    for file in (output, predictions, diagram):
-        if file is not None:
-            runs.check_writable(file)
+    _check_outputs({"output": output, "predictions": predictions, "diagram": diagram}, {"data": data, "ood": ood})
     with ExitStack() as stack:
         for file in {file for file in (output, diagram) if file}:  # predictions have their lock where they are written
             stack.enter_context(runs.alone(Path(file)))
@@ -473,8 +478,7 @@ def predict(
     several = runs.processes().num_processes > 1
     if several and (output is None or input == "-"):
         raise RunError("several processes share an input that is a file, and need --output for their answers")
-    if output is not None:
-        runs.check_writable(output)
+    _check_outputs({"output": output}, {"input": input})
     description = _opened(directory, options)
     decision = open_decision(description, options)
     batches = runs.share_of(read_batches(input, runs.CHUNK, reading, require_labels=False, **description.reading))
@@ -556,8 +560,7 @@ def generate(
     """
     use_device(device)
     runs.check_alone("generate")
-    if output is not None:
-        runs.check_writable(output)
+    _check_outputs({"output": output}, {"input": input})
     description = _opened(directory)
     correctness = open_correctness(description, "generate", options.how())
     decision = open_text_decision(description, "generate", options.how(), correctness)
@@ -622,8 +625,7 @@ def score(
     """
     use_device(device)
     runs.check_alone("score")
-    if output is not None:
-        runs.check_writable(output)
+    _check_outputs({"output": output}, {"input": input})
     check_generates((description := _opened(directory)).task)
     correctness = open_correctness(description, "score", options.how())
     trusted: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
@@ -740,6 +742,22 @@ def _validated(validation: dict[str, Any]) -> str:
         before = f" (before training: {measured(one['before'])})" if one["before"] else ""
         parts.append(f"{name}best at step {one['best_step']} ({stopped} {last}), {measured(one)}{before}")
     return f"validation: {'; '.join(parts)}; {validation['share_of_time']:.0%} of the time"
+
+
+def _check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str | None]) -> None:
+    """Raise a RunError for a file that can't be written, or is also read, or written for another option."""
+    others = {name: file for name, file in inputs.items() if file not in (None, "-")}
+    for name, file in outputs.items():
+        for other, there in others.items():
+            if file is not None and there is not None and _is_same(Path(file), Path(there)):
+                raise RunError(f"--{name} {quoted(file)}: is the same file as --{other} {quoted(there)}; give another")
+        if file is not None:
+            runs.check_writable(file)
+            others[name] = file
+
+
+def _is_same(file: Path, other: Path) -> bool:
+    return file.resolve() == other.resolve() or (file.exists() and other.exists() and file.samefile(other))
 
 
 def _opened(directory: str, options: PredictionOptions | None = None) -> RunDescription:

@@ -42,8 +42,9 @@ def evaluate(
 
     Both are what `bloblora.data.as_records` takes: a list of dicts, a table, a dataset.
     With ``diagram`` a reliability diagram is written to that PNG; with ``decision`` also what became of its promises.
-    With ``predictions`` the lines of `describe` are written to that file as they are made, those of ``outside`` last,
-    with ``log_probabilities`` and ``num_draws``; what a call that was stopped has written isn't predicted again.
+    With ``predictions`` the lines of `describe` are written to that file as they are made, those of ``outside`` last
+    and marked as such, with ``log_probabilities`` and ``num_draws``; what a call that was stopped has written isn't
+    predicted again.
     With ``outside`` and a ``distance`` also how well the distance of hidden states tells the two apart.
 
     Raises:
@@ -72,7 +73,8 @@ def evaluate(
             "decision": decision.to_dict() if decision else None,
         }
         predict = partial(run.predict, num_samples=options.samples, seed=options.seed, batch_size=options.batch_size)
-        keep_predictions(predictions, run.task, both, predict, identity, decision, progress=progress)
+        how: dict[str, Any] = {"num_inside": len(records), "progress": progress}
+        keep_predictions(predictions, run.task, both, predict, identity, decision, **how)
         with predictions.open(encoding="utf-8") as lines:
             rows = map(json.loads, lines)
             inside = kept_prediction(islice(rows, len(records)), options.samples, run.task)

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import tasks
 from ..data import DataError
-from ..data.columns import label_list
+from ..data.columns import label_list, to_record, typed
 from ..decision import Decision
 from ..files import json_sha256, parse_json, read_json
 from ..messages import quoted
@@ -34,6 +34,7 @@ from .run import PredictionOptions
 
 _NOT_PROBABILITIES = ("target", "id", "text", "text_pair", "question", "label", "labels")
 _PREFIX = "probability_"
+_OUTSIDE = "outside"  # true in the lines of records out of scope, where a file has both
 
 SCALES = ("temperature", "width")
 """T and τ, which a run has where they were fitted."""
@@ -184,21 +185,25 @@ def keep_predictions(
     identity: dict[str, Any],
     decision: Decision | None = None,
     *,
+    num_inside: int | None = None,
     progress: bool = False,
 ) -> None:
     """Write what isn't there yet of the records' lines: those of `describe`, and what `kept_prediction` reads.
+
+    Lines of the records after the first ``num_inside`` are marked as out of scope, for `read_predictions`.
 
     Raises:
         RunError: the file holds predictions of another ``identity`` or of other records, or another process writes it.
     """
 
-    def right(record: dict[str, Any]) -> dict[str, Any]:
+    def right(record: dict[str, Any], outside: bool) -> dict[str, Any]:
         target = answer_of(record, task)
-        return {} if target is None else {"target": target}
+        return ({} if target is None else {"target": target}) | ({_OUTSIDE: True} if outside else {})
 
-    def is_of(line: dict[str, Any], record: dict[str, Any]) -> bool:
-        expected = json.loads(json.dumps(repeated(record) | right(record)))
-        if {**line, **expected} != line:
+    def is_of(line: dict[str, Any], row: tuple[dict[str, Any], bool]) -> bool:
+        record, outside = row
+        expected = json.loads(json.dumps(repeated(record) | right(record, outside)))
+        if {**line, **expected} != line or _is_outside(line) != outside:
             return False
         columns = [*columns_of(task, record)]
         if task.likelihood.name != Prediction.kind:
@@ -208,18 +213,19 @@ def keep_predictions(
         same = [*line["probabilities"]] == columns and len(numbers) == len(columns)
         return same and math.isclose(math.fsum(map(math.exp, numbers)), 1, abs_tol=1e-3)
 
-    def described(chunk: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        prediction = predict(chunk)
-        lines = lines_of(task, chunk, prediction, decision)
-        for record, line, exact in zip(chunk, lines, _exact(prediction), strict=True):
+    def described(chunk: Sequence[tuple[dict[str, Any], bool]]) -> Iterator[dict[str, Any]]:
+        prediction = predict(side := [record for record, _ in chunk])
+        lines = lines_of(task, side, prediction, decision)
+        for (record, outside), line, exact in zip(chunk, lines, _exact(prediction), strict=True):
             width = task.width(record)  # a row is as wide as the chunk's longest
             if "logits" in exact:
                 exact["logits"] = [row[:width] for row in exact["logits"]]
             else:
                 exact["log_probabilities"] = exact["log_probabilities"][:width]
-            yield line | right(record) | exact
+            yield line | right(record, outside) | exact
 
-    append_lines(file, records, described, identity, is_of=is_of, progress=progress)
+    rows = [(record, num_inside is not None and number >= num_inside) for number, record in enumerate(records)]
+    append_lines(file, rows, described, identity, is_of=is_of, progress=progress)
 
 
 def answer_of(record: Mapping[str, Any], task: tasks.Task | None = None) -> Any:
@@ -257,6 +263,7 @@ def read_predictions(
     targets: Sequence[Any] | None = None,
     labelled: bool = True,
     positions: Sequence[int] | None = None,
+    outside: bool = False,
 ) -> tuple[Prediction, Tensor]:
     """Probabilities or values, and right answers, of any model's predictions.
 
@@ -276,6 +283,7 @@ def read_predictions(
         targets: the right answers, where the file has none.
         labelled: whether a line needs a right answer; without, none are read.
         positions: of the lines that are taken; None for all.
+        outside: take the lines that `keep_predictions` marked as out of scope, instead of the others.
 
     Returns:
         The prediction, and the right columns, (n,), or values, (n,), or whether there is each label, (n, L), or the
@@ -285,7 +293,7 @@ def read_predictions(
         DataError: lists the lines that can't be used.
         RunError: predictions of another kind, or ``targets`` are more or fewer than the lines.
     """
-    numbered = list(_rows(file))
+    numbered = [(place, row) for place, row in _rows(file) if _is_outside(row) == outside]
     if targets is not None and len(targets) != len(numbered):
         raise RunError(
             f"{file}: has {len(numbered)} predictions, and there are {len(targets)} labels; give those of it"
@@ -309,6 +317,51 @@ def read_predictions(
     if problems:
         raise DataError(problems)
     return form.of(rows, num_samples), form.stacked(right) if labelled else torch.empty(0)
+
+
+def count_outside(file: Path) -> int:
+    """How many lines of a file of predictions are marked as out of scope; a DataError where it can't be read."""
+    return sum(_is_outside(row) for _, row in _rows(file))
+
+
+def _is_outside(row: Mapping[str, Any]) -> bool:
+    return row.get(_OUTSIDE) is True
+
+
+def predicted_records(file: Path, task: tasks.Task) -> list[dict[str, Any] | None]:
+    """The labelled records whose predictions in scope these are; None for a line that doesn't say its whole record.
+
+    That is also the case for preferences, whose margins no line has.
+
+    Raises:
+        DataError: the file can't be read.
+    """
+    return [_record(row, task, file.suffix.lower() == ".jsonl") for _, row in _rows(file) if not _is_outside(row)]
+
+
+def _record(row: Mapping[str, Any], task: tasks.Task, has_types: bool) -> dict[str, Any] | None:
+    asked = {"text": ("text", "text_pair"), "choice": ("question",), "tokens": ("tokens",)}.get(task.kind, ())
+    given, target = {name: row[name] for name in asked if name in row}, row.get("target")
+    if not asked or asked[0] not in given or target in (None, ""):
+        return None
+    try:
+        if task.kind == "choice":
+            return given | {"choices": _choices(row["probabilities"]), "answer": _right_column(row, None)}
+        if task.answer == "label" and task.labels is not None:
+            return to_record(given | {"label": task.labels[_right_column(row, task.labels)]}, {})
+    except (ValueError, TypeError, KeyError):
+        return None
+    # a value, or a list, that was read of a single label is still one in JSON
+    return to_record(given | {"label" if has_types and isinstance(target, str) else task.answer: target}, {})
+
+
+def _choices(probabilities: Mapping[str, Any]) -> list[str]:
+    """The choices whose probabilities these are; a ValueError where a table has numbers in their place."""
+    choices = [*probabilities]
+    if not isinstance(probabilities, dict) or choices == [*map(str, range(len(choices)))]:
+        raise ValueError("choices without their texts")
+    numbered = all(choice.startswith(f"{index}: ") for index, choice in enumerate(choices))  # as equal ones are
+    return [choice.partition(": ")[2] for choice in choices] if numbered else choices
 
 
 def check_made_by(file: Path, description: RunDescription, options: PredictionOptions) -> None:
@@ -380,9 +433,21 @@ def _right_column(row: Mapping[str, Any], labels: Sequence[str] | None) -> int:
     index = "question" in row and isinstance(target, int)  # a choice may be called "1" too
     if str(target) in known and not index:
         return known.index(str(target))
-    if str(target).isdecimal() and int(target) < len(given):
+    same = [place for place, name in enumerate(known) if typed(name) == typed(str(target))]
+    if len(same) == 1 and not index:
+        return same[0]
+    numbers = [] if index else [name for name in known if _is_number(name)]
+    if str(target).isdecimal() and int(target) < len(given) and not numbers:
         return int(target)
-    raise ValueError(f"field 'target': {quoted(target)} is none of the {len(given)} labels {', '.join(known)}")
+    why = f"; it is no index, because label {quoted(numbers[0])} is a number" if numbers else ""
+    raise ValueError(f"field 'target': {quoted(target)} is none of the {len(given)} labels {', '.join(known)}{why}")
+
+
+def _is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False
 
 
 def _read_value(row: Mapping[str, Any], _: Sequence[str] | None) -> dict[str, Any]:

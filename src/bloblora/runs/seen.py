@@ -60,6 +60,21 @@ def unseen(description: RunDescription, records: Sequence[dict[str, Any]]) -> li
     return [position for position in range(len(records)) if position not in known]
 
 
+def unseen_predictions(description: RunDescription, file: Path, records: Sequence[dict[str, Any] | None]) -> list[int]:
+    """As `unseen`, of the records whose predictions a file has; None of one that its line doesn't say.
+
+    Warns:
+        UserWarning: also where there are such lines, of which nothing is known.
+    """
+    if lacking := sum(record is None for record in records):
+        warnings.warn(
+            f"{file}: {lacking} of {len(records)} lines don't say their whole record, and the run may have seen it, "
+            "which would make the promises worthless; give the records with --data",
+            stacklevel=2,
+        )
+    return unseen(description, [record or {} for record in records])
+
+
 def said(num_seen: int, num_records: int) -> str:
     """How many of the records a run has seen, and why that matters."""
     return f"the run has seen {num_seen} of the {num_records} records: {_WHY}"
