@@ -10,8 +10,9 @@ from bloblora.decision import fit_decision
 from bloblora.prediction import Prediction
 from bloblora.runs import RunError
 from bloblora.runs.decide import calibrate_on
-from bloblora.runs.predictions import answer_of, read_predictions
-from bloblora.tasks import Classification, TokenClassification
+from bloblora.runs.lines import repeated
+from bloblora.runs.predictions import answer_of, predicted_records, read_predictions
+from bloblora.tasks import Classification, MultiLabel, Regression, TokenClassification
 from tests.decision.conftest import truths
 from tests.tiny_base import write_jsonl
 
@@ -274,3 +275,26 @@ def test_lines_out_of_scope_are_not_in_scope(tmp_path):
     outside, _ = read_predictions(file, labelled=False, outside=True)
     assert outside.probabilities[:, 0].tolist() == [pytest.approx(0.4)]
     assert read_predictions(file, targets=["b", "b"])[1].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("task", "records"),
+    [
+        (
+            Regression(value_mean=0.0, value_std=1.0, pad_token_id=0),
+            [{"text": "a", "value": 2}, {"text": "b", "value": 0.1}, {"text": "c", "label": "1.5"}],
+        ),
+        (
+            MultiLabel(labels=("x", "y"), pad_token_id=0),
+            [{"text": "a", "labels": ["y", "x"]}, {"text": "b", "label": "x"}],
+        ),
+        (TokenClassification(labels=("O", "B"), pad_token_id=0), [{"tokens": ["a", "b"], "tags": ["O", "B"]}]),
+        (Classification(labels=("x", "1"), pad_token_id=0), [{"text": "a", "text_pair": "b", "label": "1"}]),
+    ],
+)
+def test_records_of_lines(task, records, tmp_path):
+    """They are those that the lines were made of."""
+    probabilities = {} if task.name != "classification" else {"probabilities": {"x": 0.5, "1": 0.5}}
+    lines = [repeated(record) | probabilities | {"target": answer_of(record, task)} for record in records]
+    file = write_jsonl(tmp_path / "lines.jsonl", [*lines, {"target": "x"}, {"text": "a", "tokens": ["a"]}])
+    assert predicted_records(file, task) == [*records, None, None]
