@@ -140,7 +140,7 @@ def test_problems_name_the_field(tmp_path):
         ({"chosen": "a", "rejected": "a"}, "field 'rejected': the same as 'chosen'"),
         ({"chosen": "a", "rejected": " "}, "field 'rejected': ' ' must be a text"),
         ({"chosen": [{"role": "user", "content": "a"}], "rejected": "b"}, "last message's role is 'user'"),
-        ({"prompt": "", "chosen": "a", "rejected": "b"}, "field 'prompt': '' must be a text"),
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "field 'prompt': ' ' must be a text"),
         ({"chosen": "a", "rejected": "b", "margin": -1}, "field 'margin': -1 must be a finite number of at least 0"),
         ({"chosen": "a", "rejected": "b", "margin": "much"}, "field 'margin': 'much' must be a finite number"),
         ({"responses": []}, "field 'responses': .* must be a list of at least one text"),
