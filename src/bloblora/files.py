@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from threading import Lock
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -28,11 +29,21 @@ MOST_REPEATED = 100_000
 """Values that the aliases of a YAML file may repeat: a few lines of them can stand for billions."""
 _REMEMBERED = 64 << 20  # bytes of a file from which its hash is kept: 0.05 s
 _SETTLED = 2.0  # seconds; a file that was written later may change again within one tick of its clock
+_UMASK = Lock()
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept, such as converted models: $BLOBLORA_CACHE, or ~/.cache/bloblora."""
-    return Path(os.environ.get("BLOBLORA_CACHE") or Path.home() / ".cache" / "bloblora")
+    """Where what can be made again is kept, such as converted models: $BLOBLORA_CACHE, or ~/.cache/bloblora.
+
+    Raises:
+        OSError: there is neither $BLOBLORA_CACHE nor a home folder.
+    """
+    if folder := os.environ.get("BLOBLORA_CACHE"):
+        return Path(folder)
+    try:
+        return Path.home() / ".cache" / "bloblora"
+    except RuntimeError as error:
+        raise OSError("this user has no home folder for the cache; set HOME, or BLOBLORA_CACHE to a folder") from error
 
 
 @contextmanager
@@ -140,6 +151,17 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
     with replacing(file) as partial, as_os_error(file):
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        share(partial)
+
+
+def share(*files: Path) -> None:
+    """Give files the mode that new files have by the umask; safetensors writes them for their owner alone."""
+    with _UMASK:
+        mask = os.umask(0o077)  # it can only be read by setting it
+        os.umask(mask)
+    for file in files:
+        with suppress(OSError):  # a file system without modes
+            file.chmod(0o666 & ~mask)
 
 
 def check_finite_tensors(tensors: Mapping[str, Tensor], what: str) -> None:
@@ -397,9 +419,13 @@ def file_sha256(file: Path) -> str:
     status = file.stat()
     if status.st_size < _REMEMBERED:
         return _sha256(file)
+    try:
+        hashes = cache_folder() / "sha256"
+    except OSError:
+        return _sha256(file)
     state = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
     name = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()
-    known = cache_folder() / "sha256" / f"{name[:32]}.json"
+    known = hashes / f"{name[:32]}.json"
     with suppress(ValueError):
         if (kept := read_json(known, ValueError)).get("state") == state and isinstance(kept.get("sha256"), str):
             return kept["sha256"]

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .files import as_os_error, cache_folder, file_sha256, locked, read_json, write_json
+from .files import as_os_error, cache_folder, file_sha256, locked, read_json, share, write_json
 from .messages import quoted, shortened
 from .quantized import LIBRARIES, keep_differentiable, loading_options, quantize_hqq
 
@@ -73,12 +73,12 @@ def resolve(name: str, *, cache: Path | None = None, progress: bool = True) -> s
     Raises:
         ModelError: a file that isn't there or can't be read, or a hub id that is neither on the hub nor in its cache.
     """
-    cache = cache or cache_folder()
     if name == DEFAULT_MODEL:
+        cache = cache or cache_folder()
         return str(_bundled_model(cache / f"{DEFAULT_MODEL}-{_WHEEL_SHA256[:16]}", progress))
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
-        return str(_convert_gguf(path, _gguf_folder(path, cache), progress))
+        return str(_convert_gguf(path, _gguf_folder(path, cache or cache_folder()), progress))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model {quoted(name)}: the folder has no config.json")
@@ -516,6 +516,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     clean.load_state_dict(model.state_dict())
     with as_os_error(folder):
         clean.save_pretrained(folder)
+        share(*folder.glob("*.safetensors"))
         tokenizer.save_pretrained(folder)
     _complete(folder, gguf.name)
 

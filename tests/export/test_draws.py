@@ -181,7 +181,9 @@ def test_a_temperature_is_in_the_manifest(format, run_of, tmp_path):
     export(directory, tmp_path / "out", format, num_samples=2)
     manifest, run = read_manifest(tmp_path / "out"), runs.load_run(directory)
     assert manifest.temperature == run.sampler.temperature != 1
-    assert f"temperature {manifest.temperature:.4g} divides the logits" in manifest.warnings[-1]
+    assert manifest.temperature_of_mean == run.sampler.temperature_of_mean
+    of_mean = "" if format == "merged" else f" ({manifest.temperature_of_mean:.4g} for the mean alone)"
+    assert f"temperature {manifest.temperature:.4g}{of_mean} divides the logits" in manifest.warnings[-1]
     if format == "lora":  # the draws' logits over T are those of `predict`
         for name, row in zip(manifest.draws, run.predict(QUESTIONS, 2).log_probs, strict=True):
             found = log_probs(stock(tmp_path / "out", name), run.task, QUESTIONS, run.tokenizer)

@@ -34,6 +34,16 @@ def test_the_manifest_describes_the_files(run_of, tmp_path):
         assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == expected
 
 
+@pytest.mark.parametrize(("method", "format"), [("blob", "lora"), ("full", "merged"), ("swag", "merged")])
+def test_others_can_read_a_run_and_an_export(method, format, run_of, tmp_path):
+    """safetensors writes files of mode 0600; all must have the one that the umask gives."""
+    export(run_of(method), tmp_path / "out", format, num_samples=1)
+    own = (tmp_path / "out" / "manifest.json").stat().st_mode
+    assert own & 0o004
+    for folder in (run_of(method), tmp_path / "out"):
+        assert [str(f) for f in folder.rglob("*") if f.is_file() and f.stat().st_mode != own] == []
+
+
 def test_a_damaged_export_is_named(run_of, tmp_path):
     folder = tmp_path / "out"
     export(run_of("blob"), folder, num_samples=1)

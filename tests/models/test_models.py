@@ -1,6 +1,7 @@
 """Names to models: folders, GGUF files, hub ids, and clear errors for what can't be had."""
 
 import json
+import pwd
 
 import gguf
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig
 
-from bloblora.models import ModelError, load_model, load_tokenizer, resolve
+from bloblora.models import ModelError, fingerprint, load_model, load_tokenizer, resolve
 from tests.tasks.conftest import train_tokenizer
 from tests.tiny_base import save_base
 
@@ -86,6 +87,25 @@ def test_a_gguf_file_gives_what_transformers_reads_from_it(gguf_file, cache):
     own = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     text = "Where is my card? Charged twice."
     assert load_tokenizer(str(gguf_file))(text)["input_ids"] == own(text)["input_ids"]
+
+
+def test_others_can_read_a_conversion_where_the_umask_allows_it(gguf_file, cache):
+    folder = cache / resolve(str(gguf_file)).rpartition("/")[2]
+    own = (folder / "config.json").stat().st_mode
+    assert own & 0o004
+    assert {file.stat().st_mode for file in folder.iterdir()} == {own}
+
+
+def test_a_folder_needs_no_home(base, monkeypatch):
+    """A user without an entry in the system's list, as in containers."""
+    monkeypatch.delenv("BLOBLORA_CACHE", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    monkeypatch.setattr("bloblora.files._REMEMBERED", 0)  # a small model for a large one, whose hash is kept
+    assert load_model(str(base)).config.vocab_size == VOCAB
+    assert len(fingerprint(str(base))["model.safetensors"]) == 64
+    with pytest.raises(ModelError, match="this user has no home folder for the cache; set HOME, or BLOBLORA_CACHE"):
+        load_model("smollm2-135m")
 
 
 def test_a_conversion_is_made_once_and_torn_ones_are_made_again(gguf_file, cache):

@@ -44,6 +44,7 @@ from ..files import (
     json_sha256,
     read_json,
     read_tensors,
+    share,
     tensors_sha256,
 )
 from ..limits import time_limit
@@ -379,6 +380,7 @@ def save_posterior(posterior: Posterior, directory: str | os.PathLike[str]) -> N
         description[_PRIOR] = tensors_sha256(prior)
     else:
         (directory / PRIOR_FILE).unlink(missing_ok=True)
+    share(*directory.glob("*.safetensors"))
     if posterior.temperatures:
         description[_TEMPERATURES] = [*posterior.temperatures]
     description["sha256"] = json_sha256(description)

@@ -137,7 +137,9 @@ def _kept_help(command: str, arguments: Sequence[str]) -> Path | None:
     versions = [version(name) for name in ("bloblora", "peft", "transformers", "jsonargparse")]
     columns = shutil.get_terminal_size().columns
     key = json.dumps([command, *arguments, columns, sys.version, versions, len(changed), max(changed)])
-    return cache_folder() / "help" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.txt"
+    with suppress(OSError):  # without a home there is no cache
+        return cache_folder() / "help" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.txt"
+    return None
 
 
 def _help() -> str:

@@ -66,7 +66,7 @@ def info(code: runs.CodeOptions, directory: str | None = None, json: bool = Fals
             "python": platform.python_version(),
             "cpus": os.cpu_count(),
             "cuda": torch.cuda.is_available(),
-            "cache": str(cache_folder()),
+            "cache": _cache(),
         }
     else:
         run = runs.load_run(directory, trust_remote_code=code.trust_remote_code)
@@ -81,6 +81,13 @@ def info(code: runs.CodeOptions, directory: str | None = None, json: bool = Fals
         print(dumped(result))
     else:
         Console().print_json(dumped(result))
+
+
+def _cache() -> str | None:
+    try:
+        return str(cache_folder())
+    except OSError:  # there is no home
+        return None
 
 
 def _first_line(docstring: str | None) -> str:

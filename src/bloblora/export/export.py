@@ -52,7 +52,7 @@ _DEQUANTIZED = (
     "one; quantizing it again rounds the adapter's part away or changes it"
 )
 _TEMPERATURE = (
-    "the run's temperature {:.4g} divides the logits of labels or choices, or multiplies the noise variance of values, "
+    "the run's temperature {} divides the logits of labels or choices, or multiplies the noise variance of values, "
     "which no weights of these files do: bloblora.client divides, other programs' probabilities lack it"
 )
 
@@ -71,7 +71,9 @@ class Manifest:
         mean: the mean's name, or None where it isn't there.
         draws: names of the draws in order; a server must serve them by these. A file or folder has the same name.
         on_head: whether the adapters of ``lora`` have a part on the output head of a language model.
-        temperature: T, by which a task's logits are divided; no weights hold it, and `bloblora.client` does it.
+        temperature: T, by which a task's logits are divided; no weights hold it, and `bloblora.client` does it. It is
+            that of the average over the draws, or where there are none of the mean.
+        temperature_of_mean: T of the mean alone, or None where the mean isn't there.
         task: how records become prompts and answers, for `bloblora.tasks.task_from_dict`.
         commands: what to run in the export's folder, by program.
         warnings: what the files can't do.
@@ -90,14 +92,16 @@ class Manifest:
     task: dict[str, Any]
     on_head: bool = False
     temperature: float = 1.0
+    temperature_of_mean: float | None = None
     commands: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     libraries: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number above 0, got {self.temperature!r}")
+        for name in ("temperature", "temperature_of_mean"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
     def write(self, folder: Path) -> "Manifest":
         """Write it beside the files that it describes; returns it with their hashes."""
@@ -165,9 +169,11 @@ def export(
             warnings.append((_DEQUANTIZED if format == "merged" else _QUANTIZED).format(kind))
         if run.task.head_note:
             warnings.append(run.task.head_note)
-        temperature = run.scales.get("temperature" if num_samples else "temperature_of_mean", 1.0)
-        if temperature != 1:
-            warnings.append(_TEMPERATURE.format(temperature))
+        of_mean = run.scales.get("temperature_of_mean", 1.0)
+        temperature = run.scales.get("temperature", 1.0) if num_samples else of_mean
+        if (temperature, of_mean) != (1, 1):
+            alone = f" ({of_mean:.4g} for the mean alone)" if num_samples and written["mean"] else ""
+            warnings.append(_TEMPERATURE.format(f"{temperature:.4g}{alone}"))
         manifest = Manifest(
             format=format,
             base_model=base,
@@ -177,6 +183,7 @@ def export(
             seed=seed,
             task=run.task.to_dict(),
             temperature=temperature,
+            temperature_of_mean=of_mean if written["mean"] else None,
             libraries=library_versions(),
             **written,
         )

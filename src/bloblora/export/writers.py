@@ -24,7 +24,7 @@ from .. import adapter, models
 from ..adapter.bayesianize import MOVING_STARTS
 from ..adapter.storage import MEAN_CONFIG, MEAN_FILE
 from ..adapter.variant import mean_of
-from ..files import as_os_error, check_finite_tensors, read_json, write_json, write_tensors
+from ..files import as_os_error, check_finite_tensors, read_json, share, write_json, write_tensors
 from ..methods import Draw
 from ..runs import Run, RunDescription, RunError
 
@@ -181,6 +181,7 @@ def write_merged(run: Run, draw: Draw, folder: Path) -> None:
     check_finite_tensors(model.state_dict(), "the merged model")
     with as_os_error(folder):
         model.save_pretrained(folder)
+        share(*folder.glob("*.safetensors"))
         run.tokenizer.save_pretrained(folder)
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..adapter import AdapterFileError
-from ..files import as_os_error, check_finite_tensors
+from ..files import as_os_error, check_finite_tensors, share
 from ..prediction import Point, Sampler
 from .method import Method
 
@@ -43,6 +43,7 @@ class Full(Method):
         partial = folder / ".full"
         with as_os_error(folder):
             model.save_pretrained(partial, max_shard_size="1TB")  # type: ignore[operator]
+        share(*partial.glob("*.safetensors"))
         for file in partial.iterdir():
             file.replace(folder / file.name)
         shutil.rmtree(partial)
