@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -112,6 +112,11 @@ class Posterior:
         if values is not None and not (len(values) == 2 and all(is_finite(value) and value > 0 for value in values)):
             raise ValueError(f"temperatures must be two finite numbers above 0, got {values!r}")
         self._first.temperatures = None if values is None else (values[0], values[1])
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether the model answers without its adapters, as inside ``disable_adapter``."""
+        return next((m.disable_adapters for m in self.model.modules() if isinstance(m, BaseTunerLayer)), False)
 
     @property
     def uses_squares(self) -> bool:

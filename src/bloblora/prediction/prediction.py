@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
 from ..adapter import Posterior, find_posterior
 from ..contexts import TOKENIZING, eval_mode, unwrapped
 from ..data import as_records
-from ..tasks.likelihood import CATEGORICAL, likelihood_of
+from ..messages import quoted
+from ..tasks.likelihood import CATEGORICAL, NO_TAG, Likelihood, likelihood_of
 from .approximations import StoppingRule
 from .forward import BatchForward, PredictionTask, class_logits
 from .kinds import Prediction, prediction_of
@@ -71,8 +73,8 @@ def predict(
         its likelihood, such as `ValuePrediction`.
 
     Raises:
-        ValueError: ``num_samples`` or ``batch_size`` is out of range, there is no input, a DataLoader shuffles, or a
-            tokenizer has no pad token or comes with a task, the adapter is merged; or, without a task, by
+        ValueError: ``num_samples`` or ``batch_size`` is out of range, there is no input, a DataLoader isn't known to
+            keep the order of its data, or a tokenizer has no pad token or comes with a task, the adapter is merged; or, without a task, by
             `class_logits`.
         FloatingPointError: by `check_finite`, where a probability is NaN.
         DataError: inputs for the tokenizer are no texts.
@@ -156,7 +158,8 @@ def set_temperature(
         model: with a Bayesian adapter.
         inputs: as for `predict`.
         labels: the right class of each input, (n,), or what a task's examples have as ``label``; default, what the
-            inputs have: ``label`` of each of the task's examples, or ``labels`` of a batch or of a DataLoader's.
+            inputs have: ``label`` of each of the task's examples, or ``labels`` of a batch or of a DataLoader's. Inputs
+            whose class is -100 are left out.
         num_samples: N draws.
         seed: of the draws.
         task: as for `predict`.
@@ -167,25 +170,72 @@ def set_temperature(
         T of the average over N draws.
 
     Raises:
-        ValueError: the model has no Bayesian adapter, there are no labels, not one for each input, or one is no class;
-            or as `predict`.
+        ValueError: the model has no Bayesian adapter, or it is disabled, there are no labels, not one for each input, or
+            one is no class; or as `predict`.
     """
     if (posterior := find_posterior(model)) is None:
         raise ValueError("model: its adapter isn't Bayesian, so it can't keep a temperature; call bayesianize first")
+    if posterior.is_disabled:
+        raise ValueError("model: its adapter is disabled, and the temperature is the adapter's; leave disable_adapter")
     likelihood = likelihood_of(task)
-    right = likelihood.stacked([*_labels_of(inputs)] if labels is None else [*labels])
-    found = []
-    for draws in (num_samples, 0):
-        options: Any = {"task": task, "tokenizer": tokenizer, "batch_size": batch_size}
-        logits = predict(model, inputs, draws, seed, sampler=sampler_of(posterior), **options).draw_logits()
-        if len(right) != logits.shape[1]:
-            raise ValueError(f"labels: there are {len(right)}, and {logits.shape[1]} inputs; give each input its own")
-        first, last, count = int(right.min()), int(right.max()), logits.shape[-1]
-        if likelihood.name == Prediction.kind and not 0 <= first <= last < count:
-            raise ValueError(f"labels: must be classes from 0 to {count - 1}, got {first} to {last}")
-        found.append(fit_temperature([logits], [right], likelihood))
-    posterior.temperatures = found[0], found[1]
-    return found[0]
+    right = None if labels is None else _stacked(labels, likelihood)
+    options: Any = {"task": task, "tokenizer": tokenizer, "batch_size": batch_size, "sampler": sampler_of(posterior)}
+    own: list[Any] = []
+    found: tuple[list[Tensor], list[Tensor]] = [], []
+    for part in _parts(inputs):
+        if labels is None:
+            own += _labels_of(part)
+        for logits, draws in zip(found, (num_samples, 0), strict=True):
+            logits.append(predict(model, part, draws, seed, **options).draw_logits())
+    if not found[0]:
+        raise ValueError("inputs: there is nothing to predict")
+    right = _stacked(own, likelihood) if right is None else right
+    fitted = [_fit_temperature(_cat(logits), right, likelihood) for logits in found]
+    posterior.temperatures = fitted[0], fitted[1]
+    return fitted[0]
+
+
+def _parts(inputs: Any) -> Iterator[Any]:
+    """Inputs of `predict`; of a DataLoader one batch after the other, so that it is read once, and not kept."""
+    if not isinstance(inputs, DataLoader):
+        yield inputs
+        return
+    order_of(inputs, None)
+    for batch in inputs:
+        yield DataLoader([batch], batch_size=None, collate_fn=_as_it_is)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _fit_temperature(logits: Tensor, right: Tensor, likelihood: Likelihood) -> float:
+    """T of logits (S, n, C); a ValueError where the labels (n, …) aren't theirs."""
+    if len(right) != logits.shape[1]:
+        raise ValueError(f"labels: there are {len(right)}, and {logits.shape[1]} inputs; give each input its own")
+    if likelihood.name == Prediction.kind and not right.is_floating_point():
+        there, classes = right != NO_TAG, f"classes from 0 to {logits.shape[-1] - 1}"
+        if not there.any():
+            raise ValueError(f"labels: must be {classes}; all are {NO_TAG}, which is left out")
+        logits, right = logits[:, there], right[there]
+        first, last = int(right.min()), int(right.max())
+        if not 0 <= first <= last < logits.shape[-1]:
+            raise ValueError(f"labels: must be {classes}, got {first} to {last}")
+    return fit_temperature([logits], [right], likelihood)
+
+
+def _stacked(labels: Any, likelihood: Likelihood) -> Tensor:
+    """Labels as one tensor (n, …); of classes (n,), or their probabilities (n, C)."""
+    classes = likelihood.name == Prediction.kind
+    wanted = "whole numbers, the class of each input from 0" if classes else "what the task's examples have as label"
+    try:
+        right = likelihood.stacked([*labels])
+    except (TypeError, ValueError, RuntimeError) as error:  # torch has many
+        raise ValueError(f"labels: must be {wanted}; got {quoted(labels)}") from error
+    one_each = right.numel() == len(right) > 0
+    if classes and (right.dtype == torch.bool or (right.is_floating_point() and one_each)):
+        raise ValueError(f"labels: must be {wanted}; got {quoted(right.flatten()[0].item())}")
+    return right.reshape(-1) if classes and not right.is_floating_point() else right
 
 
 def _labels_of(inputs: Any) -> Sequence[Any]:
@@ -245,11 +295,11 @@ def sampler_of(source: nn.Module | Posterior | Sampler | None) -> Sampler:
 
 
 def tempered_sampler_of(posterior: Posterior | None) -> Sampler:
-    """Draws of a posterior over its temperature, where one was fitted."""
+    """Draws of a posterior over its temperature, where one was fitted and the model doesn't answer without it."""
     sampler = sampler_of(posterior)
-    return (
-        sampler if posterior is None or posterior.temperatures is None else Tempered(sampler, *posterior.temperatures)
-    )
+    if posterior is None or posterior.temperatures is None or posterior.is_disabled:
+        return sampler
+    return Tempered(sampler, *posterior.temperatures)
 
 
 def draw_logits(forward: Forward, sampler: Sampler, num_samples: int, seed: int) -> Tensor:
@@ -314,8 +364,7 @@ def order_of(
     None for a DataLoader, which has made its batches.
     """
     if isinstance(inputs, DataLoader):
-        if isinstance(inputs.sampler, RandomSampler):
-            raise ValueError("inputs: the DataLoader shuffles, so that no row could be found again; give shuffle=False")
+        _check_keeps_order(inputs)
         return None
     if task is None and not isinstance(inputs, Mapping):
         raise ValueError(
@@ -328,6 +377,21 @@ def order_of(
     if task is None or isinstance(inputs, Mapping):
         return list(range(size))
     return sorted(range(size), key=lambda i: -task.length(inputs[i]))
+
+
+def _check_keeps_order(loader: DataLoader[Any]) -> None:
+    """Raise a ValueError where a DataLoader isn't known to give its data in their order; a stream has no other."""
+    if isinstance(loader.dataset, IterableDataset):
+        return
+    sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    while type(sampler) in (BatchSampler, BatchSamplerShard, SkipBatchSampler):  # others may shuffle their batches
+        sampler = sampler.sampler if type(sampler) is BatchSampler else sampler.batch_sampler
+    shares = isinstance(sampler, DistributedSampler) and not sampler.shuffle
+    if not (shares or isinstance(sampler, SequentialSampler | Sequence)):
+        raise ValueError(
+            f"inputs: the DataLoader's {type(sampler).__name__} isn't known to keep the order of the data, so that no "
+            "row could be found again; give shuffle=False, or the numbers of the rows as a list for its sampler"
+        )
 
 
 def _batch(inputs: Any, task: PredictionTask | None, rows: list[int] | None) -> dict[str, Tensor]:

@@ -132,7 +132,8 @@ class BlobTrainingArguments(Objective, TrainingArguments):
         default=True,
         metadata={
             "help": "After the training fit a temperature on `eval_dataset`, of 10 examples or more, by which "
-            "predictions of the posterior divide their logits (`bloblora.set_temperature`)."
+            "predictions of the posterior divide their logits (`bloblora.set_temperature`). Of several evaluation data "
+            "sets it is the one that `metric_for_best_model` names, or all together."
         },
     )
     logging_nan_inf_filter: bool = field(

@@ -4,7 +4,7 @@ import copy
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import ConcatDataset, DataLoader, Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -185,31 +185,51 @@ class BlobTrainerMixin(_Host):
         from ..prediction.prediction import set_temperature
         from ..prediction.temperature import FEWEST_FOR_TEMPERATURE
 
-        data: Any = self.eval_dataset
-        whole = isinstance(data, Sized) and not isinstance(data, Mapping) and not self.is_fsdp_enabled
-        if whole and not self.is_deepspeed_enabled and len(data) >= FEWEST_FOR_TEMPERATURE:
-            inputs = [*data] if self.task is not None else self._eval_batches(data)
+        parts = self._temperature_data()
+        sized = all(isinstance(part, Sized) for part in parts)
+        count = sum(map(len, parts)) if sized else 0
+        split = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not split and count >= FEWEST_FOR_TEMPERATURE:
+            inputs = self._eval_batches(parts) if self.task is None else [example for part in parts for example in part]
             options: Any = {"task": self.task, "batch_size": self.args.per_device_eval_batch_size}
             try:
                 set_temperature(self._module, inputs, **options)
             except ValueError as error:  # which must not cost a training
                 warnings.warn(f"eval_dataset: no temperature was fitted on it: {error}", stacklevel=3)
         elif posterior.head is not None:
+            advice = f"give an eval_dataset of {FEWEST_FOR_TEMPERATURE} examples or more that aren't trained on, "
+            if split:
+                why, advice = "FSDP or DeepSpeed splits the model", ""
+            elif not parts:
+                why = "there is no eval_dataset"
+            else:
+                why = f"eval_dataset has {count} examples" if sized else "eval_dataset has no length"
             warnings.warn(
-                "no temperature was fitted, and the probabilities of a Gaussian head are far too unsure without one: "
-                f"give an eval_dataset of {FEWEST_FOR_TEMPERATURE} examples or more that aren't trained on, call "
-                "bloblora.set_temperature(model, …), or set temperature_scaling=False where the order of the labels is "
-                "all that counts",
+                "no temperature was fitted, and the probabilities of a Gaussian head are far too unsure without one. "
+                f"The reason: {why}; {advice}call bloblora.set_temperature(model, …), or set temperature_scaling=False "
+                "where the order of the labels is all that counts",
                 stacklevel=3,
             )
 
-    def _eval_batches(self, data: Any) -> DataLoader[Any]:
+    def _temperature_data(self) -> list[Any]:
+        """Of several evaluation data sets the one of ``metric_for_best_model``, or all where that names none."""
+        data: Any = self.eval_dataset
+        if not isinstance(data, Mapping):
+            return [] if data is None else [data]
+        metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        named = [name for name in data if metric.startswith(f"{name}_")]
+        return [data[max(named, key=len)]] if named else [*data.values()]
+
+    def _eval_batches(self, parts: Sequence[Any]) -> DataLoader[Any]:
         """All of the evaluation data in each process, as the model takes it."""
+        kept = [
+            self._remove_unused_columns(data, description="evaluation") if hasattr(data, "column_names") else data
+            for data in parts
+        ]
         collator = self.data_collator
-        if hasattr(data, "column_names"):
-            data = self._remove_unused_columns(data, description="evaluation")
-        else:
+        if not all(hasattr(data, "column_names") for data in parts):
             collator = self._get_collator_with_removed_columns(collator, description="evaluation")
+        data = kept[0] if len(kept) == 1 else ConcatDataset(kept)
         return DataLoader(data, self.args.per_device_eval_batch_size, collate_fn=collator)
 
     def compute_loss(
@@ -478,7 +498,10 @@ class BlobTrainerMixin(_Host):
         likelihood = likelihood_of(task)
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = draw_logits(forward, tempered_sampler_of(self.posterior), draws, self.args.seed)
-        loss = None if labels is None else -likelihood.averaged(logits, labels).mean()
+        loss = None
+        if labels is not None:
+            nll = -likelihood.averaged(logits, labels)
+            loss = (nll[labels.reshape(-1) != _IGNORED] if task is None else nll).mean()
         return (loss, None, None) if prediction_loss_only else (loss, likelihood.merged(logits), labels)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
