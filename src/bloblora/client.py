@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -65,7 +67,8 @@ class DrawClient:
     Raises:
         RunError: there is no manifest, or it or the tokenizer was altered.
         ModelError: the tokenizer can't be loaded.
-        ValueError: ``base_url`` lacks a draw.
+        ValueError: ``base_url`` lacks a draw or is no URL, ``api_key`` is none that an HTTP header can carry, or
+            ``concurrency`` or ``retries`` is out of range.
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class DrawClient:
         from .models import read_tokenizer
         from .tasks import task_from_dict
 
+        if concurrency < 1:
+            raise ValueError(f"concurrency must be 1 or more, got {concurrency}")
         self.manifest = read_manifest(directory, check_files=f"{TOKENIZER}*")
         self.names = self.manifest.draws or [self.manifest.mean or ""]
         urls = dict.fromkeys(self.names, base_url) if isinstance(base_url, str) else dict(base_url)
@@ -97,14 +102,16 @@ class DrawClient:
         self._tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
         self._top_logprobs, self._concurrency = top_logprobs, concurrency
 
-    def predict(self, records: Sequence[dict[str, Any]]) -> Prediction:
+    def predict(self, records: Any) -> Prediction:
         """Probabilities of each record's choices under each draw, as `Run.predict` has them.
 
+        ``records`` are what `bloblora.data.as_records` takes, as there.
+
         Raises:
+            DataError: the records aren't those of a task.
             TaskError: a record can't be the task's.
             ServerError: a server gave no usable answer.
-            FloatingPointError: a log-probability is NaN.
-            ValueError: the task has no choices, or ``top_logprobs`` doesn't fit it.
+            ValueError: the task has no choices, ``top_logprobs`` doesn't fit it, or there are no records.
         """
         if not self._task.scored_by:
             raise ValueError(f"the run's task is {self._task.name}, which has no choices for a server to score")
@@ -114,22 +121,26 @@ class DrawClient:
         from torch.nn.utils.rnn import pad_sequence
 
         from .prediction.kinds import Prediction
-        from .prediction.prediction import check_finite
 
         examples = [self._task.continuations(example) for example in self._encode(records)]
+        if not examples:
+            raise ValueError("records: there is nothing to predict")
         echoed = self._forced if self.manifest.on_head else self._echoed
         ask = echoed if self._top_logprobs is None else self._letters
-        draws = self._map(lambda name, example: ask(name, *example), examples)
+        draws = self._map(lambda name, example: self._checked(name, ask(name, *example)), examples)
         flat = [torch.tensor(row) for rows in draws for row in rows]
         padded = pad_sequence(flat, batch_first=True, padding_value=-math.inf)
         logits = padded.unflatten(0, (len(self.names), len(examples)))
         log_probs = (logits / self.manifest.temperature).log_softmax(-1)
-        return Prediction(check_finite(log_probs), self.manifest.num_samples)
+        return Prediction(log_probs, self.manifest.num_samples)
 
-    def generate(self, records: Sequence[dict[str, Any]], max_new_tokens: int = 64, **options: Any) -> DrawTexts:
+    def generate(self, records: Any, max_new_tokens: int = 64, **options: Any) -> DrawTexts:
         """What each draw writes to each prompt, greedily unless ``options`` of the request say otherwise.
 
+        ``records`` are what `bloblora.data.as_records` takes; a text alone is a prompt.
+
         Raises:
+            DataError: the records aren't those of a task.
             TaskError: a record can't be the task's.
             ServerError: a server gave no usable answer.
             ValueError: the task isn't generation.
@@ -142,11 +153,23 @@ class DrawClient:
         token_log_probs = [[logprobs["token_logprobs"] for _, logprobs in row] for row in by_record]
         return DrawTexts([[text for text, _ in row] for row in by_record], token_log_probs)
 
-    def _encode(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        from .data import unanswered
+    def _encode(self, source: Any) -> list[dict[str, Any]]:
+        from .data import as_records, unanswered
         from .tasks import encode_all
 
+        kind = self._task.kind
+        records = as_records(source, texts_are="prompt" if kind == "generation" else "text", kind=kind)
         return encode_all(self._task, [unanswered(record) for record in records], self._tokenizer)
+
+    def _checked(self, name: str, scores: list[float]) -> list[float]:
+        """Log-probabilities of a record's choices; a ServerError where they are no distribution."""
+        if max(scores) == -math.inf or not all(score < math.inf for score in scores):
+            raise ServerError(
+                f"{self._servers[name].base_url}, model {name!r}: the log-probabilities of a record's choices are "
+                f"{scores}; they must be numbers below infinity, and one of them above -inf. Look at the model that "
+                "the server loaded, and at its precision: float16 may overflow"
+            )
+        return scores
 
     def _ask(self, name: str, prompt: list[int], **options: Any) -> tuple[str, dict[str, Any]]:
         return self._servers[name].complete(name, prompt, **{"max_tokens": 1, "temperature": 0.0, **options})
@@ -224,10 +247,20 @@ class CompletionServer:
     """
 
     def __init__(self, base_url: str, api_key: str | None, timeout: float, retries: int) -> None:
+        if retries < 0:
+            raise ValueError(f"retries must be 0 or more, got {retries}")
         self.base_url, self.timeout, self.retries = base_url.rstrip("/"), timeout, retries
+        api_key = (api_key or "").strip()
+        if not re.fullmatch("[!-~]*", api_key):  # no message quotes it
+            raise ValueError("api_key: has characters other than visible ASCII")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None)  # how many at once is the client's to say
-        self._client = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, limits=limits)
+        try:
+            self._client = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, limits=limits)
+        except httpx.InvalidURL as error:
+            raise ValueError(
+                f"base_url: {quoted(base_url)} is no URL ({error}); it must be like http://localhost:8000/v1"
+            ) from error
 
     def complete(self, model: str, prompt: list[int], **options: Any) -> tuple[str, dict[str, Any]]:
         """A completion of token ids by the adapter ``model``; ``logprobs`` must be among the options.
@@ -293,8 +326,7 @@ def _check_completion(text: Any, logprobs: dict[str, Any], echo: bool) -> None:
 
 def _wait(response: httpx.Response, attempt: int) -> float:
     """Seconds until the next try."""
-    try:
+    asked = math.nan
+    with suppress(KeyError, ValueError):  # it may be a date
         asked = float(response.headers["Retry-After"])
-    except (KeyError, ValueError):  # it may be a date
-        asked = 2.0**attempt
-    return min(max(asked, 0.0), _LONGEST_WAIT)
+    return min(2.0**attempt if math.isnan(asked) else max(asked, 0.0), _LONGEST_WAIT)

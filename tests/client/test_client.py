@@ -1,16 +1,23 @@
 """The averages of a server of stock PEFT, and what is said when a server fails."""
 
 import json
+import math
+import subprocess
+import sys
 import time
+import traceback
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
+import pandas
 import pytest
 import torch
+from datasets import Dataset
 
 from bloblora.client import DrawClient, ServerError
+from bloblora.data import DataError
 from bloblora.export import export
 from bloblora.runs import RunError
 from tests.client.checks import check_choices, check_texts
@@ -123,6 +130,75 @@ def completed(logprobs, text="x"):
 
 def ask(case, url, **options):
     return DrawClient(case.folder, url, concurrency=1, **options).generate([{"prompt": "x"}])
+
+
+@pytest.mark.parametrize("key", ["abc\n", " abc\r\n"])
+def test_a_key_without_the_white_space_around_it(key, exported):
+    """As a file gives it that ends with a line break."""
+    with replying((200, {}, GOOD)) as (url, seen):
+        ask(exported("generation"), url, api_key=key)
+    assert {headers["Authorization"] for headers, _ in seen} == {"Bearer abc"}
+
+
+@pytest.mark.parametrize("key", ["secret\nX-Header: 1", "secretschlüssel", "secret key"])
+def test_a_key_that_no_header_can_carry_is_not_quoted(key, exported):
+    with pytest.raises(ValueError, match="api_key: has characters other than visible ASCII") as raised:
+        ask(exported("generation"), "http://127.0.0.1:9/v1", api_key=key)
+    assert "secret" not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_url": "http://localhost:abc/v1"}, r"base_url: 'http://localhost:abc/v1' is no URL \(Invalid port"),
+        ({"base_url": "http://bü..cher/v1"}, r"base_url: 'http://bü..cher/v1' is no URL .*must be like http://local"),
+        ({"retries": -1}, "retries must be 0 or more, got -1"),
+        ({"concurrency": 0}, "concurrency must be 1 or more, got 0"),
+    ],
+)
+def test_options_out_of_range(options, message, exported):
+    with pytest.raises(ValueError, match=message):
+        DrawClient(exported("generation").folder, **{"base_url": "http://127.0.0.1:9/v1", **options})
+
+
+def test_records_are_taken_as_a_run_takes_them(exported, peft_url):
+    case, url = exported("choice_text"), peft_url("choice_text")
+    client = DrawClient(case.folder, url)
+    expected = client.predict(case.records)
+    for source in (pandas.DataFrame(case.records), iter(case.records), Dataset.from_list(case.records)):
+        assert torch.equal(client.predict(source).log_probs, expected.log_probs)
+    one = client.predict(case.records[0]).probabilities
+    torch.testing.assert_close(one[0], expected.probabilities[0, : one.shape[1]])
+    with pytest.raises(ValueError, match="records: there is nothing to predict"):
+        client.predict([])
+    with pytest.raises(DataError, match="row 1: field 'choices': missing"):
+        client.predict([{"question": "x"}])
+    with replying((200, {}, GOOD)) as (url, seen):
+        assert DrawClient(exported("generation").folder, url).generate("a prompt").texts == [["x"] * SAMPLES]
+    assert len(seen) == SAMPLES
+
+
+@pytest.mark.parametrize(("number", "shown"), [(math.nan, "nan"), (-math.inf, "-inf"), (math.inf, "inf")])
+def test_log_probabilities_that_are_no_distribution(number, shown, exported):
+    tops = [{f"token_id:{token}": number for token in range(400)}]
+    reply = completed({"token_logprobs": [-1.0], "top_logprobs": tops})
+    with replying(reply) as (url, _):
+        client = DrawClient(exported("choice_letter").folder, url, top_logprobs=20)
+        message = rf"{url}, model 'draw_0\d': the log-probabilities of a record's choices are \[{shown}, "
+        with pytest.raises(ServerError, match=message):
+            client.predict(QUESTIONS)
+
+
+@pytest.mark.parametrize("wait", ["nan", "Wed, 21 Oct 2026 07:28:00 GMT"])
+def test_a_wait_that_is_no_number(wait, exported):
+    with replying((429, {"Retry-After": wait}, b""), (200, {}, GOOD)) as (url, seen):
+        assert ask(exported("generation"), url).texts == [["x"] * SAMPLES]
+    assert len(seen) == SAMPLES + 1
+
+
+def test_neither_torch_nor_transformers_is_imported_with_it():
+    program = "import sys, bloblora.client; sys.exit(any(n in sys.modules for n in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_a_busy_server_is_asked_again(exported):
