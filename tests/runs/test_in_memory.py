@@ -127,7 +127,10 @@ def test_predict_says_what_it_needs(trained):
     model, tokenizer = trained.model, trained.tokenizer
     with pytest.raises(ValueError, match=r"without a task, pass texts with tokenizer=…, what the .* got list"):
         bloblora.predict(model, ALL)
-    with pytest.raises(ValueError, match=r"the DataLoader's RandomSampler isn't known to keep the order of the data, .* give shuffle=False"):
+    with pytest.raises(
+        ValueError,
+        match=r"the DataLoader's RandomSampler isn't known to keep .* give shuffle=False",
+    ):
         bloblora.predict(model, DataLoader([{"input_ids": [3]}], shuffle=True))
     with pytest.raises(ValueError, match="must give dicts of tensors by name, got list"):
         bloblora.predict(model, DataLoader([torch.ones(2)], collate_fn=list))

@@ -180,7 +180,7 @@ def test_a_loader_that_is_not_known_to_keep_the_order_is_refused(kind, head_mode
         "own": lambda: loader_of(data, batch_sampler=Own(SequentialSampler(data), 4, False)),
     }[kind]()
     for call in (predict, set_temperature):
-        with pytest.raises(ValueError, match="isn't known to keep the order of the data.*give shuffle=False"):
+        with pytest.raises(ValueError, match=r"isn't known to keep the order of the data.*give shuffle=False"):
             call(head_model, loader, task=TASK)
     assert find_posterior(head_model).temperatures is None
 

@@ -74,8 +74,8 @@ def predict(
 
     Raises:
         ValueError: ``num_samples`` or ``batch_size`` is out of range, there is no input, a DataLoader isn't known to
-            keep the order of its data, or a tokenizer has no pad token or comes with a task, the adapter is merged; or, without a task, by
-            `class_logits`.
+            keep the order of its data, or a tokenizer has no pad token or comes with a task, the adapter is merged; or,
+            without a task, by `class_logits`.
         FloatingPointError: by `check_finite`, where a probability is NaN.
         DataError: inputs for the tokenizer are no texts.
     """
@@ -170,8 +170,8 @@ def set_temperature(
         T of the average over N draws.
 
     Raises:
-        ValueError: the model has no Bayesian adapter, or it is disabled, there are no labels, not one for each input, or
-            one is no class; or as `predict`.
+        ValueError: the model has no Bayesian adapter, or it is disabled, there are no labels, not one for each input,
+            or one is no class; or as `predict`.
     """
     if (posterior := find_posterior(model)) is None:
         raise ValueError("model: its adapter isn't Bayesian, so it can't keep a temperature; call bayesianize first")
@@ -202,7 +202,8 @@ def _parts(inputs: Any) -> Iterator[Any]:
         return
     order_of(inputs, None)
     for batch in inputs:
-        yield DataLoader([batch], batch_size=None, collate_fn=_as_it_is)
+        alone: Any = [batch]
+        yield DataLoader(alone, batch_size=None, collate_fn=_as_it_is)
 
 
 def _as_it_is(batch: Any) -> Any:
