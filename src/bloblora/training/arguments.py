@@ -112,7 +112,7 @@ class BlobTrainingArguments(Objective, TrainingArguments):
 
     ``max_grad_norm`` clips the gradients of A, B and a head together, as in a plain LoRA: one bad batch would throw a
     mean that isn't clipped far off. It doesn't clip those of Ω, whose NLL part is larger the larger the gradients are:
-    clipped where it is large, it would lose against the KL, and Ω would become too wide. Nor those of a Gaussian head.
+    clipped where it is large, it would lose against the KL, and Ω would become too wide.
 
     Raises:
         ValueError: a field is out of its range.

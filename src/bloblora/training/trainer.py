@@ -420,10 +420,10 @@ class BlobTrainerMixin(_Host):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip the gradients of all but Ω and a Gaussian head; see `Objective`."""
-        if (posterior := self._with_kl("joint")) is None or self.is_deepspeed_enabled:
+        """Clip the gradients of all but Ω; see `Objective`."""
+        if self._with_kl("joint") is None or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
-        own = {*self.std_parameters(), *(mean for key, mean in posterior.named_means().items() if is_head(key))}
+        own = {*self.std_parameters()}
         assert self.optimizer is not None
         others = [p for group in self.optimizer.param_groups for p in group["params"] if p not in own]
         return self.accelerator.clip_grad_norm_(others, self.args.max_grad_norm)
