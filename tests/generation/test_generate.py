@@ -7,6 +7,7 @@ import scipy.stats
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.distributions import Categorical
+from transformers import GenerationConfig
 
 from bloblora import Posterior
 from bloblora.adapter import UnevenPartsError
@@ -315,6 +316,40 @@ def test_modes_and_weights_stay_as_they_were(case_of):
         case.model.eval()
 
 
+@pytest.fixture
+def configured(case_of, monkeypatch):
+    """A case whose base model's generation config has some options of its own."""
+
+    def configured(family, **options):
+        case = case_of(family)
+        for name, value in options.items():
+            monkeypatch.setattr(case.model.generation_config, name, value)
+        return case
+
+    return configured
+
+
+@pytest.mark.parametrize("family", ["llama", "bart"])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}, {"num_beams": 2, "num_return_sequences": 2}],
+)
+@pytest.mark.parametrize("decoding", ["mean", "average"])
+def test_a_base_that_writes_several_answers_writes_one(decoding, options, family, case_of, configured):
+    how = {"decoding": decoding, "answers": 2}
+    expected = run(case_of(family), **how)
+    found = run(configured(family, **options), **how)
+    assert_same(found, expected, [0, 1, 2])
+    assert found.sampled_texts == expected.sampled_texts
+
+
+def test_each_row_is_a_prompt(case_of):
+    case = case_of("llama")
+    method = decoding.Decoding(WeightDraws(case.posterior), 0, 0, case.rows(0))
+    with pytest.raises(ValueError, match="generate has made 2 rows of 1 prompts"):
+        case.model.generate(**case.rows(0), num_return_sequences=2, do_sample=True, custom_generate=method)
+
+
 def test_texts_are_the_tokenizers(case_of, tokenizer):
     model = with_lora(tiny_causal(), "q_proj", "v_proj", task_type="CAUSAL_LM")
     inputs = tokenizer(["What?", "Which gas is iron?"], padding=True, padding_side="left", return_tensors="pt")
@@ -332,6 +367,11 @@ def test_texts_are_the_tokenizers(case_of, tokenizer):
         ({"inputs": {"input_ids": torch.ones(1, 3).long(), "position_ids": torch.arange(3)[None]}}, "has position_ids"),
         ({"num_beams": 4}, "num_beams must be 1, got 4"),
         ({"num_return_sequences": 2}, "num_return_sequences must be 1, got 2"),
+        ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams must be 1, got 2"),
+        (
+            {"generation_config": GenerationConfig(num_return_sequences=3, do_sample=True)},
+            "num_return_sequences must be 1, got 3",
+        ),
         ({"inputs": {"input_ids": torch.zeros(0, 3)}}, "nothing to answer"),
         (
             {"inputs": {"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 0]])}},

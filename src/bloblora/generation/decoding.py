@@ -98,6 +98,8 @@ class Decoding:
         **arguments: Any,
     ) -> Answers | Samples:
         """The answers that all draws write, and those of each; of the others theirs alone."""
+        if len(input_ids) != (rows := len(self.batch["input_ids"])):
+            raise ValueError(f"generate has made {len(input_ids)} rows of {rows} prompts; each must have one answer")
         prompts, logits = self._read(model, input_ids, arguments)
         writer = partial(_Writer, input_ids, logits_processor, stopping_criteria, generation_config)
         return self._write(prompts.read, logits, writer)

@@ -24,6 +24,7 @@ from ..prediction.sampler import Point, StackedWeights
 from .asking import Entailment
 from .asking import p_true as asked_p_true
 from .decoding import Answers, Decoding, KeptDraws, OwnAnswers, Samples, Sampling, Step
+from .options import check_one_answer, of_one_answer
 from .scoring import score
 from .tokens import TokenScores
 
@@ -257,6 +258,7 @@ def posterior_generate(
     all_draws = sampler or sampler_of(model)
     by_mean = decoding == "mean" and num_samples > 0 and not isinstance(all_draws, Point)
     _check_decoding(inputs, decoding, by_mean)
+    options = of_one_answer(options)
     # Draws are made where they write alone: the first token of the mean doesn't wait for them.
     writers = 0 if by_mean else num_samples
     writing = _kept(all_draws, writers, seed)
@@ -313,9 +315,7 @@ def _kept(sampler: Sampler, num_samples: int, seed: int) -> Sampler:
 
 def _check(inputs: Mapping[str, Tensor], num_samples: int, batch_size: int, options: Mapping[str, Any]) -> None:
     check_num_samples(num_samples, batch_size)
-    for name in ("num_beams", "num_return_sequences"):
-        if (value := options.get(name, 1)) != 1:
-            raise ValueError(f"{name} must be 1, got {value}: there is one answer, and one of each draw")
+    check_one_answer(options)
     if "input_ids" not in inputs or not len(inputs["input_ids"]):
         raise ValueError("inputs: there is nothing to answer; pass what the tokenizer returned for one or more prompts")
 
