@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from bloblora import runs
 from bloblora.cli.run import GenerationOptions, generate
@@ -25,6 +26,25 @@ def test_training_teaches_the_responses(trained):
     found = trained.generate(RECORDS, 0, max_new_tokens=16, do_sample=False)
     assert [text.strip() for text in found.texts] == ["carbon dioxide", "my card"]
     assert found.mask.sum(-1).tolist() < [16, 16]  # they end
+
+
+@pytest.mark.parametrize("of_base", [None, 17, [17, 18]])
+def test_a_response_ends_where_training_ended_it(of_base, trained, monkeypatch):
+    expected = trained.generate(RECORDS, 2, max_new_tokens=16, do_sample=False)
+    monkeypatch.setattr(trained.model.generation_config, "eos_token_id", of_base)
+    found = trained.generate(RECORDS, 2, max_new_tokens=16, do_sample=False)
+    assert found.token_ids() == expected.token_ids()
+
+
+def test_a_response_also_ends_where_the_base_ends_it(trained, monkeypatch):
+    tokens = trained.generate(RECORDS[:1], 2, max_new_tokens=16, do_sample=False).token_ids()[0]
+    monkeypatch.setattr(trained.model.generation_config, "eos_token_id", tokens[1])
+    for options, size in (({}, 2), ({"eos_token_id": tokens[2]}, 3)):
+        found = trained.generate(RECORDS[:1], 2, max_new_tokens=16, do_sample=False, **options)
+        assert found.token_ids() == [tokens[:size]]
+    given = GenerationConfig(eos_token_id=tokens[2])
+    found = trained.generate(RECORDS[:1], 2, max_new_tokens=16, do_sample=False, generation_config=given)
+    assert found.token_ids() == [tokens[:3]]
 
 
 def test_a_loaded_run_writes_the_same(trained):

@@ -198,6 +198,15 @@ def test_stops_and_log_probabilities_share_a_batch(hosted):
     assert len(together[0]) < len(together[2])
 
 
+def test_an_answer_may_end_where_the_base_ends_it(hosted, monkeypatch):
+    run, how = hosted["answers"].run, Way("answers", 3, 0, WritingOptions(max_new_tokens=2))
+    writing = Writing(hosted["answers"].encode({"prompt": PROMPT}), lambda token: None, threading.Event())
+    (token,) = run.generate_encoded([writing.example], 3, max_new_tokens=2, do_sample=False).tokens[:, 1].tolist()
+    assert write(run, how, [writing], None)[0]["finish_reason"] == "length"
+    monkeypatch.setattr(run.model.generation_config, "eos_token_id", [token])
+    assert write(run, how, [writing], None)[0]["finish_reason"] == "stop"
+
+
 def test_a_chat(client, hosted):
     messages = [
         {"role": "developer", "content": "Be short."},

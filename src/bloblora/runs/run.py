@@ -14,6 +14,7 @@ from ..data import as_records, unanswered
 from ..decision import Correctness, Decision
 from ..generation import Generation, TokenScores, posterior_generate, score
 from ..generation.asking import question_length
+from ..generation.options import option
 from ..methods import Method
 from ..prediction import Prediction, Sampler, StoppingRule, Tempered, hidden_states, predict
 from ..quantized import dequantize
@@ -142,6 +143,13 @@ class Run:
         """When `predict` makes no more draws for an input."""
         return self.approximation.stop if self.approximation else None
 
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Tokens that end an answer: the tokenizer's, in which training ends responses, and those of the base model."""
+        of_base = option(self.model, {}, "eos_token_id")
+        ids = {self.tokenizer.eos_token_id, *(of_base if isinstance(of_base, list) else [of_base])}
+        return sorted(ids - {None})
+
     def records(self, source: Any, *, require_labels: bool = False) -> list[dict[str, Any]]:
         """What `bloblora.data.as_records` makes of a source; a text alone is one to classify, or to answer."""
         kind, known = self.task.kind, self.config.reading_options().columns()
@@ -200,10 +208,12 @@ class Run:
     def generate_encoded(
         self, examples: list[dict[str, Any]], num_samples: int = 10, seed: int = 0, **options: Any
     ) -> Generation:
-        """The same of records as the task encodes them."""
+        """The same of records as the task encodes them; an answer ends in one of `end_token_ids`."""
         batch = self.task.collate(examples)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         given = {"tokenizer": self.tokenizer, "sampler": self.sampler, **options}
+        if getattr(options.get("generation_config"), "eos_token_id", None) is None:
+            given.setdefault("eos_token_id", self.end_token_ids or None)
         return posterior_generate(self.model, inputs, num_samples, seed, **given)
 
     def score(

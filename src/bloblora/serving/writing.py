@@ -118,7 +118,7 @@ def write(run: Run, how: Way, answers: Sequence[Writing], rules: TextRules | Non
     limit = how.writing.max_new_tokens
     of_tokens = [found.token_lists(row) for row in range(len(answers))]
     return [
-        {"finish_reason": _reason(found.tokens[row, found.mask[row]], run.tokenizer, answer.stop, limit)}
+        {"finish_reason": _reason(found.tokens[row, found.mask[row]], run, answer.stop, limit)}
         | {name: values[row] for name, values in decided.items() if not answer.stop}
         | {name: [text[: first_stop(text, answer.stop)] for text in texts[row]] for name, texts in written.items()}
         | {"uncertainty": {name: float(values[row]) for name, values in scores.items()}}
@@ -171,7 +171,7 @@ def first_stop(text: str, stop: Sequence[str]) -> int:
     return min((place for one in stop if (place := text.find(one)) >= 0), default=len(text))
 
 
-def _reason(ids: Tensor, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], limit: int) -> str:
+def _reason(ids: Tensor, run: Run, stop: Sequence[str], limit: int) -> str:
     """Why an answer ended, in OpenAI's words."""
-    whole = len(ids) == limit and int(ids[-1]) != tokenizer.eos_token_id
-    return "length" if whole and not _stopped(ids, tokenizer, stop) else "stop"
+    whole = len(ids) == limit and int(ids[-1]) not in run.end_token_ids
+    return "length" if whole and not _stopped(ids, run.tokenizer, stop) else "stop"
