@@ -343,6 +343,74 @@ def test_a_base_that_writes_several_answers_writes_one(decoding, options, family
     assert found.sampled_texts == expected.sampled_texts
 
 
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_an_offloaded_cache_of_the_base_is_not_taken(family, case_of, configured):
+    expected = run(case_of(family))
+    assert_same(run(configured(family, cache_implementation="offloaded")), expected, [0, 1, 2])
+
+
+@pytest.mark.parametrize("decoding", ["mean", "average"])
+def test_answers_are_sampled_by_unchanged_probabilities(decoding, case_of, configured):
+    """Whatever the base's generation config has, and an answer itself is written by."""
+    how = {"decoding": decoding, "answers": 4}
+    expected = run(case_of("llama"), **how)
+    cutoffs = {"min_p": 0.9, "typical_p": 0.1, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5, "top_h": 0.1}
+    found = run(configured("llama", **cutoffs, repetition_penalty=9.0, top_k=1, top_p=0.1), **how)
+    assert found.sampled_texts == expected.sampled_texts
+    assert run(case_of("llama"), repetition_penalty=9.0, **how).sampled_texts == expected.sampled_texts
+
+
+@pytest.mark.parametrize("decoding", ["mean", "average"])
+def test_padding_without_a_mask_is_no_prompt(decoding, case_of, configured):
+    expected = run(case_of("llama"), decoding=decoding)
+    case = configured("llama", pad_token_id=0)
+    found = run(case, inputs={"input_ids": case.inputs["input_ids"]}, decoding=decoding)
+    assert_same(found, expected, [0, 1, 2])
+    # A pad token that is an end-of-text token is read, as by `generate`.
+    whole = {"input_ids": case.inputs["input_ids"], "attention_mask": torch.ones_like(case.inputs["input_ids"])}
+    expected = run(case, inputs=whole, decoding=decoding, eos_token_id=[0, 2])
+    found = run(case, inputs={"input_ids": whole["input_ids"]}, decoding=decoding, eos_token_id=[0, 2])
+    assert_same(found, expected, [0, 1, 2])
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize(
+    "config", [{"decoder_start_token_id": 5}, {"decoder_start_token_id": None, "bos_token_id": 6}], ids=str
+)
+def test_the_draws_read_from_the_token_that_the_mean_writes_from(config, family, configured, monkeypatch):
+    """The first token's probabilities, by a forward of the decoder's start alone."""
+    case = configured(family, **config)
+    monkeypatch.setattr(case.model.get_base_model().config, "decoder_start_token_id", None)
+    start = torch.full((3, 1), config["decoder_start_token_id"] or config["bos_token_id"])
+    for n, how in itertools.product((0, 3), ("mean", "average")):
+        found = run(case, n, decoding=how, draws=False)
+        generator = torch.Generator().manual_seed(4)
+        for of_draw in found.draw_log_probs:
+            weights = case.posterior.draw(generator) if n else case.posterior.mean()
+            with torch.no_grad(), weights:
+                logits = case.model(**case.inputs, decoder_input_ids=start).logits[:, 0]
+            expected = logits.log_softmax(-1).gather(-1, found.tokens[:, :1]).squeeze(-1)
+            torch.testing.assert_close(of_draw[:, 0], expected, rtol=0, atol=1e-4)
+
+
+def test_another_start_than_the_draws_read_from(case_of, configured):
+    case = case_of("bart")
+    for options in ({"decoder_start_token_id": 5}, {"generation_config": GenerationConfig(decoder_start_token_id=5)}):
+        with pytest.raises(
+            ValueError, match=r"decoder_start_token_id must be 0, .* got 5: set it there, or take decod"
+        ):
+            run(case, **options)
+    found = run(case, decoding="average", decoder_start_token_id=5)
+    assert_same(found, run(configured("bart", decoder_start_token_id=5), decoding="average"), [0, 1, 2])
+    configured("bart", decoder_start_token_id=None, bos_token_id=None)
+    case.model.get_base_model().config.decoder_start_token_id, before = None, 0
+    try:
+        with pytest.raises(ValueError, match="decoder_start_token_id: the model's generation config has none"):
+            run(case)
+    finally:
+        case.model.get_base_model().config.decoder_start_token_id = before
+
+
 def test_each_row_is_a_prompt(case_of):
     case = case_of("llama")
     method = decoding.Decoding(WeightDraws(case.posterior), 0, 0, case.rows(0))

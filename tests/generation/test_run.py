@@ -15,6 +15,7 @@ from bloblora.cli.run import GenerationOptions, generate
 from bloblora.data import ReadingOptions
 from bloblora.generation.asking import question_length
 from bloblora.runs.checks import check_generates
+from bloblora.runs.texts import WritingOptions
 from tests.tiny_base import queries, write_jsonl, write_signed
 
 from .conftest import RECORDS, SETTINGS
@@ -45,6 +46,34 @@ def test_a_response_also_ends_where_the_base_ends_it(trained, monkeypatch):
     given = GenerationConfig(eos_token_id=tokens[2])
     found = trained.generate(RECORDS[:1], 2, max_new_tokens=16, do_sample=False, generation_config=given)
     assert found.token_ids() == [tokens[:3]]
+
+
+@pytest.mark.parametrize("decoding", ["mean", "average"])
+def test_stop_strings(decoding, trained, monkeypatch):
+    how = dict(max_new_tokens=16, do_sample=False, draws=True, answers=2, decoding=decoding)
+    whole = trained.generate(RECORDS, 2, **how).texts
+    found = trained.generate(RECORDS, 2, stop_strings=["bon"], **how)
+    monkeypatch.setattr(trained.model.generation_config, "stop_strings", "bon")
+    assert trained.generate(RECORDS, 2, **how).texts == found.texts
+    cut, other = found.texts
+    assert cut in whole[0]
+    assert len(cut) < len(whole[0])
+    assert other == whole[1]
+    assert [text for text in found.draw_texts[0] if "bon" in text] == [cut] * 2
+    with pytest.raises(ValueError, match="stop_strings: 'bon' are found in texts; give the tokenizer"):
+        trained.generate(RECORDS, 2, tokenizer=None, **how | {"answers": 0})
+    assert trained.generate(RECORDS, 2, stop_strings=None, **how).texts == whole
+
+
+def test_a_temperature_of_one_samples_by_unchanged_probabilities(trained, monkeypatch):
+    how = WritingOptions(max_new_tokens=6, temperature=3.0, answers=2).of_generation()
+    expected = trained.generate(RECORDS, 2, **how)
+    of_base = {"min_p": 0.9, "typical_p": 0.1, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5, "top_k": 1, "top_p": 0.1}
+    for name, value in of_base.items():
+        monkeypatch.setattr(trained.model.generation_config, name, value)
+    found = trained.generate(RECORDS, 2, **how)
+    assert found.texts == expected.texts != trained.generate(RECORDS, 2, max_new_tokens=6, do_sample=False).texts
+    assert found.sampled_texts == expected.sampled_texts
 
 
 def test_a_loaded_run_writes_the_same(trained):

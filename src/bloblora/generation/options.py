@@ -6,6 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
+
 UNCHANGED: Mapping[str, Any] = {
     "top_k": 0,
     "top_p": 1.0,
@@ -35,6 +39,50 @@ def check_one_answer(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be 1, got {value}: there is one answer, and one of each draw")
 
 
-def of_one_answer(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, with one answer to each prompt where the model's generation config has several."""
-    return {**options, **dict.fromkeys(_ONE, 1)}
+def of_one_answer(model: Any, options: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """Options under which `Decoding` can write, with what the model's generation config would add.
+
+    That is one answer to each prompt, a cache that can be copied unless another one is asked for, and stop strings as a
+    stopping criterion, since ``generate`` hands no tokenizer to a decoding method of one's own.
+
+    Raises:
+        ValueError: there are stop strings without a tokenizer.
+    """
+    found = {**options, **dict.fromkeys(_ONE, 1)}
+    if option(None, options, "cache_implementation") is None:
+        found["cache_implementation"] = None
+    if not (texts := option(model, options, "stop_strings")):
+        return found
+    if tokenizer is None:
+        raise ValueError(
+            f"stop_strings: {texts!r} are found in texts; give the tokenizer, or stop_strings=None to write on"
+        )
+    criteria = [*(options.get("stopping_criteria") or []), StopStringCriteria(tokenizer, texts)]
+    return found | {"stop_strings": None, "stopping_criteria": StoppingCriteriaList(criteria)}
+
+
+def decoder_start(model: Any, options: Mapping[str, Any] | None = None) -> Any:
+    """The token that an encoder-decoder's answers start from, as ``generate`` takes it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        if (token := option(model, options or {}, name)) is not None:
+            return token
+    if (token := getattr(model.config, "decoder_start_token_id", None)) is None:
+        raise ValueError(
+            "decoder_start_token_id: the model's generation config has none, and no bos_token_id; set the token that "
+            "answers start from in model.generation_config"
+        )
+    return token
+
+
+def with_mask(model: Any, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Inputs with the attention mask that ``generate`` infers where there is none, so that the draws read the same."""
+    padding, ends = (option(model, options, name) for name in ("pad_token_id", "eos_token_id"))
+    known = "attention_mask" in inputs or model.config.is_encoder_decoder
+    if known or padding is None or padding in (ends if isinstance(ends, list) else [ends]):
+        return inputs
+    ids = torch.as_tensor(inputs["input_ids"])
+    return {**inputs, "attention_mask": (ids != padding).long()} if (ids == padding).any() else inputs

@@ -22,6 +22,7 @@ from ..tasks import TaskError, TextGeneration
 from ..tasks.choice_text import additive_mask, check_model, collate_trees
 from ..tasks.encoding import pad
 from .decoding import TokenSums, check_weights
+from .options import decoder_start
 from .tokens import TokenScores
 
 _MOST_LOGITS = 2**25
@@ -68,7 +69,8 @@ def score(
 
     Raises:
         ValueError: ``num_samples`` or ``batch_size`` is out of range, there is nothing to score, a prompt or a response
-            is empty, texts come without a tokenizer, or draws are no weights (a linearized Laplace).
+            is empty, texts come without a tokenizer, draws are no weights (a linearized Laplace), or an
+            encoder-decoder has no token that responses start from.
         FloatingPointError: a probability is NaN.
     """
     check_num_samples(num_samples, batch_size)
@@ -185,7 +187,7 @@ class _Encoded:
     def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         responses = [response for _, branches in examples for response in branches]
         owners = [i for i, (_, branches) in enumerate(examples) for _ in branches]
-        start = self.model.config.decoder_start_token_id
+        start = decoder_start(self.model)
         prompts = [prompt for prompt, _ in examples]
         return {
             "input_ids": pad(prompts, 0, side="right"),

@@ -24,7 +24,7 @@ from ..prediction.sampler import Point, StackedWeights
 from .asking import Entailment
 from .asking import p_true as asked_p_true
 from .decoding import Answers, Decoding, KeptDraws, OwnAnswers, Samples, Sampling, Step
-from .options import check_one_answer, of_one_answer
+from .options import UNCHANGED, check_one_answer, decoder_start, of_one_answer, with_mask
 from .scoring import score
 from .tokens import TokenScores
 
@@ -238,16 +238,19 @@ def posterior_generate(
             they are written: under the mean alone, or under all draws where ``decoding`` is ``average``. What it raises
             ends the generation.
         **options: as for transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``,
-            ``repetition_penalty``, ``stopping_criteria``, …; what is left open comes from the model's generation
-            config. They act on the probabilities that answers are taken from, and on each draw's own for its answer.
+            ``repetition_penalty``, ``stopping_criteria``, ``stop_strings``, …; what is left open comes from the model's
+            generation config, but for beams, several answers and the kind of cache. They act on the probabilities that
+            answers are taken from, and on each draw's own for its answer; of those that change probabilities none
+            acts on ``answers``.
 
     Returns:
         The `Generation`, on the CPU, rows in the order of ``inputs``.
 
     Raises:
         ValueError: an argument is out of its range, there is no prompt or one is padded on the wrong side, an option
-            asks for several answers, the sampler's draws are no weights (a linearized Laplace), or the draws can't read
-            what the mean has written since ``inputs`` has more than tokens.
+            asks for several answers, the sampler's draws are no weights (a linearized Laplace), the draws can't read
+            what the mean has written since ``inputs`` has more than tokens or an option starts it from another token,
+            or there are stop strings without a tokenizer.
     """
     _check(inputs, num_samples, batch_size, options)
     if answers < 0 or answer_temperature <= 0:
@@ -258,14 +261,17 @@ def posterior_generate(
     all_draws = sampler or sampler_of(model)
     by_mean = decoding == "mean" and num_samples > 0 and not isinstance(all_draws, Point)
     _check_decoding(inputs, decoding, by_mean)
-    options = of_one_answer(options)
+    if by_mean or p_true:
+        _check_start(model, options)
+    inputs = with_mask(model, inputs, options)
+    options = of_one_answer(model, options, tokenizer)
     # Draws are made where they write alone: the first token of the mean doesn't wait for them.
     writers = 0 if by_mean else num_samples
     writing = _kept(all_draws, writers, seed)
     sampler = _kept(all_draws, num_samples, seed) if by_mean and draws else writing
     of_answers = min(num_samples, answers)
     answering = _kept(all_draws, of_answers, seed) if answers else writing
-    sampling = options | {"do_sample": True, "temperature": answer_temperature, "top_k": 0, "top_p": 1.0}
+    sampling = {**options, **UNCHANGED, "do_sample": True, "temperature": answer_temperature, "repetition_penalty": 1.0}
     device = next(model.parameters()).device
     order = _order(inputs)
     starts = range(0, len(order), batch_size)
@@ -326,6 +332,18 @@ def _check_decoding(inputs: Mapping[str, Tensor], decoding: str, by_mean: bool) 
         raise ValueError(
             f"inputs: has {', '.join(other)}, and the draws read prompts of tokens alone where the mean has written; "
             "take decoding='average'"
+        )
+
+
+def _check_start(model: Any, options: Mapping[str, Any]) -> None:
+    """Raise a ValueError where an encoder-decoder would write from another token than the draws read from."""
+    if not model.config.is_encoder_decoder:
+        return
+    given, own = decoder_start(model, options), decoder_start(model)
+    if torch.as_tensor(given).tolist() != own:
+        raise ValueError(
+            f"decoder_start_token_id must be {own}, of the model's generation config, from which the draws read; got "
+            f"{given}: set it there, or take decoding='average' without p_true"
         )
 
 

@@ -13,6 +13,7 @@ from .. import tasks
 from ..decision import Correctness, Decision, confidence_of
 from ..generation import Generation, TokenScores, claim_tokens, find_agree
 from ..generation.claims import claims_of
+from ..generation.options import UNCHANGED
 from ..generation.text import DRAW_SCORES, DecodingName
 from .config import RunError
 
@@ -97,7 +98,7 @@ class WritingOptions:
         changed = {"do_sample": self.temperature > 0, "agree": find_agree(self.agree)}
         if not self.temperature:
             return {**self.writing(), **changed, "temperature": None, "top_p": None}
-        return {**self.writing(), **changed, "top_k": 0}
+        return {**UNCHANGED, **self.writing(), **changed}
 
 
 def response_examples(
