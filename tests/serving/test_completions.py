@@ -230,6 +230,17 @@ def test_a_chat(client, hosted):
         assert stream.get_final_completion().choices[0].message.content == line["answer"]
 
 
+def test_a_part_of_a_character_has_no_bytes(client, hosted):
+    """Its text is a replacement character, whose bytes would be another character's."""
+    asked = {"model": "answers", "messages": [{"role": "user", "content": "?"}], "max_tokens": 30, "temperature": 2.0}
+    found = (client.chat.completions.create(**asked, seed=seed, logprobs=True).choices[0] for seed in range(20))
+    entries = [entry for choice in found for entry in choice.logprobs.content]
+    parts = [entry for entry in entries if "\N{REPLACEMENT CHARACTER}" in entry.token]
+    assert parts
+    assert {entry.bytes for entry in parts} == {None}
+    assert all(bytes(entry.bytes).decode() == entry.token for entry in entries if entry not in parts)
+
+
 def test_sampling_and_limits(client, hosted):
     options = dict(model="answers", prompt="Which sand?", temperature=2.0, top_p=0.9, max_tokens=5)
     one, again, other = (client.completions.create(**options, seed=seed).choices[0] for seed in (1, 1, 2))
@@ -368,9 +379,49 @@ def test_a_character_of_several_tokens_comes_whole(hosted):
     text, pieces = _Text(tokenizer, ["zz"]), []
     for token in ids:
         text.add(Token(token, 0.0, 0.0, []))
-        pieces.append(text.take(ended=False))
+        pieces.append(text.take(None))
     assert [new for new, _ in pieces] == ["a", "", "", "€", "b"]
     assert [len(tokens) for _, tokens in pieces] == [1, 0, 0, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("written", "stop", "finish_reason", "text", "tokens"),
+    [
+        ("carbon<s> dioxide</s>", [], "stop", "carbon dioxide", "carbon<s> dioxide"),
+        ("carbon<s> dioxide<s>", [], "length", "carbon dioxide", "carbon<s> dioxide<s>"),
+        ("carbon<s> dioxide", [" dio"], "stop", "carbon", "carbon<s>"),
+        ("carbon dio<s>xide", [" dio"], "stop", "carbon", "carbon"),
+    ],
+)
+def test_a_token_without_text_keeps_its_place(written, stop, finish_reason, text, tokens, hosted):
+    tokenizer = hosted["answers"].run.tokenizer
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+    shown, parts = _Text(tokenizer, stop), []
+    for token in ids:
+        shown.add(Token(token, 0.0, 0.0, []))
+        parts.append(shown.take(None))
+    parts.append(shown.take(finish_reason))
+    pieces = [piece for _, new in parts for piece in new]
+    assert "".join(new for new, _ in parts) == text
+    assert "".join(piece.text for piece in pieces) == tokens
+    assert [piece.place for piece in pieces] == [*range(len(pieces))]
+    assert [piece.token.id for piece in pieces] == ids[: len(pieces)]
+
+
+def test_special_tokens_in_an_answer_have_their_own_log_probabilities(client, hosted):
+    run, special = hosted["answers"].run, "<s>"
+    asked = {"prompt": "?", "max_tokens": 30, "temperature": 2.0}
+    how = {"max_new_tokens": 30, "do_sample": True, "temperature": 2.0, "top_k": 0}
+    lines = ((seed, next(run.describe_texts([{"prompt": "?"}], 3, seed, **how))["tokens"]) for seed in range(50))
+    seed, tokens = next((seed, line) for seed, line in lines if special in line["texts"][:-2])
+    whole = client.completions.create(model="answers", **asked, seed=seed, logprobs=0).choices[0]
+    *_, last = client.completions.create(model="answers", **asked, seed=seed, logprobs=0, stream=True)
+    count = len(whole.logprobs.tokens)
+    assert count in (len(tokens["texts"]), len(tokens["texts"]) - 1)
+    assert whole.logprobs.tokens == whole.tokens["texts"] == tokens["texts"][:count]
+    for name in ("log_probabilities", "mutual_information"):
+        assert whole.tokens[name] == pytest.approx(tokens[name][:count], abs=1e-4)
+        assert last.choices[0].read[name] == pytest.approx(tokens[name], abs=1e-4)
 
 
 def test_without_a_chat_template_a_chat_is_refused(client, hosted, monkeypatch):

@@ -146,6 +146,25 @@ def _fitting(run: Hosted, record: dict[str, Any], place: str, how: Way, settings
     return example
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """A token's part of an answer.
+
+    Attributes:
+        token: what is known of it.
+        place: how many tokens precede it.
+        text: its own.
+        start: where it starts in the answer, in characters.
+        end: where it ends, which is its start where it adds nothing to the answer, as a special token.
+    """
+
+    token: Token
+    place: int
+    text: str
+    start: int
+    end: int
+
+
 @dataclass
 class _Text:
     """An answer as it grows, of which no part of a stop is shown."""
@@ -155,24 +174,31 @@ class _Text:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     shown: int = 0
-    held: list[tuple[Token, str, int]] = field(default_factory=list)
+    held: list[_Piece] = field(default_factory=list)
 
     def add(self, token: Token) -> None:
-        """One more token, with its own text and where it starts in the answer."""
+        """One more token."""
         start = len(self.text.rstrip("\N{REPLACEMENT CHARACTER}"))  # which stands for bytes of the same character
-        self.held.append((token, self.tokenizer.decode([token.id]), start))
         self.ids.append(token.id)
         self.text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = self.tokenizer.decode([token.id])
+        self.held.append(_Piece(token, len(self.ids) - 1, text, start, len(self.text)))
 
-    def take(self, ended: bool) -> tuple[str, list[tuple[Token, str, int]]]:
-        """What can be shown that wasn't, with its tokens: nothing while a character or a stop may be incomplete."""
-        end = first_stop(self.text, self.stop)
-        if not ended:
+    def take(self, finish_reason: str | None) -> tuple[str, list[_Piece]]:
+        """What can be shown that wasn't, with its tokens: nothing while a character or a stop may be incomplete.
+
+        ``finish_reason`` is None while the answer is written. The token that ends it is no part of it.
+        """
+        end, last = first_stop(self.text, self.stop), self.held[-1:]
+        silent = bool(last) and last[0].start == last[0].end
+        if finish_reason is None:
             begun = (stop[:length] for stop in self.stop for length in range(1, min(len(stop), len(self.text) + 1)))
-            if self.text.endswith("\N{REPLACEMENT CHARACTER}") or any(map(self.text.endswith, begun)):
+            if silent or self.text.endswith("\N{REPLACEMENT CHARACTER}") or any(map(self.text.endswith, begun)):
                 return "", []
+        elif silent and finish_reason == "stop":
+            self.held.pop()
         new, self.shown = self.text[self.shown : end], end
-        tokens, self.held = [one for one in self.held if one[2] < end], []
+        tokens, self.held = [one for one in self.held if one.start < end or one.end <= end], []
         return new, tokens
 
 
@@ -203,7 +229,7 @@ class _Answers:
                 end, left = item.result(), left - 1
             else:
                 text.add(item)
-            new, tokens = text.take(end is not None)
+            new, tokens = text.take(None if end is None else end["finish_reason"])
             if tokens or end is not None:
                 yield index, new, tokens, end
 
@@ -274,7 +300,7 @@ def _usage(asked: Asked, answers: _Answers) -> dict[str, int]:
 
 
 def _choice(
-    asked: Asked, index: int, text: str, tokens: Sequence[tuple[Token, str, int]], end: Mapping[str, Any] | None
+    asked: Asked, index: int, text: str, tokens: Sequence[_Piece], end: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """A choice of the answer or of an event: OpenAI's fields, then our own."""
     content: dict[str, Any] = {"text": text}
@@ -284,17 +310,17 @@ def _choice(
         content = {"message": {"role": "assistant", "content": text, "refusal": None}}
     ended: dict[str, Any] = {"finish_reason": None} if end is None else dict(end)
     own = {
-        "texts": [shown for _, shown, _ in tokens],
-        "log_probabilities": [token.log_probability for token, _, _ in tokens],
-        "mutual_information": [token.mutual_information for token, _, _ in tokens],
+        "texts": [one.text for one in tokens],
+        "log_probabilities": [one.token.log_probability for one in tokens],
+        "mutual_information": [one.token.mutual_information for one in tokens],
     }
     if not asked.stream:
-        own |= {name: values[: len(tokens)] for name, values in ended.pop("read").items()}
+        own |= {name: [values[one.place] for one in tokens] for name, values in ended.pop("read").items()}
     logprobs = _logprobs(asked, tokens) if asked.logprobs else None
     return {"index": index, **content, "logprobs": logprobs, **ended, "tokens": own}
 
 
-def _logprobs(asked: Asked, tokens: Sequence[tuple[Token, str, int]]) -> dict[str, Any]:
+def _logprobs(asked: Asked, tokens: Sequence[_Piece]) -> dict[str, Any]:
     """Log-probabilities as OpenAI's two endpoints have them."""
     tokenizer = asked.run.run.tokenizer
 
@@ -303,17 +329,19 @@ def _logprobs(asked: Asked, tokens: Sequence[tuple[Token, str, int]]) -> dict[st
 
     if not asked.chat:
         return {
-            "tokens": [text for _, text, _ in tokens],
-            "token_logprobs": [token.log_probability for token, _, _ in tokens],
-            "top_logprobs": [{text_of(i): value for i, value in token.top} for token, _, _ in tokens],
-            "text_offset": [start for _, _, start in tokens],
+            "tokens": [one.text for one in tokens],
+            "token_logprobs": [one.token.log_probability for one in tokens],
+            "top_logprobs": [{text_of(i): value for i, value in one.token.top} for one in tokens],
+            "text_offset": [one.start for one in tokens],
         }
 
     def entry(text: str, value: float) -> dict[str, Any]:
-        return {"token": text, "logprob": value, "bytes": [*text.encode()]}
+        part = "\N{REPLACEMENT CHARACTER}" in text  # of a character, whose bytes the text isn't
+        return {"token": text, "logprob": value, "bytes": None if part else [*text.encode()]}
 
     content = [
-        entry(text, token.log_probability) | {"top_logprobs": [entry(text_of(i), value) for i, value in token.top]}
-        for token, text, _ in tokens
+        entry(one.text, one.token.log_probability)
+        | {"top_logprobs": [entry(text_of(i), value) for i, value in one.token.top]}
+        for one in tokens
     ]
     return {"content": content, "refusal": None}
