@@ -11,6 +11,8 @@ from bloblora.generation import clusters, find_agree, normalized, same_text
         ("Straße", "strasse"),
         ("theatre and another", "theatre and another"),
         ("A", "a"),
+        ("(A)", "a"),
+        ("The.", "the"),
         ("?!", "?!"),
         ("", ""),
     ],
@@ -22,6 +24,8 @@ def test_normalized(text, expected):
 def test_same_text():
     assert same_text("The sun.", "sun")
     assert not same_text("The sun", "The moon")
+    assert all(same_text(answer, "A") for answer in ("A.", "(A)", " a)\n", "A:"))
+    assert not same_text("(A)", "B")
 
 
 def test_a_similarity_is_no_relation(tmp_path):

@@ -41,11 +41,13 @@ Agree = Callable[[str, str], bool]
 def normalized(text: str) -> str:
     """The text without case, punctuation, articles and surplus white space, as SQuAD compares answers.
 
-    Rajpurkar et al., arXiv 1606.05250. A text of which nothing is left keeps all but its case and outer white space.
+    Rajpurkar et al., arXiv 1606.05250. A text of articles alone keeps them, as the answer "(A)" is to be "a", and one of
+    punctuation alone keeps all but its case and outer white space.
     """
     lower = unicodedata.normalize("NFKC", text).casefold()
     bare = "".join(character for character in lower if unicodedata.category(character)[0] != "P")
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split()) or lower.strip()
+    without_articles = " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+    return without_articles or " ".join(bare.split()) or lower.strip()
 
 
 def same_text(first: str, second: str) -> bool:
