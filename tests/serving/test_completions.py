@@ -430,6 +430,20 @@ def test_without_a_chat_template_a_chat_is_refused(client, hosted, monkeypatch):
         client.chat.completions.create(model="answers", messages=[{"role": "user", "content": "hello"}])
 
 
+def test_a_chat_of_nothing_leaves_the_others_of_its_batch_alone(hosted, monkeypatch):
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(hosted["answers"].run.tokenizer, "chat_template", template)
+    with serving(hosted, replace(TEXT_SETTINGS, max_wait_ms=500.0)) as server, ThreadPoolExecutor(2) as pool:
+        create = client_of(server).chat.completions.create
+        asked, nothing = (
+            pool.submit(create, model="answers", messages=[{"role": role, "content": "hello"}], max_tokens=2)
+            for role in ("user", "system")
+        )
+        with pytest.raises(openai.BadRequestError, match="chat template makes no token of"):
+            nothing.result()
+        assert asked.result().choices[0].message.role == "assistant"
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_ends_the_generation(stream, hosted, server, monkeypatch):
     """Of 60 tokens no more than a few are written; the next client has the thread."""

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from tokenizers.normalizers import Replace
 from torch.nn.functional import cross_entropy
 
 from bloblora.tasks import TaskError, TextGeneration, build_task, encode_all, task_from_dict
@@ -131,6 +132,17 @@ def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(bos_tokenizer,
 def test_wrong_records(record, message, chat_tokenizer):
     with pytest.raises(TaskError, match=message):
         TextGeneration(pad_token_id=0).encode(record, chat_tokenizer)
+
+
+def test_a_prompt_without_a_token_leaves_nothing_to_read():
+    """As one of characters that a tokenizer drops, or a chat that its template leaves out."""
+    task, dropping = TextGeneration(pad_token_id=0), train_tokenizer()
+    dropping.backend_tokenizer.normalizer = Replace("\u200b", "")
+    with pytest.raises(TaskError, match=r"field 'prompt': the tokenizer makes no token of '\\u200b'; it must have one"):
+        task.encode({"prompt": "\u200b"}, dropping)
+    dropping.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(TaskError, match=r"field 'messages': the tokenizer's chat template makes no token of \[\{'role'"):
+        task.encode({"messages": [{"role": "system", "content": "hello"}]}, dropping)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ..limits import time_limit
-from ..messages import shortened
+from ..messages import quoted, shortened
 from .encoding import collate_labels, continuation_ids, fit_prefix, pad, pad_left, prompt_ids
 from .likelihood import Likelihood, Text
 from .task import Batch, Example, Record, Task, TaskError
@@ -60,6 +60,13 @@ class TextGeneration(Task):
     def tokenize(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
         """Token ids of `prompt` and, where the record has one, of `response`, all of whose tokens count."""
         prompt, response = (chat_ids if "messages" in record else plain_ids)(record, tokenizer)
+        if not prompt:
+            field = "messages" if "messages" in record else "prompt"
+            maker = "the tokenizer's chat template" if "messages" in record else "the tokenizer"
+            raise TaskError(
+                f"field '{field}': {maker} makes no token of {quoted(record[field])}; it must have one for the model to "
+                "read"
+            )
         room, what = (1, "an answer") if response is None else (len(response), "the response")
         kept = fit_prefix(prompt, room, self.max_length, tokenizer.bos_token_id, what)
         example = {"prompt": kept, "truncated": len(prompt) - len(kept)}
