@@ -13,6 +13,7 @@ import pytest
 
 from bloblora import runs
 from bloblora.generation import find_agree
+from bloblora.generation.asking import question_length
 from bloblora.runs.texts import WritingOptions
 from bloblora.serving import load_hosted, open_hosted
 from bloblora.serving.completions import _Text
@@ -241,6 +242,60 @@ def test_a_part_of_a_character_has_no_bytes(client, hosted):
     assert all(bytes(entry.bytes).decode() == entry.token for entry in entries if entry not in parts)
 
 
+def test_a_chat_goes_on_with_the_message_that_was_answered(client, hosted):
+    """As the client gives it back, or as its dict, which has more fields; an answer may be empty."""
+    ask, messages = client.chat.completions.create, [{"role": "user", "content": "Which gas?"}]
+    message = ask(model="answers", messages=messages, max_tokens=4).choices[0].message
+    records = [*messages, {"role": "assistant", "content": message.content}, *messages]
+    how = {"max_new_tokens": 4, "do_sample": False}
+    expected = hosted["answers"].run.generate([{"messages": records}], 3, **how).texts[0]
+    nulls = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls"))
+    for answered in (message, message.model_dump(), {"role": "assistant", "content": message.content} | nulls):
+        found = ask(model="answers", messages=[*messages, answered, *messages], max_tokens=4)
+        assert found.choices[0].message.content == expected
+    empty = [{"role": "system", "content": ""}, *messages, {"role": "assistant", "content": ""}, *messages]
+    found = ask(model="answers", messages=empty, max_tokens=4)
+    expected = hosted["answers"].run.generate([{"messages": empty}], 3, **how).texts[0]
+    assert found.choices[0].message.content == expected
+
+
+def test_fields_that_change_nothing(client):
+    messages = [{"role": "user", "content": "Which gas?"}]
+    plain = client.chat.completions.create(model="answers", messages=messages, max_tokens=4)
+    named = [messages[0] | {"name": "Ada"}]
+    same = {"store": False, "response_format": {"type": "text"}}
+    found = client.chat.completions.create(model="answers", messages=named, max_tokens=4, **same)
+    assert found.choices[0].message == plain.choices[0].message
+    asked = {"model": "answers", "prompt": PROMPT, "max_tokens": 4}
+    plain, found = (
+        client.completions.create(**asked, **more).choices[0] for more in ({}, {"echo": False, "best_of": 1})
+    )
+    assert found.text == plain.text
+
+
+def test_a_prompt_has_the_room_that_generate_gives_it(client, hosted, monkeypatch):
+    """With its answer up to what the model reads, alone up to what the task takes; beyond that `generate` cuts it."""
+    run = hosted["answers"].run
+    length = len(run.tokenizer(PROMPT)["input_ids"])
+    monkeypatch.setattr(run, "task", replace(run.task, max_length=length + 1))  # less than prompt and answer
+    asked = {"model": "answers", "prompt": PROMPT}
+    how = {"max_new_tokens": 8, "do_sample": False}
+    found = client.completions.create(**asked, max_tokens=8).choices[0].text
+    assert found == run.generate([{"prompt": PROMPT}], 3, **how).texts[0]
+    with pytest.raises(
+        openai.BadRequestError, match=f"{length + 1} tokens.* must be at most {length}: the run was"
+    ) as cut:
+        client.completions.create(**asked | {"prompt": PROMPT + "a"}, max_tokens=8)
+    assert cut.value.code == LONG
+    for p_true in (False, True):
+        more = 8 + (question_length(run.tokenizer) if p_true else 0)
+        monkeypatch.setattr(run.tokenizer, "model_max_length", length + more)
+        client.completions.create(**asked, max_tokens=8, extra_body={"p_true": p_true})
+        with pytest.raises(openai.BadRequestError, match=f"at most {length + more}, which the model reads") as cut:
+            client.completions.create(**asked, max_tokens=9, extra_body={"p_true": p_true})
+        assert cut.value.code == LONG
+
+
 def test_sampling_and_limits(client, hosted):
     options = dict(model="answers", prompt="Which sand?", temperature=2.0, top_p=0.9, max_tokens=5)
     one, again, other = (client.completions.create(**options, seed=seed).choices[0] for seed in (1, 1, 2))
@@ -297,6 +352,9 @@ def test_models(client, server):
         ({"extra_body": {"answers": 21}}, BAD, "answers", None, "must be at most 20"),
         ({"extra_body": {"agree": "nli:x"}}, BAD, "agree", None, "'exact', 'normalized' or 'numeric'"),
         ({"messages": []}, BAD, "messages", None, "at least 1 item"),
+        ({"messages": [{"role": "user", "content": ""}]}, BAD, "messages[0].content", None, "a text that isn't empty"),
+        ({"echo": True}, BAD, "echo", None, "Input should be False"),
+        ({"best_of": 2}, BAD, "best_of", None, "less than or equal to 1"),
         (
             {"messages": [{"role": "user", "content": [{"type": "x"}] * 33}]},
             BAD,

@@ -141,7 +141,9 @@ def test_a_prompt_without_a_token_leaves_nothing_to_read():
     with pytest.raises(TaskError, match=r"field 'prompt': the tokenizer makes no token of '\\u200b'; it must have one"):
         task.encode({"prompt": "\u200b"}, dropping)
     dropping.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-    with pytest.raises(TaskError, match=r"field 'messages': the tokenizer's chat template makes no token of \[\{'role'"):
+    with pytest.raises(
+        TaskError, match=r"field 'messages': the tokenizer's chat template makes no token of \[\{'role'"
+    ):
         task.encode({"messages": [{"role": "system", "content": "hello"}]}, dropping)
 
 

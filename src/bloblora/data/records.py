@@ -193,10 +193,14 @@ def unanswered(record: Mapping[str, Any]) -> Record:
     return rest
 
 
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
 def _text_problems(value: Any, where: str) -> list[str]:
     if value is None:
         return [f"{where}: missing; it must be a text that isn't empty"]
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or _is_blank(value):
         return [f"{where}: {quoted(value)} must be a text that isn't empty"]
     return [f"{where}: {quoted(value)} has half a surrogate pair, which is no text"] if _half_a_pair(value) else []
 
@@ -323,8 +327,13 @@ def _message_problems(messages: Any, required: bool, where: str = "field 'messag
         item = f"{where}, item {number}"
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             return [f"{item}: {quoted(message)} must have 'role' and 'content'"]
-        if problems := [p for name in ("role", "content") for p in _text_problems(message[name], f"{item}: '{name}'")]:
-            return problems
+        last = number == len(messages) - 1
+        for name in ("role", "content"):
+            silent = name == "content" and not last and message["role"] in ("system", "assistant")
+            if not (silent and _is_blank(message[name])) and (
+                problems := _text_problems(message[name], f"{item}: '{name}'")
+            ):
+                return problems
     if required and (role := messages[-1]["role"]) != "assistant":
         return [f"field 'messages': the last one's role is {quoted(role)}; in training records it must be 'assistant'"]
     return []

@@ -134,15 +134,19 @@ def _records(request: Any, chat: bool) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _fitting(run: Hosted, record: dict[str, Any], place: str, how: Way, settings: Settings) -> dict[str, Any]:
-    """A record's encoding, whose answer has room after it."""
+    """A record's encoding, whose answer has room after it, by the limits of `Run.generate`, which would cut it."""
     texts = [record["prompt"]] if "prompt" in record else [message["content"] for message in record["messages"]]
     example = encoded(run, record, place, sum(map(len, texts)), settings)
-    tokens, most = run.run.task.length(example) + example["truncated"], run.run.task.max_length
-    more = how.writing.max_new_tokens + (question_length(run.run.tokenizer) if how.writing.p_true else 0)
-    if most is not None and tokens + more > most:
+    task, tokenizer, long = run.run.task, run.run.tokenizer, "context_length_exceeded"
+    tokens = task.length(example) + example["truncated"]
+    if example["truncated"]:
+        limit = f"must be at most {task.length(example)}: the run was trained with max_length {task.max_length}"
+        raise InputsError(problem_of(place, f"{tokens} tokens", limit), code=long)
+    more = how.writing.max_new_tokens + (question_length(tokenizer) if how.writing.p_true else 0)
+    if tokens + more > (most := tokenizer.model_max_length):
         question = " and of the question whether it is true" if how.writing.p_true else ""
         limit = f"with {more} more of the answer{question} must be at most {most}, which the model reads"
-        raise InputsError(problem_of(place, f"{tokens} tokens", limit), code="context_length_exceeded")
+        raise InputsError(problem_of(place, f"{tokens} tokens", limit), code=long)
     return example
 
 

@@ -16,6 +16,7 @@ from pydantic import (
     GetJsonSchemaHandler,
     Tag,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -54,7 +55,7 @@ class _Strict(BaseModel):
     @classmethod
     def _few_fields(cls, value: Any) -> Any:
         """Refuses many unknown fields together, before each is an error of its own."""
-        if isinstance(value, dict) and len(value) > _MAX_FIELDS:
+        if isinstance(value, dict) and len(value) > max(_MAX_FIELDS, len(cls.model_fields)):
             known = ", ".join(cls.model_fields)
             raise PydanticCustomError("too_many_fields", f"{len(value)} fields; must be among {known}")
         return value
@@ -199,6 +200,8 @@ class CompletionRequest(_Writing):
     """Prompts whose continuation is asked for."""
 
     prompt: Prompts = _field("a text, or a list of texts", "Question: Which gas do plants take in?\nAnswer:")
+    echo: Literal[False] | None = _field("the answer comes without its prompt", False, default=None)
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = _field("answers to choose from: there is one", 1, default=None)
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = _field(
         "log-probabilities of the answer's tokens, and of so many most probable ones", 2, default=None
     )
@@ -212,16 +215,36 @@ class TextPart(_Strict):
 
 
 _Parts = Annotated[list[TextPart], Field(min_length=1), _at_most("max_inputs")]
-Content = Annotated[Annotated[Text, Tag("<one>")] | Annotated[_Parts, Tag("<many>")], _ONE_OR_MANY]
+Content = Annotated[Annotated[str, Tag("<one>")] | Annotated[_Parts, Tag("<many>")], _ONE_OR_MANY]
 
 
 class ChatMessage(_Strict):
-    """One message of a chat."""
+    """One message of a chat; an answer goes back as OpenAI's client has it, with fields that are null."""
 
     role: Literal["system", "developer", "user", "assistant"] = _field(
         "who says it; the last is not the assistant's", "user"
     )
-    content: Content = _field("what is said", _CHOICE)
+    content: Content = _field("what is said; a user's isn't blank", _CHOICE)
+    name: str | None = _field("which of several users says it; templates don't read it", "Ada", default=None)
+    refusal: None = _field("of an answer; there is none", None, default=None)
+    annotations: None = _field("of an answer; there are none", None, default=None)
+    audio: None = _field("of an answer; there is none", None, default=None)
+    function_call: None = _field("of an answer; there is none", None, default=None)
+    tool_calls: None = _field("of an answer; there are none", None, default=None)
+
+    @field_validator("content")
+    @classmethod
+    def _not_blank(cls, content: Any, info: ValidationInfo) -> Any:
+        """Refuses a user's message that says nothing."""
+        if info.data.get("role") == "user" and content == "":
+            raise PydanticCustomError("blank", "must be a text that isn't empty, of a user's message")
+        return content
+
+
+class ResponseFormat(_Strict):
+    """What an answer is."""
+
+    type: Literal["text"] = _field("text is all that is written", "text")
 
 
 class ChatRequest(_Writing):
@@ -231,6 +254,8 @@ class ChatRequest(_Writing):
         "from the first to the last", [{"role": "user", "content": _CHOICE}]
     )
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = _field("the same as `max_tokens`", 64, default=None)
+    response_format: ResponseFormat | None = _field("text", {"type": "text"}, default=None)
+    store: Literal[False] | None = _field("nothing is kept", False, default=None)
     logprobs: bool | None = _field("log-probabilities of the answer's tokens", True, default=None)
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = _field(
         "and of so many most probable ones", 2, default=None

@@ -63,10 +63,7 @@ class TextGeneration(Task):
         if not prompt:
             field = "messages" if "messages" in record else "prompt"
             maker = "the tokenizer's chat template" if "messages" in record else "the tokenizer"
-            raise TaskError(
-                f"field '{field}': {maker} makes no token of {quoted(record[field])}; it must have one for the model to "
-                "read"
-            )
+            raise TaskError(f"field '{field}': {maker} makes no token of {quoted(record[field])}; it must have one")
         room, what = (1, "an answer") if response is None else (len(response), "the response")
         kept = fit_prefix(prompt, room, self.max_length, tokenizer.bos_token_id, what)
         example = {"prompt": kept, "truncated": len(prompt) - len(kept)}
