@@ -146,6 +146,21 @@ def test_hand_computed_case_of_two_starts():
     assert answered(6, 9, 12, 13, *range(16, 31)) == 17
 
 
+def test_confidences_are_any_finite_numbers():
+    """Ranked as they are, so that what is added to all of them changes the threshold alone."""
+    confidence = torch.tensor([0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65], dtype=torch.float64)
+    wrong = torch.tensor([0, 1, 0, 0, 0, 1, 1])
+    rule = fit_answering_by(confidence - 1500, wrong == 0, risk=0.5, level=0.8)
+    assert (rule.threshold, rule.num_answered, rule.num_wrong) == (pytest.approx(0.7 - 1500), 5, 1)
+    assert rule.answers(confidence - 1500).tolist() == [True] * 5 + [False] * 2
+    everything = fit_answering_by(confidence - 1500, torch.ones(7), risk=0.5, level=0.8)
+    assert everything.num_answered == 7
+    assert everything.answers(torch.tensor([-1e9, 0.0])).all()
+    assert fit_answering_by(torch.zeros(7), torch.ones(7), risk=0.5, level=0.8).num_answered == 7
+    with pytest.raises(ValueError, match="confidence: must be 7 finite numbers, one for each answer"):
+        fit_answering_by(confidence.log() - torch.inf, wrong == 0, risk=0.5, level=0.8)
+
+
 def test_equal_confidences_are_answered_together():
     # five answers pass, but the sixth is as sure as the fifth, and with it two errors don't
     assert fitted([0.9, 0.9, 0.9, 0.9, 0.7, 0.7], [0, 0, 0, 0, 1, 1], risk=0.5, level=0.8) is None
@@ -181,8 +196,6 @@ def test_what_cannot_be_promised():
         fit_answering(*binary(confidence, wrong), risk=1e-6)
     with pytest.raises(ValueError, match=r"promises a risk of 0\.9 with probability 0\.95$"):
         fit_answering(*binary(confidence, np.ones(60)), risk=0.9)
-    with pytest.raises(PromiseError, match="p_correct is 0 for all 60 records, and what has 0 is never answered"):
-        fit_answering_by(torch.zeros(60), torch.ones(60), risk=0.5, score="p_correct")
     with pytest.raises(ValueError, match=r"risk must be in \(0, 1\), got 5"):
         fit_answering(*binary(confidence, wrong), risk=5)
     with pytest.raises(ValueError, match="row 0 sums to 2"):

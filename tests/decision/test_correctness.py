@@ -31,6 +31,16 @@ def test_each_map_finds_the_probability(kind):
     assert found.metrics["brier"] == pytest.approx((p - again.double()).square().mean().item(), abs=0.02)
 
 
+def test_a_map_of_long_texts():
+    """Of -1,500 to -800 nats e^s is 0 in float64; here the more probable half is right."""
+    scores, right = {"sequence_log_probability": torch.linspace(-1500, -800, 200)}, torch.arange(200) >= 100
+    found = fit_correctness(scores, right, maps=["isotonic"])
+    assert found.metrics["auroc"] > 0.95
+    p = found.probabilities(scores)
+    assert p[:98].max() < 0.05
+    assert p[102:].min() > 0.95
+
+
 def test_the_choice_leaves_out_what_says_nothing():
     scores, right = simulated()
     found = fit_correctness(scores, right)
@@ -62,9 +72,9 @@ def test_probabilities_by_hand():
     expected = [1 / (1 + math.exp(-(0.5 + 2 * math.log(p) - math.log(1 - p)))) for p in (0.25, 0.5)]
     # by the rule of succession nothing is above (8 + 1) / (8 + 2)
     assert beta.probabilities({"agreement": c}).tolist() == pytest.approx([*map(lambda p: max(p, 0.1), expected), 0.9])
-    corners = {"confidence": [0.2, 0.6], "probability": [0.3, 0.7]}
+    corners = {"log_confidence": [-3.0, -1.0], "probability": [0.3, 0.7]}
     isotonic = Correctness("isotonic", ("predictive_entropy",), corners, **given)
-    entropies = -torch.tensor([0.1, 0.4, 0.9]).log()
+    entropies = torch.tensor([4.0, 2.0, 0.5])
     assert isotonic.probabilities({"predictive_entropy": entropies}).tolist() == pytest.approx([0.3, 0.5, 0.7])
     assert Correctness.from_dict(isotonic.to_dict()) == isotonic
 
@@ -79,6 +89,7 @@ def test_probabilities_by_hand():
         {"parameters": {"weights": [1.0, 2.0], "intercept": 0.0}},
         {"parameters": {"weights": [math.nan], "intercept": 0.0}},
         {"parameters": {}},
+        {"kind": "isotonic", "parameters": {"confidence": [0.2, 0.6], "probability": [0.3, 0.7]}},  # of c itself
         {"more": 1},
     ],
 )

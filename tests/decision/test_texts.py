@@ -88,8 +88,18 @@ def test_what_a_promise_lacks_is_said():
     assert found.from_dict(found.to_dict()) == found
     with pytest.raises(PromiseError, match=r"needs at least .* records to calibrate on, got 7"):
         fit_text_decision(confidence, right)
-    with pytest.raises(ValueError, match="p_correct: must be 7 finite numbers of 0 or more"):
-        fit_text_decision(confidence - 1, right, risk=0.5, level=0.8)
+    with pytest.raises(ValueError, match="p_correct: must be 7 finite numbers"):
+        fit_text_decision(confidence * MISS, right, risk=0.5, level=0.8)
+
+
+def test_long_texts_are_told_apart_by_their_log_probability():
+    """Of -1,500 to -800 nats e^s is 0 in float64; the more probable half is right."""
+    scores, right = {"sequence_log_probability": torch.linspace(-1500, -800, 200)}, torch.arange(200) >= 100
+    confidence = confidence_of(scores, "sequence_log_probability", None)
+    rule = fit_text_decision(confidence, right, score="sequence_log_probability", risk=0.2, level=0.9).answering
+    assert rule.num_answered - rule.num_wrong == 100
+    assert rule.num_wrong < 25
+    assert rule.answers(confidence).sum() == rule.num_answered
 
 
 def test_the_confidence_of_a_score():
@@ -99,8 +109,8 @@ def test_the_confidence_of_a_score():
         "agreement": torch.tensor([0.25, 1.0]),
     }
     for name, expected in (
-        ("sequence_log_probability", [np.exp(-2), 1]),
-        ("mutual_information", [np.exp(-0.5), 1]),
+        ("sequence_log_probability", [-2, 0]),
+        ("mutual_information", [-0.5, 0]),
         ("agreement", [0.25, 1]),
     ):
         assert confidence_of(scores, name, None).tolist() == pytest.approx(expected)

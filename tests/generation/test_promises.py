@@ -19,7 +19,7 @@ from bloblora.data import ReadingOptions
 from bloblora.decision import CorrectnessError, PromiseError
 from bloblora.runs import PredictionOptions, text_decisions
 from tests.generation.conftest import RECORDS
-from tests.tiny_base import queries, write_jsonl
+from tests.tiny_base import queries, write_jsonl, write_signed
 
 WRONG = ["iron", "my money", "sand", "the card", "late", "a parcel"]
 OPTIONS, WRITING = PredictionOptions(samples=2), WritingOptions(max_new_tokens=16)
@@ -50,6 +50,19 @@ def lines_of(file):
 
 def calibrated(folder, data, **options):
     calibrate(OPTIONS, ReadingOptions(), WRITING, folder, str(data), **{**LAX, **options})
+
+
+def test_a_threshold_of_an_earlier_version_is_refused(folder, tmp_path):
+    """It is of e^s, and by the score itself it would withhold all texts."""
+    data, file = write_jsonl(tmp_path / "texts.jsonl", given(RECORDS[0])), tmp_path / "run" / "decision.json"
+    calibrated(folder, data, by="sequence_log_probability")
+    stored = json.loads(file.read_text())
+    rule = stored["decisions"][0]["decision"]["answering"]
+    assert rule["threshold"] < 0
+    rule["threshold"] = 0.25
+    write_signed(file, stored)
+    with pytest.raises(runs.RunError, match=r"threshold of sequence_log_probability is 0\.25.* must be below 0.*again"):
+        score(folder, str(data), ScoringOptions(samples=2), ReadingOptions())
 
 
 def test_texts_that_are_given(folder, tmp_path, capsys):

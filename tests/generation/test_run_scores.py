@@ -220,6 +220,20 @@ def test_labelled_texts_that_carry_no_map(records, options, message, folder, tmp
     assert not (tmp_path / "run" / "correctness.json").exists()
 
 
+def test_a_matcher_that_fails_on_an_answer_names_it(folder, tmp_path):
+    """What it can't do with a reference is known before; the answers come from the run."""
+    judge = "def same(answer, reference):\n    return answer.strip() == reference or answer[99] == 0\n"
+    (tmp_path / "judge.py").write_text(judge)
+    references = [RECORDS[0]] * 2 + [RECORDS[0] | {"response": "iron"}] * 10
+    data, matcher = write_jsonl(tmp_path / "references.jsonl", references), f"{tmp_path / 'judge.py'}:same"
+    message = (
+        r"record 3: matcher .*judge.py:same must give True or False for the answer ' carbon dioxide' and the reference "
+        "'iron'; got IndexError: string index out of range"
+    )
+    with pytest.raises(runs.RunError, match=message):
+        correctness(folder, str(data), GENERATION, ReadingOptions(), matcher=matcher)
+
+
 @pytest.mark.parametrize(
     ("matcher", "answer", "reference", "right"),
     [

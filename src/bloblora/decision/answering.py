@@ -27,6 +27,7 @@ Where the error rate comes down again after t*, each time that it does so near a
 share once more.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +106,8 @@ def fit_answering_by(
     """The same for answers of any kind that are right or wrong, such as texts.
 
     Args:
-        confidence: (n,), 0 or more, higher for answers that are right more often; one of 0 is never answered.
+        confidence: (n,), finite, higher for answers that are right more often. Where all n are answered, the threshold
+            is 0 if each is above it, and else the lowest number that there is.
         right: (n,) bool.
         risk: as for `fit_answering`, which says what it raises.
         level: likewise.
@@ -113,14 +115,13 @@ def fit_answering_by(
     """
     check_answering(len(right), risk, level)
     confidence, right = confidence.detach().cpu().double(), right.cpu().bool()
-    if confidence.shape != right.shape or not ((confidence >= 0) & confidence.isfinite()).all():
-        raise ValueError(f"{score}: must be {len(right)} finite numbers of 0 or more, one for each answer")
+    if confidence.shape != right.shape or not confidence.isfinite().all():
+        raise ValueError(f"{score}: must be {len(right)} finite numbers, one for each answer")
     ranked, order = confidence.sort(descending=True)
     wrong = (~right)[order].cumsum(0)
-    below = torch.cat([ranked[1:], torch.zeros(1)])
+    lowest = 0.0 if ranked[-1] > 0 else -sys.float_info.max
+    below = torch.cat([ranked[1:], torch.tensor([lowest], dtype=torch.float64)])
     ends = (ranked > below).nonzero()[:, 0]  # records of equal confidence are answered together
-    if not len(ends):
-        raise PromiseError(f"{score} is 0 for all {len(right)} records, and what has 0 is never answered")
     counts, errors = (ends + 1).numpy(), wrong[ends].numpy()
     last = _last_passed(counts, errors, risk, 1 - level)
     if last is None:

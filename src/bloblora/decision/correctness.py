@@ -7,7 +7,8 @@ a variance, and an agreement or P(True) as it is, the maps are
   Classifiers), with the usual ridge penalty on standardized scores;
 - ``beta``: :math:`\sigma(m + a \log c - b \log(1 - c))` with a, b ≥ 0 (Kull, Silva Filho & Flach 2017, AISTATS 54,
   623-631), fitted by logistic regression as in their package betacal;
-- ``isotonic``: a non-decreasing step-wise linear function of c (Zadrozny & Elkan 2002, KDD, 694-699).
+- ``isotonic``: a non-decreasing step-wise linear function of log c (Zadrozny & Elkan 2002, KDD, 694-699), as c of a long
+  text's log-probability is 0 in float64.
 
 The map is the one with the lowest NLL under cross-validation. A map of n texts says nothing outside of
 [1/(n + 2), (n + 1)/(n + 2)], Laplace's rule of succession for n of a kind, so that the NLL of a step to 0 is finite.
@@ -63,8 +64,8 @@ class Correctness:
     Attributes:
         kind: one of `MAPS`.
         scores: the names of its scores.
-        parameters: ``weights`` of the features and ``intercept``; or of isotonic ``confidence`` and ``probability``,
-            the corners of the function.
+        parameters: ``weights`` of the features and ``intercept``; or of isotonic ``log_confidence`` and
+            ``probability``, the corners of the function.
         num_examples: texts that it was fitted on, n.
         num_right: of them, right.
         metrics: what the whole choice of a map is worth on texts that it has not seen, by `fit_correctness`.
@@ -83,8 +84,8 @@ class Correctness:
         if not 0 < self.num_right < self.num_examples:
             raise CorrectnessError(f"num_right must be in 1..{self.num_examples - 1}, got {self.num_right}")
         if self.kind == "isotonic":
-            x, y = (np.asarray(self.parameters[name], float) for name in ("confidence", "probability"))
-            valid = x.ndim == 1 and x.shape == y.shape and x.size > 0
+            x, y = (np.asarray(self.parameters[name], float) for name in ("log_confidence", "probability"))
+            valid = x.ndim == 1 and x.shape == y.shape and x.size > 0 and bool(np.isfinite(x).all())
             valid = valid and bool((np.diff(x) > 0).all() and (np.diff(y) >= 0).all() and y[0] >= 0 and y[-1] <= 1)
         else:
             numbers = np.asarray([*self.parameters["weights"], self.parameters["intercept"]], float)
@@ -101,8 +102,8 @@ class Correctness:
         """
         columns = np.stack([scores[name].double().cpu().numpy() for name in self.scores])
         if self.kind == "isotonic":
-            confidence = np.exp(_log_confidence(self.scores[0], columns[0]))
-            found = np.interp(confidence, self.parameters["confidence"], self.parameters["probability"])
+            x = _log_confidence(self.scores[0], columns[0])
+            found = np.interp(x, self.parameters["log_confidence"], self.parameters["probability"])
         else:
             features = _beta_features(self.scores[0], columns[0]) if self.kind == "beta" else columns.T
             logits = features @ np.asarray(self.parameters["weights"]) + self.parameters["intercept"]
@@ -177,7 +178,10 @@ def check_counts(num_right: int, num_examples: int) -> None:
 
 
 def confidence_of(scores: Mapping[str, Tensor], name: str, correctness: Correctness | None) -> Tensor:
-    """What n texts are ranked by, (n,) float64: ``p_correct``, or the confidence c that a score stands for.
+    """What n texts are ranked by, (n,) float64: ``p_correct``, or the confidence that a score stands for.
+
+    That is log c, at most 0, of a log-probability, an entropy or a variance, since c of a long text is 0 in float64; and
+    c of an agreement or P(True).
 
     Args:
         scores: by name, each (n,).
@@ -193,7 +197,7 @@ def confidence_of(scores: Mapping[str, Tensor], name: str, correctness: Correctn
         known = ", ".join(["p_correct", *(score for score in scores if score in SIGNS)])
         raise CorrectnessError(f"by: must be one of {known}, got {name!r}")
     values = scores[name].double().cpu()
-    return (values * sign).exp() if (sign := SIGNS[name]) else values
+    return (values * sign).clamp(max=0) if (sign := SIGNS[name]) else values
 
 
 _Columns = dict[str, np.ndarray]
@@ -244,8 +248,9 @@ def _fitted(
     parameters: dict[str, Any]
     if kind == "isotonic":
         isotonic = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip")
-        isotonic.fit(np.exp(_log_confidence(names[0], columns[names[0]])), right.astype(float))
-        parameters = {"confidence": isotonic.X_thresholds_.tolist(), "probability": isotonic.y_thresholds_.tolist()}
+        isotonic.fit(_log_confidence(names[0], columns[names[0]]), right.astype(float))
+        x, y = isotonic.X_thresholds_, isotonic.y_thresholds_
+        parameters = {"log_confidence": x.tolist(), "probability": y.tolist()}
     elif kind == "beta":
         features = _beta_features(names[0], columns[names[0]])
         used, weights = [0, 1], np.zeros(2)

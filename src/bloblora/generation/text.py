@@ -41,7 +41,7 @@ Agree = Callable[[str, str], bool]
 def normalized(text: str) -> str:
     """The text without case, punctuation, articles and surplus white space, as SQuAD compares answers.
 
-    Rajpurkar et al., arXiv 1606.05250. A text of articles alone keeps them, as the answer "(A)" is to be "a", and one of
+    Rajpurkar et al., arXiv 1606.05250. A text of articles alone keeps them, since the answer "(A)" is "a", and one of
     punctuation alone keeps all but its case and outer white space.
     """
     lower = unicodedata.normalize("NFKC", text).casefold()

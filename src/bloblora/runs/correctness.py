@@ -15,7 +15,7 @@ from ..decision import MAPS, Correctness, CorrectnessError, fit_correctness
 from ..decision.correctness import check_counts
 from ..files import json_sha256
 from ..generation import Matcher, find_matcher
-from ..messages import quoted
+from ..messages import quoted, shortened
 from .checks import check_generates
 from .config import RunError
 from .entries import EntriesFile, has, there_and_now
@@ -168,12 +168,16 @@ class LabelledTexts:
         given: whether the responses are right; None where they are references.
         references: those, else empty.
         agree: whether an answer is its reference.
+        matcher: the name of that.
+        numbers: of the records in the data, from 1.
     """
 
     records: Sequence[dict[str, Any]]
     given: list[bool] | None
     references: list[str]
     agree: Matcher
+    matcher: str
+    numbers: list[int]
 
     @classmethod
     def of(cls, description: RunDescription, records: Sequence[dict[str, Any]], matcher: str) -> LabelledTexts:
@@ -191,7 +195,7 @@ class LabelledTexts:
                 raise RunError(f"record {number}: field 'response': matcher {matcher}: {error}") from error
         kept = unseen(description, records)
         given, references = given and [given[i] for i in kept], [references[i] for i in kept if references]
-        return cls([records[i] for i in kept], given, references, agree)
+        return cls([records[i] for i in kept], given, references, agree, matcher, [i + 1 for i in kept])
 
     @property
     def kind(self) -> str:
@@ -224,14 +228,25 @@ class LabelledTexts:
                 continue
             written = run.generate(chunk, how["num_samples"], how["seed"], **options, **generation)
             parts.append(written.scores())
-            for answers, reference in zip(written.ranked_answers, self.references[start : start + CHUNK], strict=True):
-                places = (i for i, answer in enumerate(answers, start=1) if self.agree(answer, reference))
+            for row, answers in enumerate(written.ranked_answers, start=start):
+                places = (i for i, answer in enumerate(answers, start=1) if self._is_right(answer, row))
                 ranks.append(float(next(places, torch.inf)))
                 right.append(ranks[-1] == 1)
         scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if self.given is not None:
             return scores, torch.tensor(self.given), None
         return scores, torch.tensor(right), torch.tensor(ranks)
+
+
+    def _is_right(self, answer: str, row: int) -> bool:
+        try:
+            return self.agree(answer, self.references[row])
+        except Exception as error:  # a user's function may raise anything
+            reason = shortened(f"{type(error).__name__}: {error}")
+            texts = f"the answer {quoted(answer)} and the reference {quoted(self.references[row])}"
+            raise RunError(
+                f"record {self.numbers[row]}: matcher {self.matcher} must give True or False for {texts}; got {reason}"
+            ) from error
 
 
 def place_of(kind: str, how: Mapping[str, Any]) -> dict[str, Any]:

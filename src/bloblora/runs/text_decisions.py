@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data import unanswered
 from ..decision import Decision, check_text_promises, confidence_of, fit_text_decision
-from ..decision.correctness import Correctness
+from ..decision.correctness import SIGNS, Correctness
 from ..files import json_sha256
 from .checks import warn_of_copies
 from .config import RunError
@@ -165,7 +165,14 @@ def _map_of_others(description: RunDescription, texts: LabelledTexts, how: Mappi
 
 def _of_kind(description: RunDescription, kind: str) -> list[tuple[dict[str, Any], Decision]]:
     found = open_decisions(description)
-    return [(entry, decision) for entry, decision in found if (entry.get("text") or {}).get("of") == kind]
+    of_kind = [(entry, decision) for entry, decision in found if (entry.get("text") or {}).get("of") == kind]
+    for rule in (decision.answering for _, decision in of_kind):
+        if rule is not None and SIGNS.get(rule.score) and rule.threshold >= 0:  # log c is at most 0
+            raise RunError(
+                f"{description.folder / DECISION_FILE}: its threshold of {rule.score} is {rule.threshold:.3g}, by an "
+                "earlier version of bloblora; it must be below 0, of a log-confidence: run `bloblora calibrate` again"
+            )
+    return of_kind
 
 
 def _place(kind: str, how: Mapping[str, Any]) -> dict[str, Any]:
