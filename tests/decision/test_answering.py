@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import binom, binomtest
 
-from bloblora.decision import PromiseError, fit_answering, fit_answering_by
+from bloblora.decision import fit_answering, fit_answering_by
 from tests.decision.conftest import standard_error
 
 SPLITS = 2000

@@ -144,6 +144,28 @@ def test_bad_texts_are_found_before_the_model_is_loaded(record, error, message, 
     assert not output.exists()
 
 
+def test_bad_texts_of_a_stream_are_numbered(trained, tmp_path, monkeypatch, capsys):
+    """Those of its second batch too; and nothing is loaded for a first one that can't be used."""
+    good, bad = {"prompt": "What?", "response": "a card"}, {"prompt": "What?", "response": "a card</s> or two"}
+    follows = "response: ' or two' follows the end-of-text token '</s>'"
+    data = write_jsonl(tmp_path / "texts.jsonl", [*[good] * 66, bad])
+    with pytest.raises(TaskError, match=f"record 67: {follows}"):
+        score(trained.config.output, str(data), ScoringOptions(samples=0), ReadingOptions())
+    assert len(capsys.readouterr().out.splitlines()) == 64
+    monkeypatch.setattr(runs, "load_run", pytest.fail)
+    for records, options, message in (
+        ([good, bad], {}, f"record 2: {follows}"),
+        (
+            [good, good | {"claims": ["sun"]}],
+            {"claims": "sentences"},
+            "record 2: field 'claims', item 0: 'sun' must be",
+        ),
+    ):
+        data = write_jsonl(tmp_path / "texts.jsonl", records)
+        with pytest.raises(TaskError, match=message):
+            score(trained.config.output, str(data), ScoringOptions(samples=0, **options), ReadingOptions())
+
+
 def right_and_wrong():
     """Texts that the run has learnt, and others."""
     wrong = ["iron", "my money", "sand", "the card", "late", "a parcel"]

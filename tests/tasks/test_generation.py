@@ -99,6 +99,12 @@ def test_a_certain_response_has_a_finite_gradient(tokenizer, monkeypatch):
     assert torch.isfinite(certain.grad).all()
 
 
+def test_a_response_may_bring_the_token_that_ends_it(tokenizer):
+    task = TextGeneration(pad_token_id=0)
+    plain, ended = (task.encode({"prompt": "What?", "response": text}, tokenizer) for text in ("iron", "iron</s> "))
+    assert ended == plain
+
+
 def test_prompts_alone(tokenizer):
     task = TextGeneration(pad_token_id=0)
     examples = encode_all(task, [{"prompt": "What?"}, {"prompt": "Which gas do plants take?"}], tokenizer)
@@ -127,6 +133,11 @@ def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(bos_tokenizer,
         ({"messages": []}, r"field 'messages': \[\] must be a list"),
         ({"messages": [{"role": "user"}]}, "field 'messages', item 0: .*must have 'role' and 'content'"),
         ({"messages": CHAT[-1:]}, "the only one is the assistant's"),
+        ({"prompt": "What?", "response": "iron</s> sand"}, "response: ' sand' follows the end-of-text token '</s>'"),
+        (
+            {"messages": [*CHAT[:-1], {"role": "assistant", "content": "iron</s>sand"}]},
+            r"response: 'sand\\n' follows the end-of-text token '</s>', which ends a response; leave that token out",
+        ),
     ],
 )
 def test_wrong_records(record, message, chat_tokenizer):

@@ -15,7 +15,7 @@ from typing import Any, Literal, TextIO
 from rich.console import Console
 from rich.table import Table
 
-from .. import evaluation, runs
+from .. import evaluation, models, runs
 from ..adapter import find_posterior
 from ..data import Reader, ReadingOptions, read_batches, read_records, unanswered
 from ..decision import MAPS, changed, check_promises
@@ -37,7 +37,7 @@ from ..runs.run import SamplingOptions
 from ..runs.scoring import score_file
 from ..runs.seen import said, seen, unseen, unseen_predictions
 from ..runs.text_decisions import open_text_decision, promise_texts
-from ..runs.texts import WritingOptions
+from ..runs.texts import WritingOptions, response_examples
 from ..training import PosteriorHistograms
 from .following import after_calibration, after_training
 
@@ -646,7 +646,16 @@ def score(
     def lines(run: runs.Run, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         return run.describe_scores(records, options.samples, options.seed, **settings)
 
-    batches, check = read_batches(input, 64, reading, **description.reading), partial(check_generates, description.task)
+    tokenizer, first = models.load_tokenizer(description.config.model, **trusted), 1
+
+    def check(records: list[dict[str, Any]]) -> None:
+        nonlocal first
+        check_generates(description.task, records)
+        for _ in response_examples(description.task, records, tokenizer, options.claims, first):
+            pass
+        first += len(records)
+
+    batches = read_batches(input, 64, reading, **description.reading)
     _write(input, output, batches, check, partial(runs.load_run, description, **trusted), lines)
 
 

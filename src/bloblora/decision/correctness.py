@@ -7,8 +7,8 @@ a variance, and an agreement or P(True) as it is, the maps are
   Classifiers), with the usual ridge penalty on standardized scores;
 - ``beta``: :math:`\sigma(m + a \log c - b \log(1 - c))` with a, b ≥ 0 (Kull, Silva Filho & Flach 2017, AISTATS 54,
   623-631), fitted by logistic regression as in their package betacal;
-- ``isotonic``: a non-decreasing step-wise linear function of log c (Zadrozny & Elkan 2002, KDD, 694-699), as c of a long
-  text's log-probability is 0 in float64.
+- ``isotonic``: a non-decreasing step-wise linear function of log c (Zadrozny & Elkan 2002, KDD, 694-699), since c
+  of a long text's log-probability is 0 in float64.
 
 The map is the one with the lowest NLL under cross-validation. A map of n texts says nothing outside of
 [1/(n + 2), (n + 1)/(n + 2)], Laplace's rule of succession for n of a kind, so that the NLL of a step to 0 is finite.
@@ -180,8 +180,8 @@ def check_counts(num_right: int, num_examples: int) -> None:
 def confidence_of(scores: Mapping[str, Tensor], name: str, correctness: Correctness | None) -> Tensor:
     """What n texts are ranked by, (n,) float64: ``p_correct``, or the confidence that a score stands for.
 
-    That is log c, at most 0, of a log-probability, an entropy or a variance, since c of a long text is 0 in float64; and
-    c of an agreement or P(True).
+    That is log c, at most 0, of a log-probability, an entropy or a variance, since c of a long text is 0 in float64;
+    and c of an agreement or P(True).
 
     Args:
         scores: by name, each (n,).

@@ -237,7 +237,6 @@ class LabelledTexts:
             return scores, torch.tensor(self.given), None
         return scores, torch.tensor(right), torch.tensor(ranks)
 
-
     def _is_right(self, answer: str, row: int) -> bool:
         try:
             return self.agree(answer, self.references[row])

@@ -106,15 +106,16 @@ def response_examples(
     records: Iterable[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     claims: str | None = None,
+    first: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """Each record's ``prompt`` and ``response`` as token ids.
+    """Each record's ``prompt`` and ``response`` as token ids; messages number the records from ``first``.
 
     Raises:
         TaskError: of all records that have no response, are over the task's ``max_length``, or have claims that their
             response hasn't; after the last one.
     """
     problems = []
-    for number, record in enumerate(records, start=1):
+    for number, record in enumerate(records, start=first):
         try:
             example = task.encode(record, tokenizer)
             if "response" not in example:

@@ -152,8 +152,18 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
 
 
 def ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Up to the end-of-text token, which is added where there is none."""
+    """A response up to the end-of-text token, which is added where there is none.
+
+    Raises:
+        TaskError: more of its text follows that token; white space may, as chat templates have it.
+    """
     eos = tokenizer.eos_token_id
-    if eos is None:
-        return ids
-    return ids[: ids.index(eos) + 1] if eos in ids else [*ids, eos]
+    if eos is None or eos not in ids:
+        return ids if eos is None else [*ids, eos]
+    end = ids.index(eos) + 1
+    if (rest := str(tokenizer.decode(ids[end:], skip_special_tokens=True))).strip():
+        raise TaskError(
+            f"response: {quoted(rest)} follows the end-of-text token {tokenizer.eos_token!r}, which ends a response; "
+            "leave that token out"
+        )
+    return ids[:end]
