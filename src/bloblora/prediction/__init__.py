@@ -3,9 +3,9 @@
 from .approximations import Linearized, StoppingRule, TopBlocks
 from .hidden import hidden_states
 from .kinds import KINDS, MultiLabelPrediction, Prediction, RewardPrediction, TagsPrediction, ValuePrediction
-from .prediction import average_draws, predict, set_temperature
+from .prediction import average_draws, predict
 from .sampler import Point, Sampler, ScalableWeights, Tempered, WeightDraws
-from .temperature import fit_temperature, tempered_nll
+from .temperature import fit_temperature, set_temperature, tempered_nll
 
 __all__ = [
     "KINDS",

@@ -182,8 +182,7 @@ class BlobTrainerMixin(_Host):
 
     def _set_temperature(self, posterior: Posterior) -> None:
         """Fit a temperature on the evaluation data; warn where a Gaussian head, which needs one, gets none."""
-        from ..prediction.prediction import set_temperature
-        from ..prediction.temperature import FEWEST_FOR_TEMPERATURE
+        from ..prediction.temperature import FEWEST_FOR_TEMPERATURE, set_temperature
 
         parts = self._temperature_data()
         sized = all(isinstance(part, Sized) for part in parts)
