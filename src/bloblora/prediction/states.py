@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ..contexts import hooked
 
+_ROUNDING = 1e-6  # of the largest slope of an input
+
 
 def with_states(head: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
     """Logits (b, C) of a forward, and what a head read of each input, (b, d), the mean where it read several states.
@@ -24,8 +26,12 @@ def with_states(head: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor,
 
 
 def mean_where_read(x: Tensor, slope: Tensor) -> Tensor:
-    """Mean of inputs x (b, ..., n) over the positions at which the logits have a slope, (b, n)."""
-    read = (slope != 0).any(-1, keepdim=True)
+    """Mean of inputs x (b, ..., n) over the positions at which the logits have a slope, (b, n).
+
+    A slope that is rounding isn't one, as that of the first query of a text, which sees one key alone.
+    """
+    size = slope.abs().amax(-1, keepdim=True)
+    read = size > _ROUNDING * size.amax([*range(1, size.dim())], keepdim=True)
     return (x * read).reshape(len(x), -1, x.shape[-1]).sum(1) / read.flatten(1).sum(1, keepdim=True).clamp(min=1)
 
 
