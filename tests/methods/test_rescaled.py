@@ -175,13 +175,22 @@ def test_a_scaled_draw_is_so_much_farther_from_the_mean(kind):
 
 def test_folds_have_equal_shares_of_each_label():
     labels = [0] * 10 + [1] * 7 + [2] * 3
-    found = folds(labels, 3, seed=1)
+    examples = [{"input_ids": [number], "label": label} for number, label in enumerate(labels)]
+    found = folds(examples, 3, seed=1)
     assert sorted(position for fold in found for position in fold) == [*range(20)]
     for label in range(3):
         counts = [sum(labels[position] == label for position in fold) for fold in found]
         assert max(counts) - min(counts) <= 1
     assert {len(fold) for fold in found} == {6, 7}
-    assert found == folds(labels, 3, seed=1) != folds(labels, 3, seed=2)
+    assert found == folds(examples, 3, seed=1) != folds(examples, 3, seed=2)
+
+
+def test_copies_are_in_one_fold():
+    examples = [{"input_ids": [number // 4], "label": number // 20} for number in range(60)]
+    found = folds(examples, 3)
+    texts = [{examples[position]["input_ids"][0] for position in fold} for fold in found]
+    assert [len(fold) for fold in found] == [20, 20, 20]
+    assert sum(map(len, texts)) == 15
 
 
 @dataclass(kw_only=True)

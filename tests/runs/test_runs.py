@@ -304,6 +304,14 @@ def test_a_share_of_all_records_is_held_out(counts, share, held_out):
     assert sorted(r["text"] for r in kept + out) == sorted(r["text"] for r in records)
 
 
+def test_copies_of_a_record_are_on_one_side():
+    records = [{"text": f"{i // 4}", "label": "ab"[i // 40]} for i in range(80)]
+    sides = split(records, 0.2)
+    kept, out = ({record["text"] for record in side} for side in sides)
+    assert [len(side) for side in sides] == [64, 16]
+    assert (len(kept), len(out), kept & out) == (16, 4, set())
+
+
 def test_labels_with_few_records_take_turns():
     records = [{"text": f"{i}", "label": f"{i % 100}"} for i in range(1000)]
     labels = [[r["label"] for r in split(records, 0.05, seed)[1]] for seed in (0, 0, 1)]

@@ -193,6 +193,23 @@ def unanswered(record: Mapping[str, Any]) -> Record:
     return rest
 
 
+def first_copies(rows: Iterable[Any]) -> list[int]:
+    """Of each row the position of the first one that is equal in JSON."""
+    first: dict[int, int] = {}  # hashes, which are less than the rows
+    return [
+        first.setdefault(hash(json.dumps(row, sort_keys=True, default=str)), position)
+        for position, row in enumerate(rows)
+    ]
+
+
+def grouped(positions: Iterable[int], same: Sequence[int]) -> list[list[int]]:
+    """Positions whose rows are equal together, by `first_copies`; in their order."""
+    units: dict[int, list[int]] = {}
+    for position in positions:
+        units.setdefault(same[position], []).append(position)
+    return [*units.values()]
+
+
 def _is_blank(value: Any) -> bool:
     return isinstance(value, str) and not value.strip()
 

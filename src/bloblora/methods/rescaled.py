@@ -39,8 +39,10 @@ from transformers import PreTrainedModel
 
 from ..adapter import AdapterFileError, Posterior
 from ..adapter.sharding import put_, whole
+from ..data.records import first_copies, grouped
 from ..prediction import Prediction, Sampler, ScalableWeights, Tempered, fit_temperature, predict, tempered_nll
 from ..prediction.kinds import prediction_of
+from ..prediction.trunk_cache import ROW
 from ..tasks.likelihood import CATEGORICAL, Likelihood, likelihood_of
 from ..tasks.task import Example
 from .method import Draw, Method, Training, read_state, write_state
@@ -124,7 +126,7 @@ class Rescaled(Method):
         """Each fold with a model that was trained on the others."""
         assert self.folds is not None
         examples, output = training.examples, training.arguments["output_dir"]
-        for number, fold in enumerate(folds([e["label"] for e in examples], self.folds, self.seed), start=1):
+        for number, fold in enumerate(folds(examples, self.folds, self.seed), start=1):
             left_out = {*fold}
             part = replace(
                 training,
@@ -258,14 +260,19 @@ def saved_factor(folder: Path) -> float:
     return width or _NO_WIDTH
 
 
-def folds(labels: Sequence[Any], count: int, seed: int = 0) -> list[list[int]]:
-    """Positions in each of K folds of nearly equal sizes, with nearly equal counts of each label; rising."""
+def folds(examples: Sequence[Example], count: int, seed: int = 0) -> list[list[int]]:
+    """Positions in each of K folds of nearly equal sizes, with nearly equal counts of each label; rising.
+
+    Copies of an example are in one fold.
+    """
     generator = random.Random(seed)
-    groups: dict[Any, list[int]] = {}
-    for position, label in enumerate(labels):
-        groups.setdefault(tuple(label) if isinstance(label, list) else label, []).append(position)
-    dealt = [position for _, group in sorted(groups.items()) for position in generator.sample(group, len(group))]
-    return [sorted(dealt[start::count]) for start in range(count)]
+    groups: dict[Any, list[list[int]]] = {}
+    read = ({name: value for name, value in example.items() if name != ROW} for example in examples)
+    for unit in grouped(range(len(examples)), first_copies(read)):
+        label = examples[unit[0]]["label"]
+        groups.setdefault(tuple(label) if isinstance(label, list) else label, []).append(unit)
+    dealt = [unit for _, group in sorted(groups.items()) for unit in generator.sample(group, len(group))]
+    return [sorted(position for unit in dealt[start::count] for position in unit) for start in range(count)]
 
 
 @contextmanager

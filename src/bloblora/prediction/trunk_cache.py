@@ -25,7 +25,7 @@ from ..files import file_sha256, locked, naming
 from ..tasks.likelihood import Likelihood, likelihood_of
 from .forward import PredictionTask, Trunk, trunk_below
 
-_HIDDEN, _ROW = "trunk_hidden", "trunk_row"
+_HIDDEN, ROW = "trunk_hidden", "trunk_row"
 _FORMAT_VERSION = 3
 
 
@@ -64,7 +64,7 @@ class CachedTrunk:
         ids = batch["input_ids"]
         hidden = torch.zeros(*ids.shape, self.hidden.shape[-1], dtype=self.dtype)
         for i, example in enumerate(examples):
-            row = example[_ROW]
+            row = example[ROW]
             own = torch.from_numpy(self.hidden[self.starts[row] : self.starts[row + 1]].copy()).view(self.dtype)
             hidden[i, _place(len(own), ids.shape[1], self.padded_left)] = own
         return batch | {_HIDDEN: hidden}
@@ -89,7 +89,7 @@ class IndexedExamples(Sequence[Any]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        return {**self._examples[index], _ROW: self._start + index}
+        return {**self._examples[index], ROW: self._start + index}
 
 
 def cache_trunk(

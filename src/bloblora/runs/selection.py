@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from .. import methods, tasks
 from ..data import MappedRows
+from ..data.records import first_copies, grouped
 from .checks import task_name
 from .config import RunConfig
 
@@ -33,11 +34,15 @@ def unused(config: RunConfig, records: Records) -> Records:
 
 
 def split(records: Records, share: float, seed: int = 0, by: str | None = "label") -> tuple[Records, Records]:
-    """Records to train on and a share that is held out, per label where records have one; each in the given order."""
+    """Records to train on and a share that is held out, per label where records have one; each in the given order.
+
+    Copies of a record are all on one side.
+    """
     generator = random.Random(seed)
     groups = _groups(records, by)
     counts = _held_out([len(group) for group in groups], share, seed)
-    out = {i for group, count in zip(groups, counts, strict=True) for i in generator.sample(group, count)}
+    same = first_copies(records)
+    out = {i for group, count in zip(groups, counts, strict=True) for i in _sample_whole(group, same, count, generator)}
     return _at(records, [i for i in range(len(records)) if i not in out]), _at(records, sorted(out))
 
 
@@ -79,6 +84,18 @@ def _held_out(counts: Sequence[int], share: float, seed: int = 0) -> list[int]:
     for i in more[: total - sum(out)]:
         out[i] += 1
     return out
+
+
+def _sample_whole(positions: Sequence[int], same: Sequence[int], count: int, generator: random.Random) -> list[int]:
+    """``count`` random positions, or fewer, where those of copies can't be divided."""
+    units = grouped(positions, same)
+    if len(units) == len(positions):
+        return generator.sample(positions, count)
+    chosen: list[int] = []
+    for unit in generator.sample(units, len(units)):
+        if len(chosen) + len(unit) <= count:
+            chosen += unit
+    return chosen
 
 
 def _chosen(records: Records, limit: int, seed: int, by: str | None) -> list[int]:
