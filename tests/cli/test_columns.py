@@ -24,8 +24,9 @@ def test_columns_of_a_run(files, table, call, tmp_path):
     status, _, error = call(*train)
     assert status == 2
     assert error.splitlines()[-1:] == [
-        f"bloblora train: error: {data}: its columns are query, body, and none is obvious; give --text-column, "
-        "--text-pair-column, --label-column, --labels-column, --value-column; or --question-column, "
+        f"bloblora train: error: {data}: its columns are query, body, and none is obvious; of texts and their labels "
+        "give --text-column and --label-column; or else --text-column, --text-pair-column, --label-column, "
+        "--labels-column, --value-column; or --question-column, "
         "--choices-column, --answer-column; or "
         "--prompt-column, --response-column, --messages-column; or "
         "--chosen-column, --rejected-column, --margin-column, --responses-column, --prompt-column; "

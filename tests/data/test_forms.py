@@ -347,8 +347,8 @@ def test_what_is_called_as_its_field_is_not_guessed(tmp_path, said):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("id,first,second", "its columns are id, first, second, and none is obvious; give --text-column, "),
-        ("query,sentence,label", "its columns are query, sentence, label, and none is obvious; give --text-column, "),
+        ("id,first,second", "its columns are id, first, second, and none is obvious; of texts"),
+        ("query,sentence,label", "its columns are query, sentence, label, and none is obvious; of texts"),
         (
             "text,topic,category",
             "field 'label': missing; each training or evaluation record needs one; its columns are text, topic, "

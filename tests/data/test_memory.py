@@ -144,7 +144,7 @@ def test_polars_nan():
 
 def test_columns_by_the_options_of_python(caplog):
     with pytest.raises(
-        DataError, match="its columns are q, x, and none is obvious; give text_column, text_pair_column"
+        DataError, match="q, x, and none is obvious; of texts and their labels give text_column and label_column"
     ):
         as_records([{"q": "a", "x": "b"}])
     caplog.set_level("INFO", "bloblora")

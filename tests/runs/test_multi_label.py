@@ -17,7 +17,7 @@ from bloblora.export import export
 from bloblora.prediction import MultiLabelPrediction
 from bloblora.runs.decide import calibrate, open_decision
 from bloblora.serving import load_hosted, open_hosted
-from bloblora.tasks import Bernoulli, TaskError, build_task, encode_all, task_from_dict
+from bloblora.tasks import TASKS, Bernoulli, TaskError, build_task, encode_all, task_from_dict
 from tests.runs.conftest import train
 from tests.serving.conftest import SETTINGS, serving
 from tests.tasks.conftest import tokenizer
@@ -69,6 +69,18 @@ def test_records_have_a_list(tokenizer, tmp_path):
     for wrong in (["a", "a"], {"a": 1}, [""]):
         with pytest.raises(DataError, match="field 'labels'"):
             as_records([{"text": "a", "labels": wrong}])
+
+
+def test_lists_of_one_label_are_that_label_for_a_classification(tokenizer, tmp_path):
+    rows = [{"text": f"{i}", "label": ["late"] if i % 2 else ["damaged"]} for i in range(4)]
+    tasks = "auto", "classification"
+    several, one = (runs.RunConfig.of(data=rows, output=str(tmp_path), task=task).data for task in tasks)
+    assert [record["labels"] for record in several] == [["damaged"], ["late"]] * 2
+    assert "--task classification" in str(build_task("auto", several, tokenizer).assumed(several))
+    assert [record["label"] for record in one] == ["damaged", "late"] * 2
+    assert as_records(rows[:1], answer="label") == [{"text": "0", "label": "damaged"}]
+    with pytest.raises(TaskError, match="'label': missing, and 'labels' is \\['a', 'b'\\]; task 'classification'"):
+        TASKS["classification"].check([{"text": "a", "labels": ["a", "b"]}])
 
 
 def test_probabilities_of_each_label_are_averaged(prediction, targets):

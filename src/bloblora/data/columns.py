@@ -129,8 +129,9 @@ def find_columns(
     if kind is None:
         if not present:
             return {}
+        first = f"of texts and their labels give {option('text')} and {option('label')}"
         ways = "; or ".join(", ".join(map(option, fields_)) for fields_ in _FIELDS.values())
-        raise DataError([f"{source}: its columns are {_listed(present)}, and none is obvious; give {ways}"])
+        raise DataError([f"{source}: its columns are {_listed(present)}, and none is obvious; {first}; or else {ways}"])
     found = {name: column for name, column in found.items() if name in _FIELDS[kind]}
     wanted = ("messages",) if kind == "generation" and names.of("messages") else _FIELDS[kind]
     for name in wanted:

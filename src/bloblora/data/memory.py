@@ -22,6 +22,7 @@ def as_records(
     known: Mapping[str, str] | None = None,
     kind: str | None = None,
     labels: Sequence[str] | None = None,
+    answer: str | None = None,
 ) -> list[Record]:
     """Records of whatever holds them.
 
@@ -32,9 +33,10 @@ def as_records(
         options: which columns hold the fields, and whether rows that can't be used are left out.
         texts_are: the field that a text alone stands for: ``text``, or ``prompt`` where the model writes.
         require_labels: whether each record must have its label or answer.
-        known: columns by field, as of `Reader`; so for `kind` and `labels`.
+        known: columns by field, as of `Reader`; so for `kind`, `labels` and `answer`.
         kind: of the records.
         labels: of a run.
+        answer: the field of the answer.
 
     Returns:
         The records, with extra fields as they are. As in tables on the disk, numbers as labels become texts, labels
@@ -45,11 +47,13 @@ def as_records(
     """
     rows = [*_rows(source)]
     how: dict[str, Any] = {"require_labels": require_labels, "known": known, "kind": kind, "labels": labels}
-    return [*_Held(rows, texts_are, options, **how)] if rows else []
+    return [*_Held(rows, texts_are, options, **how, answer=answer)] if rows else []
 
 
 class _Held(Reader):
     """The records of rows in memory, of which there is at least one."""
+
+    _skip = "skip_invalid"
 
     def __init__(self, rows: Sequence[Any], texts_are: str, options: ReadingOptions, **how: Any) -> None:
         super().__init__("the records", options, **how)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from ..messages import quoted
 from .columns import (
@@ -57,6 +58,7 @@ class Reader:
         ahead: rows that are read before the first is a record, to find columns that not every row has.
         labels: those of a run: one of them that a source writes in another form (True, 1.0) is meant by it. Without
             them, labels of a .csv or .tsv that are all booleans, or all whole floats, become what they are elsewhere.
+        answer: the field of the answer, where it is known: with ``label`` a list of one label is that label.
 
     Attributes:
         columns: the column of each field that isn't called as its field; known once the first row was read.
@@ -76,15 +78,19 @@ class Reader:
         kind: str | None = None,
         ahead: int = _AHEAD,
         labels: Sequence[str] | None = None,
+        answer: str | None = None,
     ) -> None:
         self.source, self.options, self.known = str(source), options, known or {}
         self.kind, self._ahead, self._labels = kind, ahead, labels
+        self._one_label = answer == "label"
         self.require_labels = require_labels
         self.columns: dict[str, str] = {}
         self._say: Say = (lambda text: None) if silent else _log.info
         self._warn: Say = (lambda text: None) if silent else _log.warning
         self._present: list[str] = []
         self._name = "standard input" if self.source == "-" else self.source
+
+    _skip = "--skip-invalid"
 
     def __iter__(self) -> Iterator[Record]:
         problems, right = Problems(), False
@@ -99,6 +105,8 @@ class Reader:
         """Raise a DataError for problems; or say how many rows are left out, where they may be and some are right."""
         lines = problems.lines()
         if lines and not (self.options.skip_invalid and right):
+            if right:
+                self._say(f"{self._name}: other rows can be used; {self._skip} leaves out those that can't")
             raise DataError(lines)
         if lines:
             shown = "; ".join(lines[:3]) + ("; …" if len(lines) > 3 else "")
@@ -118,6 +126,8 @@ class Reader:
                 yield place, {}, [row]
                 continue
             record = to_record(self._of_kind(row), self.columns)
+            if self._one_label and isinstance(several := record.get("labels"), list) and len(several) == 1:
+                (record["label"],) = record.pop("labels")
             kind = record_kind(record)
             if kind == "text" and isinstance(label := record.get("label"), str):
                 record["label"] = label.strip()
@@ -214,6 +224,7 @@ def read_records(
     require_labels: bool = True,
     kind: str | None = None,
     labels: Sequence[str] | None = None,
+    answer: str | None = None,
 ) -> list[Record]:
     """Read and check labelled records, given as for `Reader`.
 
@@ -226,7 +237,8 @@ def read_records(
     Raises:
         DataError: lists every problem with file, line, field and value.
     """
-    return [*Reader(source, options, known=known, require_labels=require_labels, kind=kind, labels=labels)]
+    how: dict[str, Any] = {"known": known, "require_labels": require_labels, "kind": kind, "labels": labels}
+    return [*Reader(source, options, **how, answer=answer)]
 
 
 def read_batches(
@@ -238,6 +250,7 @@ def read_batches(
     require_labels: bool = True,
     kind: str | None = None,
     labels: Sequence[str] | None = None,
+    answer: str | None = None,
 ) -> Iterator[list[Record]]:
     """The records of `read_records`, ``size`` at a time.
 
@@ -248,7 +261,8 @@ def read_batches(
     Raises:
         DataError: as `read_records`.
     """
-    read = partial(Reader, source, options, known=known, require_labels=require_labels, kind=kind, labels=labels)
+    how: dict[str, Any] = {"known": known, "require_labels": require_labels, "kind": kind, "labels": labels}
+    read = partial(Reader, source, options, **how, answer=answer)
     stream = str(source) == "-"
     if not stream:
         for _ in read():

@@ -285,11 +285,6 @@ class RunConfig:
         """The validation records that aren't a share of the training records: a file, NAME:split, or in memory."""
         return self.validation if isinstance(self.validation, str | list) and self.validation != "auto" else None
 
-    @property
-    def record_kind(self) -> str | None:
-        """What records a task that is given reads; None where they decide."""
-        return tasks.TASKS[name].kind if (name := self.task.get("name", "auto")) in tasks.TASKS else None
-
     def value(self, name: str) -> Any:
         """An option of LoRA or the Trainer, given or by default."""
         return _effective(self.given(), name)
@@ -300,7 +295,9 @@ class RunConfig:
 
     def reading_by(self) -> dict[str, Any]:
         """What a task that is given says of them, for `bloblora.data.Reader`."""
-        return {"kind": self.record_kind, "labels": self.task.get("labels")}
+        task = tasks.TASKS.get(self.task.get("name", "auto"))  # None: the records decide
+        of_task = {} if task is None else {"kind": task.kind, "answer": task.answer}
+        return {**of_task, "labels": self.task.get("labels")}
 
     def build_method(self) -> Method:
         """The method with its options, and on top of it a temperature where one is asked for.

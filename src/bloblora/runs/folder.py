@@ -115,7 +115,7 @@ class RunDescription:
     def reading(self) -> dict[str, Any]:
         """How records for the run are read, for `bloblora.data.Reader`: by the columns it knows, for its task."""
         known = {**self.config.reading_options().columns(), **self.columns}
-        return {"known": known, "kind": self.task.kind, "labels": self.task.labels}
+        return {"known": known, "kind": self.task.kind, "labels": self.task.labels, "answer": self.task.answer}
 
     @property
     def posterior(self) -> BlobConfig | None:

@@ -153,7 +153,8 @@ class Run:
     def records(self, source: Any, *, require_labels: bool = False) -> list[dict[str, Any]]:
         """What `bloblora.data.as_records` makes of a source; a text alone is one to classify, or to answer."""
         kind, known = self.task.kind, self.config.reading_options().columns()
-        how: dict[str, Any] = {"kind": kind, "labels": self.task.labels, "require_labels": require_labels}
+        how: dict[str, Any] = {"kind": kind, "labels": self.task.labels, "answer": self.task.answer}
+        how["require_labels"] = require_labels
         return as_records(source, texts_are="prompt" if kind == "generation" else "text", known=known, **how)
 
     def predict(

@@ -79,7 +79,9 @@ class MultiLabel(TextHead):
         """That the labels don't exclude each other, where each record has one."""
         if any(len(self.labels_of(record)) != 1 for record in records):
             return None
-        return "each record has one of the labels, which needn't exclude each other; where they do, name it 'label'"
+        return (
+            "each record has one of the labels, which needn't exclude each other; where they do, --task classification"
+        )
 
     @property
     def purpose(self) -> str:

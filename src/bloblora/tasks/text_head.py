@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..contexts import unwrapped
+from ..messages import quoted
 from .encoding import collate_labels, pad
 from .task import Batch, Example, Record, Task, TaskError
 
@@ -29,7 +30,9 @@ class TextHead(Task):
         super().check(records, **options)
         for number, record in enumerate(records, start=1):
             if record.get("label") is None and record.get(cls.answer) is None:
-                raise TaskError(f"record {number}: field {cls.answer!r}: missing; task {cls.name!r} learns it")
+                other = next((name for name in ("labels", "value") if record.get(name) is not None), None)
+                found = "missing" if other is None else f"missing, and {other!r} is {quoted(record[other])}"
+                raise TaskError(f"record {number}: field {cls.answer!r}: {found}; task {cls.name!r} learns it")
 
     def tokenize(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
         """`input_ids` of the record's `text`, with the tokenizer's special tokens; with `text_pair` those of both.
