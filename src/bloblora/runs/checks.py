@@ -250,8 +250,13 @@ def check_start(config: RunConfig, task: tasks.Task) -> None:
         return
     before, (name, folder) = tasks.task_from_dict(read_json(file, RunError)), start
     if before.head != task.head:
+        if before.name != task.name:
+            raise RunError(f"{name} {quoted(folder)}: its task is {before.name}, and the data's {task.name}")
         there, here = (", ".join(names) if names else "none" for names in (before.head, task.head))
-        raise RunError(f"{name} {quoted(folder)}: its labels are {there}, the data's {here}; `labels` takes its own")
+        advice = (
+            f"give --labels {','.join(before.head)}, and only data with these" if before.head else "give other data"
+        )
+        raise RunError(f"{name} {quoted(folder)}: its labels are {there}, the data's {here}; {advice}")
     if before.likelihood != task.likelihood:
         units = f"it has {before.likelihood}, the data {task.likelihood}"
         raise RunError(f"{name} {quoted(folder)}: {units}; give its value_mean and value_std")

@@ -50,8 +50,11 @@ def announce(
         log.info(f"{len(held_out)} records are held out; {len(texts)} are trained on")
     else:
         log.info(f"no records are held out{why_none(given)}; {len(texts)} are trained on")
-    passes = steps * batch / len(texts)
-    log.info(f"{steps} steps of {batch} records: {passes:.1f} passes over them; base model in {config.dtype}")
+    if config.start_from is not None and config.build_method().post_hoc:
+        log.info(f"start_from {config.start_from}: its weights stay as they are; base model in {config.dtype}")
+    else:
+        passes = steps * batch / len(texts)
+        log.info(f"{steps} steps of {batch} records: {passes:.1f} passes over them; base model in {config.dtype}")
     if config.value("head_prior_std") == "none":
         few = FEWEST_FOR_GAUSSIAN_HEAD
         log.info(f"the Gaussian is over LoRA's A, the head is a point (by default below {few} training records)")
