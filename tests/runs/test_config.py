@@ -185,6 +185,7 @@ def test_another_method_leaves_the_options_of_the_old_one():
         ),
         ({"temperature_scaling": True, "validation": 0}, "there are none: give validation"),
         ({"top_blocks": 1, "layers_to_transform": [0]}, "both say which blocks are adapted"),
+        ({"top_blocks": 1, "targets": ".*q_proj"}, r"target_modules '\.\*q_proj': .* with top_blocks name layers"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -77,6 +78,20 @@ def test_what_the_files_lack_is_trained_saved_and_loaded(encoder, dtype, tmp_pat
     assert torch.equal(again.predict(["where is it"], 2).probabilities, run.predict(["where is it"], 2).probabilities)
 
 
+@pytest.mark.parametrize(
+    "options", [{"top_blocks": 1}, {"layers_to_transform": [1]}, {"top_blocks": 1, "target_modules": "all-linear"}]
+)
+def test_the_blocks_that_are_asked_for_are_adapted(encoder, options, tmp_path):
+    """Also where PEFT doesn't know the model's layers."""
+    config = {"data": queries(), "output": str(tmp_path), "model": encoder[0], "method": "lora", "steps": 1}
+    run = runs.train(runs.RunConfig.of(**config, **options), progress=False)
+    adapted = [name for name, layer in run.model.named_modules() if isinstance(layer, LoraLayer)]
+    assert adapted
+    assert all(".1." in name for name in adapted)
+    again = runs.load_run(tmp_path)
+    assert torch.equal(again.predict(["where is it"]).probabilities, run.predict(["where is it"]).probabilities)
+
+
 def test_own_layers_to_save_stay(encoder, tmp_path):
     model, fresh, _ = encoder
     options = {"data": queries(), "output": str(tmp_path), "model": model, "method": "lora", "steps": 1}
@@ -97,6 +112,6 @@ def test_other_weights_must_be_there(tmp_path):
 
 
 def test_blocks_without_linear_layers():
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=8, n_layer=0, n_head=2, n_positions=8))
     with pytest.raises(runs.RunError, match=r"known of a gpt2, whose blocks have no linear layers; name some"):
         _linear_layers(model)

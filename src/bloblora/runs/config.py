@@ -428,6 +428,11 @@ class RunConfig:
             yield from self._wrong_prior(method)
         if self.top_blocks is not None and "layers_to_transform" in self.lora:
             yield "top_blocks and layers_to_transform both say which blocks are adapted; leave one of them out"
+        if self.top_blocks is not None and isinstance(targets := lora.target_modules, str) and targets != "all-linear":
+            yield (
+                f"target_modules {quoted(targets)}: an expression says itself which blocks are adapted; with top_blocks "
+                "name layers, or give 'all-linear'"
+            )
 
     def _wrong_prior(self, method: Method) -> Iterator[str]:
         if self.start_from is not None:

@@ -25,6 +25,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from torch.utils.data import ConcatDataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -35,6 +36,7 @@ from ..evaluation import lines_figure, save_figure
 from ..files import read_json, write_json, write_text
 from ..messages import quoted
 from ..prediction.trunk_cache import IndexedExamples, cache_trunk
+from ..quantized import is_quantized
 from ..training import BlobTrainingArguments, last_checkpoint
 from .automatic import left_open, resolved
 from .checks import (
@@ -391,26 +393,30 @@ def fresh_lora(config: RunConfig, task: tasks.Task, base: Any) -> LoraConfig:
         if config.top_blocks > blocks:
             raise RunError(f"top_blocks must be at most the model's {blocks} blocks, got {config.top_blocks}")
         options["layers_to_transform"] = [*range(blocks - config.top_blocks, blocks)]
+        if config.value("target_modules") == "all-linear":
+            options["target_modules"] = _linear_layers(base)
     lora = config.build_lora(**options)
     known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     if lora.target_modules is None and not lora.target_parameters and base.config.model_type not in known:
-        lora.target_modules = _linear_layers(base)
+        ends = _linear_layers(base)
+        in_blocks = rf".*\.\d+\.({'|'.join(map(re.escape, ends))})"
+        lora.target_modules = in_blocks if lora.layers_to_transform is None else {*ends}  # PEFT's way to choose blocks
     return lora
 
 
-def _linear_layers(base: Any) -> str:
-    """A regular expression of the linear layers of a model's blocks; a RunError where there is none."""
+def _linear_layers(base: Any) -> list[str]:
+    """Names in their block of the linear layers of a model's blocks; a RunError where there is none."""
     ends = {
         name.partition(".")[2]  # behind the block's number
         for blocks in base.base_model.modules()
         if isinstance(blocks, nn.ModuleList)
         for name, module in blocks.named_modules()
-        if isinstance(module, nn.Linear) and "." in name
+        if (isinstance(module, nn.Linear | Conv1D) or is_quantized(module)) and "." in name
     }
     if not ends:
         kind = base.config.model_type
         raise RunError(f"target_modules: none are known of a {kind}, whose blocks have no linear layers; name some")
-    return rf".*\.\d+\.({'|'.join(map(re.escape, sorted(ends)))})"
+    return sorted(ends)
 
 
 def _arguments(config: RunConfig, num_examples: int, progress: bool) -> dict[str, Any]:
