@@ -156,6 +156,21 @@ def test_served(run):
     torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-4)
 
 
+def test_a_linearized_draw_for_many_classes(kind, wide, tmp_path):
+    """More classes than three a draw, for which other models take forward mode."""
+    data = [{"text": f"the {word}", "label": word} for word in ("card", "refund", "parcel", "gas", "payment")]
+    config = runs.RunConfig.of(
+        data=data * 2, output=str(tmp_path), model=str(wide), quantize=kind, method="laplace-lora", steps=2, r=2,
+        learning_rate=0.02, validation=0,
+    )  # fmt: skip
+    trained = runs.train(config, progress=False)
+    expected = runs.load_run(tmp_path, dequantized=True).predict(data, 1).log_probs
+    for run in (trained, runs.load_run(tmp_path)):
+        found = run.predict(data, 1).log_probs
+        assert error(found, expected) < 10 * TOLERANCE[kind]
+    assert error(run.predict(data, 0).log_probs, expected) > 0.5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -40,6 +40,7 @@ from ..contexts import hooked
 from ..prediction import Sampler, predict
 from ..prediction.sampler import Forward
 from ..prediction.states import mean_where_read
+from ..quantized import is_quantized
 from ..tasks.likelihood import likelihood_of
 from .method import Method, Training, read_state, write_state
 
@@ -142,7 +143,7 @@ class LaplaceLora(Method):
         values, tensors = read_state(folder, _STATE)
         try:
             layers: dict[str, Any] = {name: model.get_submodule(name) for name in values.pop("layers")}
-            return model, LinearizedDraws(layers, tensors, **values)
+            return model, LinearizedDraws(layers, tensors, **values, reverse_only=_is_reverse_only(model))
         except (AttributeError, KeyError, TypeError) as error:
             raise AdapterFileError(f"{folder}: {_STATE}.json doesn't fit the model: {error}") from error
 
@@ -153,12 +154,14 @@ class LinearizedDraws(Sampler):
 
     ``eigen`` has eigenvalues and eigenvectors of the factors, as they are saved, and the ``width`` τ by which draws are
     multiplied; ``prior_precision`` is δ, and ``log_marginal_likelihood`` that of the training data, in nats.
+    ``reverse_only`` says that the model has no forward-mode derivative.
     """
 
     layers: Mapping[str, nn.Linear]
     eigen: dict[str, Tensor]
     prior_precision: float
     log_marginal_likelihood: float
+    reverse_only: bool = False
 
     def __post_init__(self) -> None:
         self.eigen.setdefault(_WIDTH, torch.ones(()))
@@ -174,7 +177,7 @@ class LinearizedDraws(Sampler):
         generator = torch.Generator().manual_seed(seed)
         with torch.enable_grad(), _recorded(self.layers) as calls:
             logits = forward()
-        if logits.requires_grad and logits.shape[-1] <= _CLASSES_A_DRAW * num_samples:
+        if self.reverse_only or (logits.requires_grad and logits.shape[-1] <= _CLASSES_A_DRAW * num_samples):
             draws = [self.draw(generator) for _ in range(num_samples)]
             yield from logits.detach() + _along(logits, [calls[name] for name in self.layers], draws)
             return
@@ -225,6 +228,11 @@ def _along(logits: Tensor, calls: list[tuple[Tensor, Tensor]], draws: list[list[
     return result
 
 
+def _is_reverse_only(model: nn.Module) -> bool:
+    """Whether a forward-mode derivative would be an error, or wrong: bitsandbytes' 4-bit layers drop tangents."""
+    return any(map(is_quantized, model.modules()))
+
+
 def _moved(forward: Forward, changes: list[tuple[nn.Linear, Tensor]], time: Tensor) -> Tensor:
     """Logits where each layer's weights are moved by ``time`` times its change."""
 
@@ -258,7 +266,7 @@ def fit_laplace(
         return ((values / precision).log1p().sum().item() + precision * squared_norm) / 2 - log_likelihood
 
     def gaussian(precision: float) -> LinearizedDraws:
-        return LinearizedDraws(layers, eigen, precision, -loss(math.log(precision)))
+        return LinearizedDraws(layers, eigen, precision, -loss(math.log(precision)), _is_reverse_only(model))
 
     eigen = {
         f"{name}.{part}": tensor.float().contiguous()
