@@ -18,6 +18,7 @@ from bloblora import BlobConfig, bayesianize, find_posterior, models, runs
 from bloblora.export import export
 from bloblora.models import ModelError, load_model
 from bloblora.quantized import LIBRARIES, is_quantized
+from bloblora.runs.checks import lora_of
 from bloblora.serving import load_hosted, open_hosted
 from tests.conftest import with_lora
 from tests.docs.blocks import ROOT
@@ -176,12 +177,22 @@ def test_a_linearized_draw_for_many_classes(kind, wide, tmp_path):
     [
         ({"quantize": "3bit"}, "quantize must be one of none, 4bit, 8bit, hqq, torchao, got '3bit'"),
         ({"quantize": "4bit", "method": "full"}, "quantize '4bit': method 'full' trains the base model's own weights"),
+        ({"quantize": "8bit", "init_lora_weights": "pissa"}, "init_lora_weights 'pissa': .* those of quantize '8bit'"),
         ({"quantize": "hqq", "trunk_cache": "trunk", "top_blocks": 1}, "quantize 'hqq': trunk_cache isn't offered"),
     ],
 )
 def test_runs_that_cannot_be_quantized(options, message):
     with pytest.raises(runs.RunError, match=message):
         runs.RunConfig.of(data="questions.jsonl", output="run", **options)
+
+
+def test_a_start_that_moved_base_weights_is_not_for_quantized_ones(tmp_path):
+    with_lora(tiny_causal(), init_lora_weights="olora").save_pretrained(tmp_path)
+    config = runs.RunConfig.of(
+        data="questions.jsonl", output="run", quantize="4bit", start_from=str(tmp_path), r=4, lora_alpha=8
+    )
+    with pytest.raises(runs.RunError, match=r"init_lora_weights 'olora' moved a part of the base weights, .* '4bit'"):
+        lora_of(config)
 
 
 def test_a_missing_library_is_said_before_anything_is_read(tmp_path, monkeypatch):

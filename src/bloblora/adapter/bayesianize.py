@@ -27,8 +27,6 @@ from .sharding import changing, is_sharded, reshard, whole
 from .variant import HEAD, BlobVariant, Drawn, Gaussian, mean_of
 from .watch import KlWatch
 
-# Starts that move a part of the base weight into B A, so that without the LoRA the model isn't the base.
-MOVING_STARTS = ("pissa", "olora", "loftq")
 # PEFT's layer classes that ask `lora_variant` in their forward: the others would ignore the posterior in silence.
 _SUPPORTED_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear", "TorchaoLoraLinear"}
 # Of experts that stand in one parameter: the linear layers that it is made of, by the names that targets have.
@@ -455,7 +453,7 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
             "BlobConfig.factors is 'none', and the head is no Gaussian either, so that nothing would be: give factors "
             "'A', or where answers are labels a head, with LoraConfig(task_type='SEQ_CLS')"
         )
-    moved = str(lora.init_lora_weights).lower().startswith(MOVING_STARTS)
+    moved = moves_base(lora.init_lora_weights)
     embedding = _embedding_weight(model.get_base_model())
     batch = follow(model.get_base_model())
     for name, layer in layers.items() if config.gaussian_factors else ():
@@ -559,6 +557,11 @@ def _bayesian_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str,
             yield name, module
     for name, head in gaussian_heads(model, adapter_name).items():
         yield name, head
+
+
+def moves_base(start: object) -> bool:
+    """Whether an ``init_lora_weights`` moves a part of the base weights into B A: the base isn't the model without."""
+    return str(start).lower().startswith(("pissa", "olora", "loftq"))
 
 
 def check_exact_start(start: object) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from .. import adapter, models
-from ..adapter.bayesianize import MOVING_STARTS
+from ..adapter.bayesianize import moves_base
 from ..adapter.storage import MEAN_CONFIG, MEAN_FILE
 from ..adapter.variant import mean_of
 from ..files import as_os_error, check_finite_tensors, read_json, share, write_json, write_tensors
@@ -86,7 +86,7 @@ def beside(lora: LoraConfig) -> list[str]:
         "bias": lora.bias != "none",
         "modules_to_save": lora.modules_to_save,
         "trainable_token_indices": lora.trainable_token_indices,
-        f"init_lora_weights={start} (a part of the base weights)": start.startswith(MOVING_STARTS),
+        f"init_lora_weights={start} (a part of the base weights)": moves_base(start),
     }
     return [name for name, there in found.items() if there]
 

@@ -12,6 +12,7 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_mo
 
 from .. import models, tasks
 from ..adapter import BlobConfig, check_folder, continue_from, find_posterior, matching, posterior_config
+from ..adapter.bayesianize import moves_base
 from ..adapter.variant import HEAD, STD_PARAMETER
 from ..data import KINDS, kind_of
 from ..files import read_json
@@ -214,9 +215,9 @@ def lora_of(config: RunConfig) -> LoraConfig | None:
             ``prior_from`` has no posterior that can be this run's prior.
         AdapterFileError: its files are damaged.
     """
-    if (start := _start(config)) is None:
+    if (source := _start(config)) is None:
         return None
-    name, given = start
+    name, given = source
     folder = Path(given)
     if not folder.is_dir():
         kind = "a run's" if name == "prior_from" else "a run's, or one that PEFT saved"
@@ -225,6 +226,11 @@ def lora_of(config: RunConfig) -> LoraConfig | None:
     lora = PeftConfig.from_pretrained(str(check_folder(folder)))
     if not isinstance(lora, LoraConfig):
         raise RunError(f"{name} {quoted(given)}: is of type {lora.peft_type}; it must be LORA")
+    if config.quantize != "none" and moves_base(start := lora.init_lora_weights):
+        raise RunError(
+            f"{name} {quoted(given)}: its init_lora_weights {quoted(start)} moved a part of the base weights, and "
+            f"those of quantize {config.quantize!r} can't be moved; leave quantize out"
+        )
     fresh = config.build_lora()
     pairs: dict[str, tuple[Any, Any]] = {"r": (lora.r, fresh.r), "lora_alpha": (lora.lora_alpha, fresh.lora_alpha)}
     if posterior is not None and (factors := config.build_method().described()["factors"]) != "auto":

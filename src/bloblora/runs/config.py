@@ -16,7 +16,7 @@ import yaml
 from peft import LoraConfig, PeftConfig
 
 from .. import models, tasks
-from ..adapter.bayesianize import check_exact_start
+from ..adapter.bayesianize import check_exact_start, moves_base
 from ..data import IN_MEMORY, ReadingOptions, as_records
 from ..files import is_finite
 from ..messages import quoted
@@ -420,6 +420,11 @@ class RunConfig:
         yield from self._wrong_validation(method)
         if self.quantize != "none" and method.whole_model:
             yield f"quantize {self.quantize!r}: method {method.name!r} trains the base model's own weights; use none"
+        if self.quantize != "none" and moves_base(start := lora.init_lora_weights):
+            yield (
+                f"init_lora_weights {quoted(start)}: it moves a part of the base weights into the adapter, and "
+                f"those of quantize {self.quantize!r} can't be moved; leave one of them out"
+            )
         if self.quantize != "none" and self.trunk_cache is not None:
             yield f"quantize {self.quantize!r}: trunk_cache isn't offered with it; leave one of them out"
         if self.start_from is not None and not method.starts_from_lora:
@@ -430,8 +435,8 @@ class RunConfig:
             yield "top_blocks and layers_to_transform both say which blocks are adapted; leave one of them out"
         if self.top_blocks is not None and isinstance(targets := lora.target_modules, str) and targets != "all-linear":
             yield (
-                f"target_modules {quoted(targets)}: an expression says itself which blocks are adapted; with top_blocks "
-                "name layers, or give 'all-linear'"
+                f"target_modules {quoted(targets)}: an expression says itself which blocks are adapted; with "
+                "top_blocks name layers, or give 'all-linear'"
             )
 
     def _wrong_prior(self, method: Method) -> Iterator[str]:
