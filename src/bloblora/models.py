@@ -219,7 +219,10 @@ def load_model(
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if quantize != "none" and hasattr(config, "quantization_config"):
             raise ModelError(f"quantize {quantize!r}: model {quoted(name)} is quantized already; leave quantize out")
-        options |= loading_options(quantize, DTYPES[dtype], device) | {"trust_remote_code": trust_remote_code}
+        if quantize != "none":
+            above = _above(_without_weights(path, num_labels, head, trust_remote_code))
+            options |= loading_options(quantize, DTYPES[dtype], device, above)
+        options |= {"trust_remote_code": trust_remote_code}
         model, missing = _with_weights(kind, path, dtype=DTYPES[dtype], **options)
     _check_whole(name, missing if num_labels is None else [key for key in missing if _must_be_there(model, key)])
     drawn = [] if num_labels is None else sorted({key.rpartition(".")[0] for key in missing})
@@ -376,12 +379,22 @@ def layer_names(
     Raises:
         ModelError: it can't be loaded.
     """
+    with _explained(name):
+        model = _without_weights(resolve(name), num_labels, head, trust_remote_code)
+    return [layer for layer, _ in model.named_modules()]
+
+
+def _without_weights(path: str, num_labels: int | None, head: str, trust_remote_code: bool) -> PreTrainedModel:
     kind, options = _auto_class(num_labels, head)
-    with _explained(name), torch.device("meta"):
-        options |= {"trust_remote_code": trust_remote_code}
-        config = AutoConfig.from_pretrained(resolve(name), **options)
-        model = kind.from_config(config, trust_remote_code=trust_remote_code)
-        return [layer for layer, _ in model.named_modules()]
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(path, **options, trust_remote_code=trust_remote_code)
+        return kind.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _above(model: PreTrainedModel) -> list[str] | None:
+    """Names of the modules above a model's trunk; None where the whole model is the trunk."""
+    trunk: Any = model.base_model
+    return None if trunk is model else [name for name, module in model.named_children() if module is not trunk]
 
 
 def _must_be_there(model: PreTrainedModel, key: str) -> bool:
@@ -397,8 +410,7 @@ def _of_head(layer: str) -> bool:
 
 def _keep_head_in_float32(model: PreTrainedModel) -> None:
     """Cast what is above the trunk, and what it is given; PEFT's copies of it have the hook too."""
-    above = [module for name, module in model.named_children() if name != model.base_model_prefix]
-    for module in {*above, *map(model.get_submodule, fresh_layers(model))}:
+    for module in {*map(model.get_submodule, [*(_above(model) or []), *fresh_layers(model)])}:
         module.float().register_forward_pre_hook(_to_float32)
 
 

@@ -16,26 +16,30 @@ _BITSANDBYTES = ("Params4bit", "Int8Params")
 _SPEAKS_EACH_TIME = "bitsandbytes.autograd._functions"  # of a cast to float16, once for each layer and forward
 
 
-def loading_options(kind: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def loading_options(
+    kind: str, dtype: torch.dtype, device: torch.device, unquantized: list[str] | None
+) -> dict[str, Any]:
     """What ``from_pretrained`` takes to quantize a model while it is loaded onto a device; of HQQ nothing.
 
-    ``4bit`` is QLoRA's: NF4 with quantized constants. ``8bit`` is LLM.int8(), ``torchao`` int8 weights.
+    ``4bit`` is QLoRA's: NF4 with quantized constants. ``8bit`` is LLM.int8(), ``torchao`` int8 weights. Modules that
+    are named as ``unquantized`` stay as they are; None leaves it to Transformers, which keeps the last layer only.
     """
     if kind in ("none", "hqq"):
         return {}
     if kind == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
 
-        config: Any = TorchAoConfig(Int8WeightOnlyConfig())
+        config: Any = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=unquantized)
     elif kind == "8bit":
         logging.getLogger(_SPEAKS_EACH_TIME).setLevel(logging.ERROR)
-        config = BitsAndBytesConfig(load_in_8bit=True)
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=unquantized)
     else:
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=unquantized,
         )
     return {"quantization_config": config, "device_map": {"": device}}
 

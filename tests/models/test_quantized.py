@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from bloblora import BlobConfig, bayesianize, find_posterior, models, runs
 from bloblora.export import export
@@ -25,7 +25,7 @@ from tests.docs.blocks import ROOT
 from tests.runs.test_runs import Kill
 from tests.serving.conftest import SETTINGS, serving
 from tests.tasks.conftest import tiny_causal, train_tokenizer
-from tests.tiny_base import QUESTIONS, write_jsonl
+from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
 TOLERANCE = {"4bit": 1e-5, "8bit": 0.05, "hqq": 1e-5, "torchao": 1e-5}
 """Relative error of logits under a draw, beside those of dequantized weights."""
@@ -155,6 +155,28 @@ def test_served(run):
     expected = run.predict(QUESTIONS[:1], SETTINGS.samples, SETTINGS.seed).probabilities[0]
     found = torch.tensor([*answer["answers"][0]["probabilities"].values()])
     torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-4)
+
+
+def test_heads_stay_as_they_are_and_are_trained(kind, wide, tmp_path):
+    sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128, vocab_size=400)
+    for name, save in {"bert": BertModel(BertConfig(**sizes)), "roberta": RobertaModel(RobertaConfig(**sizes))}.items():
+        save.save_pretrained(tmp_path / name)
+        train_tokenizer().save_pretrained(tmp_path / name)
+    for base, head in ((wide, "TOKEN_CLS"), (tmp_path / "bert", "TOKEN_CLS"), (tmp_path / "roberta", "SEQ_CLS")):
+        model = load_model(str(base), num_labels=3, head=head, quantize=kind)
+        trunk = {*model.base_model.modules()}
+        assert any(map(is_quantized, trunk))
+        assert {type(one) for one in {*model.modules()} - trunk if isinstance(one, torch.nn.Linear)} == {
+            torch.nn.Linear
+        }
+    options = dict(data=queries() * 2, model=str(tmp_path / "bert"), output=str(tmp_path / "run"), head_prior_std=0.2)
+    config = runs.RunConfig.of(**options, quantize=kind, steps=2, batch_size=4, r=2, validation=0)
+    run = runs.train(config, progress=False)
+    assert find_posterior(run.model).head is not None
+    found = runs.load_run(tmp_path / "run").predict(queries(), 2).probabilities
+    assert torch.equal(found, run.predict(queries(), 2).probabilities)
+    dequantized = runs.load_run(tmp_path / "run", dequantized=True).predict(queries(), 2).probabilities
+    assert error(found, dequantized) < TOLERANCE[kind]
 
 
 def test_a_linearized_draw_for_many_classes(kind, wide, tmp_path):
