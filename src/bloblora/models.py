@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from .files import as_os_error, cache_folder, file_sha256, locked, read_json, share, write_json
 from .messages import quoted, shortened
-from .quantized import LIBRARIES, keep_differentiable, loading_options, quantize_hqq
+from .quantized import LIBRARIES, is_quantized, keep_differentiable, loading_options, quantize_hqq
 
 DEFAULT_MODEL = "smollm2-135m"
 QUANTIZATIONS = ("none", *LIBRARIES)
@@ -234,6 +234,11 @@ def load_model(
         if quantize == "hqq":
             quantize_hqq(model, DTYPES[dtype], device)
         keep_differentiable(model)
+    if quantize != "none" and not any(map(is_quantized, model.modules())):
+        raise ModelError(
+            f"quantize {quantize!r}: {LIBRARIES[quantize]} can quantize no layer of {quoted(name)}; leave quantize "
+            "out, or for layers such as GPT-2's give '4bit' or '8bit'"
+        )
     if num_labels is not None:
         model.config.pad_token_id = load_tokenizer(name, trust_remote_code=trust_remote_code).pad_token_id
         if dtype != "float32":

@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers.pytorch_utils import Conv1D
 
 LIBRARIES = {"4bit": "bitsandbytes", "8bit": "bitsandbytes", "hqq": "hqq", "torchao": "torchao"}
 """What each kind of quantization needs."""
@@ -65,15 +66,19 @@ def quantize_hqq(model: PreTrainedModel, dtype: torch.dtype, device: torch.devic
 
 @torch.no_grad()
 def dequantize(model: PreTrainedModel) -> None:
-    """Put ordinary linear layers, of the weights that the integers stand for, in the quantized ones' place."""
+    """Put ordinary layers, of the weights that the integers stand for, in the quantized ones' place."""
     for name, layer in [*model.named_modules()]:
         if is_quantized(layer):
             weight = dequantize_module_weight(layer).to(model.dtype)
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta")
-            linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+            with torch.device("meta"):
+                if getattr(layer, "source_cls", None) is Conv1D:  # GPT-2's, which bitsandbytes transposes
+                    plain, weight = Conv1D(*weight.shape), weight.T.contiguous()
+                else:
+                    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
+            plain.weight = nn.Parameter(weight.detach(), requires_grad=False)
             if layer.bias is not None:
-                linear.bias = nn.Parameter(layer.bias.detach().to(model.dtype), requires_grad=False)
-            model.set_submodule(name, linear)
+                plain.bias = nn.Parameter(layer.bias.detach().to(model.dtype), requires_grad=False)
+            model.set_submodule(name, plain)
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)
 

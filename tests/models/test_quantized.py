@@ -179,6 +179,23 @@ def test_heads_stay_as_they_are_and_are_trained(kind, wide, tmp_path):
     assert error(found, dequantized) < TOLERANCE[kind]
 
 
+def test_gpt2_whose_layers_are_transposed(kind, tmp_path):
+    """A merged model is loaded as any GPT-2; HQQ and torchao have no form of its layers."""
+    tiny_causal("gpt2", hidden_size=64).save_pretrained(tmp_path / "base")
+    train_tokenizer().save_pretrained(tmp_path / "base")
+    if kind in ("hqq", "torchao"):
+        with pytest.raises(ModelError, match=rf"quantize '{kind}': {kind} can quantize no layer of .*; leave quantize"):
+            load_model(str(tmp_path / "base"), quantize=kind)
+        return
+    options = dict(data=QUESTIONS, model=str(tmp_path / "base"), output=str(tmp_path / "run"), quantize=kind)
+    config = runs.RunConfig.of(**options, steps=2, batch_size=2, r=2, learning_rate=0.05, validation=0)
+    run = runs.train(config, progress=False)
+    export(tmp_path / "run", tmp_path / "merged", "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert error(merged(IDS).logits, run.model(IDS).logits) < TOLERANCE[kind]
+
+
 def test_a_linearized_draw_for_many_classes(kind, wide, tmp_path):
     """More classes than three a draw, for which other models take forward mode."""
     data = [{"text": f"the {word}", "label": word} for word in ("card", "refund", "parcel", "gas", "payment")]
