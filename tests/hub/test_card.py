@@ -10,8 +10,12 @@ from huggingface_hub import ModelCard
 
 from bloblora import runs
 from bloblora.hub import model_card, write_card
+from bloblora.runs.evaluate import save_metrics
 from tests.cli.conftest import call  # noqa: F401
+from tests.hub.conftest import THREE
 from tests.tiny_base import QUESTIONS, queries, write_jsonl, write_signed
+
+PREFERENCES = [{"prompt": "Which gas?", "chosen": chosen, "rejected": "sand"} for chosen in ("iron", "carbon dioxide")]
 
 
 @pytest.fixture
@@ -105,7 +109,26 @@ def test_damaged_files(folder):
         model_card(folder)
 
 
-@pytest.mark.parametrize("records", [queries(), QUESTIONS, [{"prompt": "Which gas?", "response": "iron"}] * 2])
+def test_an_evaluated_run_of_rewards(base, tmp_path):
+    """It has a head and no labels, as a run of values has."""
+    options = dict(data=PREFERENCES, model=str(base), steps=1, batch_size=2, r=2, output=str(tmp_path))
+    run = runs.train(runs.RunConfig.of(**options), progress=False)
+    save_metrics(runs.open_run(tmp_path), runs.evaluate(run, PREFERENCES, options=THREE), THREE, "pairs.jsonl")
+    text = model_card(tmp_path).text
+    assert "NLL in nats, ECE over 15 bins." in text
+    assert "| pairs.jsonl, n = 2, N = 3 |" in text
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        queries(),
+        QUESTIONS,
+        [{"prompt": "Which gas?", "response": "iron"}] * 2,
+        PREFERENCES,
+        [{"tokens": ["a", "card"], "tags": ["O", "B-thing"]}] * 2,
+    ],
+)
 def test_the_example_runs(base, tmp_path, records):
     data = str(write_jsonl(tmp_path / "data.jsonl", records))
     options = dict(model=str(base), steps=1, batch_size=2, r=2)
