@@ -230,6 +230,20 @@ def test_a_draw_is_the_model_with_that_head(kind, base):
         torch.testing.assert_close(model(**INPUTS).logits, found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("factors", ["A", "none"])
+def test_merge_adapter_has_no_place_for_a_draw_of_the_head(factors, base):
+    model, _ = tiny("bert", base, factors)
+    copied = copy.deepcopy(model)
+    with find_posterior(copied).draw(3), pytest.raises(ValueError, match="draw of it is in force: call merge_and_un"):
+        copied.merge_adapter()
+    mean = model(**INPUTS).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(**INPUTS).logits, mean)
+    model.unmerge_adapter()
+    debayesianize(model)
+    assert "merge_adapter" not in vars(model.base_model)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_predictions_are_the_mean_over_the_heads_draws(kind, base):
     """By the mean-field formula: within 0.02 of the mean over 20,000 true draws of the weights, and the share too."""

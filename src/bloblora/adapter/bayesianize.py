@@ -467,6 +467,7 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     if config.head_prior_std != "none":
         assert head is not None
         make_gaussian(*head, HeadGaussian(config, batch), adapter_name)
+        model.base_model.merge_adapter = partial(_merge_adapter, model.base_model)
     # A partial: copies and pickles of the model hold one of themselves, where a bound method would come back as PEFT's.
     model.save_pretrained = partial(save_pretrained, model)  # type: ignore[method-assign]
     return Posterior(model, adapter_name)
@@ -487,6 +488,7 @@ def debayesianize(model: PeftModel, adapter_name: str | None = None) -> None:
             _variant(layer, adapter_name).remove(layer, adapter_name)
     if not any(find_posterior(model, name) for name in model.peft_config):
         vars(model).pop("save_pretrained", None)
+        vars(model.base_model).pop("merge_adapter", None)
 
 
 def find_posterior(model: nn.Module, adapter_name: str | None = None) -> Posterior | None:
@@ -499,6 +501,17 @@ def find_posterior(model: nn.Module, adapter_name: str | None = None) -> Posteri
         return None
     adapter_name = adapter_name or model.active_adapter
     return Posterior(model, adapter_name) if any(True for _ in _bayesian_layers(model, adapter_name)) else None
+
+
+def _merge_adapter(tuner: Any, *args: Any, **kwargs: Any) -> None:
+    """PEFT's, which leaves heads as they are; a ValueError where a draw of one is in force, which it would leave out."""
+    for head in tuner.modules():
+        if isinstance(head, GaussianHead) and (drawn := head.gaussian.drawn) is not None and HEAD in drawn.weights:
+            raise ValueError(
+                "merge_adapter leaves the classification head as it is, and a draw of it is in force: call "
+                "merge_and_unload on a copy of the model, or merge the mean outside of the draw"
+            )
+    type(tuner).merge_adapter(tuner, *args, **kwargs)
 
 
 def _has_head(model: PeftModel, adapter_name: str) -> bool:
