@@ -70,6 +70,7 @@ def dequantize(model: PreTrainedModel) -> None:
     for name, layer in [*model.named_modules()]:
         if is_quantized(layer):
             weight = dequantize_module_weight(layer).to(model.dtype)
+            plain: nn.Module
             with torch.device("meta"):
                 if getattr(layer, "source_cls", None) is Conv1D:  # GPT-2's, which bitsandbytes transposes
                     plain, weight = Conv1D(*weight.shape), weight.T.contiguous()

@@ -467,7 +467,8 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     if config.head_prior_std != "none":
         assert head is not None
         make_gaussian(*head, HeadGaussian(config, batch), adapter_name)
-        model.base_model.merge_adapter = partial(_merge_adapter, model.base_model)
+        tuner: Any = model.base_model
+        tuner.merge_adapter = partial(_merge_adapter, tuner)
     # A partial: copies and pickles of the model hold one of themselves, where a bound method would come back as PEFT's.
     model.save_pretrained = partial(save_pretrained, model)  # type: ignore[method-assign]
     return Posterior(model, adapter_name)
@@ -504,7 +505,7 @@ def find_posterior(model: nn.Module, adapter_name: str | None = None) -> Posteri
 
 
 def _merge_adapter(tuner: Any, *args: Any, **kwargs: Any) -> None:
-    """PEFT's, which leaves heads as they are; a ValueError where a draw of one is in force, which it would leave out."""
+    """PEFT's, which leaves heads as they are; a ValueError where a draw of one is in force, which it'd leave out."""
     for head in tuner.modules():
         if isinstance(head, GaussianHead) and (drawn := head.gaussian.drawn) is not None and HEAD in drawn.weights:
             raise ValueError(

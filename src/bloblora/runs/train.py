@@ -400,7 +400,8 @@ def fresh_lora(config: RunConfig, task: tasks.Task, base: Any) -> LoraConfig:
     if lora.target_modules is None and not lora.target_parameters and base.config.model_type not in known:
         ends = _linear_layers(base)
         in_blocks = rf".*\.\d+\.({'|'.join(map(re.escape, ends))})"
-        lora.target_modules = in_blocks if lora.layers_to_transform is None else {*ends}  # PEFT's way to choose blocks
+        # Of names, and not of an expression, PEFT takes those in the blocks that were chosen.
+        lora.target_modules = in_blocks if lora.layers_to_transform is None else {*ends}  # type: ignore[assignment]
     return lora
 
 
