@@ -440,6 +440,8 @@ def test_texts_are_the_tokenizers(case_of, tokenizer):
             {"generation_config": GenerationConfig(num_return_sequences=3, do_sample=True)},
             "num_return_sequences must be 1, got 3",
         ),
+        ({"use_cache": False}, "use_cache must be True, got False"),
+        ({"generation_config": GenerationConfig(use_cache=False)}, "use_cache must be True, got False"),
         ({"inputs": {"input_ids": torch.zeros(0, 3)}}, "nothing to answer"),
         (
             {"inputs": {"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 0]])}},

@@ -31,12 +31,14 @@ def option(model: Any, options: Mapping[str, Any], name: str) -> Any:
     return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
 
 
-def check_one_answer(options: Mapping[str, Any]) -> None:
-    """Raise a ValueError where options ask for several answers to a prompt."""
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise a ValueError where options ask for several answers to a prompt, or to write without a cache."""
     for name in _ONE:
         value = options.get(name, getattr(options.get("generation_config"), name, None) or 1)
         if value != 1:
             raise ValueError(f"{name} must be 1, got {value}: there is one answer, and one of each draw")
+    if option(None, options, "use_cache") is False:
+        raise ValueError("use_cache must be True, got False: each draw reads one token at a time, and keeps the others")
 
 
 def of_one_answer(model: Any, options: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def of_one_answer(model: Any, options: Mapping[str, Any], tokenizer: PreTrainedT
     Raises:
         ValueError: there are stop strings without a tokenizer.
     """
-    found = {**options, **dict.fromkeys(_ONE, 1)}
+    found = {**options, **dict.fromkeys(_ONE, 1), "use_cache": True}
     if option(None, options, "cache_implementation") is None:
         found["cache_implementation"] = None
     if not (texts := option(model, options, "stop_strings")):

@@ -24,7 +24,7 @@ from ..prediction.sampler import Point, StackedWeights
 from .asking import Entailment
 from .asking import p_true as asked_p_true
 from .decoding import Answers, Decoding, KeptDraws, OwnAnswers, Samples, Sampling, Step
-from .options import UNCHANGED, check_one_answer, decoder_start, of_one_answer, with_mask
+from .options import UNCHANGED, check_options, decoder_start, of_one_answer, with_mask
 from .scoring import score
 from .tokens import TokenScores
 
@@ -250,7 +250,7 @@ def posterior_generate(
 
     Raises:
         ValueError: an argument is out of its range, there is no prompt or one is padded on the wrong side, an option
-            asks for several answers, the sampler's draws are no weights (a linearized Laplace), the draws can't read
+            asks for several answers or for no cache, the sampler's draws are no weights (a linearized Laplace), the draws can't read
             what the mean has written since ``inputs`` has more than tokens or an option starts it from another token,
             or there are stop strings without a tokenizer.
     """
@@ -283,7 +283,7 @@ def posterior_generate(
             rows = order[start : start + batch_size]
             batch = {name: tensor.to(device) for name, tensor in _batch(model, inputs, rows).items()}
             told = None if on_token is None else partial(on_token, rows)
-            write: Any = partial(cast(Any, model).generate, **batch, use_cache=True)
+            write: Any = partial(cast(Any, model).generate, **batch)
             by: Any = Decoding(writing, writers, seed, batch, told, draws and not by_mean)
             parts.append(write(**options, custom_generate=by))
             if draws and by_mean:
@@ -323,7 +323,7 @@ def _kept(sampler: Sampler, num_samples: int, seed: int) -> Sampler:
 
 def _check(inputs: Mapping[str, Tensor], num_samples: int, batch_size: int, options: Mapping[str, Any]) -> None:
     check_num_samples(num_samples, batch_size)
-    check_one_answer(options)
+    check_options(options)
     if "input_ids" not in inputs or not len(inputs["input_ids"]):
         raise ValueError("inputs: there is nothing to answer; pass what the tokenizer returned for one or more prompts")
 
