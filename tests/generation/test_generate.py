@@ -360,6 +360,28 @@ def test_answers_are_sampled_by_unchanged_probabilities(decoding, case_of, confi
     assert run(case_of("llama"), repetition_penalty=9.0, **how).sampled_texts == expected.sampled_texts
 
 
+@pytest.mark.parametrize("family", ["llama", "bart"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"no_repeat_ngram_size": 1, "bad_words_ids": [[token] for token in range(14, 30)], "min_new_tokens": 8},
+        {"suppress_tokens": [*range(14, 30)], "begin_suppress_tokens": [*range(30, 60)], "forced_eos_token_id": 2},
+        {"sequence_bias": [[[20], 50.0]], "exponential_decay_length_penalty": (1, 9.0), "min_length": 40},
+        {"forced_bos_token_id": 20, "guidance_scale": 3.0, "encoder_no_repeat_ngram_size": 1},
+    ],
+)
+def test_no_option_of_an_answer_changes_those_that_are_sampled(options, family, case_of, configured):
+    """Given or of the base's generation config; nor does a processor of logits."""
+
+    def fixed(ids, scores):
+        return scores.scatter(1, torch.full((len(scores), 1), 20), 1e4)
+
+    how = {"answers": 4, "draws": False}
+    expected = run(case_of(family), 0, **how).sampled_texts
+    assert run(case_of(family), 0, logits_processor=[fixed], **options, **how).sampled_texts == expected
+    assert run(configured(family, **options), 0, **how).sampled_texts == expected
+
+
 @pytest.mark.parametrize("decoding", ["mean", "average"])
 def test_padding_without_a_mask_is_no_prompt(decoding, case_of, configured):
     expected = run(case_of("llama"), decoding=decoding)

@@ -101,8 +101,8 @@ class Decoding:
         if len(input_ids) != (rows := len(self.batch["input_ids"])):
             raise ValueError(f"generate has made {len(input_ids)} rows of {rows} prompts; each must have one answer")
         prompts, logits = self._read(model, input_ids, arguments)
-        writer = partial(_Writer, input_ids, logits_processor, stopping_criteria, generation_config)
-        return self._write(prompts.read, logits, writer)
+        how = dict(processors=logits_processor, criteria=stopping_criteria, config=generation_config)
+        return self._write(prompts.read, logits, partial(_Writer, prompt=input_ids, **how))
 
     def _write(self, read: list[_Sequences], logits: Tensor, writer: _NewWriter) -> Answers | Samples:
         writers = [*map(writer, self._noises(1 + len(logits) * self.draws))]
@@ -161,19 +161,22 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Sampling(Decoding):
-    """Samples answers: the m-th of draw m mod S, by its own probabilities.
+    """Samples answers: the m-th of draw m mod S, by its own probabilities, which no other option changes.
 
     Attributes:
         num_answers: M.
+        temperature: that its logits are divided by.
     """
 
     num_answers: int = 1
+    temperature: float = 1.0
 
     def _write(self, read: list[_Sequences], logits: Tensor, writer: _NewWriter) -> Samples:
         passes = -(-self.num_answers // len(logits))
         # Seeded apart from the weights and from the answers of `Decoding`.
         noises = np.random.SeedSequence([self.seed, 2]).spawn(passes * len(logits))
-        writers = [*map(writer, noises)]
+        sampling = partial(writer, processors=lambda _, scores: scores / self.temperature, do_sample=True)
+        writers = [*map(sampling, noises)]
         for start in range(0, len(writers), len(logits)):
             self._write_own(writers[start : start + len(logits)], [part.copy() for part in read], logits)
         return _samples(writers[: self.num_answers])
@@ -306,14 +309,16 @@ class _Writer:
 
     def __init__(
         self,
+        noise: np.random.SeedSequence,
         prompt: Tensor,
         processors: Callable[[Tensor, Tensor], Tensor],
         criteria: Callable[[Tensor, Any], Tensor],
         config: GenerationConfig,
-        noise: np.random.SeedSequence,
+        do_sample: bool | None = None,
     ) -> None:
         self.tokens, self._start = prompt, prompt.shape[1]
-        self._processors, self._criteria, self._config = processors, criteria, config
+        self._processors, self._criteria, self._padding = processors, criteria, config._pad_token_tensor
+        self._do_sample = config.do_sample if do_sample is None else do_sample
         self._generator = torch.Generator().manual_seed(int(noise.generate_state(1)[0]))
         self._mask: list[Tensor] = []
         self._log_probs: list[Tensor] = []
@@ -324,13 +329,13 @@ class _Writer:
         log_mean = torch.logsumexp(logits.log_softmax(-1), dim=0) - math.log(len(logits))
         # As large as logits, since a repetition penalty isn't indifferent to a shift: one draw is as in `generate`.
         scores = self._processors(self.tokens, log_mean + logits.logsumexp(-1).mean(0).unsqueeze(-1))
-        if self._config.do_sample:
+        if self._do_sample:
             # Gumbel noise; the same for all rows, so that none depends on its place in the batch
             uniform = torch.rand(scores.shape[-1], generator=self._generator, dtype=torch.float64)
             scores = scores - (-uniform.log()).log().to(scores)
         token = scores.argmax(-1)
-        if (padding := self._config._pad_token_tensor) is not None:
-            token = token.where(self.running, padding)
+        if self._padding is not None:
+            token = token.where(self.running, self._padding)
         self._mask.append(self.running)
         self._log_probs.append(log_mean.gather(-1, token.unsqueeze(-1)).squeeze(-1))
         self.tokens = torch.cat([self.tokens, token.unsqueeze(-1)], dim=-1)
@@ -361,7 +366,8 @@ def _samples(writers: Sequence[_Writer]) -> Samples:
     return Samples(*(torch.stack(parts) for parts in zip(*padded, strict=True)))
 
 
-_NewWriter = Callable[[np.random.SeedSequence], _Writer]
+_NewWriter = partial[_Writer]
+"""Of noise, for the same prompts."""
 
 
 def _token_scores(logits: Tensor, token: Tensor) -> tuple[Tensor, ...]:

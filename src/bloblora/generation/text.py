@@ -24,7 +24,7 @@ from ..prediction.sampler import Point, StackedWeights
 from .asking import Entailment
 from .asking import p_true as asked_p_true
 from .decoding import Answers, Decoding, KeptDraws, OwnAnswers, Samples, Sampling, Step
-from .options import UNCHANGED, check_options, decoder_start, of_one_answer, with_mask
+from .options import check_options, decoder_start, of_one_answer, with_mask
 from .scoring import score
 from .tokens import TokenScores
 
@@ -273,7 +273,6 @@ def posterior_generate(
     sampler = _kept(all_draws, num_samples, seed) if by_mean and draws else writing
     of_answers = min(num_samples, answers)
     answering = _kept(all_draws, of_answers, seed) if answers else writing
-    sampling = {**options, **UNCHANGED, "do_sample": True, "temperature": answer_temperature, "repetition_penalty": 1.0}
     device = next(model.parameters()).device
     order = _order(inputs)
     starts = range(0, len(order), batch_size)
@@ -289,8 +288,8 @@ def posterior_generate(
             if draws and by_mean:
                 own.append(write(**options, custom_generate=OwnAnswers(sampler, num_samples, seed, batch)))
             if answers:
-                by = Sampling(answering, of_answers, seed, batch, num_answers=answers)
-                sampled.append(write(**sampling, custom_generate=by))
+                by = Sampling(answering, of_answers, seed, batch, num_answers=answers, temperature=answer_temperature)
+                sampled.append(write(**options, custom_generate=by))
     found = _joined(parts, order, tokenizer, num_samples, agree)
     prompts = _prompts(inputs)
     if by_mean:
