@@ -111,6 +111,21 @@ def test_bidirectional_entailment(tmp_path):
     assert agree.after("Which gas?", "iron") == "Which gas? iron"
 
 
+def test_long_prompts_leave_the_answers_to_be_compared(tmp_path):
+    """What the model reads of a pair that is too long ends in the answers."""
+    agree = Entailment(str(save_nli(tmp_path / "nli")), max_length=40)
+    read = []
+    agree._model.register_forward_pre_hook(
+        lambda _, args, inputs: read.extend(inputs["input_ids"]), with_kwargs=True
+    )
+    prompt = "the trophy does not fit into the suitcase " * 20
+    agree(agree.after(prompt, "carbon dioxide"), agree.after(prompt, "iron"))
+    texts = [agree._tokenizer.decode(ids, skip_special_tokens=True) for ids in read]
+    assert {len(ids) for ids in read} == {40}
+    assert all("carbon dioxide" in text and "iron" in text for text in texts)
+    assert texts[0] != texts[1]
+
+
 def test_what_is_no_model_of_entailment(tmp_path, base):
     with pytest.raises(models.ModelError, match="label 'entailment'; its labels are 'yes', 'no'"):
         Entailment(str(save_nli(tmp_path / "nli", {0: "yes", 1: "no"})))

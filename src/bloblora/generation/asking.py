@@ -75,7 +75,7 @@ class Entailment:
 
     Args:
         model: a folder, or a name on the hub, of a sequence classifier of pairs that has a label ``entailment``.
-        max_length: tokens of a pair, from its end cut off.
+        max_length: most tokens of a pair. The texts of a longer one lose their beginning, which is the prompt's.
 
     Raises:
         ModelError: it can't be loaded, lacks a trained head, or has no such label.
@@ -83,6 +83,7 @@ class Entailment:
 
     def __init__(self, model: str, max_length: int = 512) -> None:
         self._tokenizer, self._model = models.load_tokenizer(model), models.load_classifier(model)
+        self._tokenizer.truncation_side = "left"  # at the end are the answers
         labels = {number: str(label) for number, label in (self._model.config.id2label or {}).items()}
         entails = [number for number, label in labels.items() if label.lower() == "entailment"]
         if len(entails) != 1:
