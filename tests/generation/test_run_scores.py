@@ -71,6 +71,30 @@ def test_the_command_scores_texts_and_claims(trained, tmp_path):
     assert "p_correct" not in lines[0]
 
 
+@pytest.mark.parametrize("space", ["  ", "\n", " \n\t"])
+def test_claims_are_places_in_the_response_as_it_is_given(space, trained):
+    """White space before and after it moves none of them."""
+    start = len(space)
+    (bare,) = trained.describe_scores([{"prompt": "What?", "response": "my card, twice.", "claims": [[0, 7]]}], 2)
+    claims = [[start, start + 7], [0, start + 7], f"{space}my card", "twice. "]
+    record = {"prompt": "What?", "response": f"{space}my card, twice. \n", "claims": claims}
+    (line,) = trained.describe_scores([record], 2)
+    places = [(claim["text"], claim["start"], claim["end"]) for claim in line["claims"]]
+    assert places == [
+        ("my card", start, start + 7),
+        (f"{space}my card", 0, start + 7),
+        (f"{space}my card", 0, start + 7),
+        ("twice. ", start + 9, start + 16),
+    ]
+    if space == "  ":  # which a prompt's response is read without
+        expected = bare["claims"][0]["log_probability"]
+        assert line["claims"][0]["log_probability"] == pytest.approx(expected, abs=1e-5)
+    (line,) = trained.describe_scores([{**record, "claims": None}], 2, claims="sentences")
+    assert [claim["text"] for claim in line["claims"]] == ["my card, twice."]
+    with pytest.raises(TaskError, match=r"item 0: \[0, 1\] must be places of more than white space"):
+        next(trained.describe_scores([{**record, "claims": [[0, 1]]}], 2))
+
+
 def test_other_columns_may_be_of_any_type(trained, tmp_path):
     rows = [{**record, "when": datetime(2024, 1, 2), "cost": Decimal("0.5"), "raw": b"\xff"} for record in TEXTS[1:]]
     parquet.write_table(pa.Table.from_pylist(rows), data := tmp_path / "texts.parquet")

@@ -49,12 +49,14 @@ def claim_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, 
     Raises:
         TaskError: the tokens aren't those of the text, as where a tokenizer changes its case.
     """
+    bare = text.strip()  # white space around it may be without tokens
     # A character may have several tokens, so each token's end is that of all tokens so far.
     ends = torch.tensor([len(str(tokenizer.decode(ids[: i + 1]))) for i in range(len(ids))])
     starts = torch.cat([torch.zeros(1, dtype=ends.dtype), ends[:-1]])
     starts = torch.where(starts < ends, starts, (ends - 1).clamp_min(0))  # one more of the last character
-    if (shift := str(tokenizer.decode(ids)).find(text)) < 0:
+    if (place := str(tokenizer.decode(ids)).find(bare)) < 0:
         raise TaskError(f"claims: the tokenizer changes the text {text[:40]!r}, so that no claim can be found in it")
+    shift = place - text.index(bare)
     return [(starts < shift + end) & (ends > shift + start) for start, end in spans]
 
 
@@ -69,4 +71,6 @@ def _span(claim: Any, number: int, text: str) -> Span:
     start, end = claim
     if not 0 <= start < end <= len(text):
         raise TaskError(f"{where} must be places in the response, 0 <= start < end <= {len(text)}")
+    if text[start:end].isspace():
+        raise TaskError(f"{where} must be places of more than white space")
     return start, end

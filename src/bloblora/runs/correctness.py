@@ -185,7 +185,7 @@ class LabelledTexts:
         check_local(description)
         check_generates(description.task, records)
         given, agree = _given(records), find_matcher(matcher)
-        references = [] if given else [response_of(record) for record in records]
+        references = [] if given else [response_of(record).strip() for record in records]
         for number, reference in enumerate(references, start=1):
             if not reference:
                 raise RunError(f"record {number}: it has no response, the reference, and no 'right'; give one of them")

@@ -157,9 +157,9 @@ def decided_texts(decision: Decision, found: TokenScores, correctness: Correctne
 
 
 def response_of(record: Mapping[str, Any]) -> str:
-    """The text of a record's response without white space around it; "" where it has none."""
+    """The text of a record's response, as it is given; "" where it has none."""
     last = (record.get("messages") or [{}])[-1]
-    return (last["content"] if last.get("role") == "assistant" else record.get("response") or "").strip()
+    return last["content"] if last.get("role") == "assistant" else record.get("response") or ""
 
 
 def text_lines(
