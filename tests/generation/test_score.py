@@ -188,6 +188,12 @@ def test_sentences_and_claims(tokenizer):
     first, second = claim_tokens(tokenizer, ids, text, [(0, 5), (5, 6)])
     assert (first | second).all()  # also a character's second and third token
     assert first.sum() + second.sum() == len(ids) == len(tokenizer(text[:5])["input_ids"]) + second.sum()
+    ids = [*tokenizer("card: the card")["input_ids"], *tokenizer("\n")["input_ids"], tokenizer.eos_token_id]
+    (mask,) = claim_tokens(tokenizer, ids, "card", [(0, 4)])  # of a chat, whose template has text of its own before it
+    assert tokenizer.decode(torch.tensor(ids)[mask]) == " card"
+    assert mask.nonzero().max() == len(ids) - 3
+    ids = [*tokenizer("s, yes: s")["input_ids"], tokenizer.eos_token_id]  # </s>
+    assert claim_tokens(tokenizer, ids, "s", [(0, 1)])[0].nonzero().tolist() == [[len(ids) - 2]]
     ids = tokenizer("carbon dioxide. the card")["input_ids"]
     text = "carbon dioxide. the card"
     with pytest.raises(TaskError, match="the tokenizer changes the text"):

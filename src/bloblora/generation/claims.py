@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -54,7 +55,10 @@ def claim_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, 
     ends = torch.tensor([len(str(tokenizer.decode(ids[: i + 1]))) for i in range(len(ids))])
     starts = torch.cat([torch.zeros(1, dtype=ends.dtype), ends[:-1]])
     starts = torch.where(starts < ends, starts, (ends - 1).clamp_min(0))  # one more of the last character
-    if (place := str(tokenizer.decode(ids)).find(bare)) < 0:
+    # Of a chat the template has text before it, and special tokens after it.
+    silent = (not str(tokenizer.decode(token, skip_special_tokens=True)).strip() for token in reversed(ids))
+    end = len(ids) - len([*takewhile(bool, silent)])
+    if (place := str(tokenizer.decode(ids[:end])).rfind(bare)) < 0:
         raise TaskError(f"claims: the tokenizer changes the text {text[:40]!r}, so that no claim can be found in it")
     shift = place - text.index(bare)
     return [(starts < shift + end) & (ends > shift + start) for start, end in spans]
