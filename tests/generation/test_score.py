@@ -176,6 +176,8 @@ def test_sentences_and_claims(tokenizer):
     first, second = claim_tokens(tokenizer, ids, text, sentences(text))
     assert tokenizer.decode([i for i, of in zip(ids, first, strict=True) if of]).strip() == "carbon dioxide."
     assert tokenizer.decode([i for i, of in zip(ids, second, strict=True) if of]).strip() == "the card"
+    with pytest.raises(ValueError, match="claims must be 'sentences' or None, got 'words'"):
+        claims_of({}, text, "words")
     for claim, message in (
         ("moon", "item 0: 'moon' must be a part of the response"),
         ([3, 2], "0 <= start < end <= 24"),
@@ -207,6 +209,11 @@ def test_sentences_and_claims(tokenizer):
         ({"responses": [*RESPONSES[:4], []]}, r"responses: item 4 is \[\], of which there is nothing to score"),
         ({"prompts": ["a", *PROMPTS[1:]], "responses": [" ", *RESPONSES[1:]]}, "responses: item 0 is ' '"),
         ({"prompts": ["a"], "responses": ["b"]}, "prompts: item 0 is a text; give its tokenizer, or token ids"),
+        ({"prompts": ["a", *PROMPTS[1:]]}, "responses: item 0 and its prompt must both be texts, or both token ids"),
+        ({"responses": [*RESPONSES[:4], [VOCABULARY]]}, "responses: item 4: 60 is no token id, from 0 to 59"),
+        ({"prompts": [[-100], *PROMPTS[1:]]}, "prompts: item 0: -100 is no token id"),
+        ({"prompts": [[5.5], *PROMPTS[1:]]}, "prompts: item 0: 5.5 is no token id"),
+        ({"num_samples": 2.5}, "num_samples must be 0 .* or more, a whole number, got 2.5"),
         ({"prompts": "a"}, "prompts: 'a' is one text; give a list"),
         ({"num_samples": -1}, "num_samples must be 0"),
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),

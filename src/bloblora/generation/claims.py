@@ -36,8 +36,11 @@ def claims_of(record: Mapping[str, Any], text: str, by: str | None) -> list[Span
 
     Raises:
         TaskError: a claim isn't a part of the text.
+        ValueError: ``by`` is another word.
     """
-    if (claims := record.get("claims")) is None:
+    if by not in (None, "sentences"):
+        raise ValueError(f"claims must be 'sentences' or None, got {quoted(by)}")
+    if (claims := record.get("claims")) in (None, ""):  # the second of a table
         return sentences(text) if by == "sentences" else []
     if not isinstance(claims, list | tuple):
         raise TaskError(f"field 'claims': {quoted(claims)} must be a list of texts or of [start, end]")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -69,18 +70,19 @@ def score(
 
     Raises:
         ValueError: ``num_samples`` or ``batch_size`` is out of range, there is nothing to score, a prompt or a response
-            is empty, texts come without a tokenizer, draws are no weights (a linearized Laplace), or an
-            encoder-decoder has no token that responses start from.
+            is empty or has what is no token id, only one of the two is a text, texts come without a tokenizer, draws
+            are no weights (a linearized Laplace), or an encoder-decoder has no token that responses start from.
         FloatingPointError: a probability is NaN.
     """
     check_num_samples(num_samples, batch_size)
     inner = unwrapped(model)
     of_encoder = bool(inner.config.is_encoder_decoder)
-    pairs = [*_pairs(prompts, responses, tokenizer, of_encoder)]
+    vocabulary = inner.config.get_text_config().vocab_size
+    pairs = [*_pairs(prompts, responses, tokenizer, of_encoder, vocabulary)]
     sampler = sampler or sampler_of(inner)
     task = _Encoded(inner) if of_encoder else _Trees(inner)
     device = next(inner.parameters()).device
-    batches = [*_batches(pairs, batch_size, _MOST_LOGITS // inner.config.get_text_config().vocab_size)]
+    batches = [*_batches(pairs, batch_size, _MOST_LOGITS // vocabulary)]
     places: list[int] = []
     parts: list[tuple[Tensor, ...]] = []
     with eval_mode(inner):
@@ -216,7 +218,11 @@ class _Encoded:
 
 
 def _pairs(
-    prompts: Sequence[Any], responses: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None, of_encoder: bool
+    prompts: Sequence[Any],
+    responses: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    of_encoder: bool,
+    vocabulary: int,
 ) -> Iterator[_Pair]:
     """Token ids of each prompt and its response."""
     for name, given in (("prompts", prompts), ("responses", responses)):
@@ -237,7 +243,17 @@ def _pairs(
                 continue
             example = task.encode({"prompt": prompt, "response": response}, tokenizer)
             prompt, response = example["prompt"], example["response"]
-        yield tuple(map(int, prompt)), tuple(map(int, response))
+        elif isinstance(prompt, str) or isinstance(response, str):
+            raise ValueError(f"responses: item {number} and its prompt must both be texts, or both token ids")
+        yield tuple(_ids(prompt, "prompts", number, vocabulary)), tuple(_ids(response, "responses", number, vocabulary))
+
+
+def _ids(given: Any, name: str, number: int, vocabulary: int) -> list[int]:
+    """Token ids as a list; a ValueError where they aren't."""
+    ids = [token.item() if isinstance(token, Tensor | np.generic) else token for token in given]
+    if wrong := [token for token in ids if not (isinstance(token, int) and 0 <= token < vocabulary)]:
+        raise ValueError(f"{name}: item {number}: {quoted(wrong[0])} is no token id, from 0 to {vocabulary - 1}")
+    return ids
 
 
 def _batches(pairs: Sequence[_Pair], batch_size: int, most_tokens: int) -> Iterator[list[int]]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -160,9 +161,9 @@ def _likely_cause(model: nn.Module | None) -> str:
 
 
 def check_num_samples(num_samples: int, batch_size: int = 1) -> None:
-    """Raise a ValueError where N is negative, or a batch has no input."""
-    if num_samples < 0:
-        raise ValueError(f"num_samples must be 0 (the mean) or more, got {num_samples}")
+    """Raise a ValueError where N is no whole number of at least 0, or a batch has no input."""
+    if not isinstance(num_samples, Integral) or num_samples < 0:
+        raise ValueError(f"num_samples must be 0 (the mean) or more, a whole number, got {num_samples}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
 
