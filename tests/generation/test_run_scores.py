@@ -104,6 +104,17 @@ def test_other_columns_may_be_of_any_type(trained, tmp_path):
     assert not {"when", "cost", "raw"} & lines[0].keys()
 
 
+def test_claims_of_a_table(trained, tmp_path):
+    table = tmp_path / "texts.csv"
+    with table.open("w", newline="") as handle:
+        rows = csv.writer(handle)
+        rows.writerows([["prompt", "response", "claims"], ["What?", "my card", '["my", [3, 7]]'], ["What?", "a", ""]])
+    score(trained.config.output, str(table), OPTIONS, ReadingOptions(), output=str(tmp_path / "scores.jsonl"))
+    first, second = lines_of(tmp_path / "scores.jsonl")
+    assert [claim["text"] for claim in first["claims"]] == ["my", "card"]
+    assert "claims" not in second
+
+
 def test_a_stop_loses_no_more_than_a_chunk(trained, tmp_path, monkeypatch):
     """And the same command on another file, or with other options, is refused."""
     monkeypatch.setattr(sys.modules["bloblora.runs.processes"], "CHUNK", 2)  # `runs.processes` is a function
@@ -259,7 +270,8 @@ def test_a_map_of_answers_and_references(folder, tmp_path, capsys):
         (queries(), {}, "needs records with 'prompt' or 'messages'"),
     ],
 )
-def test_labelled_texts_that_carry_no_map(records, options, message, folder, tmp_path):
+def test_labelled_texts_that_carry_no_map(records, options, message, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["bloblora.runs.correctness"], "load_run", pytest.fail)  # all is known before
     data = write_jsonl(tmp_path / "labelled.jsonl", records)
     with pytest.raises((runs.RunError, CorrectnessError, ValueError), match=message):
         correctness(folder, str(data), GENERATION, ReadingOptions(), **options)

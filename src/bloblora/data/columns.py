@@ -188,7 +188,7 @@ def to_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
         del record["prompt"]  # which a preference need not have
     if flat := _flat_choices(rest) if "choices" not in record else []:
         record = {name: value for name, value in record.items() if not _CHOICE.fullmatch(name)} | {"choices": flat}
-    for name in ("choices", "responses", "tokens", "tags"):
+    for name in ("choices", "responses", "tokens", "tags", "claims"):
         if isinstance(record.get(name), str):
             record[name] = _parsed(record[name])  # what is no list is reported with its value by the check that follows
     record, names = _named_choices(record)
