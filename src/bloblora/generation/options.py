@@ -20,6 +20,8 @@ UNCHANGED: Mapping[str, Any] = {
     "eta_cutoff": 0.0,
 }
 """With a temperature of 1, sampling by the model's own probabilities, whatever its generation config has."""
+LEAST_TEMPERATURE = 1e-6
+"""Below it logits over a temperature leave float32."""
 _ONE = ("num_beams", "num_return_sequences")
 
 
@@ -32,11 +34,16 @@ def option(model: Any, options: Mapping[str, Any], name: str) -> Any:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise a ValueError where options ask for several answers to a prompt, or to write without a cache."""
+    """Raise a ValueError where options ask for several answers, for no cache, or for a temperature near 0."""
     for name in _ONE:
         value = options.get(name, getattr(options.get("generation_config"), name, None) or 1)
         if value != 1:
             raise ValueError(f"{name} must be 1, got {value}: there is one answer, and one of each draw")
+    if 0 < (option(None, options, "temperature") or 0) < LEAST_TEMPERATURE:
+        raise ValueError(
+            f"temperature must be at least {LEAST_TEMPERATURE}, got {option(None, options, 'temperature')}; "
+            "do_sample=False takes the most probable token"
+        )
     if option(None, options, "use_cache") is False:
         raise ValueError("use_cache must be True, got False: each draw reads one token at a time, and keeps the others")
 

@@ -1,5 +1,6 @@
 """Open-ended text under weight samples, each of them one function for a whole sequence, and how far they agree."""
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -16,15 +17,16 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from ..checks import check_choice
+from ..checks import check_choice, check_count
 from ..contexts import eval_mode, unwrapped
+from ..messages import quoted
 from ..prediction import Sampler, WeightDraws
 from ..prediction.prediction import check_num_samples, sampler_of
 from ..prediction.sampler import Point, StackedWeights
 from .asking import Entailment
 from .asking import p_true as asked_p_true
 from .decoding import Answers, Decoding, KeptDraws, OwnAnswers, Samples, Sampling, Step
-from .options import check_options, decoder_start, of_one_answer, with_mask
+from .options import LEAST_TEMPERATURE, check_options, decoder_start, of_one_answer, with_mask
 from .scoring import score
 from .tokens import TokenScores
 
@@ -234,7 +236,7 @@ def posterior_generate(
         draws: also write the answer of each draw, one by one what N answers cost.
         answers: M answers to sample for `Generation.semantic_entropy`, by M draws or by N in turns; each N of them cost
             what the draws' answers cost.
-        answer_temperature: of these, above 0.
+        answer_temperature: of these, at least `LEAST_TEMPERATURE`.
         p_true: also ask the model whether its answer is true, which takes a tokenizer.
         on_token: called with the rows of a batch and each `bloblora.generation.decoding.Step` of their answers, while
             they are written: under the mean alone, or under all draws where ``decoding`` is ``average``. What it raises
@@ -250,13 +252,16 @@ def posterior_generate(
 
     Raises:
         ValueError: an argument is out of its range, there is no prompt or one is padded on the wrong side, an option
-            asks for several answers or for no cache, the sampler's draws are no weights (a linearized Laplace), the draws can't read
-            what the mean has written since ``inputs`` has more than tokens or an option starts it from another token,
-            or there are stop strings without a tokenizer.
+            asks for several answers or for no cache, the sampler's draws are no weights (a linearized Laplace), the
+            draws can't read what the mean has written since ``inputs`` has more than tokens or an option starts it
+            from another token, or there are stop strings without a tokenizer.
     """
     _check(inputs, num_samples, batch_size, options)
-    if answers < 0 or answer_temperature <= 0:
-        raise ValueError(f"answers must be 0 or more, at a temperature above 0; got {answers} at {answer_temperature}")
+    check_count("answers", answers, 0)
+    if not LEAST_TEMPERATURE <= answer_temperature < math.inf:
+        raise ValueError(f"answer_temperature must be at least {LEAST_TEMPERATURE}, got {answer_temperature}")
+    if not callable(agree):
+        raise ValueError(f"agree must be a function of two texts, got {quoted(agree)}; find_agree gives one for a name")
     if p_true and tokenizer is None:
         raise ValueError("p_true: the question to the model is a text; give the tokenizer")
     model = unwrapped(model)
