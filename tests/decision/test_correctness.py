@@ -31,6 +31,12 @@ def test_each_map_finds_the_probability(kind):
     assert found.metrics["brier"] == pytest.approx((p - again.double()).square().mean().item(), abs=0.02)
 
 
+def test_a_score_that_is_not_there_is_named():
+    fitted = Correctness("platt", ("p_true", "agreement"), {"weights": [1.0, 1.0], "intercept": 0.0}, 20, 10, {})
+    with pytest.raises(CorrectnessError, match="needs p_true, agreement; ask for them with draws and p_true"):
+        fitted.probabilities({"log_probability": torch.zeros(1)})
+
+
 def test_a_map_of_long_texts():
     """Of -1,500 to -800 nats e^s is 0 in float64; here the more probable half is right."""
     scores, right = {"sequence_log_probability": torch.linspace(-1500, -800, 200)}, torch.arange(200) >= 100

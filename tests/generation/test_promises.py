@@ -135,9 +135,8 @@ def test_answers_and_sets_of_them(folder, tmp_path, capsys):
     ],
 )
 def test_what_carries_no_promise(records, options, error, message, folder, tmp_path, monkeypatch):
-    """Found before the model is loaded, but for the names of scores."""
-    if error is not CorrectnessError:
-        monkeypatch.setattr(text_decisions, "load_run", None)
+    """Found before the model is loaded."""
+    monkeypatch.setattr(text_decisions, "load_run", None)
     data = write_jsonl(tmp_path / "labelled.jsonl", records)
     with pytest.raises(error, match=message):
         calibrated(folder, data, **options)

@@ -115,9 +115,7 @@ def test_long_prompts_leave_the_answers_to_be_compared(tmp_path):
     """What the model reads of a pair that is too long ends in the answers."""
     agree = Entailment(str(save_nli(tmp_path / "nli")), max_length=40)
     read = []
-    agree._model.register_forward_pre_hook(
-        lambda _, args, inputs: read.extend(inputs["input_ids"]), with_kwargs=True
-    )
+    agree._model.register_forward_pre_hook(lambda _, args, inputs: read.extend(inputs["input_ids"]), with_kwargs=True)
     prompt = "the trophy does not fit into the suitcase " * 20
     agree(agree.after(prompt, "carbon dioxide"), agree.after(prompt, "iron"))
     texts = [agree._tokenizer.decode(ids, skip_special_tokens=True) for ids in read]
@@ -180,3 +178,8 @@ def test_commands_write_and_use_them(trained, tmp_path, capsys):
         generate(folder, str(data), GenerationOptions(samples=2, max_new_tokens=8), ReadingOptions())
     with pytest.raises(RunError, match=r"(?s)answers must be 0 .* got -1.*answer_temperature must be .* got 0"):
         GenerationOptions(answers=-1, answer_temperature=0)
+    without = r"(?s)top_p: 0.5 has no effect without a temperature.*answer_temperature: 2.0 has no effect without answ"
+    with pytest.raises(RunError, match=without):
+        GenerationOptions(top_p=0.5, answer_temperature=2.0)
+    with pytest.raises(RunError, match=r"(?s)temperature must be 0, or .* 1e-06, got 1e-38.*answer_temperature must"):
+        GenerationOptions(temperature=1e-38, answer_temperature=1e-38)

@@ -17,7 +17,7 @@ The map is the one with the lowest NLL under cross-validation. A map of n texts 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,6 +48,12 @@ SIGNS = {
     "tokur_epistemic": -1,
 }
 """The scores that a map can be of: 1 where log c = s, -1 where log c = -s, 0 where c = s."""
+_ASKED_BY = {
+    **dict.fromkeys(("agreement", "self_consistency", "draw_semantic_entropy"), "draws"),
+    **dict.fromkeys(("semantic_entropy", "discrete_semantic_entropy"), "answers"),
+    "p_true": "p_true",
+}
+"""The option of generation without which texts have no such score."""
 _FOLDS = 5
 _SMALLEST = 1e-6  # of c and 1 - c
 _ROUNDING = 1e-6  # differences of scores that come from it
@@ -99,7 +105,14 @@ class Correctness:
 
         Args:
             scores: by name, each (n,), as `TokenScores.scores` gives them.
+
+        Raises:
+            CorrectnessError: one that it needs isn't there.
         """
+        if missing := [name for name in self.scores if name not in scores]:
+            options = sorted({_ASKED_BY[name] for name in missing if name in _ASKED_BY})
+            advice = f"; ask for them with {' and '.join(options)}" if options else ""
+            raise CorrectnessError(f"scores: the map to p_correct needs {', '.join(missing)}{advice}")
         columns = np.stack([scores[name].double().cpu().numpy() for name in self.scores])
         if self.kind == "isotonic":
             x = _log_confidence(self.scores[0], columns[0])
@@ -151,9 +164,7 @@ def fit_correctness(
         CorrectnessError: fewer than 5 texts are right, or wrong; scores are all constant, or unknown; or scikit-learn
             isn't there.
     """
-    wrong = [name for name in maps if name not in MAPS]
-    if wrong or not maps:
-        raise CorrectnessError(f"maps must be among {', '.join(MAPS)}, got {', '.join(wrong) or 'none'}")
+    check_maps(maps)
     if unknown := sorted(set(scores) - set(SIGNS)):
         raise CorrectnessError(f"scores must be among {', '.join(SIGNS)}, got {', '.join(unknown)}")
     check_counts(int(right.sum()), len(right))
@@ -168,6 +179,19 @@ def fit_correctness(
     outcomes = right.cpu().numpy().astype(bool)
     held_out = _held_out(columns, outcomes, seed, lambda c, o: _chosen(c, o, maps, seed))
     return _chosen(columns, outcomes, maps, seed, _metrics(torch.from_numpy(held_out), right.cpu().bool()))
+
+
+def check_maps(maps: Sequence[str]) -> None:
+    """Raise a CorrectnessError for maps that aren't among `MAPS`, or none."""
+    wrong = [name for name in maps if name not in MAPS]
+    if wrong or not maps:
+        raise CorrectnessError(f"maps must be among {', '.join(MAPS)}, got {', '.join(wrong) or 'none'}")
+
+
+def check_by(name: str, scores: Iterable[str]) -> None:
+    """Raise a CorrectnessError unless texts that have these scores can be ranked by ``name``."""
+    if name not in (known := ["p_correct", *(score for score in scores if score in SIGNS)]):
+        raise CorrectnessError(f"by: must be one of {', '.join(known)}, got {name!r}")
 
 
 def check_counts(num_right: int, num_examples: int) -> None:
@@ -193,9 +217,9 @@ def confidence_of(scores: Mapping[str, Tensor], name: str, correctness: Correctn
     """
     if name == "p_correct" and correctness is not None:
         return correctness.probabilities(scores)
-    if name not in scores or name not in SIGNS:
-        known = ", ".join(["p_correct", *(score for score in scores if score in SIGNS)])
-        raise CorrectnessError(f"by: must be one of {known}, got {name!r}")
+    if name == "p_correct":
+        raise CorrectnessError("by: there is no map to p_correct")
+    check_by(name, scores)
     values = scores[name].double().cpu()
     return (values * sign).clamp(max=0) if (sign := SIGNS[name]) else values
 

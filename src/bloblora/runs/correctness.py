@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data import unanswered
 from ..decision import MAPS, Correctness, CorrectnessError, fit_correctness
-from ..decision.correctness import check_counts
+from ..decision.correctness import check_counts, check_maps
 from ..files import json_sha256
 from ..generation import Matcher, find_matcher
 from ..messages import quoted, shortened
@@ -93,6 +93,7 @@ def calibrate_texts(
         CorrectnessError: too few texts are right or wrong; nothing is saved.
         ValueError: there is no such matcher, or a reference that it can't use.
     """
+    check_maps(maps)
     texts = LabelledTexts.of(description, records, matcher)
     if texts.given is not None:
         check_counts(sum(texts.given), len(texts.given))

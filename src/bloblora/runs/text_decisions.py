@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data import unanswered
 from ..decision import Decision, check_text_promises, confidence_of, fit_text_decision
-from ..decision.correctness import SIGNS, Correctness
+from ..decision.correctness import SIGNS, Correctness, check_by
 from ..files import json_sha256
 from .checks import warn_of_copies
 from .config import RunError
@@ -17,6 +17,7 @@ from .decide import DECISION_FILE, check_place, open_decisions, save_decision
 from .entries import has, there_and_now
 from .folder import RunDescription
 from .run import load_run
+from .texts import score_names
 
 
 def promise_texts(
@@ -62,6 +63,7 @@ def promise_texts(
     """
     check_place(description)
     texts = LabelledTexts.of(description, records, matcher)
+    check_by(by, score_names(texts.kind, how))
     promises = {"risk": risk, "level": level, "coverage": coverage}
     check_text_promises(len(texts.records), sets=texts.given is None, **promises)
     warn_of_copies([unanswered(record) if texts.given is None else record for record in texts.records])

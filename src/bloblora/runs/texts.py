@@ -13,8 +13,9 @@ from .. import tasks
 from ..decision import Correctness, Decision, confidence_of
 from ..generation import Generation, TokenScores, claim_tokens, find_agree
 from ..generation.claims import claims_of
-from ..generation.options import UNCHANGED
-from ..generation.text import DRAW_SCORES, DecodingName
+from ..generation.options import LEAST_TEMPERATURE, UNCHANGED
+from ..generation.text import DRAW_SCORES, SAMPLE_SCORES, DecodingName
+from ..generation.tokens import SCORES
 from .config import RunError
 
 
@@ -73,16 +74,22 @@ class WritingOptions:
         problems = []
         if self.max_new_tokens < 1:
             problems.append(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            problems.append(f"temperature must be a finite number of at least 0, got {self.temperature}")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            least = f"a finite number of at least {LEAST_TEMPERATURE}"
+            problems.append(f"temperature must be 0, or {least}, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p must be in (0, 1], got {self.top_p}")
+        elif self.top_p < 1 and self.temperature == 0:
+            problems.append(f"top_p: {self.top_p} has no effect without a temperature above 0")
         if self.decoding not in (known := get_args(DecodingName)):
             problems.append(f"decoding must be one of {', '.join(known)}, got {self.decoding!r}")
         if self.answers < 0:
             problems.append(f"answers must be 0 (none) or more, got {self.answers}")
-        if not (math.isfinite(self.answer_temperature) and self.answer_temperature > 0):
-            problems.append(f"answer_temperature must be a finite number above 0, got {self.answer_temperature}")
+        if not LEAST_TEMPERATURE <= self.answer_temperature < math.inf:
+            least = f"a finite number of at least {LEAST_TEMPERATURE}"
+            problems.append(f"answer_temperature must be {least}, got {self.answer_temperature}")
+        elif self.answer_temperature != 1 and self.answers == 0:
+            problems.append(f"answer_temperature: {self.answer_temperature} has no effect without answers")
         return problems
 
     def writing(self) -> dict[str, Any]:
@@ -143,6 +150,14 @@ def needs_draws(correctness: Correctness | None, decision: Decision | None) -> b
         names.add(decision.answering.score)
     sets = decision is not None and decision.answer_sets is not None
     return sets or not names.isdisjoint(DRAW_SCORES)
+
+
+def score_names(kind: str, how: Mapping[str, Any]) -> tuple[str, ...]:
+    """The scores of texts that are given, or that are written beside the draws' own; see `calibrate_texts`."""
+    if kind == "score":
+        return SCORES
+    sampled = SAMPLE_SCORES if how.get("answers") else ()
+    return (*SCORES, *DRAW_SCORES, *sampled, *(("p_true",) if how.get("p_true") else ()))
 
 
 def decided_texts(decision: Decision, found: TokenScores, correctness: Correctness | None) -> dict[str, list[Any]]:
