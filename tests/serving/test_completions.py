@@ -379,6 +379,23 @@ def test_models(client, server):
         ({"stream_options": {"include_usage": True}}, BAD, "stream_options", None, "no effect without stream"),
         ({"extra_body": {"answer_temperature": 0.5}}, BAD, "answer_temperature", None, "no effect without answers"),
         ({"extra_body": {"agree": "exact", "answers": 0}}, BAD, "agree", None, "no effect without answers or draws"),
+        ({"top_p": 0.5}, BAD, "top_p", None, "no effect without temperature"),
+        ({"top_p": 0.5, "temperature": 0}, BAD, "top_p", None, "no effect without temperature"),
+        ({"temperature": 1e-38}, BAD, "temperature", None, "must be at least 1e-06 where it isn't 0"),
+        (
+            {"extra_body": {"answers": 2, "answer_temperature": 1e-38}},
+            BAD,
+            "answer_temperature",
+            None,
+            "must be at least 1e-06",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "max_tokens": 9, "max_completion_tokens": 2},
+            BAD,
+            "max_tokens",
+            None,
+            "must be max_completion_tokens, 2, or left out",
+        ),
     ],
 )
 def test_what_is_refused(client, fields, error, param, code, message):
@@ -408,11 +425,35 @@ def test_options_that_the_rules_or_the_draws_use_are_taken(client, hosted, monke
     asked = {"model": "answers", "prompt": PROMPT, "max_tokens": 4}
     assert client.completions.create(**asked, extra_body={"agree": "exact", "draws": True}).choices[0].draws
     (rules,) = hosted["answers"].rules
-    how = rules.how | {"agree": "exact", "answer_temperature": 0.5}
+    how = rules.how | {"agree": "exact"}
     monkeypatch.setattr(hosted["answers"], "rules", [replace(rules, how=how)])
-    own = {"agree": "exact", "answer_temperature": 0.5}
-    found = client.completions.create(model="answers", prompt=PROMPT, extra_body=own)
+    found = client.completions.create(model="answers", prompt=PROMPT, top_p=1, extra_body={"agree": "exact"})
     assert 0 < found.choices[0].p_correct < 1
+
+
+def test_the_most_probable_of_tokens_with_one_text_is_named(client):
+    """As of the parts of characters, all of which are a replacement character."""
+    asked = {"model": "answers", "prompt": "?", "max_tokens": 30, "temperature": 2.0, "logprobs": 5}
+    fewer = 0
+    for seed in range(10):
+        found = client.completions.create(**asked, seed=seed).choices[0].logprobs
+        for top in found.top_logprobs:
+            assert [*top.values()] == sorted(top.values(), reverse=True)
+            fewer += len(top) < 5
+    assert fewer
+
+
+def test_a_token_after_an_invalid_byte_has_its_own_place(hosted):
+    tokenizer = hosted["answers"].run.tokenizer
+    byte = tokenizer.encode("漢", add_special_tokens=False)[-1]
+    ids = [byte, *tokenizer.encode("card漢", add_special_tokens=False)]
+    text = _Text(tokenizer, ())
+    for token in ids:
+        text.add(Token(token, 0.0, None, []))
+    starts = [piece.start for piece in text.held]
+    assert text.text == "\N{REPLACEMENT CHARACTER}card漢"
+    assert starts[:2] == [0, 1]
+    assert starts[-3:] == [5, 5, 5]  # bytes of one character
 
 
 def test_other_refusals_have_the_same_form(hosted, server):

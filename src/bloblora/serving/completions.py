@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
+from operator import eq
 from threading import Event
 from typing import Any
 from uuid import uuid4
@@ -17,6 +19,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ..generation.asking import question_length
+from ..generation.options import LEAST_TEMPERATURE
 from ..messages import shortened
 from ..runs.texts import WritingOptions
 from .hosted import Hosted, Settings
@@ -64,6 +67,15 @@ def read_completion(body: Any, hosted: Mapping[str, Hosted], settings: Settings,
     new_tokens = getattr(request, name) or settings.new_tokens
     if new_tokens > settings.max_new_tokens:
         raise InputsError(problem_of(name, new_tokens, f"must be at most {settings.max_new_tokens}"))
+    if chat and request.max_tokens and request.max_tokens != new_tokens:
+        advice = f"must be max_completion_tokens, {new_tokens}, or left out"
+        raise InputsError(problem_of("max_tokens", request.max_tokens, advice))
+    for name in ("temperature", "answer_temperature"):
+        if 0 < (value := getattr(request, name) or 0) < LEAST_TEMPERATURE:
+            raise InputsError(problem_of(name, value, f"must be at least {LEAST_TEMPERATURE} where it isn't 0"))
+    needed = _NEEDED if body.get("top_p") == 1 else {**_NEEDED, "top_p": ("temperature",)}
+    if problems := _without_effect(body, needed):
+        raise InputsError(*problems)
     answers = request.answers or 0
     if answers > settings.max_answers:
         raise InputsError(problem_of("answers", answers, f"must be at most {settings.max_answers}"))
@@ -85,19 +97,19 @@ def read_completion(body: Any, hosted: Mapping[str, Hosted], settings: Settings,
         ),
         bool(request.draws),
     )
-    if problems := _without_effect(body, run.rules_for(how) is not None):
-        raise InputsError(*problems)
+    if run.rules_for(how) is None and (problems := _without_effect(body, {"agree": ("answers", "draws")})):
+        raise InputsError(*problems)  # with rules for this way of writing it chooses among them
     logprobs = bool(request.logprobs) if chat else request.logprobs is not None
     examples = [_fitting(run, record, place, how, settings) for place, record in _records(request, chat)]
     usage = bool(request.stream_options and request.stream_options.include_usage)
     return Asked(run, how, examples, stop, top, chat, logprobs, bool(request.stream), usage)
 
 
-def _without_effect(body: Mapping[str, Any], ruled: bool) -> list[Problem]:
-    """Of each option that does nothing without another; with ``ruled`` there are rules for this way of writing."""
-    needed: dict[str, tuple[str, ...]] = {"top_logprobs": ("logprobs",), "stream_options": ("stream",)}
-    if not ruled:
-        needed |= {"answer_temperature": ("answers",), "agree": ("answers", "draws")}
+_NEEDED = {"top_logprobs": ("logprobs",), "stream_options": ("stream",), "answer_temperature": ("answers",)}
+
+
+def _without_effect(body: Mapping[str, Any], needed: Mapping[str, tuple[str, ...]]) -> list[Problem]:
+    """Of each option that does nothing without one of those that it ``needed``."""
     return [
         problem_of(name, body[name], f"has no effect without {' or '.join(others)}")
         for name, others in needed.items()
@@ -178,15 +190,18 @@ class _Text:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     shown: int = 0
+    start: int = 0
     held: list[_Piece] = field(default_factory=list)
 
     def add(self, token: Token) -> None:
         """One more token."""
-        start = len(self.text.rstrip("\N{REPLACEMENT CHARACTER}"))  # which stands for bytes of the same character
+        before = self.text
         self.ids.append(token.id)
         self.text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if not (self.text == before and before.endswith("\N{REPLACEMENT CHARACTER}")):  # else bytes of one character
+            self.start = len([*takewhile(bool, map(eq, before, self.text))])
         text = self.tokenizer.decode([token.id])
-        self.held.append(_Piece(token, len(self.ids) - 1, text, start, len(self.text)))
+        self.held.append(_Piece(token, len(self.ids) - 1, text, self.start, len(self.text)))
 
     def take(self, finish_reason: str | None) -> tuple[str, list[_Piece]]:
         """What can be shown that wasn't, with its tokens: nothing while a character or a stop may be incomplete.
@@ -331,11 +346,17 @@ def _logprobs(asked: Asked, tokens: Sequence[_Piece]) -> dict[str, Any]:
     def text_of(token: int) -> str:
         return str(tokenizer.decode([token]))
 
+    def by_text(top: Sequence[tuple[int, float]]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for token, value in top:
+            found.setdefault(text_of(token), value)  # of those that have one text the most probable
+        return found
+
     if not asked.chat:
         return {
             "tokens": [one.text for one in tokens],
             "token_logprobs": [one.token.log_probability for one in tokens],
-            "top_logprobs": [{text_of(i): value for i, value in one.token.top} for one in tokens],
+            "top_logprobs": [by_text(one.token.top) for one in tokens],
             "text_offset": [one.start for one in tokens],
         }
 
