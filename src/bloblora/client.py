@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -137,29 +137,45 @@ class DrawClient:
     def generate(self, records: Any, max_new_tokens: int = 64, **options: Any) -> DrawTexts:
         """What each draw writes to each prompt, greedily unless ``options`` of the request say otherwise.
 
-        ``records`` are what `bloblora.data.as_records` takes; a text alone is a prompt.
+        ``records`` are what `bloblora.data.as_records` takes; a text alone is a prompt. One that leaves no room for
+        ``max_new_tokens`` loses its beginning, as in `Run.generate`.
 
         Raises:
             DataError: the records aren't those of a task.
             TaskError: a record can't be the task's.
             ServerError: a server gave no usable answer.
-            ValueError: the task isn't generation.
+            ValueError: the task isn't generation, ``max_new_tokens`` is below 1 or leaves no room for a prompt, or an
+                option is one that is given here.
         """
         if self._task.kind != "generation":
             raise ValueError(f"the run's task is {self._task.name}, which writes no text")
+        if given := sorted({"model", "prompt", "max_tokens", "n", "stream"} & options.keys()):
+            raise ValueError(
+                f"options: {', '.join(given)} can't be among them; each draw writes max_new_tokens at most"
+            )
+        if not 1 <= max_new_tokens < (limit := self._tokenizer.model_max_length):
+            raise ValueError(f"max_new_tokens must be from 1 to below {limit}, got {max_new_tokens}")
         request = {"max_tokens": max_new_tokens, "logprobs": 1, **options}
-        draws = self._map(lambda name, example: self._ask(name, example["prompt"], **request), self._encode(records))
+        examples = self._encode(records, limit - max_new_tokens + 1)  # of which the task leaves one for the answer
+        draws = self._map(lambda name, example: self._ask(name, example["prompt"], **request), examples)
         by_record = [*zip(*draws, strict=True)]
         token_log_probs = [[logprobs["token_logprobs"] for _, logprobs in row] for row in by_record]
+        for row in token_log_probs:
+            for name, values in zip(self.names, row, strict=True):
+                if any(map(math.isnan, values)):
+                    raise ServerError(f"{self._servers[name].base_url}, model {name!r}: a log-probability is NaN")
         return DrawTexts([[text for text, _ in row] for row in by_record], token_log_probs)
 
-    def _encode(self, source: Any) -> list[dict[str, Any]]:
+    def _encode(self, source: Any, longest: int | None = None) -> list[dict[str, Any]]:
         from .data import as_records, unanswered
         from .tasks import encode_all
 
         kind = self._task.kind
         records = as_records(source, texts_are="prompt" if kind == "generation" else "text", kind=kind)
-        return encode_all(self._task, [unanswered(record) for record in records], self._tokenizer)
+        task = self._task
+        if longest is not None and (task.max_length or math.inf) > longest:
+            task = replace(task, max_length=longest)
+        return encode_all(task, [unanswered(record) for record in records], self._tokenizer)
 
     def _checked(self, name: str, scores: list[float]) -> list[float]:
         """Log-probabilities of a record's choices; a ServerError where they are no distribution."""

@@ -178,6 +178,29 @@ def test_records_are_taken_as_a_run_takes_them(exported, peft_url):
     assert len(seen) == SAMPLES
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 2, "stream": True}, "options: n, stream can't be among them"),
+        ({"prompt": "x", "model": "y", "max_tokens": 9}, "options: max_tokens, model, prompt can't be among them"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be from 1 to below 256, got 0"),
+        ({"max_new_tokens": 256}, "max_new_tokens must be from 1 to below 256, got 256"),
+    ],
+)
+def test_what_no_draw_can_write(options, message, exported):
+    with pytest.raises(ValueError, match=message):
+        DrawClient(exported("generation").folder, "http://127.0.0.1:9/v1").generate("a", **options)
+
+
+def test_a_long_prompt_leaves_room_for_the_answer(exported):
+    with replying((200, {}, GOOD)) as (url, seen):
+        DrawClient(exported("generation").folder, url).generate("card " * 400, max_new_tokens=56)
+    assert {len(body["prompt"]) for _, body in seen} == {200}
+    message, reply = r"model 'draw_0\d': a log-probability is NaN", completed({"token_logprobs": [math.nan]})
+    with replying(reply) as (url, _), pytest.raises(ServerError, match=message):
+        ask(exported("generation"), url)
+
+
 @pytest.mark.parametrize(("number", "shown"), [(math.nan, "nan"), (-math.inf, "-inf"), (math.inf, "inf")])
 def test_log_probabilities_that_are_no_distribution(number, shown, exported):
     tops = [{f"token_id:{token}": number for token in range(400)}]
