@@ -177,7 +177,7 @@ def test_a_long_prompt_leaves_room_for_the_question_whether_its_answer_is_true(t
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"temperature": -1.0}, "temperature must be a finite number of at least 0, got -1.0"),
+        ({"temperature": -1.0}, "temperature must be 0, or a finite number of at least 1e-06, got -1.0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"samples": -1}, "samples must be 0"),
         ({"input": "texts"}, "needs records with 'prompt' or 'messages', not 'text'"),
