@@ -153,7 +153,8 @@ class DrawClient:
             raise ValueError(
                 f"options: {', '.join(given)} can't be among them; each draw writes max_new_tokens at most"
             )
-        if not 1 <= max_new_tokens < (limit := self._tokenizer.model_max_length):
+        limit = self._tokenizer.model_max_length
+        if not 1 <= max_new_tokens < limit:
             raise ValueError(f"max_new_tokens must be from 1 to below {limit}, got {max_new_tokens}")
         request = {"max_tokens": max_new_tokens, "logprobs": 1, **options}
         examples = self._encode(records, limit - max_new_tokens + 1)  # of which the task leaves one for the answer
