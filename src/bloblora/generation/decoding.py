@@ -101,7 +101,7 @@ class Decoding:
         if len(input_ids) != (rows := len(self.batch["input_ids"])):
             raise ValueError(f"generate has made {len(input_ids)} rows of {rows} prompts; each must have one answer")
         prompts, logits = self._read(model, input_ids, arguments)
-        how = dict(processors=logits_processor, criteria=stopping_criteria, config=generation_config)
+        how: dict[str, Any] = dict(processors=logits_processor, criteria=stopping_criteria, config=generation_config)
         return self._write(prompts.read, logits, partial(_Writer, prompt=input_ids, **how))
 
     def _write(self, read: list[_Sequences], logits: Tensor, writer: _NewWriter) -> Answers | Samples:

@@ -250,7 +250,7 @@ def _pairs(
 
 def _ids(given: Any, name: str, number: int, vocabulary: int) -> list[int]:
     """Token ids as a list; a ValueError where they aren't."""
-    ids = [token.item() if isinstance(token, Tensor | np.generic) else token for token in given]
+    ids: list[Any] = [token.item() if isinstance(token, Tensor | np.generic) else token for token in given]
     if wrong := [token for token in ids if not (isinstance(token, int) and 0 <= token < vocabulary)]:
         raise ValueError(f"{name}: item {number}: {quoted(wrong[0])} is no token id, from 0 to {vocabulary - 1}")
     return ids
