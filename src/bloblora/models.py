@@ -28,6 +28,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .files import as_os_error, cache_folder, file_sha256, locked, read_json, share, write_json
@@ -361,6 +363,18 @@ def hidden_size(name: str) -> int | None:
     config = _configuration(name)
     config = config.get("text_config") or config  # of a model that also sees
     return next((config[key] for key in ("hidden_size", "d_model", "n_embd", "dim") if key in config), None)
+
+
+def check_causal(name: str) -> None:
+    """Raise a ModelError for one of Transformers' models that isn't a causal language model; loads no weights."""
+    if name == DEFAULT_MODEL or name.lower().endswith(".gguf"):
+        return
+    kind = _configuration(name).get("model_type")
+    if kind in CONFIG_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"model {quoted(name)}: a {kind} is no causal language model, which choices and written text need; take "
+            "one such as Llama, Qwen or SmolLM2"
+        )
 
 
 def _configuration(name: str) -> dict[str, Any]:

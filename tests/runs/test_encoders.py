@@ -15,6 +15,7 @@ from transformers import (
     GPT2LMHeadModel,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    T5Config,
     XLNetConfig,
     XLNetLMHeadModel,
 )
@@ -115,3 +116,15 @@ def test_blocks_without_linear_layers():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=8, n_layer=0, n_head=2, n_positions=8))
     with pytest.raises(runs.RunError, match=r"known of a gpt2, whose blocks have no linear layers; name some"):
         _linear_layers(model)
+
+
+def test_a_model_that_writes_no_text_leaves_no_folder(tmp_path):
+    T5Config(vocab_size=400).save_pretrained(tmp_path / "t5")  # no weights, which aren't looked for
+    train_tokenizer().save_pretrained(tmp_path / "t5")
+    records = [{"prompt": f"{i}", "response": "a"} for i in range(4)]
+    config = runs.RunConfig.of(data=records, output=str(tmp_path / "run"), model=str(tmp_path / "t5"), steps=1)
+    with pytest.raises(
+        models.ModelError, match="a t5 is no causal language model, which choices and written text need"
+    ):
+        runs.train(config)
+    assert not (tmp_path / "run/run.json").exists()

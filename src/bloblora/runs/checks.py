@@ -71,7 +71,9 @@ def check_targets(config: RunConfig, task: tasks.Task, trust_remote_code: bool =
 
 
 def check_head(config: RunConfig, task: tasks.Task, trust_remote_code: bool = False) -> None:
-    """Raise a RunError for a model that has its head elsewhere than where the task reads it; loads no weights."""
+    """Raise an error for a model without what the task reads: its head, or the next token; loads no weights."""
+    if task.task_type == "CAUSAL_LM":
+        models.check_causal(config.model)
     if task.head_module is None:
         return
     layers = models.layer_names(config.model, **head_of(task), trust_remote_code=trust_remote_code)
