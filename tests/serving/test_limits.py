@@ -29,7 +29,7 @@ JSON = {"Content-Type": "application/json"}
         ({"inputs": TEXT}, "model", "None", "must be one of desk"),
         ({"inputs": TEXT, "model": "desk", "samples": 21}, "samples", "21", "must be at most 20"),
         ({"inputs": TEXT, "model": "desk", "samples": -1}, "samples", "-1", "greater than or equal to 0"),
-        ({"inputs": TEXT, "model": "desk", "seed": 1}, "seed", "1", "Extra inputs are not permitted"),
+        ({"inputs": TEXT, "model": "desk", "seed": 1}, "seed", "1", "is no field; the fields are inputs, "),
         ({"inputs": [], "model": "desk"}, "inputs", "[]", "at least 1 item"),
         ({"inputs": [TEXT] * 33, "model": "desk"}, "inputs", "[{'text'", "33 of them; must be at most 32"),
         ({"inputs": [TEXT, {"text": 5}], "model": "desk"}, "inputs[1].text", "5", "valid string"),

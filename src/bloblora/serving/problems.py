@@ -38,7 +38,7 @@ def validated(kind: type[Request], body: Any, settings: Settings) -> Request:
         return kind.model_validate(body, context=settings)
     except ValidationError as error:
         parts = error.errors(include_url=False)
-        problems = [problem_of(_field(part["loc"]), part["input"], part["msg"]) for part in parts[:_MAX_PROBLEMS]]
+        problems = [problem_of(_field(part["loc"]), part["input"], _said(part, kind)) for part in parts[:_MAX_PROBLEMS]]
         raise InputsError(*problems, more=len(parts) - len(problems)) from error
 
 
@@ -81,6 +81,13 @@ def problem_of(field: str, value: Any, message: str) -> Problem:
     """A problem, whose value is shortened."""
     shown = SHORT.repr(value)  # which also escapes halves of surrogate pairs
     return Problem(field=field, value=shown if len(shown) <= 80 else f"{shown[:79]}…", message=message)
+
+
+def _said(part: Any, kind: type[BaseModel]) -> str:
+    """Pydantic's message; of an unknown field of a request those that there are."""
+    if part["type"] != "extra_forbidden":
+        return str(part["msg"])
+    return "is no field" + (f"; the fields are {', '.join(kind.model_fields)}" if len(part["loc"]) == 1 else "")
 
 
 def _field(place: Sequence[Any]) -> str:
