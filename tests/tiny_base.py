@@ -46,6 +46,11 @@ def queries() -> list[dict]:
     return [{"text": text, "label": label} for label, texts in TEXTS.items() for text in texts]
 
 
+def several(times: int) -> list[dict]:
+    """`queries` so many times, none twice."""
+    return [{**record, "text": f"{record['text']} {i}"} for i in range(times) for record in queries()]
+
+
 def held_out(count: int = 60) -> list[dict]:
     """Records that differ, with the same labels, and none of `queries`."""
     texts = [record["text"] for record in support_desk("test")[:count]]

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from bloblora import runs
 from bloblora.hub.push import stage
-from tests.tiny_base import QUESTIONS, queries, write_jsonl
+from tests.tiny_base import QUESTIONS, queries, several, write_jsonl
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def trained(base, tmp_path):
 
 
 def test_they_are_fitted_once_on_what_was_trained_on(trained, call, files, tmp_path):
-    config = trained(queries() * 3, limit=5, temperature_scaling=True, validation=0.5)
+    config = trained(several(3), limit=5, temperature_scaling=True, validation=0.5)
     arguments = ["evaluate", config.output, "--data", files.texts, "--ood", files.outside, "--distances", "--json"]
     blocked = Path(config.output) / "distance.safetensors"
     blocked.mkdir()  # as in a folder that can't be written
@@ -57,7 +57,7 @@ def test_they_are_fitted_once_on_what_was_trained_on(trained, call, files, tmp_p
 def test_records_that_validation_leaves_to_the_training(trained, files, validation, count):
     given = files.texts if validation == "file" else validation
     with pytest.warns(UserWarning, match="records are too few"):
-        config = trained(queries() * 3, limit=5, temperature_scaling=True, validation=given)
+        config = trained(several(3), limit=5, temperature_scaling=True, validation=given)
     description = runs.open_run(config.output)
     kept = runs.training_records(description)
     assert len(kept) == description.training["num_examples"] == count

@@ -57,7 +57,8 @@ def test_options_of_train(train, arguments, parts):
 
 
 def test_data_is_read_before_the_model(train, files):
-    fails(train(data=files.bad), f"{files.bad}:5: field 'text': ''", f"{files.bad}:5: field 'label': missing")
+    advice = "\n--skip-invalid leaves such rows out"
+    fails(train(data=files.bad), f"{files.bad}:5: field 'text': ''", f"{files.bad}:5: field 'label': missing", advice)
     fails(train(data="nowhere.jsonl"), "no such file or folder")
     fails(train(), f"model '{NOWHERE}': no such folder")
 

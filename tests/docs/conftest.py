@@ -40,7 +40,8 @@ def place(tmp_path_factory):
     texts = [record["text"] for record in support_desk("test")[:240]]
     labelled = [{"text": text, "label": ("parcel", "refund")[i % 2]} for i, text in enumerate(texts)]
     write_jsonl(place / "queries.jsonl", queries())
-    _write_different(place, labelled, "held_out", "validation", "test", "questions")
+    write_jsonl(place / "tuesday.jsonl", queries())
+    _write_different(place, labelled, "held_out", "validation", "test", "new_queries")
     valued = [{"text": text, "value": len(text) / 10} for text in texts]
     _write_different(place, valued, "reviews", "held_out_reviews", "validation_reviews")
     tagged = [{"text": text, "labels": ["late", "damaged"][: i % 3]} for i, text in enumerate(texts)]

@@ -26,7 +26,7 @@ from tests.conftest import tiny_llama, with_lora
 from tests.methods.interrupt import Interrupt, Stop
 from tests.methods.test_known_answers import Net
 from tests.serving.conftest import serving
-from tests.tiny_base import queries, write_jsonl
+from tests.tiny_base import queries, several, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEATURES, RIGHT_STD, NUM_SAMPLES = 6, 0.5, 40
@@ -266,7 +266,7 @@ def test_a_scaled_posterior_comes_back(config):
     """Saved with the run, in which the posterior's own draws are the scaled ones."""
     unfit = {"min_std": 5.0, "max_std": 6.0}
     options = {"method": "tfb", "steps": 12, "temperature_scaling": True, "validation": 0.5, **unfit}
-    run = runs.train(config(queries() * 10, **options), progress=False)
+    run = runs.train(config(several(10), **options), progress=False)
     fitted = run.training["rescaling"]
     assert fitted["width"] != 1
     names = ("temperature", "temperature_of_mean", "width")

@@ -256,7 +256,11 @@ def test_clear_errors(case_of):
     case = case_of("choice_letter")
     options = dict(task=case.task)
     for inputs, arguments, message in [
-        (case.examples, dict(num_samples=-1, **options), r"num_samples must be 0 \(the mean\) or more, got -1"),
+        (
+            case.examples,
+            dict(num_samples=-1, **options),
+            r"num_samples must be 0 \(the mean\) or more, a whole number, got -1",
+        ),
         (case.examples, dict(batch_size=0, **options), "batch_size must be 1 or more, got 0"),
         ([], options, "inputs: there is nothing to predict"),
         ({}, {}, "inputs: there is nothing to predict"),
@@ -269,7 +273,7 @@ def test_clear_errors(case_of):
     ]:
         with pytest.raises(ValueError, match=message):
             predict(case.model, inputs, **arguments)
-    with pytest.raises(ValueError, match=r"num_samples must be 0 \(the mean\) or more, got -1"):
+    with pytest.raises(ValueError, match=r"num_samples must be 0 \(the mean\) or more, a whole number, got -1"):
         average_draws(lambda: torch.zeros(1, 2), None, -1)
 
 

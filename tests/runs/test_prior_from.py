@@ -107,7 +107,7 @@ def test_the_prior_of_a_run_that_starts_from_a_lora(folder, base):
         ({"factors": "AB"}, "it has factors A, not AB; give the same"),
         ({"r": 4}, "it has r 2, not 4; give the same"),
         ({"target_modules": ["q_proj"]}, "target_modules: prior_from says which layers are adapted"),
-        ({"data": "questions"}, "prior_from .* its labels are parcel, refund, the data's none"),
+        ({"data": "questions"}, "prior_from .* its task is classification, and the data's choice_text"),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_model_is_loaded(folder, base, monkeypatch, options, message):

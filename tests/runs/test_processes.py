@@ -88,7 +88,7 @@ def test_the_commands_of_the_documentation(folder, monkeypatch):
     ]
     monkeypatch.chdir(folder)
     write_jsonl(folder / "queries.jsonl", queries())
-    write_jsonl(folder / "questions.jsonl", queries())
+    write_jsonl(folder / "new_queries.jsonl", queries())
     main(["train", "--data", "queries.jsonl", "--output", "runs/big", "--model", "base", *settings()])
     for command in commands:
         arguments = command[command.index("bloblora") + 1 :]

@@ -120,7 +120,7 @@ def test_one_that_peft_saved(folder, base):
         ({"target_modules": ["q_proj"]}, "target_modules: start_from says which layers are adapted"),
         ({"method": "full"}, "start_from isn't for method 'full'"),
         ({"method": "ensemble"}, "start_from isn't for method 'ensemble'"),
-        ({"data": "questions"}, "its labels are parcel, refund, the data's none"),
+        ({"data": "questions"}, "start_from .* its task is classification, and the data's choice_text"),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_model_is_loaded(folder, base, monkeypatch, options, message):

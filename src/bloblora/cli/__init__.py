@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         fail(command, "standard output was closed before everything was written")
     except (ValueError, OSError, FloatingPointError) as error:
-        fail(command, str(error))
+        fail(command, "\n".join(filter(None, (str(error), getattr(error, "advice", "")))))
     except KeyboardInterrupt:
         again = "; run the same command again to continue from the last checkpoint" if command in _RESUMABLE else ""
         print(f"\nstopped{again}", file=sys.stderr)

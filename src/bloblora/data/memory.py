@@ -53,8 +53,6 @@ def as_records(
 class _Held(Reader):
     """The records of rows in memory, of which there is at least one."""
 
-    _skip = "skip_invalid"
-
     def __init__(self, rows: Sequence[Any], texts_are: str, options: ReadingOptions, **how: Any) -> None:
         super().__init__("the records", options, **how)
         self._given, self._texts_are = rows, texts_are

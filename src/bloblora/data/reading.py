@@ -90,8 +90,6 @@ class Reader:
         self._present: list[str] = []
         self._name = "standard input" if self.source == "-" else self.source
 
-    _skip = "--skip-invalid"
-
     def __iter__(self) -> Iterator[Record]:
         problems, right = Problems(), False
         for place, record, found in self.checked():
@@ -105,9 +103,7 @@ class Reader:
         """Raise a DataError for problems; or say how many rows are left out, where they may be and some are right."""
         lines = problems.lines()
         if lines and not (self.options.skip_invalid and right):
-            if right:
-                self._say(f"{self._name}: other rows can be used; {self._skip} leaves out those that can't")
-            raise DataError(lines)
+            raise DataError(lines, "--skip-invalid leaves such rows out" if right else "")
         if lines:
             shown = "; ".join(lines[:3]) + ("; …" if len(lines) > 3 else "")
             self._warn(f"{self._name}: left out {_count(problems.rows, 'invalid row')}: {shown}")

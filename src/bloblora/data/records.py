@@ -67,10 +67,13 @@ _LARGEST = 1e30  # of a value: its square is a float64, and no float32 is made o
 
 
 class DataError(ValueError):
-    """Records that can't be used; ``problems`` lists every one, the message the first 20."""
+    """Records that can't be used; ``problems`` lists every one, the message the first 20.
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
+    ``advice`` is what the command line says after it.
+    """
+
+    def __init__(self, problems: Sequence[str], advice: str = "") -> None:
+        self.problems, self.advice = list(problems), advice
         more = [f"… and {len(problems) - _SHOWN} more problems"] if len(problems) > _SHOWN else []
         super().__init__("\n".join([*self.problems[:_SHOWN], *more]))
 

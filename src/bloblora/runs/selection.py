@@ -36,13 +36,15 @@ def unused(config: RunConfig, records: Records) -> Records:
 def split(records: Records, share: float, seed: int = 0, by: str | None = "label") -> tuple[Records, Records]:
     """Records to train on and a share that is held out, per label where records have one; each in the given order.
 
-    Copies of a record are all on one side.
+    Copies of a record are all on one side, unless nothing could be held out so.
     """
     generator = random.Random(seed)
     groups = _groups(records, by)
     counts = _held_out([len(group) for group in groups], share, seed)
     same = first_copies(records)
-    out = {i for group, count in zip(groups, counts, strict=True) for i in _sample_whole(group, same, count, generator)}
+    each = [*zip(groups, counts, strict=True)]
+    out = {i for positions, number in each for i in _sample_whole(positions, same, number, generator)}
+    out = out or {i for positions, number in each for i in generator.sample(positions, number)}
     return _at(records, [i for i in range(len(records)) if i not in out]), _at(records, sorted(out))
 
 
