@@ -42,9 +42,9 @@ def split(records: Records, share: float, seed: int = 0, by: str | None = "label
     groups = _groups(records, by)
     counts = _held_out([len(group) for group in groups], share, seed)
     same = first_copies(records)
-    each = [*zip(groups, counts, strict=True)]
-    out = {i for positions, number in each for i in _sample_whole(positions, same, number, generator)}
-    out = out or {i for positions, number in each for i in generator.sample(positions, number)}
+    out = {i for group, count in zip(groups, counts, strict=True) for i in _sample_whole(group, same, count, generator)}
+    if not out:
+        out = {i for group, count in zip(groups, counts, strict=True) for i in generator.sample(group, count)}
     return _at(records, [i for i in range(len(records)) if i not in out]), _at(records, sorted(out))
 
 
