@@ -251,6 +251,13 @@ def test_how_often(options, steps, config):
     assert [row["step"] for row in one["curve"]] == steps
 
 
+def test_copies_that_a_share_cannot_keep_apart_are_said(config):
+    one = [{"text": "the same", "label": label} for label in ("parcel", "refund")]
+    c = config(0.25, method="lora").with_options(data=one * 4)
+    with pytest.warns(UserWarning, match="2 of 2 records are training records too, .*: remove copies from the data"):
+        runs.train(c, progress=False)
+
+
 def test_a_share_on_the_command_line(config):
     c = config(None, eval_steps=None)
     places = ["--data", c.data, "--model", c.model, "--output", c.output]

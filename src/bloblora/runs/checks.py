@@ -98,9 +98,10 @@ def check_validation(
     counts = Counter(json.dumps(record, sort_keys=True) for record in validation)
     seen = {text for record in training if (text := json.dumps(record, sort_keys=True)) in counts}
     if copies := sum(counts[text] for text in seen):
+        advice = "take them out of one of the two" if config.validation_data else "remove copies from the data"
         warnings.warn(
             f"{source}: {copies} of {len(validation)} records are training records too, on which a model that learns "
-            "them by heart looks best: take them out of one of the two",
+            f"them by heart looks best: {advice}",
             stacklevel=2,
         )
     if len(validation) < _FEW and not few:
