@@ -266,8 +266,9 @@ def fit_laplace(
         return ((values / precision).log1p().sum().item() + precision * squared_norm) / 2 - log_likelihood
 
     def gaussian(precision: float) -> LinearizedDraws:
-        return LinearizedDraws(layers, eigen, precision, -loss(math.log(precision)), _is_reverse_only(model))
+        return LinearizedDraws(layers, eigen, precision, -loss(math.log(precision)), reverse_only)
 
+    reverse_only = _is_reverse_only(model)
     eigen = {
         f"{name}.{part}": tensor.float().contiguous()
         for name, ((g, u), (a, v)) in spectra.items()

@@ -41,6 +41,8 @@ def split(records: Records, share: float, seed: int = 0, by: str | None = "label
     generator = random.Random(seed)
     groups = _groups(records, by)
     counts = _held_out([len(group) for group in groups], share, seed)
+    if not any(counts):  # copies, for which all records are read, needn't be known
+        return _at(records, [*range(len(records))]), _at(records, [])
     same = first_copies(records)
     out = {i for group, count in zip(groups, counts, strict=True) for i in _sample_whole(group, same, count, generator)}
     if not out:
