@@ -168,11 +168,10 @@ class DrawClient:
         return DrawTexts([[text for text, _ in row] for row in by_record], token_log_probs)
 
     def _encode(self, source: Any, longest: int | None = None) -> list[dict[str, Any]]:
-        from .data import as_records, unanswered
+        from .data import Known, as_records, unanswered
         from .tasks import encode_all
 
-        kind = self._task.kind
-        records = as_records(source, texts_are="prompt" if kind == "generation" else "text", kind=kind)
+        records = as_records(source, known=Known(kind=self._task.kind))
         task = self._task
         if longest is not None and (task.max_length or math.inf) > longest:
             task = replace(task, max_length=longest)

@@ -12,7 +12,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
 
-from bloblora.data import DataError, Reader, ReadingOptions, as_records, read_batches, read_records
+from bloblora.data import DataError, Known, Reader, ReadingOptions, as_records, read_batches, read_records
 
 RECORDS = [{"text": "wo ist mein päckchen?", "label": "parcel"}, {"text": "geld zurück", "label": "refund"}]
 
@@ -393,11 +393,11 @@ def test_columns_that_the_first_rows_lack(given, known, stream, tmp_path, monkey
     options = ReadingOptions(**{f"{name}_column": column for name, column in given.items()})
     for size in (10, 3):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
-        batches = read_batches(source, size, options, known=known, require_labels=False)
+        batches = read_batches(source, size, options, known=Known(columns=known), require_labels=False)
         assert [record for batch in batches for record in batch] == records
     paired = ReadingOptions(text_pair_column="second", **{f"{name}_column": column for name, column in given.items()})
     if not stream:
-        assert read_records(source, paired, known=known, require_labels=False)[2]["text_pair"] == "y"
+        assert read_records(source, paired, known=Known(columns=known), require_labels=False)[2]["text_pair"] == "y"
         with pytest.raises(
             DataError, match="--label-column 'tag': there is no such column; it has query, intent, second"
         ):
@@ -405,7 +405,7 @@ def test_columns_that_the_first_rows_lack(given, known, stream, tmp_path, monkey
 
 
 def test_columns_of_the_run_are_used_where_they_are_there(tmp_path, said):
-    known = {"text": "sentence", "label": "tag"}
+    known = Known(columns={"text": "sentence", "label": "tag"})
     here = write(tmp_path / "here.csv", "query,sentence,tag\na,b,c\n")
     there = write(tmp_path / "there.csv", "query,intent\na,b\n")
     assert read_records(here, known=known) == [{"text": "b", "label": "c", "query": "a"}]

@@ -5,7 +5,7 @@ import pandas
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from bloblora.data import DataError, ReadingOptions, as_records, read_records
+from bloblora.data import DataError, Known, ReadingOptions, as_records, read_records
 
 RECORDS = [{"text": "where is my parcel", "label": "parcel"}, {"text": "give the money back", "label": "refund"}]
 TEXTS = [record["text"] for record in RECORDS]
@@ -49,7 +49,7 @@ def test_texts():
     assert as_records(TEXTS[0]) == expected[:1]
     assert as_records(RECORDS[0]) == RECORDS[:1]
     assert as_records([TEXTS[0], RECORDS[1]]) == [expected[0], RECORDS[1]]
-    assert as_records(TEXTS, texts_are="prompt") == [{"prompt": text} for text in TEXTS]
+    assert as_records(TEXTS, known=Known(kind="generation")) == [{"prompt": text} for text in TEXTS]
 
 
 def test_a_table_means_what_it_means_in_a_file(tmp_path):
@@ -157,8 +157,10 @@ def test_columns_by_the_options_of_python(caplog):
 
 def test_labels_of_a_run_in_another_form():
     found = as_records(
-        [{"text": "a", "label": label} for label in ("True", True, 1, "1.0", "x")], labels=("true", "1.0")
+        [{"text": "a", "label": label} for label in ("True", True, 1, "1.0", "x")], known=Known(labels=("true", "1.0"))
     )
     assert [record["label"] for record in found] == ["true", "true", "1.0", "1.0", "x"]
-    both = as_records([{"text": "a", "label": label} for label in ("True", "true", "TRUE")], labels=("True", "true"))
+    both = as_records(
+        [{"text": "a", "label": label} for label in ("True", "true", "TRUE")], known=Known(labels=("True", "true"))
+    )
     assert [record["label"] for record in both] == ["True", "true", "TRUE"]

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
-from bloblora.data import DataError, as_records, kind_of, read_batches, read_records
+from bloblora.data import DataError, Known, as_records, kind_of, read_batches, read_records
 from bloblora.data.records import record_kind
 from bloblora.messages import quoted
 from tests.tiny_base import write_jsonl
@@ -417,12 +417,12 @@ def test_fields_of_several_kinds(tmp_path, caplog):
     caplog.clear()
     with caplog.at_level("INFO", logger="bloblora"):
         file = write_jsonl(tmp_path / "pairs.jsonl", [pair])
-        (found,) = read_records(file, kind="generation")
+        (found,) = read_records(file, known=Known(kind="generation"))
         assert record_kind(found) == "generation"
         assert found["messages"] == chat
         del written["chosen"]
-        assert record_kind(as_records([written], kind="preference")[0]) == "preference"
+        assert record_kind(as_records([written], known=Known(kind="preference"))[0]) == "preference"
         words = {"text": "the card", "tokens": ["the", "card"], "tags": ["O", "B-X"]}
-        assert as_records([words], kind="tokens") == [{name: words[name] for name in ("tokens", "tags")}]
+        assert as_records([words], known=Known(kind="tokens")) == [{name: words[name] for name in ("tokens", "tags")}]
     assert not caplog.text
-    assert as_records([{"question": "what?", "label": "gas"}], kind="text")[0]["text"] == "what?"
+    assert as_records([{"question": "what?", "label": "gas"}], known=Known(kind="text"))[0]["text"] == "what?"

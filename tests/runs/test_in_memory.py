@@ -172,7 +172,7 @@ def test_columns_and_labels_in_another_form(base, tmp_path):
     assert set(as_texts["label"]) == {"True", "False"}
     assert runs.evaluate(runs.load_run(tmp_path / "run"), as_texts, options=TWO) == expected
     description = runs.open_run(tmp_path / "file")
-    assert read_records(file, **description.reading) == as_records(as_texts, **description.reading)
+    assert read_records(file, known=description.known) == as_records(as_texts, known=description.known)
     with pytest.raises(runs.RunError, match="the run has seen 4 of the 4 records"):
         calibrate(description, as_texts)
     with pytest.raises(DataError, match="text_column 'words': there is no such column; it has said, label"):

@@ -10,7 +10,7 @@ from sklearn.metrics import brier_score_loss, f1_score
 from torch.distributions import Bernoulli as TorchBernoulli
 
 from bloblora import pipeline, runs
-from bloblora.data import DataError, as_records, read_records
+from bloblora.data import DataError, Known, as_records, read_records
 from bloblora.decision import Decision, PromiseError, fit_label_thresholds
 from bloblora.evaluation import reliability, summary
 from bloblora.export import export
@@ -78,7 +78,7 @@ def test_lists_of_one_label_are_that_label_for_a_classification(tokenizer, tmp_p
     assert [record["labels"] for record in several] == [["damaged"], ["late"]] * 2
     assert "--task classification" in str(build_task("auto", several, tokenizer).assumed(several))
     assert [record["label"] for record in one] == ["damaged", "late"] * 2
-    assert as_records(rows[:1], answer="label") == [{"text": "0", "label": "damaged"}]
+    assert as_records(rows[:1], known=Known(answer="label")) == [{"text": "0", "label": "damaged"}]
     with pytest.raises(TaskError, match="'label': missing, and 'labels' is \\['a', 'b'\\]; task 'classification'"):
         TASKS["classification"].check([{"text": "a", "labels": ["a", "b"]}])
 

@@ -6,7 +6,7 @@ import json as jsonlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from .. import evaluation, models, runs
 from ..adapter import find_posterior
-from ..data import Reader, ReadingOptions, read_batches, read_records, unanswered
+from ..data import Known, Reader, ReadingOptions, read_batches, read_records, unanswered
 from ..decision import MAPS, changed, check_promises
 from ..decision.conformal import Kind, Score
 from ..files import replacing
@@ -285,7 +285,7 @@ def _calibrate_texts(
 ) -> dict[str, Any]:
     """`calibrate` of a run that writes text."""
     with _named(data):
-        records = read_records(data, reading, **description.reading)
+        records = read_records(data, reading, known=description.known)
         settings: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
         settings["trust_remote_code"] = options.trust_remote_code
         return promise_texts(description, records, options.how(), **settings, **promises, **options.of_generation())
@@ -303,7 +303,7 @@ def _calibrate_predictions(
     """`calibrate` on predictions that are at hand, of a run or of any other model."""
     task, right, positions = description.task if description else None, None, None
     if data is not None:
-        records = read_records(data, reading, **(description.reading if description else {}))
+        records = read_records(data, reading, known=description.known if description else Known())
         right = [answer_of(record, task) for record in records]
         warn_of_copies([unanswered(record) for record in records])
     if description is not None:
@@ -481,7 +481,7 @@ def predict(
     _check_outputs({"output": output}, {"input": input})
     description = _opened(directory, options)
     decision = open_decision(description, options)
-    batches = runs.share_of(read_batches(input, runs.CHUNK, reading, require_labels=False, **description.reading))
+    batches = runs.share_of(read_batches(input, runs.CHUNK, reading, known=description.known, require_labels=False))
 
     def load() -> runs.Run:
         return runs.load_run(description, options.approximate, trust_remote_code=options.trust_remote_code)
@@ -566,7 +566,7 @@ def generate(
     decision = open_text_decision(description, "generate", options.how(), correctness)
     settings: dict[str, Any] = {"batch_size": options.batch_size, "correctness": correctness, "decision": decision}
     settings |= options.of_generation()
-    batches = read_batches(input, 64, reading, require_labels=False, **description.reading)
+    batches = read_batches(input, 64, reading, known=description.known, require_labels=False)
 
     def load() -> runs.Run:
         return runs.load_run(description, trust_remote_code=options.trust_remote_code)
@@ -635,7 +635,7 @@ def score(
     if output is not None and input != "-":
         score_file(
             description,
-            Reader(input, reading, **description.reading),
+            Reader(input, reading, known=description.known),
             Path(output),
             options.how(),
             **settings,
@@ -655,7 +655,7 @@ def score(
             pass
         first += len(records)
 
-    batches = read_batches(input, 64, reading, **description.reading)
+    batches = read_batches(input, 64, reading, known=description.known)
     _write(input, output, batches, check, partial(runs.load_run, description, **trusted), lines)
 
 
@@ -704,7 +704,7 @@ def correctness(
     runs.check_alone("correctness")
     check_generates((description := _opened(directory)).task)
     with _named(data):
-        records = read_records(data, reading, **description.reading)
+        records = read_records(data, reading, known=description.known)
         entry = calibrate_texts(
             description,
             records,
@@ -791,10 +791,10 @@ def _read(
     description: RunDescription, data: str, ood: str | None, reading: ReadingOptions
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Labelled records in scope and records out of it, once they fit the run."""
-    records = read_records(data, reading, **description.reading)
-    by = description.reading | {"known": {**description.columns, **reading.columns()}}
+    records = read_records(data, reading, known=description.known)
+    known = replace(description.known, columns={**description.columns, **reading.columns()})
     skip = ReadingOptions(skip_invalid=reading.skip_invalid)
-    outside = read_records(ood, skip, require_labels=False, **by) if ood else None
+    outside = read_records(ood, skip, known=known, require_labels=False) if ood else None
     for source, side in ((data, records), (ood, outside)):
         with _named(source):
             if side is not None:

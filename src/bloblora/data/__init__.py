@@ -2,7 +2,7 @@
 
 from .columns import ReadingOptions
 from .memory import IN_MEMORY, as_records
-from .reading import Reader, read_batches, read_records
+from .reading import Known, Reader, read_batches, read_records
 from .records import KINDS, DataError, MappedRows, kind_of, unanswered, write_rows
 from .sets import PAPER_SETS, SPLITS, hub_source, support_desk
 
@@ -12,6 +12,7 @@ __all__ = [
     "PAPER_SETS",
     "SPLITS",
     "DataError",
+    "Known",
     "MappedRows",
     "Reader",
     "ReadingOptions",

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..messages import quoted
 from .columns import ReadingOptions
-from .reading import Reader
+from .reading import Known, Reader
 from .records import DataError, Place, Record
 from .sources import Row, with_names
 
@@ -17,26 +17,18 @@ def as_records(
     source: Any,
     options: ReadingOptions = ReadingOptions(),  # noqa: B008  # frozen
     *,
-    texts_are: str = "text",
+    known: Known = Known(),  # noqa: B008  # frozen
     require_labels: bool = False,
-    known: Mapping[str, str] | None = None,
-    kind: str | None = None,
-    labels: Sequence[str] | None = None,
-    answer: str | None = None,
 ) -> list[Record]:
     """Records of whatever holds them.
 
     Args:
         source: a list of dicts, of texts, or of both; a pandas or Polars table, of which each row is a record; a
             ``datasets.Dataset``, whose ``ClassLabel`` columns, also of lists, become names; a column of texts; one dict
-            or text.
+            or text. A text alone is a ``text``, or a ``prompt`` where the records are known to be for writing.
         options: which columns hold the fields, and whether rows that can't be used are left out.
-        texts_are: the field that a text alone stands for: ``text``, or ``prompt`` where the model writes.
+        known: of the records, as of a run.
         require_labels: whether each record must have its label or answer.
-        known: columns by field, as of `Reader`; so for `kind`, `labels` and `answer`.
-        kind: of the records.
-        labels: of a run.
-        answer: the field of the answer.
 
     Returns:
         The records, with extra fields as they are. As in tables on the disk, numbers as labels become texts, labels
@@ -46,20 +38,20 @@ def as_records(
         DataError: lists every problem with rows, field and value; or ``source`` is nothing that holds records.
     """
     rows = [*_rows(source)]
-    how: dict[str, Any] = {"require_labels": require_labels, "known": known, "kind": kind, "labels": labels}
-    return [*_Held(rows, texts_are, options, **how, answer=answer)] if rows else []
+    return [*_Held(rows, options, known=known, require_labels=require_labels)] if rows else []
 
 
 class _Held(Reader):
     """The records of rows in memory, of which there is at least one."""
 
-    def __init__(self, rows: Sequence[Any], texts_are: str, options: ReadingOptions, **how: Any) -> None:
+    def __init__(self, rows: Sequence[Any], options: ReadingOptions, **how: Any) -> None:
         super().__init__("the records", options, **how)
-        self._given, self._texts_are = rows, texts_are
+        self._given = rows
 
     def _rows(self) -> Iterator[tuple[Place, Row]]:
+        alone = "prompt" if self.known.kind == "generation" else "text"
         for number, row in enumerate(self._given, start=1):
-            row = {self._texts_are: str(row)} if isinstance(row, str) else row
+            row = {alone: str(row)} if isinstance(row, str) else row
             if isinstance(row, Mapping):
                 yield ("row ", number), {str(name): _plain(value) for name, value in row.items()}
             else:

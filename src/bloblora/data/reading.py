@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from ..messages import quoted
 from .columns import (
@@ -41,6 +41,24 @@ _AHEAD = 256  # rows of which the columns are known before the first is a record
 _MOST_LABELS = 10_000  # of which it is known which differ by case alone
 
 
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What is known of records before they are read, as a run knows it of those that it is for.
+
+    Attributes:
+        columns: the column of each field, used where it is there and options name no other.
+        kind: one of `KINDS`; fields of other kinds are left out. Default: what the records' fields say.
+        labels: one of them that a source writes in another form (True, 1.0) is meant by it. Without them, labels of a
+            .csv or .tsv that are all booleans, or all whole floats, become what they are elsewhere.
+        answer: the field of the answer: with ``label`` a list of one label is that label.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    kind: str | None = None
+    labels: Sequence[str] | None = None
+    answer: str | None = None
+
+
 class Reader:
     """The records of one source, read again each time they are iterated over; none is kept.
 
@@ -51,14 +69,10 @@ class Reader:
             folder; ``-`` for JSON lines on standard input; ``support_desk``, or a set of the paper such as ``arc_easy``
             or ``mmlu/college_physics``, with an optional ``:split`` (default train).
         options: which columns hold the fields, and whether rows that can't be used are left out.
-        known: columns by field, used where they are there: those of the run.
+        known: of the records, as of a run.
         require_labels: whether each record must have its label or answer.
         silent: log nothing.
-        kind: of the records, one of `KINDS`; fields of other kinds are left out. Default: what their fields say.
         ahead: rows that are read before the first is a record, to find columns that not every row has.
-        labels: those of a run: one of them that a source writes in another form (True, 1.0) is meant by it. Without
-            them, labels of a .csv or .tsv that are all booleans, or all whole floats, become what they are elsewhere.
-        answer: the field of the answer, where it is known: with ``label`` a list of one label is that label.
 
     Attributes:
         columns: the column of each field that isn't called as its field; known once the first row was read.
@@ -72,18 +86,13 @@ class Reader:
         source: str | Path,
         options: ReadingOptions = ReadingOptions(),  # noqa: B008  # frozen
         *,
-        known: Mapping[str, str] | None = None,
+        known: Known = Known(),  # frozen
         require_labels: bool = True,
         silent: bool = False,
-        kind: str | None = None,
         ahead: int = _AHEAD,
-        labels: Sequence[str] | None = None,
-        answer: str | None = None,
     ) -> None:
-        self.source, self.options, self.known = str(source), options, known or {}
-        self.kind, self._ahead, self._labels = kind, ahead, labels
-        self._one_label = answer == "label"
-        self.require_labels = require_labels
+        self.source, self.options, self.known = str(source), options, known
+        self.require_labels, self._ahead = require_labels, ahead
         self.columns: dict[str, str] = {}
         self._say: Say = (lambda text: None) if silent else _log.info
         self._warn: Say = (lambda text: None) if silent else _log.warning
@@ -122,7 +131,7 @@ class Reader:
                 yield place, {}, [row]
                 continue
             record = to_record(self._of_kind(row), self.columns)
-            if self._one_label and isinstance(several := record.get("labels"), list) and len(several) == 1:
+            if self.known.answer == "label" and isinstance(several := record.get("labels"), list) and len(several) == 1:
                 (record["label"],) = record.pop("labels")
             kind = record_kind(record)
             if kind == "text" and isinstance(label := record.get("label"), str):
@@ -149,10 +158,10 @@ class Reader:
 
     def _meant(self, ahead: Sequence[tuple[Place, Row]]) -> Callable[[str], str]:
         """What makes of a label as it is written the one that is meant."""
-        if self._labels is None:
+        if self.known.labels is None:
             return typed if self._all_typed(ahead) else str
         by_form: dict[str, list[str]] = {}
-        for known in self._labels:
+        for known in self.known.labels:
             by_form.setdefault(typed(known), []).append(known)
         single = {form: of[0] for form, of in by_form.items() if len(of) == 1}
         return lambda label: label if label in by_form.get(typed(label), ()) else single.get(typed(label), label)
@@ -182,20 +191,20 @@ class Reader:
 
     def _of_kind(self, row: Record) -> Record:
         """The row without fields of other kinds than are asked for, where it is then of this kind."""
-        if self.kind is None:
+        if self.known.kind is None:
             return row
-        columns = {*self.options.columns().values(), *self.known.values()}
-        rest = of_kind(row, self.kind) | {name: row[name] for name in row if name in columns}
-        return rest if obvious_kind([*map(str, rest)]) == self.kind else row
+        columns = {*self.options.columns().values(), *self.known.columns.values()}
+        rest = of_kind(row, self.known.kind) | {name: row[name] for name in row if name in columns}
+        return rest if obvious_kind([*map(str, rest)]) == self.known.kind else row
 
     def _find_columns(self, row: Record) -> None:
         given, named = self.options.columns(), self._option
         self._present = [str(column) for column in row]
-        self.columns = find_columns(self._name, self._present, given, self.known, named)
-        if text := said_of(self.columns, given, self.known, named):
+        self.columns = find_columns(self._name, self._present, given, self.known.columns, named)
+        if text := said_of(self.columns, given, self.known.columns, named):
             self._say(f"{self._name}: {text}")
         kind = record_kind(to_record(row, self.columns))
-        if self.kind is None and kind and (others := other_kinds(row, kind)):
+        if self.known.kind is None and kind and (others := other_kinds(row, kind)):
             also = " and ".join(KINDS[other] for other in others)
             self._say(f"{self._name}: read as records with {KINDS[kind]}; it also has {also} (--task to read them)")
 
@@ -216,11 +225,8 @@ def read_records(
     source: str | Path,
     options: ReadingOptions = ReadingOptions(),  # noqa: B008  # frozen
     *,
-    known: Mapping[str, str] | None = None,
+    known: Known = Known(),  # frozen
     require_labels: bool = True,
-    kind: str | None = None,
-    labels: Sequence[str] | None = None,
-    answer: str | None = None,
 ) -> list[Record]:
     """Read and check labelled records, given as for `Reader`.
 
@@ -233,8 +239,7 @@ def read_records(
     Raises:
         DataError: lists every problem with file, line, field and value.
     """
-    how: dict[str, Any] = {"known": known, "require_labels": require_labels, "kind": kind, "labels": labels}
-    return [*Reader(source, options, **how, answer=answer)]
+    return [*Reader(source, options, known=known, require_labels=require_labels)]
 
 
 def read_batches(
@@ -242,11 +247,8 @@ def read_batches(
     size: int,
     options: ReadingOptions = ReadingOptions(),  # noqa: B008  # frozen
     *,
-    known: Mapping[str, str] | None = None,
+    known: Known = Known(),  # frozen
     require_labels: bool = True,
-    kind: str | None = None,
-    labels: Sequence[str] | None = None,
-    answer: str | None = None,
 ) -> Iterator[list[Record]]:
     """The records of `read_records`, ``size`` at a time.
 
@@ -257,8 +259,7 @@ def read_batches(
     Raises:
         DataError: as `read_records`.
     """
-    how: dict[str, Any] = {"known": known, "require_labels": require_labels, "kind": kind, "labels": labels}
-    read = partial(Reader, source, options, **how, answer=answer)
+    read = partial(Reader, source, options, known=known, require_labels=require_labels)
     stream = str(source) == "-"
     if not stream:
         for _ in read():

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftConfig
 
 from .. import models, tasks
 from ..adapter.bayesianize import check_exact_start, moves_base
-from ..data import IN_MEMORY, ReadingOptions, as_records
+from ..data import IN_MEMORY, Known, ReadingOptions, as_records
 from ..files import is_finite
 from ..messages import quoted
 from ..methods import METHODS, TEMPERED_NLL, Method, Rescaled
@@ -214,11 +214,10 @@ class RunConfig:
 
     def _records(self, name: str, source: Any) -> list[dict[str, Any]]:
         """Of what is in memory; validation records have the columns of the training records where these are there."""
-        given, how = self.reading_options(), self.reading_by()
-        if name == "data" and not isinstance(source, _Records):
-            return _Records(as_records(source, given, require_labels=True, **how))
-        skip = ReadingOptions(skip_invalid=given.skip_invalid)
-        return _Records(as_records(source, skip, require_labels=True, known=given.columns(), **how))
+        options, known = self.reading_options(), self.known()
+        if name != "data" or isinstance(source, _Records):
+            options, known = self.beside(options.columns())
+        return _Records(as_records(source, options, known=known, require_labels=True))
 
     @classmethod
     def of(cls, **options: Any) -> RunConfig:
@@ -293,11 +292,15 @@ class RunConfig:
         """How the training data are read."""
         return ReadingOptions(**self.reading)
 
-    def reading_by(self) -> dict[str, Any]:
-        """What a task that is given says of them, for `bloblora.data.Reader`."""
-        task = tasks.TASKS.get(self.task.get("name", "auto"))  # None: the records decide
-        of_task = {} if task is None else {"kind": task.kind, "answer": task.answer}
-        return {**of_task, "labels": self.task.get("labels")}
+    def known(self) -> Known:
+        """What a task that is given says of them; otherwise the records decide."""
+        task = tasks.TASKS.get(self.task.get("name", "auto"))
+        kind, answer = (task.kind, task.answer) if task else (None, None)
+        return Known(kind=kind, labels=self.task.get("labels"), answer=answer)
+
+    def beside(self, columns: Mapping[str, str]) -> tuple[ReadingOptions, Known]:
+        """How records beside the training data, which have these columns, are read, and what is known of them."""
+        return ReadingOptions(skip_invalid=self.reading_options().skip_invalid), replace(self.known(), columns=columns)
 
     def build_method(self) -> Method:
         """The method with its options, and on top of it a temperature where one is asked for.

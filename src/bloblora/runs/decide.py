@@ -87,8 +87,8 @@ def calibrate(
         ValueError: a promise is out of its range.
     """
     check_place(description)
-    records = as_records(records, require_labels=True, **description.reading)
-    outside = None if outside is None else as_records(outside, **description.reading)
+    records = as_records(records, known=description.known, require_labels=True)
+    outside = None if outside is None else as_records(outside, known=description.known)
     for side in (records, outside):
         if side is not None:
             check_kind(description.task, side)

@@ -47,7 +47,7 @@ def training_records(description: RunDescription) -> list[dict[str, Any]]:
             f"{description.folder}: its training records were in memory, and distances need them: call "
             "runs.fit_distance(run, description, records) once, which saves the distance in the folder"
         )
-    reader = data.Reader(source, config.reading_options(), silent=True, **config.reading_by())
+    reader = data.Reader(source, config.reading_options(), known=config.known(), silent=True)
     records = select_for(config, [*map(read_fields, reader)])
     if description.records_sha256 not in (None, records_sha256(records)):
         raise RunError(f"{source}: changed since the run was trained on it; distances need the training records")
@@ -73,7 +73,7 @@ def fit_distance(
     Warns:
         UserWarning: the folder can't be written, so that the distance isn't saved.
     """
-    records = data.as_records(records, require_labels=True, **description.reading)
+    records = data.as_records(records, known=description.known, require_labels=True)
     states = run.hidden_states(records, batch_size=batch_size, progress=progress)
     classes = targets_of(run.task, records) if run.task.answer == "label" else None
     distance = Distance.fit(states, classes)

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HTTPError  # the HTTP library's: it differs b
 from .. import tasks
 from ..adapter import BlobConfig, library_versions, posterior_config
 from ..adapter.storage import BLOB_CONFIG, SAVED, content_sha256
+from ..data import Known
 from ..files import json_sha256, locked, read_hashed_json, read_json, write_hashed_json
 from ..methods import Method
 from .config import RunConfig, RunError, different
@@ -112,15 +113,19 @@ class RunDescription:
     validation_sha256: str | None = None
 
     @property
-    def reading(self) -> dict[str, Any]:
-        """How records for the run are read, for `bloblora.data.Reader`: by the columns it knows, for its task."""
-        known = {**self.config.reading_options().columns(), **self.columns}
-        return {"known": known, "kind": self.task.kind, "labels": self.task.labels, "answer": self.task.answer}
+    def known(self) -> Known:
+        """Of records for the run: the columns of its own, and what its task says."""
+        return known_of(self.task, {**self.config.reading_options().columns(), **self.columns})
 
     @property
     def posterior(self) -> BlobConfig | None:
         """Of what the Gaussian is; None of a method that has none."""
         return posterior_config(self.folder) if (self.folder / BLOB_CONFIG).is_file() else None
+
+
+def known_of(task: tasks.Task, columns: Mapping[str, str]) -> Known:
+    """What a run's task says of records for it, whose fields may be in these columns."""
+    return Known(columns=columns, kind=task.kind, labels=task.labels, answer=task.answer)
 
 
 def is_deterministic(method: Method, training: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from ..quantized import dequantize
 from .approximation import Approximation
 from .checks import check_sharded, head_of
 from .config import RunConfig, RunError
-from .folder import RunDescription, open_run
+from .folder import RunDescription, known_of, open_run
 from .processes import processes, shard, sharded
 from .texts import needs_draws, response_examples, text_lines
 
@@ -152,10 +152,8 @@ class Run:
 
     def records(self, source: Any, *, require_labels: bool = False) -> list[dict[str, Any]]:
         """What `bloblora.data.as_records` makes of a source; a text alone is one to classify, or to answer."""
-        kind, known = self.task.kind, self.config.reading_options().columns()
-        how: dict[str, Any] = {"kind": kind, "labels": self.task.labels, "answer": self.task.answer}
-        how["require_labels"] = require_labels
-        return as_records(source, texts_are="prompt" if kind == "generation" else "text", known=known, **how)
+        known = known_of(self.task, self.config.reading_options().columns())
+        return as_records(source, known=known, require_labels=require_labels)
 
     def predict(
         self,

@@ -115,8 +115,8 @@ def train(
     main = processes().is_main_process
     with _elsewhere() if finished else _scratch(output) as scratch:
         stored = read_description(output, config, besides=left_open(config))
-        source, options, how = config.data, config.reading_options(), config.reading_by()
-        reader = source if isinstance(source, list) else datasets_.Reader(source, options, **how)
+        source, options = config.data, config.reading_options()
+        reader = source if isinstance(source, list) else datasets_.Reader(source, options, known=config.known())
         everything = _mapped(scratch / "records.arrow", partial(_read, reader))
         columns = {} if isinstance(reader, list) else reader.columns
         records = select_for(config, everything)
@@ -276,13 +276,9 @@ def _validation(config: RunConfig, scratch: Path, columns: dict[str, str]) -> An
     """Records of validation that aren't a share of the training records; none where they are."""
     if (source := config.validation_data) is None:
         return []
-    options = datasets_.ReadingOptions(skip_invalid=config.reading_options().skip_invalid)
+    options, known = config.beside(columns)
     with _named(f"validation {quoted(config.source('validation'))}"):
-        reader = (
-            source
-            if isinstance(source, list)
-            else datasets_.Reader(source, options, known=columns, **config.reading_by())
-        )
+        reader = source if isinstance(source, list) else datasets_.Reader(source, options, known=known)
         return _mapped(scratch / "validation_records.arrow", partial(_read, reader))
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import evaluation, models, runs
 from ..adapter import library_versions
-from ..data import ReadingOptions, read_records
+from ..data import Known, ReadingOptions, read_records
 from ..files import read_json, write_json, write_tensors, write_text
 from ..messages import quoted
 from ..prediction import Prediction
@@ -361,21 +361,21 @@ def _sha256(job: Job, read: Read) -> dict[str, str]:
 
 
 def _training(config: runs.RunConfig, read: Read) -> list[dict[str, Any]]:
-    return _read(read, config.source("data"), config.reading_options(), **config.reading_by())
+    return _read(read, config.source("data"), config.reading_options(), config.known())
 
 
 def _beside(source: str, config: runs.RunConfig, read: Read, *, require_labels: bool = True) -> list[dict[str, Any]]:
     """Records beside the training records, whose columns are used where they are there."""
-    given = config.reading_options()
-    options, how = ReadingOptions(skip_invalid=given.skip_invalid), config.reading_by()
-    return _read(read, source, options, known=given.columns(), require_labels=require_labels, **how)
+    return _read(read, source, *config.beside(config.reading_options().columns()), require_labels=require_labels)
 
 
-def _read(read: Read, source: str, options: ReadingOptions, **how: Any) -> list[dict[str, Any]]:
+def _read(
+    read: Read, source: str, options: ReadingOptions, known: Known, *, require_labels: bool = True
+) -> list[dict[str, Any]]:
     """`read_records`, once for each source and way of reading it."""
-    key = repr((source, options, how))
+    key = repr((source, options, known, require_labels))
     if key not in read:
-        read[key] = read_records(source, options, **how)
+        read[key] = read_records(source, options, known=known, require_labels=require_labels)
     return read[key]
 
 
