@@ -135,5 +135,6 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="second: there is no seed"):
         compare([half], [], zero)
     one, two = (example_scores(half.expand(n, 2), zero.expand(n)) for n in (1, 2))
-    with pytest.raises(ValueError, match="second has 2 examples, first 1; they must be the same ones"):
-        paired_bootstrap([one], [two])
+    for second in ([two], [one, two]):
+        with pytest.raises(ValueError, match="second has 2 examples, first 1; they must be the same ones"):
+            paired_bootstrap([one], second)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bloblora.files import write_json
+from bloblora.runs import RunError
 from bloblora.studies import DataSet, EvalSet, Study, report
 from bloblora.studies.job import Result, write_result
 from bloblora.studies.report import Row, _chosen, _differences, _rows, conclusion
@@ -110,6 +111,33 @@ def test_what_was_measured_on_other_records_is_named_and_not_compared():
     )
     assert len(notes) == 2
     assert re.findall(r"^\| (.*?) \|", table, re.MULTILINE)[2:] == ["better"]
+
+
+def test_seeds_on_other_records_are_in_no_interval_together():
+    """Of seed 1 both methods saw fewer records, and of seed 2 as many others."""
+    rows = [
+        Row(label, label, 0, [result(label, by + NOISE, seed) for seed in (0, 1, 2)])
+        for label, by in (("lora", 1), ("better", 0.5))
+    ]
+    for row in rows:
+        row.results[1] = result(row.label, NOISE[:50], 1)
+        for of, digest in zip(row.results, "abc", strict=True):
+            of.metrics["test"]["0"]["num_examples"] = 50 if digest == "b" else 200
+            of.sets["test"] = {"sha256": digest}
+    assert "the 95 % interval of the difference is below 0 for “better”" in conclusion("desk", rows, "lora")
+    *notes, table = _differences(rows, "lora", "test")
+    assert [note.partition(", and no interval")[0] for note in notes] == [
+        "\ndesk: seed 1 of “lora” was measured on other records of test than seed 0 (sha256, number differ)",
+        "\ndesk: seed 2 of “lora” was measured on other records of test than seed 0 (sha256 differ)",
+    ]
+    assert "mean over the seeds that both have (1 seed)." in table
+
+
+def test_trials_of_a_search_are_no_results_of_a_study(tmp_path):
+    trial = result("lora", 1.0)
+    write_result(replace(trial, metrics={"validation": trial.metrics["test"]}), tmp_path)
+    with pytest.raises(RunError, match="no results in it of test data; give a folder that `bloblora compare` wrote"):
+        report(tmp_path)
 
 
 def drawn(label, *seeds):

@@ -75,15 +75,17 @@ def paired_bootstrap(
         raise ValueError(f"level must be in (0, 1), got {level}")
     if num_resamples < 1:
         raise ValueError(f"num_resamples must be 1 or more, got {num_resamples}")
-    for name, seeds in (("first", first), ("second", second)):
+    sides = {"first": first, "second": second}
+    for name, seeds in sides.items():
         if not len(seeds):
             raise ValueError(f"{name}: there is no seed")
         needed = ("confidence", "accuracy") if metric == _CALIBRATION else (metric,)
         if missing := [score for score in needed if not all(score in scores for scores in seeds)]:
             raise ValueError(f"{name}: its scores have no {missing[0]}; they have {', '.join(seeds[0])}")
-    n, of_second = (len(next(iter(side[0].values()))) for side in (first, second))
-    if of_second != n:
-        raise ValueError(f"second has {of_second} examples, first {n}; they must be the same ones")
+    sizes = [(name, len(next(iter(scores.values())))) for name, side in sides.items() for scores in side]
+    (_, n), *_ = sizes
+    if wrong := [f"{name} has {size} examples" for name, size in sizes if size != n]:
+        raise ValueError(f"{wrong[0]}, first {n}; they must be the same ones")
     bounds = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     if metric == _CALIBRATION:
         a, b = ([BinGaps.of(scores, num_bins) for scores in side] for side in (first, second))

@@ -67,7 +67,10 @@ class Row:
         return [scores for result in self.results if (scores := result.scores_of(key, self.num_samples))]
 
     def paired(self, other: Row, key: str, *, scored: bool = False) -> tuple[Row, Row]:
-        """Both with those seeds alone of which both have metrics of the same records of a set, or scores, in order."""
+        """Both with those seeds alone of which both have metrics of the same records of a set, or scores, in order.
+
+        With ``scored`` these are also the records of the first of the seeds, for a bootstrap draws them once for all.
+        """
         found = [
             {
                 result.seed: result
@@ -79,6 +82,8 @@ class Row:
         ]
         one, two = found
         seeds = [seed for seed in one if seed in two and not one[seed].other_records(two[seed], key)]
+        if scored:
+            seeds = [seed for seed in seeds if not one[seed].other_records(one[seeds[0]], key)]
         first, second = ([of[seed] for seed in seeds] for of in found)
         return replace(self, results=first), replace(other, results=second)
 
@@ -116,9 +121,9 @@ def report(folder: Path, html: Path | None = None, baseline: str | None = None, 
     Raises:
         RunError: there is no result, or none of the baseline that is given, or another process writes the same.
     """
-    results = read_results(folder)
+    results = [result for result in read_results(folder) if "test" in result.metrics]  # a search's trials have none
     if not results:
-        raise RunError(f"{folder}: no results in it; give a folder that `bloblora compare` wrote")
+        raise RunError(f"{folder}: no results in it of test data; give a folder that `bloblora compare` wrote")
     labels = {result.label: None for result in results}
     if baseline is not None and baseline not in labels:
         raise RunError(f"baseline {quoted(baseline)} is not one of the methods {', '.join(labels)}")
@@ -315,6 +320,14 @@ def _on_other_records(rows: Sequence[Row], reference: Row, key: str) -> Iterator
             f"“{reference.method}” ({differing} differ), and is not compared with it: run one of both again, or give "
             "other records as a data set of another name."
         )
+    own = [*by_seed.values()]
+    for result in own[1:]:
+        if differing := ", ".join(result.other_records(own[0], key)):
+            yield (
+                f"\n{result.dataset}: seed {result.seed} of “{result.label}” was measured on other records of {key} "
+                f"than seed {own[0].seed} ({differing} differ), and no interval is of both: run one of both again, or "
+                "give other records as a data set of another name."
+            )
 
 
 def _learning(dataset: str, most_draws: Mapping[str, Row]) -> Iterator[str | Picture]:
