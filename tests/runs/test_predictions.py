@@ -181,6 +181,12 @@ def test_several_labels_of_any_model(tmp_path):
     (tmp_path / "tags.csv").write_text("\n".join(["labels,a,b,target", *(f"[],{row}" for row in rows)]))
     labels = read_predictions(tmp_path / "tags.csv")[1]
     assert labels.tolist() == [[int(i > 0)] * 2 for i in range(10)]
+    (tmp_path / "plain.csv").write_text("\n".join(["a,b,target", "0.5,0.9,a", *rows]))
+    plain, labels = read_predictions(tmp_path / "plain.csv")
+    assert plain.kind == "bernoulli"
+    assert labels.tolist() == [[1, 0], *([int(i > 0)] * 2 for i in range(10))]
+    (tmp_path / "one.csv").write_text("a,b,a|b,target\n0.5,0.2,0.3,a|b")  # a label of that name
+    assert read_predictions(tmp_path / "one.csv")[1].tolist() == [2]
     for wrong, message in (
         ({"target": ["c"]}, r"field 'target': \['c'\]; it must be a list of labels among a, b"),
         ({"probabilities": {"a": 1.5, "b": 0}}, r"must be in \[0, 1\]"),

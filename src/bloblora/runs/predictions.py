@@ -274,7 +274,8 @@ def read_predictions(
     tag for each word, and ``target`` the list of the right tags; what `keep_predictions` wrote has its own form. A .csv
     or .tsv file has the same in columns, with one for each label, called as the label is, or ``probability_LABEL``
     where there are others. Without a task, lines with a ``std`` are of values, those with ``tokens`` and ``tags``,
-    or a list of probabilities by tag, are of tags, and those with ``labels`` or a list as target are of several labels.
+    or a list of probabilities by tag, are of tags, and those with ``labels`` or a list as target are of several labels,
+    and so are all of a file in which a target is a text of several, such as ``a|b``.
 
     Args:
         file: of the predictions.
@@ -304,8 +305,9 @@ def read_predictions(
         numbered = [numbered[position] for position in positions]
     if not numbered:
         raise DataError([f"{file}: there are no predictions in it"])
-    form = _FORMS[_kind(numbered[0][1]) if task is None else task.family.name]
-    names = (task and task.labels) or form.names([row for _, row in numbered])
+    given = [row for _, row in numbered]
+    form = _FORMS[_kind(given) if task is None else task.family.name]
+    names = (task and task.labels) or form.names(given)
     rows, right, problems = [], [], []
     for place, row in numbered:
         try:
@@ -555,13 +557,23 @@ def _known(row: Mapping[str, Any], *names: str) -> dict[str, float]:
     return {name: int(value) if name == "num_draws" else value for name, value in numbers.items()}
 
 
-def _kind(row: Mapping[str, Any]) -> str:
-    """The likelihood that a row of any model's predictions is of."""
+def _kind(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The likelihood that rows of any model's predictions are of."""
+    row, *_ = rows
     if "value" in row and "std" in row:
         return "gaussian"
     if {"tokens", "tags"} <= row.keys() or _tags_in([row]):
         return "tags"
-    return "bernoulli" if "labels" in row or isinstance(row.get("target"), list) else Prediction.kind
+    several = "labels" in row or isinstance(row.get("target"), list) or any(map(_names_several, rows))
+    return "bernoulli" if several else Prediction.kind
+
+
+def _names_several(row: Mapping[str, Any]) -> bool:
+    """Whether the target is a text of several labels, as in a table."""
+    target, given = row.get("target"), row.get("probabilities")
+    if not isinstance(target, str) or not isinstance(given, dict) or target in given:
+        return False
+    return isinstance(found := label_list(target), list) and len(found) > 1 and {*map(str, found)} <= {*given}
 
 
 def _logs(given: Any, count: int) -> list[float]:
