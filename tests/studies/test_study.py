@@ -96,6 +96,12 @@ def test_what_is_wrong_is_named(change, message, content, write, tmp_path):
         read_study(write(content)).jobs(tmp_path, tmp_path)
 
 
+def test_a_data_folder_that_is_not_there_is_not_the_present_one(content, write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="data: 'elsewhere' is not a folder"):
+        read_study(write(content)).jobs(tmp_path, "elsewhere")
+
+
 def test_a_file_that_is_no_yaml(tmp_path):
     (tmp_path / "study.yaml").write_text("a: [")
     with pytest.raises(RunError, match=r"study\.yaml: not readable as YAML"):

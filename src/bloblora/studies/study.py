@@ -129,8 +129,8 @@ class Study:
             data: folder that relative paths of data files start from.
 
         Raises:
-            RunError: an option that isn't one, or a value that it can't have, with the place in the file; or the files
-                of two runs would have one name.
+            RunError: an option that isn't one, or a value that it can't have, with the place in the file; the files of
+                two runs would have one name; or ``data`` is no folder.
         """
         found = [
             self.job(dataset, model, label, seed, Path(runs), Path(data), steps)
@@ -165,6 +165,8 @@ class Study:
         self, dataset: str, model: str, label: str, seed: int, runs: Path, data: Path, steps: int | None = None
     ) -> Job:
         """One of them; arguments and errors as in `jobs`."""
+        if not data.is_dir():  # else a file of the same name would be read from the present folder
+            raise RunError(f"data: {quoted(str(data))} is not a folder")
         chosen = self.datasets[dataset]
         options = {**self.train, **chosen.train, **self.methods[label]}
         if not {"method", "preset"} & options.keys():
