@@ -33,6 +33,19 @@ def test_a_search_goes_on_and_keeps_to_its_constraint(content, write, tmp_path):
     assert trials[: len(feasible)] == sorted(feasible, key=lambda trial: trial.metrics["ece"])
 
 
+def test_an_accuracy_at_the_limit_is_within_it(content, write, tmp_path, monkeypatch):
+    accuracy = {"lora": 0.8, "wide blob": 0.7}
+    monkeypatch.setitem(
+        studies.tune.__globals__, "_metrics", lambda job, _: {"accuracy": accuracy[job.label], "ece": 0.1}
+    )
+    options = dict(method="wide blob", aim="ece", trials=1, data=tmp_path)
+    for within, feasible in ((0.1, True), (0.099, False)):
+        (trial,) = studies.tune(
+            studies.read_study(write(content)), "desk", tmp_path / f"{within}", within=within, **options
+        )
+        assert trial.feasible == feasible
+
+
 def test_trials_of_another_study_do_not_count(content, write, tmp_path):
     options = dict(method="wide blob", ranges={"prior_std": (0.1, 1.0)}, data=tmp_path, trials=1)
     study, output = studies.read_study(write(content)), tmp_path / "search"

@@ -28,6 +28,7 @@ from .study import Job, Study, located
 Aim = Literal["nll", "ece"]
 
 _SET = "validation"
+_ROUNDING = 1e-9  # 0.8 - 0.1 is a little more than 0.7
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def tune(
                 search.enqueue_trial(trial.params)  # the first when the search goes on
                 raise
             trial.set_user_attr("metrics", found)
-            trial.set_constraint("accuracy", max(least - found.get("accuracy", 0.0), -1.0))
+            trial.set_constraint("accuracy", max(least - found.get("accuracy", 0.0) - _ROUNDING, -1.0))
             return found[aim]
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)  # a trial that fails ends the search with its own error
