@@ -10,10 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForTokenClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from bloblora import BlobConfig, bayesianize, find_posterior, load, save
 from bloblora.adapter import AdapterFileError, debayesianize
@@ -141,8 +152,36 @@ def test_a_head_that_is_not_saved_is_named(tmp_path, options, lost):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             write(model, tmp_path)
-        found = ["classification head 'score' of LlamaForSequenceClassification" in str(w.message) for w in said]
+        found = ["the head 'score' of LlamaForSequenceClassification" in str(w.message) for w in said]
         assert any(found) == lost
+
+
+def test_parts_of_a_head_that_peft_knows_by_no_name_are_named(tmp_path):
+    sizes = dict(vocab_size=97, num_labels=3, pad_token_id=0)
+    t5 = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0, **sizes)
+    layers = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    deberta = DebertaV2Config(**layers, **sizes)
+    DebertaV2ForSequenceClassification(deberta).base_model.save_pretrained(tmp_path / "trunk")
+    DebertaV2ForSequenceClassification(deberta).save_pretrained(tmp_path / "whole")
+    read = DebertaV2ForSequenceClassification.from_pretrained
+    for base, targets, lost in (
+        (T5ForSequenceClassification(t5), ["q", "v"], ["classification_head"]),
+        (T5ForSequenceClassification(t5), "all-linear", ["classification_head"]),
+        (read(tmp_path / "trunk", num_labels=3), ["query_proj"], ["pooler"]),
+        (read(tmp_path / "whole"), ["query_proj"], []),
+        (BertForTokenClassification(BertConfig(**layers, **sizes)), ["query"], ["classifier"]),
+    ):
+        token = isinstance(base, BertForTokenClassification)
+        for more in ([], lost) if lost else ([],):  # a copy has no marks of what was read
+            options = {} if token else {"task_type": "SEQ_CLS"}
+            lora = LoraConfig(target_modules=targets, modules_to_save=more or None, **options)
+            model = get_peft_model(copy.deepcopy(base) if lost else base, lora)
+            bayesianize(model)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                save(model, tmp_path / "adapter")
+            found = [str(w.message) for w in said if "isn't saved" in str(w.message)]
+            assert [f"modules_to_save={lost}" in message for message in found] == [True] * bool(lost and not more)
 
 
 def test_checkpoints_of_a_plain_trainer(tokens, tmp_path):

@@ -58,6 +58,7 @@ FORMAT_VERSION = 2
 MEAN_CONFIG, MEAN_FILE = "adapter_config.json", "adapter_model.safetensors"
 BLOB_CONFIG, POSTERIOR_FILE, PRIOR_FILE = "blob_config.json", "posterior.safetensors", "prior.safetensors"
 _PARTS = ("mean", "std")
+_WITH_HEAD = ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice", "ForQuestionAnswering")
 _README = "README.md"
 _SAVING, SAVED = ".saving", ".saved"
 _LIBRARIES = ("bloblora", "torch", "transformers", "peft")
@@ -141,7 +142,7 @@ def save_pretrained(model: PeftModel, *args: Any, **kwargs: Any) -> None:
         FloatingPointError: a number of an adapter is NaN or infinite.
 
     Warns:
-        UserWarning: the model classifies sequences, and its head isn't saved.
+        UserWarning: a part of the model's head isn't saved.
     """
     given = _OF_PEFT.bind(model, *args, **kwargs)
     given.apply_defaults()
@@ -452,18 +453,25 @@ def _embeddings_differ(model: PeftModel) -> bool:
 
 
 def _warn_of_head(model: PeftModel, adapter_name: str) -> None:
-    """Warn where a loaded model would have another classification head."""
+    """Warn where a loaded model would have another head, of which the base model's files have no weights."""
     base: Any = model.get_base_model()
-    kind = type(base).__name__
-    for name, head in base.named_children() if kind.endswith("ForSequenceClassification") else ():
-        saved = any(isinstance(part, AuxiliaryTrainingWrapper | BaseTunerLayer) for part in head.modules())
-        if name in ("score", "classifier") and not saved:
-            warnings.warn(
-                f"adapter {adapter_name!r}: the classification head {name!r} of {kind} is not part of "
-                "it and isn't saved: a loaded model has the base model's, which is random where its files have none. "
-                f"Make the adapter with LoraConfig(task_type='SEQ_CLS') or modules_to_save=[{name!r}]",
-                stacklevel=3,
-            )
+    kind, trunk = type(base).__name__, getattr(base, "base_model", base)
+    lost = []
+    for name, part in base.named_children() if kind.endswith(_WITH_HEAD) and trunk is not base else ():
+        saved = [p for m in part.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()]
+        kept = {*saved, *(p for weight, p in part.named_parameters() if "lora_" in weight)}
+        # transformers marks what it has read
+        if part is not trunk and any(
+            p.requires_grad or not getattr(p, "_is_hf_initialized", False) for p in part.parameters() if p not in kept
+        ):
+            lost.append(name)
+    if lost:
+        warnings.warn(
+            f"adapter {adapter_name!r}: the head {' and '.join(map(repr, lost))} of {kind} is not part of it and isn't "
+            "saved: a loaded model has the base model's, which is random where its files have none. Make the adapter "
+            f"with LoraConfig(modules_to_save={lost})",
+            stacklevel=3,
+        )
 
 
 def _refuse_sharded(model: PeftModel) -> None:
