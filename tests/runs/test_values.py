@@ -117,6 +117,8 @@ def test_a_table_of_ratings_from_the_command_line(base, tmp_path, capsys):
     main(["train", *data, *columns, *train])
     said = capsys.readouterr().err
     assert "all labels are numbers, some with fractions: a number is predicted" in said
+    main(["train", *data, *columns, *train, "--output", str(tmp_path / "asked"), "--task", "regression"])
+    assert "all labels are" not in capsys.readouterr().err
     main(["evaluate", str(tmp_path / "run"), *data, "--samples", "2"])
     assert "RMSE" in capsys.readouterr().out
 

@@ -40,8 +40,8 @@ def announce(
     task: Any = training.task
     texts, held_out = training.examples, training.validation or training.holdout
     longest = max(task.length(example) for part in (texts, held_out) for example in part)
-    if task.assumed(records):
-        log.info(task.assumed(records))
+    if given.task["name"] == "auto" and (assumed := task.assumed(records)):
+        log.info(assumed)
     log.info(f"read {len(records)} records{task.about(records)}; the longest has {longest} tokens")
     if len(training.validation):
         fitted = ", and fit the temperature" if "metric_for_best_model" in training.arguments else ""
