@@ -115,6 +115,7 @@ def test_the_likelihood_is_cross_entropy_summed_over_the_tokens():
         ("B-X B-X I-Y I-Y", [("X", 0, 1), ("X", 1, 2), ("Y", 2, 4)]),
         ("I-X B-X I-X", [("X", 0, 1), ("X", 1, 3)]),
         ("NOUN VERB O", []),
+        ("S-X B-X E-X O S-Y", [("X", 0, 1), ("X", 1, 3), ("Y", 4, 5)]),
     ],
 )
 def test_entities_are_read_as_seqeval_does(tags, expected):
@@ -134,6 +135,23 @@ def test_an_entitys_probability_is_that_of_all_sequences_that_have_it():
             if (one["entity"], one["start"], one["end"]) in entities_of([NAMES[tag] for tag in sequence]):
                 total += draws[:, 0, range(4), sequence].prod(-1).mean().item()
         assert one["probability"] == pytest.approx(total, rel=1e-4)
+
+
+def test_entities_in_tags_of_bioes_are_those_of_bio():
+    names = ("O", "B-X", "I-X", "E-X", "S-X")
+    draws = torch.randn(2, 1, 3, 5, generator=torch.Generator().manual_seed(3)).mul(2).softmax(-1)
+    found = TagsPrediction(draws.log().flatten(2), 2, Tags(names))
+    for one in found.entities()[0]:
+        total = 0.0
+        for sequence in product(range(5), repeat=3):
+            if (one["entity"], one["start"], one["end"]) in entities_of([names[tag] for tag in sequence]):
+                total += draws[:, 0, range(3), sequence].prod(-1).mean().item()
+        assert one["probability"] == pytest.approx(total, rel=1e-4)
+    sure = torch.eye(5)[[4, 1, 3]].clamp(1e-6, 1)
+    found = TagsPrediction(sure.log().flatten()[None, None], 1, Tags(names))
+    assert [(one["start"], one["end"]) for one in found.entities()[0]] == [(0, 1), (1, 3)]
+    assert metrics(found, torch.tensor([[4, 1, 3]]))["entity_f1"] == 1
+    assert metrics(found, torch.tensor([[4, 1, 2]]))["entity_f1"] == 1  # the same entities
 
 
 def test_uncertainty_is_that_of_classes_token_by_token():

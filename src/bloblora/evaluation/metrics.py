@@ -284,7 +284,7 @@ def _tokens(prediction: TagsPrediction, targets: Tensor, num_bins: int) -> dict[
 
 def _entities(prediction: TagsPrediction, targets: Tensor, num_bins: int) -> dict[str, float]:
     names = prediction.likelihood.names
-    if not any(name.startswith(("B-", "I-")) for name in names):
+    if not any(entities_of([name]) for name in names):
         return {}
     rows = [[names[tag] for tag in row if tag != NO_TAG] for row in checked_tags(prediction, targets).tolist()]
     wanted = [{*entities_of(row)} for row in rows]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..tasks.likelihood import NO_TAG, Gaussian, Likelihood, Tags
-from ..tasks.token_classification import entities_of
+from ..tasks.token_classification import ENTITY_MARKS, entities_of
 
 INTERVAL = 0.9
 """Share of the predictive probability in the interval of a value."""
@@ -493,10 +493,8 @@ class TagsPrediction(AveragedPrediction):
     def _of_entity(self, i: int, kind: str, start: int, end: int) -> float:
         draws = self.draw_probabilities[:, i].double()
         begins, goes_on = (
-            draws[..., self.likelihood.names.index(tag)]
-            if tag in self.likelihood.names
-            else torch.zeros(draws.shape[:2])
-            for tag in (f"B-{kind}", f"I-{kind}")
+            draws[..., [name in {f"{mark}-{kind}" for mark in marks} for name in self.likelihood.names]].sum(-1)
+            for marks in ENTITY_MARKS.values()
         )
         first = begins[:, start] + goes_on[:, start] * (1 - (begins + goes_on)[:, start - 1] if start else 1)
         last = 1 - goes_on[:, end] if end < draws.shape[1] else 1

@@ -26,6 +26,10 @@ from .encoding import pad
 from .likelihood import Likelihood, Tags
 from .task import Batch, Example, Record, Task, TaskError
 
+ENTITY_MARKS = {"B": ("B", "S", "U"), "I": ("I", "E", "L")}
+"""What stands before the ``-`` of tags that begin an entity, and that go on with one: in BIO, and in BIOES (BILOU)."""
+_MARKS = [*ENTITY_MARKS["B"], *ENTITY_MARKS["I"]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenClassification(OneOfLabels):
@@ -173,14 +177,14 @@ class TokenClassification(OneOfLabels):
 
 
 def entities_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Type, first token and the one after the last of each entity in BIO tags; other tags are of none."""
+    """Type, first token and the one after the last of each entity in BIO tags, or BIOES; other tags are of none."""
     found: list[tuple[str, int, int]] = []
     before = ""
     for place, tag in enumerate(tags):
         mark, _, kind = tag.partition("-")
-        if mark == "I" and kind and kind == before:
+        if mark in ENTITY_MARKS["I"] and kind and kind == before:
             found[-1] = (kind, found[-1][1], place + 1)
-        elif mark in ("B", "I") and kind:
+        elif mark in _MARKS and kind:
             found.append((kind, place, place + 1))
-        before = kind if mark in ("B", "I") else ""
+        before = kind if mark in _MARKS else ""
     return found
