@@ -354,6 +354,7 @@ def test_all_values_out_of_range_at_once(config):
     ("records", "task", "message"),
     [
         (queries()[:2], "auto", "field 'label': all are 'refund'; there must be at least 2 labels"),
+        ([{"text": t, "labels": ["x"]} for t in "ab"], "auto", "field 'labels': all records have all, such as 'x'"),
         (queries(), "choice_text", "task 'choice_text' needs records with 'question' and 'choices'"),
         (QUESTIONS, "classification", "task 'classification' needs records with 'text'"),
         ([*queries(), *QUESTIONS], "auto", ":5, 6: it has 'question', those before 'text'"),

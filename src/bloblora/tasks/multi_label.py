@@ -60,13 +60,15 @@ class MultiLabel(TextHead):
 
     @classmethod
     def check(cls, records: Sequence[Record], **options: Any) -> None:
-        """Raise a TaskError also for labels that are not among those given, or none at all."""
+        """Raise a TaskError also for labels that are not among those given, or that none of the records has or all."""
         super().check(records, **options)
         found, given = {label for record in records for label in cls.labels_of(record)}, options.get("labels")
         if unknown := sorted(found.difference(given or found)):
             raise TaskError(f"field 'labels': {', '.join(unknown)} not among labels; add them to it")
         if not found and given is None:
             raise TaskError("field 'labels': no record has any; there must be at least 1 label")
+        if given is None and all({*cls.labels_of(record)} == found for record in records):
+            raise TaskError(f"field 'labels': all records have all, such as {quoted(min(found))}; some must lack one")
 
     def about(self, records: Sequence[Record]) -> str:
         """How many labels there are, and how many records have each."""
