@@ -8,7 +8,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from bloblora.evaluation import METRICS, markdown_table, rich_table, short_number
+from bloblora.evaluation import METRICS, Interval, markdown_table, rich_table, short_number
 
 ROWS = {
     "LoRA [r=8]": {"accuracy": [0.8, 0.9, 1.0], "ece": 0.25},
@@ -60,6 +60,19 @@ def test_a_wide_table_wraps_its_names_and_no_number():
 def test_a_short_number_is_one_in_yaml_too(value, text):
     assert short_number(value) == text
     assert yaml.safe_load(text) == pytest.approx(value, rel=5e-3)
+
+
+def test_errors_in_small_or_large_units_of_the_data_keep_their_digits():
+    rows = {"one": {"rmse": 1.234e-6, "nll": 1e-6}, "two": {"rmse": [2e9, 4e9]}, "three": {"rmse": 1234.5}}
+    rows["gain"] = {"rmse": Interval(2e-5, -1e-5, 5e-5)}
+    lines = markdown_table(rows, ["rmse", "nll"]).splitlines()[2:]
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert cells == [
+        ["one", "1.23e-6", "0.000"],
+        ["two", "3.0e+9 ± 1.41e+9", "–"],
+        ["three", "1234.500", "–"],
+        ["gain", "+2.0e-5 [-1.0e-5, +5.0e-5]", "–"],
+    ]
 
 
 def test_columns_are_chosen_and_ordered():

@@ -105,7 +105,7 @@ def train(
     if validation := run.training.get("validation"):
         print(_validated(validation))
     for num_samples, values in run.training.get("held_out", {}).get("by_num_samples", {}).items():
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        shown = ", ".join(f"{name} {evaluation.metric_number(name, value, '.4f')}" for name, value in values.items())
         print(f"held out, {'mean weights' if num_samples == '0' else f'N = {num_samples}'}: {shown}")
     print(f"saved to {config.output}; next: {after_training(config, run.task)}")
 
@@ -900,5 +900,6 @@ def _realized(decision: dict[str, Any], result: dict[str, Any], title: str) -> T
     table = Table("", "promised", "realized", title=title)
     for name in (name for name in names if name in result):
         rule, sign, option = promised.get(name, ("", "", ""))
-        table.add_row(names[name], f"{sign} {decision[rule][option]:.4g}" if rule else "", f"{result[name]:.3f}")
+        promise = f"{sign} {decision[rule][option]:.4g}" if rule else ""
+        table.add_row(names[name], promise, evaluation.metric_number(name, result[name]))
     return table

@@ -11,7 +11,15 @@ from .calibration import (
     equal_mass_ece,
     reliability,
 )
-from .comparison import Interval, markdown_table, paired_bootstrap, rich_table, short_number, table_cells
+from .comparison import (
+    Interval,
+    markdown_table,
+    metric_number,
+    paired_bootstrap,
+    rich_table,
+    short_number,
+    table_cells,
+)
 from .distance import DISTANCES, Distance
 from .metrics import METRICS, Metric, example_scores, metric_names, metrics, summary, uncertainty
 from .plots import (
@@ -45,6 +53,7 @@ __all__ = [
     "lines_figure",
     "markdown_table",
     "metric_names",
+    "metric_number",
     "metrics",
     "ood_metrics",
     "paired_bootstrap",

@@ -104,7 +104,8 @@ def paired_bootstrap(
     return Interval(estimate, low, high)
 
 
-_NARROW, _SMALL = 80, 0.01
+_NARROW, _SMALL, _LARGE = 80, 0.01, 1e6
+_IN_UNITS = ("rmse", "mae", "crps", "interval_width", "promised_width")  # of the data, which may be any
 
 
 def _counts(n: int, num_resamples: int, seed: int) -> Iterator[Tensor]:
@@ -142,6 +143,13 @@ def rich_table(rows: Mapping[str, Values], title: str | None = None, columns: Se
     for name, *values in cells[1:]:
         table.add_row(Text(name), *values)
     return table
+
+
+def metric_number(name: str, value: float, form: str = ".3f") -> str:
+    """A metric in this form, or with three significant digits where it is small or large in the data's own units."""
+    if name in _IN_UNITS and value and isfinite(value) and not _SMALL <= abs(value) < _LARGE:
+        return ("+" if form[0] == "+" and value > 0 else "") + short_number(value)
+    return format(value, form)
 
 
 def short_number(value: float) -> str:
@@ -221,11 +229,13 @@ def at_floor(values: Values) -> bool:
 def _cell(values: Values, column: str) -> str:
     value = values.get(column)
     if isinstance(value, Interval):
-        return f"{value.estimate:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+        estimate, low, high = (metric_number(column, one, "+.3f") for one in (value.estimate, value.low, value.high))
+        return f"{estimate} [{low}, {high}]"
     average, spread = (nan, nan) if value is None else mean_and_spread(value)
     if isnan(average):
         return "–"
     if column not in METRICS and 0 < abs(average) < _SMALL and isnan(spread):  # such as a learning rate
         return short_number(average)
-    text = f"{average:.3f}" if isnan(spread) else f"{average:.3f} ± {spread:.3f}"
+    text = metric_number(column, average)
+    text = text if isnan(spread) else f"{text} ± {metric_number(column, spread)}"
     return f"{text}, at floor" if column == "ece" and at_floor(values) else text
