@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
+from bloblora.data import MappedRows, write_rows
 from bloblora.tasks import TaskError, build_task, encode_all, task_from_dict
 
 from .conftest import tiny_causal
@@ -62,6 +63,14 @@ def test_all_problems_at_once(questions, tokenizer):
         "record 1: field 'answer': 9 is not an index into 3 choices (0..2)",
         "record 3: field 'choices': missing; it must be a list of at least 2 texts",
     )
+
+
+def test_records_of_a_selection_have_the_numbers_of_their_file(questions, tokenizer, tmp_path):
+    task = build_task("choice_text", questions, tokenizer)
+    write_rows(file := tmp_path / "records.arrow", [*questions, questions[0] | {"answer": 9}])
+    selected = MappedRows(file).select([0, len(questions)])
+    with pytest.raises(TaskError, match=f"^record {len(questions) + 1}: field 'answer': 9 is not an index"):
+        encode_all(task, selected, tokenizer)
 
 
 def test_encoded_examples_are_json(questions, tokenizer):

@@ -367,16 +367,19 @@ class MappedRows(Sequence[Record]):
     Args:
         table: the file, Arrow; or a `datasets.Dataset` of one.
         positions: of the rows, in order; default: all. `Dataset.select` reads batches at half the speed.
+
+    Attributes:
+        positions: of the rows in the file.
     """
 
     def __init__(self, table: Path | Dataset, positions: Sequence[int] | None = None) -> None:
         from datasets import Dataset
 
         self._table: Any = table if isinstance(table, Dataset) else Dataset.from_file(str(table))
-        self._positions = range(len(self._table)) if positions is None else positions
+        self.positions = range(len(self._table)) if positions is None else positions
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self.positions)
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -387,7 +390,7 @@ class MappedRows(Sequence[Record]):
 
     def __getitems__(self, positions: Sequence[int]) -> list[Record]:
         """Several rows at once, as torch's DataLoader asks for a batch."""
-        return [json.loads(row) for row in self._table[[self._positions[i] for i in positions]]["row"]]
+        return [json.loads(row) for row in self._table[[self.positions[i] for i in positions]]["row"]]
 
     def __iter__(self) -> Iterator[Record]:
         for start in range(0, len(self), _ROWS_AT_A_TIME):
@@ -395,7 +398,7 @@ class MappedRows(Sequence[Record]):
 
     def select(self, positions: Iterable[int]) -> MappedRows:
         """The rows at these positions, in this order; the file stays as it is."""
-        return MappedRows(self._table, [self._positions[i] for i in positions])
+        return MappedRows(self._table, [self.positions[i] for i in positions])
 
 
 def write_rows(file: Path, rows: Iterable[Record]) -> None:

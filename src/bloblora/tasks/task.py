@@ -313,16 +313,20 @@ def encode_all(
 def encode_each(
     task: Task, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, progress: bool = False
 ) -> Iterator[Example]:
-    """The same one after the other, none of them kept; errors and warnings come at the end."""
+    """The same one after the other, none of them kept; errors and warnings come at the end.
+
+    In errors records of a selection have the numbers of the file that they are selected from.
+    """
     problems: list[str] = []
+    positions = getattr(records, "positions", range(len(records)))
     truncated = longest = 0
     shown = track(records, "Tokenizing", disable=not progress, console=Console(stderr=True))
-    for number, record in enumerate(shown, start=1):
+    for position, record in zip(positions, shown, strict=True):
         try:
             with TOKENIZING:
                 example = task.encode(record, tokenizer)
         except TaskError as error:
-            problems += [f"record {number}: {problem}" for problem in error.problems]
+            problems += [f"record {position + 1}: {problem}" for problem in error.problems]
             continue
         truncated += example["truncated"] > 0
         longest = max(longest, task.length(example) + example["truncated"])
