@@ -15,7 +15,7 @@ from bloblora import adapter, limits
 from bloblora.adapter import AdapterFileError
 from bloblora.data import DataError, read_records
 from bloblora.files import parse_yaml
-from bloblora.runs import RunError
+from bloblora.runs import RunError, check_writable
 from bloblora.studies import read_study
 from bloblora.tasks import build_task
 from tests.conftest import tiny_llama, with_lora
@@ -76,6 +76,23 @@ def test_pipes_and_devices(call, files, run, tmp_path):
     status, _, err = call("predict", run, "--input", files.texts, "--output", pipe)
     assert (status, "is no regular file; give a file to write" in err) == (2, True)  # it would have been replaced
     assert pipe.is_fifo()
+
+
+def test_standard_output_is_no_file_to_write(call, files, run, monkeypatch, tmp_path):
+    """As root /dev/stdout, a link, would be replaced for all programs, so that no command is run here."""
+    monkeypatch.chdir(tmp_path)
+    before = os.dup(1)
+    with (tmp_path / "out.jsonl").open("w") as handle:
+        os.dup2(handle.fileno(), 1)  # as the shell's > does it
+        try:
+            with pytest.raises(RunError, match="/dev/stdout: is no regular file; give a file to write"):
+                check_writable("/dev/stdout")
+        finally:
+            os.dup2(before, 1)
+            os.close(before)
+    status, _, err = call("predict", run, "--input", files.texts, "--output", "-")
+    assert (status, "--output '-': only an input can be so" in err) == (2, True)
+    assert not (tmp_path / "-").exists()
 
 
 @pytest.mark.parametrize(

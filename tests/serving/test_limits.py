@@ -1,5 +1,6 @@
 """What is refused, with which code, and what the message says."""
 
+import gc
 import json
 import socket
 import time
@@ -149,7 +150,7 @@ def test_a_full_queue(hosted):
         assert client.post("/v1/predict", json=body).status_code == 200
 
 
-def test_clients_that_have_gone_leave_the_queue(hosted, holding):
+def test_clients_that_have_gone_leave_the_queue(hosted, holding, caplog):
     """The model is at work for a first client; three others fill the queue and go before a fifth comes."""
     started, go = holding
     settings = replace(SETTINGS, queue=6, max_inputs=2, batch_size=2)
@@ -170,6 +171,8 @@ def test_clients_that_have_gone_leave_the_queue(hosted, holding):
         assert 'bloblora_requests_total{path="/v1/predict",status="499"} 3.0' in counts
         assert 'bloblora_requests_total{path="/v1/predict",status="200"} 2.0' in counts
         assert 'bloblora_batch_size_sum{model="desk"} 4.0' in counts
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_a_stop_finishes_what_is_held(hosted):

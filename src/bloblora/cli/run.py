@@ -757,6 +757,8 @@ def _check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str |
     """Raise a RunError for a file that can't be written, or is also read, or written for another option."""
     others = {name: file for name, file in inputs.items() if file not in (None, "-")}
     for name, file in outputs.items():
+        if file == "-":  # which as an input is no file of that name either
+            raise RunError(f"--{name} '-': only an input can be so; leave it out, or give a file")
         for other, there in others.items():
             if file is not None and there is not None and _is_same(Path(file), Path(there)):
                 raise RunError(f"--{name} {quoted(file)}: is the same file as --{other} {quoted(there)}; give another")

@@ -254,7 +254,8 @@ def _read_config(file: Path, stored: RunFile) -> tuple[RunConfig, Method]:
 def check_writable(file: str | os.PathLike[str]) -> None:
     """Make a file's folder, and raise a RunError when the file can't be written there: before hours of work."""
     file = Path(file)
-    if file.exists() and not file.is_file():  # a device or a pipe would be replaced by a file
+    device = Path(os.path.abspath(file)).parent == Path("/dev")  # as /dev/stdout, a link that may lead to a file
+    if file.exists() and (device or not file.is_file()):  # a device or a pipe would be replaced by a file
         raise RunError(f"{file}: is {'a folder' if file.is_dir() else 'no regular file'}; give a file to write")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -255,6 +255,7 @@ def _refusal(path: str, status: int, message: str, headers: Mapping[str, str] | 
 async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
     """Wait for a request's answer, which is cancelled with an HTTPException of status 499 when its client goes away."""
     whole, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(request))
+    whole.add_done_callback(lambda done: done.cancelled() or done.exception())  # else the log has each that was left
     try:
         await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not whole.done():
