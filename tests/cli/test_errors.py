@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.conftest import HEAD, LEARNT, SETTINGS
 from tests.tiny_base import write_jsonl, write_signed
 
 NOWHERE = "./no-such-model"  # a model that can't be loaded: whatever is reported before it was found before it
@@ -207,6 +208,28 @@ def test_folders_that_are_no_finished_run(call, lost_base, files, tmp_path):
     stored = json.loads((folder / "run.json").read_text())
     write_signed(folder / "run.json", {name: value for name, value in stored.items() if name != "training"})
     fails(call("info", folder), "its training isn't finished; run the same `bloblora train` again")
+
+
+def test_a_run_whose_base_model_has_moved(call, run, files, tmp_path):
+    """`run.json` can be told where it lies now, and both messages say so."""
+    folder, base = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(run, folder)
+    shutil.copytree(files.base, base)
+    place(folder, tmp_path / "before")
+    train = ("train", "--data", files.texts, "--model", base, "--output", folder, *SETTINGS, *LEARNT, *HEAD)
+    predict = ("predict", folder, "--input", files.texts)
+    gone = f"model '{tmp_path / 'before'}': no such folder; if it has moved, name its place in {folder / 'run.json'}"
+    fails(call(*predict), gone, "as 'model'")
+    fails(call(*train), f"choose another output; or if that has only moved, name its place in {folder / 'run.json'}")
+    place(folder, base)
+    assert [call(*predict)[0], call(*train)[0]] == [0, 0]
+
+
+def place(folder, base):
+    """As a person writes it, who can't make a hash."""
+    stored = json.loads((folder / "run.json").read_text())
+    stored["config"]["model"] = str(base)
+    (folder / "run.json").write_text(json.dumps(stored))
 
 
 def test_a_run_of_another_configuration(call, run, files):

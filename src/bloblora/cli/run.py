@@ -646,6 +646,7 @@ def score(
     def lines(run: runs.Run, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         return run.describe_scores(records, options.samples, options.seed, **settings)
 
+    description.check_base()
     tokenizer, first = models.load_tokenizer(description.config.model, **trusted), 1
 
     def check(records: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from filelock import Timeout
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HTTPError  # the HTTP library's: it differs between versions
 
-from .. import tasks
+from .. import models, tasks
 from ..adapter import BlobConfig, library_versions, posterior_config
 from ..adapter.storage import BLOB_CONFIG, SAVED, content_sha256
 from ..data import Known
@@ -121,6 +121,15 @@ class RunDescription:
     def posterior(self) -> BlobConfig | None:
         """Of what the Gaussian is; None of a method that has none."""
         return posterior_config(self.folder) if (self.folder / BLOB_CONFIG).is_file() else None
+
+    def check_base(self) -> None:
+        """Raise a ModelError where the base model is gone, or isn't the one of the training."""
+        try:
+            models.check_folder(self.config.model)
+        except models.ModelError as error:
+            there = self.folder / RUN_FILE
+            raise models.ModelError(f"{error}; if it has moved, name its place in {there}, as 'model'") from error
+        models.check_fingerprint(self.config.model, self.base)
 
 
 def known_of(task: tasks.Task, columns: Mapping[str, str]) -> Known:
@@ -237,7 +246,11 @@ def read_description(output: Path, config: RunConfig, besides: Collection[str] =
     if found := different(
         _read_config(output / RUN_FILE, stored)[0].given(), config.given(), besides=("output", *besides)
     ):
-        raise RunError(f"{output} holds a run of another configuration ({'; '.join(found)}); choose another output")
+        moved = all(problem.partition(":")[0] in PLACES for problem in found)
+        advice = f"; or if that has only moved, name its place in {output / RUN_FILE}" if moved else ""
+        raise RunError(
+            f"{output} holds a run of another configuration ({'; '.join(found)}); choose another output{advice}"
+        )
     return stored
 
 

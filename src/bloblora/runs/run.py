@@ -300,7 +300,7 @@ def load_run(
         approximation.check(method, task)
     if split := sharded():
         check_sharded(method, approximate)
-    models.check_fingerprint(config.model, description.base)
+    description.check_base()
     base = base_model(config, task, trust_remote_code)
     if dequantized:
         dequantize(base)

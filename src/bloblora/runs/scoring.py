@@ -55,6 +55,7 @@ def score_file(
         write_rows(Path(scratch) / "records.arrow", map(_used, records))
         rows = MappedRows(Path(scratch) / "records.arrow")
         check_generates(description.task, rows)
+        description.check_base()
         tokenizer = models.load_tokenizer(description.config.model, trust_remote_code=trust_remote_code)
         for _ in response_examples(description.task, rows, tokenizer, claims):
             pass
