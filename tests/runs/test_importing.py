@@ -120,6 +120,10 @@ def test_options_of_single_layers_are_taken_over(options, theirs, base, tmp_path
 def test_the_command_says_what_to_type_next(theirs, tmp_path, capsys):
     main(["import", str(theirs[0]), "--output", str(tmp_path / "my run")])
     assert f"next: bloblora evaluate '{tmp_path / 'my run'}' --data FILE" in capsys.readouterr().out
+    main(["info", str(tmp_path / "my run"), "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["training"] == {"imported": str(theirs[0])}
+    assert shown["posterior"]["kl"] > 0  # against the prior of that training
 
 
 def test_what_cannot_be_imported(theirs, base, tmp_path):

@@ -115,7 +115,8 @@ def posterior_summary(run: runs.Run) -> dict[str, float] | None:
     if (posterior := find_posterior(run.model)) is None:
         return None
     summary = posterior.summary()
-    if "kl" not in run.training["final"]:
+    final = run.training.get("final")  # an imported one has none, and was trained against its prior
+    if final is not None and "kl" not in final:
         summary = {name: value for name, value in summary.items() if "kl" not in name and name != "share_at_prior"}
     return summary
 
