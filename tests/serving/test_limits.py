@@ -72,6 +72,21 @@ def test_no_json(client, content, kind, status):
 
 
 @pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"inputs": "\xe9"}'.encode("latin-1"), "'utf-8' codec can't decode byte 0xe9"),
+        (b'{"samples": 1' + b"0" * 5000 + b"}", "5001 digits"),
+        (b"[" * 100_000, "recursion"),
+    ],
+)
+def test_why_a_body_cannot_be_read(client, content, reason):
+    response = client.post("/v1/predict", content=content, headers=JSON)
+    assert response.status_code == 400
+    assert response.json()["message"].startswith("the body isn't JSON that can be read: ")
+    assert reason in response.json()["message"]
+
+
+@pytest.mark.parametrize(
     ("content", "headers", "value", "message"),
     [
         ("{", JSON, "''", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),

@@ -239,7 +239,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         details = {"problems": error.problems, "code": error.code} if isinstance(error, InputsError) else {}
-        return failed(request, error.status_code, str(error.detail), error.headers, **details)
+        message = str(error.detail)
+        if error.status_code == 400 and isinstance(cause := error.__cause__, ValueError | RecursionError):
+            message = f"the body isn't JSON that can be read: {cause}"  # FastAPI leaves out why
+        return failed(request, error.status_code, message, error.headers, **details)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:  # there is no JSON
