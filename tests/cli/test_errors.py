@@ -125,6 +125,15 @@ def test_outputs_that_are_one_file(call, files, tmp_path):
     fails(call("evaluate", NOWHERE, "--data", files.texts, *both), "is the same file as --output")
 
 
+def test_inputs_that_are_one_stream(call, tmp_path):
+    once = "'-': standard input is read once; give a file for one of them"
+    for command in ("evaluate", "calibrate"):
+        fails(call(command, NOWHERE, "--data", "-", "--ood", "-"), f"--data and --ood {once}")
+    fails(
+        call("train", "--data", "-", "--validation", "-", "--output", tmp_path / "run"), f"data and validation {once}"
+    )
+
+
 @pytest.mark.parametrize(
     "arguments", [(), ("--version-number",), ("nope",), ("evaluate",), ("evaluate", "--data", "x"), ("predict", "run")]
 )

@@ -260,8 +260,8 @@ def test_a_number_is_no_index_where_labels_are_numbers(named, tmp_path):
     assert len(error.value.problems) == 1
     _, targets = read_predictions(write_jsonl(file, lines[:3]), task)
     assert targets.tolist() == [0, 2, 1]
-    bare = write_jsonl(file, [{"probabilities": [0.5, 0.5], "target": target} for target in (0, "1")])
-    assert read_predictions(bare)[1].tolist() == [0, 1]
+    bare = write_jsonl(file, [{"probabilities": [0.5, 0.5], "target": target} for target in (0, "1", 1.0)])
+    assert read_predictions(bare)[1].tolist() == [0, 1, 1]
 
 
 def test_a_boolean_target(tmp_path):

@@ -184,8 +184,8 @@ def test_changed_data_of_the_same_name(config, tmp_path, finished):
     write_jsonl(file, [*queries(), {"text": "one more", "label": "refund"}])
     with pytest.raises(runs.RunError, match="training records were others: the data changed since"):
         runs.train(config, progress=False)
-    write_jsonl(file, queries())
-    runs.train(config, progress=False)
+    moved = write_jsonl(tmp_path / "moved.jsonl", queries())
+    runs.train(config.with_options(data=str(moved)), progress=False)
 
 
 def test_seconds_add_up_over_sessions(config):

@@ -399,6 +399,8 @@ def test_other_validation_records_are_another_run(config):
     write_jsonl(Path(c.validation), WRONG)
     with pytest.raises(runs.RunError, match="whose validation records were others"):
         runs.train(c, progress=False)
+    moved = write_jsonl(Path(c.validation).with_name("moved.jsonl"), RIGHT)
+    runs.train(c.with_options(validation=str(moved)), progress=False)
 
 
 class Break(TrainerCallback):

@@ -204,7 +204,7 @@ def calibrate(
     """
     use_device(device)
     runs.check_alone("calibrate")
-    _check_outputs({"output": output}, {"data": data, "predictions": predictions, "ood": ood})
+    _check_files({"output": output}, {"data": data, "predictions": predictions, "ood": ood})
     if output and directory and Path(output).absolute() == (Path(directory) / DECISION_FILE).absolute():
         there = "the rules are saved there anyway, and for other N beside; leave it out"
         raise RunError(f"output {quoted(output)}: {there}")
@@ -386,7 +386,7 @@ def evaluate(
     runs.check_alone("evaluate")
     if distances and ood is None:
         raise RunError("distances tell inputs in scope from others; give some of the others with --ood")
-    _check_outputs({"output": output, "predictions": predictions, "diagram": diagram}, {"data": data, "ood": ood})
+    _check_files({"output": output, "predictions": predictions, "diagram": diagram}, {"data": data, "ood": ood})
     with ExitStack() as stack:
         for file in {file for file in (output, diagram) if file}:  # predictions have their lock where they are written
             stack.enter_context(runs.alone(Path(file)))
@@ -479,7 +479,7 @@ def predict(
     several = runs.processes().num_processes > 1
     if several and (output is None or input == "-"):
         raise RunError("several processes share an input that is a file, and need --output for their answers")
-    _check_outputs({"output": output}, {"input": input})
+    _check_files({"output": output}, {"input": input})
     description = _opened(directory, options)
     decision = open_decision(description, options)
     batches = runs.share_of(read_batches(input, runs.CHUNK, reading, known=description.known, require_labels=False))
@@ -561,7 +561,7 @@ def generate(
     """
     use_device(device)
     runs.check_alone("generate")
-    _check_outputs({"output": output}, {"input": input})
+    _check_files({"output": output}, {"input": input})
     description = _opened(directory)
     correctness = open_correctness(description, "generate", options.how())
     decision = open_text_decision(description, "generate", options.how(), correctness)
@@ -626,7 +626,7 @@ def score(
     """
     use_device(device)
     runs.check_alone("score")
-    _check_outputs({"output": output}, {"input": input})
+    _check_files({"output": output}, {"input": input})
     check_generates((description := _opened(directory)).task)
     correctness = open_correctness(description, "score", options.how())
     trusted: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
@@ -755,8 +755,13 @@ def _validated(validation: dict[str, Any]) -> str:
     return f"validation: {'; '.join(parts)}; {validation['share_of_time']:.0%} of the time"
 
 
-def _check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str | None]) -> None:
-    """Raise a RunError for a file that can't be written, or is also read, or written for another option."""
+def _check_files(outputs: Mapping[str, str | None], inputs: Mapping[str, str | None]) -> None:
+    """Raise a RunError for a file that can't be written, or is also read, or written for another option.
+
+    And for two inputs of one stream.
+    """
+    if len(piped := [f"--{name}" for name, file in inputs.items() if file == "-"]) > 1:
+        raise RunError(f"{' and '.join(piped)} '-': standard input is read once; give a file for one of them")
     others = {name: file for name, file in inputs.items() if file not in (None, "-")}
     for name, file in outputs.items():
         if file == "-":  # which as an input is no file of that name either

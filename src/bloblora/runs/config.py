@@ -418,6 +418,8 @@ class RunConfig:
             yield str(error)
             return
         yield from self._wrong_folds(method)
+        if self.data == self.validation == "-":
+            yield "data and validation '-': standard input is read once; give a file for one of them"
         if self.trunk_cache is not None and (self.top_blocks is None or (method.holdout and not self.validation)):
             yield "trunk_cache needs top_blocks, and a method that trains on all records"
         yield from self._wrong_validation(method)

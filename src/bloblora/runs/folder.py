@@ -239,15 +239,18 @@ def described(config: RunConfig) -> RunFile:
 
 
 def read_description(output: Path, config: RunConfig, besides: Collection[str] = ()) -> RunFile | None:
-    """What the folder says of its run, if any; a RunError where that has another configuration, ``besides`` options."""
+    """What the folder says of its run, if any; a RunError where that has another configuration, ``besides`` options.
+
+    Data may have moved: their records are compared.
+    """
     if not (output / RUN_FILE).is_file():
         return None
     stored = read_run_file(output)
-    if found := different(
-        _read_config(output / RUN_FILE, stored)[0].given(), config.given(), besides=("output", *besides)
-    ):
-        moved = all(problem.partition(":")[0] in PLACES for problem in found)
-        advice = f"; or if that has only moved, name its place in {output / RUN_FILE}" if moved else ""
+    given = _read_config(output / RUN_FILE, stored)[0].given(), config.given()
+    moved = [name for name in ("data", "validation") if all(isinstance(one.get(name), str) for one in given)]
+    if found := different(*given, besides=("output", *moved, *besides)):
+        only_model = all(problem.startswith("model: ") for problem in found)
+        advice = f"; or if that has only moved, name its place in {output / RUN_FILE}" if only_model else ""
         raise RunError(
             f"{output} holds a run of another configuration ({'; '.join(found)}); choose another output{advice}"
         )

@@ -439,10 +439,14 @@ def _right_column(row: Mapping[str, Any], labels: Sequence[str] | None) -> int:
     if len(same) == 1 and not index:
         return same[0]
     numbers = [] if index else [name for name in known if _is_number(name)]
+    if isinstance(target, float) and target.is_integer():  # as pandas writes indices
+        target = int(target)
     if str(target).isdecimal() and int(target) < len(given) and not numbers:
         return int(target)
     why = f"; it is no index, because label {quoted(numbers[0])} is a number" if numbers else ""
-    raise ValueError(f"field 'target': {quoted(target)} is none of the {len(given)} labels {', '.join(known)}{why}")
+    raise ValueError(
+        f"field 'target': {quoted(target)} is none of the {len(given)} labels{' ' * bool(known)}{', '.join(known)}{why}"
+    )
 
 
 def _is_number(name: str) -> bool:

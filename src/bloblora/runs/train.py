@@ -505,6 +505,6 @@ class _Clock(TrainerCallback):
 def _check_same_records(output: Path, stored: RunFile | None, which: str, digest: str | None) -> None:
     if stored and {"training": stored.records_sha256, "validation": stored.validation_sha256}[which] != digest:
         raise RunError(
-            f"{output} holds a run whose {which} records were others: the data changed since; choose another output, "
-            "or restore the data"
+            f"{output} holds a run whose {which} records were others: the data changed since, or others are given; "
+            "choose another output, or restore the data"
         )
