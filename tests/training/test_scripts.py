@@ -7,7 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from bloblora import BlobConfig, BlobTrainer, BlobTrainingArguments, bayesianize, find_posterior, predict
 from tests.conftest import tiny_llama, with_lora
@@ -130,6 +136,34 @@ def test_hyperparameter_search(make, dataset, tokenizer, tmp_path):
     best = trainer.hyperparameter_search(space, n_trials=2, direction="minimize", backend="optuna", sampler=sampler)
     assert sorted(scales) == [(1e-5, 0.01), (5e-2, 0.01)]
     assert best.hyperparameters == {"learning_rate": 5e-2, "kl_scale": 0.01}
+
+
+@pytest.mark.filterwarnings("ignore:the posterior")
+def test_a_search_replaces_auto_and_whole_numbers_from_its_first_trial(make, dataset, tokenizer, tmp_path):
+    """The Trainer makes each value the type of the one before: a text of 0.5, and a whole number of 0.3."""
+    trainer = BlobTrainer(
+        args=BlobTrainingArguments(str(tmp_path), max_steps=1, kl_learning_rate=1, eval_strategy="epoch", **QUIET),
+        model_init=lambda: make(),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    found = []
+
+    class Found(TrainerCallback):
+        def on_train_begin(self, args, *_, **__):
+            rate = trainer.optimizer.param_groups[-1]["initial_lr"]
+            found.append((trainer.current_kl_weight() * len(dataset), rate, args.kl_learning_rate))
+
+    trainer.add_callback(Found())
+    values = {"kl_scale": 0.5, "std_learning_rate": 0.04, "kl_learning_rate": 0.3}
+    trainer.hyperparameter_search(
+        lambda trial: {name: trial.suggest_float(name, value, value) for name, value in values.items()},
+        n_trials=2,
+        direction="minimize",
+        backend="optuna",
+    )
+    assert found == [pytest.approx(tuple(values.values()))] * 2
 
 
 @pytest.mark.parametrize("bayesian", [False, None])

@@ -87,8 +87,8 @@ class Objective:
         """Raise a ValueError where a field is out of its range; a number that is a text becomes a number."""
         check_choice("kl_weighting", self.kl_weighting, KlWeighting)
         check_choice("optimizer_style", self.optimizer_style, OptimizerStyle)
-        for name in ("kl_scale", "head_kl_scale", "std_learning_rate"):
-            with suppress(TypeError, ValueError):  # a search of the Trainer's makes numbers the type of the word before
+        for name in ("kl_scale", "head_kl_scale", "std_learning_rate", "kl_learning_rate", "gamma"):
+            with suppress(TypeError, ValueError):  # a search of the Trainer's makes numbers the type of what was before
                 setattr(self, name, float(getattr(self, name)))
         check_positive(self, "kl_learning_rate", or_zero=True)
         check_positive(self, "kl_scale", or_zero=True, or_word="auto")

@@ -159,13 +159,16 @@ class BlobTrainerMixin(_Host):
         self._take(model)
         return model
 
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        Objective.check(self.args)  # the Trainer makes a value the type of the one before: a text, where that is `auto`
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in the Trainer; ``resume_from_checkpoint=True`` takes the newest *complete* checkpoint."""
         if resume_from_checkpoint is True:
             if (found := last_checkpoint(self.args.output_dir)) is None:
                 raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(found)
-        Objective.check(self.args)  # a search has set other values since
         if self.posterior is not None:
             self._dataset_size()
         if self.task is None and (problem := self._problem()):
