@@ -131,6 +131,26 @@ def test_patience_ends_the_training(tmp_path, with_task):
     assert trainer.state.global_step == trainer.state.best_global_step + 2 < 8
 
 
+def test_another_training_has_patience_again(tmp_path):
+    """Such as the next trial of a search, or one from an earlier checkpoint."""
+    trainer = trainer_of(tmp_path, True, [EarlyStoppingCallback(2)])
+    for checkpoint in (None, None, str(tmp_path / "checkpoint-1")):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.state.global_step > 1
+
+
+@pytest.mark.parametrize("restore", [True, False])
+def test_a_training_that_was_stopped_early_is_not_resumed_where_patience_is_restored(tmp_path, restore):
+    first = trainer_of(tmp_path, True, [EarlyStoppingCallback(2)])
+    first.train()
+    end = first.state.global_step
+    again = trainer_of(
+        tmp_path, True, [EarlyStoppingCallback(2)], restore_callback_states_from_checkpoint=restore, report_to=[]
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{end}"))
+    assert (again.state.global_step == end) == restore
+
+
 @pytest.mark.parametrize("num_samples", [0, 3])
 @pytest.mark.parametrize("with_task", [True, False])
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])

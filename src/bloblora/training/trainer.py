@@ -747,6 +747,8 @@ class BlobTrainerMixin(_Host):
 
     def _out_of_patience(self) -> bool:
         """Whether the checkpoint that a training goes on from is the one at which it was stopped early."""
+        if not (self.state.global_step and self.args.restore_callback_states_from_checkpoint):
+            return False  # a counter is then of another training of this trainer
         stoppers = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
         return any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in stoppers)
 
