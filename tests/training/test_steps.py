@@ -114,6 +114,21 @@ def test_the_kl_step_moves_the_mean_and_the_std_alone(tmp_path):
     assert len(moved) == 8
 
 
+@pytest.mark.parametrize("prior", ["normal", "student_t"])
+@pytest.mark.parametrize("style", ["joint", "paper", "paper_flow"])
+def test_what_is_frozen_stays(tmp_path, style, prior):
+    """Not by the KL either: M of the first layer, and Ω of the second."""
+    model = classifier(prior=prior)
+    posterior = find_posterior(model)
+    for named, layer in ((posterior.named_means(), "layers.0"), (posterior.named_std_parameters(), "layers.1")):
+        for name, parameter in named.items():
+            parameter.requires_grad_(layer not in name)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    make_trainer(tmp_path, model, optimizer_style=style, std_learning_rate="auto").train()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == trainable(model).keys()
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

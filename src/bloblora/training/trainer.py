@@ -360,8 +360,12 @@ class BlobTrainerMixin(_Host):
         rate = self.args.kl_learning_rate
         rate *= self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 1.0
         if self.args.optimizer_style == "paper_flow":
+            frozen = [p for of in posterior.parameters() for p in of if not p.requires_grad]
+            kept = [p.detach().clone() for p in frozen]
             with self._common_noise():
                 posterior.flow_(rate * self.current_kl_weight(), rate * self.current_kl_weight(head=True))
+            for parameter, before in zip(frozen, kept, strict=True):
+                parameter.copy_(before)
             return
         gradients = self._kl_gradients(posterior)
         with torch.no_grad():
@@ -431,8 +435,8 @@ class BlobTrainerMixin(_Host):
         return self.accelerator.clip_grad_norm_(others, self.args.max_grad_norm)
 
     def std_parameters(self) -> list[Tensor]:
-        """The parameters whose learning rate is ``std_learning_rate``: those of Ω."""
-        return [] if self.posterior is None else self.posterior.parameters()[1]
+        """The parameters whose learning rate is ``std_learning_rate``: those of Ω that are trained."""
+        return [] if self.posterior is None else [p for p in self.posterior.parameters()[1] if p.requires_grad]
 
     @torch.no_grad()
     def drift(self) -> dict[str, float]:
@@ -649,7 +653,7 @@ class BlobTrainerMixin(_Host):
         return self.posterior if scales != (0, 0) else None
 
     def _kl_gradients(self, posterior: Posterior) -> list[tuple[Tensor, Tensor, float]]:
-        """The means and Ω parameters, each with the KL's gradient with respect to it and the KL's weight."""
+        """The trained means and Ω parameters, each with the KL's gradient with respect to it and the KL's weight."""
         means, std_parameters = posterior.parameters()
         scales = [self.current_kl_weight(), self.current_kl_weight(head=True)]
         weights = [scales[is_head(key)] for key in posterior.named_means()]
@@ -658,7 +662,8 @@ class BlobTrainerMixin(_Host):
         if not all_finite(gradients):
             where = f"in the KL of {first_bad_kl(posterior, gradients)}: an entry of Ω is 0, or one of M or Ω is huge"
             raise self._diverged("the loss", where)
-        return [*zip([*means, *std_parameters], gradients, weights * 2, strict=True)]
+        named = zip([*means, *std_parameters], gradients, weights * 2, strict=True)
+        return [one for one in named if one[0].requires_grad]
 
     def _common_noise(self) -> AbstractContextManager[None]:
         """One noise for all processes, for a KL that is estimated: their posteriors must stay equal."""
