@@ -4,12 +4,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from bloblora import BlobTrainer, bayesianize, find_posterior
+from bloblora import BlobConfig, BlobTrainer, bayesianize, find_posterior
 from tests.conftest import tiny_llama
 
-from .conftest import TASK, arguments, assert_close, assert_equal, classifier, examples, logs, trainable
+from .conftest import (
+    PAPERS,
+    TASK,
+    arguments,
+    assert_close,
+    assert_equal,
+    classifier,
+    examples,
+    logs,
+    make_trainer,
+    trainable,
+)
 from .test_plain import language_model
 
 WEIGHTS = torch.tensor([3.0, 1.0, 0.2])
@@ -133,3 +144,88 @@ def test_optimizers_that_have_another_epsilon_or_none(optim, tmp_path):
         model, arguments(tmp_path, optim=optim), task=TASK, train_dataset=examples(8), data_collator=TASK.collate
     ).train()
     assert all((after != before[name]).any() for name, after in trainable(model).items())
+
+
+class Rates(TrainerCallback):
+    """The learning rates with which a training starts."""
+
+    def on_train_begin(self, args, state, control, optimizer, **_):
+        self.seen = [group["initial_lr"] for group in optimizer.param_groups]
+
+
+def test_an_optimizer_that_is_given_keeps_its_rates(tmp_path):
+    model, rates = classifier(), Rates()
+    stds = find_posterior(model).parameters()[1]
+    others = [p for p in model.parameters() if p.requires_grad and all(p is not std for std in stds)]
+    optimizer = torch.optim.AdamW([{"params": others, "lr": 1e-3}, {"params": stds, "lr": 0.07}], weight_decay=0)
+    options = arguments(tmp_path, std_learning_rate="auto", max_steps=1)
+    data = {"train_dataset": examples(4), "data_collator": TASK.collate, "callbacks": [rates]}
+    BlobTrainer(model, options, task=TASK, optimizers=(optimizer, None), **data).train()
+    assert rates.seen == [1e-3, 0.07]
+
+
+def test_the_automatic_rate_is_that_of_each_training(tmp_path):
+    rates = Rates()
+    trainer = make_trainer(tmp_path, std_learning_rate="auto", max_steps=1, callbacks=[rates])
+    for steps in (1, 100):
+        trainer.args.max_steps = steps
+        trainer.train()
+        assert rates.seen[-1] == trainer.automatic()["std_learning_rate"] == min(0.3, 16 / steps)
+
+
+def test_an_optimizer_that_counts_its_steps_elsewhere_has_no_drift(tmp_path):
+    class Signs(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["step"] = group.get("step", 0) + 1
+                for parameter in group["params"]:
+                    self.state[parameter] = {"exp_avg_sq": parameter.grad.square()}
+                    parameter -= group["lr"] * parameter.grad.sign()
+
+    data = {"train_dataset": examples(8), "data_collator": TASK.collate}
+    given = (Signs, {"defaults": {"lr": 0.01}})
+    trainer = BlobTrainer(classifier(), arguments(tmp_path), task=TASK, optimizer_cls_and_kwargs=given, **data)
+    trainer.train()
+    assert len(logs(trainer, "loss")) == 3
+    assert logs(trainer, "drift_mean") == []
+
+
+@pytest.mark.parametrize("trained_before", [True, False])
+def test_the_posterior_is_that_of_the_adapter_which_is_active_when_training_starts(tmp_path, trained_before):
+    model = classifier()
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["score"]))
+    trainer = make_trainer(tmp_path, model)
+    if trained_before:
+        trainer.train()
+    model.set_adapter("second")
+    bayesianize(model, BlobConfig(**PAPERS))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.train()
+    assert trainer.posterior.adapter_name == "second"
+    assert {name for name, p in model.named_parameters() if (p != before[name]).any()} == trainable(model).keys()
+    assert logs(trainer, "kl")[-1] == pytest.approx(find_posterior(model, "second").kl().item(), rel=1e-5)
+
+
+def test_a_model_that_becomes_bayesian_after_its_trainer_was_made(tmp_path):
+    model = classifier(bayesian=False)
+    trainer = make_trainer(tmp_path, model)
+    bayesianize(model, BlobConfig(**PAPERS))
+    trainer.train()
+    assert len(logs(trainer, "kl")) == 3
+
+
+def test_a_log_leaves_out_the_attempts_with_too_large_a_batch(tmp_path):
+    class Small(BlobTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            if len(inputs["labels"]) > 2 and self.state.global_step:
+                raise RuntimeError("CUDA out of memory.")
+            losses.append(super().training_step(model, inputs, *args, **kwargs).item())
+            return torch.tensor(losses[-1])
+
+    losses: list[float] = []
+    options = arguments(tmp_path, auto_find_batch_size=True, logging_steps=2, max_steps=2)
+    trainer = Small(classifier(), options, task=TASK, train_dataset=examples(12), data_collator=TASK.collate)
+    trainer.train()
+    assert len(losses) > 2
+    assert logs(trainer, "nll") == pytest.approx([sum(losses[-2:]) / 2])

@@ -132,6 +132,7 @@ class BlobTrainerMixin(_Host):
             args.remove_unused_columns = False  # a task's columns are no arguments of the model
         # Otherwise the data's order hangs on whichever seed torch was given last, and that differs between processes.
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
+        self._grouped_stds = False  # an optimizer that is given has rates of its own
         super().__init__(model=model, args=args, **kwargs)
         assert isinstance(self.model, nn.Module)
         self._take(self.model)
@@ -148,7 +149,7 @@ class BlobTrainerMixin(_Host):
         if task is not None or self.is_deepspeed_enabled or sequences:
             # The loss is a mean over the batch; models that classify sequences take a number of items and ignore it.
             self.model_accepts_loss_kwargs = False
-        self._reset_logs()
+        self.reset_logs()
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError("fsdp_version is 1, which hides the parameters in flat ones; it must be 2")
         self.add_callback(ElboCallback(self))
@@ -169,13 +170,16 @@ class BlobTrainerMixin(_Host):
             if (found := last_checkpoint(self.args.output_dir)) is None:
                 raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(found)
+        if self.model_init is None:
+            self._take(self._module)  # since then another adapter may be active, or this one Bayesian
+            if self.optimizer is not None and not any(p.requires_grad for p in _weights_of(self.optimizer)):
+                self.optimizer = None  # it was made for an adapter that isn't active any more
         if self.posterior is not None:
             self._dataset_size()
         if self.task is None and (problem := self._problem()):
             warnings.warn(problem, stacklevel=2)
         if resume_from_checkpoint and self.args.save_total_limit is not None and self.args.should_save:
             remove_torn(self.args.output_dir, resume_from_checkpoint)
-        self._reset_logs()
         if self.posterior is not None:
             self.posterior.temperatures = None
         output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -388,7 +392,7 @@ class BlobTrainerMixin(_Host):
                 logs["elbo"] = -(logs["nll"] + cost)
                 logs |= {name: summary[name] for name in ("median_std", "share_at_prior")}
                 logs |= {f"drift_{name}": value for name, value in self.drift().items()}
-            self._reset_logs()
+            self.reset_logs()
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -413,16 +417,17 @@ class BlobTrainerMixin(_Host):
             # Adam's own would hide a KL that weighs 1e-8 a weight, as with 10⁷ of them.
             small = {"eps": _EPSILON} if isinstance(optimizer.defaults.get("eps"), float) else {}
             optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0, **small})
+            self._grouped_stds = True
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """As in the Trainer; with ``auto`` the number of steps says what ``std_learning_rate`` is."""
         automatic = self.args.optimizer_style == "joint" and self.args.std_learning_rate == "auto"
-        if automatic and self.lr_scheduler is None:
+        if automatic and self.lr_scheduler is None and self._grouped_stds:
             own = set(self.std_parameters())
             for group in (optimizer or self.optimizer).param_groups:  # type: ignore[union-attr]
                 if group["params"] and own.issuperset(group["params"]):
-                    group["lr"] = automatic_std_learning_rate(num_training_steps)
+                    group["lr"] = group["initial_lr"] = automatic_std_learning_rate(num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -431,7 +436,7 @@ class BlobTrainerMixin(_Host):
             return super()._clip_grad_norm(model)
         own = {*self.std_parameters()}
         assert self.optimizer is not None
-        others = [p for group in self.optimizer.param_groups for p in group["params"] if p not in own]
+        others = [p for p in _weights_of(self.optimizer) if p not in own]
         return self.accelerator.clip_grad_norm_(others, self.args.max_grad_norm)
 
     def std_parameters(self) -> list[Tensor]:
@@ -456,7 +461,7 @@ class BlobTrainerMixin(_Host):
         found = {}
         for name, tensors in zip(("mean", "std"), self.posterior.parameters(), strict=True):
             states = [self.optimizer.state.get(tensor, {}) for tensor in tensors]
-            if not all("exp_avg_sq" in state for state in states):
+            if not all({"exp_avg", "exp_avg_sq", "step"} <= state.keys() for state in states):
                 return {}
             ratios = [s["exp_avg"].square() / s["exp_avg_sq"].clamp_min(1e-30) for s in states]
             steps = float(states[0]["step"])
@@ -625,7 +630,8 @@ class BlobTrainerMixin(_Host):
                 "examples: set dataset_size of the arguments"
             ) from error
 
-    def _reset_logs(self) -> None:
+    def reset_logs(self) -> None:
+        """Begin the next log with the next step."""
         self._nll_sum, self._loss_sum = torch.zeros(2, device=self.args.device)
         self._nll_count = 0
         self._kl_weights: list[float] = []
@@ -771,6 +777,10 @@ class BlobTrainer(BlobTrainerMixin, Trainer):
     """
 
     args: BlobTrainingArguments
+
+
+def _weights_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 @contextmanager
