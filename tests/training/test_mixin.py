@@ -14,7 +14,7 @@ from tests.docs.blocks import blocks_of
 
 from .conftest import TASK, _base, _base_state, arguments, assert_close, assert_equal, classifier, examples, trainable
 from .test_plain import language_model, texts
-from .test_steps import batches, closed_form_kl
+from .test_steps import Gradients, batches, closed_form_kl
 
 OPTIONS = dict(learning_rate=0.01, max_steps=3, per_device_train_batch_size=4, report_to=[], disable_tqdm=True)
 OPTIONS |= dict(use_cpu=True, kl_scale=1.0, max_grad_norm=0.0, logging_steps=1, train_sampling_strategy="sequential")
@@ -66,6 +66,40 @@ def test_a_trainer_with_a_loss_of_its_own_keeps_it(tmp_path, draws):
         (nll / draws + closed_form_kl(find_posterior(expected)) / 12).backward()
         optimizer.step()
     assert_close(trainable(model), trainable(expected), rtol=1e-4, atol=1e-6)
+
+
+class WeightedBlob(BlobTrainer):
+    """The same, as a subclass of `BlobTrainer`."""
+
+    weights, compute_loss = Weighted.weights, Weighted.compute_loss
+
+
+def test_a_subclass_with_a_loss_of_its_own_is_as_the_mixin(tmp_path):
+    """Under a Gaussian head, of which it has draws: its NLL isn't the bounded one of classes."""
+    found = []
+    for cls in (BayesianWeighted, WeightedBlob):
+        model = classifier(factors="auto", head_prior_std="auto", std_parameterization="log", init_std=None)
+        data = {"train_dataset": examples(12), "eval_dataset": examples(12), "data_collator": TASK.collate}
+        trainer = cls(model, arguments(tmp_path), **data)
+        trainer.train()
+        found.append((trainable(model), trainer.posterior.temperatures, trainer.evaluate()["eval_loss"]))
+    assert_equal(found[1][0], found[0][0])
+    assert found[1][1:] == found[0][1:]
+
+
+def test_squares_of_a_divided_loss_of_a_subclass_are_those_of_the_loss(tmp_path):
+    norms = []
+    for accumulation in (1, 4):
+        model = classifier(
+            factors="auto", head_prior_std="auto", std_parameterization="log", init_std=None, std_gradient="fisher"
+        )
+        options = dict(gradient_accumulation_steps=accumulation, per_device_train_batch_size=32 // accumulation)
+        options |= dict(max_steps=1, kl_scale=0.0, head_kl_scale=0.0, train_sampling_strategy="sequential")
+        gradients = Gradients(find_posterior(model))
+        data = {"train_dataset": examples(32), "data_collator": TASK.collate, "callbacks": [gradients]}
+        WeightedBlob(model, arguments(tmp_path, **options), **data).train()
+        norms.append(gradients.seen[0][1].norm().item())
+    assert norms[1] == pytest.approx(norms[0], rel=0.2)
 
 
 def test_a_plain_lora_trains_as_without_the_mixin(tmp_path):
@@ -139,6 +173,22 @@ def test_the_mixin_stands_first():
 
         class Wrong(Weighted, BlobTrainerMixin):
             pass
+
+
+def test_the_trainer_of_the_docs_counts_the_nll_once_with_accumulation(tmp_path):
+    code = next(block.code for block in blocks_of("docs/training_loop.md") if "class SmoothedTrainer" in block.code)
+    ends = []
+    for accumulation in (1, 2):
+        model, names = classifier(init_std=0.25), {"torch": torch, "__name__": __name__}
+        exec(code.split("arguments =")[0], names)
+        options = OPTIONS | dict(max_steps=1, gradient_accumulation_steps=accumulation, optim="sgd")
+        options |= dict(per_device_train_batch_size=8 // accumulation, save_strategy="no")
+        data = {"train_dataset": examples(8), "data_collator": TASK.collate}
+        trainer = names["BayesianTrainer"](model, names["BayesianArguments"](str(tmp_path), **options), **data)
+        with trainer.posterior.mean():
+            trainer.train()
+        ends.append(trainable(model))
+    assert_close(*ends)
 
 
 def test_the_loop_of_the_docs_is_what_the_trainer_does(tmp_path, monkeypatch):

@@ -73,8 +73,6 @@ class ElboCallback(TrainerCallback):
         self.trainer.reset_logs()  # also of an attempt with too large a batch
         if isinstance(state.stateful_callbacks, dict) and (kept := state.stateful_callbacks.get(KEPT)):
             self.trainer.restore_logs(kept)
-        if (posterior := self.trainer.posterior) is not None:
-            posterior.batch.expects_labels = self.trainer.expects_labels()
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Tell the sampler the epoch; the Trainer's own attempt misses it where it skips batches in many processes."""

@@ -132,6 +132,7 @@ class BlobTrainerMixin(_Host):
             args.remove_unused_columns = False  # a task's columns are no arguments of the model
         # Otherwise the data's order hangs on whichever seed torch was given last, and that differs between processes.
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
+        self._bypassed = False
         self._grouped_stds = False  # an optimizer that is given has rates of its own
         super().__init__(model=model, args=args, **kwargs)
         assert isinstance(self.model, nn.Module)
@@ -183,7 +184,8 @@ class BlobTrainerMixin(_Host):
         if self.posterior is not None:
             self.posterior.temperatures = None
         output = super().train(resume_from_checkpoint, *args, **kwargs)
-        if self.posterior is not None and getattr(self.args, "temperature_scaling", False) and self._knows_likelihood:
+        fits = getattr(self.args, "temperature_scaling", False) and self._knows_likelihood and not self._bypassed
+        if self.posterior is not None and fits:
             self._set_temperature(self.posterior)
         return output
 
@@ -248,6 +250,9 @@ class BlobTrainerMixin(_Host):
 
         if not model.training:
             return loss(return_outputs)
+        self._bypassed = False
+        if self.is_in_train and self.posterior is not None:
+            self.posterior.batch.expects_labels = self.expects_labels()
         nll, *outputs = loss(True) if return_outputs else (loss(),)
         if (draws := self.args.num_weight_draws) > 1:
             nll = sum((loss() for _ in range(draws - 1)), nll) / draws
@@ -303,6 +308,9 @@ class BlobTrainerMixin(_Host):
         DistributedDataParallel, which takes no gradient for a weight that the forward didn't use. It is the same on
         all processes.
         """
+        self._bypassed = True  # until `compute_loss` runs: a subclass may have one that doesn't call it
+        if self.posterior is not None:
+            self.posterior.batch.expects_labels = False
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._nll_sum += loss  # its share of the step's
         self._loss_sum += loss
@@ -328,8 +336,8 @@ class BlobTrainerMixin(_Host):
         factor = self.current_gradient_accumulation_steps * self.args.num_weight_draws / loss_scale
         if factor != 1 and self.posterior is not None and self.posterior.uses_squares:
             # A head whose NLL is bounded has no draws, and so no squares.
-            named = self.posterior.named_std_parameters().items()
-            of_squares = [parameter for key, parameter in named if not (self._bounds and is_head(key))]
+            named, bounded = self.posterior.named_std_parameters().items(), self._bounds and not self._bypassed
+            of_squares = [parameter for key, parameter in named if not (bounded and is_head(key))]
             if of_squares and self.is_deepspeed_enabled:  # which keeps the gradients to itself
                 raise ValueError("std_gradient must not be 'fisher' where DeepSpeed scales or divides the loss")
             for parameter in of_squares:
