@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from bloblora import BlobTrainer, find_posterior
 from bloblora.training import DivergedError, last_checkpoint
 
-from .conftest import arguments, classifier, make_trainer
+from .conftest import TASK, arguments, classifier, examples, make_trainer
 from .test_plain import language_model, texts
 
 LAYER = "base_model.model.model.layers.1.self_attn.q_proj"
@@ -191,3 +191,14 @@ def test_a_posterior_as_wide_as_the_prior_has_learned_if_its_mean_has(tmp_path):
     assert summary["kl"] == pytest.approx(means.square().sum().item() / (2 * 0.2**2), rel=1e-3)
     assert summary["kl"] > 1
     assert about_posterior(caught) == []
+
+
+@pytest.mark.parametrize("task", [None, TASK], ids=["model's loss", "task"])
+def test_under_a_gaussian_head_it_is_named_as_well(tmp_path, task):
+    """Whose bound takes a gradient, also when the forward runs again to look for where."""
+    model = classifier(factors="auto", head_prior_std="auto", std_parameterization="log", init_std=None)
+    broken = next(name for name, _ in model.named_parameters() if "layers.1.mlp" in name)
+    model.get_parameter(broken).data.fill_(torch.inf)
+    data = {"train_dataset": examples(4), "data_collator": TASK.collate}
+    with pytest.raises(DivergedError, match=f"first in the output of .*{broken.split('.')[-2]}"):
+        BlobTrainer(model, arguments(tmp_path), task=task, **data).train()

@@ -257,7 +257,13 @@ class BlobTrainerMixin(_Host):
         if (draws := self.args.num_weight_draws) > 1:
             nll = sum((loss() for _ in range(draws - 1)), nll) / draws
         if not self._finite(nll):
-            raise self._diverged_nll(lambda: loss(module=self._module))
+            bounded = self.posterior is not None and self.posterior.head is not None and self._bounds
+
+            def again() -> None:
+                with torch.set_grad_enabled(bounded):  # the variance of the head's outputs takes a gradient
+                    loss(module=self._module)
+
+            raise self._diverged_nll(again)
         if self.is_deepspeed_enabled and (posterior := self._with_kl("joint")):  # which adds no gradients later
             adapter, head = posterior.kls()
             nll = self.with_penalty(nll, self.current_kl_weight() * adapter + self.current_kl_weight(head=True) * head)
