@@ -202,3 +202,11 @@ def test_under_a_gaussian_head_it_is_named_as_well(tmp_path, task):
     data = {"train_dataset": examples(4), "data_collator": TASK.collate}
     with pytest.raises(DivergedError, match=f"first in the output of .*{broken.split('.')[-2]}"):
         BlobTrainer(model, arguments(tmp_path), task=task, **data).train()
+
+
+def test_a_batch_without_a_label_is_no_learning_rate(tmp_path):
+    data = [{**row, "label": -100} for row in examples(4)]
+    trainer = BlobTrainer(classifier(), arguments(tmp_path), train_dataset=data, data_collator=TASK.collate)
+    message = diverge(trainer, 1)
+    assert "all labels of a batch are -100" in message
+    assert "learning_rate" not in message

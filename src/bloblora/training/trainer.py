@@ -257,6 +257,11 @@ class BlobTrainerMixin(_Host):
         if (draws := self.args.num_weight_draws) > 1:
             nll = sum((loss() for _ in range(draws - 1)), nll) / draws
         if not self._finite(nll):
+            if isinstance(labels := inputs.get("labels"), Tensor) and (labels == _IGNORED).all():
+                raise DivergedError(
+                    f"the loss is not finite at step {self.state.global_step + 1}, for all labels of a batch are "
+                    f"{_IGNORED}, which says nothing to learn: leave such examples out, or give larger batches"
+                )
             bounded = self.posterior is not None and self.posterior.head is not None and self._bounds
 
             def again() -> None:
