@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 from common import keep, parser_of
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bloblora import find_posterior, models, runs
 from bloblora.data import read_records
-from bloblora.evaluation import example_scores, markdown_table, paired_bootstrap
+from bloblora.evaluation import example_scores, markdown_table, ood_metrics, paired_bootstrap
 from bloblora.prediction import fit_temperature
 from bloblora.studies.job import machine
 
@@ -124,7 +123,7 @@ def averaged(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def entropy(log_p: Tensor) -> Tensor:
     """Of log-probabilities (…, C), (…)."""
-    return -(log_p.exp() * log_p).sum(-1)
+    return torch.special.entr(log_p.exp()).sum(-1)
 
 
 def scored(parts: Mapping[str, Texts], logits: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -133,20 +132,20 @@ def scored(parts: Mapping[str, Texts], logits: Callable[[Tensor], Tensor]) -> di
     temperature = fit_temperature([log_p[0][None]], [parts["validation"].labels])
     chosen, tested, outside = ((rows / temperature).log_softmax(-1) for rows in log_p)
     labels = parts["test"].labels
-
-    def auroc(inside: Tensor, outside: Tensor) -> float:
-        return float(roc_auc_score([0] * len(inside) + [1] * len(outside), torch.cat([inside, outside])))
-
+    scores = (
+        {"entropy": entropy(rows), "mi": mi} for rows, mi in zip((tested, outside), disagreement[1:], strict=True)
+    )
+    told = ood_metrics(*scores)
     found = {
         "accuracy": (tested.argmax(-1) == labels).double().mean().item(),
         "nll, T = 1": cross_entropy(log_p[1], labels).item(),
         "temperature": temperature,
         "nll": cross_entropy(tested, labels).item(),
         "validation nll": cross_entropy(chosen, parts["validation"].labels).item(),
-        "AUROC of the entropy": auroc(entropy(tested), entropy(outside)),
+        "AUROC of the entropy": told["auroc_entropy"],
     }
     if (disagreement[1] > 1e-6).any():
-        found["AUROC of the mutual information"] = auroc(disagreement[1], disagreement[2])
+        found["AUROC of the mutual information"] = told["auroc_mi"]
     return found | {"scores": example_scores(tested.double(), labels)}
 
 
