@@ -102,8 +102,11 @@ def test_its_kl_is_that_of_torch_with_a_prior_of_its_own():
     torch.testing.assert_close(posterior.named_kls()[SCORE], expected[1])
     means, parameters = posterior.parameters()
     right = torch.autograd.grad(posterior.kl(), [*means, *parameters])
-    for found, gradient in zip(posterior.kl_gradients(), right, strict=True):
-        torch.testing.assert_close(found, gradient)
+    names, tensors, found = zip(*posterior.kl_gradients(), strict=True)
+    assert [*map(id, tensors)] == [*map(id, means), *map(id, parameters)]
+    assert [*names] == [*posterior.named_means()] * 2
+    for one, gradient in zip(found, right, strict=True):
+        torch.testing.assert_close(one, gradient)
     assert posterior.summary()["head_kl"] == pytest.approx(expected[1].item())
 
 

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from bloblora import predict, runs
+from bloblora import find_posterior, predict, runs
 from bloblora.adapter import save
 from bloblora.adapter.sharding import whole
 from bloblora.cli import main
@@ -36,14 +36,24 @@ TRAININGS = [
     ("paper", "normal"),
     ("paper_flow", "learned_normal"),
     ("paper_flow", "student_t"),
+    ("joint", "normal", 0.2, "frozen"),
+    ("paper_flow", "normal", 0.2, "frozen"),
 ]
 SAVED = "saved"
 
 
-def quiet(folder, style, prior, prior_std=0.2, *, batch):
-    """Without noise, plain SGD: the weights after two passes over 24 examples, the logs, and what draws predict."""
+def quiet(folder, style, prior, prior_std=0.2, frozen=None, *, batch):
+    """Without noise, plain SGD: the weights after two passes over 24 examples, the logs, and what draws predict.
+
+    ``frozen`` are M of the first layer and Ω of the second.
+    """
     prior_mean = "zero" if prior_std == 0.2 else "start"
     model = classifier(init_std=0.25, prior=prior, prior_std=prior_std, prior_mean=prior_mean)
+    posterior = find_posterior(model)
+    still = [t for n, t in posterior.named_means().items() if "layers.0" in n]
+    still += [t for n, t in posterior.named_std_parameters().items() if "layers.1" in n]
+    for tensor in still if frozen else ():
+        tensor.requires_grad_(False)
     trainer = make_trainer(
         folder, model, 24, per_device_train_batch_size=batch, max_steps=6, optim="sgd", learning_rate=0.05,
         optimizer_style=style, std_learning_rate=0.02,
@@ -53,6 +63,7 @@ def quiet(folder, style, prior, prior_std=0.2, *, batch):
     trainer.save_model(str(folder / SAVED))
     return {
         "weights": all_of(trainable(model)),
+        "frozen": [whole(p.detach()) for side in trainer.posterior.parameters() for p in side if not p.requires_grad],
         "logs": {key: logs(trainer, key) for key in LOGGED},
         "log_probs": {n: predict(model, examples(8), n, 3, task=TASK, sampler=WeightDraws(trainer.posterior)).log_probs
                       for n in (0, 5)},
@@ -124,7 +135,7 @@ def predict_of(folder: Path):
 
 
 def everything(folder: Path):
-    results = {which: quiet(folder / "-".join(which), *which, batch=4) for which in TRAININGS}
+    results = {which: quiet(folder / "-".join(map(str, which)), *which, batch=4) for which in TRAININGS}
     found = noisy(folder / "noisy", "paper_flow", "random")
     results["noisy"] = {"weights": all_of(found["weights"]), "seen": found["seen"]}
     for kind in ("SHARDED_STATE_DICT", os.environ["FSDP_STATE_DICT_TYPE"]):  # the file's is the last

@@ -43,6 +43,8 @@ def test_the_posterior_is_that_of_one_process(tmp_path, ranks, which):
     expected = quiet(tmp_path, *which, batch=8)
     for rank in ranks:
         assert_close(rank[which]["weights"], expected["weights"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(rank[which]["frozen"], expected["frozen"], rtol=0, atol=0)
+    assert len(expected["frozen"]) == (4 if "frozen" in which else 0)
     for key in LOGGED:  # the first process's: where the KL is an estimate, each logs its own
         assert ranks[0][which]["logs"][key] == pytest.approx(expected["logs"][key], rel=1e-4), key
 

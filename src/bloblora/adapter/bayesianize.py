@@ -220,22 +220,25 @@ class Posterior:
             for key, mean in self.named_means().items()
         }
 
-    def kl_gradients(self) -> list[Tensor]:
-        """Gradients of `kl` with respect to the tensors of `parameters`, the means before those of Ω."""
-        means, parameters = self.named_means(), self.named_std_parameters()
-        if is_sharded(self.model):
-            return [*torch.autograd.grad(self.kl(), [*means.values(), *parameters.values()])]
-        of_means: dict[str, Tensor] = {}
-        of_stds: dict[str, Tensor] = {}
-        style = self.config.std_parameterization
-        for keys, prior in self._groups():
-            gradients = prior.kl_gradients([means[key] for key in keys], [parameters[key] for key in keys], style)
-            of_means |= zip(keys, gradients[: len(keys)], strict=True)
-            of_stds |= zip(keys, gradients[len(keys) :], strict=True)
-        return [of[key] for of in (of_means, of_stds) for key in means]
+    def kl_gradients(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Name, tensor and gradient of `kl` of each of `parameters` that takes one, the means before those of Ω."""
+        sides: tuple[Mapping[str, Tensor], ...] = self.named_means(), self.named_std_parameters()
+        trained = [(key, tensor) for named in sides for key, tensor in named.items() if tensor.requires_grad]
+        found: dict[Tensor, Tensor] = {}
+        if trained and is_sharded(self.model):
+            tensors = [tensor for _, tensor in trained]
+            found |= zip(tensors, torch.autograd.grad(self.kl(), tensors), strict=True)
+        elif trained:
+            for keys, prior in self._groups():
+                means, parameters = ([named[key] for key in keys] for named in sides)
+                gradients = prior.kl_gradients(means, parameters, self.config.std_parameterization)
+                found |= zip(means + parameters, gradients, strict=True)
+        return [(key, tensor, found[tensor]) for key, tensor in trained]
 
     def flow_(self, time: float, head_time: float | None = None) -> None:
         """Move the posterior, whose Ω must be G∘G, down the gradient flow of its KL; see `bloblora.posterior`.
+
+        What takes no gradient stays.
 
         Args:
             time: how far.
@@ -244,7 +247,10 @@ class Posterior:
         means, parameters = self.named_means(), self.named_std_parameters()
         for keys, prior in self._groups():
             own = time if head_time is None or not is_head(keys[0]) else head_time
-            with changing([tensors[key] for tensors in (means, parameters) for key in keys]) as wholes:
+            tensors: list[Tensor] = [named[key] for named in (means, parameters) for key in keys]
+            with changing([tensor for tensor in tensors if tensor.requires_grad]) as trained:
+                rest = iter(trained)
+                wholes = [next(rest) if tensor.requires_grad else whole(tensor).clone() for tensor in tensors]
                 prior.flow_(wholes[: len(keys)], wholes[len(keys) :], own)
 
     @torch.no_grad()

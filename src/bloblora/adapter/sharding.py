@@ -47,9 +47,9 @@ def changing(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What requires a gradient, whole, by its names in the model's ``state_dict``."""
+    """What requires a gradient or is an adapter's, whole, by its names in the model's ``state_dict``."""
     state = model.state_dict(keep_vars=True)
-    return {name: whole(tensor.detach()) for name, tensor in state.items() if tensor.requires_grad}
+    return {name: whole(tensor.detach()) for name, tensor in state.items() if _is_saved(name, tensor)}
 
 
 def reshard(model: nn.Module) -> None:
@@ -60,15 +60,21 @@ def reshard(model: nn.Module) -> None:
 
 
 def gather_(model: nn.Module) -> None:
-    """Give each process all of what was trained, in place: one of them can then save it, or look at it, alone.
+    """Give each process all of the adapter, in place: one of them can then save it, or look at it, alone.
 
     For after the training: the next forward brings the shards back.
     """
     reshard(model)
     for name, parameter in [*model.named_parameters()]:
-        if parameter.requires_grad and isinstance(parameter, DTensor):
+        if isinstance(parameter, DTensor) and _is_saved(name, parameter):
             module, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(module), attribute, nn.Parameter(whole(parameter.detach())))
+            own = nn.Parameter(whole(parameter.detach()), requires_grad=parameter.requires_grad)
+            setattr(model.get_submodule(module), attribute, own)
+
+
+def _is_saved(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is trained, or an adapter's that is frozen."""
+    return tensor.requires_grad or any(part in name for part in (".lora_", ".blob_", ".modules_to_save."))
 
 
 def _several() -> bool:

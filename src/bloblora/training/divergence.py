@@ -1,6 +1,6 @@
 """Where a training that has diverged did so."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import Optimizer
 
-from ..adapter import Posterior
 from ..adapter.sharding import reshard
 
 
@@ -21,6 +20,8 @@ def all_finite(tensors: list[Tensor]) -> bool:
 
     The 2-norm is several times faster than the largest magnitude, but overflows for weights that are large and finite.
     """
+    if not tensors:
+        return True
     for order in (2, torch.inf):
         norms = torch._foreach_norm(tensors, order)
         if torch.isfinite(torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms])).all():
@@ -32,7 +33,7 @@ def first_bad_weight(model: nn.Module) -> str | None:
     """Name of the first trainable weight that is not finite; of a sharded model its shards are looked at."""
     reshard(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trainable or all_finite([p for _, p in trainable]):
+    if all_finite([p for _, p in trainable]):
         return None
     return next((name for name, p in trainable if not torch.isfinite(p).all()), None)
 
@@ -43,20 +44,10 @@ def last_bad_gradient(model: nn.Module, optimizer: Optimizer) -> str | None:
     The optimizer lists its parameters; to walk through all modules at every step would take longer than the check.
     """
     trained = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not trained or all_finite(trained):
+    if all_finite(trained):
         return None
     gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     return next((name for name, gradient in reversed(gradients) if not torch.isfinite(gradient).all()), None)
-
-
-def first_bad_kl(posterior: Posterior, gradients: Sequence[Tensor]) -> str | None:
-    """Name of the first factor whose KL has a gradient that is not finite: an Ω of 0, or one whose power overflows.
-
-    ``gradients`` are those of `Posterior.kl_gradients`.
-    """
-    names = [*posterior.named_means()]
-    pairs = zip(names, gradients[: len(names)], gradients[len(names) :], strict=True)
-    return next((name for name, *of_name in pairs if not all_finite(of_name)), None)
 
 
 def first_bad_activation(model: nn.Module, forward: Callable[[], object]) -> str | None:

@@ -50,7 +50,6 @@ from .divergence import (
     DivergedError,
     all_finite,
     first_bad_activation,
-    first_bad_kl,
     first_bad_weight,
     last_bad_gradient,
 )
@@ -383,12 +382,8 @@ class BlobTrainerMixin(_Host):
         rate = self.args.kl_learning_rate
         rate *= self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 1.0
         if self.args.optimizer_style == "paper_flow":
-            frozen = [p for of in posterior.parameters() for p in of if not p.requires_grad]
-            kept = [p.detach().clone() for p in frozen]
             with self._common_noise():
                 posterior.flow_(rate * self.current_kl_weight(), rate * self.current_kl_weight(head=True))
-            for parameter, before in zip(frozen, kept, strict=True):
-                parameter.copy_(before)
             return
         gradients = self._kl_gradients(posterior)
         with torch.no_grad():
@@ -679,16 +674,13 @@ class BlobTrainerMixin(_Host):
 
     def _kl_gradients(self, posterior: Posterior) -> list[tuple[Tensor, Tensor, float]]:
         """The trained means and Ω parameters, each with the KL's gradient with respect to it and the KL's weight."""
-        means, std_parameters = posterior.parameters()
-        scales = [self.current_kl_weight(), self.current_kl_weight(head=True)]
-        weights = [scales[is_head(key)] for key in posterior.named_means()]
+        weights = [self.current_kl_weight(), self.current_kl_weight(head=True)]
         with self._common_noise():
-            gradients = posterior.kl_gradients()
-        if not all_finite(gradients):
-            where = f"in the KL of {first_bad_kl(posterior, gradients)}: an entry of Ω is 0, or one of M or Ω is huge"
-            raise self._diverged("the loss", where)
-        named = zip([*means, *std_parameters], gradients, weights * 2, strict=True)
-        return [one for one in named if one[0].requires_grad]
+            found = posterior.kl_gradients()
+        if not all_finite([gradient for _, _, gradient in found]):
+            bad = next(key for key, _, gradient in found if not all_finite([gradient]))
+            raise self._diverged("the loss", f"in the KL of {bad}: an entry of Ω is 0, or one of M or Ω is huge")
+        return [(tensor, gradient, weights[is_head(key)]) for key, tensor, gradient in found]
 
     def _common_noise(self) -> AbstractContextManager[None]:
         """One noise for all processes, for a KL that is estimated: their posteriors must stay equal."""
