@@ -15,7 +15,7 @@ ROWS = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]])
 
 
 def sets(kind, threshold, probabilities=ROWS, **options):
-    rule = LabelSets(kind, 0.9, threshold, 1, **{"penalty": 0.1, "free_ranks": 1, **options})
+    rule = LabelSets(0.9, threshold, 1, kind, **{"penalty": 0.1, "free_ranks": 1, **options})
     return rule.sets(probabilities).int().tolist()
 
 

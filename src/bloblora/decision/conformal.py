@@ -65,43 +65,6 @@ Score = Literal["predictive_entropy", "mutual_information", "std", "epistemic_st
 
 
 @dataclass(frozen=True)
-class LabelSets:
-    """The labels whose score is at most a threshold.
-
-    Attributes:
-        kind: of score: ``lac``, ``aps`` or ``raps``.
-        coverage: share of sets that hold the right label, as promised.
-        threshold: of the score.
-        num_examples: calibration records, n.
-        penalty: of ``raps``, for each rank beyond ``free_ranks``.
-        free_ranks: of ``raps``.
-    """
-
-    kind: Kind
-    coverage: float
-    threshold: float
-    num_examples: int
-    penalty: float = 0.01
-    free_ranks: int = 5
-
-    def __post_init__(self) -> None:
-        check_choice("kind of label sets", self.kind, Kind)
-        check_share("coverage", self.coverage)
-        check_numbers(self, "num_examples", "penalty", "free_ranks")
-
-    def sets(self, probabilities: Tensor) -> Tensor:
-        """Which labels are in the set of each input, (n, C) bool, for probabilities (n, C); never one of 0."""
-        probabilities = probabilities.double()
-        inside = _scores(probabilities, self.kind, self.penalty, self.free_ranks) <= self.threshold
-        return inside.scatter(1, probabilities.argmax(-1, keepdim=True), True)
-
-    @property
-    def promise(self) -> str:
-        """What is promised, as a sentence."""
-        return _promised_coverage("label sets hold the right label", self.coverage, self.num_examples)
-
-
-@dataclass(frozen=True)
 class _Covering:
     """A rule that at least a share of the inputs is covered by.
 
@@ -122,7 +85,41 @@ class _Covering:
     @property
     def promise(self) -> str:
         """What is promised, as a sentence."""
-        return _promised_coverage(self.covers, self.coverage, self.num_examples)
+        low = _share_below(self.num_examples, self.coverage)
+        return (
+            f"at least {self.coverage:.4g} of the {self.covers} on average, and at least {low:.3g} with probability "
+            f"0.95, on data like the {self.num_examples} calibration records"
+        )
+
+
+@dataclass(frozen=True)
+class LabelSets(_Covering):
+    """The labels whose score is at most a threshold.
+
+    Attributes:
+        coverage: share of sets that hold the right label, as promised.
+        threshold: of the score.
+        num_examples: calibration records, n.
+        kind: of score: ``lac``, ``aps`` or ``raps``.
+        penalty: of ``raps``, for each rank beyond ``free_ranks``.
+        free_ranks: of ``raps``.
+    """
+
+    kind: Kind
+    penalty: float = 0.01
+    free_ranks: int = 5
+    covers: ClassVar[str] = "label sets hold the right label"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("kind of label sets", self.kind, Kind)
+        check_numbers(self, "penalty", "free_ranks")
+
+    def sets(self, probabilities: Tensor) -> Tensor:
+        """Which labels are in the set of each input, (n, C) bool, for probabilities (n, C); never one of 0."""
+        probabilities = probabilities.double()
+        inside = _scores(probabilities, self.kind, self.penalty, self.free_ranks) <= self.threshold
+        return inside.scatter(1, probabilities.argmax(-1, keepdim=True), True)
 
 
 @dataclass(frozen=True)
@@ -279,7 +276,7 @@ def fit_label_sets(
     if threshold == torch.inf:
         share = right.isinf().double().mean().item()
         raise PromiseError(f"coverage {coverage:.6g} can't be promised: {share:.4g} of right labels have probability 0")
-    return LabelSets(kind, coverage, threshold, len(targets), penalty, free_ranks)
+    return LabelSets(coverage, threshold, len(targets), kind, penalty, free_ranks)
 
 
 def fit_intervals(mean: Tensor, std: Tensor, targets: Tensor, coverage: float = 0.9) -> Intervals:
@@ -443,14 +440,6 @@ def _share_below(n: int, level: float) -> float:
     """
     k = _rank(n, level)
     return float(scipy.stats.beta.ppf(0.05, k, n + 1 - k))
-
-
-def _promised_coverage(what: str, coverage: float, n: int) -> str:
-    low = _share_below(n, coverage)
-    return (
-        f"at least {coverage:.4g} of the {what} on average, and at least {low:.3g} with probability 0.95, on data like "
-        f"the {n} calibration records"
-    )
 
 
 def _rank(n: int, level: float) -> int:
