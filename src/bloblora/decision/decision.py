@@ -11,7 +11,7 @@ from torch import Tensor
 from ..files import check_fields
 from ..messages import quoted
 from ..prediction import MultiLabelPrediction, Prediction, TagsPrediction, ValuePrediction
-from ..prediction.kinds import CLASSES
+from ..prediction.kinds import CLASSES, covered
 from .answering import Answering, check_answering, fit_answering, fit_answering_by
 from .conformal import (
     AnswerSets,
@@ -119,9 +119,8 @@ class Decision:
         decided = self.decide(inside)
         result: dict[str, float] = {}
         if (intervals := decided.intervals) is not None:
-            low, high = intervals.unbind(-1)
-            width = (high - low).mean().item()
-            result |= {"promised_coverage": _share((low <= targets) & (targets <= high)), "promised_width": width}
+            width = intervals.diff().mean().item()
+            result |= {"promised_coverage": _share(covered(intervals, targets)), "promised_width": width}
         if (named := decided.named) is not None:
             assert self.label_thresholds is not None
             has = targets.bool() & torch.tensor(self.label_thresholds.promised)

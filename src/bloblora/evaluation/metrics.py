@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from ..prediction import KINDS, MultiLabelPrediction, Prediction, TagsPrediction, ValuePrediction
-from ..prediction.kinds import CLASSES, INTERVAL
+from ..prediction.kinds import CLASSES, INTERVAL, covered
 from ..registry import Registry
 from ..tasks.likelihood import NO_TAG
 from ..tasks.token_classification import entities_of
@@ -328,7 +328,7 @@ def _mean_distance(mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _interval_coverage(prediction: ValuePrediction, targets: Tensor) -> Tensor:
-    return ((prediction.cdf(checked_values(prediction, targets)) - 0.5).abs() <= INTERVAL / 2).double()
+    return covered(prediction.interval(), checked_values(prediction, targets)).double()
 
 
 def _interval_width(prediction: ValuePrediction, targets: Tensor) -> Tensor:
@@ -379,10 +379,10 @@ def _own() -> Iterator[Metric]:
     yield Metric("rmse", "RMSE", _rmse, False, **sizes)
     yield Metric("mae", "MAE", _errors, False, per_example=True, **sizes)
     yield Metric("crps", "CRPS", _crps, False, per_example=True, **sizes)
-    covered = f"{INTERVAL:.0%} interval"
+    interval = f"{INTERVAL:.0%} interval"
     coverage: dict[str, Any] = {"range": share, "per_example": True, "of": (ValuePrediction.kind,)}
-    yield Metric("interval_coverage", f"{covered}, coverage", _interval_coverage, None, **coverage)
-    yield Metric("interval_width", f"{covered}, width", _interval_width, None, per_example=True, **sizes)
+    yield Metric("interval_coverage", f"{interval}, coverage", _interval_coverage, None, **coverage)
+    yield Metric("interval_width", f"{interval}, width", _interval_width, None, per_example=True, **sizes)
     yield Metric("ece_equal_mass", "ECE, equal mass", equal_mass_ece, range=share, table="more", **error)
     yield Metric("ece_classwise", "ECE, classwise", classwise_ece, range=share, table="more", **error)
     better = {"uncertainty": None, "resolution": True, "reliability": False}

@@ -350,6 +350,12 @@ class ValuePrediction(OtherPrediction):
         return (dict(zip(numbers, row, strict=True)) for row in zip(*rows, strict=True))
 
 
+def covered(intervals: Tensor, values: Tensor) -> Tensor:
+    """Which values (n,) their intervals (n, 2) hold, ends included."""
+    low, high = intervals.unbind(-1)
+    return (low <= values) & (values <= high)
+
+
 class AveragedPrediction(OtherPrediction):
     """Answers of several parts, with probabilities that are averaged over the draws part by part; entropies in nats."""
 
