@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .. import tasks
 from ..decision import Decided, Decision
 from ..files import replacing
@@ -32,6 +34,11 @@ def columns_of(task: tasks.Task, record: dict[str, Any]) -> Sequence[str]:
     columns = task.columns(record)
     alike = task.labels is None and len(set(columns)) < len(columns)
     return [f"{index}: {column}" for index, column in enumerate(columns)] if alike else columns
+
+
+def by_column(line: Mapping[str, Any], row: Tensor) -> dict[str, Any]:
+    """What a row has for each column of a line with probabilities; it is as wide as the longest of its batch."""
+    return dict(zip(line["probabilities"], row.tolist(), strict=False))
 
 
 def lines_file(output: Path) -> Path:
@@ -76,14 +83,12 @@ def _decided(decided: Decided, index: int, answer: Mapping[str, Any], labels: Se
     if decided.answers is not None:
         result["decision"] = "answer" if decided.answers[index] else "abstain"
     if decided.label_sets is not None:
-        inside = dict(zip(answer["probabilities"], decided.label_sets[index].tolist(), strict=False))
-        ranked = sorted(inside, key=lambda column: -answer["probabilities"][column])
-        result["label_set"] = [column for column in ranked if inside[column]]
+        inside = [name for name, is_in in by_column(answer, decided.label_sets[index]).items() if is_in]
+        result["label_set"] = sorted(inside, key=answer["probabilities"].get, reverse=True)
     if decided.out_of_scope is not None:
         result["out_of_scope"] = bool(decided.out_of_scope[index])
     if decided.named is not None:
-        names = zip(answer["probabilities"], decided.named[index].tolist(), strict=True)
-        result["promised_labels"] = [name for name, named in names if named]
+        result["promised_labels"] = [name for name, named in by_column(answer, decided.named[index]).items() if named]
     if decided.tag_sets is not None:
         rows = decided.tag_sets[index, : len(answer["tags"])].tolist()
         result["tag_sets"] = [[name for name, inside in zip(labels, row, strict=True) if inside] for row in rows]

@@ -26,6 +26,7 @@ from .hosted import Hosted, Settings
 from .problems import SHORT, InputsError, encoded, find_run, problem_of, samples_of, validated
 from .schema import (
     EXAMPLES,
+    INPUTS,
     OPENAI_PATHS,
     AnyBody,
     AnyChat,
@@ -278,8 +279,7 @@ def _read(body: Any, hosted: Mapping[str, Hosted], settings: Settings) -> tuple[
 def _encoded(run: Hosted, records: Sequence[dict[str, Any]], settings: Settings) -> list[tuple[Any, Any]]:
     """Each record with its encoding; an InputsError where some can't be used or are too long."""
     problems, found = [], []
-    forms = {"choice": ("question", "choices"), "preference": ("responses",)}
-    needed = forms.get(run.kind, (run.kind,))
+    needed = [name for name, field in INPUTS[run.kind].model_fields.items() if field.is_required()]
     for number, record in enumerate(records):
         field = f"inputs[{number}]"
         characters = sum(len("".join(value)) for value in record.values())  # of a text or of choices

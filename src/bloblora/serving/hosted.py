@@ -21,8 +21,9 @@ from ..prediction import predict
 from ..runs import PredictionOptions, Run, RunDescription, RunError, load_run, open_run
 from ..runs.decide import open_decision, open_realized
 from ..runs.evaluate import read_metrics
-from ..runs.lines import lines_of
+from ..runs.lines import by_column, lines_of
 from ..runs.text_decisions import TextRules, open_text_rules
+from .schema import INPUTS
 from .writing import Way
 
 _MAX_EXAMPLES = 6
@@ -142,11 +143,11 @@ class Hosted:
         how: dict[str, Any] = {"task": run.task, "sampler": run.sampler, "stop": run.stop}
         prediction = predict(run.model, examples, num_samples, settings.seed, batch_size=settings.batch_size, **how)
         lines = lines_of(run.task, records, prediction, self.decision if num_samples == settings.samples else None)
-        rows = zip(lines, prediction.std.tolist(), prediction.num_draws.tolist(), examples, strict=True)
+        rows = zip(lines, prediction.std, prediction.num_draws.tolist(), examples, strict=True)
         answers = []
         for line, std, num_draws, example in rows:
-            if "probabilities" in line:  # a row is as wide as the batch's longest
-                line["std"] = dict(zip(line["probabilities"], std, strict=False))
+            if "probabilities" in line:
+                line["std"] = by_column(line, std)
             answers.append(line | {"num_draws": num_draws, "truncated_tokens": example["truncated"]})
         return answers
 
@@ -237,12 +238,9 @@ def _read_examples(file: str) -> list[dict[str, Any]]:
         raise RunError(f"examples {quoted(file)}: records with messages; give each a 'prompt' that is a text")
     if len(records) > _MAX_EXAMPLES:
         raise RunError(f"examples {quoted(file)}: {len(records)} records; give at most {_MAX_EXAMPLES}")
+    names = {name for form in INPUTS.values() for name in form.model_fields}
     return [
-        {
-            name: record[name]
-            for name in ("text", "text_pair", "tokens", "question", "choices", "prompt", "responses")
-            if name in record
-        }
+        {name: value for name, value in record.items() if name in names}
         | ({"responses": sorted([record["chosen"], record["rejected"]])} if "chosen" in record else {})
         for record in records
     ]

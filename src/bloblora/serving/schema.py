@@ -94,6 +94,16 @@ class PromptInput(_Strict):
     prompt: Text = _field("not blank", _CHOICE)
 
 
+INPUTS: dict[str, type[BaseModel]] = {
+    "text": TextInput,
+    "choice": ChoiceInput,
+    "preference": ResponsesInput,
+    "tokens": TokensInput,
+    "prompt": PromptInput,
+}
+"""What an input is, by `Hosted.kind`."""
+
+
 def _form(value: Any) -> str:
     """Which form of one input a value has: its tag, which `problems` leaves out of an error's place."""
     if isinstance(value, str):
