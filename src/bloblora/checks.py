@@ -1,5 +1,6 @@
 """Checks of options that name the option, the value that it has, and what would be right."""
 
+import re
 from typing import Any, get_args
 
 from .files import is_finite
@@ -23,6 +24,11 @@ def check_count(name: str, value: object, minimum: int) -> None:
     """Raise a ValueError unless the value is a whole number of at least ``minimum``."""
     if not (isinstance(value, int) and value >= minimum):
         raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+
+
+def is_key(text: str) -> bool:
+    """Whether an HTTP header can carry a text as an API key: visible ASCII, or nothing."""
+    return re.fullmatch("[!-~]*", text) is not None
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .checks import is_key
 from .messages import quoted
 
 try:
@@ -267,7 +267,7 @@ class CompletionServer:
             raise ValueError(f"retries must be 0 or more, got {retries}")
         self.base_url, self.timeout, self.retries = base_url.rstrip("/"), timeout, retries
         api_key = (api_key or "").strip()
-        if not re.fullmatch("[!-~]*", api_key):  # no message quotes it
+        if not is_key(api_key):  # no message quotes it
             raise ValueError("api_key: has characters other than visible ASCII")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None)  # how many at once is the client's to say

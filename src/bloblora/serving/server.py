@@ -27,6 +27,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..checks import is_key
 from ..runs import RunError
 from .schema import event, failure
 
@@ -139,7 +140,7 @@ def read_keys(file: str | Path) -> tuple[str, ...]:
     if not keys:
         raise RunError(f"api_key_file {str(file)!r}: there is no key in it; write one a line")
     for number, key in enumerate(keys, start=1):
-        if not re.fullmatch("[!-~]+", key):
+        if not is_key(key):
             raise RunError(f"api_key_file {str(file)!r}: key {number} has characters other than visible ASCII")
     return keys
 
