@@ -50,8 +50,7 @@ class OneOfLabels(Task):
             object.__setattr__(self, "class_weights", tuple(map(float, self.class_weights)))
         _check_weights(self.class_weights, len(self.labels))
         object.__setattr__(self, "labels", tuple(self.labels))
-        if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
-            raise TaskError(f"labels: {list(self.labels)}; there must be at least 2, all different")
+        _check_labels(self.labels)
 
     @classmethod
     def build(cls, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Task:
@@ -70,8 +69,8 @@ class OneOfLabels(Task):
             _check_weights(weights, None)
         super().check(records, **options)
         found, given = {label for record in records for label in cls.labels_of(record)}, options.get("labels")
-        if given is not None and not 2 <= len(given) == len(set(given)):
-            raise TaskError(f"labels must be at least 2, all different, got {given}")
+        if given is not None:
+            _check_labels(given)
         if unknown := sorted(found.difference(given or found)):
             raise TaskError(f"field {cls.answer!r}: {', '.join(unknown)} not among labels; add them to it")
         if len(found) < 2 and given is None:
@@ -130,6 +129,11 @@ class Classification(OneOfLabels, TextHead):
         if label is not None and label not in self.labels:
             raise TaskError(f"field 'label': {quoted(label)} is not one of {shown_labels(self.labels)}")
         return None if label is None else self.labels.index(label)
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    if not 2 <= len(labels) == len(set(labels)):
+        raise TaskError(f"labels: {list(labels)}; there must be at least 2, all different")
 
 
 def _check_weights(weights: Any, count: int | None) -> None:
