@@ -109,16 +109,25 @@ def test_model_init_gives_each_training_its_own_posterior(make, dataset, tokeniz
         assert torch.equal(find_posterior(given).named_means()[name], mean)
 
 
+@pytest.fixture
+def searcher(make, dataset, tokenizer, tmp_path):
+    """A Trainer of these options, for a search."""
+
+    def searcher_of(**options):
+        return BlobTrainer(
+            args=BlobTrainingArguments(str(tmp_path), eval_strategy="epoch", **options, **QUIET),
+            model_init=lambda: make(),
+            train_dataset=dataset,
+            eval_dataset=dataset,
+            processing_class=tokenizer,
+        )
+
+    return searcher_of
+
+
 @pytest.mark.filterwarnings("ignore:the posterior")
-def test_hyperparameter_search(make, dataset, tokenizer, tmp_path):
-    options = dict(max_steps=3, eval_num_samples=2, per_device_train_batch_size=4, eval_strategy="epoch")
-    trainer = BlobTrainer(
-        args=BlobTrainingArguments(str(tmp_path), **options, **QUIET),
-        model_init=lambda: make(),
-        train_dataset=dataset,
-        eval_dataset=dataset,
-        processing_class=tokenizer,
-    )
+def test_hyperparameter_search(searcher):
+    trainer = searcher(max_steps=3, eval_num_samples=2, per_device_train_batch_size=4)
     scales = []
 
     def space(trial):
@@ -139,15 +148,9 @@ def test_hyperparameter_search(make, dataset, tokenizer, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:the posterior")
-def test_a_search_replaces_auto_and_whole_numbers_from_its_first_trial(make, dataset, tokenizer, tmp_path):
+def test_a_search_replaces_auto_and_whole_numbers_from_its_first_trial(searcher, dataset):
     """The Trainer makes each value the type of the one before: a text of 0.5, and a whole number of 0.3."""
-    trainer = BlobTrainer(
-        args=BlobTrainingArguments(str(tmp_path), max_steps=1, kl_learning_rate=1, eval_strategy="epoch", **QUIET),
-        model_init=lambda: make(),
-        train_dataset=dataset,
-        eval_dataset=dataset,
-        processing_class=tokenizer,
-    )
+    trainer = searcher(max_steps=1, kl_learning_rate=1)
     found = []
 
     class Found(TrainerCallback):
