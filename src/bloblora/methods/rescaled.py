@@ -196,44 +196,17 @@ class _HeldOut:
 
 def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood = CATEGORICAL) -> tuple[Scales, dict[str, Any]]:
     """τ and T with the lowest NLL of the parts' records together, and what ``run.json`` says of them."""
-    labels = [part.labels for part in parts]
-    tried: dict[float, _Tried] = {}
-
-    def at(width: float) -> float:
-        if width in tried:
-            return tried[width].nll.mean().item()
-        logits = [part.logits(width) for part in parts]
-        temperature = fit_temperature(logits, labels, likelihood)
-        nll, nll_of_width = (tempered_nll(logits, labels, value, likelihood) for value in (temperature, 1.0))
-        tried[width] = _Tried(width, temperature, nll, nll_of_width)
-        return tried[width].nll.mean().item()
-
-    def loss(one: _Tried) -> tuple[float, float]:
-        """How much worse than the best it is, and that mean's standard error."""
-        differences = one.nll - best.nll
-        count = len(differences)
-        return differences.mean().item(), differences.std().item() / math.sqrt(count) if count > 1 else math.inf
-
-    def nearest() -> _Tried:
-        """Of those that can't be told from the best the nearest to τ = 1."""
-        good = [one for one in tried.values() if one is best or loss(one)[0] <= max(loss(one)[1], _NO_LOSS)]
-        return min(good, key=lambda one: abs(math.log(one.width)) if one.width else math.inf)
-
-    narrower, scalable = at(0.0) < at(1.0), parts[0].weights is not None
-    of_mean = tried[0.0].temperature
+    widths, scalable = _Widths(parts, likelihood), parts[0].weights is not None
+    narrower, of_mean = widths.nll(0.0) < widths.nll(1.0), widths.tried[0.0].temperature
     if scalable:
         width, factor = 1.0, 0.5 if narrower else 2.0
-        while 1 / _MOST < width < _MOST and at(width * factor) < at(width):
+        while 1 / _MOST < width < _MOST and widths.nll(width * factor) < widths.nll(width):
             width *= factor
     else:
-        del tried[0.0]
-    best, one = min(tried.values(), key=lambda one: one.nll.mean()), tried[1.0]
-    taken = nearest()
-    if taken.width not in (0, 1):
-        at(taken.width * math.sqrt(2.0 if taken.width < 1 else 0.5))
-        best = min(tried.values(), key=lambda one: one.nll.mean())
-        taken = nearest()
-    gain, error = loss(one)
+        del widths.tried[0.0]
+    if (near := widths.nearest().width) not in (0, 1):
+        widths.nll(near * math.sqrt(2.0 if near < 1 else 0.5))
+    taken, one = widths.nearest(), widths.tried[1.0]
     report = {
         "num_records": len(one.nll),
         "temperature": taken.temperature,
@@ -244,13 +217,52 @@ def fit_scales(parts: Sequence[_HeldOut], likelihood: Likelihood = CATEGORICAL) 
     if any(part.averages for part in parts):
         report["temperature_of_mean"] = of_mean
     if scalable:
+        gain, error = widths.loss(one)
         report |= {
             "width": taken.width,
-            "best_width": best.width,
+            "best_width": widths.best.width,
             "gain": gain,
             "gain_standard_error": error,
         }
     return Scales(taken.temperature, of_mean, taken.width if scalable else None), report
+
+
+class _Widths:
+    """What was found at each τ that was tried, with the T that is best there."""
+
+    def __init__(self, parts: Sequence[_HeldOut], likelihood: Likelihood) -> None:
+        self.parts, self.likelihood = parts, likelihood
+        self.tried: dict[float, _Tried] = {}
+
+    def nll(self, width: float) -> float:
+        """The mean NLL at a τ."""
+        if width not in self.tried:
+            labels, logits = [part.labels for part in self.parts], [part.logits(width) for part in self.parts]
+            temperature = fit_temperature(logits, labels, self.likelihood)
+            nlls = (tempered_nll(logits, labels, value, self.likelihood) for value in (temperature, 1.0))
+            self.tried[width] = _Tried(width, temperature, *nlls)
+        return self.tried[width].nll.mean().item()
+
+    @property
+    def best(self) -> _Tried:
+        """The one with the lowest NLL."""
+        return min(self.tried.values(), key=lambda one: one.nll.mean())
+
+    def loss(self, one: _Tried) -> tuple[float, float]:
+        """How much worse than the best it is, and that mean's standard error."""
+        differences = one.nll - self.best.nll
+        count = len(differences)
+        return differences.mean().item(), differences.std().item() / math.sqrt(count) if count > 1 else math.inf
+
+    def nearest(self) -> _Tried:
+        """Of those that can't be told from the best the nearest to τ = 1."""
+
+        def is_good(one: _Tried) -> bool:
+            mean, error = self.loss(one)
+            return one is self.best or mean <= max(error, _NO_LOSS)
+
+        good = filter(is_good, self.tried.values())
+        return min(good, key=lambda one: abs(math.log(one.width)) if one.width else math.inf)
 
 
 def saved_factor(folder: Path) -> float:
