@@ -244,14 +244,19 @@ def calibrate(
     if json:
         print(dumped(content))
         return
+    _say_promises(content)
+    if directory is not None:
+        of_text = (content.get("text") or {}).get("of")
+        print(f"saved to {Path(directory) / DECISION_FILE}; next: {after_calibration(directory, of_text)}")
+
+
+def _say_promises(content: dict[str, Any]) -> None:
+    """What is promised, what isn't and why, and what became of it on the records that it was fitted on."""
     for name, promise in content["promises"].items():
         print(f"{name.replace('_', ' ')}: {promise}")
     for name, why in content["decision"].get("refused", {}).items():
         print(f"{name.replace('_', ' ')}: not promised, and left out: {why}")
     Console().print(_realized(content["decision"], content["realized"], "on the calibration records"))
-    if directory is not None:
-        of_text = (content.get("text") or {}).get("of")
-        print(f"saved to {Path(directory) / DECISION_FILE}; next: {after_calibration(directory, of_text)}")
 
 
 def _calibrate(
