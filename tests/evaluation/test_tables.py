@@ -8,6 +8,8 @@ import pytest
 import yaml
 from rich.console import Console
 
+from bloblora import studies
+from bloblora.cli.study import trial_line
 from bloblora.evaluation import METRICS, Interval, markdown_table, rich_table, short_number
 
 ROWS = {
@@ -99,3 +101,8 @@ def test_an_ece_at_its_floor_says_so_and_no_ece_is_marked_as_best():
         "| good | **0.800** | 0.069 ± 0.013, at floor | **1.000** |",
         "| sharp | 0.700 | 0.070 | 2.000 |",
     ]
+
+
+def test_a_trial_is_told_with_the_digits_of_the_table():
+    trial = studies.Trial(0, {"prior_std": 4e-4}, {"rmse": 1.234e-6, "nll": 0.25}, True)
+    assert trial_line(trial) == "trial 1: nll 0.250, rmse 1.23e-6 (prior_std 4.0e-4)"

@@ -151,9 +151,7 @@ def tune(
     console = Console(stderr=True)
 
     def reported(trial: studies.Trial) -> None:
-        options = ", ".join(f"{name} {evaluation.short_number(value)}" for name, value in trial.options.items())
-        found = ", ".join(f"{name} {trial.metrics[name]:.3f}" for name in SHOWN if name in trial.metrics)
-        console.print(f"trial {trial.number + 1}: {found} ({options})", highlight=False)
+        console.print(trial_line(trial), highlight=False)
 
     found = studies.tune(
         read,
@@ -181,6 +179,14 @@ def tune(
             "comes nearest. Try more trials, other ranges, or a larger `within`"
         )
     print("".join(f"{name}: {evaluation.short_number(value)}\n" for name, value in found[0].options.items()), end="")
+
+
+def trial_line(trial: studies.Trial) -> str:
+    """What is said of a trial when it is over."""
+    options = ", ".join(f"{name} {evaluation.short_number(value)}" for name, value in trial.options.items())
+    shown = {name: trial.metrics[name] for name in SHOWN if name in trial.metrics}
+    found = ", ".join(f"{name} {evaluation.metric_number(name, value)}" for name, value in shown.items())
+    return f"trial {trial.number + 1}: {found} ({options})"
 
 
 class _StudyProgress:
