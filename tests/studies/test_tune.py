@@ -79,28 +79,45 @@ def test_a_trial_that_diverges_does_not_end_the_search(content, write, tmp_path)
         studies.tune(study, "desk", tmp_path / "beyond", trials=2, **beyond)
 
 
-def test_trials_that_fail_or_are_interrupted_do_not_count(content, write, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])  # of a kill too, optuna's journal has no end
+def test_a_trial_that_was_stopped_goes_on(stop, content, write, tmp_path, monkeypatch):
+    """With its own setting and in its own folder, where its checkpoints are."""
     study = studies.read_study(write(content))
     options = dict(method="wide blob", ranges={"prior_std": (0.1, 1.0)}, trials=2, data=tmp_path)
     run, tried = jobs.run, []
-    errors = iter([None, KeyboardInterrupt(), None, None])
+    errors = iter([None, stop(), stop(), None])
 
     def stopped(job, *args, **kwargs):
-        tried.append(job.config.value("prior_std"))
+        tried.append((job.config.value("prior_std"), job.config.output))
         if (error := next(errors)) is not None:
             raise error
         return run(job, *args, **kwargs)
 
     monkeypatch.setattr(jobs, "run", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        studies.tune(study, "desk", tmp_path / "search", **options)
-    assert len(studies.tune(study, "desk", tmp_path / "search", **options)) == 2
-    assert len(tried) == 3
-    assert tried[2] == tried[1]
-    errors = iter([OSError("disk full"), None])
+    for _ in range(2):
+        with pytest.raises(stop):
+            studies.tune(study, "desk", tmp_path / "search", **options)
+    found = studies.tune(study, "desk", tmp_path / "search", **options)
+    assert len(found) == 2
+    assert len({*tried[:2]}) == 2
+    assert tried[1] == tried[2] == tried[3]
+    assert studies.tune(study, "desk", tmp_path / "search", **options) == found
+
+
+def test_trials_that_fail_do_not_count(content, write, tmp_path, monkeypatch, capfd):
+    study = studies.read_study(write(content))
+    options = dict(method="wide blob", ranges={"prior_std": (0.1, 1.0)}, trials=1, data=tmp_path)
+    run, errors = jobs.run, iter([OSError("disk full"), None])
+
+    def failing(*args, **kwargs):
+        if (error := next(errors)) is not None:
+            raise error
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(jobs, "run", failing)
     with pytest.raises(OSError, match="disk full"):
-        studies.tune(study, "desk", tmp_path / "failing", **options | {"trials": 1})
-    assert len(studies.tune(study, "desk", tmp_path / "failing", **options | {"trials": 1})) == 1
+        studies.tune(study, "desk", tmp_path / "failing", **options)
+    assert len(studies.tune(study, "desk", tmp_path / "failing", **options)) == 1
     assert "Trial" not in capfd.readouterr().err
 
 

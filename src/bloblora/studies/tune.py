@@ -27,7 +27,7 @@ from .study import Job, Study, located
 
 Aim = Literal["nll", "ece"]
 
-_SET = "validation"
+_SET, _FIRST = "validation", "first"
 _ROUNDING = 1e-9  # 0.8 - 0.1 is a little more than 0.7
 
 
@@ -64,7 +64,7 @@ def tune(
 ) -> list[Trial]:
     """Try settings; trials that are in ``output`` count, so a stopped search goes on. One that diverges counts too.
 
-    One that failed doesn't, nor one that Ctrl-C ended, whose setting is tried again.
+    One that failed doesn't. One that was stopped, by Ctrl-C or a kill, goes on from its last checkpoint.
 
     Args:
         study: its method with the label ``method``, data sets, options, budget and largest N are used; it has one
@@ -109,16 +109,20 @@ def tune(
         def objective(trial: optuna.Trial) -> float:
             options = {name: _suggested(trial, name, *ends) for name, ends in ranges.items()}
             try:
-                found = _metrics(_with(template, f"{prefix}{trial.number}", options), output)
+                found = _metrics(_with(template, f"{prefix}{_first(trial)}", options), output)
             except DivergedError as error:
                 warnings.warn(f"trial {trial.number + 1}: {error}", stacklevel=2)
                 raise optuna.TrialPruned from error
             except KeyboardInterrupt:
-                search.enqueue_trial(trial.params)  # the first when the search goes on
+                go_on(trial)
                 raise
             trial.set_user_attr("metrics", found)
             trial.set_constraint("accuracy", max(least - found.get("accuracy", 0.0) - _ROUNDING, -1.0))
             return found[aim]
+
+        def go_on(trial: Any) -> None:
+            """Make what was stopped the first when the search goes on."""
+            search.enqueue_trial(trial.params, {_FIRST: _first(trial)})
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)  # a trial that fails ends the search with its own error
         search = optuna.create_study(
@@ -128,8 +132,12 @@ def tune(
         )
         # A sampler that starts anew must not repeat the draws of the one before it.
         search.sampler = optuna.samplers.TPESampler(seed=seed + len(search.trials))
-        for trial in _trials(search):
-            if not jobs.is_done(_with(template, f"{prefix}{trial.number}", trial.options), output):
+        for trial in search.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # of a process that was killed
+            go_on(trial)
+            search.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        for trial in search.trials:
+            name = f"{prefix}{_first(trial)}"
+            if trial.value is not None and not jobs.is_done(_with(template, name, trial.params), output):
                 raise RunError(f"{output}: its trials are of another seed or other samples; choose another folder")
         ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
         while len(search.get_trials(deepcopy=False, states=ended)) < trials:
@@ -139,6 +147,12 @@ def tune(
     if not (found := _trials(search)):
         raise RunError(f"all of {trials} trials diverged; search lower learning rates")
     return sorted(found, key=lambda t: (False, t.metrics[aim]) if t.feasible else (True, -t.metrics["accuracy"]))
+
+
+def _first(trial: Any) -> int:
+    """Number of the trial that it goes on with, after which the run is called; its own where it is new."""
+    number: int = trial.user_attrs.get(_FIRST, trial.number)
+    return number
 
 
 def _trials(search: Any) -> list[Trial]:
