@@ -14,6 +14,7 @@ from bloblora.posterior import (
     LaplacePrior,
     LearnedNormalPrior,
     NormalPrior,
+    Prior,
     ScaleMixturePrior,
     StudentTPrior,
     kl_divergence,
@@ -256,6 +257,19 @@ def test_flow_keeps_the_sign_of_g_and_leaves_no_gradient():
 def test_errors_name_field_and_value(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_density_that_is_summed_already_is_refused():
+    """One number for all entries would be counted once for each."""
+
+    class Summed(LaplacePrior):
+        cross_entropy = Prior.cross_entropy
+
+        def log_prob(self, values):
+            return super().log_prob(values).sum()
+
+    with pytest.raises(ValueError, match=r"Summed\.log_prob.* gives values of shape \(\) for 2 entries"):
+        Summed(SIGMA).kl([torch.zeros(2)], [torch.ones(2)])
 
 
 def test_learned_normal_has_no_density_of_its_own():

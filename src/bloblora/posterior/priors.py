@@ -71,7 +71,13 @@ class Prior(ABC):
             parameterization: one of ``STD_PARAMETERIZATIONS``.
         """
         mean, parameter = stack(means), stack(std_parameters)
-        per_entry = self.cross_entropy(mean, std(parameter, parameterization)) - log_std(parameter, parameterization)
+        cross_entropy = self.cross_entropy(mean, std(parameter, parameterization))
+        if cross_entropy.shape != mean.shape:  # one number for all would be counted once for each
+            raise ValueError(
+                f"{type(self).__name__}.log_prob, or its cross_entropy, gives values of shape "
+                f"{tuple(cross_entropy.shape)} for {mean.numel()} entries; it must give one value an entry"
+            )
+        per_entry = cross_entropy - log_std(parameter, parameterization)
         return per_entry.sum() - mean.numel() * 0.5 * math.log(2 * math.pi * math.e)
 
     def kl_gradients(
