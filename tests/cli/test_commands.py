@@ -16,6 +16,7 @@ import yaml
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
 import bloblora
+from bloblora.cli import main
 from tests.cli.conftest import SETTINGS
 from tests.tiny_base import QUESTIONS, queries, save_default
 
@@ -245,6 +246,18 @@ def test_ctrl_c_says_how_to_go_on(files, tmp_path):
     assert out == ""
     assert err.splitlines()[-1] == "stopped; run the same command again to continue from the last checkpoint"
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["calibrate", "evaluate", "score"])
+def test_ctrl_c_says_that_predictions_were_kept(command, capsys, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bloblora.cli._run", stopped)
+    with pytest.raises(SystemExit, match="130"):
+        main([command, "run"])
+    said = "\nstopped; run the same command again to continue from the predictions that were kept\n"
+    assert capsys.readouterr().err == said
 
 
 def test_the_demo_and_its_second_call(call, tmp_path, monkeypatch):

@@ -56,7 +56,11 @@ COMMANDS: Mapping[str, str] = {
 """The commands, and the modules of this package that hold their functions."""
 
 _SOURCES = (".py", ".yaml")
-_RESUMABLE = ("train", "demo", "compare", "tune")
+_KEPT = {
+    **dict.fromkeys(("train", "demo", "compare", "tune"), "the last checkpoint"),
+    **dict.fromkeys(("calibrate", "evaluate", "score"), "the predictions that were kept"),
+}
+"""What a command that was stopped continues from."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -81,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         fail(command, "\n".join(filter(None, (str(error), getattr(error, "advice", "")))))
     except KeyboardInterrupt:
-        again = "; run the same command again to continue from the last checkpoint" if command in _RESUMABLE else ""
+        again = f"; run the same command again to continue from {_KEPT[command]}" if command in _KEPT else ""
         print(f"\nstopped{again}", file=sys.stderr)
         sys.exit(130)
 
