@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, VeraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -352,7 +352,7 @@ def test_a_base_layer_without_a_weight_and_a_base_without_embeddings():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(target_modules=["q_proj"], use_dora=True), "q_proj: uses .* switch it off in LoraConfig"),
+        (dict(target_modules=["q_proj"], use_dora=True), "q_proj: uses .* switch use_dora off in LoraConfig"),
         (
             dict(target_modules=[], target_parameters=["q_proj.weight"]),
             r"q_proj: LoRA on the parameter 'weight'.* has no product to draw",
@@ -373,6 +373,12 @@ def test_clear_errors_of_arguments():
         bayesianize(tiny_llama())
     with pytest.raises(ValueError, match="no adapter 'other'; the model has default"):
         bayesianize(model, adapter_name="other")
+    for config in ({"prior_std": 0.1}, LoraConfig()):
+        with pytest.raises(TypeError, match=r"config must be a bloblora\.BlobConfig, as .*, got "):
+            bayesianize(model, config)
+    vera = get_peft_model(tiny_llama(), VeraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"'default' is of type VERA; it must be LORA, made with peft\.LoraConfig"):
+        bayesianize(vera)
     bayesianize(model)
     with pytest.raises(ValueError, match="Bayesian already"):
         bayesianize(model)

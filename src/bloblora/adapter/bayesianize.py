@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -420,7 +420,7 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
         The posterior.
 
     Raises:
-        TypeError: ``model`` is no PEFT model.
+        TypeError: ``model`` is no PEFT model, or ``config`` no `BlobConfig`.
         ValueError: the adapter isn't there, isn't LoRA, is Bayesian already, or has a part that can't be Bayesian, or
             by `bloblora.quantized.keep_differentiable`.
 
@@ -431,6 +431,8 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
         raise TypeError(
             f"bayesianize needs a PEFT model (get_peft_model(base, LoraConfig(...))), got {type(model).__name__}"
         )
+    if not isinstance(config, BlobConfig | None):
+        raise TypeError(f"config must be a bloblora.BlobConfig, as BlobConfig(prior_std=0.1), got {quoted(config)}")
     from .storage import save_pretrained
 
     adapter_name = adapter_name or model.active_adapter
@@ -603,7 +605,10 @@ def check_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
     if adapter_name not in model.peft_config:
         raise ValueError(f"adapter_name: no adapter {adapter_name!r}; the model has {', '.join(model.peft_config)}")
     if (kind := model.peft_config[adapter_name].peft_type) != "LORA":
-        raise ValueError(f"adapter {adapter_name!r} is of type {kind}; only LORA has an A matrix to be Bayesian over")
+        raise ValueError(
+            f"adapter {adapter_name!r} is of type {PeftType(kind).value}; it must be LORA, made with "
+            "peft.LoraConfig, for no other has an A matrix to be Bayesian over"
+        )
     layers, problems = {}, []
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or adapter_name not in (
@@ -665,7 +670,8 @@ def _problem(layer: LoraLayer, adapter_name: str) -> str | None:
         return "is Bayesian already; call find_posterior(model), or make a new adapter for another configuration"
     if variant is not None:
         kind = type(variant).__name__.removesuffix("LinearVariant").removesuffix("Variant")
-        return f"uses the LoRA variant {kind}, which defines its own forward; switch it off in LoraConfig"
+        wanted = next((names for names, own in layer.lora_variants.items() if own is type(variant)), ("it",))
+        return f"uses the LoRA variant {kind}, which defines its own forward; switch {wanted[0]} off in LoraConfig"
     if isinstance(layer, ParamWrapper):
         return (
             f"LoRA on the parameter {layer.parameter_name!r}, such as that of all experts, is added to the weight and "
