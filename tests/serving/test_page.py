@@ -233,6 +233,25 @@ def test_a_list(page):
     assert page.get_by_role("status").inner_text() == "2 answers."
 
 
+def test_a_server_that_is_gone_or_behind_a_proxy_that_refuses(browser, hosted):
+    context = browser.new_context()
+    page = context.new_page()
+    send = page.get_by_role("button", name="Answer", exact=True)
+    with serving({"desk": hosted["desk"]}) as client:
+        page.goto(str(client.base_url))
+        page.get_by_role("heading", name="desk").wait_for()
+        page.get_by_role("textbox", name="Text").fill("where is my parcel")
+        refusals = iter([{"detail": "bad gateway"}, {"error": "bad gateway"}, None])
+        page.route("**/v1/predict", lambda route: route.fulfill(status=502, json=next(refusals)))
+        for _ in range(3):
+            send.click()
+            page.get_by_role("alert").filter(has_text="The server answered with status 502.").wait_for()
+        page.unroute("**/v1/predict")
+    send.click()
+    page.get_by_role("alert").filter(has_text="The server can't be reached").wait_for()
+    context.close()
+
+
 def test_questions(page):
     page.get_by_role("combobox", name="Model").select_option("quiz")
     page.get_by_role("textbox", name="Question").fill("Which gas?")
