@@ -252,6 +252,20 @@ def test_a_server_that_is_gone_or_behind_a_proxy_that_refuses(browser, hosted):
     context.close()
 
 
+def test_a_diagram_that_comes_late_is_not_shown_for_another_model(page):
+    held = []
+    page.get_by_role("combobox", name="Model").select_option("three")
+    page.route("**/reliability.png", lambda route: held.append(route))
+    with page.expect_request("**/reliability.png"):
+        page.get_by_role("combobox", name="Model").select_option("desk")
+    page.get_by_role("combobox", name="Model").select_option("lora")
+    page.get_by_role("complementary", name="The training ended badly").wait_for()
+    with page.expect_response("**/reliability.png"):
+        held[0].continue_()
+    page.wait_for_timeout(300)  # in which it would appear
+    assert not page.locator("#diagram").is_visible()
+
+
 def test_questions(page):
     page.get_by_role("combobox", name="Model").select_option("quiz")
     page.get_by_role("textbox", name="Question").fill("Which gas?")
