@@ -266,6 +266,20 @@ def test_a_diagram_that_comes_late_is_not_shown_for_another_model(page):
     assert not page.locator("#diagram").is_visible()
 
 
+def test_text_from_right_to_left(page):
+    """Its punctuation is at its end, the left one."""
+    article = ask(page, "\u05d0\u05d9\u05e4\u05d4 \u05d4\u05d7\u05d1\u05d9\u05dc\u05d4?")
+    places = """h3 => [0, h3.firstChild.length - 1].map(at => {
+        const range = document.createRange();
+        range.setStart(h3.firstChild, at);
+        range.setEnd(h3.firstChild, at + 1);
+        return range.getBoundingClientRect().x;
+    })"""
+    first, last = article.locator("h3").evaluate(places)
+    assert last < first
+    assert page.locator("#text").evaluate("text => getComputedStyle(text).unicodeBidi") == "plaintext"
+
+
 def test_questions(page):
     page.get_by_role("combobox", name="Model").select_option("quiz")
     page.get_by_role("textbox", name="Question").fill("Which gas?")
