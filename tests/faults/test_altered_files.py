@@ -147,7 +147,7 @@ def test_a_file_of_another_run_and_one_too_many(place, base):
         ("run.json", {"libraries": 3}, "run.json: field 'libraries' must be dict[str, str], got 3"),
         ("run.json", {"files": {}}, "run.json: field 'files' is missing"),
         ("task.json", {"labels": "ab"}, "task.json: task 'classification': field 'labels' must be tuple[str, ...]"),
-        ("task.json", {"labels": ["a", "a"]}, "labels: ['a', 'a']; there must be at least 2, all different"),
+        ("task.json", {"labels": ["a", "a"]}, "labels must be at least 2, all different, got ['a', 'a']"),
         ("decision.json", {"decisions": [{}]}, "decision.json: decisions: field 'num_samples' is missing"),
         ("adapter_config.json", {"r": "x\n"}, "adapter_config.json: field 'r' must be int, got 'x\\n'"),
         ("temperature.json", {"values": {"temperature": -1.0}}, "temperature.json: its SHA-256 isn't the one in run"),

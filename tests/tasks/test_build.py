@@ -46,7 +46,7 @@ def test_wrong_names_and_options(tokenizer, questions):
         build_task("choice_letter", questions, tokenizer, normalization="sum")
     with pytest.raises(TaskError, match="task 'blank': unknown field 'labels'"):
         task_from_dict({"name": "blank", "pad_token_id": 0, "labels": ["a", "b"]})
-    with pytest.raises(TaskError, match=r"labels: \[\]; there must be at least 2"):
+    with pytest.raises(TaskError, match=r"labels must be at least 2, all different, got \[\]"):
         task_from_dict({"name": "classification", "pad_token_id": 0})
     with pytest.raises(TaskError, match=r"'blank': .*pad_token_id"):
         task_from_dict({"name": "blank"})

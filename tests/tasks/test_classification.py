@@ -109,7 +109,7 @@ def test_model_that_does_not_fit(tokenizer):
 
 
 def test_too_few_labels(tokenizer):
-    with pytest.raises(TaskError, match=r"labels: \['air'\]; there must be at least 2"):
+    with pytest.raises(TaskError, match=r"labels must be at least 2, all different, got \['air'\]"):
         build_task("classification", RECORDS[3:], tokenizer)
     with pytest.raises(TaskError, match="all different"):
         Classification(pad_token_id=0, labels=["a", "a"])

@@ -133,7 +133,7 @@ class Classification(OneOfLabels, TextHead):
 
 def _check_labels(labels: Sequence[str]) -> None:
     if not 2 <= len(labels) == len(set(labels)):
-        raise TaskError(f"labels: {list(labels)}; there must be at least 2, all different")
+        raise TaskError(f"labels must be at least 2, all different, got {list(labels)}")
 
 
 def _check_weights(weights: Any, count: int | None) -> None:
