@@ -25,9 +25,10 @@ computed once. Three to five minutes a training on one core; those that results.
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -40,7 +41,8 @@ from transformers import AutoModel, get_linear_schedule_with_warmup, set_seed
 
 from bloblora import BlobConfig, bayesianize, models, runs
 from bloblora.data import read_records
-from bloblora.evaluation import markdown_table, ood_metrics
+from bloblora.evaluation import Interval, example_scores, markdown_table, ood_metrics, paired_bootstrap
+from bloblora.files import read_tensors, write_tensors
 from bloblora.prediction import fit_temperature
 from bloblora.studies.job import machine
 
@@ -48,6 +50,7 @@ PARTS = ("train", "validation", "test", "out_of_scope")
 SHRINKAGES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 BATCH, LEARNING_RATE, SCALE = 16, 2e-3, 0.03
 WAYS = ("a point", "a Gaussian", "class means", "class means under noise")
+REFERENCE = WAYS[0]
 
 
 @dataclass
@@ -191,8 +194,11 @@ def train(way: str, top: Top, texts: Texts, steps: int, seed: int, look: Callabl
             look(head.weight.detach() if with_head else None)
 
 
-def scored(logits: Sequence[Tensor], parts: dict[str, Texts]) -> dict[str, float]:
-    """Of logits (n, C) of the parts after the first; NLL under the temperature that validation chooses."""
+def scored(logits: Sequence[Tensor], parts: dict[str, Texts]) -> dict[str, Any]:
+    """Of logits (n, C) of the parts after the first; NLL under the temperature that validation chooses.
+
+    With the scores of each test record.
+    """
     temperature = fit_temperature([logits[0][None]], [parts["validation"].labels])
     log_p = [(rows / temperature).log_softmax(-1) for rows in logits]
     entropies = [{"entropy": torch.special.entr(rows.exp()).sum(-1)} for rows in log_p[1:]]
@@ -203,10 +209,11 @@ def scored(logits: Sequence[Tensor], parts: dict[str, Texts]) -> dict[str, float
         "AUROC of the entropy": ood_metrics(*entropies)["auroc_entropy"],
         "temperature": temperature,
         "validation nll": cross_entropy(log_p[0], parts["validation"].labels).item(),
+        "scores": example_scores(log_p[1].double(), test),
     }
 
 
-def classified(top: Top, parts: dict[str, Texts], head: Tensor | None) -> dict[str, dict[str, float]]:
+def classified(top: Top, parts: dict[str, Texts], head: Tensor | None) -> dict[str, dict[str, Any]]:
     """What each way to classify makes of what the LoRA has learned."""
     known, *others = (top.read(texts) for texts in parts.values())
     labels, found = parts["train"].labels, {}
@@ -223,7 +230,7 @@ def classified(top: Top, parts: dict[str, Texts], head: Tensor | None) -> dict[s
             sum((z / found[name]["temperature"]).log_softmax(-1) for name, z in pair.items())
             for pair in ({"its head": z, "class means": m} for z, m in zip(own, logits, strict=True))
         ]
-        found["both"] = scored(both, parts)  # type: ignore[arg-type]
+        found["both"] = scored(both, parts)
     return found
 
 
@@ -238,13 +245,13 @@ def parts_of(name: str, records: int, blocks: int) -> dict[str, Texts]:
     return {part: texts_of(model, tokenizer, rows, classes, blocks) for part, rows in read.items()}
 
 
-def measure(records: int, way: str, seed: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measure(records: int, way: str, seed: int, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """One training: of each way to classify, the checkpoint with the lowest validation NLL."""
     parts = parts_of(options.model, records, options.top_blocks)
     model = AutoModel.from_pretrained(models.resolve(options.model), dtype=torch.float32).eval()
     set_seed(seed)
     top = Top(model, options.top_blocks)
-    best: dict[str, dict[str, float]] = {}
+    best: dict[str, dict[str, Any]] = {}
 
     def look(head: Tensor | None) -> None:
         for name, row in classified(top, parts, head).items():
@@ -272,27 +279,62 @@ def main() -> None:
                 name = f"{records} records a label, {way}, seed {seed}"
                 if name not in found:
                     row = measure(records, way, seed, options)
+                    (options.results / "runs").mkdir(parents=True, exist_ok=True)
+                    scores = {by: one.pop("scores") for by, one in row.items()}
+                    write_tensors(
+                        options.results / "runs" / f"{name}.safetensors",
+                        {f"{by}/{key}": of_by[key] for by, of_by in scores.items() for key in ("nll", "accuracy")},
+                    )
                     found = kept(options.results).get("results", {}) | {name: row}
-                    keep(options.results, {"results": found, "machine": machine()}, page(found))
+                    differences = compared(found, options.results / "runs")
+                    content = {"results": found, "machine": machine()}
+                    keep(options.results, content, page(found, differences))
                     print(name, {by: (round(one["nll"], 3), round(one["accuracy"], 3)) for by, one in row.items()})
 
 
-def page(found: dict[str, dict[str, dict[str, float]]]) -> str:
+def grouped(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+    """The runs of each number of records and way, a run a seed."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in sorted(names, key=lambda name: int(name.split()[0])):
+        records, way, _ = name.split(", ")
+        found.setdefault(records, {}).setdefault(way, []).append(name)
+    return found
+
+
+def compared(found: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[str, dict[str, Interval]]]:
+    """NLL and accuracy of each way to train and to classify less those of a plain LoRA, with an interval."""
+
+    def scores(names: Sequence[str], by: str) -> list[dict[str, Tensor]]:
+        files = (read_tensors(folder / f"{name}.safetensors", ValueError) for name in names)
+        return [{key: tensors[f"{by}/{key}"] for key in ("nll", "accuracy")} for tensors in files]
+
+    result: dict[str, dict[str, dict[str, Interval]]] = {}
+    for records, ways in grouped(found).items():
+        for way, names in ways.items():
+            own, plain = ({name.rpartition(" ")[2]: name for name in of} for of in (names, ways.get(REFERENCE, [])))
+            both = own.keys() & plain.keys()
+            for by in found[names[0]] if both else ():
+                pair = scores([own[seed] for seed in both], by), scores([plain[seed] for seed in both], "its head")
+                row = {f"Δ {metric}": paired_bootstrap(*pair, metric) for metric in ("nll", "accuracy")}
+                result.setdefault(records, {})[f"{way}; by {by}"] = row
+    return result
+
+
+def page(found: dict[str, dict[str, Any]], differences: dict[str, dict[str, dict[str, Interval]]]) -> str:
     """Means over the seeds."""
     text = "# A head that is integrated out\n\nMade by `python benchmarks/class_means.py`, whose docstring says how. "
-    text += "Machine, versions, each seed: results.json.\n"
-    grouped: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for name, row in found.items():
-        records, way, _ = name.split(", ")
-        for by, one in row.items():
-            grouped.setdefault(records, {}).setdefault(f"{way}; by {by}", []).append(one)
-    for records, rows in sorted(grouped.items(), key=lambda pair: int(pair[0].split()[0])):
-        columns = ["accuracy", "nll", "AUROC of the entropy", "temperature"]
-        table: dict[str, dict[str, Any]] = {
-            name: {column: mean(one[column] for one in of_seeds) for column in columns} | {"seeds": len(of_seeds)}
-            for name, of_seeds in sorted(rows.items())
-        }
-        text += f"\n## {records}\n\n{markdown_table(table, [*columns, 'seeds'])}"
+    text += f"Differences are from “{REFERENCE}; by its head”, a plain LoRA, with the same seeds. Machine, versions, "
+    text += "each seed: results.json.\n"
+    columns = ["accuracy", "nll", "AUROC of the entropy", "temperature"]
+    for records, ways in grouped(found).items():
+        table: dict[str, dict[str, Any]] = {}
+        for way, names in ways.items():
+            for by in found[names[0]]:
+                means = {column: mean(found[name][by][column] for name in names) for column in columns}
+                row = means | {"seeds": len(names)} | differences.get(records, {}).get(f"{way}; by {by}", {})
+                table[f"{way}; by {by}"] = row
+        rows = dict(sorted(table.items(), key=lambda pair: pair[1]["nll"]))
+        text += f"\n## {records}\n\n{markdown_table(rows, [*columns, 'Δ nll', 'Δ accuracy', 'seeds'])}"
     return text
 
 

@@ -46,7 +46,11 @@ def test_it_runs(base, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "results.json").read_text())["results"]
     assert len(found) == 4
     assert {len(row) for name, row in found.items() if "class means" in name} == {1}
-    assert (tmp_path / "README.md").read_text().count("by class means") == 4
+    report = (tmp_path / "README.md").read_text()
+    assert report.count("by class means") == 4
+    assert report.count("[") == 2 * 8  # an interval of each row for NLL and accuracy
+    (itself,) = (row for row in report.splitlines() if row.startswith("| a point; by its head"))
+    assert "+0.000 [+0.000, +0.000]" in itself
     before = (tmp_path / "results.json").read_bytes()
     class_means.main()  # nothing is repeated
     assert (tmp_path / "results.json").read_bytes() == before
