@@ -27,13 +27,15 @@ import argparse
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from common import keep, kept, parser_of
+from head_posterior import PARTS, scored
+from head_posterior import Texts as Read
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -41,12 +43,12 @@ from transformers import AutoModel, get_linear_schedule_with_warmup, set_seed
 
 from bloblora import BlobConfig, bayesianize, models, runs
 from bloblora.data import read_records
-from bloblora.evaluation import Interval, example_scores, markdown_table, ood_metrics, paired_bootstrap
+from bloblora.evaluation import Interval, markdown_table, paired_bootstrap
 from bloblora.files import read_tensors, write_tensors
-from bloblora.prediction import fit_temperature
+from bloblora.posterior import NormalPrior
 from bloblora.studies.job import machine
+from bloblora.tasks import CATEGORICAL
 
-PARTS = ("train", "validation", "test", "out_of_scope")
 SHRINKAGES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 BATCH, LEARNING_RATE, SCALE = 16, 2e-3, 0.03
 WAYS = ("a point", "a Gaussian", "class means", "class means under noise")
@@ -180,9 +182,9 @@ def train(way: str, top: Top, texts: Texts, steps: int, seed: int, look: Callabl
             logits, labels = head(read), texts.labels[rows]
             loss = cross_entropy(logits, labels)
             if way == "a Gaussian":
-                std, right = log_std.exp(), logits.gather(1, labels[:, None])[:, 0]
-                kl = (((std / prior_std) ** 2 + (head.weight / prior_std) ** 2 - 1) / 2 - (std / prior_std).log()).sum()
-                loss = ((logits + read.square() @ std.square().T / 2).logsumexp(-1) - right).mean() + kl / count
+                variance = read.square() @ log_std.exp().square().T
+                kl = NormalPrior(prior_std).kl([head.weight], [log_std], "log")
+                loss = loss + CATEGORICAL.noise_cost(logits, variance, labels).mean() + kl / count
         if posterior is not None:
             loss = loss + 0.1 / count * posterior.kl()
         optimizer.zero_grad()
@@ -194,44 +196,25 @@ def train(way: str, top: Top, texts: Texts, steps: int, seed: int, look: Callabl
             look(head.weight.detach() if with_head else None)
 
 
-def scored(logits: Sequence[Tensor], parts: dict[str, Texts]) -> dict[str, Any]:
-    """Of logits (n, C) of the parts after the first; NLL under the temperature that validation chooses.
-
-    With the scores of each test record.
-    """
-    temperature = fit_temperature([logits[0][None]], [parts["validation"].labels])
-    log_p = [(rows / temperature).log_softmax(-1) for rows in logits]
-    entropies = [{"entropy": torch.special.entr(rows.exp()).sum(-1)} for rows in log_p[1:]]
-    test = parts["test"].labels
-    return {
-        "accuracy": (log_p[1].argmax(-1) == test).double().mean().item(),
-        "nll": cross_entropy(log_p[1], test).item(),
-        "AUROC of the entropy": ood_metrics(*entropies)["auroc_entropy"],
-        "temperature": temperature,
-        "validation nll": cross_entropy(log_p[0], parts["validation"].labels).item(),
-        "scores": example_scores(log_p[1].double(), test),
-    }
-
-
 def classified(top: Top, parts: dict[str, Texts], head: Tensor | None) -> dict[str, dict[str, Any]]:
     """What each way to classify makes of what the LoRA has learned."""
-    known, *others = (top.read(texts) for texts in parts.values())
-    labels, found = parts["train"].labels, {}
-    by_means = []
+    states = {name: Read(top.read(texts), texts.labels) for name, texts in parts.items()}
+    known, by_means = states["train"], []
     for shrinkage in SHRINKAGES:
-        weights = discriminant(known, labels, shrinkage)
-        logits = [states @ weights.T for states in others]
-        by_means.append((scored(logits, parts) | {"shrinkage": shrinkage}, logits))
-    found["class means"], logits = min(by_means, key=lambda pair: pair[0]["validation nll"])
+        weights = discriminant(known.read, known.labels, shrinkage)
+        by_means.append((scored(states, partial(linear, weights)) | {"shrinkage": shrinkage}, weights))
+    best, weights = min(by_means, key=lambda pair: pair[0]["validation nll"])
+    found = {"class means": best}
     if head is not None:
-        own = [states @ head.T for states in others]
-        found["its head"] = scored(own, parts)
-        both = [
-            sum((z / found[name]["temperature"]).log_softmax(-1) for name, z in pair.items())
-            for pair in ({"its head": z, "class means": m} for z, m in zip(own, logits, strict=True))
-        ]
-        found["both"] = scored(both, parts)
+        own = found["its head"] = scored(states, partial(linear, head))
+        average = weights / best["temperature"] + head / own["temperature"]  # of log-probabilities, but for a constant
+        found["both"] = scored(states, partial(linear, average))
     return found
+
+
+def linear(weights: Tensor, read: Tensor) -> Tensor:
+    """Logits (1, n, C) of a head, the one draw that `scored` is given."""
+    return (read @ weights.T)[None]
 
 
 @cache
