@@ -22,6 +22,7 @@ from ..checks import check_count
 from ..prediction import Point, Sampler, WeightDraws, predict
 from ..tasks.likelihood import Categorical, likelihood_of
 from ..tasks.task import Example
+from ..training.arguments import TRAINED
 from .blob import Blob
 from .method import Method, Training
 
@@ -60,7 +61,9 @@ class Distilled(Blob):
         with sampler.weights.mean():
             soft: Any = _SoftTargets(training.task)
             student = replace(training, task=soft, examples=examples, validation=())
-            student.run(model, part="student", max_steps=self.distill_steps, kl_scale=0.0, head_kl_scale=0.0)
+            student.run(
+                model, part="student", head=TRAINED, max_steps=self.distill_steps, kl_scale=0.0, head_kl_scale=0.0
+            )
         debayesianize(model)
         training.logs = teacher.logs
         return Point()

@@ -26,6 +26,7 @@ class Full(Method):
     """A point in the space of all weights."""
 
     name = "full"
+    class_means = False
     paper = "2106.09685"
     starts_from_lora = False
     training_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-5}

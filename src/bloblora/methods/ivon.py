@@ -53,6 +53,7 @@ class Ivon(GaussianMethod):
     )
 
     name = "ivon"
+    class_means = False
     paper = "2411.04421"
     training_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.03}
 

@@ -95,6 +95,8 @@ class Method:
     """Whether a draw is a model, which can write and score text; logits that are changed afterwards can't."""
     likelihoods: ClassVar[tuple[str, ...]] = ("categorical", "bradley_terry", "bernoulli", "tags", "gaussian")
     """Names of the likelihoods that it trains and predicts with (`bloblora.tasks.Likelihood`)."""
+    class_means: ClassVar[bool] = True
+    """Whether a head of class means (``head`` of `BlobTrainingArguments`) belongs to the weights that it ends with."""
     weighs_classes: ClassVar[bool] = True
     """Whether its loss is the task's likelihood, in which classes may have weights, and no other one."""
     files: ClassVar[tuple[str, ...]] = ("adapter_config.json", "blob_config.json", "*.safetensors")
@@ -285,6 +287,8 @@ class Training:
         self.problems += loop.problems
         if loop.posterior is not None:
             self.found["automatic"] = loop.automatic()
+        if loop.class_means is not None:
+            self.found["class_means"] = loop.class_means_found
         if self.validation:
             self.validated.append(Validated.of(part, loop))
         return loop

@@ -94,6 +94,7 @@ class Swag(GaussianMethod):
     )
 
     name = "swag"
+    class_means = False
     paper = "2405.03425"
     gaussian = False  # its draws have more than the posterior's independent noise
     training_defaults: ClassVar[Mapping[str, Any]] = {"lr_scheduler_type": _SCHEDULE}

@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import models, tasks
 from ..prediction.temperature import FEWEST_FOR_TEMPERATURE
+from ..training.arguments import CLASS_MEANS, TRAINED
 from .checks import task_name
 from .config import SAVING, UNFIT, RunConfig
 from .processes import computes_bfloat16, processes
@@ -47,8 +48,12 @@ def resolved(config: RunConfig, records: Sequence[dict[str, Any]], separate: int
         options["max_steps"] = _num_steps(config, task, len(records) - held_out)
     if config.value("learning_rate") == "auto":
         options["learning_rate"] = config.initial_learning_rate()
+    head = config.value("head")
+    if head == "auto":
+        options["head"] = head = TRAINED
     few = task.name == "classification" and len(records) - held_out < FEWEST_FOR_GAUSSIAN_HEAD
-    if few and config.value("head_prior_std") == config.value("factors") == "auto":
+    over_a = head == CLASS_MEANS or (few and config.value("factors") == "auto")
+    if over_a and config.value("head_prior_std") == "auto":
         options["head_prior_std"] = "none"
     return with_dtype(config.with_options(**options))
 
@@ -66,7 +71,7 @@ def with_dtype(config: RunConfig) -> RunConfig:
 
 def left_open(config: RunConfig) -> tuple[str, ...]:
     """The options that `resolved` decides."""
-    automatic = dict.fromkeys(("validation", "max_steps", "learning_rate", "dtype", "head_prior_std"), "auto")
+    automatic = dict.fromkeys(("validation", "max_steps", "learning_rate", "dtype", "head_prior_std", "head"), "auto")
     return tuple(
         name for name, value in {**automatic, "temperature_scaling": None}.items() if config.value(name) == value
     )

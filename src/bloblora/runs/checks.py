@@ -20,6 +20,7 @@ from ..messages import quoted
 from ..methods import METHODS, Method
 from ..methods.rescaled import saved_factor
 from ..prediction.temperature import FEWEST_FOR_TEMPERATURE
+from ..training.arguments import CLASS_MEANS
 from .config import RunConfig, RunError
 from .folder import RUN_FILE, TASK_FILE, open_run, read_fields, read_run_file
 
@@ -34,6 +35,12 @@ def check_task(config: RunConfig, records: Sequence[dict[str, Any]]) -> None:
         raise RunError(f"method {method.name!r} has no form for task {task.name!r}; train that with {others}")
     if config.task.get("class_weights", "none") != "none" and not method.weighs_classes:
         raise RunError(f"class_weights: method {method.name!r} weighs all records alike; leave it out")
+    if config.value("head") == CLASS_MEANS and not (method.class_means and task.name == "classification"):
+        others = ", ".join(name for name, kind in METHODS.items() if kind.class_means)
+        raise RunError(
+            f"head {CLASS_MEANS!r} is for task 'classification' and one of {others}; with task {task.name!r} and "
+            f"method {method.name!r} leave it out"
+        )
     if config.training.get("label_smoothing_factor") and not task.family.smooths:
         kinds = "classes, choices and tags"
         raise RunError(f"label_smoothing_factor is for {kinds}; task {task.name!r} has none: leave it out")

@@ -22,6 +22,7 @@ from ..files import is_finite
 from ..messages import quoted
 from ..methods import METHODS, TEMPERED_NLL, Method, Rescaled
 from ..training import OBJECTIVE, BlobTrainingArguments
+from ..training.arguments import CLASS_MEANS
 
 SHORT = {
     "steps": "max_steps",
@@ -42,6 +43,7 @@ TRAINING: Mapping[str, Any] = {
     "save_steps": 100,
     "save_total_limit": 1,
     "logging_steps": 20,
+    "head": "auto",
     "report_to": [],
 }
 """Defaults of the Trainer's options in a run."""
@@ -418,6 +420,9 @@ class RunConfig:
             yield str(error)
             return
         yield from self._wrong_folds(method)
+        width = self.method.get("head_prior_std", "auto")
+        if self.value("head") == CLASS_MEANS and width not in ("auto", "none"):
+            yield f"head {CLASS_MEANS!r} and head_prior_std {quoted(width)} are two kinds of head; leave one out"
         if self.data == self.validation == "-":
             yield "data and validation '-': standard input is read once; give a file for one of them"
         if self.trunk_cache is not None and (self.top_blocks is None or (method.holdout and not self.validation)):

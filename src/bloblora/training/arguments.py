@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from transformers import TrainingArguments
 
@@ -12,6 +12,8 @@ from ..checks import check_choice, check_count, check_positive
 
 KlWeighting = Literal["uniform", "reweighted"]
 OptimizerStyle = Literal["joint", "paper", "paper_flow"]
+Head = Literal["trained", "class_means"]
+TRAINED, CLASS_MEANS = get_args(Head)
 
 
 @dataclass(kw_only=True)
@@ -128,6 +130,14 @@ class BlobTrainingArguments(Objective, TrainingArguments):
     eval_num_samples: int = field(
         default=0, metadata={"help": "Weight draws averaged in the Trainer's evaluation; 0 is the posterior mean."}
     )
+    head: str = field(
+        default=TRAINED,
+        metadata={
+            "help": "How a classification head is made: `trained`, or `class_means`: not trained, but the linear "
+            "discriminant of what it reads of the training records, with the means of the classes; in training each "
+            "record is compared with means that leave itself out. For texts that get one label each."
+        },
+    )
     temperature_scaling: bool = field(
         default=True,
         metadata={
@@ -144,6 +154,7 @@ class BlobTrainingArguments(Objective, TrainingArguments):
     def __post_init__(self) -> None:
         self.check()
         check_count("eval_num_samples", self.eval_num_samples, 0)
+        check_choice("head", self.head, Head)
         if self.dataset_size is not None:
             check_count("dataset_size", self.dataset_size, 1)
         super().__post_init__()

@@ -69,6 +69,7 @@ class ElboCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Give each process its own noise; a resumed run then loads the generator that the checkpoint holds."""
+        self.trainer.begin_class_means()
         torch.manual_seed(args.seed + _RANK_STRIDE * args.process_index)
         self.trainer.reset_logs()  # also of an attempt with too large a batch
         if isinstance(state.stateful_callbacks, dict) and (kept := state.stateful_callbacks.get(KEPT)):

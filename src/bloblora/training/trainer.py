@@ -6,13 +6,15 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Sampler, SequentialSampler
+from torch.utils.data import ConcatDataset, DataLoader, Sampler, SequentialSampler, Subset
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -25,16 +27,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..adapter import Posterior, find_posterior, load_posterior
 from ..adapter.bayesianize import is_head
-from ..adapter.head import Bounding
+from ..adapter.head import Bounding, trained_head
 from ..adapter.sharding import trained_state
 from ..adapter.storage import adapter_folder
 from ..adapter.variant import STD_PARAMETER
+from ..contexts import eval_mode
 from ..files import as_os_error, naming
 from ..messages import shortened
 from ..posterior import separate_noise, stack
-from ..tasks.likelihood import Likelihood, likelihood_of
+from ..prediction.states import with_states
+from ..tasks.likelihood import Categorical, Likelihood, likelihood_of
 from .arguments import (
+    CLASS_MEANS,
     OBJECTIVE,
+    TRAINED,
     BlobTrainingArguments,
     Objective,
     automatic_head_kl_scale,
@@ -46,6 +52,7 @@ from .arguments import (
 )
 from .callbacks import ElboCallback
 from .checkpoints import KEPT, last_checkpoint, remove_torn, tensor_files_sha256
+from .class_means import ClassMeans, LeftOut, Read, keys_of
 from .divergence import (
     DivergedError,
     all_finite,
@@ -105,6 +112,8 @@ class BlobTrainerMixin(_Host):
     """
 
     args: Any
+    class_means: ClassMeans | None = None
+    _resumed_from: str | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -131,12 +140,12 @@ class BlobTrainerMixin(_Host):
             args.remove_unused_columns = False  # a task's columns are no arguments of the model
         # Otherwise the data's order hangs on whichever seed torch was given last, and that differs between processes.
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
+        self.task = task
         self._bypassed = False
         self._grouped_stds = False  # an optimizer that is given has rates of its own
         super().__init__(model=model, args=args, **kwargs)
         assert isinstance(self.model, nn.Module)
         self._take(self.model)
-        self.task = task
         self.problems: list[str] = []  # of the posterior that was trained
         if task is None and (draws := getattr(args, "eval_num_samples", 0)) > 0 and not _classifies(self._module):
             raise ValueError(
@@ -176,6 +185,8 @@ class BlobTrainerMixin(_Host):
                 self.optimizer = None  # it was made for an adapter that isn't active any more
         if self.posterior is not None:
             self._dataset_size()
+        self._resumed_from = resume_from_checkpoint or None
+        self._check_class_means()
         if self.task is None and (problem := self._problem()):
             warnings.warn(problem, stacklevel=2)
         if resume_from_checkpoint and self.args.save_total_limit is not None and self.args.should_save:
@@ -183,6 +194,7 @@ class BlobTrainerMixin(_Host):
         if self.posterior is not None:
             self.posterior.temperatures = None
         output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._finish_class_means()
         fits = getattr(self.args, "temperature_scaling", False) and self._knows_likelihood and not self._bypassed
         if self.posterior is not None and fits:
             self._set_temperature(self.posterior)
@@ -494,6 +506,8 @@ class BlobTrainerMixin(_Host):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in the Trainer; the noise of a training is the same with evaluations and without."""
+        if self.class_means is not None and self.is_in_train:
+            self.class_means.set_head()
         with separate_noise(self.args.device):
             metrics = super().evaluate(*args, **kwargs)
         chosen = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
@@ -551,14 +565,21 @@ class BlobTrainerMixin(_Host):
         ``compute_loss_func`` makes of ``{"logits": (b, C)}``, the labels and the number of examples of the whole step.
         """
         bounds = model.training and self.posterior is not None and self._bounds
-        with self.posterior.bounding() if bounds else nullcontext() as bounding:  # type: ignore[union-attr]
+        means = self.class_means if model.training and self.is_in_train else None
+        with (
+            self.posterior.bounding() if bounds else nullcontext() as bounding,  # type: ignore[union-attr]
+            means.reading() if means is not None else nullcontext() as by_others,
+        ):
             labels = inputs.get("labels")
             if self.task is None:
                 expected = self.posterior is not None and self.posterior.batch.expects_labels
-                if labels is None or not (model.training and (expected or bounding is not None)):
+                if labels is None or not (model.training and (expected or bounding is not None or means is not None)):
                     return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
                 labels = _classes(labels)
+                given = copy.copy(inputs)
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+                if by_others is not None:
+                    outputs["logits"], loss = self._left_out(by_others(outputs["logits"], given, labels))
                 loss = loss + self._noise_cost(outputs["logits"], labels, bounding)
                 return (loss, outputs) if return_outputs else loss
             if labels is None:
@@ -566,15 +587,28 @@ class BlobTrainerMixin(_Host):
                     f"train_dataset: a batch of {', '.join(inputs)} has no labels; give each example its label"
                 )
             outputs = {"logits": self.task.logits(model, inputs)}
+            loss = None
+            if by_others is not None:
+                outputs["logits"], loss = self._left_out(by_others(outputs["logits"], inputs, labels))
             cost = self._noise_cost(outputs["logits"], labels, bounding) if model.training else 0.0
             if self.compute_loss_func is None:
-                loss = _mean_nll(likelihood_of(self.task), outputs["logits"], labels, self.args.label_smoothing_factor)
+                if loss is None:
+                    smoothing = self.args.label_smoothing_factor
+                    loss = _mean_nll(likelihood_of(self.task), outputs["logits"], labels, smoothing)
                 loss = loss + cost
             else:
                 loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
                 if self.args.average_tokens_across_devices and num_items_in_batch is not None:
                     loss = loss * self.accelerator.num_processes  # which counted together
             return (loss, outputs) if return_outputs else loss
+
+    def _left_out(self, found: LeftOut) -> tuple[Tensor, Tensor]:
+        """Logits of a batch (b, C), and its mean NLL with the gradient of all records' NLL over b."""
+        likelihood, smoothing = likelihood_of(self.task), self.args.label_smoothing_factor
+        own = found.logits[found.rows].detach()
+        nll = _mean_nll(likelihood, own, found.labels[found.rows], smoothing)
+        of_all = _mean_nll(likelihood, found.logits, found.labels, smoothing) * len(found.labels) / len(found.rows)
+        return own, nll + of_all - of_all.detach()
 
     @property
     def _bounds(self) -> bool:
@@ -608,6 +642,7 @@ class BlobTrainerMixin(_Host):
         self.posterior: Posterior | None = find_posterior(model)
         if self.posterior is not None:
             self.posterior.watch.silent = True
+        self._make_class_means()
         if self.posterior is not None and self.args.kl_scale != 0:
             check_style(self.args.optimizer_style, self.posterior.config.std_parameterization)
 
@@ -659,6 +694,78 @@ class BlobTrainerMixin(_Host):
         self._nll_sum += kept["sums"][0]
         self._loss_sum += kept["sums"][1]
         self._nll_count, self._kl_weights = kept["nll_count"], [*kept["kl_weights"]]
+
+    def _make_class_means(self) -> None:
+        """Take the head of the model from what is trained, where ``head`` says so."""
+        self.class_means = None
+        if getattr(self.args, "head", TRAINED) != CLASS_MEANS:
+            return
+        if self.posterior is not None and self.posterior.head is not None:
+            raise ValueError(
+                f"head {CLASS_MEANS!r} isn't trained, and BlobConfig.head_prior_std says how it is: set that to 'none'"
+            )
+        found = None
+        if isinstance(self._module, PeftModel) and _classifies(self._module):
+            found = trained_head(self._module, self._module.active_adapter)
+        if found is None:
+            raise ValueError(
+                f"head must be {TRAINED!r} for a {type(_base(self._module)).__name__} without an adapter whose "
+                f"modules_to_save have a linear head of two labels or more, got {CLASS_MEANS!r}"
+            )
+        likelihood = likelihood_of(self.task)
+        self.class_means = ClassMeans(found[1], likelihood.weights if isinstance(likelihood, Categorical) else ())
+
+    def _check_class_means(self) -> None:
+        """Raise a ValueError where class means can't be known in this training."""
+        if self.class_means is None:
+            return
+        wrong = None
+        if self.args.world_size > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            wrong = "is for one process, which sees all records"
+        elif self.args.torch_compile:
+            wrong = "isn't offered with torch_compile"
+        elif not self._knows_likelihood:
+            wrong = "needs the NLL of classes as the loss, and there is a loss of its own"
+        elif not isinstance(self.train_dataset, Sized):
+            wrong = "needs training data with a length, of which all are read before the first step"
+        if wrong:
+            raise ValueError(f"head {CLASS_MEANS!r} {wrong}; set it to {TRAINED!r}")
+
+    def begin_class_means(self) -> None:
+        """Read the training records, or what a checkpoint holds of them."""
+        if self.class_means is None:
+            return
+        if self._resumed_from:
+            self.class_means.restore(Path(self._resumed_from))
+        else:
+            self.class_means.begin(self._read(self.train_dataset))
+
+    def _finish_class_means(self) -> None:
+        """Set the head, by the evaluation data where there are any."""
+        if self.class_means is not None:
+            held_out = chain.from_iterable(map(self._read, self._temperature_data()))
+            self.class_means_found = self.class_means.finish(self._read(self.train_dataset), held_out)
+
+    def _read(self, data: Any) -> Iterator[Read]:
+        """What the head reads of each batch of data, under the mean and without dropout."""
+        assert self.class_means is not None
+        if self.task is not None:  # little is padded where neighbours are alike
+            lengths = [self.task.length(example) for example in data]
+            data = Subset(data, sorted(range(len(lengths)), key=lambda i: -lengths[i]))
+        with separate_noise(self.args.device), eval_mode(self._module):
+            for batch in self._eval_batches([data]):
+                inputs: Any = self._prepare_inputs(batch)
+                labels = _classes(inputs["labels"])
+                with self.compute_loss_context_manager():
+                    states = with_states(self.class_means.head, partial(self._logits, inputs))[1]
+                assert states is not None
+                yield Read(states.float(), labels, keys_of(inputs, labels))
+
+    def _logits(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Of a batch."""
+        if self.task is not None:
+            return self.task.logits(self._module, {**inputs})
+        return self._module(**{name: tensor for name, tensor in inputs.items() if name != "labels"}).logits
 
     def _mean_sums(self) -> list[float]:
         """Sums of the NLL and of the loss since the last log, as means over the processes."""
@@ -742,6 +849,8 @@ class BlobTrainerMixin(_Host):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        if self.class_means is not None:
+            self.class_means.write(Path(output_dir))
         # What makes a checkpoint complete is written next, by one process: not before all have saved their generators.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

@@ -1,0 +1,310 @@
+r"""A classification head that isn't trained: a class is the mean of what its training records look like to the head.
+
+With φ what the head reads of a text, m_c the mean of a class's φ and π_c its share, a record is compared with means
+that leave itself out,
+
+.. math:: z_c(\phi_k) = s\,\big(\phi_k^\top P m_c - \tfrac12 m_c^\top P m_c\big) + \log \pi_c, \qquad
+          m_{y_k} \text{ and } \pi_{y_k} \text{ without } k, \qquad
+          \mathrm{NLL}_k = -\log \mathrm{softmax}(z(\phi_k))_{y_k}
+
+(nearest class means, Mensink et al. 2012; leaving out, Geisser & Eddy 1979), so that what is below the head learns to
+put *new* records near those of their class, and can't learn a record by heart through its own mean. P is the inverse of
+the covariance of all φ before the first step, half of which is a multiple of I, and s = 17/d, d the length of φ.
+
+A step sees a batch. The φ of all other records are those that were last seen, and the gradient is that of the sum over
+*all* records with respect to the φ of the batch, over b: its mean over the batches is the gradient of the mean NLL.
+
+In the end the head is the linear discriminant of all training records (Fisher 1936), for which P is the inverse of the
+covariance within the classes, shrunk towards a multiple of I (Friedman 1989). Shrinkage and scale are those of the
+lowest NLL of the validation records; without them 0.9 and s. The training records, each left out, would ask for a scale
+that is several times too large, for what is below the head has been trained on them.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from ..contexts import hooked
+from ..files import read_tensors, write_tensors
+from ..prediction.states import mean_where_read
+
+SHRINKAGES = (0.01, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
+_SHRINKAGE = 0.9
+"""Without validation records, and in evaluations while what is below is trained."""
+_SCALE = 17.0
+_LOG_RANGE = math.log(1000.0)
+_FILE = "class_means.safetensors"
+
+
+@dataclass
+class Read:
+    """What a head reads of records.
+
+    Attributes:
+        states: φ (n, d), float32.
+        labels: their classes (n,).
+        keys: a number for each input (n,), by which it is known again.
+    """
+
+    states: Tensor
+    labels: Tensor
+    keys: Tensor
+
+
+@dataclass
+class Classes:
+    """Sums over the records of each class: their number (C,), and their states' sum (C, d)."""
+
+    read: Read
+    counts: Tensor
+    sums: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, read: Read, weights: Tensor) -> "Classes":
+        """Those of some records, of which one of each class counts (C,)."""
+        zeros = read.states.new_zeros(len(weights), read.states.shape[1])
+        counts = read.labels.bincount(minlength=len(weights)).to(zeros)
+        return cls(read, counts, zeros.index_add_(0, read.labels, read.states), weights)
+
+    @property
+    def means(self) -> Tensor:
+        """(C, d); that of all records for a class that has none."""
+        of_all = self.sums.sum(0) / self.counts.sum()
+        return torch.where(self.counts[:, None] > 0, self.sums / self.counts.clamp_min(1)[:, None], of_all)
+
+    @property
+    def log_shares(self) -> Tensor:
+        """log π (C,); a class without a record has half a one."""
+        shares = self.counts.clamp_min(0.5) * self.weights
+        return (shares / shares.sum()).log()
+
+    def precision(self, shrinkage: float) -> Tensor:
+        """P (d, d) of the covariance within the classes; of that of all records where each class has one."""
+        freedom = len(self.read.states) - int((self.counts > 0).sum())
+        centre = self.means[self.read.labels] if freedom else self.read.states.mean(0)
+        return _precision(self.read.states - centre, freedom or len(self.read.states) - 1, shrinkage)
+
+    def linear(self, precision: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (C, d) and bias (C,) of the scores φᵀ P m_c − ½ m_cᵀ P m_c."""
+        weight = self.means @ precision
+        return weight, -(weight * self.means).sum(-1) / 2
+
+
+@dataclass
+class LeftOut:
+    """Training records, each by the means of all others.
+
+    Attributes:
+        logits: z (n, C) of all records, differentiable in the states of a batch of them.
+        labels: of all records (n,).
+        rows: which of them are the batch's, (b,).
+    """
+
+    logits: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+class ClassMeans:
+    """What a head that isn't trained knows of the training records.
+
+    Args:
+        head: the linear layer that gives the logits; its weights take no gradient any more.
+        class_weights: how much a record of each class counts, (C,); empty for 1 each.
+    """
+
+    def __init__(self, head: nn.Linear, class_weights: Sequence[float] = ()) -> None:
+        self.head, self._class_weights = head, class_weights
+        for parameter in head.parameters():
+            parameter.requires_grad_(False)
+        self._read: Read
+        self._precision: Tensor
+        self._rows: dict[int, int]
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[Tensor, Mapping[str, Any], Tensor], LeftOut]]:
+        """Gives a function of the logits of the last forward inside, its batch and its labels, see `_left_out`."""
+        read: list[Tensor] = []
+        with hooked([(self.head.register_forward_pre_hook, lambda _, args: read.append(args[0]))]):
+            yield lambda logits, inputs, labels: self._left_out(logits, read[-1], inputs, labels)
+
+    def begin(self, batches: Iterator[Read]) -> None:
+        """Take what the head reads of all training records before the first step; of copies one."""
+        read = _distinct(batches)
+        self._set(read, _precision(read.states - read.states.mean(0), len(read.states) - 1, 0.5))
+
+    def write(self, folder: Path) -> None:
+        """Keep it in a checkpoint."""
+        write_tensors(folder / _FILE, {**vars(self._read), "precision": self._precision})
+
+    def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it has none, or of a training with another head.
+        """
+        device = self.head.weight.device
+        tensors = {name: tensor.to(device) for name, tensor in read_tensors(folder / _FILE, ValueError).items()}
+        self._set(Read(*(tensors[name] for name in ("states", "labels", "keys"))), tensors["precision"])
+
+    def set_head(self) -> None:
+        """Make the head the discriminant of the records as they were last seen."""
+        self._set_head(self._read, None)
+
+    def finish(self, batches: Iterator[Read], held_out: Iterator[Read]) -> dict[str, float]:
+        """Make the head the discriminant of what it reads of the training records now.
+
+        Returns:
+            ``shrinkage`` and ``scale``, and the ``nll`` of the validation records by which they were chosen, nats.
+        """
+        validation = [*held_out]
+        for parameter in self.head.parameters():
+            parameter.requires_grad_(True)
+        return self._set_head(_distinct(batches), _cat(validation) if validation else None)
+
+    def _left_out(self, logits: Tensor, read: Tensor, inputs: Mapping[str, Any], labels: Tensor) -> LeftOut:
+        """What the records are by each other, now that a batch of them has new states.
+
+        Args:
+            logits: of a forward, by the head itself; they show which positions of a text it read.
+            read: the head's input in it, (b, …, d).
+            inputs: with ``input_ids``.
+            labels: (b,).
+
+        Raises:
+            ValueError: a record wasn't there before the first step.
+        """
+        (slopes,) = torch.autograd.grad(logits, read, torch.ones_like(logits), retain_graph=True)
+        states = mean_where_read(read, slopes).float()
+        try:
+            rows = [self._rows[key] for key in keys_of(inputs, labels).tolist()]
+        except KeyError as error:
+            raise ValueError(
+                "train_dataset: a batch has an input that wasn't there before the first step; head 'class_means' needs "
+                "the same inputs in each pass: leave out what changes them at random, or give head 'trained'"
+            ) from error
+        last = {row: i for i, row in enumerate(rows)}  # of copies in a batch
+        known, places = self._read, [torch.tensor([*part], device=states.device) for part in (last, last.values())]
+        now = replace(known, states=known.states.index_put((places[0],), states[places[1]]))
+        self._read = replace(known, states=now.states.detach())
+        scores, log_shares = left_out(self._classes(now), self._precision)
+        return LeftOut(self._scale * scores + log_shares, known.labels, torch.tensor(rows, device=states.device))
+
+    @property
+    def _scale(self) -> float:
+        return _SCALE / self.head.in_features
+
+    def _set(self, read: Read, precision: Tensor) -> None:
+        self._read, self._precision = read, precision
+        self._rows = {key: row for row, key in enumerate(read.keys.tolist())}
+
+    def _classes(self, read: Read) -> Classes:
+        weights = read.states.new_tensor(self._class_weights or [1.0] * self.head.out_features)
+        return Classes.of(read, weights)
+
+    @torch.no_grad()
+    def _set_head(self, read: Read, held_out: Read | None) -> dict[str, float]:
+        """Make it the discriminant with the lowest NLL of the held-out records, or the one without such."""
+        classes, tried = self._classes(read), []
+        for shrinkage in (_SHRINKAGE,) if held_out is None else SHRINKAGES:
+            weight, bias, constant = self._linear(classes, classes.precision(shrinkage))
+            found: dict[str, float] = {"shrinkage": shrinkage, "scale": self._scale}
+            if held_out is not None:
+                ones = 1.0 if constant is None else (held_out.states @ constant)[:, None]
+                scores, log_shares = held_out.states @ weight.T + ones * bias, ones * classes.log_shares
+                found["scale"], found["nll"] = _fit_scale(
+                    scores, log_shares, held_out.labels, classes.weights, self._scale
+                )
+            tried.append((found, found["scale"] * weight, found["scale"] * bias + classes.log_shares, constant))
+        found, weight, bias, constant = min(tried, key=lambda one: one[0].get("nll", 0.0))
+        if constant is None:
+            self.head.bias.copy_(bias)
+        self.head.weight.copy_(weight if constant is None else weight + bias[:, None] * constant)
+        return found
+
+    def _linear(self, classes: Classes, precision: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weight (C, d) and bias (C,) of the scores, and for a head that has no bias a c (d,) with φᵀc about 1.
+
+        Of all c with mean 1 it has the least variance within the classes.
+        """
+        weight, bias = classes.linear(precision)
+        if self.head.bias is not None:
+            return weight, bias, None
+        common = classes.read.states.mean(0)
+        towards = precision @ common
+        return weight, bias, towards / (towards @ common)
+
+
+def left_out(classes: Classes, precision: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and log π of all records, (n, C) each, by the means of the others; of a class with one record, of all."""
+    states, labels, means = classes.read.states, classes.read.labels, classes.means
+    counts = classes.counts[labels]
+    rest = (counts - 1).clamp_min(1)[:, None]
+    of_others = (classes.sums.sum(0) - states) / max(1, len(states) - 1)
+    own = torch.where(counts[:, None] < 2, of_others, (classes.sums[labels] - states) / rest)
+    towards, towards_own = means @ precision, own @ precision
+    scores = states @ towards.T - (towards * means).sum(-1) / 2
+    score = (states * towards_own).sum(-1) - (towards_own * own).sum(-1) / 2
+    shares = classes.counts.clamp_min(0.5).expand(len(labels), -1).scatter(1, labels[:, None], rest) * classes.weights
+    return scores.scatter(1, labels[:, None], score[:, None]), (shares / shares.sum(-1, keepdim=True)).log()
+
+
+def _precision(deviations: Tensor, freedom: int, shrinkage: float) -> Tensor:
+    """The inverse of a covariance (d, d) that is shrunk towards a multiple of I; float32 as the deviations."""
+    covariance = deviations.double().T @ deviations.double() / max(1, freedom)
+    level = covariance.diagonal().mean().clamp_min(1e-12)
+    target = level * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    return torch.linalg.inv(torch.lerp(covariance, target, shrinkage)).to(deviations.dtype).contiguous()
+
+
+def _fit_scale(
+    scores: Tensor, log_shares: Tensor, labels: Tensor, weights: Tensor, usual: float
+) -> tuple[float, float]:
+    """The factor of scores (n, C) beside the classes' shares with the lowest NLL, and that NLL, nats."""
+
+    def nll(log_factor: float) -> float:
+        logits = usual * math.exp(log_factor) * scores.double() + log_shares
+        return nn.functional.cross_entropy(logits, labels, weights.double()).item()
+
+    found = minimize_scalar(
+        lambda x: len(labels) * nll(x) + x * x / 2, bounds=(-_LOG_RANGE, _LOG_RANGE), method="bounded"
+    )
+    return usual * math.exp(found.x), nll(found.x)
+
+
+def keys_of(inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
+    """A number for each input and its label, of its tokens without padding, (b,) int64 on the CPU."""
+    ids = inputs["input_ids"].cpu()
+    mask = inputs.get("attention_mask", torch.ones_like(ids)).cpu().bool()
+    texts = zip(ids, mask, labels.tolist(), strict=True)
+    digests = (hashlib.blake2b(f"{label} {row[own].tolist()}".encode(), digest_size=8) for row, own, label in texts)
+    return torch.tensor([int.from_bytes(digest.digest(), "big", signed=True) for digest in digests])
+
+
+def _cat(batches: Sequence[Read]) -> Read:
+    return Read(*(torch.cat([getattr(batch, name) for batch in batches]) for name in ("states", "labels", "keys")))
+
+
+def _distinct(batches: Iterator[Read]) -> Read:
+    """All of them, of copies the first; a ValueError where one has no label."""
+    read = _cat([*batches])
+    if (read.labels < 0).any():
+        raise ValueError(
+            f"train_dataset: a label is {int(read.labels.min())}, of which head 'class_means' knows no class; leave "
+            "such records out"
+        )
+    first: dict[int, int] = {}
+    for row, key in enumerate(read.keys.tolist()):
+        first.setdefault(key, row)
+    rows = torch.tensor([*first.values()])
+    on = rows.to(read.states.device)
+    return Read(read.states[on], read.labels[on], read.keys[rows])
