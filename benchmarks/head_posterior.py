@@ -3,7 +3,7 @@
     python benchmarks/head_posterior.py --runs DIR
     python benchmarks/head_posterior.py --runs DIR --seeds 0 1 2
 
-The default is trained on the support desk, as in benchmarks/studies/methods.yaml: adapters in the last ten blocks.
+A Gaussian head is trained on the support desk, as in benchmarks/studies/methods.yaml: adapters in the last ten blocks.
 What its head reads of each text then stays as it is, and the head alone is known in four ways: the Gaussian that was
 trained, its mean, the maximum a posteriori (by L-BFGS), and the whole posterior, by Hamiltonian Monte Carlo (Neal,
 arXiv 1206.1901): two chains from the maximum, in coordinates in which the curvature there, averaged over the classes,
@@ -216,7 +216,7 @@ def main() -> None:
 
 
 def trained(seed: int, options: argparse.Namespace) -> runs.Run:
-    """The default on the support desk."""
+    """A Gaussian head on the support desk."""
     return runs.train(
         runs.RunConfig.of(
             data="support_desk:train",
@@ -224,6 +224,7 @@ def trained(seed: int, options: argparse.Namespace) -> runs.Run:
             output=str(options.runs / f"seed{seed}"),
             model=options.model,
             dtype=options.dtype,
+            head="trained",
             top_blocks=options.top_blocks,
             steps=options.steps,
             batch_size=16,

@@ -352,6 +352,17 @@ def is_half(name: str) -> bool:
     return str(config.get("dtype", config.get("torch_dtype"))) in ("bfloat16", "float16")
 
 
+def has_head(name: str) -> bool:
+    """Whether a model comes with a classification head, which isn't trained from nothing.
+
+    Raises:
+        ModelError: its configuration can't be read.
+    """
+    if name == DEFAULT_MODEL or name.lower().endswith(".gguf"):
+        return False
+    return any(str(kind).endswith("Classification") for kind in _configuration(name).get("architectures") or ())
+
+
 def hidden_size(name: str) -> int | None:
     """How many numbers a model's hidden state of a token has; None where its configuration doesn't say.
 

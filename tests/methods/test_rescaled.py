@@ -315,7 +315,7 @@ def test_a_run_with_folds_is_the_run_without_and_goes_on_where_it_was(config, tm
 @few
 def test_folds_over_a_cached_trunk(config, tmp_path):
     """A fold's model has the trunk of the run's."""
-    plain = config(temperature_folds=2, top_blocks=1)
+    plain = config(temperature_folds=2, top_blocks=1, head="trained")
     cached = plain.with_options(output=str(tmp_path / "cached"), trunk_cache=str(tmp_path / "cache"))
     expected, found = (runs.train(c, progress=False).training["rescaling"] for c in (plain, cached))
     assert found["nll_before"] == pytest.approx(expected["nll_before"], rel=1e-4)

@@ -63,10 +63,12 @@ def test_each_option_has_one_owner_and_is_said(trained):
     assert stored["config"]["method"] == {"name": "blob", "prior_std": 0.1, "head_prior_std": "none"}
     assert stored["config"]["lora"] == {"r": 2, "use_rslora": True, "rank_pattern": {"v_proj": 3}}
     assert stored["config"]["training"].keys() == {
-        "max_steps", "per_device_train_batch_size", "learning_rate", "weight_decay", "lr_scheduler_type", "adam_beta2"
+        "max_steps", "per_device_train_batch_size", "learning_rate", "weight_decay", "lr_scheduler_type", "adam_beta2",
+        "head",
     }  # fmt: skip
     given = yaml.safe_load((trained / "config.yaml").read_text())
     given["training"]["learning_rate"], given["method"]["head_prior_std"] = 2e-3, "none"
+    given["training"]["head"] = "class_means"
     assert given | {"validation": 0.0, "temperature_scaling": False, "dtype": "float32"} == stored["config"]
 
 

@@ -79,6 +79,7 @@ def test_other_options_leave_no_room_for_a_share(options):
     ],
 )
 def test_a_head_of_few_records_is_no_gaussian(count, options, width):
+    options = {"head": "trained", **options}
     config = resolved(given(**options), records(count), 0)
     assert config.value("head_prior_std") == width
     assert resolved(config, records(count), 0) == config
@@ -87,6 +88,38 @@ def test_a_head_of_few_records_is_no_gaussian(count, options, width):
     questions = [{"question": "a", "choices": ["b", "c"], "answer": 0}] * count
     asked = given(**options)
     assert resolved(asked, questions, 0).value("head_prior_std") == asked.value("head_prior_std")
+
+
+@pytest.mark.parametrize(
+    ("options", "head"),
+    [
+        ({}, "class_means"),
+        ({"method": "mixture"}, "class_means"),
+        ({"factors": "A"}, "class_means"),
+        ({"head": "trained"}, "trained"),
+        ({"method": "lora"}, "trained"),
+        ({"preset": "paper"}, "trained"),
+        ({"factors": "none"}, "trained"),
+        ({"head_prior_std": 0.1}, "trained"),
+        ({"start_from": "runs/a"}, "trained"),
+        ({"prior_from": "runs/a"}, "trained"),
+        ({"torch_compile": True}, "trained"),
+    ],
+)
+def test_a_head_is_of_class_means_where_nothing_says_how_it_is(options, head):
+    config = resolved(given(**options), records(300), 0)
+    assert config.value("head") == head
+    assert (config.value("head_prior_std") == "none") == (head == "class_means" or "preset" in options)
+    assert ("prior_std" in given(**options).search_space(labels=True)) == (
+        head == "class_means" or options.get("preset") == "paper"
+    )
+    questions = [{"question": "a", "choices": ["b", "c"], "answer": 0}] * 300
+    assert resolved(given(**options), questions, 0).value("head") == "trained"
+
+
+def test_records_of_one_label_each_have_no_class_means():
+    alone = [{"text": f"t {i}", "label": f"l {i}"} for i in range(30)]
+    assert resolved(given(), alone, 0).value("head") == "trained"
 
 
 def test_records_of_their_own_can_fit_a_temperature():
@@ -160,8 +193,10 @@ def test_what_was_read_is_said_first(trained, caplog, tmp_path):
     assert not any("Gaussian" in line for line in lines)
     with caplog.at_level(logging.INFO, "bloblora"):
         trained(rows, method="blob", output=str(tmp_path / "blob"))
-    said = "the Gaussian is over LoRA's A, the head is a point (by default below 200 training records)"
-    assert said in [record.getMessage() for record in caplog.records]
+        trained(rows, method="blob", output=str(tmp_path / "trained"), head="trained")
+    found = [record.getMessage() for record in caplog.records]
+    assert "no head is trained: it is made of the means of the classes (`--head trained` trains one)" in found
+    assert "the Gaussian is over LoRA's A, the head is a point (by default below 200 training records)" in found
 
 
 @pytest.mark.parametrize(
@@ -193,7 +228,7 @@ def test_the_held_out_part_is_measured(trained):
 
 def test_a_run_that_learned_nothing_says_so_everywhere(trained, tmp_path, capsys):
     with pytest.warns(UserWarning, match="the model has learned nothing that helps: the NLL of held-out records is"):
-        run = trained(learning_rate=1e-9)
+        run = trained(learning_rate=1e-9, head="trained")
     (problem,) = [one for one in run.training["warnings"] if "learned nothing that helps" in one]
     bound = re.search(r"and (\S+) without looking at the input", problem)
     assert float(bound[1]) == pytest.approx(1.386, abs=1e-3)  # log 4
@@ -236,6 +271,7 @@ def test_draws_that_do_harm_are_said(trained):
 def test_one_voice(trained, tmp_path, capfd, base):
     data = write_jsonl(tmp_path / "voice.jsonl", records(60))
     shape = ["--model", str(base), "--r", "2", "--batch-size", "4", "--steps", "2", "--learning-rate", "1e-9"]
+    shape += ["--head", "trained"]
     main(["train", "--data", str(data), "--output", str(tmp_path / "voice"), *shape])
     error = capfd.readouterr().err
     assert "read 60 records with 4 labels, 15 each" in error

@@ -69,7 +69,8 @@ def test_a_loaded_run_predicts_the_same_bits(config, files, data, method):
     after = loaded.predict(records, 3, seed=5)
     assert torch.equal(before.log_probs, after.log_probs)
     found = {"validation": 0.0, "temperature_scaling": False, "dtype": "float32"}
-    found |= {"head_prior_std": "none"} if (data, method) == ("texts", "blob") else {}
+    of_texts = {"head_prior_std": "none", "head": "class_means"}
+    found |= of_texts if (data, method) == ("texts", "blob") else {"head": "trained"}
     assert loaded.config == run.config == config.with_options(**found)
     assert (find_posterior(loaded.model) is not None) == (method == "blob")
     draws = after.log_probs

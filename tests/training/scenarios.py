@@ -28,6 +28,15 @@ def quiet(folder, style, sampling, batch, **options):
     return {"weights": trainable(model), "logs": {key: logs(trainer, key) for key in LOGGED}}
 
 
+def by_class_means(folder, batch, **options):
+    """A plain LoRA below a head that isn't trained, by SGD: the weights after two passes over 24 examples."""
+    model = classifier(bayesian=False)
+    options = dict(max_steps=6, optim="sgd", learning_rate=0.05, head="class_means", **options)
+    trainer = make_trainer(folder, model, 24, per_device_train_batch_size=batch, **options)
+    trainer.train()
+    return {"weights": trainable(model), "nll": logs(trainer, "nll")}
+
+
 class Noise(TrainerCallback):
     """Collects what the first layer's B is given: with one same example everywhere, A x of this process's A."""
 
@@ -63,6 +72,7 @@ def resumed(folder, sampling):
 def main(folder: Path) -> None:
     options = dict(ddp_backend="gloo")
     results = {("quiet", *which): quiet(folder / "quiet", *which, batch=4, **options) for which in QUIET}
+    results["class means"] = by_class_means(folder / "class_means", batch=4, **options)
     for style in STYLES:
         results["noisy", style] = noisy(folder / style, style, "random", **options)
     for style in ("joint", "paper_flow"):

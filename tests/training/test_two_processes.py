@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from .conftest import assert_close, assert_equal
-from .scenarios import LOGGED, QUIET, STYLES, quiet
+from .scenarios import LOGGED, QUIET, STYLES, by_class_means, quiet
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +41,13 @@ def test_two_processes_equal_one_with_their_batches_joined(tmp_path, ranks, styl
     for key in LOGGED:  # the loss and the NLL are means over both: each process writes the same
         assert results[0]["logs"][key] == results[1]["logs"][key]
         assert results[0]["logs"][key] == pytest.approx(expected["logs"][key], rel=1e-4), key
+
+
+def test_class_means_are_those_of_the_records_of_both(tmp_path, ranks):
+    expected, (a, b) = by_class_means(tmp_path, batch=8), (rank["class means"] for rank in ranks)
+    assert_equal(a["weights"], b["weights"])
+    assert_close(a["weights"], expected["weights"], rtol=1e-3, atol=1e-5)
+    assert a["nll"] == b["nll"] == pytest.approx(expected["nll"], rel=1e-4)
 
 
 @pytest.mark.parametrize("style", STYLES)

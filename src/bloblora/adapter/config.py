@@ -83,7 +83,8 @@ class BlobConfig:
             "help": "Standard deviation of the prior over the weights of a classification head that is trained with "
             "the adapter, which are then Gaussian too. `auto`: √(2/d) for d inputs (VBLL, arXiv 2404.11599) where "
             "texts get one label each; for other answers the head is a point. `bloblora train` takes `none` for `auto` "
-            "below 200 training records, where a Gaussian over A is better. `none`: a point, as the paper's.",
+            "with class means (`head`), and below 200 training records, where a Gaussian over A is better. `none`: a "
+            "point, as the paper's.",
             "search": (0.01, 0.3),
         },
     )

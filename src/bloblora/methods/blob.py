@@ -2,11 +2,12 @@ r"""BLoB (Wang et al., arXiv 2406.11675): a Gaussian trained on the evidence low
 
 .. math:: \min_{B, M, \Omega}\ \mathbb E_{A \sim \mathcal N(M, \Omega^2)}[\mathrm{NLL}] + \lambda\,\mathrm{KL}(q\|p)
 
-Under a head that classifies texts the default is a Gaussian over the head in place of A (`bloblora.adapter.head`). The
-options are those of the posterior, `bloblora.adapter.BlobConfig`, and of the objective,
-`bloblora.training.Objective`; docs/methods/blob.md says where the defaults differ from the paper's, which are
-``--preset paper``. Three more presets are comparisons of the paper, section 3.1: ``blob-b`` and ``blob-symmetric`` are
-this recipe with the Gaussian over B, or over both, and ``bbb`` is Bayes by Backprop (arXiv 1505.05424).
+In a run the default under a head that gives one label is one of class means (`bloblora.training.class_means`), which
+isn't trained; under a trained one it is a Gaussian over the head in place of A (`bloblora.adapter.head`). The options
+are those of the posterior, `bloblora.adapter.BlobConfig`, and of the objective, `bloblora.training.Objective`;
+docs/methods/blob.md says where the defaults differ from the paper's, which are ``--preset paper``. Three more presets
+are comparisons of the paper, section 3.1: ``blob-b`` and ``blob-symmetric`` are this recipe with the Gaussian over B or
+over both, and ``bbb`` is Bayes by Backprop (arXiv 1505.05424).
 """
 
 from dataclasses import dataclass, fields

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
+
 from .. import models, tasks
 from ..prediction.temperature import FEWEST_FOR_TEMPERATURE
 from ..training.arguments import CLASS_MEANS, TRAINED
@@ -50,12 +52,23 @@ def resolved(config: RunConfig, records: Sequence[dict[str, Any]], separate: int
         options["learning_rate"] = config.initial_learning_rate()
     head = config.value("head")
     if head == "auto":
-        options["head"] = head = TRAINED
+        options["head"] = head = CLASS_MEANS if _takes_class_means(config, task, counts) else TRAINED
     few = task.name == "classification" and len(records) - held_out < FEWEST_FOR_GAUSSIAN_HEAD
     over_a = head == CLASS_MEANS or (few and config.value("factors") == "auto")
     if over_a and config.value("head_prior_std") == "auto":
         options["head_prior_std"] = "none"
     return with_dtype(config.with_options(**options))
+
+
+def _takes_class_means(config: RunConfig, task: type[tasks.Task], counts: Sequence[int]) -> bool:
+    """Whether the head is one of class means: a fresh one, of which the method says nothing, and one whole model."""
+    if task.name != "classification" or not config.leaves_head_open() or max(counts) < 2:
+        return False
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return False
+    with suppress(models.ModelError):  # who loads it says so
+        return not models.has_head(config.model)
+    return True
 
 
 def with_dtype(config: RunConfig) -> RunConfig:

@@ -353,6 +353,20 @@ class RunConfig:
             width = models.hidden_size(self.model)
         return min(float(f"{_LEARNING_RATE * (_WIDTH / (width or _WIDTH)) ** _EXPONENT:.2g}"), _HIGHEST)
 
+    def leaves_head_open(self) -> bool:
+        """Whether a head may be one of class means: it isn't another run's, and the method's options don't say else."""
+        gaussian = {name: self.method.get(name, "auto") for name in ("head_prior_std", "factors")}
+        own = METHODS[self.method["name"]]
+        return (
+            "head_prior_std" in own.options()
+            and own.class_means
+            and gaussian["head_prior_std"] == "auto"
+            and gaussian["factors"] != "none"
+            and self.start_from is None
+            and self.prior_from is None
+            and not self.training.get("torch_compile")
+        )
+
     def search_space(self, labels: bool) -> dict[str, tuple[float, float]]:
         """Where `bloblora tune` looks: as the method's options declare, and half a decade around its learning rate.
 
@@ -361,7 +375,9 @@ class RunConfig:
         """
         rate, method = self.initial_learning_rate(), self.build_method()
         searched = {name: o.metadata.get("search", method.searched.get(name)) for name, o in method.options().items()}
-        found = {name: ends for name, ends in searched.items() if ends and name not in method.idle(labels)}
+        head = self.value("head")
+        trained = labels and head != CLASS_MEANS and not (head == "auto" and self.leaves_head_open())
+        found = {name: ends for name, ends in searched.items() if ends and name not in method.idle(trained)}
         return {**found, "learning_rate": (rate / 10**0.5, rate * 10**0.5)}
 
     def _wrong_names(self) -> Iterator[str]:

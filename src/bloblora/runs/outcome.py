@@ -15,6 +15,7 @@ from ..evaluation import example_scores, metrics
 from ..methods import TEMPERED_NLL, Training
 from ..prediction import Prediction, predict
 from ..tasks import Task
+from ..training.arguments import CLASS_MEANS
 from .automatic import FEWEST_FOR_GAUSSIAN_HEAD, why_none
 from .config import RunConfig
 from .folder import is_deterministic
@@ -55,7 +56,9 @@ def announce(
     else:
         passes = steps * batch / len(texts)
         log.info(f"{steps} steps of {batch} records: {passes:.1f} passes over them; base model in {config.dtype}")
-    if config.value("head_prior_std") == "none":
+    if config.value("head") == CLASS_MEANS:
+        log.info("no head is trained: it is made of the means of the classes (`--head trained` trains one)")
+    elif config.value("head_prior_std") == "none":
         few = FEWEST_FOR_GAUSSIAN_HEAD
         log.info(f"the Gaussian is over LoRA's A, the head is a point (by default below {few} training records)")
 

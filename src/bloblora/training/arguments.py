@@ -135,7 +135,9 @@ class BlobTrainingArguments(Objective, TrainingArguments):
         metadata={
             "help": "How a classification head is made: `trained`, or `class_means`: not trained, but the linear "
             "discriminant of what it reads of the training records, with the means of the classes; in training each "
-            "record is compared with means that leave itself out. For texts that get one label each."
+            "record is compared with means that leave itself out. For texts that get one label each. `bloblora train` "
+            "has `auto`: `class_means` for `blob`, `mixture` and `distilled` where the head is fresh, neither "
+            "`head_prior_std` nor `factors` say how it is trained, and one device holds the model; else `trained`."
         },
     )
     temperature_scaling: bool = field(

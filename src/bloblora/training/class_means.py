@@ -114,21 +114,32 @@ class LeftOut:
     rows: Tensor
 
 
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class ClassMeans:
     """What a head that isn't trained knows of the training records.
 
     Args:
         head: the linear layer that gives the logits; its weights take no gradient any more.
         class_weights: how much a record of each class counts, (C,); empty for 1 each.
+        gather: what all processes have of a tensor (b, …), one after the other.
     """
 
-    def __init__(self, head: nn.Linear, class_weights: Sequence[float] = ()) -> None:
-        self.head, self._class_weights = head, class_weights
-        for parameter in head.parameters():
-            parameter.requires_grad_(False)
+    def __init__(
+        self, head: nn.Linear, class_weights: Sequence[float] = (), gather: Callable[[Tensor], Tensor] = _alone
+    ) -> None:
+        self.head, self._class_weights, self._gather = head, class_weights, gather
+        self.freeze()
         self._read: Read
         self._precision: Tensor
         self._rows: dict[int, int]
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Take the head from what is trained, or give it back."""
+        for parameter in self.head.parameters():
+            parameter.requires_grad_(not frozen)
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[Tensor, Mapping[str, Any], Tensor], LeftOut]]:
@@ -167,8 +178,7 @@ class ClassMeans:
             ``shrinkage`` and ``scale``, and the ``nll`` of the validation records by which they were chosen, nats.
         """
         validation = [*held_out]
-        for parameter in self.head.parameters():
-            parameter.requires_grad_(True)
+        self.freeze(False)
         return self._set_head(_distinct(batches), _cat(validation) if validation else None)
 
     def _left_out(self, logits: Tensor, read: Tensor, inputs: Mapping[str, Any], labels: Tensor) -> LeftOut:
@@ -192,12 +202,14 @@ class ClassMeans:
                 "train_dataset: a batch has an input that wasn't there before the first step; head 'class_means' needs "
                 "the same inputs in each pass: leave out what changes them at random, or give head 'trained'"
             ) from error
-        last = {row: i for i, row in enumerate(rows)}  # of copies in a batch
-        known, places = self._read, [torch.tensor([*part], device=states.device) for part in (last, last.values())]
-        now = replace(known, states=known.states.index_put((places[0],), states[places[1]]))
-        self._read = replace(known, states=now.states.detach())
+        own = torch.tensor(rows, device=states.device)
+        known = self._read.states.clone()
+        known[self._gather(own)] = self._gather(states.detach())
+        self._read = replace(self._read, states=known)
+        last = torch.tensor([*{row: i for i, row in enumerate(rows)}.values()], device=states.device)  # of copies
+        now = replace(self._read, states=known.index_put((own[last],), states[last]))
         scores, log_shares = left_out(self._classes(now), self._precision)
-        return LeftOut(self._scale * scores + log_shares, known.labels, torch.tensor(rows, device=states.device))
+        return LeftOut(self._scale * scores + log_shares, now.labels, own)
 
     @property
     def _scale(self) -> float:

@@ -713,15 +713,16 @@ class BlobTrainerMixin(_Host):
                 f"modules_to_save have a linear head of two labels or more, got {CLASS_MEANS!r}"
             )
         likelihood = likelihood_of(self.task)
-        self.class_means = ClassMeans(found[1], likelihood.weights if isinstance(likelihood, Categorical) else ())
+        weights = likelihood.weights if isinstance(likelihood, Categorical) else ()
+        self.class_means = ClassMeans(found[1], weights, self.accelerator.gather)
 
     def _check_class_means(self) -> None:
         """Raise a ValueError where class means can't be known in this training."""
         if self.class_means is None:
             return
         wrong = None
-        if self.args.world_size > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            wrong = "is for one process, which sees all records"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            wrong = "isn't offered under FSDP or DeepSpeed, which split the model"
         elif self.args.torch_compile:
             wrong = "isn't offered with torch_compile"
         elif not self._knows_likelihood:
@@ -849,7 +850,7 @@ class BlobTrainerMixin(_Host):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if self.class_means is not None:
+        if self.class_means is not None and self.args.should_save:
             self.class_means.write(Path(output_dir))
         # What makes a checkpoint complete is written next, by one process: not before all have saved their generators.
         self.accelerator.wait_for_everyone()
@@ -866,6 +867,8 @@ class BlobTrainerMixin(_Host):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.class_means is not None:
+            self.class_means.freeze()  # PEFT takes what is loaded to be trained
         self._load_posterior(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
