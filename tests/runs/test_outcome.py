@@ -117,9 +117,11 @@ def test_a_head_is_of_class_means_where_nothing_says_how_it_is(options, head):
     assert resolved(given(**options), questions, 0).value("head") == "trained"
 
 
-def test_records_of_one_label_each_have_no_class_means():
+def test_records_of_one_label_each_have_no_class_means_nor_have_very_many():
     alone = [{"text": f"t {i}", "label": f"l {i}"} for i in range(30)]
     assert resolved(given(), alone, 0).value("head") == "trained"
+    heads = [resolved(given(), records(count), 0).value("head") for count in (10_000, 10_001)]
+    assert heads == ["class_means", "trained"]
 
 
 def test_records_of_their_own_can_fit_a_temperature():

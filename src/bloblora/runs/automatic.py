@@ -23,6 +23,7 @@ _MOST = 500  # beyond which an evaluation costs more than it tells: the standard
 # Below so many training records a Gaussian head stays close to its prior, and its mean learns less than a point does:
 # the Gaussian is over A then (benchmarks/studies/first_hour.yaml).
 FEWEST_FOR_GAUSSIAN_HEAD = 200
+_MOST_FOR_CLASS_MEANS = 10_000  # of which every step uses all; with so many nothing was measured
 _EXAMPLES_WITH_HEAD = 320
 _EXAMPLES = 80
 
@@ -62,7 +63,9 @@ def resolved(config: RunConfig, records: Sequence[dict[str, Any]], separate: int
 
 def _takes_class_means(config: RunConfig, task: type[tasks.Task], counts: Sequence[int]) -> bool:
     """Whether the head is one of class means: a fresh one, of which the method says nothing, and one whole model."""
-    if task.name != "classification" or not config.leaves_head_open() or max(counts) < 2:
+    if task.name != "classification" or not config.leaves_head_open():
+        return False
+    if max(counts) < 2 or sum(counts) > _MOST_FOR_CLASS_MEANS:
         return False
     if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return False

@@ -137,7 +137,8 @@ class BlobTrainingArguments(Objective, TrainingArguments):
             "discriminant of what it reads of the training records, with the means of the classes; in training each "
             "record is compared with means that leave itself out. For texts that get one label each. `bloblora train` "
             "has `auto`: `class_means` for `blob`, `mixture` and `distilled` where the head is fresh, neither "
-            "`head_prior_std` nor `factors` say how it is trained, and one device holds the model; else `trained`."
+            "`head_prior_std` nor `factors` say how it is trained, one device holds the model, and there are at most "
+            "10,000 records; else `trained`."
         },
     )
     temperature_scaling: bool = field(
