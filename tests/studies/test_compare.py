@@ -371,6 +371,7 @@ def test_metrics_alone_give_the_tables_and_no_intervals(done, tmp_path):
 def test_each_number_of_draws_has_the_uncertainty_that_predict_has(content, write, tmp_path):
     """A Gaussian head's part of it is a mean over the draws, of which a smaller N has fewer."""
     content |= {"seeds": [0], "methods": {"lora": {}, "head": {"method": "blob", "factors": "A", "init_std": 0.3}}}
+    content["methods"]["head"]["head"] = "trained"
     study = studies.read_study(write(content))
     job = study.jobs(tmp_path / "runs", tmp_path)[1]
     result = studies.job.run(job, tmp_path / "results", progress=False)

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -148,9 +149,10 @@ def test_the_default_ranges_hold_the_methods_defaults(method, labels, content, w
     ranges = _ranges(job, None, labels)
     assert "learning_rate" in ranges
     if method == "blob":
-        assert ranges.keys() - {"learning_rate"} == (
-            {"head_prior_std", "head_kl_scale"} if labels else {"prior_std", "kl_scale"}
-        )
+        assert ranges.keys() - {"learning_rate"} == {"prior_std", "kl_scale"}  # over A, under class means too
+        trained = replace(job, config=job.config.with_options(head="trained"))
+        over_head = {"head_prior_std", "head_kl_scale"} if labels else {"prior_std", "kl_scale"}
+        assert _ranges(trained, None, labels).keys() - {"learning_rate"} == over_head
     for name, (low, high) in ranges.items():
         default = options[name].default if name in options else job.config.value(name)
         assert isinstance(default, str) or low < default < high

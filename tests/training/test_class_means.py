@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from transformers import BertConfig, BertForSequenceClassification, EarlyStoppingCallback
 
 from bloblora import BlobTrainer
-from bloblora.training import last_checkpoint
+from bloblora.training import DivergedError, last_checkpoint
 from bloblora.training.class_means import Classes, ClassMeans, Read, _precision, keys_of, left_out
 
 from ..conftest import with_lora
@@ -290,3 +290,9 @@ def test_an_input_that_changes_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="same inputs in each pass"):
         trained(tmp_path, data=Changing(examples(24)))
+
+
+@pytest.mark.parametrize("rate", [1e4, 1e30])
+def test_a_training_that_diverges_says_so(tmp_path, rate):
+    with pytest.raises(DivergedError, match="not finite at step"):
+        trained(tmp_path, learning_rate=rate, max_grad_norm=0.0, save_strategy="no")

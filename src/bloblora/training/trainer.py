@@ -273,10 +273,11 @@ class BlobTrainerMixin(_Host):
                     f"the loss is not finite at step {self.state.global_step + 1}, for all labels of a batch are "
                     f"{_IGNORED}, which says nothing to learn: leave such examples out, or give larger batches"
                 )
-            bounded = self.posterior is not None and self.posterior.head is not None and self._bounds
+            slopes = self.posterior is not None and self.posterior.head is not None and self._bounds
+            slopes |= self.class_means is not None
 
             def again() -> None:
-                with torch.set_grad_enabled(bounded):  # the variance of the head's outputs takes a gradient
+                with torch.set_grad_enabled(slopes):  # which of a head's outputs count is seen by a gradient
                     loss(module=self._module)
 
             raise self._diverged_nll(again)
@@ -746,6 +747,7 @@ class BlobTrainerMixin(_Host):
         if self.class_means is not None:
             held_out = chain.from_iterable(map(self._read, self._temperature_data()))
             self.class_means_found = self.class_means.finish(self._read(self.train_dataset), held_out)
+            self._check_weights()
 
     def _read(self, data: Any) -> Iterator[Read]:
         """What the head reads of each batch of data, under the mean and without dropout."""
