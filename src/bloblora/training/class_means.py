@@ -271,11 +271,12 @@ def left_out(classes: Classes, precision: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _precision(deviations: Tensor, freedom: int, shrinkage: float) -> Tensor:
-    """The inverse of a covariance (d, d) that is shrunk towards a multiple of I; float32 as the deviations."""
-    covariance = deviations.double().T @ deviations.double() / max(1, freedom)
+    """The inverse of a covariance (d, d) that is shrunk towards a multiple of I; as the deviations are."""
+    exact = deviations.cpu().double()  # which not every device has
+    covariance = exact.T @ exact / max(1, freedom)
     level = covariance.diagonal().mean().clamp_min(1e-12)
-    target = level * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    return torch.linalg.inv(torch.lerp(covariance, target, shrinkage)).to(deviations.dtype).contiguous()
+    target = level * torch.eye(len(covariance), dtype=covariance.dtype)
+    return torch.linalg.inv(torch.lerp(covariance, target, shrinkage)).to(deviations).contiguous()
 
 
 def _fit_scale(
@@ -283,9 +284,12 @@ def _fit_scale(
 ) -> tuple[float, float]:
     """The factor of scores (n, C) beside the classes' shares with the lowest NLL, and that NLL, nats."""
 
+    scores, log_shares, weights = (tensor.cpu().double() for tensor in (scores, log_shares, weights))
+    labels = labels.cpu()
+
     def nll(log_factor: float) -> float:
-        logits = usual * math.exp(log_factor) * scores.double() + log_shares
-        return nn.functional.cross_entropy(logits, labels, weights.double()).item()
+        logits = usual * math.exp(log_factor) * scores + log_shares
+        return nn.functional.cross_entropy(logits, labels, weights).item()
 
     found = minimize_scalar(
         lambda x: len(labels) * nll(x) + x * x / 2, bounds=(-_LOG_RANGE, _LOG_RANGE), method="bounded"
