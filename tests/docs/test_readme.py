@@ -7,7 +7,7 @@ from tests.docs.blocks import blocks_of
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_script_trains_the_head_and_the_posterior(reader_of):
+def test_the_script_trains_the_posterior_and_makes_the_head(reader_of):
     reader = reader_of("README.md")
     reader.run(next(block for block in blocks_of("README.md") if block.language == "python"))
     names, records = reader.namespace, data.support_desk("train")
