@@ -90,7 +90,7 @@ def test_what_is_hashed(stopped):
     """No file that a callback writes after the Trainer's state, such as seconds.json."""
     folder = stopped / "checkpoints" / "checkpoint-3"
     found = json.loads((folder / TRAINER_STATE_NAME).read_text())["stateful_callbacks"][KEPT]["sha256"]
-    weights = {"adapter_model.safetensors", "posterior.safetensors"}
+    weights = {"adapter_model.safetensors", "posterior.safetensors", "class_means.safetensors"}
     assert found.keys() == weights | {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}
     assert found["optimizer.pt"] == hashlib.sha256((folder / "optimizer.pt").read_bytes()).hexdigest()
 

@@ -107,6 +107,7 @@ class Stop(TrainerCallback):
 def settings_of(folder: Path, output: str):
     """As `settings`, of a run's configuration."""
     config = dict(data=f"{folder}/texts.jsonl", model=f"{folder}/base", output=f"{folder}/{output}")
+    config |= dict(head="trained")  # which FSDP has by default, and one process hasn't
     return config | dict(steps=6, batch_size=BATCH // processes().num_processes, r=2, learning_rate=0.01)
 
 
