@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Classes:
         counts = read.labels.bincount(minlength=len(weights)).to(zeros)
         return cls(read, counts, zeros.index_add_(0, read.labels, read.states), weights)
 
-    @property
+    @cached_property
     def means(self) -> Tensor:
         """(C, d); that of all records for a class that has none."""
         of_all = self.sums.sum(0) / self.counts.sum()
@@ -89,9 +90,13 @@ class Classes:
 
     def precision(self, shrinkage: float) -> Tensor:
         """P (d, d) of the covariance within the classes; of that of all records where each class has one."""
+        return _inverse(self._covariance, shrinkage).to(self.read.states)
+
+    @cached_property
+    def _covariance(self) -> Tensor:
         freedom = len(self.read.states) - int((self.counts > 0).sum())
         centre = self.means[self.read.labels] if freedom else self.read.states.mean(0)
-        return _precision(self.read.states - centre, freedom or len(self.read.states) - 1, shrinkage)
+        return _covariance(self.read.states - centre, freedom or len(self.read.states) - 1)
 
     def linear(self, precision: Tensor) -> tuple[Tensor, Tensor]:
         """Weight (C, d) and bias (C,) of the scores φᵀ P m_c − ½ m_cᵀ P m_c."""
@@ -258,13 +263,13 @@ class ClassMeans:
 
 def left_out(classes: Classes, precision: Tensor) -> tuple[Tensor, Tensor]:
     """Scores and log π of all records, (n, C) each, by the means of the others; of a class with one record, of all."""
-    states, labels, means = classes.read.states, classes.read.labels, classes.means
+    states, labels = classes.read.states, classes.read.labels
     counts = classes.counts[labels]
     rest = (counts - 1).clamp_min(1)[:, None]
     of_others = (classes.sums.sum(0) - states) / max(1, len(states) - 1)
     own = torch.where(counts[:, None] < 2, of_others, (classes.sums[labels] - states) / rest)
-    towards, towards_own = means @ precision, own @ precision
-    scores = states @ towards.T - (towards * means).sum(-1) / 2
+    (towards, bias), towards_own = classes.linear(precision), own @ precision
+    scores = states @ towards.T + bias
     score = (states * towards_own).sum(-1) - (towards_own * own).sum(-1) / 2
     shares = classes.counts.clamp_min(0.5).expand(len(labels), -1).scatter(1, labels[:, None], rest) * classes.weights
     return scores.scatter(1, labels[:, None], score[:, None]), (shares / shares.sum(-1, keepdim=True)).log()
@@ -272,18 +277,26 @@ def left_out(classes: Classes, precision: Tensor) -> tuple[Tensor, Tensor]:
 
 def _precision(deviations: Tensor, freedom: int, shrinkage: float) -> Tensor:
     """The inverse of a covariance (d, d) that is shrunk towards a multiple of I; as the deviations are."""
-    exact = deviations.cpu().double()  # which not every device has
-    covariance = exact.T @ exact / max(1, freedom)
+    return _inverse(_covariance(deviations, freedom), shrinkage).to(deviations)
+
+
+def _covariance(deviations: Tensor, freedom: int) -> Tensor:
+    """(d, d) float64 on the CPU, for not every device has such numbers."""
+    exact = deviations.cpu().double()
+    return exact.T @ exact / max(1, freedom)
+
+
+def _inverse(covariance: Tensor, shrinkage: float) -> Tensor:
+    """Of a covariance that is shrunk towards a multiple of I."""
     level = covariance.diagonal().mean().clamp_min(1e-12)
     target = level * torch.eye(len(covariance), dtype=covariance.dtype)
-    return torch.linalg.inv(torch.lerp(covariance, target, shrinkage)).to(deviations).contiguous()
+    return torch.linalg.inv(torch.lerp(covariance, target, shrinkage)).contiguous()
 
 
 def _fit_scale(
     scores: Tensor, log_shares: Tensor, labels: Tensor, weights: Tensor, usual: float
 ) -> tuple[float, float]:
     """The factor of scores (n, C) beside the classes' shares with the lowest NLL, and that NLL, nats."""
-
     scores, log_shares, weights = (tensor.cpu().double() for tensor in (scores, log_shares, weights))
     labels = labels.cpu()
 

@@ -530,13 +530,9 @@ class BlobTrainerMixin(_Host):
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
 
-        def forward() -> Tensor:
-            if task is not None:
-                return task.logits(model, inputs)
-            return model(**{name: tensor for name, tensor in inputs.items() if name != "labels"}).logits
-
         likelihood = likelihood_of(task)
         with torch.no_grad(), self.compute_loss_context_manager():
+            forward = partial(self._logits, model, inputs)
             logits = draw_logits(forward, tempered_sampler_of(self.posterior), draws, self.args.seed)
         loss = None
         if labels is not None:
@@ -577,10 +573,9 @@ class BlobTrainerMixin(_Host):
                 if labels is None or not (model.training and (expected or bounding is not None or means is not None)):
                     return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
                 labels = _classes(labels)
-                given = copy.copy(inputs)
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
                 if by_others is not None:
-                    outputs["logits"], loss = self._left_out(by_others(outputs["logits"], given, labels))
+                    outputs["logits"], loss = self._left_out(by_others(outputs["logits"], inputs, labels))
                 loss = loss + self._noise_cost(outputs["logits"], labels, bounding)
                 return (loss, outputs) if return_outputs else loss
             if labels is None:
@@ -751,24 +746,26 @@ class BlobTrainerMixin(_Host):
 
     def _read(self, data: Any) -> Iterator[Read]:
         """What the head reads of each batch of data, under the mean and without dropout."""
+        from ..prediction.prediction import order_of
+
         assert self.class_means is not None
-        if self.task is not None:  # little is padded where neighbours are alike
-            lengths = [self.task.length(example) for example in data]
-            data = Subset(data, sorted(range(len(lengths)), key=lambda i: -lengths[i]))
+        task: Any = self.task
+        if task is not None and (order := order_of(data, task)):
+            data = Subset(data, order)
         with separate_noise(self.args.device), eval_mode(self._module):
             for batch in self._eval_batches([data]):
                 inputs: Any = self._prepare_inputs(batch)
                 labels = _classes(inputs["labels"])
                 with self.compute_loss_context_manager():
-                    states = with_states(self.class_means.head, partial(self._logits, inputs))[1]
+                    states = with_states(self.class_means.head, partial(self._logits, self._module, inputs))[1]
                 assert states is not None
                 yield Read(states.float(), labels, keys_of(inputs, labels))
 
-    def _logits(self, inputs: Mapping[str, Any]) -> Tensor:
+    def _logits(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Of a batch."""
         if self.task is not None:
-            return self.task.logits(self._module, {**inputs})
-        return self._module(**{name: tensor for name, tensor in inputs.items() if name != "labels"}).logits
+            return self.task.logits(model, inputs)
+        return model(**{name: tensor for name, tensor in inputs.items() if name != "labels"}).logits
 
     def _mean_sums(self) -> list[float]:
         """Sums of the NLL and of the loss since the last log, as means over the processes."""
