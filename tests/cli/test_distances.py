@@ -63,6 +63,23 @@ def test_records_that_validation_leaves_to_the_training(trained, files, validati
     assert len(kept) == description.training["num_examples"] == count
 
 
+def test_far_texts_are_flagged_by_their_distance(trained, call, tmp_path):
+    config = trained(queries() * 2, "blob", head="class_means")
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", several(12))
+    options = ("--samples", "2", "--false-alarm", "0.2", "--coverage", "0.5")
+    status, out, err = call("calibrate", config.output, "--data", held_out, *options, "--json")
+    assert status == 0, err
+    scope = json.loads(out)["decision"]["scope"]
+    assert scope["score"] == "mahalanobis"
+    lines = call("predict", config.output, "--input", held_out, "--samples", "2")[1].splitlines()
+    for line in map(json.loads, lines):
+        assert line["out_of_scope"] == (line["mahalanobis"] > scope["threshold"])
+    (Path(config.output) / "distance.json").unlink()
+    status, _, err = call("predict", config.output, "--input", held_out, "--samples", "2")
+    assert status != 0
+    assert "score mahalanobis: these predictions have no such distance" in err
+
+
 def test_questions_are_one_class(trained, call, files, tmp_path):
     config = trained(QUESTIONS * 2, "blob")
     far = write_jsonl(tmp_path / "far.jsonl", [{"question": "Where?", "choices": ["here", "there"]}])
@@ -77,7 +94,10 @@ def test_what_is_wrong_is_said_before_the_model_loads(trained, call, files, monk
     config = trained(queries())
     arguments = ("evaluate", config.output, "--data", files.texts, "--distances")
     monkeypatch.setattr(runs, "load_run", lambda *_, **__: pytest.fail("the model was loaded"))
-    assert "give some of the others with --ood" in call(*arguments)[2]
+    assert (
+        "no distance from its training records is known; `bloblora evaluate`"
+        in call(*("calibrate", config.output, "--data", files.texts, "--score", "mahalanobis"))[2]
+    )
     write_jsonl(Path(config.data), queries()[:3])
     status, _, err = call(*arguments, "--ood", files.outside)
     assert status != 0

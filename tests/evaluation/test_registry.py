@@ -15,8 +15,8 @@ from scipy.stats import bootstrap
 from sklearn.metrics import f1_score
 
 import bloblora
-from bloblora.evaluation import DISTANCES, METRICS, Metric, markdown_table, metric_names, pareto_front, summary
-from bloblora.prediction import Prediction
+from bloblora.evaluation import METRICS, Metric, markdown_table, metric_names, pareto_front, summary
+from bloblora.prediction import DISTANCES, Prediction
 
 # the spherical score is a mean over examples that lies below 0; macro F1 is no mean over examples
 PLUGIN = """
@@ -120,9 +120,11 @@ def test_a_name_stands_once_and_titles_differ():
 def test_every_value_is_in_its_range(n, c, sharpness, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = sharpness * torch.randn(3, 2 * n, c, generator=generator)
-    inside, outside = (Prediction(part, 3) for part in logits.log_softmax(-1).split(n, 1))
-    distances = tuple({name: torch.randn(n, generator=generator) for name in DISTANCES} for _ in range(2))
-    found = summary(inside, torch.randint(c, (n,), generator=generator), outside, distances=distances)
+    inside, outside = (
+        Prediction(part, 3, distances={name: torch.randn(n, generator=generator) for name in DISTANCES})
+        for part in logits.log_softmax(-1).split(n, 1)
+    )
+    found = summary(inside, torch.randint(c, (n,), generator=generator), outside)
     own = {name: metric.range for name, metric in METRICS.items() if inside.kind in metric.of}
     assert {*own} < {*found}
     for name, (low, high) in own.items():

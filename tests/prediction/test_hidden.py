@@ -6,7 +6,7 @@ from torch import nn
 
 from bloblora import runs, tasks
 from bloblora.adapter import find_posterior
-from bloblora.prediction import hidden_states, predict
+from bloblora.prediction import Distance, StoppingRule, hidden_states, predict
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
 
@@ -84,3 +84,36 @@ def test_a_model_without_a_head_is_named(run_of):
     run = run_of("texts")
     with pytest.raises(ValueError, match="Sequential has no output head called lm_head, score, classifier"):
         hidden_states(nn.Sequential(nn.Linear(2, 2)), [{"input_ids": [1]}], task=run.task)
+
+
+@pytest.mark.parametrize(("method", "forwards"), [("lora", 1), ("blob", 5)])
+@pytest.mark.parametrize("num_samples", [0, 4])
+def test_a_prediction_has_distances_and_else_is_the_same(run_of, method, forwards, num_samples):
+    """In the order of the inputs; where there is one function, it is the same forward."""
+    run = run_of("texts", method, head="class_means")
+    examples = tasks.encode_all(run.task, [{"text": record["text"]} for record in queries()], run.tokenizer)
+    how = {"task": run.task, "sampler": run.sampler, "batch_size": 4}
+    distance = Distance.fit(hidden_states(run.model, examples, **how), torch.arange(len(examples)) % 2)
+    without = predict(run.model, examples, num_samples, 3, **how)
+    calls, rows = [], lambda _, args: calls.append(len(args[0]))
+    handle = run.model.get_input_embeddings().register_forward_pre_hook(rows)
+    found = predict(run.model, examples, num_samples, 3, distance=distance, **how)
+    handle.remove()
+    expected = distance.scores(hidden_states(run.model, examples, **how))
+    assert found.distances.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found.distances[name], values)
+    torch.testing.assert_close(found.log_probs, without.log_probs)
+    assert sum(calls) == len(examples) * (forwards if num_samples else 1)
+    assert (without.distances, without.usual_score, found.usual_score) == (None, "predictive_entropy", "mahalanobis")
+
+
+def test_distances_of_inputs_whose_draws_stop(run_of):
+    run = run_of("texts", "blob", head="class_means")
+    examples = tasks.encode_all(run.task, [{"text": record["text"]} for record in queries()], run.tokenizer)
+    how = {"task": run.task, "sampler": run.sampler}
+    states = hidden_states(run.model, examples, **how)
+    distance = Distance.fit(states)
+    found = predict(run.model, examples, 8, stop=StoppingRule(0.4, 0.4), distance=distance, **how)
+    assert found.num_draws.min() < 8
+    torch.testing.assert_close(found.distances["mahalanobis"], distance.scores(states)["mahalanobis"])

@@ -42,6 +42,20 @@ def test_the_gaussian_is_then_over_a(config):
     assert runs.open_run(run.config.output).config.value("head_prior_std") == "none"
 
 
+@pytest.mark.parametrize("method", ["lora", "blob", "distilled", "ensemble"])
+def test_the_distance_from_the_training_records_is_kept(method, config):
+    run = runs.train(config(method), progress=False)
+    description = runs.open_run(run.config.output)
+    first = runs.load_run(description)
+    inputs = [{"text": text} for text in ("where is it", "an ode to the autumn wind", "money back")]
+    scores = first.predict(inputs, 2).distances
+    assert [*scores] == ["mahalanobis", "relative_mahalanobis"]
+    fitted = runs.fit_distance(runs.load_run(description), description, runs.training_records(description))
+    for name, expected in fitted.scores(first.hidden_states(inputs)).items():
+        torch.testing.assert_close(scores[name], expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(run.predict(inputs, 2).distances[name], expected, rtol=1e-3, atol=1e-3)
+
+
 def test_without_validation_the_discriminant_has_its_usual_shrinkage(config, base):
     found = runs.train(config("lora", validation=0), progress=False).training["class_means"]
     assert found == {"shrinkage": 0.9, "scale": pytest.approx(17 / 32)}

@@ -89,15 +89,16 @@ def demo(
     runs.write_json(folder / "metrics.json", rows)
     evaluation.reliability_diagram(diagrams, folder / "reliability.png")
     console.print(evaluation.rich_table(rows, title=f"{len(inside)} test queries, {len(outside)} out of scope"))
-    console.print(_queries(trained["blob"], samples, seed))
+    console.print(_queries(trained["blob"], samples, seed, predictions[0]))
     console.print(f"reliability diagram: {folder / 'reliability.png'}\nmetrics: {folder / 'metrics.json'}")
     print(f"\n{after_demo(folder / 'blob')}")
 
 
-def _queries(run: runs.Run, samples: int, seed: int) -> Table:
+def _queries(run: runs.Run, samples: int, seed: int, inside: Prediction) -> Table:
     prediction: Prediction = run.predict([{"text": text} for text in _QUERIES], samples, seed)
-    table = Table("query", title="BLoB on new queries, uncertainty in nats")
-    for column in ("answer", "confidence", "total", "epistemic"):
+    table = Table("query", title="BLoB on new queries: entropy in nats, distance from the training queries")
+    nearer = prediction.score("mahalanobis")[:, None] > inside.score("mahalanobis")
+    for column in ("answer", "confidence", "entropy", "farther than"):
         table.add_column(column, no_wrap=True, justify="left" if column == "answer" else "right")
     assert run.task.labels is not None
     for i, text in enumerate(_QUERIES):
@@ -106,6 +107,6 @@ def _queries(run: runs.Run, samples: int, seed: int) -> Table:
             run.task.labels[int(prediction.labels[i])],
             f"{prediction.confidence[i]:.2f}",
             f"{prediction.predictive_entropy[i]:.2f}",
-            f"{prediction.mutual_information[i]:.2f}",
+            f"{nearer[i].double().mean():.0%} of the test",
         )
     return table

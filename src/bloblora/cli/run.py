@@ -193,8 +193,9 @@ def calibrate(
             the inputs that have a label for which it is named.
         label_sets: `lac` for the smallest sets, `aps` for sets that grow where the model is less sure, `raps` between.
         false_alarm: share of inputs in scope that are flagged as out of it.
-        score: what flags them; default `std` of values, `mutual_information` where a Gaussian head gives labels, and
-            `predictive_entropy` else.
+        score: what flags them; default `mahalanobis`, the distance from the training records, where the run knows it
+            (under a head of class means, and after `evaluate --distances`), `std` of values, `mutual_information` where
+            a Gaussian head gives labels, and `predictive_entropy` else.
         matcher: of answers, as for `bloblora correctness`.
         by: what decides whether to withhold a text: `p_correct`, as `bloblora correctness` fitted it, or one of the
             scores of `generate`, such as `sequence_log_probability`.
@@ -360,11 +361,11 @@ def evaluate(
     above it), CE² (squared calibration error without the bias of few records; around 0, also below it, for a calibrated
     model), NLL (nats) and Brier score, and writes them to metrics.json in the run's folder, an entry for each data set
     and number of samples, from which `bloblora card` takes them, and to --output as JSON. With --ood also the AUROC,
-    how well confidence, predictive entropy and mutual information tell the two data sets apart: 1 is perfect, 0.5 is
-    chance; with --distances also how well the Mahalanobis distance of the last hidden state from those of the training
-    records does. Of a calibrated run also the share answered, the selective risk (errors among
-    the answers), the coverage and mean size of the label sets, and the rates of false alarms and, with --ood, of
-    detection. With --predictions a stop loses little: the same command continues from what is in that file.
+    how well confidence, predictive entropy, mutual information and, where the run knows it, the distance from the
+    training records tell the two data sets apart: 1 is perfect, 0.5 is chance. Of a calibrated run also the share
+    answered, the selective risk (errors among the answers), the coverage and mean size of the label sets, and the rates
+    of false alarms and, with --ood, of detection. With --predictions a stop loses little: the same command continues
+    from what is in that file.
 
     Examples:
       bloblora evaluate runs/desk --data held_out.jsonl --output metrics.json
@@ -381,16 +382,15 @@ def evaluate(
             of which run, records, samples and seed.
         diagram: write a reliability diagram (accuracy against confidence) to this PNG, and a copy for the card into the
             run's folder where it is elsewhere.
-        distances: with --ood, also the distances of hidden states; the first time they are fitted on the run's training
-            data, and saved in its folder.
+        distances: where the run doesn't know the distance of what its head reads from what it read of the training
+            records, as it does under a head of class means: fit it on these records, and save it in the run's folder.
+            All predictions have it from then on.
         json: print JSON instead of a table.
         device: `cpu`, `cuda`, `cuda:N` or `mps`; default the GPU where there is one.
     """
     use_device(device)
     # All that can be wrong is looked at before the base model is loaded.
     runs.check_alone("evaluate")
-    if distances and ood is None:
-        raise RunError("distances tell inputs in scope from others; give some of the others with --ood")
     _check_files({"output": output, "predictions": predictions, "diagram": diagram}, {"data": data, "ood": ood})
     with ExitStack() as stack:
         for file in {file for file in (output, diagram) if file}:  # predictions have their lock where they are written
@@ -406,15 +406,15 @@ def evaluate(
             read_metrics(description.folder)  # what is added to must be readable
         records, outside = _read(description, data, ood, reading)
         decision = open_decision(description, options)
-        distance = runs.open_distance(description) if distances else None
-        training = runs.training_records(description) if distances and distance is None else None
+        unfitted = distances and runs.open_distance(description) is None
+        training = runs.training_records(description) if unfitted else None
         run = runs.load_run(description, options.approximate, trust_remote_code=options.trust_remote_code)
         if num_seen := len(seen(description, records)):
             of_all = said(num_seen, len(records))
             print(f"data {quoted(data)}: {of_all}; its metrics on them say little of others", file=sys.stderr)
         bars = sys.stdout.isatty() and not json  # the bar goes to standard output
         if training is not None:
-            distance = runs.fit_distance(run, description, training, batch_size=options.batch_size, progress=bars)
+            runs.fit_distance(run, description, training, batch_size=options.batch_size, progress=bars)
         result = runs.evaluate(
             run,
             records,
@@ -424,7 +424,6 @@ def evaluate(
             diagram=Path(diagram) if diagram else None,
             decision=decision,
             predictions=Path(predictions) if predictions else None,
-            distance=distance,
         )
         if output:
             runs.write_json(Path(output), result)
@@ -461,7 +460,9 @@ def predict(
 
     A line has, in the inputs' order: `label`, `probabilities` (by label, or by choice), `confidence` (of that label),
     `predictive_entropy` (all uncertainty, nats) and of it `mutual_information` (what the model doesn't know; 0 for a
-    plain LoRA, and for a single weight sample, which can't tell) and `expected_entropy` (what the input leaves open).
+    plain LoRA, and for a single weight sample, which can't tell) and `expected_entropy` (what the input leaves open);
+    and, where the run knows it, `mahalanobis` (squared distance from the training records, in standard deviations) and
+    `relative_mahalanobis` (less that from all of them together).
     Of a run that `bloblora calibrate` was given also `decision` (`answer` or `abstain`), `label_set` (the most probable
     first) and `out_of_scope`. Memory holds 256 inputs at a time. Where `accelerate launch` or `torchrun` started
     several processes, they share the inputs; under FSDP each holds a part of the model, and they answer together.

@@ -61,7 +61,9 @@ class PromiseError(ValueError):
 
 
 Kind = Literal["lac", "aps", "raps"]
-Score = Literal["predictive_entropy", "mutual_information", "std", "epistemic_std"]
+Score = Literal[
+    "predictive_entropy", "mutual_information", "std", "epistemic_std", "mahalanobis", "relative_mahalanobis"
+]
 
 
 @dataclass(frozen=True)
@@ -216,9 +218,9 @@ class Scope:
     """Flag an input where a score is above a threshold.
 
     Attributes:
-        score: name of the uncertainty, a property of `Prediction`.
+        score: name of the uncertainty or distance, one of `Prediction.scores`.
         false_alarm: share of inputs in scope that are flagged, as promised.
-        threshold: of the score, nats or the units of the data.
+        threshold: of the score, nats, the units of the data, or a squared distance.
         num_examples: calibration records, n.
     """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..files import check_fields
 from ..messages import quoted
-from ..prediction import MultiLabelPrediction, Prediction, TagsPrediction, ValuePrediction
+from ..prediction import DISTANCES, MultiLabelPrediction, Prediction, TagsPrediction, ValuePrediction
 from ..prediction.kinds import CLASSES, covered
 from .answering import Answering, check_answering, fit_answering, fit_answering_by
 from .conformal import (
@@ -82,7 +82,7 @@ class Decision:
         """Decide on n inputs, from what is averaged over the draws."""
         found: dict[str, Tensor] = {}
         if self.scope is not None:
-            found["out_of_scope"] = self.scope.flags(getattr(prediction, self.scope.score))
+            found["out_of_scope"] = self.scope.flags(prediction.score(self.scope.score))
         if self.answering is not None:
             found["answers"] = self.answering.answers(prediction.confidence)
         if self.label_sets is not None:
@@ -191,7 +191,8 @@ def fit_decision(
             that have a label for which it is named, or of the inputs of which all tokens' tag sets hold the right tag.
         kind: of label sets.
         false_alarm: share of inputs in scope that are flagged as out of it.
-        score: what flags them; default `Prediction.usual_score`. The epistemic ones need several draws.
+        score: what flags them, one of `Prediction.scores`; default `Prediction.usual_score`. The epistemic ones need
+            several draws.
 
     Raises:
         PromiseError: these data carry none of the promises.
@@ -212,7 +213,7 @@ def fit_decision(
         probabilities = prediction.probabilities
         rules["answering"] = lambda: fit_answering(probabilities, targets, risk, level)
         rules["label_sets"] = lambda: fit_label_sets(probabilities, targets, coverage, kind)
-    rules["scope"] = lambda: fit_scope(getattr(prediction, name), false_alarm, name)
+    rules["scope"] = lambda: fit_scope(prediction.score(name), false_alarm, name)
     return Decision(**_kept(rules))
 
 
@@ -276,7 +277,7 @@ def check_promises(
 
 def _check_used(predicted: type[Prediction], risk: float, level: float, kind: Kind, score: Score | None) -> None:
     """Raise a ValueError for an option that such predictions don't use."""
-    scores = [name for name in get_args(Score) if name in predicted.uncertainties]
+    scores = [name for name in get_args(Score) if name in predicted.uncertainties or name in DISTANCES]
     if score is not None and score not in scores:
         raise ValueError(f"score {quoted(score)}: of a {predicted.kind} prediction it is one of {', '.join(scores)}")
     if predicted.kind not in CLASSES and changed(risk=risk, level=level, kind=kind):

@@ -20,8 +20,7 @@ from .comparison import (
     short_number,
     table_cells,
 )
-from .distance import DISTANCES, Distance
-from .metrics import METRICS, Metric, example_scores, metric_names, metrics, summary, uncertainty
+from .metrics import METRICS, Metric, example_scores, metric_names, metrics, summary
 from .plots import (
     lines_figure,
     pareto_figure,
@@ -35,10 +34,8 @@ from .plots import (
 from .ranking import RiskCoverage, ood_metrics, risk_coverage
 
 __all__ = [
-    "DISTANCES",
     "METRICS",
     "BinGaps",
-    "Distance",
     "Interval",
     "Metric",
     "ReliabilityBins",
@@ -70,5 +67,4 @@ __all__ = [
     "summary",
     "table_cells",
     "to_svg",
-    "uncertainty",
 ]

@@ -1,7 +1,7 @@
 """Everything that is measured of a prediction: each metric by name, with its title, direction and range."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ..prediction import KINDS, MultiLabelPrediction, Prediction, TagsPrediction, ValuePrediction
+from ..prediction import DISTANCES, KINDS, MultiLabelPrediction, Prediction, TagsPrediction, ValuePrediction
 from ..prediction.kinds import CLASSES, INTERVAL, covered
 from ..registry import Registry
 from ..tasks.likelihood import NO_TAG
 from ..tasks.token_classification import entities_of
 from .calibration import BinGaps, brier_parts, classwise_ece, ece_floor, equal_mass_ece, reliability
-from .distance import DISTANCES
 from .inputs import as_prediction, checked, checked_labels, checked_tags, checked_values, equal_width
 from .ranking import ood_metrics, risk_coverage
 
@@ -40,9 +39,8 @@ class Metric:
         range: least and greatest value.
         key: where the function gives several metrics by name, the name of this one; it is called once for all of them.
         per_example: the metric is the mean of what the function gives.
-        takes: keyword arguments of the function: ``num_bins``; ``outside``, the `Prediction` of inputs out of scope;
-            and ``distances``, scores by name of inputs in scope and out of it. A metric is left out where what it takes
-            isn't there.
+        takes: keyword arguments of the function: ``num_bins``; and ``outside``, the `Prediction` of inputs out of
+            scope. A metric is left out where what it takes isn't there.
         marked: whether tables mark the best; not of a calibration error, which is least for a model that knows no more
             than its own accuracy.
         of: kinds of predictions that it is of, such as ``gaussian``; others don't have it.
@@ -156,7 +154,6 @@ def summary(
     targets: Tensor,
     outside: Prediction | None = None,
     num_bins: int = 15,
-    distances: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
 ) -> dict[str, float | int]:
     """All metrics of a prediction of n inputs, and with ``outside`` how well it tells inputs out of scope.
 
@@ -167,7 +164,6 @@ def summary(
         targets: (n,), class indices.
         outside: of inputs out of scope.
         num_bins: bins of calibration errors and of the Brier score's parts.
-        distances: `Distance.scores` of the inputs in scope and of those out of it.
 
     Returns:
         The values of `METRICS` by name; ``num_examples``, ``num_samples``, and ``num_draws``, which is 1 where all
@@ -177,16 +173,11 @@ def summary(
         ValueError: there is no input, or targets are none of the prediction's columns.
     """
     first = metrics(inside, targets, num_bins)
-    given = {"num_bins": num_bins, "outside": outside, "distances": distances}
+    given = {"num_bins": num_bins, "outside": outside}
     there = {name for name, value in given.items() if value is not None}
     rest = [name for name in _of(inside) if name not in first and there.issuperset(METRICS[name].takes)]
     counts = {"num_samples": inside.num_samples, "num_draws": int(inside.num_draws.max())}
     return first | counts | _values(rest, inside, targets, **given)
-
-
-def uncertainty(prediction: Prediction) -> dict[str, Tensor]:
-    """What tells inputs out of scope from others, of each input, (n,): `Prediction.uncertainties`."""
-    return {name: getattr(prediction, name) for name in prediction.uncertainties}
 
 
 def _of(prediction: Prediction) -> list[str]:
@@ -342,13 +333,7 @@ def _selective(prediction: Prediction, targets: Tensor) -> dict[str, float]:
 
 
 def _ood(prediction: Prediction, _: Tensor, outside: Prediction) -> dict[str, float]:
-    return ood_metrics(uncertainty(prediction), uncertainty(outside))
-
-
-def _distances(
-    _: Prediction, __: Tensor, outside: Prediction, distances: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
-) -> dict[str, float]:
-    return ood_metrics(*distances)
+    return ood_metrics(prediction.scores, outside.scores)
 
 
 def _own() -> Iterator[Metric]:
@@ -398,16 +383,11 @@ def _own() -> Iterator[Metric]:
     shown = {name: short for kind in KINDS.values() for name, short in kind.uncertainties.items()}
     of_score = {name: tuple(kind.kind for kind in KINDS.values() if name in kind.uncertainties) for name in shown}
     of_score |= dict.fromkeys(DISTANCES, tuple(KINDS))
-    detection: list[tuple[Mapping[str, str], Callable[..., Any], tuple[str, ...]]] = [
-        (shown, _ood, ("outside",)),
-        (DISTANCES, _distances, ("outside", "distances")),
-    ]
-    for scores, function, takes in detection:
-        for score, short in scores.items():
-            of = of_score[score]
-            auroc, fpr95 = f"auroc_{score}", f"fpr95_{score}"
-            yield Metric(auroc, f"AUROC {short}", function, True, share, auroc, takes=takes, of=of)
-            yield Metric(fpr95, f"FPR95 {short}", function, False, share, fpr95, takes=takes, table="more", of=of)
+    for score, short in (shown | DISTANCES).items():
+        options: dict[str, Any] = {"takes": ("outside",), "of": of_score[score]}
+        auroc, fpr95 = f"auroc_{score}", f"fpr95_{score}"
+        yield Metric(auroc, f"AUROC {short}", _ood, True, share, auroc, **options)
+        yield Metric(fpr95, f"FPR95 {short}", _ood, False, share, fpr95, table="more", **options)
 
 
 METRICS: Registry[Metric] = Registry(

@@ -84,8 +84,12 @@ class BatchForward:
         return [min(size, left - start) for start in range(0, left, size)][:workers]
 
     def share_trunk(self, layers: Iterable[str]) -> None:
-        """Compute what lies below some layers now, and not again in any later call."""
-        if trunk := trunk_below(self._model, layers):
+        """Compute what lies below some layers now, and not again until a call with other layers."""
+        trunk = trunk_below(self._model, layers)
+        below, known = (len(one.blocks) if one else 0 for one in (trunk, self._trunk))
+        if below < known:
+            self._trunk = None
+        if trunk and below != known:
             self._trunk_output = trunk.compute(self)
             self._trunk = trunk
 
@@ -129,6 +133,14 @@ class Trunk:
             return repeat_rows(output, len(hidden) // rows)
 
         return replaced(dict.fromkeys(self.blocks, replay))
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """The module that gives a model's logits; a ValueError where it has none of the names that are known."""
+    head = next((module for name, module in model.named_modules() if name.split(".")[-1] in HEADS), None)
+    if head is None:
+        raise ValueError(f"model: {type(model).__name__} has no output head called {', '.join(HEADS)}")
+    return head
 
 
 def trunk_below(model: nn.Module, layers: Iterable[str]) -> Trunk | None:

@@ -1,25 +1,24 @@
 """The last hidden state of each input, as the model's output head reads it."""
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ..contexts import eval_mode
-from .forward import HEADS, PredictionTask
-from .prediction import check_finite, forwards, order_of, sampler_of
-from .sampler import Forward, Sampler
-from .states import with_states
+from .forward import PredictionTask, output_head
+from .prediction import check_finite, encoded, forwards, order_of, sampler_of, with_read
+from .sampler import Sampler
 
 
 @torch.no_grad()
 def hidden_states(
     model: nn.Module,
-    inputs: Sequence[Any],
+    inputs: Any,
     *,
-    task: PredictionTask,
+    task: PredictionTask | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     sampler: Sampler | None = None,
     batch_size: int = 16,
     progress: bool = False,
@@ -31,8 +30,9 @@ def hidden_states(
 
     Args:
         model: as for `predict`; its head is a module called ``lm_head``, ``score`` or ``classifier``.
-        inputs: encoded examples of ``task``.
+        inputs: as for `predict`, but no DataLoader.
         task: collates examples and reads the logits.
+        tokenizer: makes ``inputs`` of texts, as for `predict`.
         sampler: whose mean is meant; default that of the model's posterior.
         batch_size: inputs a forward.
         progress: show a bar.
@@ -41,18 +41,11 @@ def hidden_states(
         ValueError: the model has no such head, or there is no input.
         FloatingPointError: a state is NaN or infinite.
     """
-    sampler, order, rows = sampler or sampler_of(model), order_of(inputs, task), []
-    head = next((module for name, module in model.named_modules() if name.split(".")[-1] in HEADS), None)
-    if head is None:
-        raise ValueError(f"model: {type(model).__name__} has no output head called {', '.join(HEADS)}")
+    inputs, task = encoded(inputs, task, tokenizer)
+    sampler, order, rows, head = sampler or sampler_of(model), order_of(inputs, task), [], output_head(model)
+    if order is None:
+        raise ValueError("inputs: a DataLoader has its own order; give its data")
     with eval_mode(model):
         for forward in forwards(model, inputs, task, order, batch_size, progress):
-            states = with_states(head, partial(_mean_logits, sampler, forward))[1]
-            assert states is not None
-            rows.append(check_finite(states.float().cpu(), model))
-    return torch.cat(rows)[torch.tensor(order).argsort()]
-
-
-def _mean_logits(sampler: Sampler, forward: Forward) -> Tensor:
-    (logits,) = sampler.logits(forward, 0, 0)
-    return logits
+            rows.append(with_read(head, sampler, forward)[1])
+    return check_finite(torch.cat(rows)[torch.tensor(order).argsort()], model)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ..tasks.likelihood import NO_TAG, Gaussian, Likelihood, Tags
 from ..tasks.token_classification import ENTITY_MARKS, entities_of
+from .distance import DISTANCES
 
 INTERVAL = 0.9
 """Share of the predictive probability in the interval of a value."""
@@ -34,11 +36,14 @@ class Prediction:
         head_shares: how much of a draw's uncertainty is epistemic already, since it is the mean over a Gaussian head:
             of its entropy, and of each class's variance p(1 - p), (n, 1 + C); None without such a head
             (`bloblora.adapter.head.average_head`).
+        distances: how far each input is from the training data, (n,) by name of `DISTANCES`, of the mean weights, where
+            that is known.
     """
 
     log_probs: Tensor
     num_samples: int
     head_shares: Tensor | None = field(default=None, kw_only=True)
+    distances: Mapping[str, Tensor] | None = field(default=None, kw_only=True)
 
     kind: ClassVar[str] = "categorical"
     """Name of the likelihood that it is a prediction of."""
@@ -139,13 +144,37 @@ class Prediction:
         """Whether there is more than one function, so that they can disagree."""
         return self.head_shares is not None or int(self.num_draws.max()) > 1
 
+    def with_distances(self, distances: Mapping[str, Tensor] | None) -> Self:
+        """The same prediction with ``distances``."""
+        found = copy.copy(self)
+        found.__dict__["distances"] = distances
+        return found
+
+    def score(self, name: str) -> Tensor:
+        """One of `scores`, (n,).
+
+        Raises:
+            ValueError: it is a distance, and that isn't known.
+        """
+        if name in DISTANCES and name not in (self.distances or ()):
+            raise ValueError(f"score {name}: these predictions have no such distance from the training data")
+        return self.scores[name]
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """What tells inputs out of scope from others, (n,) by name: ``uncertainties`` and ``distances``."""
+        return {name: getattr(self, name) for name in self.uncertainties} | dict(self.distances or {})
+
     @property
     def usual_score(self) -> str:
-        """Which uncertainty calls an input out of scope where no other is asked for.
+        """Which score calls an input out of scope where no other is asked for.
 
-        Of a Gaussian head it is the epistemic one. A temperature below 1, as its bound of the NLL leads to, makes the
-        total uncertainty of inputs that are unlike all others small.
+        It is the distance from the training data where that is known. Of a Gaussian head else it is the epistemic
+        uncertainty: a temperature below 1, as its bound of the NLL leads to, makes the total uncertainty of inputs that
+        are unlike all others small.
         """
+        if self.distances:
+            return next(iter(self.distances))
         return "predictive_entropy" if self.head_shares is None else "mutual_information"
 
     def answers(self, columns: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
@@ -526,10 +555,14 @@ def _binary_entropy(probabilities: Tensor) -> Tensor:
 
 
 def prediction_of(
-    logits: Tensor, num_samples: int, likelihood: Likelihood, head_shares: Tensor | None = None
+    logits: Tensor,
+    num_samples: int,
+    likelihood: Likelihood,
+    head_shares: Tensor | None = None,
+    distances: Mapping[str, Tensor] | None = None,
 ) -> Prediction:
     """What draws' normalized logits (S, n, C) say, by their likelihood; with a Gaussian head's shares (n, 1 + C)."""
-    prediction = KINDS[likelihood.name].from_logits(logits, num_samples, likelihood)
+    prediction = KINDS[likelihood.name].from_logits(logits, num_samples, likelihood).with_distances(distances)
     return prediction if head_shares is None else replace(prediction, head_shares=head_shares)
 
 

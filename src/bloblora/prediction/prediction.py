@@ -20,9 +20,11 @@ from ..contexts import TOKENIZING, eval_mode, unwrapped
 from ..data import as_records
 from ..tasks.likelihood import CATEGORICAL, likelihood_of
 from .approximations import StoppingRule
-from .forward import BatchForward, PredictionTask, class_logits
+from .distance import Distance
+from .forward import BatchForward, PredictionTask, class_logits, output_head
 from .kinds import Prediction, prediction_of
 from .sampler import Forward, Point, Sampler, Tempered, WeightDraws
+from .states import with_states
 
 
 @torch.no_grad()
@@ -36,6 +38,7 @@ def predict(
     tokenizer: PreTrainedTokenizerBase | None = None,
     sampler: Sampler | None = None,
     stop: StoppingRule | None = None,
+    distance: Distance | None = None,
     batch_size: int = 16,
     progress: bool = False,
 ) -> Prediction:
@@ -64,6 +67,8 @@ def predict(
         sampler: where the draws come from; default the model's posterior, with the temperature that
             `set_temperature` has fitted. A plain model is one function: one draw is made for any N.
         stop: when to make no more draws for an input; an approximation, which changes results.
+        distance: from the training data, of what the output head reads (`hidden_states`); adds `Prediction.distances`,
+            for one more forward where there are several draws.
         batch_size: inputs a forward; a DataLoader has its own.
         progress: show a bar.
 
@@ -79,23 +84,27 @@ def predict(
         DataError: inputs for the tokenizer are no texts.
     """
     check_num_samples(num_samples, batch_size)
-    if tokenizer is not None:
-        if task is not None:
-            raise ValueError("tokenizer and task both say how inputs become batches; leave one of them out")
-        task = _Texts(tokenizer)
-        inputs = task.encode(inputs)
+    inputs, task = encoded(inputs, task, tokenizer)
     model = unwrapped(model)
     sampler = sampler or tempered_sampler_of(find_posterior(model))
     likelihood = likelihood_of(task)
     if stop is not None and likelihood.name != Prediction.kind:
         raise ValueError("stop: when no more draws are needed is known of classes that exclude each other only")
-    order, rows, shares = order_of(inputs, task), [], []
+    order, rows, shares, states = order_of(inputs, task), [], [], []
+    head, is_one = output_head(model) if distance else None, num_samples == 0 or sampler.is_point
     with eval_mode(model):
         for forward in forwards(model, inputs, task, order, batch_size, progress):
-            size = forward.rows
-            if stop is None or num_samples == 0:
-                logits = likelihood.normalized(draw_logits(forward, sampler, num_samples, seed)).cpu()
+            size, drawn = forward.rows, None
+            if head is not None:
+                mean, read = with_read(head, sampler, forward, num_samples if is_one else 0, seed)
+                states.append(check_finite(read, model))
+                drawn = mean.float()[None] if is_one else None
+            if drawn is None and (stop is None or is_one):
+                drawn = draw_logits(forward, sampler, num_samples, seed)
+            if drawn is not None:
+                logits = likelihood.normalized(drawn).cpu()
             else:
+                assert stop is not None
                 logits = _stopped_log_probs(forward, sampler, num_samples, seed, stop).cpu()
             rows.append(check_finite(logits, model))
             if forward.head_shares:
@@ -104,10 +113,42 @@ def predict(
         raise ValueError("inputs: there is nothing to predict")
     logits = cat_draws(rows)
     share = torch.cat(shares) if shares else None
+    distances = distance.scores(torch.cat(states)) if distance else {}
     if order is not None:
         back = torch.tensor(order).argsort()
         logits, share = logits[:, back], None if share is None else share[back]
-    return prediction_of(logits, num_samples, likelihood, share)
+        distances = {name: values[back] for name, values in distances.items()}
+    return prediction_of(logits, num_samples, likelihood, share, distances or None)
+
+
+def with_read(
+    head: nn.Module, sampler: Sampler, forward: Forward, num_samples: int = 0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Logits (b, C) of the one function of a sampler, and what a head read of each input, (b, d) float32 on the CPU.
+
+    A ValueError where the forward is without that head.
+    """
+
+    def one() -> Tensor:
+        (logits,) = sampler.logits(forward, num_samples, seed)
+        return logits
+
+    logits, states = with_states(head, one)
+    if states is None:
+        raise ValueError("model: its output head isn't used in its forward, so that nothing is known of what it reads")
+    return logits, states.float().cpu()
+
+
+def encoded(
+    inputs: Any, task: PredictionTask | None, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Any, PredictionTask | None]:
+    """Inputs as batches are made of them, and the task that does so; of texts with a tokenizer one for these."""
+    if tokenizer is None:
+        return inputs, task
+    if task is not None:
+        raise ValueError("tokenizer and task both say how inputs become batches; leave one of them out")
+    texts = _Texts(tokenizer)
+    return texts.encode(inputs), texts
 
 
 def average_draws(

@@ -53,6 +53,11 @@ class Sampler(ABC):
         """What of it decides how far draws spread, where that can be scaled."""
         return None
 
+    @property
+    def is_point(self) -> bool:
+        """Whether it is one function for any N, which one forward of the model gives."""
+        return False
+
 
 class WeightDistribution(Protocol):
     """A distribution over weights, such as `bloblora.adapter.Posterior`; what is in force is so in one context."""
@@ -130,6 +135,11 @@ class Point(Sampler):
         """Logits of the model, the same for any N."""
         yield forward()
 
+    @property
+    def is_point(self) -> bool:
+        """It is."""
+        return True
+
 
 @dataclass(frozen=True)
 class WeightDraws(Sampler):
@@ -159,14 +169,16 @@ class WeightDraws(Sampler):
     def logits(self, forward: Forward, num_samples: int, seed: int) -> Iterator[Tensor]:
         """Logits of N draws, or of the mean."""
         generator = torch.Generator().manual_seed(seed)
+        batch = forward if isinstance(forward, BatchForward) else None
+        if batch and isinstance(self.weights, StackedWeights):
+            batch.share_trunk(self.weights.layer_names())
         if num_samples == 0:
             with self.weights.mean():
                 logits = forward()
             yield logits
-        elif isinstance(self.weights, StackedWeights) and isinstance(forward, BatchForward):
-            forward.share_trunk(self.weights.layer_names())
+        elif batch and isinstance(self.weights, StackedWeights):
             count = num_samples if self.weights.adapter_is_gaussian else 1
-            yield from noted(forward, _together(self.weights, forward, count, self._samples(generator)))
+            yield from noted(batch, _together(self.weights, batch, count, self._samples(generator)))
         elif isinstance(self.weights, MirroredWeights):
             count = num_samples if self.weights.adapter_is_gaussian else 1
             for sample in islice(self._samples(generator), count):
@@ -237,6 +249,11 @@ class Tempered(Sampler):
     def scalable(self) -> ScalableWeights | None:
         """The other sampler's."""
         return self.sampler.scalable
+
+    @property
+    def is_point(self) -> bool:
+        """Whether the other is, or its draws have no width."""
+        return self.width == 0 or self.sampler.is_point
 
 
 def _together(

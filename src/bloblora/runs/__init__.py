@@ -6,10 +6,10 @@ The folder holds the adapter (see `bloblora.adapter.storage`), ``task.json`` (ho
 
 from ..files import write_json
 from .approximation import Approximation
-from .checks import check_kind
+from .checks import check_kind, targets_of
 from .config import RunConfig, RunError, different
 from .distance import fit_distance, open_distance, training_records
-from .evaluate import describe, evaluate, targets_of
+from .evaluate import describe, evaluate
 from .folder import RunDescription, alone, check_writable, open_run
 from .importing import import_adapter
 from .processes import CHUNK, check_alone, join_parts, part_of, processes, share_of

@@ -9,12 +9,14 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor
 
 from .. import models, tasks
 from ..adapter import BlobConfig, check_folder, continue_from, find_posterior, matching, posterior_config
 from ..adapter.bayesianize import moves_base
 from ..adapter.variant import HEAD, STD_PARAMETER
 from ..data import KINDS, kind_of
+from ..data.records import Problems
 from ..files import read_json
 from ..messages import quoted
 from ..methods import METHODS, Method
@@ -177,6 +179,23 @@ def warn_of_copies(inputs: Sequence[dict[str, Any]]) -> None:
             "records for independent ones, and holds for fewer; keep one of each",
             stacklevel=3,
         )
+
+
+def targets_of(task: tasks.Task, records: Sequence[dict[str, Any]]) -> Tensor:
+    """The right answer of each labelled record as metrics take it, (n,): the column's index, or the value."""
+    labels, wrong = [], Problems()
+    for number, record in enumerate(records, start=1):
+        try:
+            labels.append(task.target(record))
+        except tasks.TaskError as error:
+            wrong.add(("record ", number), error.problems)
+            continue
+        if labels[-1] is None:
+            wrong.add(("record ", number), [f"field {task.answer!r}: missing"])
+    if lines := wrong.lines():
+        more = f"\n… and {len(lines) - 10} more problems" if len(lines) > 10 else ""
+        raise RunError("\n".join([f"{wrong.rows} answers that the run can't be measured by:", *lines[:10]]) + more)
+    return task.likelihood.targets(labels)
 
 
 def check_kind(task: tasks.Task, records: Sequence[dict[str, Any]]) -> None:

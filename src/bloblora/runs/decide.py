@@ -12,11 +12,12 @@ from torch import Tensor
 from ..data import as_records, unanswered
 from ..decision import Decision, check_promises, fit_decision
 from ..files import json_sha256
-from ..prediction import KINDS, Prediction
-from .checks import check_kind, warn_of_copies
+from ..messages import quoted
+from ..prediction import DISTANCES, KINDS, Prediction
+from .checks import check_kind, targets_of, warn_of_copies
 from .config import RunError
+from .distance import open_distance
 from .entries import EntriesFile, changes, has, there_and_now
-from .evaluate import targets_of
 from .folder import RunDescription, check_local, check_writable
 from .predictions import SCALES, identity_of, keep_predictions, kept_prediction, state_of
 from .run import PredictionOptions, Run, load_run
@@ -93,6 +94,12 @@ def calibrate(
         if side is not None:
             check_kind(description.task, side)
     targets_of(description.task, records)  # errors number all records
+    distance = open_distance(description)
+    if (score := promises.get("score")) in DISTANCES and distance is None:
+        raise RunError(
+            f"score {quoted(score)}: of this run no distance from its training records is known; `bloblora evaluate` "
+            "with --distances fits it"
+        )
     records = [records[position] for position in unseen(description, records)]
     warn_of_copies([unanswered(record) for record in records])
     check_promises(len(records), predicted=KINDS[description.task.likelihood.name], **promises)
@@ -106,7 +113,7 @@ def calibrate(
         return run().predict(chunk, options.samples, options.seed, batch_size=options.batch_size)
 
     def kept(side: Sequence[dict[str, Any]]) -> Prediction:
-        identity = identity_of(description, side, options)
+        identity = {**identity_of(description, side, options), "distances": distance is not None}
         named = json_sha256({**identity, "ids": [record.get("id") for record in side]})
         file = description.folder / KEPT_PREDICTIONS / f"{named[:12]}.jsonl"
         file.parent.mkdir(exist_ok=True)
@@ -136,8 +143,8 @@ def calibrate_on(
         outside: of inputs out of scope; they decide nothing.
         description: of the run that predicted; None for any other model.
         options: with which.
-        promises: of `bloblora.decision.fit_decision`; the ``score`` of a run whose head is Gaussian is
-            ``mutual_information`` by default, see `bloblora.prediction.Prediction.usual_score`.
+        promises: of `bloblora.decision.fit_decision`; the default of ``score`` is
+            `bloblora.prediction.Prediction.usual_score`.
 
     Returns:
         What the file says: what the decisions are for, their thresholds and promises, why others can't be promised, and
@@ -165,7 +172,8 @@ def calibrate_on(
 def _usual_score(description: RunDescription, inside: Prediction) -> str:
     """As `Prediction.usual_score`, which what was kept of a prediction doesn't know."""
     over_head = (posterior := description.posterior) is not None and posterior.head_prior_std != "none"
-    if inside.num_samples and over_head and not inside.mutual_information.isnan().any():
+    unknown = inside.distances or inside.mutual_information.isnan().any()
+    if inside.num_samples and over_head and not unknown:
         return "mutual_information"
     return inside.usual_score
 

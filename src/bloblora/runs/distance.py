@@ -1,18 +1,24 @@
 """The distance of hidden states of a run: fitted on its training records, and kept in its folder."""
 
+from __future__ import annotations
+
 import warnings
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .. import data
 from ..adapter import AdapterFileError
-from ..evaluation import Distance
 from ..files import locked
-from ..methods.method import read_state, write_state
+from ..methods.method import Training, read_state, write_state
+from ..prediction import Distance, hidden_states
+from .checks import targets_of
 from .config import RunError
-from .evaluate import targets_of
 from .folder import RunDescription, read_fields, records_sha256
-from .run import Run
 from .selection import hold_out, select_for
+
+if TYPE_CHECKING:
+    from .run import Run
 
 _STATE = "distance"
 
@@ -62,10 +68,10 @@ def fit_distance(
     batch_size: int = 32,
     progress: bool = False,
 ) -> Distance:
-    """Fit the distance on training records, and save it in the run's folder unless that is a copy of the hub's.
+    """Fit the distance on training records, for what the run predicts from now on.
 
-    Texts have the classes of their labels; questions are one class. ``records`` are what `bloblora.data.as_records`
-    takes.
+    It is saved in the run's folder unless that is a copy of the hub's. Texts have the classes of their labels;
+    questions are one class. ``records`` are what `bloblora.data.as_records` takes.
 
     Raises:
         ValueError: there are too few records, or their hidden states are all equal.
@@ -76,12 +82,27 @@ def fit_distance(
     records = data.as_records(records, known=description.known, require_labels=True)
     states = run.hidden_states(records, batch_size=batch_size, progress=progress)
     classes = targets_of(run.task, records) if run.task.answer == "label" else None
-    distance = Distance.fit(states, classes)
+    run.distance = Distance.fit(states, classes)
     if not description.remote:
-        folder, values = description.folder, {"adapter_sha256": description.adapter_sha256}
         try:
-            with locked(folder / f"{_STATE}.json"), locked(folder / f"{_STATE}.safetensors"):
-                write_state(folder, _STATE, values, vars(distance))
+            save_distance(run, description.folder)
         except OSError as error:  # a folder that others share, for reading
             warnings.warn(f"the distance isn't in the run's folder, which can't be written: {error}", stacklevel=2)
-    return distance
+    return run.distance
+
+
+def distance_of(run: Run, training: Training) -> Distance | None:
+    """That of a run that has just been trained; None where its records can't tell one."""
+    how: dict[str, Any] = {"task": training.task, "sampler": run.sampler}
+    states = hidden_states(run.model, training.examples, batch_size=32, **how)
+    labels = run.task.likelihood.targets([example["label"] for example in training.examples])
+    with suppress(ValueError):  # all records of a label are alike
+        return Distance.fit(states, labels)
+    return None
+
+
+def save_distance(run: Run, folder: Path) -> None:
+    """Write a run's distance beside its adapter; an OSError where that can't be."""
+    values = {"adapter_sha256": run.adapter_sha256}
+    with locked(folder / f"{_STATE}.json"), locked(folder / f"{_STATE}.safetensors"):
+        write_state(folder, _STATE, values, vars(run.distance))

@@ -3,20 +3,16 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .. import tasks
-from ..data.records import Problems
 from ..decision import Decision
-from ..evaluation import Distance, reliability, reliability_diagram, summary
+from ..evaluation import reliability, reliability_diagram, summary
 from ..files import locked, read_json, replacing, write_json
-from .checks import check_kind
+from .checks import check_kind, targets_of
 from .config import RunError
 from .folder import RunDescription, records_sha256
 from .lines import lines_of
@@ -36,7 +32,6 @@ def evaluate(
     diagram: Path | None = None,
     decision: Decision | None = None,
     predictions: Path | None = None,
-    distance: Distance | None = None,
 ) -> dict[str, Any]:
     """Metrics of a run on labelled records; ``outside`` are records out of its scope, whose labels don't matter.
 
@@ -45,7 +40,6 @@ def evaluate(
     With ``predictions`` the lines of `describe` are written to that file as they are made, those of ``outside`` last
     and marked as such, with ``log_probabilities`` and ``num_draws``; what a call that was stopped has written isn't
     predicted again.
-    With ``outside`` and a ``distance`` also how well the distance of hidden states tells the two apart.
 
     Raises:
         RunError: records of the other kind, a label that the run doesn't know, or ``predictions`` of something else.
@@ -71,6 +65,7 @@ def evaluate(
             "seed": options.seed,
             "approximate": run.approximation.name if run.approximation else None,
             "decision": decision.to_dict() if decision else None,
+            "distances": run.distance is not None,
         }
         predict = partial(run.predict, num_samples=options.samples, seed=options.seed, batch_size=options.batch_size)
         how: dict[str, Any] = {"num_inside": len(records), "progress": progress}
@@ -82,11 +77,7 @@ def evaluate(
     if diagram is not None:
         name = f"{run.config.method['name']}, N = {inside.num_samples}"
         reliability_diagram({name: reliability(inside.probabilities, targets)}, diagram)
-    distances = None
-    if distance is not None and outside is not None:
-        states = run.hidden_states([*records, *outside], **settings)
-        distances = distance.scores(states[: len(records)]), distance.scores(states[len(records) :])
-    result = summary(inside, targets, far, distances=distances) | run.scales
+    result = summary(inside, targets, far) | run.scales
     return result | (decision.realized(inside, targets, far) if decision else {})
 
 
@@ -100,23 +91,6 @@ def describe(
     records = run.records(records)
     prediction = run.predict(records, options.samples, options.seed, batch_size=options.batch_size)
     yield from lines_of(run.task, records, prediction, decision)
-
-
-def targets_of(task: tasks.Task, records: Sequence[dict[str, Any]]) -> torch.Tensor:
-    """The right answer of each labelled record as metrics take it, (n,): the column's index, or the value."""
-    labels, wrong = [], Problems()
-    for number, record in enumerate(records, start=1):
-        try:
-            labels.append(task.target(record))
-        except tasks.TaskError as error:
-            wrong.add(("record ", number), error.problems)
-            continue
-        if labels[-1] is None:
-            wrong.add(("record ", number), [f"field {task.answer!r}: missing"])
-    if lines := wrong.lines():
-        more = f"\n… and {len(lines) - 10} more problems" if len(lines) > 10 else ""
-        raise RunError("\n".join([f"{wrong.rows} answers that the run can't be measured by:", *lines[:10]]) + more)
-    return task.likelihood.targets(labels)
 
 
 def metrics_source(data: str) -> str:

@@ -21,6 +21,7 @@ def lines_of(
     columns = [columns_of(task, record) for record in records]
     decided = decision.decide(prediction) if decision else None
     for i, (record, answer) in enumerate(zip(records, prediction.answers(columns), strict=True)):
+        answer |= {name: float(values[i]) for name, values in (prediction.distances or {}).items()}
         yield {**repeated(record), **answer, **(_decided(decided, i, answer, task.labels or ()) if decided else {})}
 
 

@@ -4,12 +4,14 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..prediction import Prediction
+from ..prediction import DISTANCES, Prediction
 from .checks import check_kind
 from .config import RunError
 from .evaluate import lines_of
 from .folder import open_run
 from .run import PredictionOptions, Run, load_run
+
+_SCORES = ("predictive_entropy", "mutual_information", *DISTANCES)
 
 
 class AnswerPipeline:
@@ -30,8 +32,9 @@ class AnswerPipeline:
         Returns:
             A list of ``{"label", "score", "std", "predictive_entropy", "mutual_information"}``: the probability
             averaged over the draws, its standard deviation over them, and the input's total and epistemic uncertainty
-            in nats. Of several inputs a list of such lists; as in transformers, without ``top_k`` the best of each in
-            one list. Of a run that predicts values what `ValuePrediction.answers` says of each input, in one list.
+            in nats; and its distances from the training data, where the run knows them. Of several inputs a list of
+            such lists; as in transformers, without ``top_k`` the best of each in one list. Of a run that predicts
+            values what `ValuePrediction.answers` says of each input, in one list.
 
         Raises:
             RunError: an input of the other kind, or ``top_k`` is below 1.
@@ -59,7 +62,7 @@ class AnswerPipeline:
         spread = prediction.std.tolist()
         result = []
         for line, row in zip(lines_of(self.run.task, records, prediction, None), spread, strict=True):
-            uncertainty = {name: line[name] for name in ("predictive_entropy", "mutual_information")}
+            uncertainty = {name: line[name] for name in _SCORES if name in line}
             answers = [
                 {"label": label, "score": score, "std": std, **uncertainty}
                 for (label, score), std in zip(line["probabilities"].items(), row, strict=False)  # padded to the widest

@@ -21,7 +21,7 @@ from ..data.columns import label_list, to_record, typed
 from ..decision import Decision
 from ..files import json_sha256, parse_json, read_json
 from ..messages import quoted
-from ..prediction import MultiLabelPrediction, Prediction, RewardPrediction, TagsPrediction, ValuePrediction
+from ..prediction import DISTANCES, MultiLabelPrediction, Prediction, RewardPrediction, TagsPrediction, ValuePrediction
 from ..prediction.kinds import OtherPrediction, prediction_of
 from ..prediction.prediction import check_finite
 from ..tasks import Bernoulli, Tags
@@ -158,6 +158,13 @@ def _logarithms(probabilities: Any) -> Tensor:
     return values.clamp_min(torch.finfo(values.dtype).tiny).log()
 
 
+def _distances(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor] | None:
+    """The distances from the training data that all rows have, (n,) each; None where they have none."""
+    known = [_known(row, *DISTANCES) for row in rows]
+    names = [name for name in DISTANCES if all(name in row for row in known)]
+    return {name: torch.tensor([row[name] for row in known], dtype=torch.float64) for name in names} or None
+
+
 def _draws(rows: Iterable[Mapping[str, Any]], num_samples: int) -> Tensor:
     return torch.tensor([row.get("num_draws", max(1, num_samples)) for row in rows])
 
@@ -248,11 +255,12 @@ def _exact(prediction: Prediction) -> Iterator[dict[str, Any]]:
 
 def kept_prediction(rows: Iterable[Mapping[str, Any]], num_samples: int, task: tasks.Task) -> Prediction:
     """The prediction whose lines `keep_predictions` wrote."""
+    rows = [*rows]
     if task.likelihood.name == Prediction.kind:
-        return Averages.of(rows, num_samples)
+        return Averages.of(rows, num_samples).with_distances(_distances(rows))
     each = [torch.tensor(row["logits"]).T for row in rows]
     logits = pad_sequence(each, batch_first=True, padding_value=-math.inf).permute(2, 0, 1)
-    return prediction_of(check_finite(logits), num_samples, task.likelihood)
+    return prediction_of(check_finite(logits), num_samples, task.likelihood, distances=_distances(rows))
 
 
 def read_predictions(
@@ -311,6 +319,7 @@ def read_predictions(
     rows, right, problems = [], [], []
     for place, row in numbered:
         try:
+            _known(row, *DISTANCES)
             rows.append(form.read(row, names))
             if labelled:
                 right.append(form.right(row, names))
@@ -318,7 +327,8 @@ def read_predictions(
             problems.append(f"{place}: {error}")
     if problems:
         raise DataError(problems)
-    return form.of(rows, num_samples), form.stacked(right) if labelled else torch.empty(0)
+    prediction = form.of(rows, num_samples).with_distances(_distances([row for _, row in numbered]))
+    return prediction, form.stacked(right) if labelled else torch.empty(0)
 
 
 def count_outside(file: Path) -> int:

@@ -16,11 +16,12 @@ from ..generation import Generation, TokenScores, posterior_generate, score
 from ..generation.asking import question_length
 from ..generation.options import option
 from ..methods import Method
-from ..prediction import Prediction, Sampler, StoppingRule, Tempered, hidden_states, predict
+from ..prediction import Distance, Prediction, Sampler, StoppingRule, Tempered, hidden_states, predict
 from ..quantized import dequantize
 from .approximation import Approximation
 from .checks import check_sharded, head_of
 from .config import RunConfig, RunError
+from .distance import open_distance
 from .folder import RunDescription, known_of, open_run
 from .processes import processes, shard, sharded
 from .texts import needs_draws, response_examples, text_lines
@@ -115,6 +116,8 @@ class Run:
             ``peak_memory_bytes`` (of the last session), ``final`` (the last log).
         adapter_sha256: of the trained weights' file.
         approximation: how `predict` saves forwards; None for all draws.
+        distance: of what the head reads from the training data, which predictions then have; None where that was never
+            fitted (`fit_distance`).
     """
 
     model: nn.Module
@@ -126,6 +129,7 @@ class Run:
     training: dict[str, Any] = field(default_factory=dict)
     adapter_sha256: str | None = None
     approximation: Approximation | None = None
+    distance: Distance | None = None
 
     @property
     def scales(self) -> dict[str, float]:
@@ -168,17 +172,13 @@ class Run:
 
         ``records`` are what `bloblora.data.as_records` takes: a list of texts or dicts, a table, a dataset.
         """
-        return predict(
-            self.model,
-            self._examples(records),
-            num_samples,
-            seed,
-            task=self.task,
-            sampler=self.sampler,
-            stop=self.stop,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+        return self.predict_encoded(self._examples(records), num_samples, seed, **options)
+
+    def predict_encoded(self, examples: Any, num_samples: int = 10, seed: int = 0, **options: Any) -> Prediction:
+        """The same of records as the task encodes them."""
+        how: dict[str, Any] = {"task": self.task, "sampler": self.sampler, "stop": self.stop, "distance": self.distance}
+        return predict(self.model, examples, num_samples, seed, **how, **options)
 
     def hidden_states(self, records: Any, *, batch_size: int = 32, progress: bool = False) -> Tensor:
         """The last hidden states of records under the mean weights, (n, d); see `prediction.hidden_states`."""
@@ -322,6 +322,7 @@ def load_run(
         description.training,
         description.adapter_sha256,
         approximation,
+        open_distance(description),
     )
 
 

@@ -38,6 +38,7 @@ from ..messages import quoted
 from ..prediction.trunk_cache import IndexedExamples, cache_trunk
 from ..quantized import is_quantized
 from ..training import BlobTrainingArguments, last_checkpoint
+from ..training.arguments import CLASS_MEANS
 from .automatic import left_open, resolved
 from .checks import (
     check_head,
@@ -51,6 +52,7 @@ from .checks import (
     lora_of,
 )
 from .config import RunConfig, RunError
+from .distance import distance_of, save_distance
 from .folder import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -234,6 +236,8 @@ def _fit(
             "trainings": [asdict(validated) for validated in training.validated],
         }
     run = Run(model, tokenizer, task, sampler, config, method, result)
+    if config.value("head") == CLASS_MEANS and processes().is_main_process:
+        run.distance = distance_of(run, training)
     problems = training.problems
     said = len(problems)  # by the training
     if training.validated:
@@ -256,6 +260,8 @@ def save_run(run: Run, method: methods.Method, output: Path, description: RunFil
     write_json(output / TASK_FILE, run.task.to_dict())
     files = files_sha256(output, method)
     run.adapter_sha256 = files[method.weights_file(output).name]
+    if run.distance is not None:
+        save_distance(run, output)
     if "validation" in run.training:
         save_figure(lines_figure(_curves(run.training), "step", "NLL"), output / VALIDATION_FIGURE)
     write_run_file(output, replace(description, files=files, training=run.training))

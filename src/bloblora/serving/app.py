@@ -328,6 +328,7 @@ def _model(hosted: Hosted, settings: Settings) -> Model:
         width=run.scales.get("width"),
         promises=_promises(hosted, settings),
         detection=hosted.detection,
+        scope_score=scope.score if (scope := hosted.decision and hosted.decision.scope) else None,
         warnings=run.training.get("warnings", []),
         examples=hosted.examples,  # type: ignore[arg-type]
         metrics=hosted.metrics,

@@ -17,7 +17,6 @@ from ..data import KINDS, kind_of, read_records
 from ..decision import Decision
 from ..files import finite_numbers
 from ..messages import quoted
-from ..prediction import predict
 from ..runs import PredictionOptions, Run, RunDescription, RunError, load_run, open_run
 from ..runs.decide import open_decision, open_realized
 from ..runs.evaluate import read_metrics
@@ -140,8 +139,7 @@ class Hosted:
         Decisions are for the settings' N alone.
         """
         run, (records, examples) = self.run, zip(*inputs, strict=True)
-        how: dict[str, Any] = {"task": run.task, "sampler": run.sampler, "stop": run.stop}
-        prediction = predict(run.model, examples, num_samples, settings.seed, batch_size=settings.batch_size, **how)
+        prediction = run.predict_encoded(examples, num_samples, settings.seed, batch_size=settings.batch_size)
         lines = lines_of(run.task, records, prediction, self.decision if num_samples == settings.samples else None)
         rows = zip(lines, prediction.std, prediction.num_draws.tolist(), examples, strict=True)
         answers = []

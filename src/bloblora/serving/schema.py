@@ -311,7 +311,18 @@ EXAMPLES: dict[str, Any] = {
 }
 
 
-class Answer(BaseModel):
+class _Scored(BaseModel):
+    """What an answer of any kind has."""
+
+    mahalanobis: float | None = _field(
+        "squared distance from the training data in standard deviations, where the run knows it", 612.0, default=None
+    )
+    relative_mahalanobis: float | None = _field("the same, less that from all training data", -3.1, default=None)
+    out_of_scope: bool | None = _field("of a calibrated run", False, default=None)
+    num_draws: int = _field("weight samples that were used; 1 where there is a single function", 10)
+
+
+class Answer(_Scored):
     """What the run says of one input; uncertainty in nats."""
 
     label: str = _field("the most probable label, or choice", "late_delivery")
@@ -323,13 +334,11 @@ class Answer(BaseModel):
     predictive_entropy: float = _field("total uncertainty", 0.66)
     mutual_information: float = _field("of it epistemic: how far the weight samples disagree; 0 for one draw", 0.09)
     expected_entropy: float = _field("of it aleatoric: what each weight sample leaves open", 0.57)
-    num_draws: int = _field("weight samples that were used; 1 where there is a single function", 10)
     truncated_tokens: int = _field("tokens cut off because the model reads no more", 0)
     decision: Literal["answer", "abstain"] | None = _field("of a calibrated run", "abstain", default=None)
     label_set: list[str] | None = _field(
         "of a calibrated run, the most probable first", ["late_delivery", "track_order"], default=None
     )
-    out_of_scope: bool | None = _field("of a calibrated run", False, default=None)
 
 
 class RewardAnswer(Answer):
@@ -341,7 +350,7 @@ class RewardAnswer(Answer):
     lower_bounds: list[float] = _field("reward less one standard deviation", [-0.6, 0.2])
 
 
-class ValueAnswer(BaseModel):
+class ValueAnswer(_Scored):
     """What a run that predicts numbers says of one input, in the units of its data."""
 
     value: float = _field("the predictive mean", 3.4)
@@ -350,12 +359,10 @@ class ValueAnswer(BaseModel):
     epistemic_std: float = _field("of it how far the weight samples disagree; 0 for one draw", 0.3)
     interval: tuple[float, float] = _field("what has 90 % of the predictive probability", [2.6, 4.2])
     promised_interval: tuple[float, float] | None = _field("of a calibrated run", [2.4, 4.4], default=None)
-    out_of_scope: bool | None = _field("of a calibrated run", False, default=None)
-    num_draws: int = _field("weight samples that were used; 1 where there is a single function", 10)
     truncated_tokens: int = _field("tokens cut off because the model reads no more", 0)
 
 
-class LabelsAnswer(BaseModel):
+class LabelsAnswer(_Scored):
     """What a run with several labels at once says of one input; uncertainty in nats, summed over the labels."""
 
     labels: list[str] = _field("those that are more probable than not", ["late", "damaged"])
@@ -365,8 +372,6 @@ class LabelsAnswer(BaseModel):
     mutual_information: float = _field("of it epistemic: how far the weight samples disagree; 0 for one draw", 0.09)
     expected_entropy: float = _field("of it aleatoric: what each weight sample leaves open", 0.9)
     promised_labels: list[str] | None = _field("of a calibrated run", ["late", "damaged", "lost"], default=None)
-    out_of_scope: bool | None = _field("of a calibrated run", False, default=None)
-    num_draws: int = _field("weight samples that were used; 1 where there is a single function", 10)
     truncated_tokens: int = _field("tokens cut off because the model reads no more", 0)
 
 
@@ -380,7 +385,7 @@ class Entity(BaseModel):
     text: str = _field("its tokens", "Ada Lovelace")
 
 
-class TagsAnswer(BaseModel):
+class TagsAnswer(_Scored):
     """What a run that classifies tokens says of one input, with a list item a token; uncertainty in nats."""
 
     tokens: list[str] = _field("as they were given", _WORDS)
@@ -393,8 +398,6 @@ class TagsAnswer(BaseModel):
     mutual_information: float = _field("mean over the tokens; 0 for one draw", 0.03)
     expected_entropy: float = _field("mean over the tokens", 0.13)
     tag_sets: list[list[str]] | None = _field("of a calibrated run", [["B-PER"], ["I-PER"]], default=None)
-    out_of_scope: bool | None = _field("of a calibrated run", False, default=None)
-    num_draws: int = _field("weight samples that were used; 1 where there is a single function", 10)
 
 
 AnyAnswer = RewardAnswer | Answer | LabelsAnswer | ValueAnswer | TagsAnswer
@@ -435,6 +438,7 @@ class Model(BaseModel):
     detection: float | None = _field(
         "share of the out-of-scope records of `bloblora calibrate --ood` that were flagged; None without them", 0.4
     )
+    scope_score: str | None = _field("what flags a text as out of scope; None without that rule", "mahalanobis")
     warnings: list[str] = _field("of its training, where that ended badly", ["the posterior is the prior"])
     examples: list[TextInput | TokensInput | ChoiceInput | ResponsesInput | PromptInput] = _field(
         "inputs to try", [{"text": _TEXT}]

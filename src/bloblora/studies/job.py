@@ -97,12 +97,10 @@ class Result:
         there = [self.scores_of(key, n) for key in sets or job.sets for n in job.samples]
         return any(not scores or (job.distances and "mahalanobis" not in scores) for scores in there)
 
-    def add(
-        self, key: str, prediction: Prediction, targets: Tensor | None, distances: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def add(self, key: str, prediction: Prediction, targets: Tensor | None) -> None:
         """Add the scores and metrics of one set under one N; ``test`` must be there before the sets told from it."""
         n = prediction.num_samples
-        scores = evaluation.uncertainty(prediction) | dict(distances or {})
+        scores = prediction.scores
         found = {} if targets is None else evaluation.summary(prediction, targets)
         if key != "test" and (test := self.scores_of("test", n)):
             # what is epistemic of a single weight sample is 0 for every input
@@ -294,7 +292,10 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
         sha256 = {name: digest for name, digest in digests.items() if digest and (separate or name == "training")}
         result = Result(job.name, job.dataset, job.label, config, method, trained.training, where, sha256=sha256)
     read: Read = {}
-    most, distance = max(job.samples), _distance(trained, job) if job.distances else None
+    most = max(job.samples)
+    if job.distances and trained.distance is None:
+        there = runs.open_run(job.config.output)
+        runs.fit_distance(trained, there, runs.training_records(there), batch_size=job.batch_size)
     for key, chosen in job.sets.items():
         if not result.lacks(job, key):
             continue
@@ -310,11 +311,10 @@ def run(job: Job, results: Path, *, progress: bool = True, keep: bool = True) ->
             if n == 0 < most or (n < most and draws.head_shares is not None):  # a Gaussian head's are means over draws
                 predictions.append(predict(num_samples=n))
             elif n < most:
-                predictions.append(prediction_of(logits[:n], n, likelihood))
+                predictions.append(prediction_of(logits[:n], n, likelihood, distances=draws.distances))
         targets = runs.targets_of(trained.task, records) if chosen.labelled else None
-        distances = distance.scores(trained.hidden_states(records, batch_size=job.batch_size)) if distance else None
         for prediction in predictions:
-            result.add(key, prediction, targets, distances)
+            result.add(key, prediction, targets)
         write_result(result, results)
     if not keep:
         shutil.rmtree(job.config.output, ignore_errors=True)
@@ -333,14 +333,6 @@ def machine() -> dict[str, Any]:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         **library_versions(),
     }
-
-
-def _distance(trained: runs.Run, job: Job) -> evaluation.Distance:
-    """From the hidden states of the run's training records; that of its folder, or fitted now."""
-    description = runs.open_run(job.config.output)
-    if (found := runs.open_distance(description)) is not None:
-        return found
-    return runs.fit_distance(trained, description, runs.training_records(description), batch_size=job.batch_size)
 
 
 def _records(job: Job, key: str, read: Read) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-r"""Distance of hidden states from those of the training data, a score of inputs out of scope.
+r"""Distance of what a head reads from what it read of the training data, a score of inputs out of scope.
 
 With z an input's last hidden state, and means :math:`\mu_c` and one covariance Σ of the classes in training,
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 DISTANCES = {"mahalanobis": "dist.", "relative_mahalanobis": "relative dist."}
-"""What tables call the scores."""
+"""The scores, and what tables call them."""
 
 _LEAST_SHRINKAGE = 1e-6  # a handful of records may ask for none, and span no more than a few dimensions
 

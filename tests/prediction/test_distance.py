@@ -5,9 +5,8 @@ import pytest
 import torch
 from sklearn.covariance import LedoitWolf
 
-from bloblora.evaluation import METRICS, Distance, summary
-from bloblora.evaluation.distance import DISTANCES
-from bloblora.prediction import Prediction
+from bloblora.evaluation import METRICS, summary
+from bloblora.prediction import DISTANCES, Distance, Prediction
 
 
 def states(n, d, classes=3, seed=0):
@@ -70,7 +69,7 @@ def test_the_metrics_are_in_the_summary_where_there_are_distances():
     sides = [Prediction(torch.randn(1, 4, 3, generator=generator).log_softmax(-1), 0) for _ in range(2)]
     inside, outside = ({"mahalanobis": torch.tensor(x)} for x in ([1.0, 2.0, 3.0, 9.0], [4.0, 5.0, 6.0, 7.0]))
     targets = torch.zeros(4, dtype=torch.long)
-    found = summary(sides[0], targets, sides[1], distances=(inside, outside))
+    found = summary(sides[0].with_distances(inside), targets, sides[1].with_distances(outside))
     assert (found["auroc_mahalanobis"], found["fpr95_mahalanobis"]) == (0.75, 0.25)
     assert "auroc_relative_mahalanobis" not in found
     assert "auroc_mahalanobis" not in summary(sides[0], targets, sides[1])
