@@ -109,14 +109,45 @@ class LeftOut:
     """Training records, each by the means of all others.
 
     Attributes:
-        logits: z (n, C) of all records, differentiable in the states of a batch of them.
+        logits: z (n, C) of all records, differentiable in ``states``.
         labels: of all records (n,).
         rows: which of them are the batch's, (b,).
+        states: φ (b, d) of the batch, of the forward.
     """
 
     logits: Tensor
     labels: Tensor
     rows: Tensor
+    states: Tensor
+
+    def slopes(self, nll: Tensor) -> Tensor:
+        """Of a function of the logits by the states, (b, d)."""
+        return torch.autograd.grad(nll, self.states, retain_graph=True)[0]
+
+    def expected_square(self, slopes: Tensor, weights: Tensor | float) -> Tensor:
+        r"""Factor that makes the square of a record's gradient about its Hessian, (b,).
+
+        .. math:: \|J_k^\top u\|^2 / \|g_k\|^2, \qquad u_j = \sqrt{w_j}\,(\sqrt{p_j} \circ \epsilon_j - p_j
+                  \sqrt{p_j}^\top \epsilon_j), \qquad \mathbb E[u_j u_j^\top] = w_j (\mathrm{diag}(p_j) - p_j p_j^\top)
+
+        with g_k the slopes of the sum of all records' NLL, J_k of their logits by φ_k, and signs ε. A record that is
+        sure of its label still moves the others' logits: the factor by its own logits alone would be far too large.
+
+        Args:
+            slopes: g (b, d).
+            weights: w, of each record (n,).
+        """
+        p = self.logits.detach().softmax(-1)
+        root = p.sqrt() * (torch.randint_like(p, 2) * 2 - 1)
+        noise = root - p * root.sum(-1, keepdim=True)
+        (expected,) = torch.autograd.grad(
+            self.logits,
+            self.states,
+            noise * torch.as_tensor(weights, device=p.device).sqrt().reshape(-1, 1),
+            retain_graph=True,
+        )
+        size = slopes.square().sum(-1)
+        return torch.where(size > 0, expected.square().sum(-1) / size, 0)
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -214,7 +245,7 @@ class ClassMeans:
         last = torch.tensor([*{row: i for i, row in enumerate(rows)}.values()], device=states.device)  # of copies
         now = replace(self._read, states=known.index_put((own[last],), states[last]))
         scores, log_shares = left_out(self._classes(now), self._precision)
-        return LeftOut(self._scale * scores + log_shares, now.labels, own)
+        return LeftOut(self._scale * scores + log_shares, now.labels, own, states)
 
     @property
     def _scale(self) -> float:

@@ -380,10 +380,9 @@ class BlobTrainerMixin(_Host):
 
     def _expect_labels(self, logits: Tensor, labels: Tensor) -> None:
         """Make the squares of examples' gradients those of the labels that the model expects."""
-        batch = None if self.posterior is None else self.posterior.batch
-        if batch and batch.expects_labels and batch.squares is not None and len(logits) == len(batch.squares):
+        if (squares := self._squares(logits)) is not None:
             smoothing = self.args.label_smoothing_factor
-            batch.squares.data.mul_(likelihood_of(self.task).expected_square(logits, labels, smoothing))
+            squares.mul_(likelihood_of(self.task).expected_square(logits, labels, smoothing))
 
     def kl_step(self) -> None:
         """The second half of the paper's step: the weighted KL, on the mean and Ω alone.
@@ -576,7 +575,8 @@ class BlobTrainerMixin(_Host):
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
                 if by_others is not None:
                     outputs["logits"], loss = self._left_out(by_others(outputs["logits"], inputs, labels))
-                loss = loss + self._noise_cost(outputs["logits"], labels, bounding)
+                else:
+                    loss = loss + self._noise_cost(outputs["logits"], labels, bounding)
                 return (loss, outputs) if return_outputs else loss
             if labels is None:
                 raise ValueError(
@@ -586,7 +586,8 @@ class BlobTrainerMixin(_Host):
             loss = None
             if by_others is not None:
                 outputs["logits"], loss = self._left_out(by_others(outputs["logits"], inputs, labels))
-            cost = self._noise_cost(outputs["logits"], labels, bounding) if model.training else 0.0
+            noisy = model.training and by_others is None
+            cost = self._noise_cost(outputs["logits"], labels, bounding) if noisy else 0.0
             if self.compute_loss_func is None:
                 if loss is None:
                     smoothing = self.args.label_smoothing_factor
@@ -603,8 +604,18 @@ class BlobTrainerMixin(_Host):
         likelihood, smoothing = likelihood_of(self.task), self.args.label_smoothing_factor
         own = found.logits[found.rows].detach()
         nll = _mean_nll(likelihood, own, found.labels[found.rows], smoothing)
-        of_all = _mean_nll(likelihood, found.logits, found.labels, smoothing) * len(found.labels) / len(found.rows)
-        return own, nll + of_all - of_all.detach()
+        slopes = found.slopes(_mean_nll(likelihood, found.logits, found.labels, smoothing) * len(found.labels))
+        if (squares := self._squares(own)) is not None and isinstance(likelihood, Categorical):
+            squares.mul_(found.expected_square(slopes, likelihood.weight(found.labels)))
+        moved = (slopes * found.states).sum() / len(found.rows)
+        return own, nll + moved - moved.detach()
+
+    def _squares(self, logits: Tensor) -> Tensor | None:
+        """Factors of the squares of examples' gradients (b,), where they are to be those of expected labels."""
+        batch = None if self.posterior is None else self.posterior.batch
+        if batch and batch.expects_labels and batch.squares is not None and len(logits) == len(batch.squares):
+            return batch.squares.data
+        return None
 
     @property
     def _bounds(self) -> bool:
