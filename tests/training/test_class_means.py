@@ -1,6 +1,7 @@
 """A head that isn't trained: against brute force, against scikit-learn, and in trainings."""
 
 import shutil
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -8,11 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn.functional import cross_entropy, one_hot
-from transformers import BertConfig, BertForSequenceClassification, EarlyStoppingCallback
+from transformers import BertConfig, BertForSequenceClassification, EarlyStoppingCallback, TrainerCallback
 
 from bloblora import BlobTrainer
 from bloblora.training import DivergedError, last_checkpoint
-from bloblora.training.class_means import Classes, ClassMeans, Read, _precision, keys_of, left_out
+from bloblora.training.class_means import Classes, ClassMeans, LeftOut, Read, _precision, keys_of, left_out
 
 from ..conftest import with_lora
 from .conftest import TASK, arguments, assert_equal, classifier, examples, logs, make_trainer, trainable
@@ -197,6 +198,31 @@ def test_the_gradient_is_that_of_the_mean_nll_of_all_records(tmp_path, batch):
         torch.testing.assert_close(own, right, rtol=1e-3, atol=1e-5)
 
 
+def test_squares_are_those_of_the_gauss_newton_matrix():
+    """Of the weighted NLL of all records by the state of one: the trace by the Jacobian of all logits."""
+    read, weights = states_of([4, 3, 3]), torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    precision = _precision(read.states - read.states.mean(0), 9, 0.5)
+
+    def logits_of(states):
+        known = read.states.index_put((rows,), states)
+        scores, log_shares = left_out(Classes.of(replace(read, states=known), weights), precision)
+        return 0.2 * scores + log_shares
+
+    rows = torch.tensor([1, 5])
+    states = read.states[rows].requires_grad_()
+    found = LeftOut(logits_of(states), read.labels, rows, states)
+    of_records = weights[read.labels]
+    slopes = found.slopes((of_records * cross_entropy(found.logits, read.labels, reduction="none")).sum())
+    torch.manual_seed(0)
+    draws = torch.stack([found.expected_square(slopes, of_records) for _ in range(2000)]) * slopes.square().sum(-1)
+    p, jacobian = found.logits.detach().softmax(-1), torch.autograd.functional.jacobian(logits_of, states)
+    hessians = of_records[:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None])
+    traces = torch.einsum("ncki,nce,neki->k", jacobian, hessians, jacobian)
+    error = draws.std(0) / 2000**0.5
+    assert ((draws.mean(0) - traces).abs() < 4 * error).all()
+    assert (error < 0.05 * traces).all()
+
+
 @pytest.mark.parametrize("bayesian", [True, False])
 def test_without_a_task_the_loss_and_the_head_are_the_same(tmp_path, bayesian):
     found = []
@@ -278,6 +304,18 @@ def test_a_model_without_such_a_head_is_refused(tmp_path):
 def test_a_record_without_a_label_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a label is -100"):
         trained(tmp_path, data=[*examples(8), {"input_ids": [5, 6], "label": -100}])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_training_that_is_stopped_gives_the_head_back(tmp_path, error):
+    class Stop(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            raise error
+
+    trainer = make_trainer(tmp_path, classifier(), 24, [Stop()], **OPTIONS)
+    with pytest.raises(error):
+        trainer.train()
+    assert trainer.class_means.head.weight.requires_grad
 
 
 def test_an_input_that_changes_is_refused(tmp_path):

@@ -14,6 +14,10 @@ the covariance of all φ before the first step, half of which is a multiple of I
 A step sees a batch. The φ of all other records are those that were last seen, and the gradient is that of the sum over
 *all* records with respect to the φ of the batch, over b: its mean over the batches is the gradient of the mean NLL.
 
+Under a Gaussian over A each φ has a draw of its own, that of the batch as that of records last seen. What is minimized is
+therefore E[mean NLL] with φ_k of independent draws A_k, not of one A that all records share. Means of many records have
+little noise of their own then, as those that the head keeps, which are of A's mean.
+
 In the end the head is the linear discriminant of all training records (Fisher 1936), for which P is the inverse of the
 covariance within the classes, shrunk towards a multiple of I (Friedman 1989). Shrinkage and scale are those of the
 lowest NLL of the validation records; without them 0.9 and s. The training records, each left out, would ask for a scale
@@ -214,7 +218,6 @@ class ClassMeans:
             ``shrinkage`` and ``scale``, and the ``nll`` of the validation records by which they were chosen, nats.
         """
         validation = [*held_out]
-        self.freeze(False)
         return self._set_head(_distinct(batches), _cat(validation) if validation else None)
 
     def _left_out(self, logits: Tensor, read: Tensor, inputs: Mapping[str, Any], labels: Tensor) -> LeftOut:
