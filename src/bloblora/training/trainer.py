@@ -186,19 +186,29 @@ class BlobTrainerMixin(_Host):
         if self.posterior is not None:
             self._dataset_size()
         self._resumed_from = resume_from_checkpoint or None
-        self._check_class_means()
-        if self.task is None and (problem := self._problem()):
-            warnings.warn(problem, stacklevel=2)
-        if resume_from_checkpoint and self.args.save_total_limit is not None and self.args.should_save:
-            remove_torn(self.args.output_dir, resume_from_checkpoint)
-        if self.posterior is not None:
-            self.posterior.temperatures = None
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        self._finish_class_means()
+        with self._head_given_back():
+            self._check_class_means()
+            if self.task is None and (problem := self._problem()):
+                warnings.warn(problem, stacklevel=2)
+            if resume_from_checkpoint and self.args.save_total_limit is not None and self.args.should_save:
+                remove_torn(self.args.output_dir, resume_from_checkpoint)
+            if self.posterior is not None:
+                self.posterior.temperatures = None
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._finish_class_means()
         fits = getattr(self.args, "temperature_scaling", False) and self._knows_likelihood and not self._bypassed
         if self.posterior is not None and fits:
             self._set_temperature(self.posterior)
         return output
+
+    @contextmanager
+    def _head_given_back(self) -> Iterator[None]:
+        """A head that isn't trained takes gradients again afterwards, also where an error ends the training."""
+        try:
+            yield
+        finally:
+            if self.class_means is not None:
+                self.class_means.freeze(False)
 
     def _set_temperature(self, posterior: Posterior) -> None:
         """Fit a temperature on the evaluation data; warn where a Gaussian head, which needs one, gets none."""
