@@ -13,7 +13,16 @@ from transformers import BertConfig, BertForSequenceClassification, EarlyStoppin
 
 from bloblora import BlobTrainer
 from bloblora.training import DivergedError, last_checkpoint
-from bloblora.training.class_means import Classes, ClassMeans, LeftOut, Read, _precision, keys_of, left_out
+from bloblora.training.class_means import (
+    Classes,
+    ClassMeans,
+    LeftOut,
+    Read,
+    _precision,
+    keys_of,
+    left_out,
+    log_shares_left_out,
+)
 
 from ..conftest import with_lora
 from .conftest import TASK, arguments, assert_equal, classifier, examples, logs, make_trainer, trainable
@@ -41,6 +50,10 @@ def scores_of(classes, states, precision):
     return states @ weight.T + bias
 
 
+def sizes_of(read, precision):
+    return torch.einsum("ni,ij,nj->n", read.states, precision, read.states)
+
+
 def head_of(weights, read, **options):
     """A `ClassMeans` over a linear layer for these states."""
     head = torch.nn.Linear(read.states.shape[1], weights, **options).to(read.states.dtype)
@@ -50,7 +63,9 @@ def head_of(weights, read, **options):
 def test_the_training_compares_a_record_with_the_means_of_the_others():
     read, ones = states_of([4, 2, 1]), torch.ones(3, dtype=torch.float64)
     precision = torch.eye(6, dtype=torch.float64)
-    scores, log_shares = left_out(Classes.of(read, ones), precision)
+    classes, no_rows = Classes.of(read, ones), torch.empty(0, dtype=torch.long)
+    scores = left_out(classes, precision, sizes_of(read, precision), no_rows, read.states[no_rows])
+    log_shares = log_shares_left_out(classes)
     for k in range(6):
         others = Classes.of(without(read, k), ones)
         torch.testing.assert_close(scores[k], scores_of(others, read.states[k], precision))
@@ -204,13 +219,16 @@ def test_squares_are_those_of_the_gauss_newton_matrix():
     precision = _precision(read.states - read.states.mean(0), 9, 0.5)
 
     def logits_of(states):
-        known = read.states.index_put((rows,), states)
-        scores, log_shares = left_out(Classes.of(replace(read, states=known), weights), precision)
-        return 0.2 * scores + log_shares
+        now = replace(read, states=read.states.index_put((rows,), states))
+        scores = [scores_of(Classes.of(without(now, k), weights), now.states[k], precision) for k in range(10)]
+        return 0.2 * torch.stack(scores) + log_shares_left_out(Classes.of(read, weights))
 
     rows = torch.tensor([1, 5])
     states = read.states[rows].requires_grad_()
-    found = LeftOut(logits_of(states), read.labels, rows, states)
+    classes = Classes.of(read, weights)
+    scores = left_out(classes, precision, sizes_of(read, precision), rows, states)
+    found = LeftOut(0.2 * scores + log_shares_left_out(classes), read.labels, rows, states)
+    torch.testing.assert_close(found.logits, logits_of(states))
     of_records = weights[read.labels]
     slopes = found.slopes((of_records * cross_entropy(found.logits, read.labels, reduction="none")).sum())
     torch.manual_seed(0)

@@ -14,9 +14,9 @@ the covariance of all φ before the first step, half of which is a multiple of I
 A step sees a batch. The φ of all other records are those that were last seen, and the gradient is that of the sum over
 *all* records with respect to the φ of the batch, over b: its mean over the batches is the gradient of the mean NLL.
 
-Under a Gaussian over A each φ has a draw of its own, that of the batch as that of records last seen. What is minimized is
-therefore E[mean NLL] with φ_k of independent draws A_k, not of one A that all records share. Means of many records have
-little noise of their own then, as those that the head keeps, which are of A's mean.
+Under a Gaussian over A each φ_k has a draw A_k of its own, in the batch and from when it was last seen. The objective
+is therefore E[mean NLL] over independent A_k, not over one A that all records share. Means of many records then have
+little noise, as those of the final head, which are computed with the mean of A.
 
 In the end the head is the linear discriminant of all training records (Fisher 1936), for which P is the inverse of the
 covariance within the classes, shrunk towards a multiple of I (Friedman 1989). Shrinkage and scale are those of the
@@ -174,6 +174,8 @@ class ClassMeans:
         self.freeze()
         self._read: Read
         self._precision: Tensor
+        self._sizes: Tensor
+        self._log_shares: Tensor
         self._rows: dict[int, int]
 
     def freeze(self, frozen: bool = True) -> None:
@@ -191,11 +193,12 @@ class ClassMeans:
     def begin(self, batches: Iterator[Read]) -> None:
         """Take what the head reads of all training records before the first step; of copies one."""
         read = _distinct(batches)
-        self._set(read, _precision(read.states - read.states.mean(0), len(read.states) - 1, 0.5))
+        precision = _precision(read.states - read.states.mean(0), len(read.states) - 1, 0.5)
+        self._set(read, precision, _sizes(read.states, precision))
 
     def write(self, folder: Path) -> None:
         """Keep it in a checkpoint."""
-        write_tensors(folder / _FILE, {**vars(self._read), "precision": self._precision})
+        write_tensors(folder / _FILE, {**vars(self._read), "precision": self._precision, "sizes": self._sizes})
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint.
@@ -205,7 +208,8 @@ class ClassMeans:
         """
         device = self.head.weight.device
         tensors = {name: tensor.to(device) for name, tensor in read_tensors(folder / _FILE, ValueError).items()}
-        self._set(Read(*(tensors[name] for name in ("states", "labels", "keys"))), tensors["precision"])
+        read = Read(*(tensors[name] for name in ("states", "labels", "keys")))
+        self._set(read, tensors["precision"], tensors["sizes"])
 
     def set_head(self) -> None:
         """Make the head the discriminant of the records as they were last seen."""
@@ -242,20 +246,21 @@ class ClassMeans:
                 "the same inputs in each pass: leave out what changes them at random, or give head 'trained'"
             ) from error
         own = torch.tensor(rows, device=states.device)
-        known = self._read.states.clone()
-        known[self._gather(own)] = self._gather(states.detach())
-        self._read = replace(self._read, states=known)
-        last = torch.tensor([*{row: i for i, row in enumerate(rows)}.values()], device=states.device)  # of copies
-        now = replace(self._read, states=known.index_put((own[last],), states[last]))
-        scores, log_shares = left_out(self._classes(now), self._precision)
-        return LeftOut(self._scale * scores + log_shares, now.labels, own, states)
+        seen, at = self._gather(states.detach()), self._gather(own)
+        last = _last(at)
+        self._read.states[at[last]] = seen[last]
+        self._sizes[at[last]] = _sizes(seen[last], self._precision)
+        last = _last(own)
+        scores = left_out(self._classes(self._read), self._precision, self._sizes, own[last], states[last])
+        return LeftOut(self._scale * scores + self._log_shares, self._read.labels, own, states)
 
     @property
     def _scale(self) -> float:
         return _SCALE / self.head.in_features
 
-    def _set(self, read: Read, precision: Tensor) -> None:
-        self._read, self._precision = read, precision
+    def _set(self, read: Read, precision: Tensor, sizes: Tensor) -> None:
+        self._read, self._precision, self._sizes = read, precision, sizes
+        self._log_shares = log_shares_left_out(self._classes(read))
         self._rows = {key: row for row, key in enumerate(read.keys.tolist())}
 
     def _classes(self, read: Read) -> Classes:
@@ -295,18 +300,53 @@ class ClassMeans:
         return weight, bias, towards / (towards @ common)
 
 
-def left_out(classes: Classes, precision: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and log π of all records, (n, C) each, by the means of the others; of a class with one record, of all."""
-    states, labels = classes.read.states, classes.read.labels
+def left_out(classes: Classes, precision: Tensor, sizes: Tensor, rows: Tensor, states: Tensor) -> Tensor:
+    """Scores of all records by the means of the others, (n, C); of a class with one record, by the mean of all others.
+
+    Args:
+        classes: of all records.
+        precision: P (d, d).
+        sizes: φᵀPφ of all records (n,).
+        rows: a batch of them (b,), none twice.
+        states: of the batch (b, d), as in ``classes``; in these the scores are differentiable.
+    """
+    labels, moved = classes.read.labels, states - states.detach()  # 0, with the derivatives of the states
+    classes = replace(classes, sums=classes.sums.index_add(0, labels[rows], moved))
+    towards, bias = classes.linear(precision)
+    total = classes.sums.sum(0)
+    towards_total = total @ precision
+    sizes = sizes.index_add(0, rows, 2 * (moved * (states.detach() @ precision)).sum(-1))
+
+    def product(weight: Tensor) -> Tensor:  # without the derivatives of all other states, which cost as much again
+        return (classes.read.states @ weight.T).index_add(0, rows, moved @ weight.detach().T)
+
+    products = product(towards)
     counts = classes.counts[labels]
-    rest = (counts - 1).clamp_min(1)[:, None]
-    of_others = (classes.sums.sum(0) - states) / max(1, len(states) - 1)
-    own = torch.where(counts[:, None] < 2, of_others, (classes.sums[labels] - states) / rest)
-    (towards, bias), towards_own = classes.linear(precision), own @ precision
-    scores = states @ towards.T + bias
-    score = (states * towards_own).sum(-1) - (towards_own * own).sum(-1) / 2
+    alone = counts < 2
+    # Of the sum of those among which the record is: its product with φ, and with itself.
+    of_sum = torch.where(alone, product(towards_total), counts * products.gather(1, labels[:, None])[:, 0])
+    squared = torch.where(alone, towards_total @ total, (-2 * bias * classes.counts.square())[labels])
+    rest = torch.where(alone, len(labels), counts).sub(1).clamp_min(1)
+    own = (of_sum - sizes) / rest - (squared - 2 * of_sum + sizes) / (2 * rest.square())
+    return (products + bias).scatter(1, labels[:, None], own[:, None])
+
+
+def log_shares_left_out(classes: Classes) -> Tensor:
+    """log π of all records by the others, (n, C); of a class with one record, as if it were another's."""
+    labels = classes.read.labels
+    rest = (classes.counts[labels] - 1).clamp_min(1)[:, None]
     shares = classes.counts.clamp_min(0.5).expand(len(labels), -1).scatter(1, labels[:, None], rest) * classes.weights
-    return scores.scatter(1, labels[:, None], score[:, None]), (shares / shares.sum(-1, keepdim=True)).log()
+    return (shares / shares.sum(-1, keepdim=True)).log()
+
+
+def _sizes(states: Tensor, precision: Tensor) -> Tensor:
+    """φᵀPφ (n,)."""
+    return ((states @ precision) * states).sum(-1)
+
+
+def _last(rows: Tensor) -> Tensor:
+    """Where each of the rows (b,) stands last: a record may be in a batch more than once."""
+    return torch.tensor([*{row: i for i, row in enumerate(rows.tolist())}.values()], device=rows.device)
 
 
 def _precision(deviations: Tensor, freedom: int, shrinkage: float) -> Tensor:
