@@ -324,6 +324,21 @@ def test_a_record_without_a_label_is_refused(tmp_path):
         trained(tmp_path, data=[*examples(8), {"input_ids": [5, 6], "label": -100}])
 
 
+@pytest.mark.skipif(torch.cuda.device_count() != 1, reason="needs one GPU")
+@pytest.mark.parametrize("bayesian", [True, False])
+def test_on_a_gpu_it_is_the_training_of_the_cpu(tmp_path, bayesian):
+    """With next to no noise, which is another one there."""
+    options = {"learning_rate": 0.001, "std_learning_rate": 1e-9, "save_strategy": "no"}
+    on_cpu, on_gpu = (
+        trained(tmp_path / str(cpu), model=classifier(bayesian, init_std=1e-6), use_cpu=cpu, **options)
+        for cpu in (True, False)
+    )
+    assert on_gpu.class_means.head.weight.is_cuda
+    torch.testing.assert_close(logs(on_gpu, "nll"), logs(on_cpu, "nll"), rtol=1e-3, atol=1e-4)
+    heads = [trainer.class_means.head.weight.detach().cpu() for trainer in (on_gpu, on_cpu)]
+    torch.testing.assert_close(*heads, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_training_that_is_stopped_gives_the_head_back(tmp_path, error):
     class Stop(TrainerCallback):

@@ -324,7 +324,7 @@ def left_out(classes: Classes, precision: Tensor, sizes: Tensor, rows: Tensor, s
     counts = classes.counts[labels]
     alone = counts < 2
     # Of the sum of those among which the record is: its product with φ, and with itself.
-    of_sum = torch.where(alone, product(towards_total), counts * products.gather(1, labels[:, None])[:, 0])
+    of_sum = torch.where(alone, product(towards_total[None])[:, 0], counts * products.gather(1, labels[:, None])[:, 0])
     squared = torch.where(alone, towards_total @ total, (-2 * bias * classes.counts.square())[labels])
     rest = torch.where(alone, len(labels), counts).sub(1).clamp_min(1)
     own = (of_sum - sizes) / rest - (squared - 2 * of_sum + sizes) / (2 * rest.square())
