@@ -8,6 +8,7 @@ import torch
 from bloblora import runs
 from bloblora.cli import main
 from bloblora.methods import METHODS
+from bloblora.training.class_means import ClassMeans
 from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,6 +35,25 @@ def test_every_method_that_offers_it_comes_back(method, config):
     loaded = runs.load_run(run.config.output)
     assert torch.equal(loaded.predict(inputs, 3, seed=5).log_probs, before.log_probs)
     assert {"shrinkage", "scale", "nll"} == run.training["class_means"].keys()
+
+
+@pytest.mark.parametrize(("method", "joins"), [("lora", True), ("blob", True), ("ensemble", False)])
+def test_validation_records_join_the_means_in_the_end(method, joins, config, monkeypatch):
+    """Where there is one training, after all that is measured on them."""
+    found = []
+    join = ClassMeans.join
+
+    def spied(means):
+        before = means.head.weight.clone()
+        joined = join(means)
+        found.append((joined, not torch.equal(before, means.head.weight)))
+        return joined
+
+    monkeypatch.setattr(ClassMeans, "join", spied)
+    run = runs.train(config(method), progress=False)
+    assert [(joined == run.training["class_means"], changed) for joined, changed in found] == [(True, True)] * joins
+    loaded = runs.load_run(run.config.output)
+    assert torch.equal(loaded.predict(["where is it"], 0).log_probs, run.predict(["where is it"], 0).log_probs)
 
 
 def test_the_gaussian_is_then_over_a(config):

@@ -113,6 +113,45 @@ def test_validation_records_choose_shrinkage_and_scale():
     assert unknown.finish(iter([read]), iter([held_out]))["scale"] < found["scale"]
 
 
+def test_a_validation_record_that_joins_is_left_out_of_means_and_covariance():
+    read, ones, shrinkage = states_of([5, 4, 3, 1], seed=3), torch.ones(4, dtype=torch.float64), 0.3
+    read = Read(
+        *(values[torch.randperm(13, generator=torch.Generator().manual_seed(0))] for values in vars(read).values())
+    )
+    classes = Classes.of(read, ones)
+    level = classes._covariance.diagonal().mean()
+    scores = classes.left_out(6, shrinkage)
+    seen = set()
+    for row, k in enumerate(range(7, 13)):
+        others, label = Classes.of(without(read, k), ones), read.labels[k]
+        if classes.counts[label] > 1:
+            precision = torch.linalg.inv((1 - shrinkage) * others._covariance + shrinkage * level * torch.eye(6))
+            torch.testing.assert_close(scores[row], scores_of(others, read.states[k], precision))
+        else:
+            assert scores[row].isfinite().all()
+        seen.add(int(classes.counts[label]))
+    assert len(seen) > 1
+
+
+def test_validation_records_join_their_classes():
+    """More records a class make a better head; its scale is that of records that weren't there."""
+    training, held_out, new = (states_of([n] * 5, d=20, seed=4) for n in (4, 4, 200))
+    nlls = []
+    for part, read in enumerate((training, held_out, new)):  # of the same classes
+        noise = torch.randn(read.states.shape, generator=torch.Generator().manual_seed(part), dtype=torch.float64)
+        read.states = training.states[::4][read.labels] * 0.4 + noise
+    means = head_of(5, training)
+    first = means.finish(iter([training]), iter([held_out]))
+    nlls.append(cross_entropy(means.head(new.states), new.labels).item())
+    joined = means.join()
+    nlls.append(cross_entropy(means.head(new.states), new.labels).item())
+    assert {*first} == {*joined} == {"shrinkage", "scale", "nll"}
+    assert nlls[1] < nlls[0] - 0.05
+    assert joined["nll"] == pytest.approx(nlls[1], abs=0.5)
+    means.finish(iter([training]), iter([]))
+    assert means.join() == {}
+
+
 def test_a_head_without_a_bias_has_it_in_the_direction_that_all_states_have_in_common():
     read = states_of([10, 10])
     read.states[:, 5] = 10 + torch.randn(20, generator=torch.Generator().manual_seed(0)) / 100

@@ -30,6 +30,7 @@ from ..training.checkpoints import remove_torn
 
 if TYPE_CHECKING:
     from ..training import BlobTrainer
+    from ..training.class_means import ClassMeans
 
 MEAN = "mean"
 TEMPERED_NLL = "tempered_nll"
@@ -232,6 +233,7 @@ class Training:
         found: what a method says in ``run.json`` of what it chose, by name.
         predicted: what it has predicted of ``validation`` in the end, by N, where it has.
         trained: the model comes trained; `train_lora` leaves it as it is.
+        class_means: of each training, None where its head was trained.
     """
 
     task: Task
@@ -247,11 +249,20 @@ class Training:
     found: dict[str, Any] = field(default_factory=dict)
     predicted: Mapping[int, Prediction] = field(default_factory=dict)
     trained: bool = False
+    class_means: list[ClassMeans | None] = field(default_factory=list)
 
     @property
     def own_task(self) -> Task:
         """The task itself, also where the examples are those of a cached trunk."""
         return getattr(self.task, "task", self.task)
+
+    def join_held_out(self) -> dict[str, float]:
+        """Let the validation records join the head's class means, where there was one training; see `ClassMeans.join`.
+
+        Nothing may be measured on them afterwards.
+        """
+        means = self.class_means[0] if len(self.class_means) == 1 else None
+        return {} if means is None else means.join()
 
     def train_lora(self, model: nn.Module) -> None:
         """Train a plain LoRA, for post-hoc methods; of one that comes trained only its NLL is looked at."""
@@ -287,6 +298,7 @@ class Training:
         self.problems += loop.problems
         if loop.posterior is not None:
             self.found["automatic"] = loop.automatic()
+        self.class_means.append(loop.class_means)
         if loop.class_means is not None:
             self.found["class_means"] = loop.class_means_found
         if self.validation:

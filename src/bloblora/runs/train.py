@@ -246,6 +246,8 @@ def _fit(
     if len(training.validation) and task.kind != "generation":
         result["held_out"], found = held_out_metrics(run, training)
         problems += found
+    if joined := training.join_held_out():
+        result["class_means"] = joined
     if problems:
         result["warnings"] = problems
     for problem in problems[said:] if processes().is_main_process else ():

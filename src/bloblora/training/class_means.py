@@ -21,7 +21,8 @@ little noise, as those of the final head, which are computed with the mean of A.
 In the end the head is the linear discriminant of all training records (Fisher 1936), for which P is the inverse of the
 covariance within the classes, shrunk towards a multiple of I (Friedman 1989). Shrinkage and scale are those of the
 lowest NLL of the validation records; without them 0.9 and s. The training records, each left out, would ask for a scale
-that is several times too large, for what is below the head has been trained on them.
+that is several times too large, for what is below the head has been trained on them. When nothing else needs the
+validation records, they join their classes, and choose shrinkage and scale once more, each left out of means and P.
 """
 
 import hashlib
@@ -102,6 +103,37 @@ class Classes:
         centre = self.means[self.read.labels] if freedom else self.read.states.mean(0)
         return _covariance(self.read.states - centre, freedom or len(self.read.states) - 1)
 
+    def left_out(self, count: int, shrinkage: float) -> Tensor:
+        """Scores of the last ``count`` records by the means and the P of all others, (count, C) float64 on the CPU.
+
+        One record less changes the covariance within the classes by a matrix of rank 1 (Sherman & Morrison 1950). What
+        it is shrunk towards stays.
+        """
+        states, means, labels = self.read.states.cpu().double(), self.means.cpu().double(), self.read.labels.cpu()
+        freedom = len(states) - int((self.counts > 0).sum())
+        share = freedom / max(1, freedom - 1)
+        # (1 - λ) S / (f - 1) + λ t I, by what is shrunk: (1 - λ) S / f + λ t I
+        level = self._covariance.diagonal().mean().clamp_min(1e-12)
+        identity = torch.eye(len(self._covariance), dtype=states.dtype)
+        precision = torch.linalg.inv((1 - shrinkage) * share * self._covariance + shrinkage * level * identity)
+        x, own = states[-count:], labels[-count:]
+        n = self.counts.cpu().double()[own]
+        others = torch.where(n > 1, n - 1, 1)
+        size = torch.where(n > 1, (1 - shrinkage) * n / others / max(1, freedom - 1), 0)
+        residual = x - means[own]
+        u = residual @ precision
+        weight = size / (1 - size * (u * residual).sum(-1))
+        along, of_means, of_x = u @ means.T, means @ precision, (u * x).sum(-1)
+
+        def scores(product: Tensor, square: Tensor, along: Tensor, weight: Tensor, of_x: Tensor) -> Tensor:
+            return product + weight * of_x * along - (square + weight * along.square()) / 2
+
+        found = scores(x @ of_means.T, (of_means * means).sum(-1), along, weight[:, None], of_x[:, None])
+        mean = torch.where((n > 1)[:, None], (n[:, None] * means[own] - x) / others[:, None], states.mean(0))
+        of_mean = mean @ precision
+        of_own = scores((of_mean * x).sum(-1), (of_mean * mean).sum(-1), (u * mean).sum(-1), weight, of_x)
+        return found.scatter(1, own[:, None], of_own[:, None])
+
     def linear(self, precision: Tensor) -> tuple[Tensor, Tensor]:
         """Weight (C, d) and bias (C,) of the scores φᵀ P m_c − ½ m_cᵀ P m_c."""
         weight = self.means @ precision
@@ -176,6 +208,8 @@ class ClassMeans:
         self._precision: Tensor
         self._sizes: Tensor
         self._log_shares: Tensor
+        self._training: Read
+        self._held_out: Read | None
         self._rows: dict[int, int]
 
     def freeze(self, frozen: bool = True) -> None:
@@ -222,7 +256,18 @@ class ClassMeans:
             ``shrinkage`` and ``scale``, and the ``nll`` of the validation records by which they were chosen, nats.
         """
         validation = [*held_out]
-        return self._set_head(_distinct(batches), _cat(validation) if validation else None)
+        self._training, self._held_out = _distinct(batches), _cat(validation) if validation else None
+        return self._set_head(self._training, self._held_out)
+
+    def join(self) -> dict[str, float]:
+        """Once more of all records: those of the validation join their classes, after they have served otherwise.
+
+        Returns:
+            As `finish`, each record of the validation being left out; nothing where there is none.
+        """
+        if self._held_out is None or len(self._training.labels) < 2:
+            return {}
+        return self._set_head(_cat([self._training, self._held_out]), self._held_out, inside=True)
 
     def _left_out(self, logits: Tensor, read: Tensor, inputs: Mapping[str, Any], labels: Tensor) -> LeftOut:
         """What the records are by each other, now that a batch of them has new states.
@@ -268,15 +313,22 @@ class ClassMeans:
         return Classes.of(read, weights)
 
     @torch.no_grad()
-    def _set_head(self, read: Read, held_out: Read | None) -> dict[str, float]:
-        """Make it the discriminant with the lowest NLL of the held-out records, or the one without such."""
+    def _set_head(self, read: Read, held_out: Read | None, inside: bool = False) -> dict[str, float]:
+        """Make it the discriminant with the lowest NLL of the held-out records, or the one without such.
+
+        Where they are ``inside``, the last of the records, each is left out.
+        """
         classes, tried = self._classes(read), []
         for shrinkage in (_SHRINKAGE,) if held_out is None else SHRINKAGES:
             weight, bias, constant = self._linear(classes, classes.precision(shrinkage))
             found: dict[str, float] = {"shrinkage": shrinkage, "scale": self._scale}
             if held_out is not None:
-                ones = 1.0 if constant is None else (held_out.states @ constant)[:, None]
-                scores, log_shares = held_out.states @ weight.T + ones * bias, ones * classes.log_shares
+                ones = 1.0 if inside or constant is None else (held_out.states @ constant)[:, None]
+                log_shares = ones * classes.log_shares
+                if inside:
+                    scores = classes.left_out(len(held_out.labels), shrinkage)
+                else:
+                    scores = held_out.states @ weight.T + ones * bias
                 found["scale"], found["nll"] = _fit_scale(
                     scores, log_shares, held_out.labels, classes.weights, self._scale
                 )
