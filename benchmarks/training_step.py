@@ -6,6 +6,7 @@
 A step is a whole one of the Trainer: forward, backward, the check that gradients are finite, clipping (for all, though
 BLoB's default has none), AdamW, the KL, the schedule. On one base model and one batch, for each batch size × tokens and
 choice of layers: plain LoRA, BLoB by default and with what else it offers, PEFT's MonteCLoRA and the published BLoB.
+With --means, also under class means of so many labels and training records, whose states are random.
 
 - time: in each round all take turns, in a random order; the median and quartiles over rounds of the ratio to plain LoRA
   in the same round;
@@ -14,7 +15,10 @@ choice of layers: plain LoRA, BLoB by default and with what else it offers, PEFT
 - the KL: time of its part alone, as a share of a plain step;
 - where the difference goes: torch's profiler, self time of each operation less that in plain LoRA's step.
 
-Writes results/training_step/results.json and README.md.
+Writes results/training_step/results.json and README.md. In results/training_step/class_means are those of
+
+    python benchmarks/training_step.py --batches 4x64 --layers "q and v" --variants BLoB --rounds 9 --no-memory \\
+        --no-profile --means 24x288 150x2250 150x10000 --results results/training_step/class_means
 """
 
 import argparse
@@ -25,7 +29,7 @@ import tempfile
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -39,8 +43,11 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from bloblora import BlobConfig, BlobTrainer, bayesianize, evaluation, models
 from bloblora.studies.job import machine
 from bloblora.training import BlobTrainingArguments
+from bloblora.training.class_means import Read, keys_of
 
 PLAIN, MONTECLORA, PUBLISHED = "plain LoRA", "MonteCLoRA (PEFT)", "published BLoB"
+MEANS = ", class means "
+"""Between a variant's name and labels x records."""
 BLOB = {
     "BLoB": {},
     "reparameterization": {"std_gradient": "reparameterization"},
@@ -55,6 +62,24 @@ TARGETS: dict[str, str | list[str]] = {"q and v": ["q_proj", "v_proj"], "all-lin
 NUM_LABELS, SEED = 10, 0
 Batch = dict[str, Tensor]
 Step = Callable[[], object]
+
+
+class MeansTrainer(BlobTrainer):
+    """Under class means of random states, without reading any data."""
+
+    records: int
+    batch: Batch
+
+    def begin_class_means(self) -> None:
+        """The batch's records are the first."""
+        assert self.class_means is not None
+        size, head = len(self.batch["labels"]), self.class_means.head
+        states = torch.randn(self.records, head.in_features)
+        labels = torch.arange(self.records) % head.out_features
+        labels[:size] = self.batch["labels"]
+        keys = torch.cat([keys_of(self.batch, self.batch["labels"]), torch.arange(self.records - size)])
+        self.class_means.begin(iter([Read(states, labels, keys)]))
+        self.is_in_train = True
 
 
 class MontecloraTrainer(MontecloraTrainerMixin, Trainer):
@@ -83,8 +108,19 @@ def share_weights(base: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(base, {id(tensor): tensor for tensor in base.parameters()})
 
 
-def trainer_of(name: str, base: PreTrainedModel, targets: str | list[str]) -> Trainer:
-    """The trainer of a variant, of a fresh adapter on ``base``."""
+def means_of(name: str) -> tuple[str, int, int] | None:
+    """The variant that a name says has class means, their labels and their records; None of one without."""
+    base, _, size = name.partition(MEANS)
+    return (base, *map(int, size.split("x"))) if size else None  # type: ignore[return-value]
+
+
+def trainer_of(name: str, base: PreTrainedModel, targets: str | list[str], batch: Batch | None = None) -> Trainer:
+    """The trainer of a variant, of a fresh adapter on ``base``; class means are to know the batch."""
+    means = means_of(name)
+    if means is not None:
+        name, labels, records = means
+        base.config.num_labels, base.num_labels = labels, labels
+        base.score = nn.Linear(base.config.hidden_size, labels, bias=False)
     torch.manual_seed(SEED)
     monteclora = {"monteclora_config": MontecloraConfig()} if name == MONTECLORA else {}
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type=TaskType.SEQ_CLS, **monteclora)
@@ -96,13 +132,21 @@ def trainer_of(name: str, base: PreTrainedModel, targets: str | list[str]) -> Tr
         "disable_tqdm": True,
         "max_grad_norm": 1.0,
     }
-    if name not in BLOB:
+    if means is not None:
+        common["head"] = "class_means"
+    if (name == PLAIN and means is None) or name == MONTECLORA:
         kind = MontecloraTrainer if name == MONTECLORA else Trainer
         return kind(model=model, args=TrainingArguments(**common))
-    options = {"factors": "A", "head_prior_std": "none", **BLOB[name]}
-    style = options.pop("optimizer_style", "joint")
-    bayesianize(model, BlobConfig(**options))  # type: ignore[arg-type]
-    return BlobTrainer(model, BlobTrainingArguments(**common, optimizer_style=style, dataset_size=1000))
+    if name in BLOB:
+        options = {"factors": "A", "head_prior_std": "none", **BLOB[name]}
+        common["optimizer_style"] = options.pop("optimizer_style", "joint")
+        bayesianize(model, BlobConfig(**options))  # type: ignore[arg-type]
+    arguments = BlobTrainingArguments(**common, dataset_size=1000)
+    if means is None:
+        return BlobTrainer(model, arguments)
+    trainer = MeansTrainer(model, arguments)
+    trainer.records, trainer.batch = records, cast(Batch, batch)
+    return trainer
 
 
 def step_of(trainer: Trainer, batch: Batch) -> Step:
@@ -189,8 +233,9 @@ def build(
     """A variant's step, and the KL's part of it."""
     if name == PUBLISHED:
         return published_step(options.published.resolve(), base, targets, batch), None
-    trainer = trainer_of(name, base, targets)
-    return step_of(trainer, batch), kl_part(trainer) if isinstance(trainer, BlobTrainer) else None
+    trainer = trainer_of(name, base, targets, batch)
+    bayesian = isinstance(trainer, BlobTrainer) and trainer.posterior is not None
+    return step_of(trainer, batch), kl_part(trainer) if bayesian else None
 
 
 def account(steps: Mapping[str, Step], name: str, count: int = 4) -> dict[str, float]:
@@ -248,8 +293,8 @@ def report(results: Mapping[str, Any]) -> str:
     """The tables, in Markdown."""
     text = [
         "# Cost of a training step\n",
-        "Made by `python benchmarks/training_step.py`; options and machine are in results.json. Time: median and "
-        "quartiles over rounds in which all take turns. Peak memory: the whole process; the step's: what it takes "
+        "Made by `benchmarks/training_step.py`, which says how; options and machine are in results.json. Time: median "
+        "and quartiles over rounds in which all take turns. Peak memory: the whole process; the step's: what it takes "
         "above its size before the first.\n",
     ]
     for cell, result in results["cells"].items():
@@ -270,6 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batches", nargs="+", default=["4x64", "8x128", "2x512"], help="examples x tokens")
     parser.add_argument("--layers", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--variants", nargs="+", default=[*BLOB, MONTECLORA], choices=[*BLOB, MONTECLORA])
+    parser.add_argument("--means", nargs="*", default=[], help="labels x records of class means; 10 labels or more")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--published", type=Path, help="checkout of github.com/Wang-ML-Lab/bayesian-peft")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
@@ -280,7 +326,8 @@ def main(arguments: list[str] | None = None) -> None:
         options.model, options.batches, options.rounds = None, ["2x8"], 2
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    names = [PLAIN, *options.variants, *([PUBLISHED] if options.published else [])]
+    of_means = [f"{name}{MEANS}{size}" for size in options.means for name in (PLAIN, "BLoB")]
+    names = [PLAIN, *options.variants, *of_means, *([PUBLISHED] if options.published else [])]
     results: dict[str, Any] = {
         "options": {key: str(value) for key, value in vars(options).items() if key not in ("results", "published")},
         "machine": machine(),
