@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
-from bloblora import BlobConfig, Posterior, bayesianize, evaluation, find_posterior, models, predict
+from bloblora import Posterior, bayesianize, evaluation, find_posterior, models, predict
 from bloblora.prediction.forward import BatchForward
 from bloblora.studies.job import machine
 
@@ -59,7 +59,7 @@ def bayesian(base: PreTrainedModel, layers: list[int] | None) -> PeftModel:
         init_lora_weights=False,
     )
     model = get_peft_model(base, lora)
-    bayesianize(model, BlobConfig(factors="A", head_prior_std="none")).set_stds(0.05)
+    bayesianize(model).set_stds(0.05)
     return model.eval()
 
 

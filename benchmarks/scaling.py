@@ -39,7 +39,7 @@ from torch import nn
 from training_step import TARGETS, batch_of, resident, step_of
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments
 
-from bloblora import BlobConfig, BlobTrainer, bayesianize, evaluation, predict
+from bloblora import BlobTrainer, bayesianize, evaluation, predict
 from bloblora.evaluation import plots
 from bloblora.studies.job import machine
 from bloblora.training import BlobTrainingArguments
@@ -116,7 +116,7 @@ def model_of(method: str, base: PreTrainedModel, point: Point) -> nn.Module:
     )
     model = get_peft_model(base, lora)
     if method == BLOB:
-        bayesianize(model, BlobConfig(factors="A", head_prior_std="none"))
+        bayesianize(model)
     return model
 
 

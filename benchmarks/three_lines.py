@@ -25,17 +25,17 @@ from bloblora.studies.job import machine
 SHOWN = ("accuracy", "nll", "ece", "ece_floor", "confidence", "auroc_predictive_entropy", "auroc_mutual_information")
 
 
-KINDS: dict[str, tuple[BlobConfig | None, dict[str, Any]]] = {
-    "LoRA, Trainer": (None, {}),
-    "BlobTrainer, a Gaussian head": (BlobConfig(), {}),
-    "BlobTrainer": (BlobConfig(head_prior_std="none"), {"head": "class_means"}),
+KINDS: dict[str, BlobConfig | None] = {
+    "LoRA, Trainer": None,
+    "BlobTrainer, a Gaussian head": BlobConfig(head_prior_std="auto"),
+    "BlobTrainer": BlobConfig(),
 }
-"""What a script makes of the adapter, and the arguments that it adds."""
+"""What a script makes of the adapter."""
 
 
 def run(kind: str, seed: int, steps: int) -> dict[str, Any]:
     """Train as README does, and measure."""
-    config, more = KINDS[kind]
+    config = KINDS[kind]
     splits = {name: data.support_desk(name) for name in ("train", "validation", "test", "out_of_scope")}
     labels = sorted({record["label"] for record in splits["train"]})
     tokenizer = models.load_tokenizer("smollm2-135m")
@@ -49,7 +49,7 @@ def run(kind: str, seed: int, steps: int) -> dict[str, Any]:
     if config is not None:
         bayesianize(model, config)
     of_trainer, of_arguments = (Trainer, TrainingArguments) if config is None else (BlobTrainer, BlobTrainingArguments)
-    more |= {"save_strategy": "no", "report_to": [], "use_cpu": True}
+    more: dict[str, Any] = {"save_strategy": "no", "report_to": [], "use_cpu": True}
     arguments = of_arguments("out", max_steps=steps, learning_rate=2e-3, seed=seed, **more)
     trainer: Any = of_trainer(
         model,

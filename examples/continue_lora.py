@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = PeftModel.from_pretrained(lora.unload(), folder, is_trainable=True)
         rows = {"LoRA": evaluation.summary(predict(model, inputs, progress=True), targets)}
 
-        posterior = bayesianize(model, BlobConfig())
+        posterior = bayesianize(model, BlobConfig(head_prior_std="auto"))
         continued = BlobTrainingArguments(folder, max_steps=max(1, options.steps // 2), **TRAINING)
         BlobTrainer(model, continued, train_dataset=dataset, eval_dataset=validation, data_collator=collator).train()
         for num_samples in (0, options.samples):

@@ -360,7 +360,12 @@ def has_head(name: str) -> bool:
     """
     if name == DEFAULT_MODEL or name.lower().endswith(".gguf"):
         return False
-    return any(str(kind).endswith("Classification") for kind in _configuration(name).get("architectures") or ())
+    return names_head(_configuration(name).get("architectures"))
+
+
+def names_head(architectures: Sequence[str] | None) -> bool:
+    """Whether a configuration's ``architectures`` say that the weights hold a classification head."""
+    return any(str(kind).endswith("Classification") for kind in architectures or ())
 
 
 def hidden_size(name: str) -> int | None:

@@ -50,7 +50,7 @@ LORA = LoraConfig(r=2, target_modules=["linear"], modules_to_save=["score"])
 
 
 def net(std=0.3, **config):
-    config = {"factors": "A", **config}
+    config = {"factors": "A", "head_prior_std": "auto", **config}
     torch.manual_seed(0)
     model = get_peft_model(Net(), LORA)
     posterior = bayesianize(model, BlobConfig(**config))
@@ -71,7 +71,7 @@ def tiny(kind, base, factors="A"):
         model = RobertaForSequenceClassification(RobertaConfig(**options))
     lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"] if kind == "llama" else ["query"])
     model = get_peft_model(model, lora).eval()
-    posterior = bayesianize(model, BlobConfig(factors=factors))
+    posterior = bayesianize(model, BlobConfig(factors=factors, head_prior_std="auto"))
     posterior.set_stds(0.3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -110,15 +110,17 @@ def test_its_kl_is_that_of_torch_with_a_prior_of_its_own():
     assert posterior.summary()["head_kl"] == pytest.approx(expected[1].item())
 
 
-def test_labels_have_a_gaussian_head_alone_and_other_answers_a_gaussian_over_a():
-    posterior = bayesianize(get_peft_model(Net(), LORA))
+def test_the_gaussian_is_over_a_and_where_asked_over_the_head_alone_of_what_gives_labels():
+    assert [*bayesianize(get_peft_model(Net(), LORA)).named_means()] == ["base_model.model.linear.lora_A"]
+    over_head = BlobConfig(head_prior_std="auto")
+    posterior = bayesianize(get_peft_model(Net(), LORA), over_head)
     assert posterior.config.head_prior_std == pytest.approx(math.sqrt(2 / 6))
     assert [*posterior.named_means()] == [SCORE]
     others = [("problem_type", "regression"), ("problem_type", "multi_label_classification"), ("num_labels", 1)]
     for name, value in others:
         base = Net()
         setattr(base.config, name, value)
-        posterior = bayesianize(get_peft_model(base, LORA))
+        posterior = bayesianize(get_peft_model(base, LORA), over_head)
         assert posterior.head is None
         assert [*posterior.named_means()] == ["base_model.model.linear.lora_A"]
 
@@ -442,7 +444,9 @@ def test_an_adapter_that_does_not_say_what_it_is_for(kind, head):
     """The model's class does: a head that gives no text a label is a point."""
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
     lora = LoraConfig(r=2, target_modules=["query"], modules_to_save=[head])
-    posterior = bayesianize(get_peft_model(kind(BertConfig(num_labels=2, **sizes)), lora))
+    posterior = bayesianize(
+        get_peft_model(kind(BertConfig(num_labels=2, **sizes)), lora), BlobConfig(head_prior_std="auto")
+    )
     assert posterior.head is None
     assert posterior.adapter_is_gaussian
 

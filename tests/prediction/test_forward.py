@@ -68,7 +68,7 @@ def test_draws_together_are_the_draws_one_by_one(name, number, case_of, threads)
 def test_other_factors(factors):
     lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
     model = get_peft_model(tiny_classifier(), lora)
-    bayesianize(model, BlobConfig(init_std=0.16, factors=factors, head_prior_std="none"))
+    bayesianize(model, BlobConfig(init_std=0.16, factors=factors))
     assert_same_draws(model.eval(), IDS)
 
 

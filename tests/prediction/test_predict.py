@@ -305,7 +305,7 @@ def test_models_whose_logits_are_not_those_of_classes(base, options, message):
 
 def bayesian_classifier():
     model = with_lora(tiny_classifier(), "q_proj", "v_proj", task_type="SEQ_CLS")
-    bayesianize(model, BlobConfig(init_std=0.16, head_prior_std="none"))
+    bayesianize(model, BlobConfig(init_std=0.16))
     return model.eval()
 
 

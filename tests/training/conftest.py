@@ -12,7 +12,7 @@ from bloblora.training import BlobTrainingArguments
 
 from ..conftest import with_lora
 
-PAPERS = dict(prior_std=0.2, init_std=0.0025, std_parameterization="square", head_prior_std="none")
+PAPERS = dict(prior_std=0.2, init_std=0.0025, std_parameterization="square")
 TASK = Classification(labels=("a", "b", "c"), pad_token_id=0)
 
 

@@ -340,7 +340,7 @@ def test_an_encoder_has_its_dense_layer_trained_and_its_last_one_made_of_means(t
     ("options", "message"),
     [
         ({"torch_compile": True}, "torch_compile"),
-        ({"head": "means"}, "head must be one of trained, class_means, got 'means'"),
+        ({"head": "means"}, "head must be one of auto, trained, class_means, got 'means'"),
     ],
 )
 def test_what_is_not_offered_is_refused(tmp_path, options, message):

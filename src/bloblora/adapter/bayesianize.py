@@ -131,6 +131,12 @@ class Posterior:
         """Whether there is a Gaussian over the adapter, and not over a head alone."""
         return bool(self.config.gaussian_factors)
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the adapter changes nothing yet, for B is 0 in all its layers."""
+        layers: list[Any] = [layer for layer in self._layers.values() if isinstance(layer, LoraLayer)]
+        return not any(layer.lora_B[self.adapter_name].weight.any() for layer in layers)
+
     @cached_property
     def num_weights(self) -> int:
         """How many Gaussian weights the adapter has, without a head's, in all processes together."""
@@ -402,10 +408,10 @@ class Posterior:
 
 
 def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name: str | None = None) -> Posterior:
-    """Put a Gaussian over a classification head that gives one label, or else over A in every LoRA layer, in place.
+    """Put a Gaussian over A in every LoRA layer, in place.
 
-    The mean starts at the head's weights or the adapter's A, fresh or trained; what else is trained stays
-    deterministic. `BlobConfig` says over what the Gaussian is, by ``factors`` and ``head_prior_std``.
+    The mean starts at the adapter's A, fresh or trained; what else is trained stays deterministic. By ``factors`` and
+    ``head_prior_std`` of `BlobConfig` the Gaussian can be over other weights.
     Outside ``posterior.draw`` and ``posterior.mean`` a model in train mode draws fresh noise per example, in eval mode
     it uses the mean. Ω is trained where A is: for an adapter that was loaded for inference and is frozen,
     ``model.set_adapter(adapter_name)`` makes A, B and Ω trainable together. ``model.save_pretrained`` then writes what
@@ -459,7 +465,7 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     if config.factors == config.head_prior_std == "none":
         raise ValueError(
             "BlobConfig.factors is 'none', and the head is no Gaussian either, so that nothing would be: give factors "
-            "'A', or where answers are labels a head, with LoraConfig(task_type='SEQ_CLS')"
+            "'A', or head_prior_std 'auto' where LoraConfig(task_type='SEQ_CLS') trains a head that gives labels"
         )
     moved = moves_base(lora.init_lora_weights)
     embedding = _embedding_weight(model.get_base_model())

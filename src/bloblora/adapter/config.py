@@ -13,7 +13,7 @@ _STD_UNDER_HEAD, _STD = 0.4, 0.1
 
 @dataclass(kw_only=True)
 class BlobConfig:
-    """Configuration of the Gaussian over a classification head, or over LoRA's A (or B, or both).
+    """Configuration of the Gaussian over LoRA's A (or B, or both), or over a classification head.
 
     Raises:
         ValueError: a field is out of its range; the message names the field, its value and the range.
@@ -78,13 +78,13 @@ class BlobConfig:
         },
     )
     head_prior_std: float | Literal["auto", "none"] = field(
-        default="auto",
+        default="none",
         metadata={
             "help": "Standard deviation of the prior over the weights of a classification head that is trained with "
-            "the adapter, which are then Gaussian too. `auto`: √(2/d) for d inputs (VBLL, arXiv 2404.11599) where "
-            "texts get one label each; for other answers the head is a point. `bloblora train` takes `none` for `auto` "
-            "with class means (`head`), and below 200 training records, where a Gaussian over A is better. `none`: a "
-            "point, as the paper's.",
+            "the adapter, which are then Gaussian too. `none`: the head is no Gaussian. `auto`: √(2/d) for d inputs "
+            "(VBLL, arXiv 2404.11599) where texts get one label each; otherwise `none`. It is the default of "
+            "`bloblora train`, which takes `none` for it with class means (`head`), and below 200 training records, "
+            "where a Gaussian over A is better.",
             "search": (0.01, 0.3),
         },
     )

@@ -66,7 +66,6 @@ _HASHED = {"mean_config_sha256": MEAN_CONFIG, "mean_sha256": MEAN_FILE, "posteri
 _DESCRIPTION = ("format_version", "prior", "config", "libraries", *_HASHED, "sha256")
 _PRIOR = "prior_sha256"  # of the description, where there is such a file
 _TEMPERATURES = "temperatures"  # of the description, where some were fitted
-_OLDER: dict[str, Any] = {"factors": "A", "head_prior_std": "none"}  # of a file that lacks them
 _SETS = ("target_modules", "exclude_modules")
 _LORA_TYPES = {"lora_alpha": float, "init_lora_weights": bool | str | None}
 _OF_PEFT = inspect.signature(PeftModel.save_pretrained)
@@ -502,7 +501,7 @@ def _read_description(file: Path) -> tuple[dict[str, Any], BlobConfig]:
         raise AdapterFileError(f"{file}: field 'config' must be an object, got {quoted(description['config'])}")
     check_known(description["config"].keys(), {field.name for field in fields(BlobConfig)}, "field 'config' has ")
     try:
-        config = BlobConfig(**{**_OLDER, **description["config"]})
+        config = BlobConfig(**description["config"])
     except (TypeError, ValueError) as error:
         raise AdapterFileError(f"{file}: field 'config' can't be used: {error}") from error
     content = {key: value for key, value in description.items() if key != "sha256"}

@@ -10,8 +10,8 @@ are comparisons of the paper, section 3.1: ``blob-b`` and ``blob-symmetric`` are
 over both, and ``bbb`` is Bayes by Backprop (arXiv 1505.05424).
 """
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from peft import LoraConfig
 from torch import nn
@@ -25,7 +25,11 @@ from .method import GaussianMethod, Training, posterior_draws
 
 @dataclass(kw_only=True)
 class BlobOptions(BlobConfig, Objective):
-    """The options of a posterior and of its training."""
+    """The options of a posterior and of its training; a run, which knows its records, decides about a Gaussian head."""
+
+    head_prior_std: float | Literal["auto", "none"] = field(
+        default="auto", metadata=BlobConfig.__dataclass_fields__["head_prior_std"].metadata
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -80,7 +80,7 @@ class Ivon(GaussianMethod):
         loop = training.run(model, trainer=Trainer, max_grad_norm=0.0)
         assert isinstance(loop, _Trainer)
         stds = loop.stds()
-        posterior = bayesianize(model, BlobConfig(factors="AB", head_prior_std="none"))
+        posterior = bayesianize(model, BlobConfig(factors="AB"))
         posterior.set_stds({name: stds[mean] for name, mean in posterior.named_means().items()})
         return WeightDraws(posterior)
 

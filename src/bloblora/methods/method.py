@@ -26,6 +26,7 @@ from ..tasks import Task
 from ..tasks.likelihood import Categorical, Likelihood, likelihood_of
 from ..tasks.task import Example
 from ..training import BlobTrainingArguments, last_checkpoint
+from ..training.arguments import TRAINED
 from ..training.checkpoints import remove_torn
 
 if TYPE_CHECKING:
@@ -223,7 +224,8 @@ class Training:
     """What a method trains with: a task, encoded examples of it, and options and callbacks of the Trainer.
 
     Attributes:
-        arguments: of `BlobTrainingArguments`; ``output_dir`` is where checkpoints go.
+        arguments: of `BlobTrainingArguments`; ``output_dir`` is where checkpoints go, and ``head`` is ``trained`` if
+            it isn't given.
         holdout: examples that are kept from training (`Method.holdout`).
         validation: examples on which a training is evaluated as ``arguments`` say; its best checkpoint is kept.
         patience: evaluations without improvement after which a training stops; None: it runs to its end.
@@ -315,7 +317,7 @@ class Training:
         measured = self.validation and self.own_task.kind != "generation"
         loop = (trainer or BlobTrainer)(
             model,
-            BlobTrainingArguments(**arguments, temperature_scaling=False),
+            BlobTrainingArguments(**{"head": TRAINED, **arguments}, temperature_scaling=False),
             task=task,
             train_dataset=self.examples,
             eval_dataset=self.validation or None,

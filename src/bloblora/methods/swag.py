@@ -167,7 +167,7 @@ class Swag(GaussianMethod):
             )
             iterates = Iterates(model)
             iterates.collect(0)
-        posterior = bayesianize(model, BlobConfig(factors="AB", head_prior_std="none"))  # type: ignore[arg-type]
+        posterior = bayesianize(model, BlobConfig(factors="AB"))  # type: ignore[arg-type]
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, mean in iterates.means.items():

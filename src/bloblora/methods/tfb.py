@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 
-from ..adapter import BlobConfig, Posterior, bayesianize
+from ..adapter import Posterior, bayesianize
 from ..checks import check_choice, check_count, check_positive
 from ..prediction import Point, Prediction, Sampler, TopBlocks, WeightDraws, predict
 from ..prediction.forward import block_of
@@ -134,7 +134,7 @@ def last_layers(posterior: Posterior) -> list[str]:
 @torch.no_grad()
 def rotate(model: PeftModel) -> tuple[Posterior, dict[str, torch.Tensor]]:
     """Rewrite B as U diag(d) and A as Vᵀ A, in place; the posterior, and d (r,) of each of its layers by name."""
-    posterior = bayesianize(model, BlobConfig(head_prior_std="none"))
+    posterior = bayesianize(model)
     singular_values = {}
     for name, layer in posterior.named_layers().items():
         a, b = (getattr(layer, f"lora_{factor}")[posterior.adapter_name].weight for factor in "AB")

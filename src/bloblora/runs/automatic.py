@@ -9,7 +9,7 @@ from accelerate.utils import parse_flag_from_env
 
 from .. import models, tasks
 from ..prediction.temperature import FEWEST_FOR_TEMPERATURE
-from ..training.arguments import CLASS_MEANS, TRAINED
+from ..training.arguments import CLASS_MEANS, TRAINED, automatic_head
 from .checks import task_name
 from .config import SAVING, UNFIT, RunConfig
 from .processes import computes_bfloat16, processes
@@ -23,7 +23,6 @@ _MOST = 500  # beyond which an evaluation costs more than it tells: the standard
 # Below so many training records a Gaussian head stays close to its prior, and its mean learns less than a point does:
 # the Gaussian is over A then (benchmarks/studies/first_hour.yaml).
 FEWEST_FOR_GAUSSIAN_HEAD = 200
-_MOST_FOR_CLASS_MEANS = 10_000  # of which every step uses all; with so many nothing was measured
 _EXAMPLES_WITH_HEAD = 320
 _EXAMPLES = 80
 
@@ -53,7 +52,7 @@ def resolved(config: RunConfig, records: Sequence[dict[str, Any]], separate: int
         options["learning_rate"] = config.initial_learning_rate()
     head = config.value("head")
     if head == "auto":
-        options["head"] = head = CLASS_MEANS if _takes_class_means(config, task, counts) else TRAINED
+        options["head"] = head = automatic_head(counts) if _makes_head(config, task) else TRAINED
     few = task.name == "classification" and len(records) - held_out < FEWEST_FOR_GAUSSIAN_HEAD
     over_a = head == CLASS_MEANS or (few and config.value("factors") == "auto")
     if over_a and config.value("head_prior_std") == "auto":
@@ -61,11 +60,9 @@ def resolved(config: RunConfig, records: Sequence[dict[str, Any]], separate: int
     return with_dtype(config.with_options(**options))
 
 
-def _takes_class_means(config: RunConfig, task: type[tasks.Task], counts: Sequence[int]) -> bool:
-    """Whether the head is one of class means: a fresh one, of which the method says nothing, and one whole model."""
+def _makes_head(config: RunConfig, task: type[tasks.Task]) -> bool:
+    """Whether a head is fresh, the method says nothing of how it is made, and one device holds the model."""
     if task.name != "classification" or not config.leaves_head_open():
-        return False
-    if max(counts) < 2 or sum(counts) > _MOST_FOR_CLASS_MEANS:
         return False
     if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return False

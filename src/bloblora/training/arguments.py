@@ -1,7 +1,7 @@
 """What the evidence lower bound needs beside transformers' TrainingArguments."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, get_args
@@ -12,8 +12,9 @@ from ..checks import check_choice, check_count, check_positive
 
 KlWeighting = Literal["uniform", "reweighted"]
 OptimizerStyle = Literal["joint", "paper", "paper_flow"]
-Head = Literal["trained", "class_means"]
-TRAINED, CLASS_MEANS = get_args(Head)
+Head = Literal["auto", "trained", "class_means"]
+AUTO, TRAINED, CLASS_MEANS = get_args(Head)
+_MOST_FOR_CLASS_MEANS = 10_000  # of which every step uses all; with so many nothing was measured
 
 
 @dataclass(kw_only=True)
@@ -131,14 +132,14 @@ class BlobTrainingArguments(Objective, TrainingArguments):
         default=0, metadata={"help": "Weight draws averaged in the Trainer's evaluation; 0 is the posterior mean."}
     )
     head: str = field(
-        default=TRAINED,
+        default=AUTO,
         metadata={
             "help": "How a classification head is made: `trained`, or `class_means`: not trained, but the linear "
             "discriminant of what it reads of the training records, with the means of the classes; in training each "
-            "record is compared with means that leave itself out. For texts that get one label each. `bloblora train` "
-            "has `auto`: `class_means` for `blob`, `mixture` and `distilled` where the head is fresh, neither "
-            "`head_prior_std` nor `factors` say how it is trained, one device holds the model, and there are at most "
-            "10,000 records; else `trained`."
+            "record is compared with means that leave itself out. For texts that get one label each. `auto`: "
+            "`class_means` under a Gaussian over an adapter that starts from nothing, where the base model brings no "
+            "head, one device holds the model, and there are at most 10,000 records; otherwise `trained`. `bloblora "
+            "train` trains the head also where `head_prior_std` is given, or `factors` is `none`."
         },
     )
     temperature_scaling: bool = field(
@@ -193,6 +194,11 @@ def automatic_std_learning_rate(steps: int) -> float:
     8 to 64 / steps end equally near the optimum, from 100 steps to 2,000; below 0.02 small batches arrive late.
     """
     return min(max(16 / steps, 0.02), 0.3)
+
+
+def automatic_head(counts: Collection[int]) -> str:
+    """The ``head`` for so many training records of each label, of which class means compare one with others."""
+    return CLASS_MEANS if max(counts, default=0) > 1 and sum(counts) <= _MOST_FOR_CLASS_MEANS else TRAINED
 
 
 OBJECTIVE = tuple(option.name for option in fields(Objective))

@@ -47,7 +47,8 @@ _SHRINKAGE = 0.9
 """Without validation records, and in evaluations while what is below is trained."""
 _SCALE = 17.0
 _LOG_RANGE = math.log(1000.0)
-_FILE = "class_means.safetensors"
+FILE = "class_means.safetensors"
+"""What a checkpoint holds of it."""
 
 
 @dataclass
@@ -232,7 +233,7 @@ class ClassMeans:
 
     def write(self, folder: Path) -> None:
         """Keep it in a checkpoint."""
-        write_tensors(folder / _FILE, {**vars(self._read), "precision": self._precision, "sizes": self._sizes})
+        write_tensors(folder / FILE, {**vars(self._read), "precision": self._precision, "sizes": self._sizes})
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint.
@@ -241,7 +242,7 @@ class ClassMeans:
             ValueError: it has none, or of a training with another head.
         """
         device = self.head.weight.device
-        tensors = {name: tensor.to(device) for name, tensor in read_tensors(folder / _FILE, ValueError).items()}
+        tensors = {name: tensor.to(device) for name, tensor in read_tensors(folder / FILE, ValueError).items()}
         read = Read(*(tensors[name] for name in ("states", "labels", "keys")))
         self._set(read, tensors["precision"], tensors["sizes"])
 

@@ -1,9 +1,11 @@
 """The Trainer with the evidence lower bound as its loss."""
 
 import copy
+import logging
 import math
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -34,15 +36,18 @@ from ..adapter.variant import STD_PARAMETER
 from ..contexts import eval_mode
 from ..files import as_os_error, naming
 from ..messages import shortened
+from ..models import names_head
 from ..posterior import separate_noise, stack
 from ..prediction.states import with_states
 from ..tasks.likelihood import Categorical, Likelihood, likelihood_of
 from .arguments import (
+    AUTO,
     CLASS_MEANS,
     OBJECTIVE,
     TRAINED,
     BlobTrainingArguments,
     Objective,
+    automatic_head,
     automatic_head_kl_scale,
     automatic_kl_scale,
     automatic_std_learning_rate,
@@ -52,7 +57,7 @@ from .arguments import (
 )
 from .callbacks import ElboCallback
 from .checkpoints import KEPT, last_checkpoint, remove_torn, tensor_files_sha256
-from .class_means import ClassMeans, LeftOut, Read, keys_of
+from .class_means import FILE, ClassMeans, LeftOut, Read, keys_of
 from .divergence import (
     DivergedError,
     all_finite,
@@ -61,6 +66,7 @@ from .divergence import (
     last_bad_gradient,
 )
 
+_log = logging.getLogger("bloblora")
 _EPSILON = 1e-15  # of Adam, for Ω
 _IGNORED = -100  # a label that transformers' losses leave out
 
@@ -105,6 +111,10 @@ class BlobTrainerMixin(_Host):
             Bayesian adapter and neither a length of the data nor ``dataset_size``.
         DivergedError: by ``train``, when a loss, a validation metric, a gradient or a weight is not finite. Checkpoints
             stay as they are.
+
+    Attributes:
+        class_means: how the head is made, where ``head`` is ``class_means``, or where ``train`` has chosen that for
+            ``auto``; None where the head is trained.
 
     Warns:
         UserWarning: by ``train`` without a task, when the model has no posterior; or when its loss is a mean over
@@ -187,7 +197,6 @@ class BlobTrainerMixin(_Host):
             self._dataset_size()
         self._resumed_from = resume_from_checkpoint or None
         with self._head_given_back():
-            self._check_class_means()
             if self.task is None and (problem := self._problem()):
                 warnings.warn(problem, stacklevel=2)
             if resume_from_checkpoint and self.args.save_total_limit is not None and self.args.should_save:
@@ -318,7 +327,8 @@ class BlobTrainerMixin(_Host):
             rate = self.args.std_learning_rate
             found["std_learning_rate"] = automatic_std_learning_rate(self.state.max_steps) if rate == "auto" else rate
         numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
-        return {"factors": self.posterior.config.factors, **numbers}
+        heads = {"head": CLASS_MEANS if self.class_means else TRAINED} if self.posterior.under_head else {}
+        return {"factors": self.posterior.config.factors, **heads, **numbers}
 
     def current_kl_weight(self, head: bool = False) -> float:
         """Factor of the adapter's KL in this step's loss, s/D or s·λ_i; or of a Gaussian head's."""
@@ -659,7 +669,8 @@ class BlobTrainerMixin(_Host):
         self.posterior: Posterior | None = find_posterior(model)
         if self.posterior is not None:
             self.posterior.watch.silent = True
-        self._make_class_means()
+        if self._head == CLASS_MEANS:
+            self._make_class_means()
         if self.posterior is not None and self.args.kl_scale != 0:
             check_style(self.args.optimizer_style, self.posterior.config.std_parameterization)
 
@@ -712,42 +723,94 @@ class BlobTrainerMixin(_Host):
         self._loss_sum += kept["sums"][1]
         self._nll_count, self._kl_weights = kept["nll_count"], [*kept["kl_weights"]]
 
+    @property
+    def _head(self) -> str:
+        return getattr(self.args, "head", TRAINED)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._choose_head()  # of the model that is there by now, before its optimizer is made
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _choose_head(self) -> None:
+        """Decide what ``head`` leaves open; raise a ValueError where class means can't be known in this training."""
+        if self._head != CLASS_MEANS:
+            before, self.class_means = self.class_means, None
+            if before is not None:
+                before.freeze(False)
+            if self._head == AUTO and self._takes_class_means(before):
+                self._make_class_means()
+                _log.info(f"no head is trained: it is made of the means of the classes (head={TRAINED!r} trains one)")
+        if self.class_means is not None and (wrong := self._against_class_means()):
+            raise ValueError(f"head {CLASS_MEANS!r} {wrong}; set it to {TRAINED!r}")
+
+    def _takes_class_means(self, before: ClassMeans | None) -> bool:
+        """Whether ``auto`` is class means: as a checkpoint has it, or a training before; or else for a fresh head."""
+        if self._resumed_from:
+            return (Path(self._resumed_from) / FILE).is_file()
+        head = self._linear_head()
+        if self.posterior is None or self.posterior.head is not None or head is None or self._against_class_means():
+            return False
+        trained = not self.posterior.is_fresh or names_head(getattr(_base(self._module).config, "architectures", None))
+        if trained and not (before is not None and before.head is head):
+            return False
+        own_loss = getattr(self.compute_loss, "__func__", None) is not BlobTrainerMixin.compute_loss
+        if own_loss or automatic_head([len(self.train_dataset)]) == TRAINED:  # type: ignore[arg-type]
+            return False
+        return automatic_head(self._label_counts()) == CLASS_MEANS
+
+    def _label_counts(self) -> list[int]:
+        """Distinct training records of each label; none where one has no class, or isn't the same in each pass."""
+        found = []
+        for _ in range(2):
+            labels: dict[int, int] = {}
+            with separate_noise(self.args.device):
+                for batch in self._eval_batches([self.train_dataset]):
+                    if not _has_classes(batch):
+                        return []
+                    classes = batch["labels"].reshape(-1)
+                    labels |= zip(keys_of(batch, classes).tolist(), classes.tolist(), strict=True)
+            found.append(labels)
+        return [*Counter(found[0].values()).values()] if found[0] == found[1] else []
+
+    def _linear_head(self) -> nn.Linear | None:
+        """The layer that gives the logits of classes, trained with the adapter; None where there is none."""
+        if not isinstance(self._module, PeftModel) or not _classifies(self._module):
+            return None
+        found = trained_head(self._module, self._module.active_adapter)
+        return None if found is None else found[1]
+
     def _make_class_means(self) -> None:
-        """Take the head of the model from what is trained, where ``head`` says so."""
-        self.class_means = None
-        if getattr(self.args, "head", TRAINED) != CLASS_MEANS:
-            return
+        """Take the head of the model from what is trained.
+
+        Raises:
+            ValueError: it has none that gives classes, or a Gaussian one.
+        """
         if self.posterior is not None and self.posterior.head is not None:
             raise ValueError(
                 f"head {CLASS_MEANS!r} isn't trained, and BlobConfig.head_prior_std says how it is: set that to 'none'"
             )
-        found = None
-        if isinstance(self._module, PeftModel) and _classifies(self._module):
-            found = trained_head(self._module, self._module.active_adapter)
-        if found is None:
+        if (head := self._linear_head()) is None:
             raise ValueError(
                 f"head must be {TRAINED!r} for a {type(_base(self._module)).__name__} without an adapter whose "
                 f"modules_to_save have a linear head of two labels or more, got {CLASS_MEANS!r}"
             )
         likelihood = likelihood_of(self.task)
         weights = likelihood.weights if isinstance(likelihood, Categorical) else ()
-        self.class_means = ClassMeans(found[1], weights, self.accelerator.gather)
+        self.class_means = ClassMeans(head, weights, self.accelerator.gather)
 
-    def _check_class_means(self) -> None:
-        """Raise a ValueError where class means can't be known in this training."""
-        if self.class_means is None:
-            return
-        wrong = None
+    def _against_class_means(self) -> str:
+        """Why class means can't be known in this training; empty where they can."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            wrong = "isn't offered under FSDP or DeepSpeed, which split the model"
-        elif self.args.torch_compile:
-            wrong = "isn't offered with torch_compile"
-        elif not self._knows_likelihood:
-            wrong = "needs the NLL of classes as the loss, and there is a loss of its own"
-        elif not isinstance(self.train_dataset, Sized):
-            wrong = "needs training data with a length, of which all are read before the first step"
-        if wrong:
-            raise ValueError(f"head {CLASS_MEANS!r} {wrong}; set it to {TRAINED!r}")
+            return "isn't offered under FSDP or DeepSpeed, which split the model"
+        if self.args.n_gpu > 1:
+            return "isn't offered under DataParallel, which splits batches: start one process for each GPU by torchrun"
+        if self.args.torch_compile:
+            return "isn't offered with torch_compile"
+        if not self._knows_likelihood:
+            return "needs the NLL of classes as the loss, and there is a loss of its own"
+        if not isinstance(self.train_dataset, Sized):
+            return "needs training data with a length, of which all are read before the first step"
+        return ""
 
     def begin_class_means(self) -> None:
         """Read the training records, or what a checkpoint holds of them."""
@@ -953,6 +1016,14 @@ def _classes(labels: Tensor) -> Tensor:
             "before bayesianize, or give whole numbers"
         )
     return labels.reshape(-1)
+
+
+def _has_classes(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch of tokens has one class for each text."""
+    labels = batch.get("labels")
+    if "input_ids" not in batch or not isinstance(labels, Tensor) or labels.is_floating_point():
+        return False
+    return labels.numel() == len(labels) and bool((labels >= 0).all())
 
 
 def _classifies(model: nn.Module) -> bool:
