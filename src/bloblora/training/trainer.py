@@ -747,8 +747,9 @@ class BlobTrainerMixin(_Host):
         """Whether ``auto`` is class means: as a checkpoint has it, or a training before; or else for a fresh head."""
         if self._resumed_from:
             return (Path(self._resumed_from) / FILE).is_file()
-        head = self._linear_head()
-        if self.posterior is None or self.posterior.head is not None or head is None or self._against_class_means():
+        if self.posterior is None or self.posterior.head is not None:
+            return False
+        if (head := self._linear_head()) is None or self._against_class_means():
             return False
         trained = not self.posterior.is_fresh or names_head(getattr(_base(self._module).config, "architectures", None))
         if trained and not (before is not None and before.head is head):
