@@ -242,7 +242,9 @@ class ClassMeans:
             ValueError: it has none, or of a training with another head.
         """
         device = self.head.weight.device
-        tensors = {name: tensor.to(device) for name, tensor in read_tensors(folder / FILE, ValueError).items()}
+        stored = read_tensors(folder / FILE, ValueError)
+        # Where a file's tensors lie in memory isn't aligned, and products of such have other roundings.
+        tensors = {name: tensor.clone().to(device) for name, tensor in stored.items()}
         read = Read(*(tensors[name] for name in ("states", "labels", "keys")))
         self._set(read, tensors["precision"], tensors["sizes"])
 
