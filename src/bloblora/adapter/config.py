@@ -82,9 +82,7 @@ class BlobConfig:
         metadata={
             "help": "Standard deviation of the prior over the weights of a classification head that is trained with "
             "the adapter, which are then Gaussian too. `none`: the head is no Gaussian. `auto`: √(2/d) for d inputs "
-            "(VBLL, arXiv 2404.11599) where texts get one label each; otherwise `none`. It is the default of "
-            "`bloblora train`, which takes `none` for it with class means (`head`), and below 200 training records, "
-            "where a Gaussian over A is better.",
+            "(VBLL, arXiv 2404.11599) where texts get one label each; otherwise `none`.",
             "search": (0.01, 0.3),
         },
     )
