@@ -217,7 +217,7 @@ def test_that_nothing_is_held_out_is_said(trained, caplog, rows, options, said):
 
 
 def test_the_held_out_part_is_measured(trained):
-    run = trained(temperature_scaling=True)
+    run = trained(temperature_scaling=True, head="trained")  # class means are then joined by it
     found = run.training["held_out"]
     assert found["num_examples"] == 12
     assert found["by_num_samples"].keys() == {"0", "10"}

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
+from ..adapter.head import trained_head
 from ..adapter.sharding import is_split
 from ..contexts import hooked, replaced
 
@@ -136,11 +138,13 @@ class Trunk:
 
 
 def output_head(model: nn.Module) -> nn.Module:
-    """The module that gives a model's logits; a ValueError where it has none of the names that are known."""
-    head = next((module for name, module in model.named_modules() if name.split(".")[-1] in HEADS), None)
-    if head is None:
-        raise ValueError(f"model: {type(model).__name__} has no output head called {', '.join(HEADS)}")
-    return head
+    """The module that gives a model's logits; a ValueError where it has none that is known."""
+    for name, module in model.named_modules():
+        if name.split(".")[-1] in HEADS:
+            return module
+    if isinstance(model, PeftModel) and (trained := trained_head(model, model.active_adapter)) is not None:
+        return trained[1]
+    raise ValueError(f"model: {type(model).__name__} has no output head called {', '.join(HEADS)}, and none is trained")
 
 
 def trunk_below(model: nn.Module, layers: Iterable[str]) -> Trunk | None:

@@ -172,8 +172,7 @@ def calibrate_on(
 def _usual_score(description: RunDescription, inside: Prediction) -> str:
     """As `Prediction.usual_score`, which what was kept of a prediction doesn't know."""
     over_head = (posterior := description.posterior) is not None and posterior.head_prior_std != "none"
-    unknown = inside.distances or inside.mutual_information.isnan().any()
-    if inside.num_samples and over_head and not unknown:
+    if inside.num_samples and over_head and not inside.distances and not inside.mutual_information.isnan().any():
         return "mutual_information"
     return inside.usual_score
 

@@ -438,7 +438,8 @@ def _arguments(config: RunConfig, num_examples: int, progress: bool) -> dict[str
         "disable_tqdm": not progress,
     }
     try:
-        BlobTrainingArguments(**options)
+        with _GENERATORS:  # it also sets up the devices anew, on which a training in another thread is
+            BlobTrainingArguments(**options)
     except (TypeError, ValueError) as error:
         raise RunError(f"training: {error}") from error
     return options

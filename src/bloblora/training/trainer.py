@@ -827,6 +827,7 @@ class BlobTrainerMixin(_Host):
         if self.class_means is not None:
             held_out = chain.from_iterable(map(self._read, self._temperature_data()))
             self.class_means_found = self.class_means.finish(self._read(self.train_dataset), held_out)
+            self.class_means.freeze(False)  # what is frozen isn't looked at
             self._check_weights()
 
     def _read(self, data: Any) -> Iterator[Read]:
