@@ -29,7 +29,7 @@ def hidden_states(
     mean over the positions that the scores depend on.
 
     Args:
-        model: as for `predict`; its head is a module called ``lm_head``, ``score`` or ``classifier``.
+        model: as for `predict`; its head is called ``lm_head``, ``score`` or ``classifier``, or PEFT trains it.
         inputs: as for `predict`, but no DataLoader.
         task: collates examples and reads the logits.
         tokenizer: makes ``inputs`` of texts, as for `predict`.

@@ -156,9 +156,11 @@ class Prediction:
         Raises:
             ValueError: it is a distance, and that isn't known.
         """
-        if name in DISTANCES and name not in (self.distances or ()):
+        if name not in DISTANCES:
+            return getattr(self, name)
+        if name not in (distances := self.distances or {}):
             raise ValueError(f"score {name}: these predictions have no such distance from the training data")
-        return self.scores[name]
+        return distances[name]
 
     @property
     def scores(self) -> dict[str, Tensor]:
