@@ -50,6 +50,11 @@ def scores_of(classes, states, precision):
     return states @ weight.T + bias
 
 
+def without_correction(classes, states, precision):
+    towards = classes.means @ precision
+    return states @ towards.T - (towards * classes.means).sum(-1) / 2
+
+
 def sizes_of(read, precision):
     return torch.einsum("ni,ij,nj->n", read.states, precision, read.states)
 
@@ -68,7 +73,7 @@ def test_the_training_compares_a_record_with_the_means_of_the_others():
     log_shares = log_shares_left_out(classes)
     for k in range(6):
         others = Classes.of(without(read, k), ones)
-        torch.testing.assert_close(scores[k], scores_of(others, read.states[k], precision))
+        torch.testing.assert_close(scores[k], without_correction(others, read.states[k], precision))
         if k < 4:  # of class 1 one record is left, which is then also its share
             torch.testing.assert_close(log_shares[k], others.log_shares)
     alone = read.states[:6].mean(0)  # of a class with one record nothing is left: the mean of all others
@@ -84,7 +89,27 @@ def test_the_discriminant_is_that_of_scikit_learn(shrinkage):
     known.fit(read.states.numpy(), read.labels.numpy())
     factor = 87 / 90  # it divides by the number of records
     torch.testing.assert_close(weight, factor * torch.from_numpy(known.coef_))
-    torch.testing.assert_close(bias, factor * (torch.from_numpy(known.intercept_) - classes.log_shares))
+    expected = factor * (torch.from_numpy(known.intercept_) - classes.log_shares)
+    torch.testing.assert_close(bias - bias.mean(), expected - expected.mean())
+
+
+def test_scores_are_unbiased_however_many_records_a_class_has():
+    """E[z_c(φ)] = φᵀ P μ_c − ½ μ_cᵀ P μ_c over training sets; mᵀPm itself is above μᵀPμ by tr PS / n_c."""
+    generator, counts, trials = torch.Generator().manual_seed(0), [2, 3, 12], 4000
+    centres = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    mix = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    precision, point = mix @ mix.T, torch.randn(6, generator=generator, dtype=torch.float64)
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+    found = []
+    for _ in range(trials):
+        states = centres[labels] + torch.randn(17, 6, generator=generator, dtype=torch.float64)
+        classes = Classes.of(Read(states, labels, labels), torch.ones(3, dtype=torch.float64))
+        found.append(scores_of(classes, point, precision))
+    scores = torch.stack(found)
+    truth = centres @ precision @ point - ((centres @ precision) * centres).sum(-1) / 2
+    error = scores.std(0) / trials**0.5
+    assert ((scores.mean(0) - truth).abs() < 4 * error).all()
+    assert precision.trace() / (2 * counts[0]) > 20 * error[0]  # by which it would be too low
 
 
 def test_the_head_of_gaussian_classes_is_calibrated_and_as_good_as_the_truth():
@@ -259,7 +284,8 @@ def test_squares_are_those_of_the_gauss_newton_matrix():
 
     def logits_of(states):
         now = replace(read, states=read.states.index_put((rows,), states))
-        scores = [scores_of(Classes.of(without(now, k), weights), now.states[k], precision) for k in range(10)]
+        parts = [Classes.of(without(now, k), weights) for k in range(10)]
+        scores = [without_correction(part, now.states[k], precision) for k, part in enumerate(parts)]
         return 0.2 * torch.stack(scores) + log_shares_left_out(Classes.of(read, weights))
 
     rows = torch.tensor([1, 5])

@@ -19,10 +19,12 @@ is therefore E[mean NLL] over independent A_k, not over one A that all records s
 little noise, as those of the final head, which are computed with the mean of A.
 
 In the end the head is the linear discriminant of all training records (Fisher 1936), for which P is the inverse of the
-covariance within the classes, shrunk towards a multiple of I (Friedman 1989). Shrinkage and scale are those of the
-lowest NLL of the validation records; without them 0.9 and s. The training records, each left out, would ask for a scale
-that is several times too large, for what is below the head has been trained on them. When nothing else needs the
-validation records, they join their classes, and choose shrinkage and scale once more, each left out of means and P.
+covariance S within the classes, shrunk towards a multiple of I (Friedman 1989). The mean of n_c records has noise of
+covariance S / n_c, which makes mᵀPm too large by tr PS / n_c on average, and so a class with few records too unlikely:
+that is taken off (Huang, Tong & Zhao 2010). Shrinkage and scale are those of the lowest NLL of the validation records;
+without them 0.9 and s. The training records, each left out, would ask for a scale that is several times too large, for
+what is below the head has been trained on them. When nothing else needs the validation records, they join their
+classes, and choose shrinkage and scale once more, each left out of means, P and S.
 """
 
 import hashlib
@@ -94,51 +96,66 @@ class Classes:
         shares = self.counts.clamp_min(0.5) * self.weights
         return (shares / shares.sum()).log()
 
+    @property
+    def known(self) -> Tensor:
+        """How many records each mean is of, (C,)."""
+        return torch.where(self.counts > 0, self.counts, self.counts.sum())
+
+    @property
+    def freedom(self) -> int:
+        """Of the covariance within the classes; 0 where each has one record."""
+        return len(self.read.states) - int((self.counts > 0).sum())
+
     def precision(self, shrinkage: float) -> Tensor:
         """P (d, d) of the covariance within the classes; of that of all records where each class has one."""
         return _inverse(self._covariance, shrinkage).to(self.read.states)
 
     @cached_property
     def _covariance(self) -> Tensor:
-        freedom = len(self.read.states) - int((self.counts > 0).sum())
-        centre = self.means[self.read.labels] if freedom else self.read.states.mean(0)
-        return _covariance(self.read.states - centre, freedom or len(self.read.states) - 1)
+        centre = self.means[self.read.labels] if self.freedom else self.read.states.mean(0)
+        return _covariance(self.read.states - centre, self.freedom or len(self.read.states) - 1)
 
     def left_out(self, count: int, shrinkage: float) -> Tensor:
         """Scores of the last ``count`` records by the means and the P of all others, (count, C) float64 on the CPU.
 
-        One record less changes the covariance within the classes by a matrix of rank 1 (Sherman & Morrison 1950). What
-        it is shrunk towards stays.
+        One record less changes the covariance S within the classes by a matrix of rank 1 (Sherman & Morrison 1950).
+        What it is shrunk towards stays.
         """
         states, means, labels = self.read.states.cpu().double(), self.means.cpu().double(), self.read.labels.cpu()
-        freedom = len(states) - int((self.counts > 0).sum())
-        share = freedom / max(1, freedom - 1)
-        # (1 - λ) S / (f - 1) + λ t I, by what is shrunk: (1 - λ) S / f + λ t I
+        left = max(1, self.freedom - 1)
+        scatter = self.freedom / left * self._covariance  # that of all, as if one were left out
         level = self._covariance.diagonal().mean().clamp_min(1e-12)
-        identity = torch.eye(len(self._covariance), dtype=states.dtype)
-        precision = torch.linalg.inv((1 - shrinkage) * share * self._covariance + shrinkage * level * identity)
-        x, own = states[-count:], labels[-count:]
-        n = self.counts.cpu().double()[own]
+        precision = torch.linalg.inv(
+            (1 - shrinkage) * scatter + shrinkage * level * torch.eye(len(scatter), dtype=states.dtype)
+        )
+        x, own, counts = states[-count:], labels[-count:], self.known.cpu().double()
+        n = counts[own]
         others = torch.where(n > 1, n - 1, 1)
-        size = torch.where(n > 1, (1 - shrinkage) * n / others / max(1, freedom - 1), 0)
+        size = torch.where(n > 1, n / others / left, 0)  # S without x is the scatter - size · residual residualᵀ
         residual = x - means[own]
         u = residual @ precision
-        weight = size / (1 - size * (u * residual).sum(-1))
+        within = (u * residual).sum(-1)
+        weight = (1 - shrinkage) * size / (1 - (1 - shrinkage) * size * within)  # P is the precision + weight · u uᵀ
         along, of_means, of_x = u @ means.T, means @ precision, (u * x).sum(-1)
+        spread = (precision * scatter).sum() - size * within
+        spread += weight * ((u @ scatter * u).sum(-1) - size * within.square())  # tr PS
 
         def scores(product: Tensor, square: Tensor, along: Tensor, weight: Tensor, of_x: Tensor) -> Tensor:
             return product + weight * of_x * along - (square + weight * along.square()) / 2
 
         found = scores(x @ of_means.T, (of_means * means).sum(-1), along, weight[:, None], of_x[:, None])
+        found += spread[:, None] / (2 * counts)
         mean = torch.where((n > 1)[:, None], (n[:, None] * means[own] - x) / others[:, None], states.mean(0))
         of_mean = mean @ precision
         of_own = scores((of_mean * x).sum(-1), (of_mean * mean).sum(-1), (u * mean).sum(-1), weight, of_x)
+        of_own += spread / (2 * torch.where(n > 1, others, len(states)))
         return found.scatter(1, own[:, None], of_own[:, None])
 
     def linear(self, precision: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (C, d) and bias (C,) of the scores φᵀ P m_c − ½ m_cᵀ P m_c."""
+        """Weight (C, d) and bias (C,) of the scores φᵀ P m_c − ½ (m_cᵀ P m_c − tr PS / n_c)."""
         weight = self.means @ precision
-        return weight, -(weight * self.means).sum(-1) / 2
+        spread = (precision.cpu().double() * self._covariance).sum().to(weight)
+        return weight, (spread / self.known - (weight * self.means).sum(-1)) / 2
 
 
 @dataclass
@@ -367,7 +384,8 @@ def left_out(classes: Classes, precision: Tensor, sizes: Tensor, rows: Tensor, s
     """
     labels, moved = classes.read.labels, states - states.detach()  # 0, with the derivatives of the states
     classes = replace(classes, sums=classes.sums.index_add(0, labels[rows], moved))
-    towards, bias = classes.linear(precision)
+    towards = classes.means @ precision
+    bias = -(towards * classes.means).sum(-1) / 2
     total = classes.sums.sum(0)
     towards_total = total @ precision
     sizes = sizes.index_add(0, rows, 2 * (moved * (states.detach() @ precision)).sum(-1))
