@@ -177,6 +177,26 @@ def test_validation_records_join_their_classes():
     assert means.join() == {}
 
 
+def test_in_a_script_the_evaluation_records_join_when_they_are_told_to(tmp_path):
+    trainer = trained(tmp_path, eval_dataset=examples(48)[24:])
+    before, head = trainer.class_means_found, trainer.class_means.head.weight.clone()
+    states = trainer.class_means._training.states
+    assert trainer.join_eval_dataset() == trainer.class_means_found != before
+    assert not torch.equal(trainer.class_means.head.weight, head)
+    assert len(trainer.class_means._training.states) == len(states)  # a second time it is the same
+    again = trainer.class_means.head.weight.clone()
+    trainer.join_eval_dataset()
+    assert torch.equal(trainer.class_means.head.weight, again)
+
+
+def test_nothing_joins_a_head_that_is_trained_or_without_evaluation_records(tmp_path):
+    assert trained(tmp_path / "trained", head="trained").join_eval_dataset() == {}
+    trainer = trained(tmp_path / "alone")
+    head = trainer.class_means.head.weight.clone()
+    assert trainer.join_eval_dataset() == {}
+    assert torch.equal(trainer.class_means.head.weight, head)
+
+
 def test_a_head_without_a_bias_has_it_in_the_direction_that_all_states_have_in_common():
     read = states_of([10, 10])
     read.states[:, 5] = 10 + torch.randn(20, generator=torch.Generator().manual_seed(0)) / 100

@@ -227,7 +227,7 @@ class ClassMeans:
         self._sizes: Tensor
         self._log_shares: Tensor
         self._training: Read
-        self._held_out: Read | None
+        self._held_out: Read | None = None
         self._rows: dict[int, int]
 
     def freeze(self, frozen: bool = True) -> None:

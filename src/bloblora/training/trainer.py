@@ -115,6 +115,8 @@ class BlobTrainerMixin(_Host):
     Attributes:
         class_means: how the head is made, where ``head`` is ``class_means``, or where ``train`` has chosen that for
             ``auto``; None where the head is trained.
+        class_means_found: what `bloblora.training.class_means.ClassMeans.finish` has found in the last training with
+            class means, or `join_eval_dataset` after it.
 
     Warns:
         UserWarning: by ``train`` without a task, when the model has no posterior; or when its loss is a mean over
@@ -209,6 +211,21 @@ class BlobTrainerMixin(_Host):
         if self.posterior is not None and fits:
             self._set_temperature(self.posterior)
         return output
+
+    def join_eval_dataset(self) -> dict[str, float]:
+        """Let the records of ``eval_dataset`` join the head's class means, after ``train``, once they have served.
+
+        More records tell a class's mean better, and nothing was trained on these. Each is left out in turn to choose
+        shrinkage and scale anew; the temperature stays. Nothing may be measured on them afterwards.
+
+        Returns:
+            ``shrinkage`` and ``scale``, and the ``nll`` of these records, each left out, nats; nothing where the head
+            is trained, or there are no such records, and then nothing changes.
+        """
+        found = {} if self.class_means is None else self.class_means.join()
+        if found:
+            self.class_means_found = found
+        return found
 
     @contextmanager
     def _head_given_back(self) -> Iterator[None]:
