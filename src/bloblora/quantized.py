@@ -1,4 +1,4 @@
-"""Quantized base models: bitsandbytes, HQQ and torchao, with a LoRA on top of frozen integers."""
+"""Quantized base models: bitsandbytes, HQQ, torchao and GPTQ, with a LoRA on top of frozen integers."""
 
 import logging
 from typing import Any
@@ -69,7 +69,7 @@ def dequantize(model: PreTrainedModel) -> None:
     """Put ordinary layers, of the weights that the integers stand for, in the quantized ones' place."""
     for name, layer in [*model.named_modules()]:
         if is_quantized(layer):
-            weight = dequantize_module_weight(layer).to(model.dtype)
+            weight = _weight_of(layer, model.dtype)
             plain: nn.Module
             with torch.device("meta"):
                 if getattr(layer, "source_cls", None) is Conv1D:  # GPT-2's, which bitsandbytes transposes
@@ -84,12 +84,26 @@ def dequantize(model: PreTrainedModel) -> None:
         quantizer.remove_quantization_config(model)
 
 
+def _weight_of(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    if not is_packed(layer):
+        return dequantize_module_weight(layer).to(dtype)
+    identity = torch.eye(layer.in_features, dtype=dtype, device=layer.qweight.device)
+    product = layer(identity)  # each of gptqmodel's kernels packs weights in a way of its own
+    return (product if layer.bias is None else product - layer.bias).T.contiguous()
+
+
+def is_packed(layer: nn.Module) -> bool:
+    """Whether this is a linear layer of GPTQ or AWQ, which PEFT's `all-linear` doesn't find."""
+    return hasattr(layer, "qweight") and not isinstance(layer, BaseTunerLayer)
+
+
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether this is a linear layer of bitsandbytes, HQQ or torchao, and not PEFT's around one."""
+    """Whether this is a linear layer of bitsandbytes, HQQ, torchao, GPTQ or AWQ, and not PEFT's around one."""
     if isinstance(layer, BaseTunerLayer):
         return False
     weight = type(getattr(layer, "weight", None))
-    return weight.__name__ in _BITSANDBYTES or weight.__module__.startswith("torchao.") or hasattr(layer, "W_q")
+    known = weight.__name__ in _BITSANDBYTES or weight.__module__.startswith("torchao.") or hasattr(layer, "W_q")
+    return known or is_packed(layer)
 
 
 def keep_differentiable(model: nn.Module) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import GPTQLoraLinear, LoraLayer
+from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.layer import Embedding, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
@@ -27,8 +28,10 @@ from .sharding import changing, is_sharded, reshard, whole
 from .variant import HEAD, BlobVariant, Drawn, Gaussian, mean_of
 from .watch import KlWatch
 
-# PEFT's layer classes that ask `lora_variant` in their forward: the others would ignore the posterior in silence.
-_SUPPORTED_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear", "TorchaoLoraLinear"}
+# PEFT's layer classes that ask `lora_variant` in their forward, or are made to: the others would ignore the posterior.
+_SUPPORTED_LAYERS = {
+    *("Linear", "Linear8bitLt", "Linear4bit", "AwqLoraLinear", "GPTQLoraLinear", "HqqLoraLinear", "TorchaoLoraLinear"),
+}
 # Of experts that stand in one parameter: the linear layers that it is made of, by the names that targets have.
 _FUSED = {
     "gate_up_proj": ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3"),
@@ -471,6 +474,8 @@ def bayesianize(model: PeftModel, config: BlobConfig | None = None, adapter_name
     embedding = _embedding_weight(model.get_base_model())
     batch = follow(model.get_base_model())
     for name, layer in layers.items() if config.gaussian_factors else ():
+        if type(layer) is AwqLoraLinear:  # made of the same parts, but its forward asks no variant
+            layer.__class__ = GPTQLoraLinear  # type: ignore[assignment]
         variant = BlobVariant(config, batch, is_routed(name))
         variant.prior_at_start |= moved and config.prior_mean == "auto"
         # A quantized layer may have no `weight`.

@@ -36,7 +36,7 @@ from ..evaluation import lines_figure, save_figure
 from ..files import read_json, write_json, write_text
 from ..messages import quoted
 from ..prediction.trunk_cache import IndexedExamples, cache_trunk
-from ..quantized import is_quantized
+from ..quantized import is_packed, is_quantized
 from ..training import BlobTrainingArguments, last_checkpoint
 from ..training.arguments import CLASS_MEANS
 from .automatic import left_open, resolved
@@ -397,8 +397,9 @@ def fresh_lora(config: RunConfig, task: tasks.Task, base: Any) -> LoraConfig:
         if config.top_blocks > blocks:
             raise RunError(f"top_blocks must be at most the model's {blocks} blocks, got {config.top_blocks}")
         options["layers_to_transform"] = [*range(blocks - config.top_blocks, blocks)]
-        if config.value("target_modules") == "all-linear":
-            options["target_modules"] = _linear_layers(base)
+    unknown_to_peft = config.top_blocks is not None or any(map(is_packed, base.modules()))
+    if config.value("target_modules") == "all-linear" and unknown_to_peft:
+        options["target_modules"] = _linear_layers(base)
     lora = config.build_lora(**options)
     known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     if lora.target_modules is None and not lora.target_parameters and base.config.model_type not in known:
