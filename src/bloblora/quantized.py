@@ -1,4 +1,4 @@
-"""Quantized base models: bitsandbytes, HQQ, torchao and GPTQ, with a LoRA on top of frozen integers."""
+"""Quantized base models: bitsandbytes, HQQ, torchao, GPTQ and AWQ, with a LoRA on top of frozen integers."""
 
 import logging
 from typing import Any
@@ -93,8 +93,8 @@ def _weight_of(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def is_packed(layer: nn.Module) -> bool:
-    """Whether this is a linear layer of GPTQ or AWQ, which PEFT's `all-linear` doesn't find."""
-    return hasattr(layer, "qweight") and not isinstance(layer, BaseTunerLayer)
+    """Whether this layer of a base model is a linear one of GPTQ or AWQ, which PEFT's `all-linear` doesn't find."""
+    return hasattr(layer, "qweight")
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -102,8 +102,8 @@ def is_quantized(layer: nn.Module) -> bool:
     if isinstance(layer, BaseTunerLayer):
         return False
     weight = type(getattr(layer, "weight", None))
-    known = weight.__name__ in _BITSANDBYTES or weight.__module__.startswith("torchao.") or hasattr(layer, "W_q")
-    return known or is_packed(layer)
+    by_weight = weight.__name__ in _BITSANDBYTES or weight.__module__.startswith("torchao.")
+    return by_weight or hasattr(layer, "W_q") or is_packed(layer)
 
 
 def keep_differentiable(model: nn.Module) -> None:

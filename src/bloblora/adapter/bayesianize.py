@@ -29,9 +29,8 @@ from .variant import HEAD, BlobVariant, Drawn, Gaussian, mean_of
 from .watch import KlWatch
 
 # PEFT's layer classes that ask `lora_variant` in their forward, or are made to: the others would ignore the posterior.
-_SUPPORTED_LAYERS = {
-    *("Linear", "Linear8bitLt", "Linear4bit", "AwqLoraLinear", "GPTQLoraLinear", "HqqLoraLinear", "TorchaoLoraLinear"),
-}
+_SUPPORTED_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "HqqLoraLinear", "TorchaoLoraLinear"}
+_SUPPORTED_LAYERS |= {"GPTQLoraLinear", "AwqLoraLinear"}
 # Of experts that stand in one parameter: the linear layers that it is made of, by the names that targets have.
 _FUSED = {
     "gate_up_proj": ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3"),
