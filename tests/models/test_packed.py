@@ -5,6 +5,7 @@ Needs what docs/quantized.md says; quantizing the model takes a minute, for gptq
 
 import copy
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,18 +31,20 @@ def packed(request, tmp_path_factory):
     from gptqmodel import GPTQModel
     from gptqmodel.quantization.config import AWQConfig, GPTQConfig
 
-    folder = tmp_path_factory.mktemp(request.param)
+    folder, here = tmp_path_factory.mktemp(request.param), Path.cwd()
     plain = tiny_causal(hidden_size=128, intermediate_size=256)
     plain.save_pretrained(folder / "plain")
     train_tokenizer().save_pretrained(folder / "plain")
     kind = {"gptq": GPTQConfig, "awq": AWQConfig}[request.param]
     threads = torch.get_num_threads()
     try:
+        os.chdir(folder)  # where it writes logs
         torch.set_num_threads(2)
         quantizing = GPTQModel.load(str(folder / "plain"), kind(bits=4, group_size=32), device="cpu")
         quantizing.quantize([question["question"] * 20 for question in QUESTIONS] * 8, batch_size=1)
         quantizing.save(str(folder / "packed"))
     finally:
+        os.chdir(here)
         torch.set_num_threads(threads)
     return folder / "packed"
 
