@@ -48,6 +48,8 @@ def test_a_share_is_held_out_where_it_is_of_use(count, labels, held_out, tempera
     assert (len(validation), config.temperature_scaling) == (held_out, temperature)
     assert len(kept) == count - held_out
     assert resolved(config, rows, 0) == config
+    other = hold_out(config.with_options(seed=1), config.build_method(), rows)[1]
+    assert (other == validation) == (not held_out)
 
 
 @pytest.mark.parametrize(

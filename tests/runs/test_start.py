@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from bloblora import find_posterior, models, runs
 from bloblora.cli import main
 from bloblora.runs.approximation import Approximation
-from tests.tiny_base import QUESTIONS, queries, write_jsonl
+from tests.tiny_base import QUESTIONS, queries, several, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {"steps": 4, "batch_size": 4, "r": 2, "learning_rate": 0.01}
@@ -49,6 +50,19 @@ def test_a_post_hoc_method_leaves_the_lora_as_it_is(folder, base, method):
     if method != "tfb":  # which turns A and B, without changing their product
         found, given = (load_file(folder / name / WEIGHTS) for name in (method, "lora"))
         assert all(torch.equal(found[key], given[key]) for key in given)
+
+
+@pytest.mark.filterwarnings("ignore:.*records are")
+def test_a_start_that_was_trained_on_what_is_held_out_is_said(folder, base):
+    """The seed says which records are held out."""
+    write_jsonl(folder / "several.jsonl", several(4))
+    options = {"data": "several", "method": "lora", "validation": 0.25, "temperature_scaling": False}
+    options["start_from"] = train(folder, base, "held-out-1", seed=1, **options).config.output
+    with pytest.warns(UserWarning, match="with seed 1 and validation 0.25 it was trained on records that are held out"):
+        train(folder, base, "held-out-0", **options)
+    with warnings.catch_warnings(record=True) as said:
+        train(folder, base, "held-out-1-again", seed=1, **options)
+    assert not [one for one in said if "trained on records" in str(one.message)]
 
 
 def test_a_post_hoc_method_on_choices(folder, base):

@@ -297,6 +297,25 @@ def check_start(config: RunConfig, task: tasks.Task) -> None:
         raise RunError(f"{name} {quoted(folder)}: {units}; give its value_mean and value_std")
 
 
+def check_start_records(config: RunConfig, records_sha256: str) -> None:
+    """Warn where a training starts from a run of the same records that may have been trained on those now held out."""
+    if (start := _start(config)) is None or not config.validation or config.validation_data:
+        return
+    name, folder = start
+    if not (Path(folder) / RUN_FILE).is_file():
+        return
+    before = read_run_file(Path(folder))
+    options = {option: before.config.get(option, getattr(RunConfig, option)) for option in ("seed", "validation")}
+    if before.records_sha256 != records_sha256 or all(getattr(config, key) == options[key] for key in options):
+        return
+    said = " and ".join(f"{option} {value}" for option, value in options.items())
+    warnings.warn(
+        f"{name} {quoted(folder)}: with {said} it was trained on records that are held out here, where it looks too "
+        "good: give the same",
+        stacklevel=2,
+    )
+
+
 def load_start(model: Any, config: RunConfig) -> None:
     """Put the weights that a training starts from, and those of a head, into a fresh LoRA's place.
 

@@ -120,12 +120,14 @@ class RunConfig:
             "`torchao`, 8 bits. Needs `bloblora[quantized]`; `docs/quantized.md` compares them."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Of initialization, data order and noise."})
+    seed: int = field(
+        default=0, metadata={"help": "Of initialization, data order, noise, and which records are held out."}
+    )
     limit: int | None = field(
         default=None,
         metadata={"help": "Use only this many training records, chosen by `limit_seed`; per label for classification."},
     )
-    limit_seed: int = field(default=0, metadata={"help": "Which records `limit` takes, and which are held out."})
+    limit_seed: int = field(default=0, metadata={"help": "Which records `limit` takes."})
     start_from: str | None = field(
         default=None,
         metadata={
@@ -156,7 +158,7 @@ class RunConfig:
         metadata={
             "help": "Records on which the training is evaluated every `eval_steps` (default: about 15 times) and whose "
             "NLL chooses the checkpoint that is kept: a file, a name such as `support_desk:validation`, a share such "
-            "as 0.1 of the training records, which is held out, per label, by `limit_seed`, or 0 for none. `auto` is a "
+            "as 0.1 of the training records, which is held out, per label, by `seed`, or 0 for none. `auto` is a "
             "share of 0.2, at most 500 records, where that is at least 10."
         },
     )
@@ -314,7 +316,7 @@ class RunConfig:
         method = METHODS[self.method["name"]](**options)
         if not self.temperature_scaling and self.temperature_folds is None:
             return method
-        return Rescaled(inner=method, folds=self.temperature_folds, seed=self.limit_seed)
+        return Rescaled(inner=method, folds=self.temperature_folds, seed=self.seed)
 
     def build_lora(self, **options: Any) -> LoraConfig:
         """LoRA's configuration: the method's defaults, what was given, and what the run adds."""

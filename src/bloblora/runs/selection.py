@@ -54,7 +54,7 @@ def hold_out(config: RunConfig, method: methods.Method, records: Records) -> tup
     """Records to train on, and those held out: for validation, or, where there is none, what the method asks for."""
     if isinstance(config.validation, str | list):
         return split(records, 0)
-    return split(records, config.validation or method.holdout, config.limit_seed, groups_by(config, records))
+    return split(records, config.validation or method.holdout, config.seed, groups_by(config, records))
 
 
 def label_counts(config: RunConfig, records: Sequence[dict[str, Any]]) -> list[int]:

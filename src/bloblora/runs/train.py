@@ -45,6 +45,7 @@ from .checks import (
     check_rescaling,
     check_sharded,
     check_start,
+    check_start_records,
     check_targets,
     check_task,
     check_validation,
@@ -151,6 +152,7 @@ def train(
         check_head(config, task, trust_remote_code)
         check_targets(config, task, trust_remote_code)
         check_start(config, task)
+        check_start_records(config, digest)
         if method.holdout and not len(held_out) and not len(validation):
             raise RunError(f"holdout {method.holdout} of {len(records)} records holds none out; give a larger share")
         encode = partial(tasks.encode_each, task, tokenizer=tokenizer, progress=progress)
