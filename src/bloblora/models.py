@@ -340,6 +340,17 @@ def model_type(name: str) -> str:
         return AutoConfig.from_pretrained(resolve(name), trust_remote_code=False).model_type
 
 
+def quantization(name: str, *, trust_remote_code: bool = False) -> str | None:
+    """What the files of a model are quantized by, such as ``gptq``; None where they aren't.
+
+    Raises:
+        ModelError: its configuration can't be read.
+    """
+    with _explained(name):
+        config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+    return getattr(config, "quantization_config", {}).get("quant_method")
+
+
 def is_half(name: str) -> bool:
     """Whether a model's weights are in bfloat16 or float16, or in what is coarser: those of a .gguf file.
 

@@ -87,7 +87,8 @@ def test_a_run_is_resumed_loaded_and_exported(packed, tmp_path, data):
     assert error(found, dequantized.predict(data, 3).probabilities) < 1e-5
     if run.task.head is not None:
         return
-    export(tmp_path / "run", tmp_path / "merged", "merged")
+    assert "quantized by " in export(tmp_path / "run", tmp_path / "lora").warnings[0]
+    assert "dequantized" in export(tmp_path / "run", tmp_path / "merged", "merged").warnings[0]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert not hasattr(merged.config, "quantization_config")
     with torch.no_grad():

@@ -165,7 +165,8 @@ def export(
         else:
             written = _write_adapters(run, folder, format, num_samples, seed, DTYPES[dtype], base)
         warnings = written.setdefault("warnings", [])
-        if (kind := run.config.quantize) != "none":
+        of_files = models.quantization(run.config.model, trust_remote_code=trust_remote_code)
+        if (kind := of_files or run.config.quantize) != "none":
             warnings.append((_DEQUANTIZED if format == "merged" else _QUANTIZED).format(kind))
         if run.task.head_note:
             warnings.append(run.task.head_note)
