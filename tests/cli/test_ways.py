@@ -44,7 +44,7 @@ def test_help_is_kept_for_the_next_time(tmp_path):
 
 def test_what_predicts_needs_no_trainer_and_no_data_frames():
     needless = {"transformers.trainer", "datasets", "pandas", "scipy.stats", "matplotlib"}
-    program = f"import bloblora.cli.run, bloblora.cli.options, sys; print(sorted({needless} & {{*sys.modules}}))"
+    program = f"import bloblora.cli.predict, bloblora.cli.options, sys; print(sorted({needless} & {{*sys.modules}}))"
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[]\n"
 
 

@@ -44,7 +44,7 @@ train: {max_steps: 3, save_steps: 1, per_device_train_batch_size: 2}
 datasets: {texts: {train: {data: texts.jsonl}, test: {data: texts.jsonl}}}
 methods: {blob: {}}
 """
-IMPORTED = ("cli.options", "cli.run", "cli.share", "export", "training.trainer")
+IMPORTED = ("cli.options", "cli.calibrate", "cli.predict", "cli.share", "cli.train", "export", "training.trainer")
 SPENT = {"seconds", "peak_memory_bytes", "resumed_from", "share_of_time", "machine", "sha256"}
 """Fields that say what was spent, and hashes over them; hashes of files aren't in a field of that name."""
 

@@ -6,18 +6,12 @@ import shutil
 import pytest
 
 from bloblora import runs
-from bloblora.cli.run import (
-    GenerationOptions,
-    ScoringOptions,
-    WritingOptions,
-    calibrate,
-    correctness,
-    generate,
-    score,
-)
+from bloblora.cli.calibrate import calibrate
+from bloblora.cli.text import GenerationOptions, ScoringOptions, correctness, generate, score
 from bloblora.data import ReadingOptions
 from bloblora.decision import CorrectnessError, PromiseError
 from bloblora.runs import PredictionOptions, text_decisions
+from bloblora.runs.texts import WritingOptions
 from tests.generation.conftest import RECORDS
 from tests.tiny_base import queries, write_jsonl, write_signed
 

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from bloblora import runs
-from bloblora.cli.run import GenerationOptions, generate
+from bloblora.cli.text import GenerationOptions, generate
 from bloblora.data import ReadingOptions
 from bloblora.generation.asking import question_length
 from bloblora.runs.checks import check_generates

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from transformers import dynamic_module_utils
 
 from bloblora import runs
-from bloblora.cli.run import GenerationOptions, ScoringOptions, correctness, generate, score
+from bloblora.cli.text import GenerationOptions, ScoringOptions, correctness, generate, score
 from bloblora.data import DataError, ReadingOptions
 from bloblora.decision import CorrectnessError
 from bloblora.evaluation import ood_metrics

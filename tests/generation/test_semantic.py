@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from bloblora import find_posterior, models, posterior_generate
-from bloblora.cli.run import GenerationOptions, correctness, generate
+from bloblora.cli.text import GenerationOptions, correctness, generate
 from bloblora.data import ReadingOptions
 from bloblora.generation import Entailment, find_agree
 from bloblora.generation.asking import QUESTION

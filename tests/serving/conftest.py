@@ -10,10 +10,11 @@ import httpx
 import pytest
 
 from bloblora import runs
-from bloblora.cli.run import GenerationOptions, WritingOptions, correctness
-from bloblora.cli.run import calibrate as calibrate_command
+from bloblora.cli.calibrate import calibrate as calibrate_command
+from bloblora.cli.text import GenerationOptions, correctness
 from bloblora.data import ReadingOptions, support_desk
 from bloblora.runs.decide import calibrate
+from bloblora.runs.texts import WritingOptions
 from bloblora.serving import Server, Settings, bind, create_app, load_hosted, open_hosted
 from tests.conftest import OVER_A
 from tests.generation.conftest import RECORDS

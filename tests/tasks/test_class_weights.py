@@ -11,7 +11,7 @@ from bloblora.cli import main
 from bloblora.evaluation import metrics
 from bloblora.prediction import TagsPrediction
 from bloblora.tasks import Categorical, TaskError, build_task, task_from_dict
-from bloblora.training.trainer import _mean_nll
+from bloblora.tasks.likelihood import mean_nll
 from tests.tasks.conftest import tokenizer
 from tests.tiny_base import write_jsonl
 
@@ -36,7 +36,7 @@ def test_the_loss_is_torchs_but_for_the_sum_of_the_weights(smoothing):
     """torch divides by the batch's own sum of weights; here a record counts the same in every batch."""
     torch.manual_seed(0)
     logits, labels, weights = torch.randn(7, 3), torch.randint(3, (7,)), (0.5, 1.0, 3.0)
-    found = _mean_nll(Categorical(weights), logits, labels, smoothing)
+    found = mean_nll(Categorical(weights), logits, labels, smoothing)
     alike = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
     torch.testing.assert_close(found, (alike * torch.tensor(weights)[labels]).mean())
     if not smoothing:
@@ -61,7 +61,7 @@ def test_words_count_by_their_tags(tokenizer):
     for smoothing in (0.0, 0.2):
         each = F.cross_entropy(logits[there], labels[there], reduction="none", label_smoothing=smoothing)
         expected = (each * weights[labels[there]]).sum() / 2
-        torch.testing.assert_close(_mean_nll(task.likelihood, flat, labels, smoothing), expected)
+        torch.testing.assert_close(mean_nll(task.likelihood, flat, labels, smoothing), expected)
     plain = metrics(TagsPrediction(task.likelihood.normalized(flat)[None], 1, task.likelihood), labels)
     assert plain["nll"] == pytest.approx(F.cross_entropy(logits[there], labels[there], reduction="sum").item() / 2)
     tags = [[0, 1], [1, 1, 1]]

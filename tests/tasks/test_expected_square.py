@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from bloblora.tasks.generation import TextGeneration
-from bloblora.tasks.likelihood import Bernoulli, Categorical, Gaussian, Text
-from bloblora.training.trainer import _mean_nll
+from bloblora.tasks.likelihood import Bernoulli, Categorical, Gaussian, Text, mean_nll
 
 
 @pytest.mark.parametrize("likelihood", [Categorical(), Categorical(weights=(1.0, 2.0, 4.0)), Bernoulli()])
@@ -44,7 +43,7 @@ def test_smoothed_labels_have_other_gradients():
     """Whose squares are brought to the same expectation: that of labels from the model, which aren't smoothed."""
     logits = torch.tensor([[0.5, -0.5, 1.0, -torch.inf]], dtype=torch.float64, requires_grad=True)
     label, p = torch.tensor([1]), logits.detach().softmax(-1)
-    nll = _mean_nll(Categorical(), logits, label, 0.3)
+    nll = mean_nll(Categorical(), logits, label, 0.3)
     gradient = torch.autograd.grad(nll, logits)[0]
     factor = Categorical().expected_square(logits.detach(), label, 0.3)
     torch.testing.assert_close((factor * gradient.square().sum()).double(), (p * (1 - p)).sum(-1), rtol=1e-5, atol=0)

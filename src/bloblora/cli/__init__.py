@@ -34,13 +34,13 @@ Bayesian low-rank adaptation for language models: LoRA that knows what it does n
 Every option can be in a YAML file (--config FILE); a run's own is saved beside it as config.yaml."""
 
 COMMANDS: Mapping[str, str] = {
-    "train": "run",
-    "calibrate": "run",
-    "evaluate": "run",
-    "predict": "run",
-    "generate": "run",
-    "score": "run",
-    "correctness": "run",
+    "train": "train",
+    "calibrate": "calibrate",
+    "evaluate": "predict",
+    "predict": "predict",
+    "generate": "text",
+    "score": "text",
+    "correctness": "text",
     "serve": "serve",
     "import": "share",
     "export": "share",

@@ -15,7 +15,8 @@ from ..adapter import find_posterior, library_versions
 from ..files import cache_folder
 from ..methods import METHODS
 from ..runs.config import default_of
-from .run import dumped, posterior_summary
+from .common import dumped
+from .train import posterior_summary
 
 
 def methods(json: bool = False) -> None:

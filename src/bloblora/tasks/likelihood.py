@@ -407,3 +407,9 @@ CATEGORICAL = Categorical()
 def likelihood_of(task: Any) -> Likelihood:
     """That of a task; classes where it says nothing else, and without a task."""
     return getattr(task, "likelihood", CATEGORICAL)
+
+
+def mean_nll(likelihood: Likelihood, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Of logits (b, C); a share of it is of the classes alike that an example has, whose logits are finite."""
+    nll = -likelihood.log_prob(logits, labels).mean()
+    return (1 - smoothing) * nll - smoothing * likelihood.alike(logits, labels).mean() if smoothing else nll

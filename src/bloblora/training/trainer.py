@@ -1,26 +1,21 @@
 """The Trainer with the evidence lower bound as its loss."""
 
 import copy
-import logging
 import math
 import shutil
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Sampler, SequentialSampler, Subset
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 from transformers.trainer import TRAINER_STATE_NAME
@@ -29,25 +24,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..adapter import Posterior, find_posterior, load_posterior
 from ..adapter.bayesianize import is_head
-from ..adapter.head import Bounding, trained_head
+from ..adapter.head import Bounding
 from ..adapter.sharding import trained_state
 from ..adapter.storage import adapter_folder
 from ..adapter.variant import STD_PARAMETER
-from ..contexts import eval_mode
 from ..files import as_os_error, naming
 from ..messages import shortened
-from ..models import names_head
 from ..posterior import separate_noise, stack
-from ..prediction.states import with_states
-from ..tasks.likelihood import Categorical, Likelihood, likelihood_of
+from ..tasks.likelihood import Categorical, likelihood_of, mean_nll
 from .arguments import (
-    AUTO,
     CLASS_MEANS,
     OBJECTIVE,
     TRAINED,
     BlobTrainingArguments,
     Objective,
-    automatic_head,
     automatic_head_kl_scale,
     automatic_kl_scale,
     automatic_std_learning_rate,
@@ -57,7 +47,7 @@ from .arguments import (
 )
 from .callbacks import ElboCallback
 from .checkpoints import KEPT, last_checkpoint, remove_torn, tensor_files_sha256
-from .class_means import FILE, ClassMeans, LeftOut, Read, keys_of
+from .class_means import LeftOut
 from .divergence import (
     DivergedError,
     all_finite,
@@ -65,30 +55,14 @@ from .divergence import (
     first_bad_weight,
     last_bad_gradient,
 )
+from .head import HeadMixin
+from .kinds import TrainingTask, classes, classifies, is_of, writes
 
-_log = logging.getLogger("bloblora")
 _EPSILON = 1e-15  # of Adam, for Ω
 _IGNORED = -100  # a label that transformers' losses leave out
 
-if TYPE_CHECKING:
-    _Host = Trainer
-else:
-    _Host = object
 
-
-class TrainingTask(Protocol):
-    """What the trainer needs of a task."""
-
-    def length(self, example: Any) -> int:
-        """Tokens that an encoded example takes in a batch."""
-
-    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Logits (b, C) of a batch."""
-
-    # and, where it isn't `tasks.CATEGORICAL`, ``likelihood``: how probable labels are, given logits
-
-
-class BlobTrainerMixin(_Host):
+class BlobTrainerMixin(HeadMixin):
     """Adds the KL to the loss of any Trainer: transformers' (`BlobTrainer`), TRL's, or one of your own.
 
     ``class BlobSFTTrainer(BlobTrainerMixin, SFTTrainer): ...`` keeps what that Trainer does with data, loss, logs and
@@ -123,10 +97,6 @@ class BlobTrainerMixin(_Host):
             tokens, and ``dataset_size`` isn't given.
     """
 
-    args: Any
-    class_means: ClassMeans | None = None
-    _resumed_from: str | None = None
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(BlobTrainerMixin):
@@ -159,13 +129,13 @@ class BlobTrainerMixin(_Host):
         assert isinstance(self.model, nn.Module)
         self._take(self.model)
         self.problems: list[str] = []  # of the posterior that was trained
-        if task is None and (draws := getattr(args, "eval_num_samples", 0)) > 0 and not _classifies(self._module):
+        if task is None and (draws := getattr(args, "eval_num_samples", 0)) > 0 and not classifies(self._module):
             raise ValueError(
                 f"eval_num_samples is {draws}; without a task it must be 0 (the mean), but for a model that classifies "
                 "sequences: draws are averaged over the probabilities of classes"
             )
         self._trainers_loss = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
-        sequences = _is_of(self._module, ("SEQ_CLS",), MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+        sequences = is_of(self._module, ("SEQ_CLS",), MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
         sequences &= self._trainers_loss
         if task is not None or self.is_deepspeed_enabled or sequences:
             # The loss is a mean over the batch; models that classify sequences take a number of items and ignore it.
@@ -206,86 +176,17 @@ class BlobTrainerMixin(_Host):
             if self.posterior is not None:
                 self.posterior.temperatures = None
             output = super().train(resume_from_checkpoint, *args, **kwargs)
-            self._finish_class_means()
+            if self.class_means is not None:
+                self._finish_class_means()
+                self._check_weights()
         fits = getattr(self.args, "temperature_scaling", False) and self._knows_likelihood and not self._bypassed
         if self.posterior is not None and fits:
             self._set_temperature(self.posterior)
         return output
 
-    def join_eval_dataset(self) -> dict[str, float]:
-        """Let the records of ``eval_dataset`` join the head's class means, after ``train``, once they have served.
-
-        More records tell a class's mean better, and nothing was trained on these. Each is left out in turn to choose
-        shrinkage and scale anew; the temperature stays. Nothing may be measured on them afterwards.
-
-        Returns:
-            ``shrinkage`` and ``scale``, and the ``nll`` of these records, each left out, nats; nothing where the head
-            is trained, or there are no such records, and then nothing changes.
-        """
-        found = {} if self.class_means is None else self.class_means.join()
-        if found:
-            self.class_means_found = found
-        return found
-
-    @contextmanager
-    def _head_given_back(self) -> Iterator[None]:
-        """A head that isn't trained takes gradients again afterwards, also where an error ends the training."""
-        try:
-            yield
-        finally:
-            if self.class_means is not None:
-                self.class_means.freeze(False)
-
-    def _set_temperature(self, posterior: Posterior) -> None:
-        """Fit a temperature on the evaluation data; warn where a Gaussian head, which needs one, gets none."""
-        from ..prediction.temperature import FEWEST_FOR_TEMPERATURE, set_temperature
-
-        parts = self._temperature_data()
-        sized = all(isinstance(part, Sized) for part in parts)
-        count = sum(map(len, parts)) if sized else 0
-        split = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not split and count >= FEWEST_FOR_TEMPERATURE:
-            inputs = self._eval_batches(parts) if self.task is None else [example for part in parts for example in part]
-            options: Any = {"task": self.task, "batch_size": self.args.per_device_eval_batch_size}
-            try:
-                set_temperature(self._module, inputs, **options)
-            except ValueError as error:  # which must not cost a training
-                warnings.warn(f"eval_dataset: no temperature was fitted on it: {error}", stacklevel=3)
-        elif posterior.head is not None:
-            advice = f"give an eval_dataset of {FEWEST_FOR_TEMPERATURE} examples or more that aren't trained on, "
-            if split:
-                why, advice = "FSDP or DeepSpeed splits the model", ""
-            elif not parts:
-                why = "there is no eval_dataset"
-            else:
-                why = f"eval_dataset has {count} examples" if sized else "eval_dataset has no length"
-            warnings.warn(
-                "no temperature was fitted, and the probabilities of a Gaussian head are far too unsure without one. "
-                f"The reason: {why}; {advice}call bloblora.set_temperature(model, …), or set temperature_scaling=False "
-                "where the order of the labels is all that counts",
-                stacklevel=3,
-            )
-
-    def _temperature_data(self) -> list[Any]:
-        """Of several evaluation data sets the one of ``metric_for_best_model``, or all where that names none."""
-        data: Any = self.eval_dataset
-        if not isinstance(data, Mapping):
-            return [] if data is None else [data]
-        metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
-        named = [name for name in data if metric.startswith(f"{name}_")]
-        return [data[max(named, key=len)]] if named else [*data.values()]
-
-    def _eval_batches(self, parts: Sequence[Any]) -> DataLoader[Any]:
-        """All of the evaluation data in each process, as the model takes it."""
-        kept = [
-            self._remove_unused_columns(data, description="evaluation") if hasattr(data, "column_names") else data
-            for data in parts
-        ]
-        collator = self.data_collator
-        if not all(hasattr(data, "column_names") for data in parts):
-            collator = self._get_collator_with_removed_columns(collator, description="evaluation")
-        data = kept[0] if len(kept) == 1 else ConcatDataset(kept)
-        return DataLoader(data, self.args.per_device_eval_batch_size, collate_fn=collator)
+    def _has_own_loss(self) -> bool:
+        """Whether a subclass computes the loss."""
+        return getattr(self.compute_loss, "__func__", None) is not BlobTrainerMixin.compute_loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -407,13 +308,6 @@ class BlobTrainerMixin(_Host):
     def expects_labels(self) -> bool:
         """Whether the squares of examples' gradients can be made those of the labels that the model expects."""
         return not self.is_deepspeed_enabled and self._knows_likelihood and likelihood_of(self.task).expects
-
-    @property
-    def _knows_likelihood(self) -> bool:
-        """Whether the loss is the NLL of the task's likelihood, or without a task of classes."""
-        if self.compute_loss_func is not None:
-            return False
-        return self.task is not None or (self._trainers_loss and _classifies(self._module))
 
     def _expect_labels(self, logits: Tensor, labels: Tensor) -> None:
         """Make the squares of examples' gradients those of the labels that the model expects."""
@@ -608,7 +502,7 @@ class BlobTrainerMixin(_Host):
                 expected = self.posterior is not None and self.posterior.batch.expects_labels
                 if labels is None or not (model.training and (expected or bounding is not None or means is not None)):
                     return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-                labels = _classes(labels)
+                labels = classes(labels)
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
                 if by_others is not None:
                     outputs["logits"], loss = self._left_out(by_others(outputs["logits"], inputs, labels))
@@ -628,7 +522,7 @@ class BlobTrainerMixin(_Host):
             if self.compute_loss_func is None:
                 if loss is None:
                     smoothing = self.args.label_smoothing_factor
-                    loss = _mean_nll(likelihood_of(self.task), outputs["logits"], labels, smoothing)
+                    loss = mean_nll(likelihood_of(self.task), outputs["logits"], labels, smoothing)
                 loss = loss + cost
             else:
                 loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
@@ -640,8 +534,8 @@ class BlobTrainerMixin(_Host):
         """Logits of a batch (b, C), and its mean NLL with the gradient of all records' NLL over b."""
         likelihood, smoothing = likelihood_of(self.task), self.args.label_smoothing_factor
         own = found.logits[found.rows].detach()
-        nll = _mean_nll(likelihood, own, found.labels[found.rows], smoothing)
-        slopes = found.slopes(_mean_nll(likelihood, found.logits, found.labels, smoothing) * len(found.labels))
+        nll = mean_nll(likelihood, own, found.labels[found.rows], smoothing)
+        slopes = found.slopes(mean_nll(likelihood, found.logits, found.labels, smoothing) * len(found.labels))
         if (squares := self._squares(own)) is not None and isinstance(likelihood, Categorical):
             squares.mul_(found.expected_square(slopes, likelihood.weight(found.labels)))
         moved = (slopes * found.states).sum() / len(found.rows)
@@ -704,7 +598,7 @@ class BlobTrainerMixin(_Host):
                 f"{name}: adapter {self._module.active_adapter!r} has no posterior, so a plain LoRA is trained: call "
                 "bayesianize(model, BlobConfig()) before"
             )
-        if self.args.kl_scale != 0 and getattr(self.args, "dataset_size", None) is None and _writes(self._module):
+        if self.args.kl_scale != 0 and getattr(self.args, "dataset_size", None) is None and writes(self._module):
             return (
                 f"{name}: dataset_size is None, so the KL is divided by the {self._dataset_size()} examples, but a "
                 "language model's loss is a mean over tokens: set dataset_size of the arguments to the number of label "
@@ -739,136 +633,6 @@ class BlobTrainerMixin(_Host):
         self._nll_sum += kept["sums"][0]
         self._loss_sum += kept["sums"][1]
         self._nll_count, self._kl_weights = kept["nll_count"], [*kept["kl_weights"]]
-
-    @property
-    def _head(self) -> str:
-        return getattr(self.args, "head", TRAINED)
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self._choose_head()  # of the model that is there by now, before its optimizer is made
-        return super()._inner_training_loop(*args, **kwargs)
-
-    def _choose_head(self) -> None:
-        """Decide what ``head`` leaves open; raise a ValueError where class means can't be known in this training."""
-        if self._head != CLASS_MEANS:
-            before, self.class_means = self.class_means, None
-            if before is not None:
-                before.freeze(False)
-            if self._head == AUTO and self._takes_class_means(before):
-                self._make_class_means()
-                _log.info(f"no head is trained: it is made of the means of the classes (head={TRAINED!r} trains one)")
-        if self.class_means is not None and (wrong := self._against_class_means()):
-            raise ValueError(f"head {CLASS_MEANS!r} {wrong}; set it to {TRAINED!r}")
-
-    def _takes_class_means(self, before: ClassMeans | None) -> bool:
-        """Whether ``auto`` is class means: as a checkpoint has it, or a training before; or else for a fresh head."""
-        if self._resumed_from:
-            return (Path(self._resumed_from) / FILE).is_file()
-        if self.posterior is None or self.posterior.head is not None:
-            return False
-        if (head := self._linear_head()) is None or self._against_class_means():
-            return False
-        trained = not self.posterior.is_fresh or names_head(getattr(_base(self._module).config, "architectures", None))
-        if trained and not (before is not None and before.head is head):
-            return False
-        own_loss = getattr(self.compute_loss, "__func__", None) is not BlobTrainerMixin.compute_loss
-        if own_loss or automatic_head([len(self.train_dataset)]) == TRAINED:  # type: ignore[arg-type]
-            return False
-        return automatic_head(self._label_counts()) == CLASS_MEANS
-
-    def _label_counts(self) -> list[int]:
-        """Distinct training records of each label; none where one has no class, or isn't the same in each pass."""
-        found = []
-        for _ in range(2):
-            labels: dict[int, int] = {}
-            with separate_noise(self.args.device):
-                for batch in self._eval_batches([self.train_dataset]):
-                    if not _has_classes(batch):
-                        return []
-                    classes = batch["labels"].reshape(-1)
-                    labels |= zip(keys_of(batch, classes).tolist(), classes.tolist(), strict=True)
-            found.append(labels)
-        return [*Counter(found[0].values()).values()] if found[0] == found[1] else []
-
-    def _linear_head(self) -> nn.Linear | None:
-        """The layer that gives the logits of classes, trained with the adapter; None where there is none."""
-        if not isinstance(self._module, PeftModel) or not _classifies(self._module):
-            return None
-        found = trained_head(self._module, self._module.active_adapter)
-        return None if found is None else found[1]
-
-    def _make_class_means(self) -> None:
-        """Take the head of the model from what is trained.
-
-        Raises:
-            ValueError: it has none that gives classes, or a Gaussian one.
-        """
-        if self.posterior is not None and self.posterior.head is not None:
-            raise ValueError(
-                f"head {CLASS_MEANS!r} isn't trained, and BlobConfig.head_prior_std says how it is: set that to 'none'"
-            )
-        if (head := self._linear_head()) is None:
-            raise ValueError(
-                f"head must be {TRAINED!r} for a {type(_base(self._module)).__name__} without an adapter whose "
-                f"modules_to_save have a linear head of two labels or more, got {CLASS_MEANS!r}"
-            )
-        likelihood = likelihood_of(self.task)
-        weights = likelihood.weights if isinstance(likelihood, Categorical) else ()
-        self.class_means = ClassMeans(head, weights, self.accelerator.gather)
-
-    def _against_class_means(self) -> str:
-        """Why class means can't be known in this training; empty where they can."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return "isn't offered under FSDP or DeepSpeed, which split the model"
-        if self.args.n_gpu > 1:
-            return "isn't offered under DataParallel, which splits batches: start one process for each GPU by torchrun"
-        if self.args.torch_compile:
-            return "isn't offered with torch_compile"
-        if not self._knows_likelihood:
-            return "needs the NLL of classes as the loss, and there is a loss of its own"
-        if not isinstance(self.train_dataset, Sized):
-            return "needs training data with a length, of which all are read before the first step"
-        return ""
-
-    def begin_class_means(self) -> None:
-        """Read the training records, or what a checkpoint holds of them."""
-        if self.class_means is None:
-            return
-        if self._resumed_from:
-            self.class_means.restore(Path(self._resumed_from))
-        else:
-            self.class_means.begin(self._read(self.train_dataset))
-
-    def _finish_class_means(self) -> None:
-        """Set the head, by the evaluation data where there are any."""
-        if self.class_means is not None:
-            held_out = chain.from_iterable(map(self._read, self._temperature_data()))
-            self.class_means_found = self.class_means.finish(self._read(self.train_dataset), held_out)
-            self.class_means.freeze(False)  # what is frozen isn't looked at
-            self._check_weights()
-
-    def _read(self, data: Any) -> Iterator[Read]:
-        """What the head reads of each batch of data, under the mean and without dropout."""
-        from ..prediction.prediction import order_of
-
-        assert self.class_means is not None
-        task: Any = self.task
-        if task is not None and (order := order_of(data, task)):
-            data = Subset(data, order)
-        with separate_noise(self.args.device), eval_mode(self._module):
-            for batch in self._eval_batches([data]):
-                inputs: Any = self._prepare_inputs(batch)
-                labels = _classes(inputs["labels"])
-                with self.compute_loss_context_manager():
-                    states = with_states(self.class_means.head, partial(self._logits, self._module, inputs))[1]
-                assert states is not None
-                yield Read(states.float(), labels, keys_of(inputs, labels))
-
-    def _logits(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Of a batch."""
-        if self.task is not None:
-            return self.task.logits(model, inputs)
-        return model(**{name: tensor for name, tensor in inputs.items() if name != "labels"}).logits
 
     def _mean_sums(self) -> list[float]:
         """Sums of the NLL and of the loss since the last log, as means over the processes."""
@@ -1018,55 +782,6 @@ def _restoring(what: str, checkpoint: str | None) -> Iterator[None]:
             f"{checkpoint}: its {what} can't be restored: {shortened(f'{type(error).__name__}: {error}')}; remove the "
             "folder to go on from an earlier checkpoint, or from the start"
         ) from error
-
-
-def _mean_nll(likelihood: Likelihood, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Of logits (b, C); a share of it is of the classes alike that an example has, whose logits are finite."""
-    nll = -likelihood.log_prob(logits, labels).mean()
-    return (1 - smoothing) * nll - smoothing * likelihood.alike(logits, labels).mean() if smoothing else nll
-
-
-def _classes(labels: Tensor) -> Tensor:
-    """Class indices (b,) as transformers' loss of classes takes them; a ValueError where they are none."""
-    if labels.is_floating_point():
-        raise ValueError(
-            f"labels: {labels.dtype} of shape {tuple(labels.shape)} are no classes: transformers would train several "
-            "labels at once, or a value; set config.problem_type to 'multi_label_classification' or 'regression' "
-            "before bayesianize, or give whole numbers"
-        )
-    return labels.reshape(-1)
-
-
-def _has_classes(batch: Mapping[str, Any]) -> bool:
-    """Whether a batch of tokens has one class for each text."""
-    labels = batch.get("labels")
-    if "input_ids" not in batch or not isinstance(labels, Tensor) or labels.is_floating_point():
-        return False
-    return labels.numel() == len(labels) and bool((labels >= 0).all())
-
-
-def _classifies(model: nn.Module) -> bool:
-    """Whether a model's logits are those of classes that exclude each other, (b, C)."""
-    base = _base(model)
-    if not _is_of(model, ("SEQ_CLS",), MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES):
-        return False
-    return base.config.num_labels > 1 and base.config.problem_type in (None, "single_label_classification")
-
-
-def _writes(model: nn.Module) -> bool:
-    """Whether a model's own loss is a mean over tokens."""
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-    return _is_of(model, ("CAUSAL_LM", "SEQ_2_SEQ_LM"), names)
-
-
-def _is_of(model: nn.Module, task_types: tuple[str, ...], names: Mapping[str, str]) -> bool:
-    """Whether the adapter was made for one of these, or else the base is one of transformers' classes."""
-    task_type = model.peft_config[model.active_adapter].task_type if isinstance(model, PeftModel) else None
-    return task_type in task_types if task_type else type(_base(model)).__name__ in names.values()
-
-
-def _base(model: nn.Module) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class _LengthGroupedSampler(LengthGroupedSampler):
