@@ -201,8 +201,8 @@ class HeadMixin(_Host):
                 for batch in self._eval_batches([self.train_dataset]):
                     if not has_classes(batch):
                         return []
-                    classes = batch["labels"].reshape(-1)
-                    labels |= zip(keys_of(batch, classes).tolist(), classes.tolist(), strict=True)
+                    known = classes(batch["labels"])
+                    labels |= zip(keys_of(batch, known).tolist(), known.tolist(), strict=True)
             found.append(labels)
         return [*Counter(found[0].values()).values()] if found[0] == found[1] else []
 
