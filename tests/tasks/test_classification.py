@@ -34,7 +34,7 @@ def test_labels_are_sorted_and_fixed(tokenizer):
 
 @pytest.mark.parametrize("config_class", [LlamaConfig, BertConfig])
 def test_same_as_the_model_on_each_text_alone(config_class, tokenizer):
-    model, task = tiny_classifier(config_class), build_task("auto", RECORDS, tokenizer)
+    model, task = tiny_classifier(config_class), build_task("auto", RECORDS, tokenizer, template="{text}")
     batch = task.collate(encode_all(task, RECORDS, tokenizer))
     assert batch["labels"].tolist() == [2, 1, 1, 0]
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_same_as_the_model_on_each_text_alone(config_class, tokenizer):
 
 
 def test_long_text_loses_its_end(tokenizer, caplog):
-    task = build_task("classification", RECORDS, tokenizer, max_length=30)
+    task = build_task("classification", RECORDS, tokenizer, max_length=30, template="{text}")
     examples = encode_all(task, RECORDS, tokenizer)
     whole = tokenizer(RECORDS[2]["text"])["input_ids"]
     assert caplog.messages == [
@@ -54,6 +54,51 @@ def test_long_text_loses_its_end(tokenizer, caplog):
     ]
     assert examples[2]["input_ids"] == whole[:30]
     assert examples[2]["truncated"] == len(whole) - 30
+
+
+def test_of_a_template_the_text_alone_is_cut(tokenizer):
+    texts = {"text": "a " * 20 + "{suitcase}", "text_pair": "the trophy " * 40}
+    template = "First: {text} Second: {text_pair} Same:"
+    whole = tokenizer(template.format(**texts))["input_ids"]
+    room = len(tokenizer(template.format(text=texts["text"], text_pair="the trophy"))["input_ids"])
+    task = build_task("classification", RECORDS, tokenizer, template=template, max_length=room)
+    example = task.encode(texts, tokenizer)
+    assert room - 4 <= len(example["input_ids"]) <= room
+    assert example["truncated"] == len(whole) - len(example["input_ids"])
+    read = tokenizer.decode(example["input_ids"])
+    assert read.startswith(f"First: {texts['text']} Second: the trophy") and read.endswith(" Same:")
+    with pytest.raises(TaskError, match="max_length: 8 tokens are left for the prompt, too few for a text_pair"):
+        build_task("classification", RECORDS, tokenizer, template=template, max_length=8).encode(texts, tokenizer)
+
+
+def test_classes_of_single_texts_are_asked_for_in_one_word(tokenizer):
+    task = build_task("classification", RECORDS, tokenizer)
+    read = tokenizer.decode(task.encode(RECORDS[1], tokenizer)["input_ids"])
+    assert read == 'This sentence: "My card" means in one word: "'
+    assert task.template in task.head_note
+    pairs = build_task("classification", [PAIR, *RECORDS], tokenizer)
+    assert pairs.template == "{text}" and pairs.head_note is None
+    encoder = train_tokenizer()
+    encoder.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    assert build_task("classification", RECORDS, encoder).template == "{text}"
+    values = [{"text": "a", "value": 1}, {"text": "b", "value": 2}]
+    regression = build_task("regression", values, tokenizer, template="How good is {text}?")
+    assert "'How good is {text}?'" in regression.head_note and "noise" in regression.head_note
+
+
+@pytest.mark.parametrize(
+    "template, record, error",
+    [
+        ("Say:", RECORDS[0], r"template: 'Say:'; it must have {text}, each once"),
+        ("{text} {words}", RECORDS[0], r"it must have {text}, each once, and no other field"),
+        ("{text}: ", RECORDS[0], "ends in a space"),
+        ("{text} and {text_pair}", RECORDS[0], r"the record has no second text, and the template .* has {text_pair}"),
+        ("Say: {text}", {"text": "a", "text_pair": "b"}, r"has a second text, and the template .* has no {text_pair}"),
+    ],
+)
+def test_a_template_that_does_not_fit(template, record, error, tokenizer):
+    with pytest.raises(TaskError, match=error):
+        build_task("classification", RECORDS, tokenizer, template=template).encode(record, tokenizer)
 
 
 def test_whole_numbers_as_labels_sort_as_numbers(tokenizer):

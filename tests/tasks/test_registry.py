@@ -77,7 +77,7 @@ def test_what_cannot_be_used_is_named_and_skipped(package):
 
 def test_it_encodes_and_is_read_back(package, tokenizer):
     records = [{"text": "my card", "label": "card"}, {"text": "the air", "label": "air"}]
-    task = build_task("shouted", records, tokenizer, tone="loud")
+    task = build_task("shouted", records, tokenizer, tone="loud", template="{text}")
     expected = [tokenizer(text)["input_ids"] for text in ("MY CARD", "THE AIR")]
     assert [example["input_ids"] for example in encode_all(task, records, tokenizer)] == expected
     assert task_from_dict(task.to_dict()) == task

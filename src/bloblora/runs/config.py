@@ -7,9 +7,11 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
+from copy import copy
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
@@ -521,7 +523,13 @@ def options_of(method: str, task: str = "auto") -> dict[str, dict[str, Field[Any
     They are dataclass fields: ``metadata["help"]`` says what each does, and `default_of` its default.
     """
     kinds = [tasks.TASKS[task]] if task in tasks.TASKS else [*tasks.TASKS.values()]
-    task_options = {o.name: o for kind in kinds for o in fields(kind) if o.name != "pad_token_id"}
+    task_options: dict[str, Field[Any]] = {}
+    for option, name in ((option, kind.name) for kind in kinds for option in fields(kind)):
+        known, text = task_options.setdefault(option.name, option), option.metadata.get("help", "")
+        if text not in (before := known.metadata.get("help", "")):  # one name, and in each task another meaning
+            task_options[option.name] = known = copy(known)
+            known.default, known.metadata = None, MappingProxyType({"help": f"{before} In {name}: {text}"})
+    del task_options["pad_token_id"]
     return {
         "run": {option.name: option for option in fields(RunConfig) if option.name not in _SECTIONS},
         "reading": {option.name: option for option in fields(ReadingOptions)},

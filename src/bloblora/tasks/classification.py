@@ -11,10 +11,16 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from ..messages import quoted
+from .encoding import ends_with_text
 from .likelihood import Categorical
 from .task import Record, Task, TaskError
-from .text_head import TextHead
+from .text_head import ONE_WORD, TextHead
 
+LABELS = (
+    "The outputs of the model's head, in order; default: the labels or tags of the data, sorted, as numbers where all "
+    "are whole numbers. For a head that exists already, and for a label that the data lack."
+)
+"""What the option ``labels`` is."""
 _WHOLE = re.compile("[+-]?[0-9]{1,18}")
 
 
@@ -29,10 +35,7 @@ class OneOfLabels(Task):
 
     labels: tuple[str, ...] = field(  # type: ignore[misc]  # the base class has None: no fixed columns
         default=(),
-        metadata={
-            "help": "The outputs of the model's head, in order; default: the labels or tags of the data, sorted, as "
-            "numbers where all are whole numbers. For a head that exists already, and for a label that the data lack."
-        },
+        metadata={"help": LABELS},
     )
 
     class_weights: tuple[float, ...] | str = field(
@@ -86,6 +89,13 @@ class Classification(OneOfLabels, TextHead):
     """A text's label."""
 
     name: ClassVar[str] = "classification"
+
+    @classmethod
+    def build(cls, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Task:
+        """The task; without a template it has PromptEOL's where that fits the records and the tokenizer."""
+        if ends_with_text(tokenizer) and not any("text_pair" in record for record in records):
+            options.setdefault("template", ONE_WORD)
+        return super().build(records, tokenizer, **options)
 
     @classmethod
     def labels_of(cls, record: Record) -> Sequence[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from string import Formatter
 
 import torch
@@ -32,6 +32,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     bos = [tokenizer.bos_token_id]
     adds_bos = tokenizer(text)["input_ids"][:1] == bos != ids[:1]
     return [*bos, *ids] if adds_bos else ids
+
+
+def ends_with_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts no token of its own behind a text, as those of decoders do."""
+    return tokenizer("a")["input_ids"][-1:] == tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
 
 
 def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -72,17 +77,43 @@ def fit_question(
     Raises:
         TaskError: the prompt is too long even without the question.
     """
-    ids = prompt_ids(tokenizer, template.format(question=question, **fields))
-    words = tokenizer(question, add_special_tokens=False)["input_ids"]
-    cut = 0
-    # Tokens can merge differently after the cut, so one pass may leave a few too many.
-    while limit is not None and len(ids) > limit:
-        cut += len(ids) - limit
-        if cut >= len(words):
-            raise TaskError(f"max_length: {max(limit, 0)} tokens are left for the prompt, too few for a question")
-        shorter = str(tokenizer.decode(words[cut:])).lstrip()
-        ids = prompt_ids(tokenizer, template.format(question=shorter, **fields))
-    return ids, cut
+
+    def encode(**texts: str) -> list[int]:
+        return prompt_ids(tokenizer, template.format(**texts, **fields))
+
+    return fit_texts(encode, tokenizer, {"question": question}, limit, side="left")
+
+
+def fit_texts(
+    encode: Callable[..., list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, str],
+    limit: int | None,
+    *,
+    side: str,
+) -> tuple[list[int], int]:
+    """What `encode` makes of texts by name within `limit` tokens, and how many of the texts' were cut off.
+
+    The text with the most tokens is shortened, from this side.
+
+    Raises:
+        TaskError: it is too long even without that text.
+    """
+    ids = encode(**texts)
+    if limit is None or len(ids) <= limit:
+        return ids, 0
+    words = {name: tokenizer(text, add_special_tokens=False)["input_ids"] for name, text in texts.items()}
+    shorter, total = dict(texts), sum(map(len, words.values()))
+    # Tokens can merge differently after a cut, so one may leave a few too many.
+    while (excess := len(ids) - limit) > 0:
+        name = max(words, key=lambda name: len(words[name]))
+        if excess >= len(words[name]):
+            raise TaskError(f"max_length: {max(limit, 0)} tokens are left for the prompt, too few for a {name}")
+        words[name] = words[name][excess:] if side == "left" else words[name][:-excess]
+        text = str(tokenizer.decode(words[name]))
+        shorter[name] = text.lstrip() if side == "left" else text
+        ids = encode(**shorter)
+    return ids, total - sum(map(len, words.values()))
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, *, side: str, length: int = 0) -> Tensor:

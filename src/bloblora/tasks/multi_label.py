@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from ..messages import quoted
-from .classification import shown_labels, sorted_labels
+from .classification import LABELS, shown_labels, sorted_labels
 from .likelihood import Bernoulli, Likelihood
 from .task import Record, Task, TaskError
 from .text_head import TextHead
@@ -26,7 +26,7 @@ class MultiLabel(TextHead):
 
     labels: tuple[str, ...] = field(  # type: ignore[misc]  # the base class has None: no fixed columns
         default=(),
-        metadata={"help": "The outputs of the model's head, in order; default: the labels of the data, sorted."},
+        metadata={"help": LABELS},
     )
 
     name: ClassVar[str] = "multi_label"

@@ -121,11 +121,12 @@ class Regression(TextHead):
 
     @property
     def head_note(self) -> str:
-        """How a value and its noise follow from the outputs."""
-        return (
+        """How a value and its noise follow from the outputs, and what the model reads."""
+        outputs = (
             f"the head's outputs are m and a: the value is {self.value_mean!r} + {self.value_std!r}·m, and its noise "
             f"variance {self.value_std!r}²/(log(1 + (e - 1)·exp(a)) + {_LEAST_PRECISION})"
         )
+        return "; ".join(filter(None, [super().head_note, outputs]))
 
     def columns(self, record: Record) -> list[str]:
         """None: a value has no columns."""

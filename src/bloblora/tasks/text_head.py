@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -10,19 +11,45 @@ from transformers import PreTrainedTokenizerBase
 
 from ..contexts import unwrapped
 from ..messages import quoted
-from .encoding import collate_labels, pad
+from .encoding import check_template, collate_labels, fit_texts, pad
 from .task import Batch, Example, Record, Task, TaskError
 
 _OF_TOKENS = ("input_ids", "token_type_ids")
+_TEXT, _PAIR = "{text}", "{text_pair}"
+ONE_WORD = 'This sentence: "{text}" means in one word: "'
+"""PromptEOL, of Jiang et al., Scaling Sentence Embeddings with Large Language Models (arXiv 2307.16645), section 3.2.
+
+A model that reads from left to right has the text's meaning in its last state where it is about to say it, and else
+that of the word that comes next.
+"""
 
 
+@dataclass(frozen=True, kw_only=True)
 class TextHead(Task):
-    """A task of an `AutoModelForSequenceClassification`; a text that is too long loses its end."""
+    """A task of an `AutoModelForSequenceClassification`; a text that is too long loses its end.
+
+    Args:
+        template: what the model reads, with the text, or both texts, in their places.
+    """
+
+    template: str = field(
+        default=_TEXT,
+        metadata={
+            "help": "What the model reads: words around {text}, and around {text_pair} for pairs. `{text}` is the text "
+            "alone, and pairs as the tokenizer joins them. Default: for classes of single texts, where the tokenizer "
+            f"puts nothing of its own behind a text, `{ONE_WORD}`; otherwise `{_TEXT}`."
+        },
+    )
 
     kind: ClassVar[str] = "text"
     pipeline_tag: ClassVar[str] = "text-classification"
     task_type: ClassVar[str] = "SEQ_CLS"
     truncates: ClassVar[str] = "the end of the text"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.template != _TEXT:
+            check_template(self.template, "text", *(["text_pair"] if _PAIR in self.template else []))
 
     @classmethod
     def check(cls, records: Sequence[Record], **options: Any) -> None:
@@ -37,9 +64,11 @@ class TextHead(Task):
     def tokenize(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
         """`input_ids` of the record's `text`, with the tokenizer's special tokens; with `text_pair` those of both.
 
-        A pair is encoded as the tokenizer does, with `token_type_ids` where it has them; one that puts nothing between
-        two texts gets a line break there. Of a pair that is too long the longer text is cut first.
+        A pair is encoded as the template or the tokenizer has it, with `token_type_ids` where that has them; where it
+        puts nothing between two texts there is a line break. Of a pair that is too long the longer text is cut first.
         """
+        if self.template != _TEXT:
+            return self._filled(record, tokenizer)
         texts = [record["text"], *([record["text_pair"]] if "text_pair" in record else [])]
         counts = [tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True)]
         if len(texts) > 1 and counts[0] == counts[1]:
@@ -48,6 +77,22 @@ class TextHead(Task):
         encoded = tokenizer(*texts, truncation=self.max_length is not None, max_length=self.max_length)
         names = [name for name in _OF_TOKENS[: len(texts)] if name in encoded]
         return {name: encoded[name] for name in names} | {"truncated": len(ids) - len(encoded["input_ids"])}
+
+    def _filled(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
+        names = ["text", *(["text_pair"] if "text_pair" in record else [])]
+        if (len(names) == 2) != (_PAIR in self.template):
+            found, other = ("a", "no ") if len(names) == 2 else ("no", "")
+            raise TaskError(
+                f"field 'text_pair': the record has {found} second text, and the template {quoted(self.template)} has "
+                f"{other}{_PAIR}"
+            )
+
+        def encode(**texts: str) -> list[int]:
+            return tokenizer(self.template.format(**texts))["input_ids"]
+
+        texts = {name: record[name] for name in names}
+        ids, cut = fit_texts(encode, tokenizer, texts, self.max_length, side="right")
+        return {"input_ids": ids, "truncated": cut}
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """`input_ids` and `attention_mask` (b, T), padded on the right; of pairs also `token_type_ids`."""
@@ -59,6 +104,13 @@ class TextHead(Task):
             "attention_mask": pad([[1] * len(row) for row in rows], 0, side="right"),
             **collate_labels(examples),
         }
+
+    @property
+    def head_note(self) -> str | None:
+        """The template, where there is one."""
+        if self.template == _TEXT:
+            return None
+        return f"the model reads {quoted(self.template)}, with the text in its place, so give it that"
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """The head's outputs (b, number of them), float32.
