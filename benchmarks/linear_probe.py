@@ -4,9 +4,10 @@
     python benchmarks/linear_probe.py --folder DIR      # CLINC150 too: DIR/clinc_small_{train,test}.jsonl
 
 The records are those of benchmarks/studies/support_desk.yaml and in_time.yaml: the same to train on, to choose on and
-to test. Features are the last layer's hidden state of the last token, which is what the head of a LoRA sees, or their
-mean over the tokens, as they are (in units of their root mean square) or standardized. Each has a weight decay and a
-temperature: those with the lowest NLL of the validation records. Nothing is drawn at random. Minutes on one core.
+to test. Features are the last layer's hidden state of the text's last token, their mean over its tokens, or that of
+the last token of the template that asks for one word, which is what the head of a LoRA reads by default; as they are
+(in units of their root mean square) or standardized. Each has a weight decay and a temperature: those with the lowest
+NLL of the validation records. Nothing is drawn at random. Minutes on one core.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from bloblora.evaluation import markdown_table
 from bloblora.prediction import fit_temperature
 from bloblora.runs.selection import split
 from bloblora.studies.job import machine
+from bloblora.tasks.text_head import ONE_WORD
 
 CLINC = {"clinc150": (7, 0.2857, 3), "clinc150, 20 an intent": (20, 0.2, 10)}
 """Records an intent to train and choose on, the share of those to choose on, and records an intent to test."""
@@ -44,14 +46,20 @@ def records_of(options: argparse.Namespace) -> dict[str, Sequence[list[dict[str,
 
 
 @torch.no_grad()
-def features(model: Any, tokenizer: Any, records: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """The hidden states (n, h) of each text's last token, and their means over its tokens."""
-    rows = []
-    for record in records:
-        states = model(torch.tensor([tokenizer(record["text"])["input_ids"]])).last_hidden_state[0].double()
-        rows.append(torch.stack([states[-1], states.mean(0)]))
-    last, mean = torch.stack(rows).unbind(1)
-    return last, mean
+def features(model: Any, tokenizer: Any, records: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """By name the hidden states (n, h) of each text."""
+
+    def states_of(text: str) -> Tensor:
+        states: Tensor = model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0].double()
+        return states
+
+    alone = [states_of(record["text"]) for record in records]
+    asked = [states_of(ONE_WORD.format(text=record["text"])) for record in records]
+    return {
+        "last token": torch.stack([states[-1] for states in alone]),
+        "mean of tokens": torch.stack([states.mean(0) for states in alone]),
+        "in one word": torch.stack([states[-1] for states in asked]),
+    }
 
 
 def probe(inputs: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, float]:
@@ -80,17 +88,15 @@ def main() -> None:
     parser.add_argument("--model", default=models.DEFAULT_MODEL)
     options = parser.parse_args()
     tokenizer = models.load_tokenizer(options.model)
-    model = models.load_model(options.model, num_labels=2).base_model.bfloat16().eval()
+    model = models.load_model(options.model, num_labels=2).base_model.eval()
     results, text = {}, ""
     for name, parts in records_of(options).items():
         labels = sorted({record["label"] for record in parts[0]})
         targets = [torch.tensor([labels.index(record["label"]) for record in records]) for records in parts]
         states = [features(model, tokenizer, records) for records in parts]
         found = {}
-        for (position, where), standard in itertools.product(
-            enumerate(("last token", "mean of tokens")), (False, True)
-        ):
-            inputs = [pair[position] for pair in states]
+        for where, standard in itertools.product(states[0], (False, True)):
+            inputs = [of_part[where] for of_part in states]
             if standard:
                 scaler = StandardScaler().fit(inputs[0])
                 inputs = [torch.as_tensor(scaler.transform(rows)) for rows in inputs]

@@ -63,6 +63,8 @@ def test_rows_that_cannot_be_used_are_left_out(run, call, tmp_path):
 def test_a_limit_of_tokens(files, call, tmp_path):
     train = ["train", "--data", files.texts, "--model", files.base, "--output", tmp_path / "run", *SETTINGS]
     status, _, error = call(*train, "--max-length", "3")
+    assert (status, "record 1: max_length: 3 tokens are left for the prompt, too few for a text" in error) == (2, True)
+    status, _, error = call(*train, "--max-length", "3", "--template", "{text}")
     assert status == 0
     assert "of 4 records have more than max_length=3 tokens: the end of the text was cut off" in error
     assert json.loads((tmp_path / "run" / "task.json").read_text())["max_length"] == 3

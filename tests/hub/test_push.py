@@ -42,7 +42,8 @@ from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("tiny")
 model = AutoPeftModelForSequenceClassification.from_pretrained("user/desk", num_labels=2).eval()  # as the card says
-logits = model(**tokenizer("where is my parcel", return_tensors="pt")).logits
+text = 'This sentence: "where is my parcel" means in one word: "'  # as the card says, too
+logits = model(**tokenizer(text, return_tensors="pt")).logits
 json.dump(logits.softmax(-1)[0].tolist(), sys.stdout)
 """
 _FACTS = """

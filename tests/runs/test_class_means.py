@@ -52,7 +52,9 @@ def test_validation_records_join_the_means_in_the_end(method, joins, config, mon
     monkeypatch.setattr(ClassMeans, "join", spied)
     run = runs.train(config(method), progress=False)
     assert [(joined == run.training["class_means"], changed) for joined, changed in found] == [(True, True)] * joins
+    assert (run.scales["temperature_of_mean"] == 1) == joins  # the scale of the means is chosen once more
     loaded = runs.load_run(run.config.output)
+    assert loaded.scales == run.scales
     assert torch.equal(loaded.predict(["where is it"], 0).log_probs, run.predict(["where is it"], 0).log_probs)
 
 

@@ -110,12 +110,13 @@ def test_a_pipeline_answers_each_row_of_a_table(trained):
 def test_predict_takes_texts_with_a_tokenizer_and_loaders(trained):
     expected = trained.predict(queries(), 2).log_probs
     model, tokenizer = trained.model, trained.tokenizer
-    for source in (ALL, pandas.DataFrame(queries()), Dataset.from_list(queries())):
+    read = [{**record, "text": trained.task.template.format(text=record["text"])} for record in queries()]
+    for source in ([record["text"] for record in read], pandas.DataFrame(read), Dataset.from_list(read)):
         found = bloblora.predict(model, source, 2, tokenizer=tokenizer)
         torch.testing.assert_close(found.log_probs, expected, rtol=0, atol=1e-5)
-    (one,) = bloblora.predict(model, ALL[2], 2, tokenizer=tokenizer).labels
+    (one,) = bloblora.predict(model, read[2]["text"], 2, tokenizer=tokenizer).labels
     assert one == expected.logsumexp(0).argmax(-1)[2]
-    examples = [{**tokenizer(text), "labels": 0} for text in ALL]
+    examples = [{**tokenizer(record["text"]), "labels": 0} for record in read]
     loader = DataLoader(examples, batch_size=3, collate_fn=DataCollatorWithPadding(tokenizer))
     torch.testing.assert_close(bloblora.predict(model, loader, 2).log_probs, expected, rtol=0, atol=1e-5)
     with_task = DataLoader([{"input_ids": e["input_ids"]} for e in examples], 2, collate_fn=trained.task.collate)

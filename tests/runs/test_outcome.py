@@ -188,7 +188,7 @@ def test_what_was_read_is_said_first(trained, caplog, tmp_path):
     with caplog.at_level(logging.INFO, "bloblora"):
         run = trained(rows, method="lora")
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
-    longest = len(run.tokenizer(rows[-1]["text"])["input_ids"])
+    longest = len(run.tokenizer(run.task.template.format(text=rows[-1]["text"]))["input_ids"])
     assert lines[0] == (
         f"read 61 records with 5 labels, 1 to 15 each, the rarest 'rare'; the longest has {longest} tokens"
     )

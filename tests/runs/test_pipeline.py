@@ -40,7 +40,9 @@ def test_the_mean_is_what_transformers_own_pipeline_says(folder):
     ours = bloblora.pipeline(run, num_samples=0)
     for arguments in ({}, {"top_k": 1}, {"top_k": 2}, {"top_k": None}):
         for inputs in (TEXTS[0], TEXTS):
-            expected, found = stock(inputs, **arguments), ours(inputs, **arguments)
+            read = run.task.template.format
+            asked = read(text=inputs) if isinstance(inputs, str) else [read(text=text) for text in inputs]
+            expected, found = stock(asked, **arguments), ours(inputs, **arguments)
             assert shape(found) == shape(expected)
             assert [a["label"] for a in flat(found)] == [a["label"] for a in flat(expected)]
             scores = [a["score"] for a in flat(expected)]
@@ -61,7 +63,7 @@ def test_the_average_over_draws(train):
     classify = bloblora.pipeline(train(queries(), **OVER_A), num_samples=3, seed=4, batch_size=3)
     posterior, run = bloblora.find_posterior(classify.run.model), classify.run
     generator = torch.Generator().manual_seed(4)
-    batch = run.tokenizer(TEXTS[1], return_tensors="pt")
+    batch = run.tokenizer(run.task.template.format(text=TEXTS[1]), return_tensors="pt")
     draws = []
     for _ in range(3):
         with torch.no_grad(), posterior.draw(generator):

@@ -66,7 +66,8 @@ def test_of_a_template_the_text_alone_is_cut(tokenizer):
     assert room - 4 <= len(example["input_ids"]) <= room
     assert example["truncated"] == len(whole) - len(example["input_ids"])
     read = tokenizer.decode(example["input_ids"])
-    assert read.startswith(f"First: {texts['text']} Second: the trophy") and read.endswith(" Same:")
+    assert read.startswith(f"First: {texts['text']} Second: the trophy")
+    assert read.endswith(" Same:")
     with pytest.raises(TaskError, match="max_length: 8 tokens are left for the prompt, too few for a text_pair"):
         build_task("classification", RECORDS, tokenizer, template=template, max_length=8).encode(texts, tokenizer)
 
@@ -77,17 +78,19 @@ def test_classes_of_single_texts_are_asked_for_in_one_word(tokenizer):
     assert read == 'This sentence: "My card" means in one word: "'
     assert task.template in task.head_note
     pairs = build_task("classification", [PAIR, *RECORDS], tokenizer)
-    assert pairs.template == "{text}" and pairs.head_note is None
+    assert pairs.template == "{text}"
+    assert pairs.head_note is None
     encoder = train_tokenizer()
     encoder.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     assert build_task("classification", RECORDS, encoder).template == "{text}"
     values = [{"text": "a", "value": 1}, {"text": "b", "value": 2}]
     regression = build_task("regression", values, tokenizer, template="How good is {text}?")
-    assert "'How good is {text}?'" in regression.head_note and "noise" in regression.head_note
+    assert "'How good is {text}?'" in regression.head_note
+    assert "noise" in regression.head_note
 
 
 @pytest.mark.parametrize(
-    "template, record, error",
+    ("template", "record", "error"),
     [
         ("Say:", RECORDS[0], r"template: 'Say:'; it must have {text}, each once"),
         ("{text} {words}", RECORDS[0], r"it must have {text}, each once, and no other field"),

@@ -180,12 +180,15 @@ def test_validation_records_join_their_classes():
 def test_in_a_script_the_evaluation_records_join_when_they_are_told_to(tmp_path):
     trainer = trained(tmp_path, eval_dataset=examples(48)[24:])
     before, head = trainer.class_means_found, trainer.class_means.head.weight.clone()
+    of_draws, of_mean = trainer.posterior.temperatures
     states = trainer.class_means._training.states
     assert trainer.join_eval_dataset() == trainer.class_means_found != before
     assert not torch.equal(trainer.class_means.head.weight, head)
+    assert trainer.posterior.temperatures == (of_draws / of_mean, 1.0)
     assert len(trainer.class_means._training.states) == len(states)  # a second time it is the same
-    again = trainer.class_means.head.weight.clone()
+    again, temperatures = trainer.class_means.head.weight.clone(), trainer.posterior.temperatures
     trainer.join_eval_dataset()
+    assert trainer.posterior.temperatures == temperatures
     assert torch.equal(trainer.class_means.head.weight, again)
 
 

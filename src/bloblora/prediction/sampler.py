@@ -241,6 +241,10 @@ class Tempered(Sampler):
         for logits in self.sampler.logits(forward, num_samples, seed):
             yield logits / temperature
 
+    def of_new_head(self) -> Tempered:
+        """With a new head, whose best guess needs no temperature: that of draws stays what it was beside that one."""
+        return replace(self, temperature=self.temperature / self.temperature_of_mean, temperature_of_mean=1.0)
+
     def approximated(self, change: Callable[[WeightDraws], Sampler]) -> Sampler:
         """The other sampler's, under the same temperatures."""
         return replace(self, sampler=self.sampler.approximated(change))

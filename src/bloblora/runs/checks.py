@@ -4,6 +4,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..messages import quoted
 from ..methods import METHODS, Method
 from ..methods.rescaled import saved_factor
 from ..prediction.temperature import FEWEST_FOR_TEMPERATURE
+from ..tasks.text_head import TEXT_ALONE, TextHead
 from ..training.arguments import CLASS_MEANS
 from .config import RunConfig, RunError
 from .folder import RUN_FILE, TASK_FILE, open_run, read_fields, read_run_file
@@ -295,6 +297,22 @@ def check_start(config: RunConfig, task: tasks.Task) -> None:
     if before.likelihood != task.likelihood:
         units = f"it has {before.likelihood}, the data {task.likelihood}"
         raise RunError(f"{name} {quoted(folder)}: {units}; give its value_mean and value_std")
+
+
+def template_of(config: RunConfig, kind: type[tasks.Task]) -> dict[str, str]:
+    """The option ``template`` for a head that isn't fresh: that of the run which made it, or else the text alone."""
+    if "template" in config.task:
+        return {}
+    start = _start(config)
+    if start is not None and (file := Path(start[1]) / TASK_FILE).is_file():
+        before = read_json(file, RunError)
+        return {"template": before["template"]} if before.get("name") == kind.name and "template" in before else {}
+    if not issubclass(kind, TextHead):
+        return {}
+    with suppress(models.ModelError):  # who loads it says so
+        if start is not None or models.has_head(config.model):
+            return {"template": TEXT_ALONE}
+    return {}
 
 
 def check_start_records(config: RunConfig, records_sha256: str) -> None:

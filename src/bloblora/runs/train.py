@@ -35,6 +35,7 @@ from ..adapter.sharding import gather_
 from ..evaluation import lines_figure, save_figure
 from ..files import read_json, write_json, write_text
 from ..messages import quoted
+from ..prediction import Tempered
 from ..prediction.trunk_cache import IndexedExamples, cache_trunk
 from ..quantized import is_packed, is_quantized
 from ..training import BlobTrainingArguments, last_checkpoint
@@ -51,6 +52,8 @@ from .checks import (
     check_validation,
     load_start,
     lora_of,
+    task_name,
+    template_of,
 )
 from .config import RunConfig, RunError
 from .distance import distance_of, save_distance
@@ -148,6 +151,7 @@ def train(
             models.check_fingerprint(config.model, stored.base)
         description = replace(description, base=models.fingerprint(config.model))
         task_options = {name: value for name, value in config.task.items() if name != "name"}
+        task_options |= template_of(config, tasks.TASKS[task_name(config, records)])
         task = tasks.build_task(config.task["name"], records, tokenizer, **task_options)
         check_head(config, task, trust_remote_code)
         check_targets(config, task, trust_remote_code)
@@ -250,6 +254,9 @@ def _fit(
         problems += found
     if joined := training.join_held_out():
         result["class_means"] = joined
+        if isinstance(sampler, Tempered):  # the temperature of the mean was that of the head before
+            run.sampler = sampler.of_new_head()
+            result["rescaling"] |= {name: scale for name, scale in run.scales.items() if name in result["rescaling"]}
     if problems:
         result["warnings"] = problems
     for problem in problems[said:] if processes().is_main_process else ():

@@ -15,7 +15,8 @@ from .encoding import check_template, collate_labels, fit_texts, pad
 from .task import Batch, Example, Record, Task, TaskError
 
 _OF_TOKENS = ("input_ids", "token_type_ids")
-_TEXT, _PAIR = "{text}", "{text_pair}"
+TEXT_ALONE = "{text}"
+_PAIR = "{text_pair}"
 ONE_WORD = 'This sentence: "{text}" means in one word: "'
 """PromptEOL, of Jiang et al., Scaling Sentence Embeddings with Large Language Models (arXiv 2307.16645), section 3.2.
 
@@ -33,11 +34,11 @@ class TextHead(Task):
     """
 
     template: str = field(
-        default=_TEXT,
+        default=TEXT_ALONE,
         metadata={
             "help": "What the model reads: words around {text}, and around {text_pair} for pairs. `{text}` is the text "
-            "alone, and pairs as the tokenizer joins them. Default: for classes of single texts, where the tokenizer "
-            f"puts nothing of its own behind a text, `{ONE_WORD}`; otherwise `{_TEXT}`."
+            "alone, and pairs as the tokenizer joins them. Default: for classes of single texts, where the head is new "
+            f"and the tokenizer puts nothing of its own behind a text, `{ONE_WORD}`; otherwise `{TEXT_ALONE}`."
         },
     )
 
@@ -48,7 +49,7 @@ class TextHead(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.template != _TEXT:
+        if self.template != TEXT_ALONE:
             check_template(self.template, "text", *(["text_pair"] if _PAIR in self.template else []))
 
     @classmethod
@@ -67,7 +68,7 @@ class TextHead(Task):
         A pair is encoded as the template or the tokenizer has it, with `token_type_ids` where that has them; where it
         puts nothing between two texts there is a line break. Of a pair that is too long the longer text is cut first.
         """
-        if self.template != _TEXT:
+        if self.template != TEXT_ALONE:
             return self._filled(record, tokenizer)
         texts = [record["text"], *([record["text_pair"]] if "text_pair" in record else [])]
         counts = [tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True)]
@@ -108,7 +109,7 @@ class TextHead(Task):
     @property
     def head_note(self) -> str | None:
         """The template, where there is one."""
-        if self.template == _TEXT:
+        if self.template == TEXT_ALONE:
             return None
         return f"the model reads {quoted(self.template)}, with the text in its place, so give it that"
 

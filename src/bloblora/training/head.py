@@ -119,7 +119,8 @@ class HeadMixin(_Host):
         """Let the records of ``eval_dataset`` join the head's class means, after ``train``, once they have served.
 
         More records tell a class's mean better, and nothing was trained on these. Each is left out in turn to choose
-        shrinkage and scale anew; the temperature stays. Nothing may be measured on them afterwards.
+        shrinkage and scale anew, so that the mean needs no temperature any more; that of draws stays what it was beside
+        the mean's. Nothing may be measured on them afterwards.
 
         Returns:
             ``shrinkage`` and ``scale``, and the ``nll`` of these records, each left out, nats; nothing where the head
@@ -128,6 +129,8 @@ class HeadMixin(_Host):
         found = {} if self.class_means is None else self.class_means.join()
         if found:
             self.class_means_found = found
+            if self.posterior is not None and (before := self.posterior.temperatures):
+                self.posterior.temperatures = before[0] / before[1], 1.0
         return found
 
     def begin_class_means(self) -> None:
