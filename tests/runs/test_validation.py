@@ -50,6 +50,8 @@ def config(base, tmp_path):
         if isinstance(validation, list):
             validation = str(write_jsonl(tmp_path / "validation.jsonl", validation))
         defaults = dict(method="lora", steps=6, batch_size=2, r=2, learning_rate=0.02, eval_steps=2, head="trained")
+        if "text" in (records or queries())[0]:
+            defaults["template"] = "{text}"  # few tokens, which are learnt quickly
         return runs.RunConfig.of(
             data=str(write_jsonl(tmp_path / "data.jsonl", records or queries())),
             output=str(tmp_path / "run"),
