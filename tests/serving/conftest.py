@@ -23,7 +23,7 @@ from tests.tiny_base import QUESTIONS, queries, write_jsonl
 
 __all__ = ["text_run"]
 
-SETTINGS = Settings(samples=3, batch_size=4, max_wait_ms=2.0, queue=64, max_inputs=32, max_tokens=64, max_samples=20)
+SETTINGS = Settings(samples=3, batch_size=4, max_wait_ms=2.0, queue=64, max_inputs=32, max_tokens=128, max_samples=20)
 TEXT_SETTINGS = replace(SETTINGS, new_tokens=16, max_new_tokens=60, max_tokens=200)
 OPTIONS = {"steps": 2, "batch_size": 2, "r": 2, "learning_rate": 0.01}
 LAX = {"risk": 0.9, "level": 0.5, "coverage": 0.6, "false_alarm": 0.3}

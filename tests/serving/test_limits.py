@@ -36,7 +36,7 @@ JSON = {"Content-Type": "application/json"}
         ({"inputs": [TEXT, {"text": 5}], "model": "desk"}, "inputs[1].text", "5", "valid string"),
         ({"inputs": [{"text": " \n"}], "model": "desk"}, "inputs[0]", "{'text': ' \\n'}", "a text that isn't empty"),
         ({"inputs": {"text": "\ud800"}, "model": "desk"}, "inputs.text", "'\\ud800'", "valid string"),
-        ({"inputs": [{"text": "parcel " * 80}], "model": "desk"}, "inputs[0]", "tokens'", "must be at most 64 tokens"),
+        ({"inputs": [{"text": "parcel " * 80}], "model": "desk"}, "inputs[0]", "tokens'", "must be at most 128 tokens"),
         ({"inputs": [TEXT], "model": "quiz"}, "inputs[0]", "{'text'", "needs 'question' and 'choices'"),
         ({"inputs": "where is it", "model": "quiz"}, "inputs[0]", "{'text'", "needs 'question' and 'choices'"),
         ({"inputs": "", "model": "desk"}, "inputs", "''", "at least 1 character"),

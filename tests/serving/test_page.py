@@ -375,7 +375,10 @@ def test_an_example_is_asked_whole(opened, folders, tmp_path):
     pair = {"text": "it is late", "text_pair": "where is my parcel"}
     (tmp_path / "examples.jsonl").write_text(json.dumps(pair))
     settings = replace(SETTINGS, examples=str(tmp_path / "examples.jsonl"))
-    with serving(load_hosted(open_hosted([folders["desk"]], settings), settings), settings) as client:
+    hosted = load_hosted(open_hosted([folders["desk"]], settings), settings)
+    (run,) = (one.run for one in hosted.values())
+    run.task = replace(run.task, template="{text}")  # which takes pairs too
+    with serving(hosted, settings) as client:
         page = opened(str(client.base_url))
         with page.expect_request("**/v1/predict") as asked:
             page.get_by_role("button", name="it is late / where is my parcel").click()

@@ -87,7 +87,7 @@ def test_a_text_longer_than_the_model_reads(hosted, monkeypatch):
     from dataclasses import replace
 
     task = hosted["desk"].run.task
-    monkeypatch.setattr(hosted["desk"].run, "task", replace(task, max_length=4))
+    monkeypatch.setattr(hosted["desk"].run, "task", replace(task, max_length=4, template="{text}"))
     text = "where is my parcel"
     tokens = len(hosted["desk"].run.tokenizer(text)["input_ids"])
     with serving({"desk": hosted["desk"]}) as client:

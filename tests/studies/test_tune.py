@@ -71,7 +71,7 @@ def test_searches_in_one_folder_are_told_apart(content, write, tmp_path):
 
 def test_a_trial_that_diverges_does_not_end_the_search(content, write, tmp_path):
     study = studies.read_study(write(content))
-    wide = dict(method="wide blob", ranges={"learning_rate": (1e-16, 1e28)}, data=tmp_path)
+    wide = dict(method="wide blob", ranges={"learning_rate": (1e-28, 1e28)}, data=tmp_path)
     with pytest.warns(UserWarning, match=r"trial \d: .* is not finite at step \d"):
         trials = studies.tune(study, "desk", tmp_path / "search", trials=4, **wide)
     assert 0 < len(trials) < 4
