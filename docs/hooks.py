@@ -16,6 +16,7 @@ import dataclasses
 import html
 import importlib
 import logging
+import pydoc
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -136,10 +137,12 @@ class Docstrings(griffe.Extension):
 
     def on_attribute_instance(self, *, node: ast.AST | griffe.ObjectNode, attr: griffe.Attribute, **_: Any) -> None:
         """A dataclass field's help, which the command line shows too, is its docstring."""
-        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call) and attr.docstring is None:
-            metadata = {keyword.arg: keyword.value for keyword in node.value.keywords}.get("metadata")
-            if metadata is not None:
-                attr.docstring = griffe.Docstring(ast.literal_eval(metadata)["help"], parent=attr)
+        if attr.docstring is not None or attr.parent is None or not attr.parent.is_class:
+            return
+        owner: Any = pydoc.locate(attr.parent.path)
+        for option in dataclasses.fields(owner) if dataclasses.is_dataclass(owner) else ():
+            if option.name == attr.name and "help" in option.metadata:
+                attr.docstring = griffe.Docstring(option.metadata["help"], parent=attr)
 
 
 def _as_markdown(text: str) -> str:
