@@ -194,6 +194,10 @@ def test_what_was_read_is_said_first(trained, caplog, tmp_path):
     )
     assert lines[1] == "12 records choose the checkpoint, and fit the temperature; 49 are trained on"
     assert lines[2] == "4 steps of 4 records: 0.3 passes over them; base model in float32"
+    assert lines[3] == (
+        'a text is read in the template This sentence: "{text}" means in one word: " '
+        "(`--template '{text}'` has the text alone)"
+    )
     assert not any("Gaussian" in line for line in lines)
     with caplog.at_level(logging.INFO, "bloblora"):
         trained(rows, method="blob", output=str(tmp_path / "blob"))

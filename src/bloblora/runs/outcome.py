@@ -15,6 +15,7 @@ from ..evaluation import example_scores, metrics
 from ..methods import TEMPERED_NLL, Training
 from ..prediction import Prediction, predict
 from ..tasks import Task
+from ..tasks.text_head import TEXT_ALONE, TextHead
 from ..training.arguments import CLASS_MEANS
 from .automatic import FEWEST_FOR_GAUSSIAN_HEAD, why_none
 from .config import RunConfig
@@ -56,6 +57,8 @@ def announce(
     else:
         passes = steps * batch / len(texts)
         log.info(f"{steps} steps of {batch} records: {passes:.1f} passes over them; base model in {config.dtype}")
+    if isinstance(own := training.own_task, TextHead) and own.template != TEXT_ALONE and "template" not in given.task:
+        log.info(f"a text is read in the template {own.template} (`--template '{TEXT_ALONE}'` has the text alone)")
     if config.value("head") == CLASS_MEANS:
         log.info("no head is trained: it is made of the means of the classes (`--head trained` trains one)")
     elif config.value("head_prior_std") == "none":
