@@ -1,5 +1,6 @@
 """Tiny real models: two layers with random weights, milliseconds a forward."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,13 @@ OVER_A = dict(factors="A", head_prior_std="none")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """The trainer collects garbage at each start: a third of a second, were it among all that is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

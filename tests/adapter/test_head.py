@@ -174,7 +174,7 @@ def _read(model, posterior):
     return read[0][[0, 1], [3, 2]] if read[0].ndim == 3 else read[0]
 
 
-@pytest.mark.parametrize(("rate", "batch"), [(0.05, 40), (0.02, 40), (0.05, 20)])
+@pytest.mark.parametrize(("rate", "batch"), [(0.05, 20), (0.02, 40), pytest.param(0.05, 40, marks=pytest.mark.long)])
 def test_training_reaches_the_optimum_of_the_bound_by_its_defaults(rate, batch, tmp_path):
     """The KL's scale of so few examples is D / 240."""
     task, method = Rows(), Blob(factors="none", head_prior_std=1.0)

@@ -426,14 +426,15 @@ def wait_for(folder: Path) -> None:
         assert time.monotonic() < deadline, f"no {folder.name} in two minutes of saving"
 
 
-def test_killed_while_saving(tokens, tmp_path):
+@pytest.mark.parametrize("rounds", [1, pytest.param(6, marks=pytest.mark.long)])
+def test_killed_while_saving(tokens, tmp_path, rounds):
     """However often a process is killed, while it writes or while it moves, one of the two adapters is there, whole."""
     save(bayesian(seed=0), tmp_path)
     versions = [bayesian(seed=seed)(tokens).logits for seed in range(2)]
     context = multiprocessing.get_context("forkserver")  # imports torch once for all the processes
     context.set_forkserver_preload([__name__])
     cut_off = 0
-    for phase in [".saving", ".saved"] * 3:
+    for phase in [".saving", ".saved"] * rounds:
         process = context.Process(target=save_forever, args=(tmp_path,), daemon=True)
         process.start()
         # The last kill may have left it; then the first save ends it.

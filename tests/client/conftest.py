@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,19 +80,16 @@ def free_port():
 
 @pytest.fixture(scope="session")
 def peft_url(exported):
-    """Of a server of a task's export, by stock PEFT; started once a task."""
-    started, urls = [], {}
+    """Where a task's export is served, by stock PEFT; one process has all of them."""
+    with ExitStack() as stack:
+        urls = []
 
-    def peft_url(task, **changes):
-        key = (task, *changes)
-        if key not in urls:
-            program, port = Path(__file__).with_name("peft_server.py"), free_port()
-            command = [sys.executable, str(program), str(exported(task, **changes).folder), str(port)]
-            server = serving(command, port, 120)
-            urls[key] = server.__enter__()
-            started.append(server)
-        return urls[key]
+        def peft_url(task, **changes):
+            folder = exported(task, **changes).folder
+            if not urls:
+                program, port = Path(__file__).with_name("peft_server.py"), free_port()
+                command = [sys.executable, str(program), str(folder.parent), str(port)]
+                urls.append(stack.enter_context(serving(command, port, 120)).removesuffix("/v1"))
+            return f"{urls[0]}/{folder.name}/v1"
 
-    yield peft_url
-    for server in started:
-        server.__exit__(None, None, None)
+        yield peft_url

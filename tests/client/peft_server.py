@@ -1,6 +1,8 @@
 """Stock PEFT behind the OpenAI API's ``/v1/completions``: all adapters of an export on one model, by name.
 
-    python peft_server.py EXPORT PORT
+    python peft_server.py FOLDER PORT
+
+serves each export in the folder at ``/<its name>/v1/completions``, and loads it when it is first asked for.
 
 Of the API it has what the tests ask for: token ids as prompts, greedy answers, ``allowed_token_ids``, ``echo``,
 ``logprobs``. It knows nothing of bloblora; that vLLM answers in the same form is tests/client/test_vllm.py's to show.
@@ -63,14 +65,18 @@ def complete(model, tokenizer, body):
 
 def main(folder, port):
     torch.set_num_threads(1)
-    model, tokenizer = load(Path(folder))
-    lock = Lock()
+    loaded, lock = {}, Lock()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            known = body["model"] in model.peft_config
+            name, rest = self.path.removeprefix("/").split("/", 1)
+            assert rest == "v1/completions", self.path
             with lock:
+                if name not in loaded:
+                    loaded[name] = load(Path(folder, name))
+                model, tokenizer = loaded[name]
+                known = body["model"] in model.peft_config
                 answer = complete(model, tokenizer, body) if known else {"error": f"no model {body['model']}"}
             self.send_response(200 if known else 404)
             self.end_headers()

@@ -62,7 +62,7 @@ def place(tmp_path_factory):
     shutil.copytree(place, place / "FOLDER", ignore=shutil.ignore_patterns("cache", "FOLDER"))
     data = {"train": {"data": "queries.jsonl"}, "test": "test.jsonl", "validation": "validation.jsonl"}
     study = {"name": "study", "seeds": [0], "samples": [0, 2], "train": OPTIONS, "datasets": {"NAME": data}}
-    (place / "study.yaml").write_text(yaml.safe_dump(study | {"methods": {"lora": {}, "blob": {}}}))
+    (place / "study.yaml").write_text(yaml.safe_dump(study | {"methods": {"blob": {}}, "baseline": "blob"}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BLOBLORA_CACHE", str(place / "cache"))
         for name, file, options in (

@@ -38,7 +38,7 @@ WITHOUT = {
     "runs/tags": ("--risk", "--confidence"),
     "runs/ner": ("--risk", "--confidence"),
 }
-# What is read for something else: names of a model and of data that are elsewhere or large, and numbers of steps.
+# What is read for something else: names of a model and of data that are elsewhere or large.
 INSTEAD = {
     "meta-llama/Llama-2-7b-hf": "smollm2-135m",
     "arc_easy": "choices.jsonl",
@@ -46,13 +46,14 @@ INSTEAD = {
     "support_desk:test": "held_out.jsonl",
     "support_desk:out_of_scope": "other.jsonl",
     "--data support_desk": "--data queries.jsonl",
-    "max_steps=500": "max_steps=2",
     "risk=0.2": "risk=0.9, level=0.5, coverage=0.6, false_alarm=0.3",
     '"127.0.0.1", 8000': '"127.0.0.1", 0',
     "--validation 0.25": "--validation 0.5",
     "--validation 0.2 ": "--validation 0.5 ",
     "--temperature-folds 5": "--temperature-folds 2",
 }
+# Numbers of steps in Python, which a test of what is learnt leaves.
+STEPS = re.compile(r"\b(?:max_)?steps=\d+")
 
 
 class Reader:
@@ -73,8 +74,8 @@ class Reader:
 
         monkeypatch.setattr(server, "Server", Kept)
 
-    def run(self, block: Block) -> None:
-        code = block.code
+    def run(self, block: Block, all_steps: bool = False) -> None:
+        code = block.code if all_steps else STEPS.sub(lambda found: f"{found[0].partition('=')[0]}=2", block.code)
         for old, new in INSTEAD.items():
             code = code.replace(old, new)
         if block.language == "python" and (file := re.match(r"# (\w+)/\w+\.py\n", code)):

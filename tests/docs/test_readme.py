@@ -9,7 +9,7 @@ from tests.docs.blocks import blocks_of
 @pytest.mark.filterwarnings("ignore")
 def test_the_script_trains_the_posterior_and_makes_the_head(reader_of):
     reader = reader_of("README.md")
-    reader.run(next(block for block in blocks_of("README.md") if block.language == "python"))
+    reader.run(next(block for block in blocks_of("README.md") if block.language == "python"), all_steps=True)
     names, records = reader.namespace, data.support_desk("train")
     found = predict(names["model"], records, 0, tokenizer=names["tokenizer"])
     right = [names["labels"][i] == record["label"] for i, record in zip(found.labels, records, strict=True)]

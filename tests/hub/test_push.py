@@ -46,13 +46,6 @@ text = 'This sentence: "where is my parcel" means in one word: "'  # as the card
 logits = model(**tokenizer(text, return_tensors="pt")).logits
 json.dump(logits.softmax(-1)[0].tolist(), sys.stdout)
 """
-_FACTS = """
-import json, sys
-from bloblora import models
-
-name = "user/plain"
-json.dump([models.hidden_size(name), models.is_half(name), models.hidden_size(name)], sys.stdout)
-"""
 _SERVED = """
 import json, sys
 from pathlib import Path
@@ -61,7 +54,14 @@ from bloblora.serving.hosted import Hosted, open_hosted
 
 opened = open_hosted(["hub:user/desk", "next=hub:user/desk@next"], Settings(samples=3))
 metrics = {name: Hosted(name, run.folder, None, None, None, []).metrics for name, run in opened.items()}
-json.dump([metrics, [file.name for file in opened["desk"].folder.glob("*.png")]], sys.stdout)
+served = metrics, [file.name for file in opened["desk"].folder.glob("*.png")]
+"""
+_FACTS = """
+from bloblora import models
+
+name = "user/plain"
+facts = models.hidden_size(name), models.is_half(name), models.hidden_size(name)
+json.dump([served, facts], sys.stdout)
 """
 
 
@@ -126,6 +126,23 @@ def done(hub, process, place, trained):
     return {name: SimpleNamespace(status=s, out=o, err=e) for name, (s, o, e) in zip(commands, results, strict=True)}
 
 
+@pytest.fixture(scope="module")
+def offline(done, process, trained):
+    """What two commands do without a network: one that has all in the cache, and one that hasn't."""
+    predict = ["predict", "hub:user/desk", "--input", "in.jsonl", "--samples", "3"]
+    push = ["push", str(trained.folder), "--to", "user/new", "--base-model", "tiny"]
+    return process(_COMMANDS, steps=[("", predict), (server.TOKEN, push)], endpoint="http://127.0.0.1:9")
+
+
+@pytest.fixture(scope="module")
+def found(hub, done, process):
+    """What a server finds of a run, and `models` of a base model that has its configuration only."""
+    hub.branches["user/plain"] = {}
+    hub.commit("user/plain", "main", {"config.json": b'{"hidden_size": 48, "dtype": "bfloat16"}'})
+    served, facts = process(_SERVED + _FACTS)
+    return served, facts
+
+
 def test_what_goes_up(hub, done, trained):
     assert done["push"].status == 0, done["push"].err
     assert done["push"].out.startswith(f"uploaded: {hub.url}/user/desk/commit/")
@@ -156,12 +173,11 @@ def test_what_goes_up(hub, done, trained):
     assert "hub:user/desk" in files["README.md"].decode()
 
 
-def test_what_comes_back(done, process):
+def test_what_comes_back(done, offline):
     assert done["hub"].status == 0, done["hub"].err
     assert done["hub"].out == done["folder"].out  # to the last digit
     assert "decision" in json.loads(done["hub"].out.splitlines()[0])
-    arguments = ["predict", "hub:user/desk", "--input", "in.jsonl", "--samples", "3"]
-    ((status, out, err),) = process(_COMMANDS, steps=[("", arguments)], endpoint="http://127.0.0.1:9")
+    status, out, err = offline[0]
     assert (status, out) == (0, done["hub"].out), err  # from the cache, without a network
 
 
@@ -170,8 +186,8 @@ def test_stock_peft_loads_the_mean(done, process, trained):
     assert process(_STOCK) == pytest.approx(mean.tolist(), abs=1e-6)
 
 
-def test_what_a_server_finds(done, process):
-    metrics, diagrams = process(_SERVED)
+def test_what_a_server_finds(found):
+    metrics, diagrams = found[0]
     assert metrics == {name: {"accuracy": 0.25, "num_samples": 0.0} for name in ("desk", "next")}
     assert diagrams == ["reliability-test.png"]
 
@@ -204,9 +220,8 @@ def test_errors_are_one_message(done, name, message):
     assert message in done[name].err
 
 
-def test_without_a_network(process, trained):
-    arguments = ["push", str(trained.folder), "--to", "user/new", "--base-model", "tiny"]
-    ((status, _, err),) = process(_COMMANDS, steps=[(server.TOKEN, arguments)], endpoint="http://127.0.0.1:9")
+def test_without_a_network(offline):
+    status, _, err = offline[1]
     assert status == 2
     assert "'user/new' on http://127.0.0.1:9: " in err
 
@@ -252,12 +267,9 @@ def test_where_a_run_came_from_does_not_go_up(name, trained, tmp_path):
     assert not any(str(tmp_path).encode() in file.read_bytes() for file in (tmp_path / "staged").rglob("*.*"))
 
 
-def test_a_base_models_configuration_is_asked_for_once(hub, process):
-    hub.branches["user/plain"] = {}
-    hub.commit("user/plain", "main", {"config.json": b'{"hidden_size": 48, "dtype": "bfloat16"}'})
-    before = len(hub.requests)
-    assert process(_FACTS) == [48, True, 48]
-    asked = [request.split("/") for request in hub.requests[before:] if "/user/plain" in request]
+def test_a_base_models_configuration_is_asked_for_once(hub, found):
+    assert found[1] == [48, True, 48]
+    asked = [request.split("/") for request in hub.requests if "/user/plain" in request]
     assert [(way, end[-1]) for way, *end in asked] == [
         ("HEAD ", "config.json"),  # is it there
         ("GET ", "plain"),  # the newest state

@@ -47,31 +47,41 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-@pytest.fixture
-def call(folder):
-    """Commands one after the other in a process that finds the package; status, standard output and error of each."""
-
-    def call(*commands):
-        paths = [str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        program = [sys.executable, "-c", _PROGRAM, json.dumps(commands)]
-        done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, check=True)
-        return [SimpleNamespace(**json.loads(line)) for line in done.stdout.splitlines()]
-
-    return call
-
-
 SETTINGS = ("--model", "base", "--steps", "2", "--batch-size", "2", "--r", "2")
+WRONG = ("train", "--data", "texts.jsonl", "--output", "wrong", *SETTINGS)
+COMMANDS = {
+    "told": ("train", "--method", "noisy", "--help"),
+    "negative": (*WRONG, "--method", "noisy", "--noise-size", "-1"),
+    "text": (*WRONG, "--method", "noisy", "--noise-size", "much"),
+    "broken": (*WRONG, "--method", "broken"),
+    "trained": (
+        *("train", "--data", "texts.jsonl", *SETTINGS),
+        *("--method", "noisy", "--noise-size", "0.3", "--output", "run"),
+    ),
+    "exported": ("export", "run", "--output", "exported", "--samples", "2"),
+    "answered": ("predict", "run", "--input", "texts.jsonl", "--samples", "3"),
+    "compared": ("compare", "study.yaml", "--output", "results"),
+    "reported": ("report", "results"),
+    "tuned": (
+        *("tune", "study.yaml", "--dataset", "desk", "--method", "very noisy"),
+        *("--output", "search", "--trials", "1"),
+    ),
+}
 
 
-def test_help_and_errors_name_its_option(call):
-    train = ("train", "--data", "texts.jsonl", "--output", "wrong", *SETTINGS)
-    told, negative, text, broken = call(
-        ("train", "--method", "noisy", "--help"),
-        (*train, "--method", "noisy", "--noise-size", "-1"),
-        (*train, "--method", "noisy", "--noise-size", "much"),
-        (*train, "--method", "broken"),
-    )
+@pytest.fixture(scope="module")
+def done(folder):
+    """The commands one after the other in a process that finds the package; status and what each of them said."""
+    paths = [str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-c", _PROGRAM, json.dumps([*COMMANDS.values()])]
+    found = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    lines = map(json.loads, found.stdout.splitlines())
+    return SimpleNamespace(**{name: SimpleNamespace(**line) for name, line in zip(COMMANDS, lines, strict=True)})
+
+
+def test_help_and_errors_name_its_option(done):
+    told, negative, text, broken = done.told, done.negative, done.text, done.broken
     assert "--noise-size" in told.out
     assert "Relative size of the noise" in told.out
     assert "--prior-std" not in told.out
@@ -82,13 +92,8 @@ def test_help_and_errors_name_its_option(call):
     assert "method 'broken' is not one of lora, " in broken.err
 
 
-def test_it_is_trained_exported_and_predicts(call, folder):
-    given = ("--method", "noisy", "--noise-size", "0.3", "--output", "run")
-    trained, exported, answered = call(
-        ("train", "--data", "texts.jsonl", *SETTINGS, *given),
-        ("export", "run", "--output", "exported", "--samples", "2"),
-        ("predict", "run", "--input", "texts.jsonl", "--samples", "3"),
-    )
+def test_it_is_trained_exported_and_predicts(done, folder):
+    trained, exported, answered = done.trained, done.exported, done.answered
     assert "trained noisy" in trained.out, trained.err
     stored = json.loads((folder / "run" / "run.json").read_text())
     assert stored["config"]["method"] == {"name": "noisy", "noise_size": 0.3}
@@ -104,13 +109,8 @@ def test_it_is_trained_exported_and_predicts(call, folder):
     assert all(json.loads(line)["mutual_information"] > 0 for line in lines)
 
 
-def test_it_is_compared_and_tuned(call, folder):
-    search = ("--dataset", "desk", "--method", "very noisy", "--output", "search", "--trials", "1")
-    compared, reported, tuned = call(
-        ("compare", "study.yaml", "--output", "results"),
-        ("report", "results"),
-        ("tune", "study.yaml", *search),
-    )
+def test_it_is_compared_and_tuned(done, folder):
+    compared, reported, tuned = done.compared, done.reported, done.tuned
     assert "1 runs done, 0 failed" in compared.out, compared.err
     assert reported.status == 0
     assert "very noisy" in (folder / "results" / "report.md").read_text()

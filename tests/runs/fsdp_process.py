@@ -4,6 +4,7 @@ Run as a module it does all of it: ``python -m tests.runs.fsdp_process FOLDER``;
 process ended with.
 """
 
+import gc
 import os
 import sys
 from dataclasses import dataclass
@@ -158,6 +159,7 @@ def everything(folder: Path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # as in tests/conftest.py
     # accelerate offers FSDP on GPUs only, so what it would choose by them is chosen here; all else is its own.
     torch.distributed.init_process_group("gloo")
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"

@@ -3,6 +3,7 @@
 Run as a module it does all of it: ``python -m tests.runs.launched FOLDER SUFFIX``.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -65,5 +66,6 @@ def everything(folder: Path, suffix: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # as in tests/conftest.py
     everything(Path(sys.argv[1]), sys.argv[2])
     processes().destroy_process_group()

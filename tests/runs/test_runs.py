@@ -1,10 +1,9 @@
 """A run from data file to saved adapter and back, stopped and resumed, with a tiny base model on disk."""
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -131,24 +130,20 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(config, tmp_path, step):
     assert not (Path(config.output) / "checkpoints").exists()
 
 
-_KILLED = """
-import os, signal, sys, yaml, torch
-from transformers import TrainerCallback
-from bloblora import runs
-torch.set_num_threads(1)
-class Kill(TrainerCallback):
+class SystemsKill(Kill):
+    """The kill that nothing can catch."""
+
     def on_step_end(self, args, state, control, **_):
-        if state.global_step == 3:
+        if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
-runs.train(runs.RunConfig.of(**yaml.safe_load(sys.argv[1])), progress=False, callbacks=[Kill()])
-"""
 
 
 def test_after_a_sigkill(config, tmp_path):
-    options = yaml.safe_dump(config.given())
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", _KILLED, options], env=environment, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    options = {"progress": False, "callbacks": [SystemsKill(3)]}
+    killed = multiprocessing.get_context("fork").Process(target=runs.train, args=(config,), kwargs=options)
+    killed.start()
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL
     assert runs.train(config, progress=False).training["resumed_from"] == "checkpoint-2"
     whole = config.with_options(output=str(tmp_path / "whole"))
     runs.train(whole, progress=False)

@@ -3,7 +3,6 @@
 import json
 import re
 import warnings
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -165,19 +164,46 @@ def test_a_fresh_head_cannot_answer_before_its_training(config):
     assert validated(c.output)["trainings"][0]["before"] is None
 
 
-@pytest.mark.parametrize(("step", "patience"), [*product([1, 3, 4, 5], [None]), (4, 1), (3, 2), (5, 2)])
-@pytest.mark.parametrize("method", ["blob", "ensemble", "swag"])
-def test_a_stopped_run_goes_on_to_the_same_bytes_and_curve(method, step, patience, config, tmp_path):
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The output of a configuration's undisturbed run, trained once for each method and patience."""
+    outputs = {}
+
+    def whole_run(c, *key):
+        if key not in outputs:
+            outputs[key] = str(tmp_path_factory.mktemp("whole") / "run")
+            runs.train(c.with_options(output=outputs[key]), progress=False)
+        return outputs[key]
+
+    return whole_run
+
+
+STOPPED = [(1, None), (3, None), (4, None), (5, None), (4, 1), (3, 2), (5, 2)]
+CORNERS = {("ensemble", 3, None), ("ensemble", 5, 2), ("swag", 4, None), ("swag", 3, 2)}
+
+
+@pytest.mark.parametrize(
+    ("method", "step", "patience"),
+    [
+        *(("blob", *stopped) for stopped in STOPPED),
+        *sorted(CORNERS, key=str),
+        *(
+            pytest.param(*combination, marks=pytest.mark.long)
+            for combination in ((method, *stopped) for method in ("ensemble", "swag") for stopped in STOPPED)
+            if combination not in CORNERS
+        ),
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_bytes_and_curve(method, step, patience, config, whole_run):
     options = {"method": method, "patience": patience, **METHODS[method]}
-    whole = config(WRONG, **options).with_options(output=str(tmp_path / "whole"))
-    runs.train(whole, progress=False)
-    expected = validated(whole.output)
+    whole = whole_run(config(WRONG, **options), method, patience)
+    expected = validated(whole)
     c = config(WRONG, **options)
     with pytest.raises(KeyboardInterrupt):
         runs.train(c, progress=False, callbacks=[Kill(step)])
     runs.train(c, progress=False)
     found = validated(c.output)
-    assert adapter_bytes(c.output) == adapter_bytes(whole.output)
+    assert adapter_bytes(c.output) == adapter_bytes(whole)
     kept = ("best_step", "stopped_early", "curve", "nll")
     assert [[one[k] for k in kept] for one in found["trainings"]] == [
         [one[k] for k in kept] for one in expected["trainings"]
@@ -194,12 +220,11 @@ class KillAfterEvaluation(TrainerCallback):
 
 
 @pytest.mark.parametrize("event", ["on_evaluate", "on_save", "on_train_end"])
-def test_a_kill_about_the_evaluation_that_ends_patience(event, config, tmp_path):
+def test_a_kill_about_the_evaluation_that_ends_patience(event, config, whole_run):
     """Between evaluation and save, after the save, and when all is done."""
     options = {"method": "blob", "patience": 1}
-    whole = config(WRONG, **options).with_options(output=str(tmp_path / "whole"))
-    runs.train(whole, progress=False)
-    (expected,) = validated(whole.output)["trainings"]
+    whole = whole_run(config(WRONG, **options), "blob", 1)
+    (expected,) = validated(whole)["trainings"]
     assert expected["stopped_early"]
     assert [row["step"] for row in expected["curve"]] == [2, 4]
     c = config(WRONG, **options)
@@ -208,7 +233,7 @@ def test_a_kill_about_the_evaluation_that_ends_patience(event, config, tmp_path)
     runs.train(c, progress=False)
     (found,) = validated(c.output)["trainings"]
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}
-    assert adapter_bytes(c.output) == adapter_bytes(whole.output)
+    assert adapter_bytes(c.output) == adapter_bytes(whole)
 
 
 class LastWeights(TrainerCallback):

@@ -38,13 +38,23 @@ here = partial(compare, engine="debug")
 
 
 @pytest.fixture(scope="module")
-def done(base, tmp_path_factory):
-    """A study that two workers have run, and its folder."""
+def finished(base, tmp_path_factory):
+    """A study that two workers have run, of which a run has failed, the report then, and what a second call did."""
     folder = tmp_path_factory.mktemp("done")
     study = studies.read_study(write_study(folder, make_content(base, folder)))
-    outcomes = compare(study, folder, workers=2)
-    assert [outcome.error for outcome in outcomes] == [None] * 4
-    return study, folder
+    blocked = folder / "runs" / "desk--lora--seed0"
+    blocked.parent.mkdir()
+    blocked.write_text("a file where the run's folder should be")
+    first = compare(replace(study, seeds=(0,)), folder, workers=2)
+    text = studies.report(folder / "results").with_name("report.md").read_text()
+    blocked.unlink()
+    return study, folder, first, text, here(study, folder)
+
+
+@pytest.fixture(scope="module")
+def done(finished):
+    """A study that is done, and its folder."""
+    return finished[:2]
 
 
 def test_a_study_from_file_to_page(done):
@@ -287,21 +297,15 @@ def test_a_job_without_a_result_says_what_it_said_last(tmp_path):
     assert error.endswith("_0_log.err)")
 
 
-def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(content, write, tmp_path):
-    content["seeds"] = [0]
-    content["samples"] = [0]
-    study = studies.read_study(write(content))
-    blocked = tmp_path / "runs" / "desk--lora--seed0"
-    blocked.parent.mkdir()
-    blocked.write_text("a file where the run's folder should be")
-    outcomes = {outcome.job.label: outcome.error for outcome in compare(study, tmp_path)}
+def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(finished):
+    _, _, first, text, second = finished
+    outcomes = {outcome.job.label: outcome.error for outcome in first}
     assert "is a file; give a folder" in outcomes["lora"]
     assert "log: " in outcomes["lora"]
     assert outcomes["wide blob"] is None
-    text = studies.report(tmp_path / "results").with_name("report.md").read_text()
     assert re.search(r"2 runs that the study has, 1 lack results:\n\n- `desk--lora--seed0` failed: .* is a file", text)
-    blocked.unlink()
-    assert [(o.job.label, o.error) for o in compare(study, tmp_path)] == [("lora", None)]
+    done = [(outcome.job.name, outcome.error) for outcome in second]
+    assert sorted(done) == [(f"desk--{name}", None) for name in ("lora--seed0", "lora--seed1", "wide_blob--seed1")]
 
 
 def test_a_wrong_data_file_stops_before_anything_runs(content, write, tmp_path):

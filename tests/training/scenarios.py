@@ -3,6 +3,7 @@
 Run as a module it does all of them and writes what each process ended with: ``<folder>/<rank>.pt``.
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -84,5 +85,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # as in tests/conftest.py
     main(Path(sys.argv[1]))
     torch.distributed.destroy_process_group()

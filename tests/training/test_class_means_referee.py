@@ -121,8 +121,15 @@ def best(problem):
     return *Bound(*problem, start).optimum(start), Bound(*problem, start, 4096, seed=1)
 
 
-@pytest.mark.parametrize("batch", [10, 30])
-@pytest.mark.parametrize("learning_rate", [4e-3, 8e-3])
+@pytest.mark.parametrize(
+    ("learning_rate", "batch"),
+    [
+        (4e-3, 30),
+        (8e-3, 10),
+        pytest.param(4e-3, 10, marks=pytest.mark.long),
+        pytest.param(8e-3, 30, marks=pytest.mark.long),
+    ],
+)
 def test_default_training_reaches_the_bounds_optimum(tmp_path, problem, best, batch, learning_rate):
     posterior = bayesian(*problem)
     arguments = BlobTrainingArguments(

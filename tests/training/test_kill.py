@@ -1,5 +1,6 @@
 """A training that is killed at any moment goes on from its last complete checkpoint."""
 
+import gc
 import multiprocessing
 import os
 import random
@@ -18,6 +19,7 @@ OPTIONS = dict(save_strategy="steps", save_steps=1, save_total_limit=1, logging_
 
 
 def train_until_killed(folder: Path) -> None:
+    gc.freeze()  # as in tests/conftest.py
     make_trainer(folder, **OPTIONS).train(resume_from_checkpoint=last_checkpoint(folder) is not None)
 
 
@@ -29,9 +31,10 @@ def forks():
     return context
 
 
-def test_killed_at_random_moments(tmp_path, forks):
-    moments, last = random.Random(0), 0
-    for _ in range(6):
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.long)])
+def test_killed_at_random_moments(tmp_path, forks, kills):
+    moments, last = random.Random(kills), 0
+    for _ in range(kills):
         process = forks.Process(target=train_until_killed, args=(tmp_path,))
         process.start()
         deadline = time.monotonic() + 120

@@ -104,10 +104,14 @@ def stds(posterior):
     return std.detach()[0].double()
 
 
+CORNERS = [(100, 8, 4e-3, 1.0, 2000), (500, 32, 2e-3, 1.0, 2000), (500, 32, 2e-3, 0.3, 3000)]
+OTHERS = {(size, batch, rate, 1.0, 2000) for size in (100, 500) for batch in (8, 32) for rate in (2e-3, 4e-3)}
+OTHERS = sorted(OTHERS.difference(CORNERS))
+
+
 @pytest.mark.parametrize(
     ("size", "batch", "learning_rate", "kl_scale", "steps"),
-    [(size, batch, rate, 1.0, 2000) for size in (100, 500) for batch in (8, 32) for rate in (2e-3, 4e-3)]
-    + [(500, 32, 2e-3, 0.3, 3000)],
+    [*CORNERS, *(pytest.param(*other, marks=pytest.mark.long) for other in OTHERS)],
 )
 def test_default_training_reaches_the_bounds_optimum(tmp_path, size, batch, learning_rate, kl_scale, steps):
     """At any learning rate and batch size; kl_scale is the temperature of the bound that is minimized."""
