@@ -58,7 +58,7 @@ def received(opened):
         ('{"inputs":{' + '"":1,' * 190_000 + '"text":5}}', "inputs.text", "valid string"),
         ('{"inputs":{' + ",".join(f'"{i}":1' for i in range(90_000)) + "}}", "inputs", "90000 fields; must be among"),
         ('{"inputs":[' + ",".join(['{"a":1,"text":[]}'] * 32) + "]}", "inputs[0].text", "valid string"),
-        ('{"inputs":"' + "a " * 490_000 + '", "model": "lora"}', "inputs[0]", "at most 1024 characters, 16 for each"),
+        ('{"inputs":"' + "a " * 490_000 + '", "model": "lora"}', "inputs[0]", "at most 2048 characters, 16 for each"),
         ('{"inputs":"a", "model":"' + "a" * 900_000 + '"}', "model", "must be one of"),
         ('{"inputs":{' + "1," * 490_000 + "}}", "body", "JSON"),
     ],

@@ -85,7 +85,7 @@ def test_a_stopped_training_ends_with_the_same_bits(method, config, tmp_path):
 
 
 def test_draws_of_one_forward_stop_where_an_answer_is_settled(config):
-    options = {"learning_rate": 1e-3, "prior_precision": 30.0, "holdout": 0.0}
+    options = {"learning_rate": 1e-3, "prior_precision": 30.0, "holdout": 0.0, "template": "{text}"}
     run = runs.train(config("laplace-lora", queries()).with_options(**options), progress=False)
     examples, given = tasks.encode_all(run.task, queries(), run.tokenizer), {"task": run.task, "sampler": run.sampler}
     whole = predict(run.model, examples, 40, **given).log_probs

@@ -9,7 +9,7 @@ from bloblora import runs
 from bloblora.cli import main
 from bloblora.methods import METHODS
 from bloblora.training.class_means import ClassMeans
-from tests.tiny_base import QUESTIONS, queries, write_jsonl
+from tests.tiny_base import QUESTIONS, queries, several, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OFFERED = [name for name, method in METHODS.items() if method.class_means]
@@ -50,7 +50,7 @@ def test_validation_records_join_the_means_in_the_end(method, joins, config, mon
         return joined
 
     monkeypatch.setattr(ClassMeans, "join", spied)
-    run = runs.train(config(method), progress=False)
+    run = runs.train(config(method, several(12)), progress=False)  # enough of them for a temperature
     assert [(joined == run.training["class_means"], changed) for joined, changed in found] == [(True, True)] * joins
     assert (run.scales["temperature_of_mean"] == 1) == joins  # the scale of the means is chosen once more
     loaded = runs.load_run(run.config.output)
