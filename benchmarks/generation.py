@@ -170,7 +170,7 @@ def main() -> None:
             print(name, flush=True)
             if name not in results:
                 results[name] = alone(run, method, seed, options, options.runs / name)
-            keep(options.results, results, report(kept(options.results)))
+            keep(options.results, results, report(results))
     print(report(results))
 
 
